@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs under .venv/ (once) and needs no more than Python 3.10+ and make to begin with.
+# Another interpreter: make demo PYTHON=/path/to/python3.12
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test check unit e2e bench benchvllm clean demo-env full-env lint format types imports api
+
+BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
+DEMO := .venv/demo/bin/python
+FULL := .venv/full/bin/python
+
+# Names of this project that somebody's shell may have set must not steer its own tests.
+PYTEST := $(FULL) -m pytest
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte is checked; a table tells how fast
+	@$(dir $(DEMO))kvxfer demo $(ARGS)
+
+serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them
+	@$(FULL) -m kvxfer_vllm.local $(ARGS)
+
+test: check unit e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
+
+check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
+
+unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
+	$(PYTEST) --ignore=tests/e2e $(ARGS)
+
+e2e: full-env ## Tests through real vLLM servers and the router
+	$(PYTEST) tests/e2e $(ARGS)
+
+bench: full-env ## Measure: reads beside raw NIXL in one run, binding, handshake, idle
+	$(PYTEST) benchmarks --ignore=benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
+
+benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector in one run: minutes
+	$(PYTEST) benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
+
+clean: ## Remove what was made here: environments, caches, builds
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+demo-env:
+	@$(BOOTSTRAP) demo
+
+full-env:
+	@$(BOOTSTRAP) full
+
+lint: full-env
+	$(FULL) -m ruff check .
+
+format: full-env
+	$(FULL) -m ruff format --check .
+
+types: full-env
+	$(FULL) -m mypy
+
+imports: full-env
+	$(dir $(FULL))lint-imports
+
+# --verifytypes asks the `python` of PATH where packages are; --pythonpath does not reach it (seen in 1.1.414).
+api: full-env
+	PATH="$(CURDIR)/$(dir $(FULL)):$$PATH" $(FULL) -m pyright --verifytypes kvxfer --ignoreexternal

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NIXL as a kvxfer transfer agent.
+
+Facts about NIXL 1.5.1 that shaped this file (measured; tests/nixl holds each):
+
+- The Python class `nixl_agent` hard-codes a progress delay of 0, which makes an idle agent spin on one core. The C++ agent
+  below it, in `_bindings`, takes the delay; there it is the longest sleep of a thread that wakes on events, so a long one
+  costs no latency. This adapter therefore speaks to the bindings, which are the same in all of NIXL's packages.
+- Nothing stops a transfer in flight but the end of the agent. Handles are therefore released only when NIXL has said
+  that they are complete; every other one is kept until `close`.
+- Over TCP, the end of an agent whose READ is in flight can crash the healthy process that it reads from (SIGSEGV, 5 of 8
+  with 2,048 descriptors). `close` therefore lets such reads end first, for a while.
+- A transfer on one host is a copy inside the call that posts it, with the GIL released.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from kvxfer.agent import AgentPeer, Capabilities, Op, Reach, TransferAgent
+from kvxfer.errors import ConfigError, PeerInfoError, TransferError, UnavailableError
+from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer_nixl import _errors
+from kvxfer_nixl._ibverbs import without_exit_crash
+from kvxfer_nixl._lane import Lane, LaneWatch, Surroundings, predict
+from kvxfer_nixl._module import find
+from kvxfer_nixl._options import Options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_log = logging.getLogger("kvxfer.nixl")
+
+PROGRESS_DELAY_US = 10_000
+"""An idle agent costs 0.002 of a core with it (0.012 with 1 ms, 1.0 with NIXL's default of 0), at the same latency."""
+
+RECYCLE_AFTER_CYCLES = 256
+"""Each disconnect leaks one file descriptor on either side until the agent ends (UCX): worth a word after so many."""
+
+_DRAIN_POLL_S = 0.001
+
+
+class _Native(msgspec.Struct, frozen=True):
+    """This adapter's part of a description.
+
+    Attributes:
+        metadata: NIXL's own, for `loadRemoteMD`.
+        surroundings: what decides the lane.
+        registered: a number for each registered region, never reused by that agent.
+    """
+
+    metadata: bytes
+    surroundings: Surroundings
+    registered: list[int]
+
+
+class _Peer:
+    __slots__ = ("forgotten", "name", "registered", "watch")
+
+    def __init__(self, name: str, registered: frozenset[int], watch: LaneWatch) -> None:
+        self.name, self.registered, self.watch, self.forgotten = name, registered, watch, False
+
+
+class _Transfer:
+    """One posted request. ``complete`` only when NIXL said so: then, and only then, it may be released."""
+
+    __slots__ = ("broken", "complete", "handle", "op", "peer")
+
+    def __init__(self, handle: int, peer: _Peer, op: Op) -> None:
+        self.handle, self.peer, self.op = handle, peer, op
+        self.complete = self.broken = False
+
+
+class NixlAgent(TransferAgent):
+    """Moves bytes with NIXL, between processes and hosts, from and to DRAM and VRAM.
+
+    Args:
+        name: see `TransferAgent`.
+        backends: NIXL backends to start, by name; the ones that reach peers are UCX and LIBFABRIC among others.
+        backend_options: options of a backend, as strings, handed to NIXL as they are. UCX gets ``ucx_error_handling_mode``
+            ``peer`` unless told otherwise: with ``none`` the death of a peer goes unnoticed.
+        module: take this module and no other (`kvxfer_nixl._module.NAMES`).
+        progress_delay_us: longest sleep of NIXL's progress thread, which wakes on events; rounded up to milliseconds.
+        max_submit_nbytes: most bytes handed to NIXL in one call, which on one host blocks until they are copied.
+        drain_s: how long `close` waits for reads over TCP to end before it breaks them off (see `Lane.STREAM`).
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        UnavailableError: NIXL is not installed, or a backend does not start here.
+    """
+
+    adapter: ClassVar[str] = "nixl"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        ops=frozenset({Op.READ, Op.WRITE}),
+        kinds=frozenset({MemoryKind.DRAM, MemoryKind.VRAM}),
+        reach=Reach.NETWORK,
+        quiet_on_abandon=False,
+        remote_checked=False,
+        detects_death=True,
+        submit_copies=True,
+        max_submit_nbytes=64 << 20,
+    )
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None if a NIXL module can be imported here; whether a backend starts is known only when one is made."""
+        try:
+            find()
+        except UnavailableError as error:
+            return str(error)
+        return None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        backends: Sequence[str] = ("UCX",),
+        backend_options: Mapping[str, Mapping[str, str]] | None = None,
+        module: str | None = None,
+        progress_delay_us: int = PROGRESS_DELAY_US,
+        max_submit_nbytes: int | None = 64 << 20,
+        drain_s: float = 1.0,
+        **unknown: object,
+    ) -> None:
+        options = Options.checked(
+            backends=backends,
+            backend_options=backend_options if backend_options is not None else {},
+            progress_delay_us=progress_delay_us,
+            max_submit_nbytes=max_submit_nbytes,
+            drain_s=drain_s,
+            unknown=unknown,
+        )
+        super().__init__(name)
+        self.module = find(module)
+        """Which NIXL this is, and why."""
+        self._bindings = self.module.bindings
+        self._agent: Any = self._new_agent(options)
+        try:
+            self._backends = {name: self._start_backend(name, given) for name, given in options.backends.items()}
+            self._check_reach()
+        except BaseException:
+            self._agent = None  # the traceback of what is raised here would keep it, and its thread, alive
+            raise
+        self._segments = {MemoryKind.DRAM: self._bindings.DRAM_SEG, MemoryKind.VRAM: self._bindings.VRAM_SEG}
+        self._backends_of = {kind: self._backends_for(kind) for kind in self._segments}
+        # What the class declares holds for the defaults; this instance knows better.
+        vars(self)["capabilities"] = replace(
+            type(self).capabilities,
+            kinds=frozenset(kind for kind, handles in self._backends_of.items() if handles),
+            detects_death=options.backends.get("UCX", {}).get("ucx_error_handling_mode") != "none",
+            max_submit_nbytes=options.max_submit_nbytes,
+        )
+        self._surroundings = Surroundings.here(options.backends)
+        self._registered: dict[int, Any] = {}
+        self._registrations_made = 0
+        self._unfinished: dict[int, _Transfer] = {}
+        self._drain_s = options.drain_s
+        self.connection_cycles = 0
+        """Peers disconnected so far. Each one costs a file descriptor here and there: see `RECYCLE_AFTER_CYCLES`."""
+
+    def lane(self, peer: AgentPeer) -> Lane:
+        """Kind of connection to ``peer``: predicted from what both sides told, replaced by what transfers showed."""
+        native: _Peer = peer.native
+        return native.watch.lane
+
+    def explain(self, peer: AgentPeer) -> str:
+        """Module, version, backends and lane."""
+        return f"{self.module.name} {self.module.version}, {'+'.join(self._backends)}, lane {self.lane(peer).value}"
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def _new_agent(self, options: Options) -> Any:
+        config = self._bindings.nixlAgentConfig()
+        config.useProgThread = True
+        config.useListenThread = False  # it listens on all addresses and asks for no password
+        config.pthrDelay = options.progress_delay_us
+        # RW lets the progress thread and this one work side by side; NIXL before 0.9 and RIXL have one big lock only.
+        config.syncMode = getattr(self._bindings, "NIXL_THREAD_SYNC_RW", self._bindings.NIXL_THREAD_SYNC_STRICT)
+        if hasattr(config, "captureTelemetry"):
+            config.captureTelemetry = False
+        try:
+            return self._bindings.nixlAgent(self.name, config)
+        except Exception as error:
+            raise UnavailableError(f"NIXL makes no agent here: {type(error).__name__}: {error}") from error
+
+    def _start_backend(self, backend: str, given: Mapping[str, str]) -> int:
+        available = sorted(self._agent.getAvailPlugins())
+        if backend not in available:
+            raise UnavailableError(
+                f"NIXL ({self.module.path}) has no backend {backend!r}; it has {', '.join(available)}"
+            )
+        try:
+            with without_exit_crash(self.module):
+                handle: int = self._agent.createBackend(backend, dict(given))
+        except Exception as error:
+            raise _errors.backend_error(error, backend) from error
+        return handle
+
+    def _check_reach(self) -> None:
+        try:
+            self._agent.getLocalMD()
+        except Exception as error:
+            names = ", ".join(self._backends)
+            raise ConfigError(
+                f"of backends={names} none reaches another agent: add one that does, such as UCX"
+            ) from error
+
+    def _backends_for(self, kind: MemoryKind) -> list[int]:
+        segment = self._segments[kind].name
+        return [handle for handle in self._backends.values() if segment in self._agent.getBackendParams(handle)[1]]
+
+    # -- memory and peers -------------------------------------------------------------------------------------------
+
+    def _register(self, memory: Memory) -> tuple[int, Any]:
+        try:
+            region = (memory.address, memory.nbytes, memory.device_id, "")
+            regions = self._bindings.nixlRegDList(self._segments[memory.kind], [region])
+            self._agent.registerMem(regions, self._backends_of[memory.kind])
+        except Exception as error:
+            raise _errors.registration_error(error, f"register {memory}") from error
+        self._registrations_made += 1
+        self._registered[self._registrations_made] = regions
+        return self._registrations_made, regions
+
+    def _deregister(self, registration: Any, memory: Memory) -> None:
+        number, regions = registration
+        try:
+            self._agent.deregisterMem(regions, self._backends_of[memory.kind])
+        except Exception as error:
+            raise _errors.registration_error(error, f"deregister {memory}") from error
+        del self._registered[number]
+
+    def _describe(self) -> bytes:
+        return msgspec.msgpack.encode(_Native(self._agent.getLocalMD(), self._surroundings, list(self._registered)))
+
+    def _connect(self, name: str, native: bytes) -> _Peer:
+        try:
+            described = msgspec.msgpack.decode(native, type=_Native)
+        except msgspec.DecodeError as error:
+            raise PeerInfoError(f"cannot read the NIXL part of the description of {name!r}: {error}") from error
+        registered = frozenset(described.registered)
+        known: _Peer | None = self._peers[name].native if name in self._peers else None
+        if known is not None and not known.registered <= registered:
+            # NIXL only ever adds regions, and would keep using the keys of one that was replaced at the same address.
+            self._forget(name)
+        try:
+            answered = self._agent.loadRemoteMD(described.metadata)
+        except Exception as error:
+            raise _errors.peer_error(error, name) from error
+        if answered.decode(errors="replace") != name:
+            self._forget(answered)
+            raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {answered!r}")
+        if known is not None:
+            known.registered = registered
+            return known
+        watch = LaneWatch(predict(self._surroundings, described.surroundings))
+        if watch.lane.fate_shared:
+            self._warn_of_shared_fate(name)
+        return _Peer(name, registered, watch)
+
+    def _disconnect(self, peer: Any) -> None:
+        self._forget(peer.name)
+        peer.forgotten = True
+        self.connection_cycles += 1
+        if self.connection_cycles % RECYCLE_AFTER_CYCLES == 0:
+            _log.warning("%s has disconnected %d peers; each left a file descriptor open on either side until the agent is "
+                         "closed: consider a new agent", self.name, self.connection_cycles)  # fmt: skip
+
+    def _forget(self, name: str | bytes) -> None:
+        try:
+            self._agent.invalidateRemoteMD(name)
+        except Exception:  # noqa: BLE001 - what is unknown or dead is forgotten already
+            _log.debug("NIXL does not forget %r", name, exc_info=True)
+
+    def _warn_of_shared_fate(self, name: str) -> None:
+        _log.warning("fate-shared lane: %s reaches %s over TCP, where a reader that dies during a READ may abort the "
+                     "process it reads from (UCX); a WRITE by the owner does not", self.name, name)  # fmt: skip
+
+    # -- transfers --------------------------------------------------------------------------------------------------
+
+    def _submit(self, op: Op, peer: Any, spans: Descriptors, local: Memory, remote: Memory) -> _Transfer:
+        # The C++ agent is named as self._agent only, in no local variable of a frame that an exception could keep alive in
+        # its traceback: then close() would end nothing (see _close).
+        bindings = self._bindings
+        try:
+            handle = self._agent.createXferReq(
+                bindings.NIXL_READ if op is Op.READ else bindings.NIXL_WRITE,
+                self._spans(local, spans.local, spans.nbytes),
+                self._spans(remote, spans.remote, spans.nbytes),
+                peer.name,
+                "",
+                [],
+            )
+        except Exception as error:
+            raise _errors.preparation_error(error, peer.name) from error
+        transfer = _Transfer(handle, peer, op)
+        self._unfinished[handle] = transfer
+        try:
+            status = self._agent.postXferReq(handle, "")
+        except Exception as error:
+            transfer.broken = True
+            raise _errors.transfer_error(error, peer.name) from error
+        transfer.complete = status == bindings.NIXL_SUCCESS
+        if peer.watch.posted(op, spans.total_nbytes, inline=transfer.complete) and peer.watch.lane.fate_shared:
+            self._warn_of_shared_fate(peer.name)
+        return transfer
+
+    def _spans(self, memory: Memory, addresses: Any, nbytes: Any) -> Any:
+        if len(nbytes) == 1:  # as each read of a lease's cell: a tuple is cheaper than an array
+            return self._bindings.nixlXferDList(
+                self._segments[memory.kind], [(int(addresses[0]), int(nbytes[0]), memory.device_id)]
+            )
+        table = np.empty((len(nbytes), 3), dtype=np.uint64)
+        table[:, 0], table[:, 1], table[:, 2] = addresses, nbytes, memory.device_id
+        return self._bindings.nixlXferDList(self._segments[memory.kind], table)
+
+    def _poll(self, handle: Any) -> bool:
+        if not handle.complete:
+            try:
+                status = self._agent.getXferStatus(handle.handle)
+            except Exception as error:
+                # NIXL answers no more about a peer that was forgotten, but the transfer goes on all the same.
+                handle.broken = not handle.peer.forgotten
+                raise _errors.transfer_error(error, handle.peer.name) from error
+            if status == self._bindings.NIXL_IN_PROG:
+                return False
+            handle.complete = True
+        handle.peer.watch.completed()
+        return True
+
+    def _release(self, handle: Any) -> None:
+        # An incomplete one stays until the agent ends: releasing it stops nothing, and its memory may be unmapped under
+        # a copy that still runs, which crashes this process (seen with TCP).
+        if handle.complete:
+            self._unfinished.pop(handle.handle, None)
+            self._agent.releaseXferReq(handle.handle)
+
+    def _close(self) -> None:
+        self._drain()
+        # The end of the C++ agent joins its progress thread and destroys UCX's workers: nothing moves after that. It
+        # happens here because nobody else holds the agent (transfers know numbers, not objects).
+        self._agent = None
+        self._unfinished.clear()
+        self._registered.clear()
+
+    def _drain(self) -> None:
+        """Wait for reads over TCP, so that their end does not crash whom they read from."""
+        deadline = time.monotonic() + self._drain_s
+        while time.monotonic() < deadline:
+            running = [t for t in self._unfinished.values() if t.op is Op.READ and t.peer.watch.lane.fate_shared]
+            if all(self._ended(transfer) for transfer in running):
+                return
+            time.sleep(_DRAIN_POLL_S)
+        _log.warning(
+            "%s closes with reads over TCP in flight; the processes they read from may not survive it", self.name
+        )
+
+    def _ended(self, transfer: _Transfer) -> bool:
+        if transfer.complete or transfer.broken:
+            return True
+        try:
+            return self._poll(transfer)
+        except TransferError:
+            return transfer.broken

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Through real vLLM: seconds from the decode request to its first token, beside vLLM's own NixlConnector, A B B A.
+
+Two prefill and two decode servers are up, and the pair whose turn it is not is frozen: vLLM's NixlConnector keeps a core
+of each of its processes busy also when idle, which on a small machine would be measured in kvxfer's place. Each prompt is
+new to both, is prefilled by the producer first, and only the decode request is timed. Then the same prompt is asked
+again: now its KV is there, so that time is all that is not the transfer.
+
+Minutes long: ``make benchvllm``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import statistics
+import time
+from collections import defaultdict
+
+import pytest
+
+MISSING = [name for name in ("vllm", "nixl", "transformers") if importlib.util.find_spec(name) is None]
+CONNECTORS = ("KvxferConnector", "NixlConnector")
+TOKENS = (500, 2000, 3500)
+ROUNDS = 6
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+
+class _Pair:
+    """A prefill and a decode server with one connector, frozen between its turns."""
+
+    def __init__(self, connector: str, model, folder) -> None:
+        from kvxfer_vllm.local.pair import ServerSettings, VllmServer, start_all
+
+        common = {"model": model, "connector": connector}
+        self.prefill = VllmServer(ServerSettings(name=f"prefill-{connector}", role="kv_producer", **common), folder)
+        self.decode = VllmServer(ServerSettings(name=f"decode-{connector}", role="kv_consumer", **common), folder)
+        self.servers = (self.prefill, self.decode)
+        start_all(*self.servers, timeout_s=480)
+
+    def __enter__(self):
+        for server in self.servers:
+            server.thaw()
+        for server in self.servers:  # the first step after a pause is slow: not what is measured
+            assert server.ask([7, 8, 9], max_tokens=2).ok
+        return self
+
+    def __exit__(self, *_) -> None:
+        for server in self.servers:
+            server.reset_prefix_cache()
+        for server in self.servers:
+            server.freeze()
+
+    def first_token_s(self, prompt) -> tuple[float, float]:
+        """Seconds to the first token of a decode request whose KV is with the producer; and of one that is all here."""
+        handed = self.prefill.prefill(prompt)
+        assert handed.kv_transfer_params, handed.body
+        moved = self.decode.ask(prompt, max_tokens=4, stream=True, kv_transfer_params=handed.kv_transfer_params)
+        assert moved.ok, moved.body
+        here = self.decode.ask(prompt, max_tokens=4, stream=True)
+        assert here.ok, here.body
+        return moved.first_byte_s, here.first_byte_s
+
+
+def test_first_token(benchmark, measuring, report, tmp_path):
+    """Not slower than vLLM's NixlConnector, on a model with 128 KiB of KV per token."""
+    if not measuring:
+        pytest.skip("minutes long, and only of use with a clock: make benchvllm")
+    from kvxfer_vllm.local.model import KV_HEAVY, make_model
+
+    model = make_model(KV_HEAVY)
+    numbers = random.Random(7)
+    pairs: dict[str, _Pair] = {}
+    moved, here = defaultdict(list), defaultdict(list)
+    try:
+        for connector in CONNECTORS:
+            pairs[connector] = _Pair(connector, model, tmp_path)
+            with pairs[connector] as pair:
+                for tokens in (100, *TOKENS):  # kernels, handshake, first touch of the cache's pages
+                    pair.first_token_s([numbers.randrange(5, KV_HEAVY.vocabulary) for _ in range(tokens)])
+        begin = time.monotonic()
+        for tokens in TOKENS:
+            for i in range(ROUNDS):
+                prompt = [numbers.randrange(5, KV_HEAVY.vocabulary) for _ in range(tokens)]
+                for connector in CONNECTORS if i % 2 == 0 else CONNECTORS[::-1]:
+                    with pairs[connector] as pair:
+                        transfer_s, local_s = pair.first_token_s(prompt)
+                    moved[connector, tokens].append(transfer_s)
+                    here[connector, tokens].append(local_s)
+        benchmark.extra_info["measured_s"] = time.monotonic() - begin
+        with pairs["KvxferConnector"] as pair:
+            benchmark.pedantic(
+                lambda: pair.first_token_s([numbers.randrange(5, KV_HEAVY.vocabulary) for _ in range(500)]), rounds=1
+            )
+    finally:
+        for pair in pairs.values():
+            for server in pair.servers:
+                server.kill()
+    for tokens in TOKENS:
+        medians = {connector: statistics.median(moved[connector, tokens]) for connector in CONNECTORS}
+        held = {connector: statistics.median(here[connector, tokens]) for connector in CONNECTORS}
+        ours, theirs = (medians[connector] for connector in CONNECTORS)
+        rounds = {connector: moved[connector, tokens] for connector in CONNECTORS}
+        benchmark.extra_info[f"{tokens} tokens"] = {"first_token_s": rounds, "already_here_s": held}
+        report(
+            f"First token of a decode request, seconds; medians of {ROUNDS}, A B B A",
+            tokens=f"{tokens:,}",
+            KV=f"{tokens * KV_HEAVY.kv_nbytes_per_token / (1 << 20):.0f} MiB",
+            kvxfer=f"{ours:.3f}",
+            NixlConnector=f"{theirs:.3f}",
+            kvxfer_takes=f"{ours / theirs:.0%}",
+            best=" / ".join(f"{min(moved[connector, tokens]):.3f}" for connector in CONNECTORS),
+            worst=" / ".join(f"{max(moved[connector, tokens]):.3f}" for connector in CONNECTORS),
+            KV_is_here_kvxfer=f"{held['KvxferConnector']:.3f}",
+            KV_is_here_NixlConnector=f"{held['NixlConnector']:.3f}",
+        )

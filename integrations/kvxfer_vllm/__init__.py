@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's KV connector over kvxfer.
+
+vLLM finds it by the entry point (``{"kv_connector": "KvxferConnector", "kv_role": "kv_producer"}`` and nothing else) or by
+``"kv_connector_module_path": "kvxfer_vllm"``. Importing this package imports neither torch nor vLLM nor a transfer engine:
+vLLM's plug-in loader does so in every process, also in those that never move a block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvxfer_vllm.connector import KvxferConnector
+
+__all__ = ["KvxferConnector"]
+
+
+def __getattr__(name: str) -> object:
+    """The connector class, imported when it is first asked for."""
+    if name == "KvxferConnector":
+        from kvxfer_vllm.connector import KvxferConnector  # noqa: PLC0415 - this is the laziness the docstring promises
+
+        return KvxferConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``KvxferConnector``: the class that vLLM makes, once per role. A thin facade: every method forwards to one half.
+
+vLLM's engine dies of an exception in any of these methods, so those of the scheduler's half that concern one request are
+guarded: a defect is logged and counted, and that request is computed locally.
+
+The class does not declare SupportsHMA: vLLM then keeps all layers in one cache group, which is what is supported, and
+refuses models that need several.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvxfer.errors import ConfigError
+from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
+from kvxfer_vllm.options import Options, advertised, side_channel
+from kvxfer_vllm.params import Role
+from kvxfer_vllm.scheduler import KvxferScheduler
+from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
+from kvxfer_vllm.support import block_tokens, refuse_unsupported
+from kvxfer_vllm.worker import KvxferWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+_Hook = TypeVar("_Hook", bound="Callable[..., Any]")
+
+
+def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
+    """A hook that gets a request and must not raise: after a defect, ``answer`` lets the request be computed locally."""
+
+    def guard(hook: _Hook) -> _Hook:
+        signature = inspect.signature(hook)
+
+        @functools.wraps(hook)
+        def guarded(self: KvxferConnector, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception:
+                given = signature.bind(self, *args, **kwargs).arguments
+                name, request_id = hook.__name__, given["request"].request_id
+                logger.exception("Defect in %s of KvxferConnector, met by request %s", name, request_id)
+                # Told that tokens will come from elsewhere, vLLM waits for a load.
+                self._of_scheduler().survive(name, request_id, parked=given.get("num_external_tokens", 0) > 0)
+                return answer
+
+        return cast("_Hook", guarded)
+
+    return guard
+
+
+class KvxferConnector(KVConnectorBase_V1):
+    """vLLM's KV connector over kvxfer, in pull mode.
+
+    Args:
+        vllm_config: of this server.
+        role: SCHEDULER in the engine's process, WORKER in each worker, before its caches exist.
+        kv_cache_config: the cache groups.
+
+    Raises:
+        ConfigError: an option is unknown or this configuration is not supported; the server does not start.
+    """
+
+    _cache_hit_source = CacheHitSource.P2P
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._options = Options.parse(transfer.kv_connector_extra_config)
+        refuse_unsupported(vllm_config, kv_cache_config)
+        if not transfer.engine_id:
+            raise ConfigError("KvxferConnector needs an engine_id")
+        # vLLM adds layers that share another's cache to the groups later; only owners are transferred.
+        self._layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
+        self._scheduler: KvxferScheduler | None = None
+        self._worker: KvxferWorker | None = None
+        self._handshake: KvxferHandshake | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+            self._scheduler = KvxferScheduler(
+                Role(
+                    engine_id=transfer.engine_id,
+                    tp_size=vllm_config.parallel_config.tensor_parallel_size,
+                    is_producer=transfer.is_kv_producer,
+                    is_consumer=transfer.is_kv_consumer,
+                ),
+                block_tokens=block_tokens(kv_cache_config),
+                host=advertised(host),
+                port=port,
+            )
+
+    # -------------------------------------------------------------------------------------------- scheduler's half
+
+    @_guarded()
+    def on_new_request(self, request: Request) -> None:
+        """See :meth:`KvxferScheduler.on_new_request`."""
+        self._of_scheduler().on_new_request(request)
+
+    @_guarded((0, False))
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See :meth:`KvxferScheduler.get_num_new_matched_tokens`."""
+        return self._of_scheduler().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:  # noqa: ARG002
+        """A transfer overwrites the request's blocks of every group, so vLLM need not zero them first."""
+        return tuple(self._kv_cache_config.transfer_group_ids)
+
+    @_guarded()
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """See :meth:`KvxferScheduler.update_state_after_alloc`."""
+        self._of_scheduler().update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
+        """This step's orders to the workers."""
+        return self._of_scheduler().build_connector_meta()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Learn which loads are over, before vLLM acts on it."""
+        self._of_scheduler().loads_over(connector_output.finished_recving or ())
+
+    @_guarded((False, None))
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """See :meth:`KvxferScheduler.request_finished`."""
+        return self._of_scheduler().request_finished(request, block_ids)
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Learn the workers' addresses, by rank. Called only when workers told any."""
+        self._of_scheduler().set_addresses(metadata)
+
+    def has_pending_push_work(self) -> bool:
+        """Nothing is pushed; what vLLM waits for in pull mode keeps it stepping by itself."""
+        return False
+
+    def _of_scheduler(self) -> KvxferScheduler:
+        if self._scheduler is None:
+            raise RuntimeError("vLLM called a scheduler's hook of a worker's connector")
+        return self._scheduler
+
+    # ------------------------------------------------------------------------------------------------ worker's half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
+        # Imported here and not above: nothing of a transfer engine is loaded until a worker needs it.
+        from kvxfer_vllm.launch import start_endpoint  # noqa: PLC0415
+
+        endpoint = start_endpoint(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
+        self._worker = KvxferWorker(endpoint)
+        self._handshake = KvxferHandshake(endpoint.address)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """This worker's address, where the scheduler's half cannot know it by itself.
+
+        With one rank on a fixed port it can, and then there is nothing that MultiConnector, which hands one connector's
+        payload to all, could give to the wrong one.
+        """
+        _, port = side_channel(os.environ, self._vllm_config.parallel_config.data_parallel_index)
+        known = port != 0 and self._vllm_config.parallel_config.tensor_parallel_size == 1
+        return None if known else self._handshake
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Follow the orders at the beginning of the step, so that bytes move while the model computes."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, KvxferMetadata):
+            self._worker.follow(connector_metadata)
+
+    def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
+        """Nothing: loads began when the step's orders were bound."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: a request is scheduled only after its whole prompt was loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: object, **kwargs: Any) -> None:
+        """Nothing: consumers read the blocks where they are."""
+
+    def wait_for_save(self) -> None:
+        """Nothing: see :meth:`save_kv_layer`."""
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
+        """See :meth:`KvxferWorker.results`."""
+        if self._worker is None:
+            return KVConnectorTransferResults()
+        results = self._worker.results()
+        self._worker.take_failed_blocks()
+        return results
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
+        """As :meth:`get_transfer_results`, for callers that learn of failures from block ids."""
+        if self._worker is None:
+            return None, None
+        results = self._worker.results()
+        return results.finished_sending or None, results.finished_recving or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Empty, unless :meth:`get_finished` was used: vLLM 0.32 learns of failures by request."""
+        return self._worker.take_failed_blocks() if self._worker is not None else set()
+
+    def shutdown(self) -> None:
+        """Close the endpoint; may be called again."""
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    # --------------------------------------------------------------------------------------------------- statistics
+
+    def get_kv_connector_stats(self) -> KvxferStats | None:
+        """What this half observed since the last call."""
+        if self._worker is not None:
+            return self._worker.take_stats()
+        return self._scheduler.stats.take() if self._scheduler is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvxferStats:
+        """Statistics from the plain data that came from another process."""
+        return KvxferStats(data=data if data is not None else {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvxferPromMetrics:
+        """The metrics ``vllm:kvxfer_*`` of the API server."""
+        return KvxferPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a worker's endpoint on the caches that vLLM has just allocated. Errors end the server's start in one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from kvxfer.cache import KVCache
+from kvxfer.endpoint import Endpoint
+from kvxfer.errors import ConfigError
+from kvxfer_vllm.options import advertised, side_channel, tcp_address
+from kvxfer_vllm.support import block_tokens, is_mla, model_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvxfer_vllm.options import Options
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+def describe_cache(
+    kv_caches: Mapping[str, torch.Tensor],
+    layer_names: Sequence[str],
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    *,
+    tp_rank: int,
+    fingerprint: str,
+) -> KVCache:
+    """The cache of one rank as kvxfer sees it; nothing is copied.
+
+    Args:
+        kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content.
+        layer_names: layers that own their cache; vLLM adds names of layers that share another's.
+        vllm_config: for the model's heads and the block size.
+        kv_cache_config: for the number of blocks and the kind of the cache.
+        tp_rank: of this worker.
+        fingerprint: see :func:`kvxfer_vllm.support.model_fingerprint`.
+
+    Raises:
+        ConfigError: blocks of the attention kernel are not blocks of the block table.
+        KvxferError: the tensors are not in host memory, or make no cache.
+    """
+    layers = {name: kv_caches[name] for name in layer_names}
+    for name, tensor in layers.items():
+        if tensor.shape[0] != kv_cache_config.num_blocks:
+            raise ConfigError(
+                f"KvxferConnector does not support attention kernels with smaller blocks than the block table yet: {name} "
+                f"has {tensor.shape[0]} blocks for {kv_cache_config.num_blocks}; set --block-size to the kernel's"
+            )
+    if is_mla(kv_cache_config):
+        components, total, start = ("latent",), 1, 0
+    else:
+        components, total = ("kv",), vllm_config.model_config.get_total_num_kv_heads()
+        # Fewer heads than ranks: consecutive ranks hold copies of the same head.
+        start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
+    return KVCache.from_layers(
+        layers,
+        block_tokens=block_tokens(kv_cache_config),
+        components=components,
+        heads_total=total,
+        head_start=start,
+        fingerprint=fingerprint,
+        rank=tp_rank,
+        world=vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def start_endpoint(
+    kv_caches: Mapping[str, torch.Tensor],
+    layer_names: Sequence[str],
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    options: Options,
+) -> Endpoint:
+    """The endpoint of this worker, its threads running.
+
+    Rank 0 listens on the side channel's port, the other ranks on any free one.
+
+    Raises:
+        ConfigError: the port is taken, or a setting cannot be.
+        KvxferError: the transfer engine is not available, or the caches cannot be used.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415 - needs vLLM's process groups
+
+    tp_rank = get_tensor_model_parallel_rank()
+    host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+    settings = options.for_endpoint(os.environ)
+    cache = describe_cache(
+        kv_caches,
+        layer_names,
+        vllm_config,
+        kv_cache_config,
+        tp_rank=tp_rank,
+        fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
+    )
+    engine_id = vllm_config.kv_transfer_config.engine_id
+    endpoint = Endpoint(
+        cache,
+        agent=options.agent,
+        bind=tcp_address(host, port if tp_rank == 0 else 0),
+        name=engine_id,
+        agent_options=options.for_agent(),
+        advertise=advertised(host),
+        settings=settings,
+    )
+    logger.info(
+        "kvxfer: engine %s rank %d listens at %s; %s", engine_id, tp_rank, endpoint.address, settings.describe()
+    )
+    return endpoint

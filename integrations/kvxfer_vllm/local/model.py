@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models made on the spot: small enough for a laptop, strict enough to notice one wrong KV block.
+
+No weights are downloaded. A model is a recipe (sizes, seed) turned into a Llama checkpoint with random weights and a
+byte-level BPE tokenizer with a chat template, so that completions and chat both work. The weights are drawn with a wide
+spread (``initializer_range`` 0.3): greedy output then depends strongly on every cached key and value, whereas vLLM's
+own dummy weights (or the usual 0.02) answer the same tokens whatever the KV cache holds.
+
+A checkpoint lives in a folder named after the recipe's content, is written beside it and renamed into place: two
+processes that ask at once both get a whole model, and a process that dies midway leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KV_HEAVY", "SMALL", "ModelRecipe", "default_model_folder", "make_model"]
+
+# Bumped whenever the code below would make different files from the same recipe.
+_RECIPE_VERSION = 1
+
+_BOS, _EOS, _USER, _ASSISTANT, _END = "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"
+_SPECIAL_TOKENS = (_BOS, _EOS, _USER, _ASSISTANT, _END)
+
+_CHAT_TEMPLATE = (
+    "{{ '<s>' }}"
+    "{% for message in messages %}"
+    "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
+    "{{ message['content'] }}{{ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+# Any text would do; this one is ours, so the tokenizer is the same everywhere.
+_TRAINING_TEXT = (
+    "A prefill engine reads the whole prompt and leaves keys and values behind, block by block.",
+    "A decode engine continues where the prefill engine stopped, one token after another.",
+    "Between the two the cache of the request moves: every layer, every head, every token.",
+    "The owner of the blocks lends them for a while; the borrower renews the lease and settles it.",
+    "If the lease has ended, the bytes that were read are thrown away and never served.",
+    "What is the capital of a country, how far is the moon, and who wrote the first program?",
+    "Please write a short story about a river, a bridge, and the people who cross it each morning.",
+    "0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 100 1000 2026",
+)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What a model is made of; two equal recipes give the same files.
+
+    ``max_positions`` is the longest context in tokens. ``dtype`` is the dtype of weights and KV cache; float32 leaves
+    so little rounding noise that greedy tokens do not depend on how a server happens to batch its requests.
+    """
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    initializer_range: float = 0.3
+    vocabulary: int = 512
+    max_positions: int = 8192
+    seed: int = 20260
+
+    @property
+    def kv_nbytes_per_token(self) -> int:
+        """Bytes of KV cache one token takes (keys and values, all layers)."""
+        itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the model's folder: the recipe's name and a digest of its content."""
+        content = json.dumps([_RECIPE_VERSION, dataclasses.asdict(self), _TRAINING_TEXT, _CHAT_TEMPLATE])
+        return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+#: The model behind ``make serve`` and the end-to-end tests: starts fast, and one wrong KV block changes its tokens.
+SMALL = ModelRecipe(
+    name="kvxfer-small",
+    hidden=256,
+    intermediate=512,
+    layers=4,
+    heads=8,
+    kv_heads=4,
+    head_dim=32,
+    dtype="float32",
+)
+
+#: For transfer benchmarks through real servers: 128 KiB of KV per token behind very little compute.
+KV_HEAVY = ModelRecipe(
+    name="kvxfer-kv-heavy",
+    hidden=128,
+    intermediate=128,
+    layers=32,
+    heads=8,
+    kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+)
+
+
+def default_model_folder() -> Path:
+    """Where models are kept when nobody says otherwise: ``KVXFER_MODEL_FOLDER``, else the user's cache folder."""
+    explicit = os.environ.get("KVXFER_MODEL_FOLDER")
+    if explicit:
+        return Path(explicit)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "kvxfer" / "models"
+
+
+def make_model(recipe: ModelRecipe = SMALL, folder: Path | None = None) -> Path:
+    """Make the model unless it is there already; returns the folder to hand to ``--model``.
+
+    ``folder`` holds models side by side (default: :func:`default_model_folder`). Blocking: a few seconds the first
+    time. Safe to call from several processes at once.
+
+    Raises:
+        ImportError: torch, transformers or tokenizers is not installed.
+        OSError: the folder cannot be written.
+    """
+    parent = default_model_folder() if folder is None else folder
+    target = parent / recipe.folder_name
+    if target.is_dir():
+        return target
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{recipe.folder_name}.", dir=parent))
+    try:
+        _write_tokenizer(recipe, work)
+        _write_weights(recipe, work)
+        work.chmod(0o755)
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            # Another process finished the same model first; its files equal ours.
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write_tokenizer(recipe: ModelRecipe, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 - heavy, and only here
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=list(_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXT, trainer=trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": _BOS,
+            "eos_token": _EOS,
+            "pad_token": _EOS,
+            "model_max_length": recipe.max_positions,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
+    import torch  # noqa: PLC0415 - heavy, and only here
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - as torch
+    from transformers.utils import logging  # noqa: PLC0415 - as torch
+
+    dtype: Any = getattr(torch, recipe.dtype)
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
+        max_position_embeddings=recipe.max_positions,
+        initializer_range=recipe.initializer_range,
+        tie_word_embeddings=False,
+        bos_token_id=_SPECIAL_TOKENS.index(_BOS),
+        eos_token_id=_SPECIAL_TOKENS.index(_EOS),
+    )
+    # fork_rng: the caller's random state is none of our business.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        make: Any = LlamaForCausalLM  # untyped upstream
+        model = make(config).to(dtype)
+    chatter: Any = logging  # untyped upstream
+    chatter.disable_progress_bar()
+    model.save_pretrained(str(folder))
+    chatter.enable_progress_bar()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

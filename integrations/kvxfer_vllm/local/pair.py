@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real vLLM servers and vllm-router on this machine: a prefill server, a decode server and what stands in front.
+
+Everything is a plain description (:class:`ServerSettings`) plus a process (:class:`VllmServer`, :class:`Router`); a
+:class:`Pair` is the usual three of them. Used by ``python -m kvxfer_vllm.local``, the end-to-end tests and the
+benchmarks. Ports are free ones, logs go to files in the folder given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kvxfer_vllm.local.client import Answer, Prompt, Sample, ask, get, post, read_metrics
+from kvxfer_vllm.local.process import ServerProcess, ServerStartError, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["MODEL_NAME", "Pair", "Router", "ServerSettings", "VllmServer", "start_all"]
+
+#: The name under which every server serves its model.
+MODEL_NAME = "kvxfer"
+
+_HOST = "127.0.0.1"
+
+# What vLLM needs on a machine without a GPU, and what keeps several servers on few cores out of each other's way.
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Adds POST /reset_prefix_cache, so that a test can say what a server holds.
+    "VLLM_SERVER_DEV_MODE": "1",
+    # UCX listens on every interface otherwise. The lane between processes of one host is shared memory (CMA) either
+    # way; this only keeps its sockets, used to meet, off the network.
+    "UCX_NET_DEVICES": "lo",
+}
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How one vLLM server is to run.
+
+    ``role`` is ``kv_producer``, ``kv_consumer``, ``kv_both`` or None for a server without a connector.
+    ``connector_options`` go under ``kv_connector_extra_config``, ``transfer_config`` beside it.
+    ``num_blocks`` is the number of KV blocks (vLLM's choice if None). ``arguments`` are appended to the command line.
+    """
+
+    name: str
+    model: Path
+    role: str | None = None
+    connector: str = "KvxferConnector"
+    connector_options: Mapping[str, Any] = field(default_factory=dict)
+    transfer_config: Mapping[str, Any] = field(default_factory=dict)
+    load_failure_policy: str = "fail"
+    num_blocks: int | None = None
+    block_tokens: int = 32
+    max_model_tokens: int = 4096
+    environment: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+
+    def model_dtype(self) -> str:
+        """The dtype the model was saved in, ``auto`` if it does not say.
+
+        vLLM left to itself serves a float32 model in bfloat16, whose rounding lets tokens depend on how requests were
+        batched; then "the same tokens" would prove nothing.
+        """
+        config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+    def kv_transfer_config(self) -> dict[str, Any] | None:
+        """The ``--kv-transfer-config`` of this server, None without a connector."""
+        if self.role is None:
+            return None
+        config: dict[str, Any] = {
+            "kv_connector": self.connector,
+            "kv_role": self.role,
+            "kv_load_failure_policy": self.load_failure_policy,
+            **self.transfer_config,
+        }
+        if self.connector == "NixlConnector":
+            # vLLM's own connector assumes a GPU unless told.
+            config.setdefault("kv_buffer_device", "cpu")
+        if self.connector_options:
+            config["kv_connector_extra_config"] = dict(self.connector_options)
+        return config
+
+
+class VllmServer(ServerProcess):
+    """One ``vllm`` API server with its engine; ``url`` answers HTTP, ``side_channel_port`` is where peers meet it."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        folder: Path,
+        *,
+        port: int | None = None,
+        side_channel_port: int | None = None,
+    ) -> None:
+        self.settings = settings
+        self.port = free_port() if port is None else port
+        self.side_channel_port = free_port() if side_channel_port is None else side_channel_port
+        self.url = f"http://{_HOST}:{self.port}"
+        command = [
+            # The `vllm` command asks for metadata of a distribution called vllm, which vllm-cpu is not.
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *("--host", _HOST, "--port", str(self.port)),
+            *("--model", str(settings.model), "--served-model-name", MODEL_NAME, "--dtype", settings.model_dtype()),
+            *("--block-size", str(settings.block_tokens), "--max-model-len", str(settings.max_model_tokens)),
+            # Short access logs would drown what matters in the log's tail.
+            *("--enforce-eager", "--disable-uvicorn-access-log"),
+        ]
+        if settings.num_blocks is not None:
+            command += ["--num-gpu-blocks-override", str(settings.num_blocks)]
+        transfer = settings.kv_transfer_config()
+        if transfer is not None:
+            command += ["--kv-transfer-config", json.dumps(transfer)]
+        environment = {
+            **_ENVIRONMENT,
+            "KVXFER_SIDE_CHANNEL_HOST": _HOST,
+            "KVXFER_SIDE_CHANNEL_PORT": str(self.side_channel_port),
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(self.side_channel_port),
+            **settings.environment,
+        }
+        super().__init__(
+            settings.name,
+            [*command, *settings.arguments],
+            log=folder / f"{settings.name}.log",
+            healthy=lambda: get(self.url, "/health", timeout_s=2.0)[0] == 200,
+            environment=environment,
+        )
+
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
+        """:func:`kvxfer_vllm.local.client.ask` this server directly."""
+        return ask(self.url, prompt, **options)
+
+    def prefill(self, prompt: Prompt, **options: Any) -> Answer:
+        """Ask as vllm-router asks a prefill server: one token, blocks kept; the answer says where they are."""
+        wish = {
+            "do_remote_decode": True,
+            "do_remote_prefill": False,
+            "remote_engine_id": None,
+            "remote_block_ids": None,
+            "remote_host": None,
+            "remote_port": None,
+        }
+        return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": wish, **options})
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, so that the next prompt is computed or transferred as a whole."""
+        post(self.url, "/reset_prefix_cache")
+
+    def metrics(self) -> list[Sample]:
+        """Everything on ``/metrics``.
+
+        Raises:
+            OSError: the server does not answer.
+        """
+        return read_metrics(self.url)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that have these labels; 0.0 if there is none."""
+        return sum(
+            sample.value
+            for sample in self.metrics()
+            if sample.name == name and all(sample.labels.get(key) == value for key, value in labels.items())
+        )
+
+    def blocks_in_use(self) -> float:
+        """KV blocks held by requests now, in blocks; cached prefixes that nobody uses do not count."""
+        samples = self.metrics()
+        share = sum(sample.value for sample in samples if sample.name == "vllm:kv_cache_usage_perc")
+        blocks = [
+            float(sample.labels["num_gpu_blocks"])
+            for sample in samples
+            if sample.name == "vllm:cache_config_info" and "num_gpu_blocks" in sample.labels
+        ]
+        return share * (blocks[0] if blocks else 1.0)
+
+    def wait_no_blocks_in_use(self, timeout_s: float = 60.0) -> float:
+        """Wait until no request holds a block; returns the blocks still in use at the deadline (0.0 is good)."""
+        deadline = time.monotonic() + timeout_s
+        while (used := self.blocks_in_use()) > 0 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return used
+
+
+class Router(ServerProcess):
+    """vllm-router before one prefill and one decode server, unchanged: it believes that it talks to NixlConnector."""
+
+    def __init__(self, prefill: VllmServer, decode: VllmServer, folder: Path, *, port: int | None = None) -> None:
+        self.port = free_port() if port is None else port
+        self.url = f"http://{_HOST}:{self.port}"
+        command = [
+            *(sys.executable, "-m", "vllm_router.launch_router", "--host", _HOST, "--port", str(self.port)),
+            *("--vllm-pd-disaggregation", "--prefill", prefill.url, "--decode", decode.url),
+            *("--kv-connector", "nixl", "--policy", "round_robin", "--prometheus-port", str(free_port())),
+        ]
+        super().__init__(
+            "router",
+            command,
+            log=folder / "router.log",
+            healthy=lambda: get(self.url, "/health", timeout_s=2.0)[0] == 200,
+        )
+
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
+        """:func:`kvxfer_vllm.local.client.ask` through the router."""
+        return ask(self.url, prompt, **options)
+
+
+def start_all(
+    *servers: ServerProcess,
+    timeout_s: float = 300.0,
+    on_wait: Callable[[ServerProcess, float], None] | None = None,
+) -> None:
+    """Start servers side by side and wait until all are healthy; if one fails, all of them are killed.
+
+    ``on_wait(server, seconds)`` is called several times a second with the server that is waited for.
+
+    Raises:
+        ServerStartError: one died or was not healthy in time.
+    """
+    begin = time.monotonic()
+    try:
+        for server in servers:
+            server.start()
+        for server in servers:
+            report = None
+            if on_wait is not None:
+                # Bound now: the loop's variables will have moved on when it is called.
+                report = _reporter(on_wait, server, begin)
+            server.wait_ready(timeout_s, report)
+    except BaseException:
+        for server in servers:
+            server.kill()
+        raise
+
+
+def _reporter(
+    on_wait: Callable[[ServerProcess, float], None], server: ServerProcess, begin: float
+) -> Callable[[float], None]:
+    return lambda _: on_wait(server, time.monotonic() - begin)
+
+
+class Pair:
+    """A prefill server, a decode server and vllm-router before them; a context manager that ends all three.
+
+    ``producer`` and ``consumer`` describe the two servers; :meth:`of` makes the usual ones. The router is started when
+    both are healthy (it would look again only every 30 s).
+    """
+
+    def __init__(
+        self, producer: ServerSettings, consumer: ServerSettings, folder: Path, *, router_port: int | None = None
+    ) -> None:
+        self.prefill = VllmServer(producer, folder)
+        self.decode = VllmServer(consumer, folder)
+        self.router = Router(self.prefill, self.decode, folder, port=router_port)
+
+    @classmethod
+    def of(cls, model: Path, folder: Path, *, router_port: int | None = None, **common: Any) -> Pair:
+        """The usual pair on a model; ``common`` are settings of both servers (see :class:`ServerSettings`)."""
+        return cls(
+            ServerSettings(name="prefill", model=model, role="kv_producer", **common),
+            ServerSettings(name="decode", model=model, role="kv_consumer", **common),
+            folder,
+            router_port=router_port,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where a client sends its requests: the router."""
+        return self.router.url
+
+    @property
+    def servers(self) -> tuple[ServerProcess, ...]:
+        """All three, in the order in which they end well: who asks ends before who answers."""
+        return (self.router, self.decode, self.prefill)
+
+    def start(self, timeout_s: float = 300.0, on_wait: Callable[[ServerProcess, float], None] | None = None) -> None:
+        """Start all three and wait until the router is ready.
+
+        Raises:
+            ServerStartError: one of them failed; none is left running.
+        """
+        try:
+            start_all(self.prefill, self.decode, timeout_s=timeout_s, on_wait=on_wait)
+            start_all(self.router, timeout_s=timeout_s, on_wait=on_wait)
+        except BaseException:
+            self.kill()
+            raise
+
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
+        """:func:`kvxfer_vllm.local.client.ask` through the router."""
+        return self.router.ask(prompt, **options)
+
+    def stop(self, timeout_s: float = 15.0) -> None:
+        """End all three, politely if they let us; afterwards none of their processes is left."""
+        for server in self.servers:
+            with contextlib.suppress(ServerStartError, OSError):
+                server.thaw()
+                server.terminate()
+        for server in self.servers:
+            server.stop(timeout_s)
+
+    def kill(self) -> None:
+        """Kill all three at once."""
+        for server in self.servers:
+            server.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. Pure: no vLLM, no I/O, no state.
+
+Parameters come from clients, so every malformed input becomes a :class:`Refused` with a named reason, never an exception.
+The keys are NixlConnector's (pull mode), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
+which holds the lease as a JSON object. Nothing that is read from NixlConnector's keys decides which bytes move: the
+producer's grant says so. They are checked because parameters that contradict themselves deserve no trust.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvxfer.errors import LeaseRefError
+from kvxfer.lease import LeaseRef
+from kvxfer_vllm.reasons import Refusal
+
+LEASE_KEY = "kvxfer"
+_MAX_BLOCK_ID = 2**31 - 1
+
+# NixlConnector's keys that a consumer must find beside the lease, with the types they may have.
+_REQUIRED: dict[str, type] = {
+    "remote_engine_id": str,
+    "remote_request_id": str,
+    "remote_host": str,
+    "remote_port": int,
+    "tp_size": int,
+}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Compute locally, and count ``reason``; ``detail`` is one sentence for the log and holds no prompt."""
+
+    reason: Refusal
+    detail: str
+
+
+@dataclass(frozen=True)
+class Serve:
+    """The request is to be prefilled here for another server (``do_remote_decode``)."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """The prompt's KV lies elsewhere under ``lease`` (``do_remote_prefill``)."""
+
+    lease: LeaseRef
+
+
+@dataclass(frozen=True)
+class Role:
+    """What parameters are judged against.
+
+    Attributes:
+        engine_id: of this server.
+        tp_size: tensor parallel size of this server.
+        is_producer, is_consumer: from vLLM's ``kv_role``.
+    """
+
+    engine_id: str
+    tp_size: int
+    is_producer: bool
+    is_consumer: bool
+
+
+def parse(params: object, role: Role) -> Serve | Fetch | Refused | None:
+    """What a request asks for; None means nothing at all. Never raises on any input."""
+    if params is None:
+        return None
+    if not isinstance(params, Mapping):
+        return Refused(Refusal.NOT_AN_OBJECT, f"kv_transfer_params is a {type(params).__name__}")
+    flags = {name: params.get(name) for name in ("do_remote_prefill", "do_remote_decode")}
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            return Refused(Refusal.BAD_FLAG, f"{name} is a {type(value).__name__}")
+    prefill, decode = flags.values()
+    if prefill and decode:
+        return Refused(Refusal.BOTH_FLAGS, "do_remote_prefill and do_remote_decode are both set")
+    if decode:
+        if not role.is_producer:
+            return Refused(Refusal.NOT_A_PRODUCER, "do_remote_decode was sent to a consumer")
+        return Serve()
+    if prefill:
+        if not role.is_consumer:
+            return Refused(Refusal.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
+        return _fetch(params, role)
+    return None
+
+
+def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
+    if LEASE_KEY not in params or params[LEASE_KEY] is None:
+        return Refused(Refusal.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?")
+    try:
+        lease = LeaseRef.from_obj(params[LEASE_KEY])
+    except LeaseRefError as error:
+        return Refused(Refusal.BAD_LEASE, str(error))
+    if "v" not in params[LEASE_KEY]:
+        return Refused(Refusal.BAD_LEASE, "the lease has no version")
+    if not all(address.startswith("tcp://") for address in lease.addresses):
+        return Refused(Refusal.BAD_LEASE, "an address of the lease is not tcp://")
+    for name, kind in _REQUIRED.items():
+        value = params.get(name)
+        if value is None:
+            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
+    if not 0 < params["remote_port"] < 2**16:
+        return Refused(Refusal.BAD_TYPE, "remote_port is no port")
+    if params["tp_size"] != role.tp_size or len(lease.addresses) != role.tp_size:
+        return Refused(Refusal.OTHER_TP, f"the producer has tp_size {params['tp_size']}, this server {role.tp_size}")
+    for name in ("pp_size", "dcp_size"):
+        if params.get(name, 1) != 1:
+            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+    if params.get("transfer_mode", "pull") != "pull":
+        return Refused(Refusal.OTHER_MODE, "transfer_mode is not 'pull'")
+    if lease.owner == role.engine_id:
+        return Refused(Refusal.OWN_ENGINE, "the lease was made by this engine")
+    if params["remote_engine_id"] != lease.owner or params["remote_request_id"] != lease.request:
+        return Refused(Refusal.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
+    if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
+        return Refused(Refusal.CONTRADICTION, "remote_num_tokens is not the lease's")
+    return _checked_blocks(params.get("remote_block_ids"), lease) or Fetch(lease)
+
+
+def _checked_blocks(groups: object, lease: LeaseRef) -> Refused | None:
+    """A block holds at least one token, which bounds the work spent on a list of any length."""
+    blocks = groups[0] if isinstance(groups, (list, tuple)) and len(groups) == 1 else None
+    if not isinstance(blocks, (list, tuple)) or not blocks:
+        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids is not one non-empty list of block ids")
+    if len(blocks) > lease.num_tokens:
+        return Refused(Refusal.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
+    if not all(type(block) is int and 0 <= block <= _MAX_BLOCK_ID for block in blocks):
+        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
+    return None
+
+
+def response(lease: LeaseRef, block_ids: Sequence[int], *, host: str, port: int, tp_size: int) -> dict[str, Any]:
+    """What the producer answers: every key of NixlConnector's pull response, with its types, and the lease."""
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [list(block_ids)],
+        "remote_engine_id": lease.owner,
+        "remote_request_id": lease.request,
+        "remote_host": host,
+        "remote_port": port,
+        "tp_size": tp_size,
+        "dcp_size": 1,
+        "pp_size": 1,
+        "remote_num_tokens": lease.num_tokens,
+        "remote_blocks_expiry_time": None,
+        "transfer_mode": "pull",
+        LEASE_KEY: lease.to_obj(),
+    }
+
+
+def prompt_digest(
+    token_ids: Sequence[int],
+    *,
+    mm_items: Sequence[tuple[str, int]] = (),
+    lora: str | None = None,
+    cache_salt: str | None = None,
+) -> str:
+    """32 hex digits that are equal on both sides exactly if the KV of the two prompts means the same.
+
+    Args:
+        token_ids: of the whole prompt, each within 32 bits.
+        mm_items: content hash and position in the prompt of each image, sound, ...; their tokens are placeholders.
+        lora: name of the LoRA adapter.
+        cache_salt: what keeps one tenant's prefix cache from another's.
+    """
+    # One list holds what is not tokens, in a form in which no two different values look alike.
+    context = repr((len(token_ids), list(mm_items), lora, cache_salt)).encode()
+    digest = hashlib.blake2b(context, digest_size=16)
+    digest.update(array.array("i", token_ids).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point ``vllm.general_plugins``: makes the name ``KvxferConnector`` known to vLLM."""
+
+from __future__ import annotations
+
+_NAME = "KvxferConnector"
+
+
+def register() -> None:
+    """Register the connector under its class name; called by vLLM once per process, and harmless when called again.
+
+    The registry name equals the class name because vLLM's MultiConnector looks statistics up by the class name.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415 - vLLM calls us
+
+    if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public question, and registering twice raises
+        KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm.connector", _NAME)

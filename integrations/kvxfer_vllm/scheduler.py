@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the connector that lives with vLLM's scheduler: translates its calls into orders for the workers.
+
+It does no I/O and knows no vendor. Producer: mints a lease's token when a request is first scheduled, and offers its blocks
+when it has finished. Consumer: has the lease held from the moment the request arrives, and read when blocks are allocated.
+
+Per request a consumer is in one of two states, *waiting* (never allocated) or *loading* (vLLM waits until a worker reports
+it); vLLM calls `update_state_after_alloc` again after a load and after a preemption, which then means nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import RequestStatus
+
+from kvxfer.errors import ConfigError
+from kvxfer.lease import LeaseRef
+from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read
+from kvxfer_vllm.options import tcp_address
+from kvxfer_vllm.params import Fetch, Refused, Role, Serve, parse, prompt_digest, response
+from kvxfer_vllm.reasons import Refusal
+from kvxfer_vllm.stats import KvxferStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_LEASES_REMEMBERED = 65_536
+_DELIVERED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
+
+
+@dataclass
+class _Fetching:
+    lease: LeaseRef
+    loading: bool = False
+    """A worker was told to load, and vLLM waits for its report."""
+
+
+class KvxferScheduler:
+    """One engine's requests, as far as they are transferred.
+
+    All methods run on the engine's thread and none of them waits for anything. They may raise only on a defect of their
+    own or of vLLM; the facade survives that through `survive`.
+
+    Args:
+        role: what kv_transfer_params are judged against.
+        block_tokens: tokens of one KV cache block.
+        host, port: of the side channel of rank 0, for NixlConnector's keys; port 0 until `set_addresses`.
+    """
+
+    def __init__(self, role: Role, *, block_tokens: int, host: str, port: int) -> None:
+        self._role = role
+        self._block_tokens = block_tokens
+        self._host = host
+        self._port = port
+        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port and role.tp_size == 1 else ()
+        self._to_serve: set[str] = set()
+        self._serving: dict[str, LeaseRef] = {}
+        self._fetching: dict[str, _Fetching] = {}
+        self._leases_used: OrderedDict[str, None] = OrderedDict()
+        self._step = KvxferMetadata()
+        self.stats = KvxferStats()
+
+    def set_addresses(self, handshakes: Mapping[int, object]) -> None:
+        """Learn where the workers listen; called once, at start-up, by rank.
+
+        Raises:
+            ConfigError: not every rank told its address. MultiConnector hands out the payload of one connector only, and
+                then only a single rank, whose address is known beforehand, can be served.
+        """
+        found = {rank: told.address for rank, told in handshakes.items() if isinstance(told, KvxferHandshake)}
+        if sorted(found) == list(range(self._role.tp_size)):
+            self._addresses = tuple(found[rank] for rank in range(self._role.tp_size))
+            self._port = int(self._addresses[0].rpartition(":")[2])
+        elif not self._addresses:
+            raise ConfigError(
+                f"KvxferConnector needs the addresses of {self._role.tp_size} workers and got {len(found)}; "
+                "inside MultiConnector it supports tensor_parallel_size 1 with a fixed side channel port only"
+            )
+
+    # ------------------------------------------------------------------------------------------------ vLLM's hooks
+
+    def on_new_request(self, request: Request) -> None:
+        """Judge a request's parameters once; a consumer's lease is held from here on."""
+        asked = parse(request.kv_transfer_params, self._role)
+        if asked is not None and not isinstance(asked, Refused):
+            asked = self._judge_prompt(request, asked)
+        if isinstance(asked, Refused):
+            self.stats.count("refused_params", label=asked.reason.value)
+            logger.warning(
+                "Request %s: kv_transfer_params refused (%s: %s); it is computed locally.",
+                request.request_id,
+                asked.reason.value,
+                asked.detail,
+            )
+            if asked.reason is Refusal.NOT_AN_OBJECT:
+                # vLLM 0.32 calls .get() on it right after this hook, and its engine would not survive that.
+                request.kv_transfer_params = None
+        elif isinstance(asked, Serve):
+            self._to_serve.add(request.request_id)
+        elif isinstance(asked, Fetch):
+            self._fetching[request.request_id] = _Fetching(asked.lease)
+            self._leases_used[asked.lease.token] = None
+            if len(self._leases_used) > _LEASES_REMEMBERED:
+                self._leases_used.popitem(last=False)
+            if not _aborted_already(request):
+                self._step.hold.append(asked.lease)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens that can be loaded beyond those found locally, and whether that takes more than this step."""
+        fetching = self._fetching.get(request.request_id)
+        if fetching is None or fetching.loading:
+            return 0, False
+        missing = fetching.lease.num_tokens - num_computed_tokens
+        return (missing, True) if missing > 0 else (0, False)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """A request was scheduled: hand out a producer's token, start a consumer's load or drop its lease."""
+        request_id = request.request_id
+        if request_id in self._to_serve:
+            self._to_serve.discard(request_id)
+            lease = LeaseRef.mint(
+                owner=self._role.engine_id,
+                addresses=self._addresses,
+                request=request_id,
+                num_tokens=request.num_prompt_tokens,
+                digest=_digest(request),
+            )
+            self._serving[request_id] = lease
+            self._step.announce.append(lease)
+        fetching = self._fetching.get(request_id)
+        if fetching is None or fetching.loading:
+            return
+        if num_external_tokens == 0:
+            # All of it is here already, or another connector of a MultiConnector loads it.
+            del self._fetching[request_id]
+            self._step.drop.append(fetching.lease)
+            self.stats.count("local_hits")
+            return
+        (block_ids,) = blocks.get_block_ids()
+        num_tokens = fetching.lease.num_tokens
+        skip = (num_tokens - num_external_tokens) // self._block_tokens
+        target = block_ids[skip : self._num_blocks(num_tokens)]
+        if len(target) != self._num_blocks(num_tokens) - skip:
+            raise RuntimeError(f"{len(block_ids)} blocks were allocated for {num_tokens} tokens")
+        self._step.read.append(Read(request_id, fetching.lease, target, skip))
+        fetching.loading = True
+
+    def build_connector_meta(self) -> KvxferMetadata:
+        """This step's orders; afterwards there are none."""
+        step, self._step = self._step, KvxferMetadata()
+        return step
+
+    def loads_over(self, request_ids: Iterable[str]) -> None:
+        """Workers reported that these requests' loads ended, well or not."""
+        for request_id in request_ids:
+            self._fetching.pop(request_id, None)
+
+    def request_finished(self, request: Request, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over. True: its blocks stay until a worker reports it as sent."""
+        request_id = request.request_id
+        fetching = self._fetching.pop(request_id, None)
+        if fetching is not None and fetching.loading:
+            self._step.cancel.append(request_id)
+        elif fetching is not None:
+            self._step.drop.append(fetching.lease)
+        self._to_serve.discard(request_id)
+        lease = self._serving.pop(request_id, None)
+        if lease is None:
+            return False, None
+        offered = list(block_ids[: self._num_blocks(lease.num_tokens)])
+        if (
+            request.status not in _DELIVERED
+            or request.num_computed_tokens < lease.num_tokens
+            or len(offered) != self._num_blocks(lease.num_tokens)
+        ):
+            self._step.withdraw.append(lease)
+            return False, None
+        answer = response(lease, offered, host=self._host, port=self._port, tp_size=self._role.tp_size)
+        self._step.offer.append(Offer(request_id, lease, offered))
+        return True, answer
+
+    def survive(self, hook: str, request_id: str, *, parked: bool) -> None:
+        """A hook raised: let the request be computed locally, and let nothing wait for what will not come.
+
+        Args:
+            hook: name of vLLM's hook, for the metric.
+            request_id: whose request it was.
+            parked: vLLM now waits until a worker reports the load, which is therefore made to fail.
+        """
+        self.stats.count("hook_errors", label=hook)
+        fetching = self._fetching.pop(request_id, None)
+        if fetching is not None and not fetching.loading:
+            self._step.drop.append(fetching.lease)
+            if parked:
+                self._step.fail.append(request_id)
+        self._to_serve.discard(request_id)
+        lease = self._serving.pop(request_id, None)
+        if lease is not None:
+            self._step.withdraw.append(lease)
+
+    # ------------------------------------------------------------------------------------------------------ inside
+
+    def _judge_prompt(self, request: Request, asked: Serve | Fetch) -> Serve | Fetch | Refused:
+        """What only the request itself, and the other requests, can tell about its parameters."""
+        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
+            return Refused(Refusal.NO_TOKEN_IDS, "the prompt is not a fixed list of token ids")
+        if isinstance(asked, Serve):
+            return asked
+        if asked.lease.token in self._leases_used:
+            # A lease is read once, and the second request would lose by trying; computing, it may find the first's blocks.
+            return Refused(Refusal.LEASE_USED, "another request on this server has, or had, the same lease")
+        # A request that vLLM aborts at once only brings a lease to be dropped; its prompt is a stand-in.
+        if not _aborted_already(request) and (
+            asked.lease.num_tokens != request.num_prompt_tokens or asked.lease.digest != _digest(request)
+        ):
+            return Refused(Refusal.OTHER_PROMPT, "the lease is for another prompt")
+        return asked
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+
+def _aborted_already(request: Request) -> bool:
+    return bool(getattr(request, "abort_immediately", False))
+
+
+def _digest(request: Request) -> str:
+    return prompt_digest(
+        request.prompt_token_ids or (),
+        mm_items=[(item.identifier, item.mm_position.offset) for item in request.mm_features],
+        lora=request.lora_request.lora_name if request.lora_request else None,
+        cache_salt=request.cache_salt,
+    )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted, how it travels to vLLM's front end, and the Prometheus metrics ``vllm:kvxfer_*`` made of it.
+
+Scheduler and workers each collect a :class:`KvxferStats`; vLLM adds them up per engine step, ships the plain ``data`` to the
+API server and calls :meth:`KvxferPromMetrics.observe` there. Numbers therefore appear with the engine's next step: what
+happens while an engine idles is shown once it works again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from kvxfer_vllm.reasons import Refusal
+
+_SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
+
+# name -> what it counts; each is exported as vllm:kvxfer_<name>. With tensor parallelism every rank moves, and counts, its part.
+COUNTERS = {
+    "settled_leases": "Leases of this producer that their holder settled: the blocks were read and freed.",
+    "expired_leases": "Leases of this producer that ran out before the consumer settled them.",
+    "revoked_leases": "Leases of this producer that were taken back, e.g. because the client had gone.",
+    "unread_leases": "Leases of this producer that their holder gave back unread, e.g. after a local prefix hit.",
+    "fences": "Times the transfer agent was torn down to stop late writes.",
+    "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
+    "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",
+}
+
+# The same with a label: name -> (what it counts, the label, its values known in advance, exported as 0 from the start).
+LABELLED = {
+    "refused_params": (
+        "Requests whose kv_transfer_params were refused and whose prompt was therefore computed locally.",
+        "reason",
+        tuple(reason.value for reason in Refusal),
+    ),
+    "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", ()),
+    "refused_messages": ("Messages on the side channel that were refused.", "reason", ()),
+    "handshakes": ("Handshakes this consumer asked for.", "outcome", ()),
+    "hook_errors": ("Defects of this connector that it survived. Please report them.", "hook", ()),
+}
+
+
+@dataclass
+class KvxferStats(KVConnectorStats):
+    """Observations since the last time they were taken.
+
+    ``data`` is plain JSON, for it crosses process borders: lists of numbers under the names of the series, integers under
+    the names of the counters, and ``{label: integer}`` under the names of the counters with a label.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def record_transfer(self, *, seconds: float, nbytes: int, descriptors: int) -> None:
+        """Note one finished transfer of this worker."""
+        for name, value in zip(_SERIES, (seconds, nbytes, descriptors), strict=True):
+            self.data.setdefault(name, []).append(value)
+
+    def count(self, name: str, amount: int = 1, *, label: str | None = None) -> None:
+        """Add to a counter, with a label for those in :data:`LABELLED`."""
+        if amount == 0:
+            return
+        if label is None:
+            self.data[name] = self.data.get(name, 0) + amount
+        else:
+            by_label = self.data.setdefault(name, {})
+            by_label[label] = by_label.get(label, 0) + amount
+
+    def take(self) -> KvxferStats | None:
+        """What was collected, or None where there is nothing; this object is empty afterwards."""
+        if not self.data:
+            return None
+        taken = KvxferStats(data=self.data)
+        self.data = {}
+        return taken
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        """Whether nothing was observed."""
+        return not self.data
+
+    def aggregate(self, other: KVConnectorStats) -> KvxferStats:
+        """Add another worker's, or a later step's, observations to these."""
+        merged = dict(self.data)
+        for name, value in other.data.items():
+            if name in _SERIES:
+                merged[name] = [*merged.get(name, ()), *value]
+            elif isinstance(value, dict):
+                mine = merged.get(name, {})
+                merged[name] = mine | {label: mine.get(label, 0) + amount for label, amount in value.items()}
+            else:
+                merged[name] = merged.get(name, 0) + value
+        self.data = merged
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """One line for vLLM's log."""
+        seconds = self.data.get("transfer_seconds", [])
+        nbytes = self.data.get("transfer_bytes", [])
+        line: dict[str, int | float] = {"Num transfers": len(seconds)}
+        if seconds:
+            line["Median transfer (ms)"] = round(statistics.median(seconds) * 1e3, 3)
+            line["Avg MB per transfer"] = round(sum(nbytes) / len(nbytes) / 2**20, 3)
+            line["Throughput (MB/s)"] = round(sum(nbytes) / 2**20 / max(sum(seconds), 1e-9), 1)
+            line["Avg descriptors"] = round(statistics.mean(self.data.get("transfer_descriptors", [0])), 1)
+        line |= {name: self.data[name] for name in COUNTERS if name in self.data}
+        for name in LABELLED:
+            line |= {f"{name}[{label}]": amount for label, amount in self.data.get(name, {}).items()}
+        return line
+
+
+class KvxferPromMetrics(KVConnectorPromMetrics):
+    """Registers the metrics in the API server and feeds them."""
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+        sizes = tuple(float(2**power) for power in range(12, 36, 2))  # 4 KiB to 16 GiB
+        counts = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+        self._series = {
+            name: self._histogram_cls(
+                name=f"vllm:kvxfer_{name}", documentation=text, buckets=buckets, labelnames=labelnames
+            )
+            for name, text, buckets in (
+                (
+                    "transfer_seconds",
+                    "Seconds from the start of a read to its last byte and the owner's word.",
+                    seconds,
+                ),
+                ("transfer_bytes", "Bytes of one transfer.", sizes),
+                ("transfer_descriptors", "Descriptors of one transfer, after merging.", counts),
+            )
+        }
+        self._counters = {
+            name: self._counter_cls(name=f"vllm:kvxfer_{name}", documentation=text, labelnames=labelnames)
+            for name, text in COUNTERS.items()
+        }
+        self._labelled = {
+            name: self._counter_cls(name=f"vllm:kvxfer_{name}", documentation=text, labelnames=[*labelnames, label])
+            for name, (text, label, _) in LABELLED.items()
+        }
+        for values in per_engine_labelvalues.values():
+            for metric in (*self._series.values(), *self._counters.values()):
+                metric.labels(*values)
+            for name, (_, _, known) in LABELLED.items():
+                for label in known:
+                    self._labelled[name].labels(*values, label)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add one step's ``data`` of :class:`KvxferStats` to the metrics of an engine."""
+        values = self.per_engine_labelvalues[engine_idx]
+        for name, series in self._series.items():
+            child = series.labels(*values)
+            for value in transfer_stats_data.get(name, ()):
+                child.observe(value)
+        for name, counter in self._counters.items():
+            if amount := transfer_stats_data.get(name, 0):
+                counter.labels(*values).inc(amount)
+        for name, counter in self._labelled.items():
+            for label, amount in transfer_stats_data.get(name, {}).items():
+                counter.labels(*values, label).inc(amount)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this connector cannot do is refused here, when the server starts, in one sentence; never when a request comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+
+from kvxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Check everything that can be known before the caches are allocated.
+
+    Raises:
+        ConfigError: this server's configuration is not supported; the message says what and what would be.
+    """
+    for reason in _reasons(vllm_config, kv_cache_config):
+        raise ConfigError(f"KvxferConnector does not support {reason}")
+
+
+def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterable[str]:
+    parallel = vllm_config.parallel_config
+    for name, short in (
+        ("pipeline_parallel_size", "pipeline parallelism"),
+        ("decode_context_parallel_size", "decode context parallelism"),
+        ("prefill_context_parallel_size", "prefill context parallelism"),
+    ):
+        if getattr(parallel, name, 1) > 1:
+            yield f"{short} yet ({name} is {getattr(parallel, name)}); set it to 1"
+    device = vllm_config.device_config.device_type
+    if device != "cpu":
+        yield f"KV caches on the device {device!r} yet, only in host memory (vLLM's CPU backend)"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding yet; leave out --speculative-config"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+        yield "KV scales computed at run time, which would differ between the two servers"
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        yield f"models with {len(groups)} KV cache groups yet; set --disable-hybrid-kv-cache-manager"
+    for group in groups:
+        if not getattr(group, "enable_kv_transfer", True) or getattr(group, "host_resident", False):
+            yield "KV cache groups that vLLM keeps out of transfers or on the host"
+        for spec in _specs(group.kv_cache_spec):
+            if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
+                yield f"layers with {type(spec).__name__} yet, only full attention and MLA"
+
+
+def _specs(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
+    return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
+
+
+def block_tokens(kv_cache_config: KVCacheConfig) -> int:
+    """Tokens of one block of the block table."""
+    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+
+
+def is_mla(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
+    return all(
+        isinstance(s, MLAAttentionSpec) for g in kv_cache_config.kv_cache_groups for s in _specs(g.kv_cache_spec)
+    )
+
+
+def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
+    """Equal on two servers exactly if KV computed by one means the same to the other.
+
+    Layout, block size and parallelism are no part of it: they stand in the cache's description and are compared there.
+    Neither are the versions of vLLM and kvxfer.
+
+    Args:
+        vllm_config: of this server.
+        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the dtypes.
+    """
+    model = vllm_config.model_config
+    facts: dict[str, Any] = {"dtype": str(model.dtype), "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype)}
+    if override:
+        facts["model"] = override
+    else:
+        config = model.hf_config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "architectures"):
+            config.pop(name, None)
+        facts |= {
+            "model": model.model,
+            "revision": model.revision,
+            "quantization": str(model.quantization),
+            "config": config,
+        }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return f"vllm:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

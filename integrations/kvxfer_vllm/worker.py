@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the connector that lives in each worker: follows the scheduler's orders and reports how they ended.
+
+Everything here runs on the engine's thread. The endpoint's calls put work into a queue and return, so no step ever waits
+for the network; what happened meanwhile is collected once per step.
+
+vLLM's scheduler dies of an id that it does not expect, so every request is reported exactly once: a consumer's by the end
+of the one transfer that was started for it, a producer's by the end of the one lease that its blocks were offered under.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Protocol
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from kvxfer.errors import KvxferError
+from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer_vllm.stats import KvxferStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from kvxfer.lease import LeaseRef
+    from kvxfer.metrics import Metrics
+    from kvxfer.transfer import Event, Transfer
+    from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+# Counters of the endpoint that are shown under the same label in vLLM: its name, its label -> our name.
+_FORWARDED = {
+    ("kvxfer_refused_messages_total", "reason"): "refused_messages",
+    ("kvxfer_handshakes_total", "outcome"): "handshakes",
+    ("kvxfer_fences_total", ""): "fences",
+    ("kvxfer_internal_errors_total", ""): "internal_errors",
+}
+
+
+class EndpointLike(Protocol):
+    """What this module uses of :class:`kvxfer.Endpoint`; tests put a recorder in its place."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters since start."""
+
+    def announce(self, ref: LeaseRef) -> object:
+        """Make a token known."""
+
+    def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+        """Give the blocks of an announced lease."""
+
+    def revoke(self, ref: LeaseRef) -> None:
+        """End a lease early."""
+
+    def hold(self, ref: LeaseRef) -> None:
+        """Open a lease and renew it."""
+
+    def read(self, ref: LeaseRef, into: Sequence[int], *, skip_blocks: int) -> Transfer:
+        """Start reading a lease."""
+
+    def drop(self, ref: LeaseRef) -> None:
+        """Give a lease back unread."""
+
+    def poll(self) -> Sequence[Event]:
+        """What happened."""
+
+    def close(self) -> None:
+        """End threads and free the agent."""
+
+
+class KvxferWorker:
+    """Orders in, results out, for one rank.
+
+    Args:
+        endpoint: of this rank. Closed by :meth:`shutdown`.
+    """
+
+    def __init__(self, endpoint: EndpointLike) -> None:
+        self._endpoint = endpoint
+        self._loading: dict[str, Read] = {}
+        self._transfers: dict[Transfer, str] = {}
+        self._sending: dict[str, str] = {}
+        self._failed_at_once: set[str] = set()
+        self._sent_at_once: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._forwarded: dict[tuple[str, str], float] = {}
+        self._closed = False
+        self.stats = KvxferStats()
+
+    # ---------------------------------------------------------------------------------------------------- orders in
+
+    def follow(self, step: KvxferMetadata) -> None:
+        """Carry out one step's orders. Never raises: an order that fails ends its request's transfer."""
+        self._each(step.announce, self._endpoint.announce, "announce")
+        self._each(step.offer, self._offer, "offer")
+        self._each(step.withdraw, self._endpoint.revoke, "withdraw")
+        self._each(step.hold, self._endpoint.hold, "hold")
+        self._each(step.read, self._read, "read")
+        self._each(step.drop, self._endpoint.drop, "drop")
+        self._each(step.cancel, self._cancel, "cancel")
+        self._failed_at_once.update(step.fail)
+
+    def _each(self, orders: Iterable[object], act: Callable[..., object], name: str) -> None:
+        for order in orders:
+            self._try(order, act, name)
+
+    def _try(self, order: object, act: Callable[..., object], name: str) -> None:
+        try:
+            act(order)
+        except Exception:
+            # Survived on purpose: an exception here would end the engine and every request on it.
+            self.stats.count("hook_errors", label=name)
+            logger.exception("Cannot %s %r", name, order)
+
+    def _offer(self, offer: Offer) -> None:
+        try:
+            self._endpoint.offer(offer.lease, offer.blocks)
+        except BaseException:
+            self._sent_at_once.add(offer.request_id)
+            raise
+        self._sending[offer.lease.token] = offer.request_id
+
+    def _read(self, read: Read) -> None:
+        try:
+            transfer = self._endpoint.read(read.lease, read.blocks, skip_blocks=read.skip_blocks)
+        except BaseException as error:
+            self._fail(read, type(error).__name__)
+            self._failed_at_once.add(read.request_id)
+            if isinstance(error, KvxferError):
+                logger.warning("Request %s: cannot read its KV: %s", read.request_id, error)
+                return
+            raise
+        self._loading[read.request_id] = read
+        self._transfers[transfer] = read.request_id
+
+    def _cancel(self, request_id: str) -> None:
+        read = self._loading.get(request_id)
+        if read is not None:
+            # Without effect on bytes in flight; what still waits for its producer ends now and is reported as failed.
+            self._endpoint.drop(read.lease)
+
+    # ------------------------------------------------------------------------------------------------- results out
+
+    def results(self) -> KVConnectorTransferResults:
+        """What ended since the last call; each id once. A failed load is in both sets, as vLLM wants it."""
+        results = KVConnectorTransferResults(
+            finished_sending=self._sent_at_once,
+            finished_recving=set(self._failed_at_once),
+            failed_recving=self._failed_at_once,
+        )
+        self._sent_at_once, self._failed_at_once = set(), set()
+        for event in self._poll():
+            if isinstance(event, (Done, Failed)):
+                request_id = self._transfers.pop(event.transfer, None)
+                if request_id is None:
+                    continue
+                read = self._loading.pop(request_id)
+                results.finished_recving.add(request_id)
+                if isinstance(event, Failed):
+                    results.failed_recving.add(request_id)
+                    self._fail(read, type(event.error).__name__)
+                    logger.warning("Request %s: its KV could not be loaded: %s", request_id, event.error)
+                else:
+                    transfer = event.transfer
+                    self.stats.record_transfer(
+                        seconds=transfer.seconds, nbytes=transfer.nbytes, descriptors=transfer.descriptors
+                    )
+            else:
+                self._lease_ended(event, results)
+        return results
+
+    def _poll(self) -> Sequence[Event]:
+        try:
+            return self._endpoint.poll()
+        except Exception:
+            self.stats.count("hook_errors", label="poll")
+            logger.exception("Cannot learn what happened to transfers")
+            return ()
+
+    def _lease_ended(
+        self, event: LeaseSettled | LeaseExpired | LeaseRevoked, results: KVConnectorTransferResults
+    ) -> None:
+        request_id = self._sending.pop(event.token, None)
+        if request_id is None:
+            return
+        results.finished_sending.add(request_id)
+        if isinstance(event, LeaseExpired):
+            self.stats.count("expired_leases")
+            logger.warning("Request %s: no consumer came for its KV in time; its blocks are freed.", request_id)
+        elif isinstance(event, LeaseRevoked):
+            self.stats.count("revoked_leases")
+        else:
+            self.stats.count("settled_leases" if event.read else "unread_leases")
+
+    def _fail(self, read: Read, reason: str) -> None:
+        self.stats.count("failed_transfers", label=reason)
+        self._failed_blocks.update(read.blocks)
+
+    def take_failed_blocks(self) -> set[int]:
+        """Target blocks of the loads that failed since the last call, for a vLLM that asks per block."""
+        blocks, self._failed_blocks = self._failed_blocks, set()
+        return blocks
+
+    def take_stats(self) -> KvxferStats | None:
+        """Observations since the last call, the endpoint's own counters among them."""
+        counters = self._endpoint.metrics.counters()
+        for (series, label), name in _FORWARDED.items():
+            totals: dict[str, float] = defaultdict(float)
+            for labels, amount in counters.get(series, {}).items():
+                totals[dict(labels).get(label, "")] += amount
+            for value, total in totals.items():
+                new = total - self._forwarded.get((series, value), 0)
+                self._forwarded[series, value] = total
+                self.stats.count(name, int(new), label=value if label else None)
+        return self.stats.take()
+
+    def shutdown(self) -> None:
+        """Close the endpoint; further calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self._endpoint.close()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kvxfer moves the KV cache of a request from the engine that computed it to the engine that continues it."""
+
+from kvxfer.agent import Capabilities, TransferAgent
+from kvxfer.buffer import DeviceBuffer, HostBuffer
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.endpoint import Endpoint
+from kvxfer.errors import KvxferError
+from kvxfer.layout import CacheGroup, CacheRegion, CacheSpec, KVLayout
+from kvxfer.lease import LeaseRef
+from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer.plan import TransferPlan, plan
+from kvxfer.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
+
+__all__ = [
+    "CacheGroup",
+    "CacheRegion",
+    "CacheSpec",
+    "Capabilities",
+    "Descriptors",
+    "DeviceBuffer",
+    "Done",
+    "Endpoint",
+    "Event",
+    "Failed",
+    "HostBuffer",
+    "KVCache",
+    "KVLayout",
+    "KvxferError",
+    "LeaseExpired",
+    "LeaseRef",
+    "LeaseRevoked",
+    "LeaseSettled",
+    "Memory",
+    "MemoryKind",
+    "Settings",
+    "Transfer",
+    "TransferAgent",
+    "TransferPlan",
+    "plan",
+]

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvxfer agents``: which transfer agents are installed, and why one cannot be used here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from kvxfer import registry
+from kvxfer.cli.table import table
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the list; 0 also if none can be used, for the list is what was asked for."""
+    found = {name: registry.why_unavailable(name) for name in registry.names("agents")}
+    if options.format == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        rows = [(name, "usable" if why is None else "not here", why or "") for name, why in found.items()]
+        print(table(("agent", "state", "why not"), rows))
+    return 0

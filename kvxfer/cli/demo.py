@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvxfer demo``: a producer and a consumer, two processes, move the KV cache of requests; every byte is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvxfer import registry
+from kvxfer.agent import Reach, TransferAgent
+from kvxfer.cli.child import Child
+from kvxfer.cli.parties import Consumer, Geometry, Outcome, Producer
+from kvxfer.cli.table import Progress, size, table
+from kvxfer.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+MODELS = {
+    "llama-3-8b": Geometry(layers=32, heads=8, head_dim=128),
+    "llama-3-70b": Geometry(layers=80, heads=8, head_dim=128),
+    "tiny": Geometry(layers=4, heads=2, head_dim=32),
+}
+_PROCESS_NBYTES = 200 << 20
+"""What a process takes beside its cache: Python, NumPy, the transfer engine, one layer of the oracle's pattern."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Blocks of the producer, and those of the consumer that take the place of all but the first ``skip``."""
+
+    name: str
+    source: list[int]
+    target: list[int]
+    skip: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request over all rounds: medians of times, sums of wrong bytes.
+
+    Attributes:
+        lease: how the producer's engine was told that it ended.
+        share: of the bandwidth of a plain memcpy of as many bytes, measured just before each read.
+    """
+
+    request: str
+    tokens: int
+    nbytes: int
+    runs: int
+    descriptors: int
+    seconds: float
+    gb_per_s: float
+    share: float
+    lease: str
+    wrong_nbytes: int
+    checked_nbytes: int
+    error: str
+
+    @property
+    def good(self) -> bool:
+        """Moved, and every byte is right."""
+        return not self.error and not self.wrong_nbytes and self.lease == "settled"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument(
+        "--agent", default="nixl", help="what moves the bytes (see: kvxfer agents); default %(default)s"
+    )
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a request; default %(default)s")
+    parser.add_argument("--model", choices=sorted(MODELS), default="llama-3-8b", help="geometry; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="times each request is moved; default %(default)s")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo; 0 if every byte is right and the late read was thrown away.
+
+    Raises:
+        KvxferError: it cannot run here, or a process failed.
+    """
+    geometry = MODELS[options.model]
+    if options.tokens < 2 * geometry.block_tokens or options.rounds < 1:
+        raise ConfigError(f"--tokens is at least {2 * geometry.block_tokens} and --rounds at least 1")
+    _check_agent(options.agent)
+    wanted = -(-options.tokens // geometry.block_tokens)
+    blocks = wanted + max(4, wanted // 4)
+    needed = (2 * blocks + wanted) * geometry.block_nbytes + 2 * _PROCESS_NBYTES
+    _check_memory(needed)
+    progress = Progress()
+    with _ended_by_signals(), ExitStack() as stack:
+        with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
+            producer = stack.enter_context(Child("producer", Producer, geometry, blocks, options.agent))
+            consumer = stack.enter_context(
+                Child("consumer", Consumer, geometry, blocks, options.agent, wanted * geometry.block_nbytes)
+            )
+            producer.ready()
+            consumer.ready()
+        demo = _Demo(producer, consumer, progress)
+        with progress.step("the processes meet"):
+            warm = demo.move(Request("first contact", [0], [0]))[0]
+        requests = _requests(wanted, blocks)
+        rows = [demo.rounds(request, options.rounds, options.tokens, geometry) for request in requests]
+        with progress.step("a read after its lease has ended"):
+            late, ended = demo.move_late(requests[0])
+        found: dict[str, Any] = {
+            "host": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "version": _version(),
+            "model": options.model,
+            **asdict(geometry),
+            "dtype": "bfloat16",
+            "blocks": blocks,
+            "cache_nbytes": blocks * geometry.block_nbytes,
+            "needed_nbytes": needed,
+            "pids": {"producer": producer.pid, "consumer": consumer.pid},
+            "agent": options.agent,
+            "via": warm.via,
+            "route": "direct",
+            "rounds": options.rounds,
+            "requests": [asdict(row) for row in rows],
+            "late_read": {"lease": ended, "error": late.error, "foreign_nbytes": late.foreign_nbytes},
+        }
+    found["good"] = not warm.error and all(row.good for row in rows) and late.error.startswith("LeaseEndedError")
+    print(json.dumps(found, indent=2) if options.format == "json" else _readable(found, rows))
+    return 0 if found["good"] else 1
+
+
+def _requests(wanted: int, blocks: int) -> list[Request]:
+    """What makes a difference to a transfer: where the blocks are, and whether the consumer has some already."""
+    random = np.random.default_rng(7)
+    fragmented = [random.permutation(blocks)[:wanted].tolist() for _ in range(2)]
+    return [
+        Request("contiguous blocks", list(range(wanted)), list(range(blocks - wanted, blocks))),
+        Request("fragmented blocks", fragmented[0], fragmented[1]),
+        Request(
+            "half held already",
+            list(range(wanted)),
+            list(range(wanted - wanted // 2))[: wanted - wanted // 2],
+            wanted // 2,
+        ),
+    ]
+
+
+class _Demo:
+    def __init__(self, producer: Child, consumer: Child, progress: Progress) -> None:
+        self._producer, self._consumer, self._progress = producer, consumer, progress
+        self._spec = producer.call("spec")
+
+    def move(self, request: Request) -> tuple[Outcome, str]:
+        """Lease, hold, read, settle; and how the lease ended."""
+        text = self._producer.call("lease", request.name, request.source)
+        self._consumer.call("hold", text)
+        outcome: Outcome = self._consumer.call("read", self._spec, request.source, request.target, request.skip)
+        return outcome, self._producer.call("end", text)
+
+    def rounds(self, request: Request, number: int, tokens: int, geometry: Geometry) -> Row:
+        """Move one request several times."""
+        done: list[tuple[Outcome, str]] = []
+        for i in range(number):
+            with self._progress.step(f"{request.name}, round {i + 1} of {number}: move, then check every byte"):
+                done.append(self.move(request))
+        outcomes = [outcome for outcome, _ in done]
+        errors = [outcome.error for outcome in outcomes if outcome.error]
+        last = outcomes[-1]
+        seconds = statistics.median(outcome.seconds for outcome in outcomes)
+        return Row(
+            request=request.name,
+            tokens=min(tokens, len(request.target) * geometry.block_tokens),
+            nbytes=last.nbytes,
+            runs=last.runs,
+            descriptors=last.descriptors,
+            seconds=seconds,
+            gb_per_s=last.nbytes / seconds / 1e9 if seconds else 0.0,
+            share=statistics.median(outcome.copy_s for outcome in outcomes) / seconds if seconds else 0.0,
+            lease=done[-1][1],
+            wrong_nbytes=sum(outcome.wrong_nbytes for outcome in outcomes),
+            checked_nbytes=sum(outcome.checked_nbytes for outcome in outcomes),
+            error=errors[0] if errors else "",
+        )
+
+    def move_late(self, request: Request) -> tuple[Outcome, str]:
+        """A read during which its lease ends: the consumer freezes, and the blocks go to another request meanwhile.
+
+        Where the copy is over before this process can freeze it, the consumer freezes before it reads instead.
+        """
+        for copying in (True, False):
+            text = self._producer.call("lease", "late", request.source)
+            self._consumer.call("hold", text)
+            if copying:
+                self._consumer.call("begin", request.target)
+            self._consumer.freeze()
+            try:
+                ended = self._producer.call("take_back", text, request.source)
+                if not copying:
+                    self._consumer.ask("begin", request.target)
+            finally:
+                self._consumer.thaw()
+            if not copying:
+                self._consumer.answer()
+            outcome: Outcome = self._consumer.call("finish", request.source, request.target)
+            self._producer.call("refill", request.source)
+            if outcome.error or outcome.wrong_nbytes:
+                break  # else it had all its bytes, and they were its own, before the lease ended
+        return outcome, ended
+
+
+def _readable(found: dict[str, Any], rows: list[Row]) -> str:
+    pids, late = found["pids"], found["late_read"]
+    model = f"{found['model']}: {found['layers']} layers, {found['heads']} KV heads, head_dim {found['head_dim']}"
+    cache = f"{found['blocks']} blocks of {found['block_tokens']} tokens, {size(found['cache_nbytes'])} in each process"
+    lines = [
+        "",
+        f"kvxfer {found['version']} on {found['host']}",
+        f"  cache     {model}, {found['dtype']}; {cache}",
+        f"  between   producer, process {pids['producer']} -> consumer, process {pids['consumer']}",
+        f"  moved by  {found['agent']} ({found['via']}), route {found['route']}; medians of {found['rounds']} round(s)",
+        "",
+    ]
+    header = (
+        "request",
+        "tokens",
+        "moved",
+        "runs",
+        "merged",
+        "time",
+        "GB/s",
+        "of memcpy",
+        "lease",
+        "bytes checked",
+        "wrong",
+    )
+    cells = [
+        (
+            row.request,
+            f"{row.tokens:,}",
+            size(row.nbytes),
+            f"{row.runs:,}",
+            f"{row.descriptors:,}",
+            f"{row.seconds * 1e3:.1f} ms",
+            f"{row.gb_per_s:.1f}",
+            f"{row.share:.0%}",
+            row.lease,
+            f"{row.checked_nbytes:,}",
+            f"{row.wrong_nbytes:,}" if not row.error else row.error,
+        )
+        for row in rows
+    ]
+    lines += [table(header, cells), ""]
+    if late["error"].startswith("LeaseEndedError"):
+        came = f"after {size(late['foreign_nbytes'])} of the other request's KV had arrived"
+        what = f"was thrown away {came if late['foreign_nbytes'] else 'before a byte had moved'}:"
+        what += f"\n  {late['error']}"
+    else:
+        what = f"was NOT thrown away: {late['error'] or 'it was taken for good'}"
+    lines += [
+        "  Then the consumer was frozen, its lease was ended and the blocks were given to another request; and it went on",
+        f"  reading all the same. What it read {what}",
+        "",
+        "  Every byte is right: those that moved, and all that had to stay as they were."
+        if found["good"]
+        else "  FAILED: see above.",
+    ]
+    return "\n".join(lines)
+
+
+def _check_agent(name: str) -> None:
+    """Refuse before anything is started what cannot work between two processes."""
+    adapter = registry.load(name)
+    if issubclass(adapter, TransferAgent) and adapter.capabilities.reach is Reach.PROCESS:
+        raise UnavailableError(f"{name} moves bytes inside one process, and the demo has two: take another --agent")
+
+
+def _check_memory(needed: int) -> None:
+    available = available_nbytes()
+    if available is not None and available < needed:
+        raise UnavailableError(
+            f"this needs {size(needed)} of memory and {size(available)} are available here: take fewer --tokens"
+        )
+
+
+def available_nbytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process and its children may still take, by the kernel and by cgroups; None if nobody says."""
+    found: list[int] = []
+    said = [line.split()[1] for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    found += [int(kib) * 1024 for kib in said]
+    for limit, used in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        pair = [_lines(root / name) for name in (limit, used)]
+        if all(lines and lines[0].isdecimal() for lines in pair):
+            found.append(int(pair[0][0]) - int(pair[1][0]))
+    return min(found) if found else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind like ctrl-C, so that no process is left behind."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _version() -> str:
+    try:
+        return version("kvxfer")
+    except PackageNotFoundError:
+        return "(source tree)"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of an endpoint: explicit argument, else ``KVXFER_*`` environment variable, else default."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from kvxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+MAX_S = 366.0 * 86_400.0
+"""Longest time that can be set: a year, so that no sum of times overflows anything."""
+
+_MOST = {"max_leases": 1 << 24, "max_message_nbytes": 64 << 20}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Times and limits, all of one endpoint. Times are seconds on the monotonic clock.
+
+    Use `resolve` to take the environment into account; the plain constructor does not look at it.
+
+    Raises:
+        ConfigError: a value is not a positive number of its type, or absurdly large; the message names its origin.
+    """
+
+    lease_s: float = 30.0
+    """Producer: how long offered blocks stay readable unless the holder renews (it does so every third of this)."""
+    announce_s: float = 3600.0
+    """Producer: how long an announced lease may wait for its blocks, i.e. for prefill to end."""
+    read_timeout_s: float = 30.0
+    """Consumer: a read ends this long after it was asked for, whatever happens."""
+    peer_timeout_s: float = 15.0
+    """Consumer: reads waiting for a peer that says nothing for this long fail."""
+    hold_s: float = 600.0
+    """Consumer: longest a lease is held before it is read; then it is dropped."""
+    retry_s: float = 0.5
+    """A message that needs an answer is sent again after this long."""
+    quarantine_s: float = 1.0
+    """How long to wait for abandoned bytes to land by themselves before the agent is torn down to stop them."""
+    contact_s: float = 1.0
+    """The first few bytes read from a peer must arrive within this, or the agent is made anew and the read starts again."""
+    idle_peer_s: float = 300.0
+    """A peer that nothing was asked of for this long is forgotten."""
+    max_leases: int = 65_536
+    """Producer: most leases offered at once."""
+    max_message_nbytes: int = 1 << 20
+    """Longer control messages are refused."""
+    origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each value came from, for `describe`."""
+
+    def __post_init__(self) -> None:
+        for name in names():
+            value = getattr(self, name)
+            kind = _kind(name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            most = _MOST.get(name, MAX_S)
+            # Written so that NaN fails too.
+            if not number or not 0 < value <= most or (kind is int and not isinstance(value, int)):
+                what = f"a positive {'whole ' if kind is int else ''}number up to {most:g}"
+                raise ConfigError(f"{name} must be {what}, not {value!r} ({self.origin.get(name, 'argument')})")
+
+    @classmethod
+    def resolve(cls, *, environ: Mapping[str, str] | None = None, **explicit: float | None) -> Settings:
+        """Explicit values (None counts as not given) before ``KVXFER_<NAME>`` variables before defaults.
+
+        Raises:
+            ConfigError: an unknown name, or a value that is not a positive number; the message names its origin.
+        """
+        environ = os.environ if environ is None else environ
+        unknown = sorted(set(explicit) - set(names()))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(names())}")
+        values: dict[str, float] = {}
+        origin: dict[str, str] = {}
+        for name in names():
+            variable = f"KVXFER_{name.upper()}"
+            given = explicit.get(name)
+            if given is not None:
+                values[name], origin[name] = given, "argument"
+            elif environ.get(variable, "") != "":
+                try:
+                    values[name], origin[name] = _kind(name)(environ[variable]), variable
+                except ValueError:
+                    raise ConfigError(f"{variable} must be a number, not {environ[variable]!r}") from None
+        return cls(**values, origin=origin)  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """One line with each value that is not a default and where it came from, then the defaults."""
+        set_ = [f"{n}={getattr(self, n)} ({self.origin[n]})" for n in names() if n in self.origin]
+        rest = [f"{n}={getattr(self, n)}" for n in names() if n not in self.origin]
+        return ", ".join([*set_, *rest])
+
+
+def names() -> list[str]:
+    """Names of all settings."""
+    return [f.name for f in fields(Settings) if f.name != "origin"]
+
+
+def _kind(name: str) -> type[int | float]:
+    return int if isinstance(getattr(Settings, name), int) else float

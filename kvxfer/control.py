@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control channel: ZeroMQ sockets that carry `kvxfer.wire` messages. One thread owns it; it knows no leases.
+
+A ROUTER takes what other endpoints say to this one; a DEALER per peer carries what this one asks. ZeroMQ reconnects
+by itself and keeps a queue meanwhile, so a peer that is not up yet, or is restarted, costs nobody else anything.
+Whatever strangers send to the port ends as a counted refusal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from kvxfer import wire
+from kvxfer.errors import ConfigError, WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvxfer.config import Settings
+    from kvxfer.metrics import Metrics
+
+_STRANGERS = (
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
+)
+
+_MOST_PER_TURN = 256
+"""Messages taken from one socket before the others and the timers get their turn."""
+
+_LONGEST_WAIT_S = 3600.0
+_LAST_PORT = 65_535
+
+_HARD_LIMIT_NBYTES = 64 << 20
+"""ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+
+
+@dataclass(frozen=True)
+class Inbound:
+    """Something arrived. ``source`` is a connection (bytes) of the ROUTER or the address (str) of a peer.
+
+    ``message`` is None if it was garbage: then ``reason`` is a word to count it by and ``why`` a sentence.
+    """
+
+    source: bytes | str
+    message: wire.Message | None
+    reason: str = ""
+    why: str = ""
+
+
+class ControlChannel:
+    """Sockets of one endpoint. Only `wake` and `address` may be used by other threads.
+
+    Args:
+        bind: ``tcp://host:port``; port 0 takes a free one. A host name is resolved.
+        advertise: host by which peers reach it, if that differs (bound to all interfaces, NAT).
+
+    Raises:
+        ConfigError: the address cannot be bound; the message says why.
+    """
+
+    def __init__(self, bind: str, settings: Settings, metrics: Metrics, advertise: str | None = None) -> None:
+        self._limit = settings.max_message_nbytes
+        self._metrics = metrics
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._heard: set[int] = set()
+        """File descriptors of connections that said something, so that those which said nothing can be counted."""
+        self._strangers_gone = 0
+        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._addresses: dict[zmq.Socket[bytes], str] = {}
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        try:
+            resolved = _resolved(bind)
+            self._configure(self._router, ipv6="[" in resolved)
+            self._router.bind(resolved)
+            bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+            self._monitor = self._router.get_monitor_socket(_STRANGERS | zmq.Event.DISCONNECTED)
+        except (zmq.ZMQError, OSError, ValueError) as error:
+            self.close()
+            raise ConfigError(f"cannot listen on {bind}: {error}") from error
+        self.address: str = _advertised(bound, advertise)
+        self._poller = zmq.Poller()
+        for readable in (self._router, self._monitor, self._wake_in):
+            self._poller.register(readable, zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Make `receive` return soon. Any thread."""
+        # Full: a wake-up is on its way. Closed: nobody is left to wake.
+        with contextlib.suppress(OSError):
+            self._wake_out.send(b"w")
+
+    def send(self, address: str, message: wire.Message) -> None:
+        """Queue a message to the peer at ``address``.
+
+        Raises:
+            ConfigError: it is no address that can be connected to.
+        """
+        dealer = self._dealers.get(address)
+        if dealer is None:
+            try:
+                dealer = self._context.socket(zmq.DEALER)  # fails when this process is out of sockets
+                self._configure(dealer)
+                dealer.connect(address)
+            except (zmq.ZMQError, ValueError, TypeError) as error:
+                if dealer is not None:
+                    dealer.close(0)
+                raise ConfigError(f"cannot connect to {address!r}: {error}") from error
+            self._dealers[address], self._addresses[dealer] = dealer, address
+            self._poller.register(dealer, zmq.POLLIN)
+        self._push(dealer, [wire.encode(message)])
+
+    def reply(self, connection: bytes, message: wire.Message) -> None:
+        """Queue a message on a connection that came in; lost if the peer has gone."""
+        self._push(self._router, [connection, wire.encode(message)])
+
+    def hangup(self, address: str) -> None:
+        """Close the connection to a peer, if there is one."""
+        dealer = self._dealers.pop(address, None)
+        if dealer is not None:
+            del self._addresses[dealer]
+            self._poller.unregister(dealer)
+            dealer.close(0)
+
+    def receive(self, timeout_s: float | None) -> Iterator[Inbound]:
+        """What arrives within ``timeout_s`` (None: wait until something does), or nothing after a `wake`.
+
+        Returns earlier with nothing where ``timeout_s`` is longer than anybody needs.
+        """
+        timeout_ms = None if timeout_s is None else max(0, int(min(timeout_s, _LONGEST_WAIT_S) * 1000) + 1)
+        for readable, _ in self._poller.poll(timeout_ms):
+            if readable is self._router:
+                yield from self._drain(self._router, None)
+            elif readable is self._monitor:
+                self._count_strangers()
+            elif readable in self._addresses:
+                yield from self._drain(readable, self._addresses[readable])
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_in.recv(4096)
+
+    def close(self) -> None:
+        """Close every socket; what was queued last still has a moment to leave."""
+        self._dealers.clear()
+        self._addresses.clear()
+        self._wake_in.close()
+        self._wake_out.close()
+        self._context.destroy(linger=200)
+
+    def _configure(self, sock: zmq.Socket[bytes], *, ipv6: bool = True) -> None:
+        # A listener with it would call its IPv4 addresses [::ffff:1.2.3.4].
+        sock.setsockopt(zmq.IPV6, int(ipv6))
+        sock.setsockopt(zmq.MAXMSGSIZE, _HARD_LIMIT_NBYTES)
+        sock.setsockopt(zmq.RECONNECT_IVL, 50)
+        sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+
+    def _push(self, sock: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        # A full queue means a peer that does not take what it is sent; what matters is sent again anyway.
+        try:
+            sock.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self._metrics.count("kvxfer_refused_messages_total", reason="unsendable")
+
+    def _drain(self, sock: zmq.Socket[bytes], address: str | None) -> Iterator[Inbound]:
+        for _ in range(_MOST_PER_TURN):
+            try:
+                received = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.ZMQError:
+                return
+            frames = [frame.bytes for frame in received]
+            if address is None:
+                with contextlib.suppress(zmq.ZMQError):  # a peer of ZeroMQ's first protocol has none
+                    self._heard.add(int(received[-1].get(zmq.SRCFD)))
+            source: bytes | str = frames.pop(0) if address is None else address
+            yield self._decode(source, frames)
+            if sock.closed:
+                return
+
+    def _decode(self, source: bytes | str, frames: list[bytes]) -> Inbound:
+        if len(frames) != 1:
+            return Inbound(source, None, "garbage", f"a message has one frame, not {len(frames)}")
+        if len(frames[0]) > self._limit:
+            return Inbound(source, None, "oversized", f"{len(frames[0])} bytes are more than {self._limit}")
+        try:
+            return Inbound(source, wire.decode(frames[0]))
+        except WireError as error:
+            return Inbound(source, None, "garbage", str(error))
+
+    def _count_strangers(self) -> None:
+        """Connections that ended without one whole message: no ZeroMQ, or cut off, or dropped for what they sent."""
+        for _ in range(_MOST_PER_TURN):
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.ZMQError:
+                return
+            if event["event"] & _STRANGERS:
+                self._strangers_gone += 1  # its disconnection comes next
+            elif event["value"] in self._heard:
+                self._heard.discard(event["value"])
+            else:
+                reason = "not_zmtp" if self._strangers_gone else "no_message"
+                self._strangers_gone -= bool(self._strangers_gone)
+                self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+
+
+def _resolved(bind: str) -> str:
+    """ZeroMQ binds numbers and interfaces, people write names."""
+    scheme, _, rest = bind.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme != "tcp" or not colon or not port.isdecimal() or int(port) > _LAST_PORT:
+        raise ConfigError(f"a control address is tcp://host:port, not {bind!r}")
+    host = host.strip("[]")
+    if host in ("*", ""):
+        return f"tcp://*:{port}"
+    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    family, *_, sockaddr = min(found, key=lambda f: f[0] != socket.AF_INET)
+    literal = f"[{sockaddr[0]}]" if family == socket.AF_INET6 else str(sockaddr[0])
+    return f"tcp://{literal}:{port}"
+
+
+def _advertised(bound: str, advertise: str | None) -> str:
+    host, _, port = bound.removeprefix("tcp://").rpartition(":")
+    if advertise is not None:
+        host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
+    elif host in ("0.0.0.0", "[::]", "*"):  # noqa: S104 - compared, not bound
+        host = _own_address()
+    return f"tcp://{host}:{port}"
+
+
+def _own_address() -> str:
+    """The address of the interface that the default route uses; no packet is sent to find it."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1, never a real host
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error kvxfer raises, in one tree.
+
+::
+
+    KvxferError
+    +-- ConfigError              a setting is unknown or out of range (also a ValueError)
+    +-- UnavailableError         an adapter cannot run here; the message says what to install
+    +-- UnsupportedError         the adapter did not declare this capability
+    +-- ClosedError              the object was closed
+    |
+    +-- LayoutError              a cache description contradicts itself (also a ValueError)
+    +-- IncompatibleError        two cache descriptions cannot be served; ``axis`` says where they differ
+    +-- BlockError               block ids are out of range, repeated or of unequal count (also a ValueError)
+    +-- UnsupportedBufferError   memory that cannot be used as a cache buffer (also a TypeError)
+    |
+    +-- RegistrationError        the transfer engine refused a memory region
+    +-- DescriptorError          a descriptor lies outside what both sides registered
+    +-- PeerInfoError            a peer's description cannot be read by this adapter
+    +-- PeerConflictError        another agent already goes by this name
+    +-- PeerUnknownError         the peer was disconnected or never connected
+    +-- TransferError            bytes did not arrive
+    |   +-- PeerLostError            the peer died or its connection broke
+    |   +-- TransferTimeoutError     the deadline passed
+    |   +-- TransferFailedError      the transfer engine said no
+    |
+    +-- WireError                a message cannot be decoded, is too large, or has another protocol version
+    +-- HandshakeError           the peer refused to be met, or is not the one expected; ``code`` is its reason
+    +-- PeerTimeoutError         the peer's control channel did not answer in time
+    +-- LeaseError
+        +-- LeaseRefError            the lease that came with a request is malformed (also a ValueError)
+        +-- LeaseUnknownError        the owner knows no such lease
+        +-- LeaseEndedError          the lease expired or was revoked: bytes read under it are thrown away
+
+Two facts matter to whoever catches one: ``retryable`` (may the same call succeed later?) and ``quiet`` (is it certain
+that nothing will still be written to the local blocks?). Blocks of an error that is not quiet must rest until the
+agent is closed; the endpoint does that itself before it reports a failed transfer.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KvxferError(Exception):
+    """Base of all errors.
+
+    Attributes:
+        retryable: the same call may succeed later, without a change by the caller.
+        quiet: nothing will be written to the caller's memory after this error.
+    """
+
+    retryable: ClassVar[bool] = False
+    quiet: ClassVar[bool] = True
+
+
+class ConfigError(KvxferError, ValueError):
+    """A setting is unknown or out of range."""
+
+
+class UnavailableError(KvxferError):
+    """An adapter cannot run here; the message says what to install."""
+
+
+class UnsupportedError(KvxferError):
+    """The adapter did not declare the capability that the call needs."""
+
+
+class ClosedError(KvxferError):
+    """The object was closed before or during the call."""
+
+
+class LayoutError(KvxferError, ValueError):
+    """A cache description contradicts itself."""
+
+
+class IncompatibleError(KvxferError):
+    """Two caches cannot serve each other.
+
+    Attributes:
+        axis: the axis or property on which they differ, e.g. ``"dtype"`` or ``"heads"``.
+    """
+
+    def __init__(self, axis: str, message: str) -> None:
+        super().__init__(message)
+        self.axis = axis
+
+
+class BlockError(KvxferError, ValueError):
+    """Block ids are out of range, repeated in a target, or of unequal count."""
+
+
+class UnsupportedBufferError(KvxferError, TypeError):
+    """Memory that cannot be used as a cache buffer, with the reason in one sentence."""
+
+
+class RegistrationError(KvxferError):
+    """The transfer engine refused a memory region."""
+
+
+class DescriptorError(KvxferError, ValueError):
+    """A descriptor is malformed or lies outside what both sides registered."""
+
+
+class PeerInfoError(KvxferError, ValueError):
+    """A peer's description is malformed or was made by another adapter."""
+
+
+class PeerConflictError(KvxferError):
+    """Another agent already goes by this name."""
+
+    retryable = True
+
+
+class PeerUnknownError(KvxferError):
+    """The peer was disconnected or never connected."""
+
+    retryable = True
+
+
+class TransferError(KvxferError):
+    """Bytes did not arrive."""
+
+    retryable = True
+
+
+class PeerLostError(TransferError):
+    """The peer died or its connection broke."""
+
+    # A broken connection is no proof that the engine dropped every write it had accepted.
+    quiet = False
+
+
+class TransferTimeoutError(TransferError):
+    """The deadline passed. Giving up stops no engine we know: late bytes may still land."""
+
+    quiet = False
+
+
+class TransferFailedError(TransferError):
+    """The transfer engine reported a failure."""
+
+    quiet = False
+
+
+class WireError(KvxferError, ValueError):
+    """A message cannot be decoded, is too large, or has another protocol version."""
+
+
+class HandshakeError(KvxferError):
+    """The peer refused to be met, or is not the one that was expected.
+
+    Attributes:
+        code: the reason as a short word that is stable between versions, e.g. ``"incompatible"``.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PeerTimeoutError(KvxferError):
+    """The peer's control channel did not answer in time."""
+
+    retryable = True
+
+
+class LeaseError(KvxferError):
+    """A lease cannot be used."""
+
+
+class LeaseRefError(LeaseError, ValueError):
+    """The lease that came with a request is malformed."""
+
+
+class LeaseUnknownError(LeaseError):
+    """The owner knows no such lease."""
+
+
+class LeaseEndedError(LeaseError):
+    """The lease expired or was revoked; what was read under it is thrown away."""

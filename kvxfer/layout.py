@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a paged KV cache looks like in memory, in a few hundred bytes whatever the number of blocks.
+
+A cache is one logical array with the axes **L** (layer), **B** (block), **H** (KV head), **N** (token in a block) and
+**C** (the content bytes of one token of one head). C is contiguous; the other axes have byte strides, in any of the six
+orders that engines use, padded or not. A `CacheSpec` is what two ranks tell each other when they meet: it arrives from
+untrusted peers, so every struct here checks itself when it is made, by a constructor or by a decoder.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from enum import Enum
+from typing import Final
+
+import msgspec
+
+from kvxfer.errors import LayoutError
+
+MAX_ADDRESS: Final = 1 << 63
+"""Spans end at or below this, so that sums of addresses and strides fit in 64 bits everywhere."""
+MAX_BLOCKS: Final = 1 << 31
+MAX_GROUPS: Final = 64
+MAX_REGIONS: Final = 4096
+MAX_SMALL_EXTENT: Final = 1 << 20
+"""Limit for layers, heads, tokens of a block, ranks: far above any model, far below what makes sums overflow."""
+MAX_TEXT: Final = 256
+"""Longest group name or fingerprint, in characters."""
+
+COMPONENTS: Final = ("kv", "k", "v", "latent", "index", "scale", "state")
+"""What a region may hold: K and V of a token side by side, one of them, an MLA latent, an indexer's keys, the scales of
+quantised values, or the opaque state of a state-space layer."""
+
+GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
+
+DTYPE_NBYTES: Final[dict[str, int]] = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+}
+"""Bytes per element of every dtype a cache may have. Names are those of PyTorch and ml_dtypes."""
+
+
+class Axes(msgspec.Struct, frozen=True, array_like=True):
+    """One integer for each axis with a stride: an extent (how many) or a stride (bytes from one to the next)."""
+
+    layer: int
+    block: int
+    head: int
+    token: int
+
+
+class KVLayout(str, Enum):
+    """Order of the axes in memory, outermost first; the names are those vLLM uses. HND and NHD are users' aliases."""
+
+    LBHNC = "LBHNC"
+    LBNHC = "LBNHC"
+    LHBNC = "LHBNC"
+    BLHNC = "BLHNC"
+    BLNHC = "BLNHC"
+    BHLNC = "BHLNC"
+
+    @classmethod
+    def parse(cls, text: str) -> KVLayout:
+        """The order named ``text``, in either case; ``HND`` is LBHNC and ``NHD`` is LBNHC.
+
+        Raises:
+            LayoutError: no such order.
+        """
+        name = text.upper()
+        try:
+            return cls({"HND": "LBHNC", "NHD": "LBNHC"}.get(name, name))
+        except ValueError:
+            known = ", ".join(order.value for order in cls)
+            raise LayoutError(f"unknown cache layout {text!r}: known are {known}, HND and NHD") from None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Field names of `Axes`, outermost first; C is always innermost and left out."""
+        names = {"L": "layer", "B": "block", "H": "head", "N": "token"}
+        return tuple(names[letter] for letter in self.value[:-1])
+
+    def strides(self, extents: Axes, content_nbytes: int, *, padding: Axes | None = None) -> Axes:
+        """Byte strides of a cache in this order.
+
+        Args:
+            extents: number of layers, blocks, heads and tokens of a block.
+            content_nbytes: bytes of one token of one head.
+            padding: bytes left unused after each layer, block, head and token; none by default.
+        """
+        strides: dict[str, int] = {}
+        inner = content_nbytes
+        for axis in reversed(self.axes):
+            strides[axis] = inner + (getattr(padding, axis) if padding is not None else 0)
+            inner = strides[axis] * int(getattr(extents, axis))
+        return Axes(**strides)
+
+
+class Interval(msgspec.Struct, frozen=True, array_like=True):
+    """Part ``[start, stop)`` of ``total`` things: the heads or the layers of a model that one rank holds.
+
+    Raises:
+        LayoutError: empty, or not inside ``[0, total)``.
+    """
+
+    start: int
+    stop: int
+    total: int
+
+    def __post_init__(self) -> None:
+        for value in (self.start, self.stop, self.total):
+            _check_int("a bound of an interval", value, 0, MAX_SMALL_EXTENT)
+        if not 0 <= self.start < self.stop <= self.total:
+            raise LayoutError(f"[{self.start}, {self.stop}) is no part of {self.total}")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"[{self.start}, {self.stop}) of {self.total}"
+
+
+class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
+    """Layers of one component that lie in one allocation at a constant distance. Owns no memory.
+
+    The byte at ``(i, b, h, n, c)`` is at ``address + i*strides.layer + b*strides.block + h*strides.head +
+    n*strides.token + c``, where ``i`` counts ``layers`` in the order in which they lie in memory.
+
+    Attributes:
+        component: one of `COMPONENTS`.
+        layers: the model's layer numbers, in order of address.
+        address: where it begins, in the address space of its owner.
+        extents: how many layers, blocks, heads and tokens of a block.
+        strides: in bytes. The stride of an axis with one element means nothing.
+        content_nbytes: contiguous bytes of one token of one head.
+        buffer: which of the owner's allocations it lies in. Runs are never merged across two of them, however close
+            they happen to be, for a transfer engine knows them as separate.
+
+    Raises:
+        LayoutError: a bound is negative or absurd, or two indices would share a byte.
+    """
+
+    component: str
+    layers: tuple[int, ...]
+    address: int
+    extents: Axes
+    strides: Axes
+    content_nbytes: int
+    buffer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.component not in COMPONENTS:
+            raise LayoutError(f"unknown component {self.component!r}: known are {', '.join(COMPONENTS)}")
+        _check_int("a region's address", self.address, 0, MAX_ADDRESS - 1)
+        _check_int("content_nbytes", self.content_nbytes, 1, 1 << 40)
+        _check_int("the number of a buffer", self.buffer, 0, MAX_REGIONS - 1)
+        for axis in Axes.__struct_fields__:
+            limit = MAX_BLOCKS if axis == "block" else MAX_SMALL_EXTENT
+            _check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
+            _check_int(f"the stride of {axis}s", getattr(self.strides, axis), 0, MAX_ADDRESS - 1)
+        for layer in self.layers:
+            _check_int("a layer number", layer, 0, MAX_SMALL_EXTENT)
+        if len(self.layers) != self.extents.layer or len(set(self.layers)) != len(self.layers):
+            raise LayoutError(f"{len(self.layers)} layer numbers do not name {self.extents.layer} layers")
+        self._check_no_aliasing()
+        if self.end > MAX_ADDRESS:
+            raise LayoutError(f"the region at {self.address:#x} does not fit in the address space")
+
+    def _check_no_aliasing(self) -> None:
+        """Each stride must clear everything inside it. All real caches nest so; interleaving ones are refused."""
+        inner, inner_axis = self.content_nbytes, "content"
+        for axis, extent, stride in self.nest():
+            if stride < inner:
+                raise LayoutError(
+                    f"two {axis}s share bytes: they are {stride} bytes apart but {inner_axis}s inside them span {inner}"
+                )
+            inner, inner_axis = stride * (extent - 1) + inner, axis
+
+    def nest(self) -> list[tuple[str, int, int]]:
+        """Axes of more than one element as (name, extent, stride in bytes), innermost first."""
+        axes = [(a, int(getattr(self.extents, a)), int(getattr(self.strides, a))) for a in Axes.__struct_fields__]
+        return sorted((axis for axis in axes if axis[1] > 1), key=lambda axis: axis[2])
+
+    @property
+    def end(self) -> int:
+        """First address after the last byte. Gaps between strided elements count, padding after the last does not."""
+        return self.address + sum(s * (e - 1) for _, e, s in self.nest()) + self.content_nbytes
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block: all layers, heads and tokens of this region."""
+        return self.extents.layer * self.extents.head * self.extents.token * self.content_nbytes
+
+    @property
+    def layout(self) -> KVLayout | None:
+        """The order that its strides show, or None if it is none of the six. Axes of one element fit anywhere."""
+        shown = [axis for axis, _, _ in reversed(self.nest())]
+        for order in KVLayout:
+            if [axis for axis in order.axes if axis in shown] == shown:
+                return order
+        return None
+
+
+class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Layers that share one block table.
+
+    Attributes:
+        name: how the engine calls the group; the two sides pair groups by it.
+        kind: one of `GROUP_KINDS`.
+        block_tokens: tokens of one block.
+        num_blocks: block ids are below it.
+        heads: which of the model's KV heads this rank holds; an MLA latent is one head.
+        regions: where the layers are.
+
+    Raises:
+        LayoutError: a region contradicts these, or a layer has a component twice or K without V.
+    """
+
+    name: str
+    kind: str
+    block_tokens: int
+    num_blocks: int
+    heads: Interval
+    regions: tuple[CacheRegion, ...]
+
+    def __post_init__(self) -> None:
+        _check_text("a group's name", self.name)
+        if self.kind not in GROUP_KINDS:
+            raise LayoutError(f"group {self.name!r} has unknown kind {self.kind!r}: known are {', '.join(GROUP_KINDS)}")
+        _check_int("block_tokens", self.block_tokens, 1, MAX_SMALL_EXTENT)
+        _check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
+        if not self.regions:
+            raise LayoutError(f"group {self.name!r} has no regions")
+        if len(self.regions) > MAX_REGIONS:
+            raise LayoutError(f"group {self.name!r} has {len(self.regions)} regions, more than {MAX_REGIONS}")
+        # A state is copied whole: it has no tokens inside, whatever the number of tokens its block stands for.
+        tokens = 1 if self.kind == "state" else self.block_tokens
+        want = (self.num_blocks, len(self.heads), tokens)
+        for region in self.regions:
+            extents = (region.extents.block, region.extents.head, region.extents.token)
+            for axis, has, should in zip(("blocks", "heads", "tokens in a block"), extents, want, strict=True):
+                if has != should:
+                    raise LayoutError(f"a region of group {self.name!r} has {has} {axis}, its group {should}")
+        self._check_components()
+
+    def _check_components(self) -> None:
+        cells = Counter((layer, region.component) for region in self.regions for layer in region.layers)
+        for (layer, component), count in cells.items():
+            if count > 1:
+                raise LayoutError(f"group {self.name!r} has {component!r} of layer {layer} twice")
+            if component in ("k", "v"):
+                other = "v" if component == "k" else "k"
+                if (layer, other) not in cells:
+                    raise LayoutError(f"group {self.name!r} has {component!r} of layer {layer} without {other!r}")
+                if (layer, "kv") in cells:
+                    raise LayoutError(f"group {self.name!r} has layer {layer} both as 'kv' and as {component!r}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's layer numbers of the group, ascending."""
+        return tuple(sorted({layer for region in self.regions for layer in region.layers}))
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block: all layers, components, heads and tokens."""
+        return sum(region.block_nbytes for region in self.regions)
+
+
+class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The KV cache of one rank.
+
+    Attributes:
+        groups: at least one; most models have exactly one.
+        dtype: element type, one of `DTYPE_NBYTES`.
+        layers: which of the model's layers this rank holds (pipeline stages split them).
+        fingerprint: of everything outside the layout that must be equal for KV to mean the same: model, revision,
+            quantisation, rope. Compared, never read.
+        rank, world: this rank and the number of ranks of the engine, for messages to people.
+
+    Raises:
+        LayoutError: on construction, if anything contradicts itself.
+    """
+
+    groups: tuple[CacheGroup, ...]
+    dtype: str
+    layers: Interval
+    fingerprint: str = ""
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_NBYTES:
+            raise LayoutError(f"unknown dtype {self.dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
+        _check_text("the fingerprint", self.fingerprint)
+        _check_int("world", self.world, 1, MAX_SMALL_EXTENT)
+        _check_int("rank", self.rank, 0, self.world - 1)
+        if not 0 < len(self.groups) <= MAX_GROUPS:
+            raise LayoutError(f"{len(self.groups)} groups: there must be 1 to {MAX_GROUPS}")
+        regions = [region for group in self.groups for region in group.regions]
+        if len(regions) > MAX_REGIONS:
+            raise LayoutError(f"{len(regions)} regions are more than {MAX_REGIONS}")
+        if len({group.name for group in self.groups}) != len(self.groups):
+            raise LayoutError("two groups have the same name")
+        itemsize = DTYPE_NBYTES[self.dtype]
+        for region in regions:
+            if region.content_nbytes % itemsize:
+                raise LayoutError(f"content of {region.content_nbytes} bytes holds no whole number of {self.dtype}")
+        for group in self.groups:
+            if not self.layers.start <= group.layers[0] <= group.layers[-1] < self.layers.stop:
+                raise LayoutError(f"group {group.name!r} has layers outside {self.layers}")
+
+    @property
+    def regions(self) -> tuple[CacheRegion, ...]:
+        """All regions of all groups."""
+        return tuple(region for group in self.groups for region in group.regions)
+
+    def group(self, name: str) -> CacheGroup:
+        """The group called ``name``. Raises KeyError."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+
+def _check_int(what: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int:  # NumPy integers wrap around, and True is no count
+        raise LayoutError(f"{what} is not an integer: {value!r}")
+    if not low <= value <= high:
+        raise LayoutError(f"{what} is out of range: {value}")
+
+
+_TEXT: Final = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+
+
+def _check_text(what: str, value: object) -> None:
+    # Names reach log lines and terminals: no control characters from a peer.
+    if not isinstance(value, str) or len(value) > MAX_TEXT or not _TEXT.issuperset(value):
+        raise LayoutError(f"{what} must be at most {MAX_TEXT} printable ASCII characters")

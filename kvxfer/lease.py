@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's side of a lease: who may read which blocks, until when. Pure: no I/O, no clock of its own.
+
+::
+
+    ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
+        |                 |               |
+        +-- withdraw -----+-- revoke -----+--------------> REVOKED
+        +-- announce_s ---+-- lease_s ----+--------------> EXPIRED
+
+A lease is announced when its token is handed out (before prefill has finished), offered when its blocks are complete
+(from then its time runs), and active once a consumer has opened it. It ends exactly once, and its cell on the lease
+board is wiped before anyone is told, so that no reader can mistake the blocks' next content for its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.timers import Timers
+from kvxfer.wire import Name, Token
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvxfer.config import Settings
+    from kvxfer.fence import LeaseBoard
+
+REF_VERSION = 1
+_REMEMBERED = 16_384
+
+
+class LeaseState(str, Enum):
+    """Where a lease is; the last three are ends."""
+
+    ANNOUNCED = "announced"
+    OPEN = "open"
+    ACTIVE = "active"
+    SETTLED = "settled"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
+    """What travels with a request from producer to consumer, by way of routers and clients: a claim check.
+
+    It names no blocks and no addresses in memory. The token is unguessable, and whoever holds it may read the
+    request's KV, so it belongs where the request's text may be too.
+
+    Attributes:
+        token: 128 random bits as hex.
+        owner: name of the producer's endpoint (for vLLM the engine id).
+        addresses: control addresses of the producer's ranks, ``tcp://host:port``, in rank order.
+        request: the producer's name for the request, for logs.
+        num_tokens: tokens whose KV the lease covers.
+        digest: of what the KV depends on (prompt, adapters, images); made and compared by the engine, may be empty.
+    """
+
+    v: int = REF_VERSION
+    token: Token
+    owner: Name
+    addresses: Annotated[
+        tuple[Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")], ...],
+        msgspec.Meta(min_length=1, max_length=4096),
+    ]
+    request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+    num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
+    digest: Annotated[str, msgspec.Meta(max_length=128)] = ""
+
+    @classmethod
+    def mint(
+        cls, *, owner: str, addresses: Sequence[str], request: str = "", num_tokens: int = 0, digest: str = ""
+    ) -> LeaseRef:
+        """A reference with a fresh token. Any process of the producer may mint; `Endpoint.announce` makes it known.
+
+        Raises:
+            LeaseRefError: a field is out of range.
+        """
+        token = secrets.token_hex(16)
+        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024]}
+        return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
+
+    @classmethod
+    def from_obj(cls, obj: object) -> LeaseRef:
+        """From what `to_obj` made and strangers may have changed.
+
+        Raises:
+            LeaseRefError: malformed, or of a version this kvxfer does not know.
+        """
+        try:
+            ref = msgspec.convert(obj, cls)
+        except (msgspec.ValidationError, ValueError, RecursionError) as error:
+            raise LeaseRefError(f"malformed lease: {error}") from error
+        if ref.v != REF_VERSION:
+            raise LeaseRefError(f"lease of version {ref.v}; this kvxfer knows {REF_VERSION}")
+        return ref
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> LeaseRef:
+        """From the JSON text of `to_json`. Raises LeaseRefError."""
+        try:
+            obj = msgspec.json.decode(text)
+        except (msgspec.DecodeError, ValueError, RecursionError, TypeError) as error:
+            raise LeaseRefError(f"a lease is not JSON: {error}") from error
+        return cls.from_obj(obj)
+
+    def to_obj(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        obj: dict[str, Any] = msgspec.to_builtins(self)
+        return obj
+
+    def to_json(self) -> str:
+        """JSON text."""
+        return msgspec.json.encode(self).decode()
+
+
+@dataclass(eq=False)
+class Lease:
+    """One lease of the producer. Only `LeaseTable` changes it."""
+
+    token: str
+    request: str
+    deadline: float
+    state: LeaseState = LeaseState.ANNOUNCED
+    blocks: list[bytes] = field(default_factory=list)
+    cell: int | None = None
+    offered: bool = False
+    holder: object = None
+    read: bool = False
+
+
+class LeaseTable:
+    """All leases of one producer.
+
+    Times are ``now`` of the caller's monotonic clock; ``holder`` is any hashable that stands for one consumer process.
+    Leases that end are returned by the call that ends them, and remembered for a while so that repeats are answered
+    alike.
+    """
+
+    def __init__(self, settings: Settings, board: LeaseBoard) -> None:
+        self._settings = settings
+        self._board = board
+        self._live: dict[str, Lease] = {}
+        self._ended: OrderedDict[str, Lease] = OrderedDict()
+        self._timers = Timers()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def announce(self, token: str, request: str, now: float) -> None:
+        """Make a token known before its blocks are. Known already: nothing changes."""
+        if token not in self._live and token not in self._ended:
+            lease = Lease(token, request, now + self._settings.announce_s)
+            self._live[token] = lease
+            self._timers.set(token, lease.deadline)
+
+    def offer(self, token: str, blocks: Sequence[bytes], now: float) -> Lease:
+        """The blocks are complete and will not change: the lease's time runs from now.
+
+        Args:
+            blocks: per cache group the ids as little-endian uint32.
+
+        Raises:
+            LeaseUnknownError: never announced.
+            LeaseEndedError: it ended before; the caller may reuse the blocks.
+            LeaseError: no cell is free, and the lease is ended; or it was offered before (`offered`), and stands.
+        """
+        if token not in self._live and token not in self._ended:
+            self._remember(Lease(token, "", now, LeaseState.REVOKED, offered=True))
+            raise LeaseUnknownError(f"no lease {token} was announced here")
+        lease = self._live.get(token) or self._ended[token]
+        before, lease.offered = lease.offered, True
+        self._find(token)
+        if before:
+            raise LeaseError(f"the blocks of lease {token} were offered before")
+        try:
+            lease.cell = self._board.post(bytes.fromhex(token))
+        except LeaseError:
+            self._end(lease, LeaseState.REVOKED)
+            raise
+        lease.blocks = list(blocks)
+        lease.state = LeaseState.OPEN
+        lease.deadline = now + self._settings.lease_s
+        self._timers.set(token, lease.deadline)
+        return lease
+
+    def offered(self, token: str) -> bool:
+        """`offer` was called for it: its end has been told or will be."""
+        lease = self._live.get(token) or self._ended.get(token)
+        return lease is not None and lease.offered
+
+    def open(self, token: str, holder: object, now: float) -> Lease:
+        """A consumer asks for the blocks. Idempotent for the same one; the answer is the lease's state.
+
+        Raises:
+            LeaseUnknownError, LeaseEndedError: there is nothing to open.
+            LeaseError: another consumer has it.
+        """
+        lease = self._find(token)
+        if lease.holder is not None and lease.holder != holder:
+            raise LeaseError(f"lease {token} was opened by another consumer")
+        lease.holder = holder
+        if lease.state is LeaseState.OPEN:
+            lease.state = LeaseState.ACTIVE
+        if lease.state is LeaseState.ACTIVE:
+            self._extend(lease, now)
+        return lease
+
+    def renew(self, tokens: Sequence[str], holder: object, now: float) -> list[str]:
+        """Extend what this holder still waits for; returns the tokens of leases that do not stand."""
+        ended = []
+        for token in tokens:
+            lease = self._live.get(token)
+            if lease is None or lease.holder != holder:
+                ended.append(token)
+            elif lease.state is LeaseState.ACTIVE:
+                self._extend(lease, now)
+        return ended
+
+    def settle(self, token: str, holder: object, *, read: bool) -> tuple[bool, Lease | None]:
+        """The consumer is done with the blocks.
+
+        Returns:
+            whether the lease stood until now, and the lease if this call ended it.
+        """
+        lease = self._live.get(token)
+        if lease is None:
+            before = self._ended.get(token)
+            return before is not None and before.state is LeaseState.SETTLED and before.holder == holder, None
+        if lease.holder not in (None, holder):
+            return False, None
+        lease.holder, lease.read = holder, read
+        self._end(lease, LeaseState.SETTLED)
+        return True, lease
+
+    def revoke(self, token: str) -> Lease | None:
+        """End a lease early, e.g. because its request was aborted. None if it had ended or was never known."""
+        lease = self._live.get(token)
+        if lease is not None:
+            self._end(lease, LeaseState.REVOKED)
+        return lease
+
+    def expire(self, now: float) -> list[Lease]:
+        """End every lease whose time has passed."""
+        expired = []
+        for token in self._timers.due(now):
+            lease = self._live[token]
+            if lease.deadline <= now:
+                self._end(lease, LeaseState.EXPIRED)
+                expired.append(lease)
+            else:
+                self._timers.set(token, lease.deadline)  # it was renewed since
+        return expired
+
+    def request(self, token: str) -> str:
+        """The request a live or remembered lease is for; empty if unknown."""
+        lease = self._live.get(token) or self._ended.get(token)
+        return lease.request if lease is not None else ""
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to look at next; may be early, never late."""
+        return self._timers.next_at()
+
+    def close(self) -> list[Lease]:
+        """End everything that lives."""
+        live = list(self._live.values())
+        for lease in live:
+            self._end(lease, LeaseState.REVOKED)
+        return live
+
+    def _find(self, token: str) -> Lease:
+        lease = self._live.get(token)
+        if lease is not None:
+            return lease
+        before = self._ended.get(token)
+        if before is not None:
+            raise LeaseEndedError(f"lease {token} has ended ({before.state.value})")
+        raise LeaseUnknownError(f"no lease {token} here")
+
+    def _extend(self, lease: Lease, now: float) -> None:
+        # The timer stays where it is; expire() sets it again when it comes up too early.
+        lease.deadline = max(lease.deadline, now + self._settings.lease_s)
+
+    def _end(self, lease: Lease, state: LeaseState) -> None:
+        if lease.cell is not None:
+            self._board.wipe(lease.cell)
+            lease.cell = None
+        lease.state, lease.blocks = state, []
+        del self._live[lease.token]
+        self._timers.cancel(lease.token)
+        self._remember(lease)
+
+    def _remember(self, lease: Lease) -> None:
+        self._ended[lease.token] = lease
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)

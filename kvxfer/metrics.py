@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters and histograms of one endpoint, for any engine to read; and their Prometheus text."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from dataclasses import dataclass, field
+
+Labels = tuple[tuple[str, str], ...]
+
+SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+COUNT_BUCKETS = tuple(float(4**i) for i in range(11))
+NBYTES_BUCKETS = tuple(float(4**i) for i in range(5, 19))
+
+# Every series, with its meaning: a name that is not here cannot be counted by a slip of the pen.
+COUNTERS = {
+    "kvxfer_transfers_total": "Reads that ended, by outcome (done, or the error's name).",
+    "kvxfer_bytes_total": "KV bytes read into this cache.",
+    "kvxfer_leases_total": "Leases of this producer that ended, by end (settled, expired, revoked, unread).",
+    "kvxfer_refused_messages_total": "Control messages refused, by reason.",
+    "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",
+    "kvxfer_fences_total": "Times the transfer agent was torn down to stop late writes.",
+    "kvxfer_internal_errors_total": "Faults of kvxfer itself that were caught; each is a bug worth reporting.",
+}
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "kvxfer_transfer_seconds": ("Time from the read call until the bytes were in place and fenced.", SECONDS_BUCKETS),
+    "kvxfer_transfer_nbytes": ("Bytes of one read.", NBYTES_BUCKETS),
+    "kvxfer_descriptors": ("Descriptors of one read, after merging.", COUNT_BUCKETS),
+}
+
+
+@dataclass
+class Histogram:
+    """Observations of one series: count per bucket (upper bounds in ``buckets``), total and number."""
+
+    buckets: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+    number: int = 0
+
+    def observe(self, value: float) -> None:
+        """Add one observation."""
+        if not self.counts:
+            self.counts = [0] * (len(self.buckets) + 1)
+        self.counts[bisect.bisect_left(self.buckets, value)] += 1
+        self.total += value
+        self.number += 1
+
+
+class Metrics:
+    """What one endpoint counted since it was made. Any thread may call any method."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
+        self._histograms = {name: Histogram(buckets) for name, (_, buckets) in HISTOGRAMS.items()}
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter of `COUNTERS`."""
+        key = tuple(sorted(labels.items()))
+        with self._lock:
+            series = self._counters[name]
+            series[key] = series.get(key, 0) + amount
+
+    def observe(self, name: str, value: float) -> None:
+        """Add to a histogram of `HISTOGRAMS`."""
+        with self._lock:
+            self._histograms[name].observe(value)
+
+    def counters(self) -> dict[str, dict[Labels, float]]:
+        """A copy: series name -> labels -> value."""
+        with self._lock:
+            return {name: dict(series) for name, series in self._counters.items()}
+
+    def value(self, name: str, **labels: str) -> float:
+        """Sum of a counter over all series that carry these labels."""
+        wanted = set(labels.items())
+        return sum(v for key, v in self.counters()[name].items() if wanted <= set(key))
+
+    def prometheus_text(self) -> str:
+        """All series in Prometheus' text format, version 0.0.4."""
+        lines: list[str] = []
+        with self._lock:
+            for name, help_ in COUNTERS.items():
+                lines += [f"# HELP {name} {help_}", f"# TYPE {name} counter"]
+                lines += [
+                    f"{name}{_labels(key)} {_number(value)}" for key, value in sorted(self._counters[name].items())
+                ]
+            for name, (help_, _) in HISTOGRAMS.items():
+                lines += [f"# HELP {name} {help_}", f"# TYPE {name} histogram"]
+                histogram, below = self._histograms[name], 0
+                bounds = [*(_number(b) for b in histogram.buckets), "+Inf"]
+                for bound, number in zip(bounds, histogram.counts or [0] * len(bounds), strict=True):
+                    below += number
+                    lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
+                lines += [f"{name}_sum {_number(histogram.total)}", f"{name}_count {histogram.number}"]
+        return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """All its digits: a byte counter rounded to six would stand still and then jump."""
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def _labels(key: Labels) -> str:
+    if not key:
+        return ""
+    escaped = [(k, v.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for k, v in key]
+    return "{" + ",".join(f'{k}="{v}"' for k, v in escaped) + "}"

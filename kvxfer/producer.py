@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's half of the protocol: answers consumers, and tells the engine how its leases end. Pure, no I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvxfer.actions import Action, Emit, Reply
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
+from kvxfer.lease import Lease, LeaseState, LeaseTable
+from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.wire import (
+    PROTOCOL,
+    Grant,
+    Hello,
+    Message,
+    Open,
+    Pending,
+    Refused,
+    Renew,
+    Renewed,
+    Revoked,
+    Settle,
+    Settled,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvxfer.config import Settings
+    from kvxfer.metrics import Metrics
+    from kvxfer.peer import Identity
+
+_MOST_CONNECTIONS = 4096
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Holder:
+    name: str
+    epoch: str
+
+
+class Producer:
+    """Answers on the connections that consumers opened to this endpoint.
+
+    The engine gets exactly one event for each lease that it offered, and none for one that ended before that: it has
+    no blocks to take back then, and a later offer is answered with LeaseRevoked.
+
+    ``connection`` is an opaque id of one; a consumer that reconnects introduces itself again. All calls come from the
+    control thread, which then takes what has been added to ``out``.
+    """
+
+    def __init__(
+        self, identity: Identity, table: LeaseTable, settings: Settings, metrics: Metrics, out: list[Action]
+    ) -> None:
+        self._me = identity
+        self._table = table
+        self._settings = settings
+        self._metrics = metrics
+        self._out = out
+        # Bounded: the least recently heard connection is forgotten, and has to introduce itself again.
+        self._holders: OrderedDict[bytes, _Holder] = OrderedDict()
+        self._connections: dict[_Holder, bytes] = {}
+
+    # -- the engine -------------------------------------------------------------------------------------------------
+
+    def announce(self, token: str, request: str, now: float) -> None:
+        """See `LeaseTable.announce`."""
+        self._table.announce(token, request, now)
+
+    def offer(self, token: str, blocks: Sequence[bytes], now: float) -> None:
+        """Blocks of an announced lease are complete; a consumer that waits for them gets its grant."""
+        twice = self._table.offered(token)
+        try:
+            lease = self._table.offer(token, blocks, now)
+        except LeaseError as error:
+            if twice:  # its one event has come or will come; telling another would free blocks that are still leased
+                _log.warning("%s", error)
+            else:
+                self._not_offered(token, error)
+            return
+        if lease.holder is not None:
+            self._table.open(token, lease.holder, now)
+            self._tell(lease, self._grant(lease))
+
+    def revoke(self, token: str, reason: str) -> None:
+        """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
+        lease = self._table.revoke(token)
+        if lease is not None:
+            self._tell(lease, Revoked(token=token, reason=reason))
+            if lease.offered:
+                self._end(LeaseRevoked(token, lease.request), "revoked")
+
+    def agent_replaced(self, agent_info: bytes) -> None:
+        """Our transfer agent is another one now: whoever introduced itself is told, before it reads from the old one."""
+        self._me.agent_info = agent_info
+        for connection in self._connections.values():
+            self._reply(connection, self._welcome())
+
+    # -- the clock --------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """End what has expired."""
+        for lease in self._table.expire(now):
+            self._tell(lease, Revoked(token=lease.token, reason="the lease expired"))
+            if lease.offered:
+                self._end(LeaseExpired(lease.token, lease.request), "expired")
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next."""
+        return self._table.next_deadline()
+
+    def close(self) -> None:
+        """End every lease; consumers that hold one are told."""
+        for lease in self._table.close():
+            self._tell(lease, Revoked(token=lease.token, reason="the producer was shut down"))
+            if lease.offered:
+                self._end(LeaseRevoked(lease.token, lease.request), "revoked")
+
+    # -- consumers --------------------------------------------------------------------------------------------------
+
+    def garbage(self, connection: bytes, reason: str, why: str) -> None:
+        """Something that is no message came in: counted by ``reason``, and answered so that its sender can tell."""
+        self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+        self._refuse(connection, "garbage", why)
+
+    def received(self, connection: bytes, message: Message, now: float) -> None:
+        """Answer one message of a consumer."""
+        if isinstance(message, Hello):
+            self._hello(connection, message)
+            return
+        if not isinstance(message, (Open, Renew, Settle)):
+            self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
+            return
+        token = "" if isinstance(message, Renew) else message.token
+        if message.to != self._me.epoch:
+            self._refuse(connection, "stale_epoch", f"meant for epoch {message.to or 'unknown'}", token, counted=True)
+            return
+        holder = self._holders.get(connection)
+        if holder is None:
+            self._refuse(connection, "not_introduced", "Hello comes first", token, counted=True)
+            return
+        self._holders.move_to_end(connection)
+        if isinstance(message, Open):
+            self._open(connection, holder, message, now)
+        elif isinstance(message, Renew):
+            ended = self._table.renew(message.tokens, holder, now)
+            self._reply(connection, Renewed(ended=ended))
+        else:
+            stood, lease = self._table.settle(message.token, holder, read=message.read)
+            self._reply(connection, Settled(token=message.token, stood=stood))
+            if lease is not None and lease.offered:
+                event = LeaseSettled(lease.token, lease.request, lease.read)
+                self._end(event, "settled" if lease.read else "unread")
+
+    def _not_offered(self, token: str, error: LeaseError) -> None:
+        request = self._table.request(token)
+        if isinstance(error, LeaseEndedError):
+            # The consumer gave up, or prefill took longer than announce_s: nobody will come for these blocks.
+            self._end(LeaseRevoked(token, request), "unread")
+            _log.info("nobody will come for the blocks of %r: %s", request, error)
+        else:
+            self._end(LeaseRevoked(token, request), "revoked")
+            _log.warning("cannot offer the blocks of %r: %s", request, error)
+
+    def _hello(self, connection: bytes, hello: Hello) -> None:
+        me = self._me
+        if hello.protocol != PROTOCOL:
+            why = f"protocol {hello.protocol} is not spoken here, {PROTOCOL} is"
+            self._refuse(connection, "protocol", why, counted=True)
+        elif hello.rank != me.spec.rank:
+            why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
+            self._refuse(connection, "rank", why, counted=True)
+        elif hello.agent != me.agent:
+            why = f"bytes move by {me.agent!r} here, not by {hello.agent!r}"
+            self._refuse(connection, "agent", why, counted=True)
+        else:
+            self._introduce(connection, _Holder(hello.name, hello.epoch))
+            self._reply(connection, self._welcome())
+
+    def _welcome(self) -> Welcome:
+        me = self._me
+        return Welcome(
+            protocol=PROTOCOL,
+            name=me.name,
+            epoch=me.epoch,
+            rank=me.spec.rank,
+            agent=me.agent,
+            agent_info=me.agent_info,
+            spec=me.spec,
+        )
+
+    def _introduce(self, connection: bytes, holder: _Holder) -> None:
+        before = self._holders.get(connection)
+        if before is not None and self._connections.get(before) == connection:
+            del self._connections[before]
+        self._holders[connection] = holder
+        self._holders.move_to_end(connection)
+        self._connections[holder] = connection
+        while len(self._holders) > _MOST_CONNECTIONS:
+            old, gone = self._holders.popitem(last=False)
+            if self._connections.get(gone) == old:
+                del self._connections[gone]
+
+    def _open(self, connection: bytes, holder: _Holder, message: Open, now: float) -> None:
+        try:
+            lease = self._table.open(message.token, holder, now)
+        except LeaseUnknownError as error:
+            self._refuse(connection, "unknown_lease", str(error), message.token, counted=True)
+        except LeaseEndedError as error:
+            self._refuse(connection, "ended_lease", str(error), message.token, counted=True)
+        except LeaseError as error:
+            self._refuse(connection, "taken_lease", str(error), message.token, counted=True)
+        else:
+            announced = lease.state is LeaseState.ANNOUNCED
+            self._reply(connection, Pending(token=lease.token) if announced else self._grant(lease))
+
+    def _grant(self, lease: Lease) -> Grant:
+        ttl_s = self._settings.lease_s
+        return Grant(token=lease.token, blocks=lease.blocks, cell=lease.cell or 0, ttl_s=ttl_s)
+
+    def _tell(self, lease: Lease, message: Message) -> None:
+        connection = self._connections.get(lease.holder) if isinstance(lease.holder, _Holder) else None
+        if connection is not None:
+            self._reply(connection, message)
+
+    def _reply(self, connection: bytes, message: Message) -> None:
+        self._out.append(Reply(connection, message))
+
+    def _refuse(self, connection: bytes, code: str, why: str, token: str = "", *, counted: bool = False) -> None:
+        if counted:
+            self._metrics.count("kvxfer_refused_messages_total", reason=code)
+        self._reply(connection, Refused(code=code, reason=why[:1024], epoch=self._me.epoch, token=token))
+
+    def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
+        self._metrics.count("kvxfer_leases_total", end=end)
+        self._out.append(Emit(event))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes: all that were to move have moved, to the right place, and no others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import numpy as np
+import pytest
+
+from kvxfer.agent import FlightState, Op
+from kvxfer.testing.eventually import eventually
+from kvxfer.testing.stage import KIB, MIB, PLACES, scattered
+
+if TYPE_CHECKING:
+    from kvxfer.testing.stage import Stage
+
+_places = pytest.mark.parametrize("place", PLACES)
+_ops = pytest.mark.parametrize("op", list(Op), ids=[op.value for op in Op])
+
+_LONG_NBYTES = 48 * MIB
+"""For adapters that declare no limit."""
+_LONGEST_NBYTES = 512 * MIB
+_MANY_SPANS = 5_000
+_MOST_SPANS = 200_000
+
+
+class BytesTests:
+    """Reads and writes of every shape."""
+
+    @final
+    @_places
+    @_ops
+    def test_one_span(self, stage: Stage, place: str, op: Op) -> None:
+        """One span arrives byte for byte, and nothing outside it is touched on either side."""
+        stage.need_op(op)
+        pair = stage.pair(place)
+        pair.move(op, pair.spans((3 * KIB, 70 * KIB, 64 * KIB)))
+
+    @final
+    @_places
+    @_ops
+    def test_whole_region(self, stage: Stage, place: str, op: Op) -> None:
+        """A span may reach from the first to the last byte of both regions."""
+        stage.need_op(op)
+        pair = stage.pair(place)
+        pair.move(op, pair.whole())
+
+    @final
+    @_places
+    @_ops
+    def test_odd_sizes(self, stage: Stage, place: str, op: Op) -> None:
+        """Spans of any size at any alignment arrive, down to a single byte, also at both ends of a region."""
+        stage.need_op(op)
+        pair = stage.pair(place, 64 * KIB)
+        for nbytes in (1, 2, 7, 63, 65, 4095, 4097):
+            end = pair.local.nbytes - nbytes
+            pair.move(op, pair.spans((0, end, nbytes)))
+            pair.move(op, pair.spans((end, 0, nbytes)))
+            pair.move(op, pair.spans((12_345, 23_457, nbytes)))
+
+    @final
+    @_places
+    @_ops
+    def test_fragmented(self, stage: Stage, place: str, op: Op) -> None:
+        """Many spans of different sizes, scattered on both sides, arrive each at its own place."""
+        stage.need_op(op)
+        pair = stage.pair(place)
+        sizes = np.random.default_rng(7).integers(1, 1500, 400).tolist()
+        here = scattered(pair.local, 1500, 33, len(sizes), seed=11)
+        there = scattered(pair.remote, 1500, 1, len(sizes), seed=12)
+        pair.move(op, pair.spans(*zip(here, there, sizes, strict=True)))
+
+    @final
+    @_places
+    @_ops
+    def test_adjacent(self, stage: Stage, place: str, op: Op) -> None:
+        """Spans that touch each other on one side or on both, in order or not, arrive as if they were apart."""
+        stage.need_op(op)
+        pair = stage.pair(place)
+        run = 512
+        order = np.random.default_rng(3).permutation(64).tolist()
+        pair.move(op, pair.spans(*((i * run, 4096 + i * run, run) for i in range(64))))
+        pair.move(op, pair.spans(*((i * run, 2 * i * run, run) for i in range(64))))
+        pair.move(op, pair.spans(*((i * run, 8192 + j * run, run) for i, j in enumerate(order))))
+
+    @final
+    @_places
+    @_ops
+    def test_more_than_the_engine_takes_at_once(self, stage: Stage, place: str, op: Op) -> None:
+        """A span longer than ``max_submit_nbytes`` arrives whole."""
+        stage.need_op(op)
+        limit = stage.capabilities().max_submit_nbytes or _LONG_NBYTES
+        if limit > _LONGEST_NBYTES:
+            pytest.skip(f"max_submit_nbytes is {limit}: too much memory for a test")
+        pair = stage.pair(place, limit + limit // 2 + 5 * KIB)
+        pair.move(op, pair.spans((1 * KIB, 3 * KIB, limit + limit // 2 + 7)))
+
+    @final
+    @_places
+    @_ops
+    def test_longer_list_than_the_engine_takes(self, stage: Stage, place: str, op: Op) -> None:
+        """A list of more than ``max_descriptors`` spans, none of which can be merged, arrives whole."""
+        stage.need_op(op)
+        limit = stage.capabilities().max_descriptors or _MANY_SPANS
+        if limit > _MOST_SPANS:
+            pytest.skip(f"max_descriptors is {limit}: too long a list for a test")
+        count = 2 * limit + 3
+        pair = stage.pair(place, 16 * count + KIB)
+        here = scattered(pair.local, 9, 7, count, seed=5)
+        pair.move(op, pair.spans(*((at, 16 * i + 3, 9) for i, at in enumerate(here))))
+
+    @final
+    @_places
+    @_ops
+    def test_spans_of_many_regions(self, stage: Stage, place: str, op: Op) -> None:
+        """One transfer may touch many registered regions of both sides, also regions that touch each other."""
+        stage.need_op(op)
+        actor, peer = stage.actor(), stage.peer(place)
+        count, nbytes = 24, 8 * KIB
+        blocks = [actor.allocate(nbytes, stage.seed()) for _ in range(count)]
+        whole = peer.allocate(count * nbytes, stage.seed(), register=False)
+        parts = [type(whole)(whole.address + i * nbytes, nbytes, whole.kind, whole.device_id) for i in range(count)]
+        for part in parts:
+            peer.register(part)
+        name = actor.connect(peer.describe())
+        near, far = b"".join(actor.content(block) for block in blocks), peer.content(whole)
+        spans = [(block.address, part.address, nbytes) for block, part in zip(blocks, parts, strict=True)]
+        flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
+        assert flight.state is FlightState.DONE
+        moved = far if op is Op.READ else near
+        assert b"".join(actor.content(block) for block in blocks) == moved
+        assert peer.content(whole) == moved
+        assert actor.intact()
+        assert peer.intact()
+
+    @final
+    @_places
+    @_ops
+    def test_content_of_the_moment(self, stage: Stage, place: str, op: Op) -> None:
+        """Each transfer moves what is in memory when it is submitted: nothing is remembered from an earlier one."""
+        stage.need_op(op)
+        pair = stage.pair(place, 64 * KIB)
+        for _ in range(8):
+            pair.peer.fill(pair.remote, pair.actor.content(pair.local)[::-1])
+            pair.actor.fill(pair.local, bytes([stage.seed()]) * pair.local.nbytes)
+            pair.refresh()
+            pair.move(op, pair.spans((100, 200, 40 * KIB)))
+
+    @final
+    @_places
+    @_ops
+    def test_done_means_in_place(self, stage: Stage, place: str, op: Op) -> None:
+        """At the poll that returns a flight as DONE all of its bytes are in place, of large and of small transfers."""
+        stage.need_op(op)
+        pair = stage.pair(place, 4 * MIB)
+        for step in range(1, 13):
+            pair.move(op, pair.spans((step, 2 * step, (4 * MIB >> step) + step)))
+
+    @final
+    @_places
+    @_ops
+    def test_many_flights_at_once(self, stage: Stage, place: str, op: Op) -> None:
+        """Flights that are under way together do not mix up their bytes."""
+        stage.need_op(op)
+        pair = stage.pair(place, 2 * MIB)
+        part = 64 * KIB
+        lots = [pair.spans((i * part, (31 - i) * part, part // 2 + i)) for i in range(32)]
+        flights = [pair.start(op, spans) for spans in lots]
+        for flight, spans in zip(flights, lots, strict=True):
+            assert pair.wait(flight).state is FlightState.DONE
+            pair.expect(op, spans)
+        pair.check()
+
+    @final
+    @_places
+    def test_both_directions_at_once(self, stage: Stage, place: str) -> None:
+        """Two agents that move bytes out of and into each other's memory at the same time both succeed."""
+        op = stage.any_op()
+        pair = stage.pair(place, 8 * MIB)
+        back = pair.peer.connect(pair.actor.describe())
+        half = 4 * MIB
+        ours = pair.spans((0, 0, half))
+        theirs = [(pair.remote.address + half, pair.local.address + half, half)]
+        number = pair.peer.submit(op, back, theirs, stage.patience_s)
+        flight = pair.start(op, ours)
+        assert pair.wait(flight).state is FlightState.DONE
+
+        def arrived() -> bool:
+            pair.actor.log.poll()
+            return pair.peer.outcome(number)[0] is not FlightState.PENDING
+
+        eventually(arrived, timeout_s=2 * stage.patience_s, what="the peer's transfer ends")
+        assert pair.peer.outcome(number) == (FlightState.DONE, "")
+        pair.expect(op, ours)
+        reverse = Op.WRITE if op is Op.READ else Op.READ
+        pair.expect(reverse, pair.spans((half, half, half)))
+        pair.check()
+
+    @final
+    @_places
+    def test_many_peers(self, stage: Stage, place: str) -> None:
+        """Transfers with several peers at once each reach the peer that was named."""
+        op, nbytes = stage.any_op(), 256 * KIB
+        actor = stage.actor()
+        peers = [stage.peer(place) for _ in range(3)]
+        remotes = [peer.allocate(nbytes, stage.seed()) for peer in peers]
+        names = [actor.connect(peer.describe()) for peer in peers]
+        locals_ = [actor.allocate(nbytes, stage.seed()) for _ in peers]
+        moved = [
+            peer.content(remote) if op is Op.READ else actor.content(local)
+            for peer, remote, local in zip(peers, remotes, locals_, strict=True)
+        ]
+        flights = [
+            actor.start(op, name, [(local.address, remote.address, nbytes)], stage.patience_s)
+            for name, local, remote in zip(names, locals_, remotes, strict=True)
+        ]
+        for flight in reversed(flights):
+            assert actor.log.wait(flight, timeout_s=2 * stage.patience_s).state is FlightState.DONE
+        for peer, remote, local, content in zip(peers, remotes, locals_, moved, strict=True):
+            assert actor.content(local) == content
+            assert peer.content(remote) == content

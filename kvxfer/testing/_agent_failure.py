@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers that stall, die, return or withdraw their memory: transfers end in time, and memory is as quiet as declared."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, final
+
+import pytest
+
+from kvxfer.agent import FlightState, Op, Reach
+from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
+from kvxfer.testing.eventually import eventually, stays
+from kvxfer.testing.peers import ProcessPeer
+from kvxfer.testing.stage import KIB, MIB, PLACES
+
+if TYPE_CHECKING:
+    from kvxfer.agent import Flight
+    from kvxfer.testing.stage import Pair, Stage
+
+_places = pytest.mark.parametrize("place", PLACES)
+_ops = pytest.mark.parametrize("op", list(Op), ids=[op.value for op in Op])
+
+_NBYTES = 32 * MIB
+"""More than any socket buffers on its way: part of it has to wait for a peer that stands still."""
+
+_SHORT_S = 0.4
+"""Deadline of a transfer that is expected to miss it."""
+
+_SLACK_S = 15.0
+"""After the deadline; the machine may be busy, and an engine that copies in `submit` may be in the middle of that."""
+
+_DEATH_S = 15.0
+"""To notice a dead process, of an adapter that declares that it does, when the deadline is minutes away."""
+
+
+class FailureTests:
+    """Everything that goes wrong on the other side."""
+
+    @final
+    @_ops
+    def test_deadline_in_the_past(self, stage: Stage, op: Op) -> None:
+        """A transfer whose deadline has passed when it is submitted ends at once, in a state that says what happened."""
+        stage.need_op(op)
+        pair = stage.pair("thread")
+        flight = pair.wait(pair.start(op, pair.whole(), timeout_s=-1.0))
+        if flight.state is FlightState.DONE:
+            pair.expect(op, pair.whole())
+            pair.check()
+        else:
+            assert isinstance(flight.error, TransferTimeoutError)
+
+    @final
+    def test_deadline_that_is_no_time(self, stage: Stage) -> None:
+        """A transfer whose deadline is no number does not wait for ever."""
+        pair = stage.pair("thread", 64 * KIB)
+        flight = pair.wait(pair.start(stage.any_op(), pair.whole(), timeout_s=float("nan")))
+        assert flight.state is not FlightState.PENDING
+
+    @final
+    @_places
+    @_ops
+    def test_stalled_peer(self, stage: Stage, place: str, op: Op) -> None:
+        """A transfer with a peer that stands still ends by its deadline: right, or failed with memory quiet, or in quarantine."""
+        stage.need_op(op)
+        pair = stage.pair(place, _NBYTES)
+        pair.move(op, pair.spans((0, 0, 100)))
+        _stalled_transfer_ends(pair, op)
+
+    @final
+    @_places
+    def test_stalled_stranger(self, stage: Stage, place: str) -> None:
+        """The same holds for the very first transfer with a peer, when there is no connection yet."""
+        pair = stage.pair(place, _NBYTES)
+        _stalled_transfer_ends(pair, stage.any_op())
+
+    @final
+    @_places
+    def test_nothing_is_written_after_close(self, stage: Stage, place: str) -> None:
+        """After close no transfer of the agent writes to its memory, also when a stalled peer goes on."""
+        stage.need_op(Op.READ)
+        pair = stage.pair(place, _NBYTES)
+        pair.move(Op.READ, pair.spans((0, 0, 100)))
+        pair.peer.stall()
+        flight = pair.start(Op.READ, pair.whole())
+        for _ in range(20):
+            pair.actor.log.poll()
+        pair.actor.close()
+        assert flight.finished
+        before = pair.actor.content(pair.local)
+        pair.peer.resume()
+        _stays_quiet(pair, before)
+        if flight.state is FlightState.DONE:
+            pair.expect(Op.READ, pair.whole())
+            pair.check()
+
+    @final
+    @_places
+    def test_memory_in_flight_stays_registered(self, stage: Stage, place: str) -> None:
+        """Memory of a transfer that is pending or in quarantine cannot be withdrawn."""
+        op = stage.any_op()
+        pair = stage.pair(place, _NBYTES)
+        pair.move(op, pair.spans((0, 0, 100)))
+        pair.peer.stall()
+        flight = pair.start(op, pair.whole(), timeout_s=_SHORT_S)
+        if flight.finished:
+            pytest.skip("the transfer is over when submit returns: nothing is ever in flight here")
+        with pytest.raises(RegistrationError):
+            pair.actor.deregister(pair.local)
+        pair.wait(flight)
+        if flight.state is FlightState.QUARANTINED:
+            with pytest.raises(RegistrationError):
+                pair.actor.deregister(pair.local)
+
+    @final
+    @_places
+    def test_others_go_on(self, stage: Stage, place: str) -> None:
+        """While one peer stands still, transfers with another one go on."""
+        op = stage.any_op()
+        pair = stage.pair(place, _NBYTES)
+        other = stage.peer(place)
+        remote = other.allocate(64 * KIB, stage.seed())
+        name = pair.actor.connect(other.describe())
+        spans = [(pair.local.address, remote.address, 64 * KIB)]
+        first = pair.wait(pair.actor.start(op, name, spans, stage.patience_s))
+        assert first.state is FlightState.DONE
+        pair.peer.stall()
+        # The last three quarters: what the other peer moves stays out of this flight's way.
+        quarter = _NBYTES // 4
+        pair.start(op, pair.spans((quarter, quarter, 3 * quarter)), timeout_s=stage.patience_s)
+        second = pair.wait(pair.actor.start(op, name, spans, stage.patience_s))
+        assert second.state is FlightState.DONE, second.error
+        assert pair.actor.content(pair.local)[: 64 * KIB] == other.content(remote)
+
+    @final
+    @_places
+    def test_poll_does_not_block(self, stage: Stage, place: str) -> None:
+        """Poll returns quickly, with nothing under way and with a transfer that does not get on."""
+        op = stage.any_op()
+        pair = stage.pair(place, _NBYTES)
+        pair.move(op, pair.spans((0, 0, 100)))
+        idle = _poll_seconds(pair)
+        pair.peer.stall()
+        pair.start(op, pair.whole(), timeout_s=stage.patience_s)
+        for _ in range(20):
+            pair.actor.log.poll()  # what of it can move has moved
+        stuck = _poll_seconds(pair)
+        assert max(idle, stuck) < 0.02, f"a poll takes {idle:.4f} s when idle, {stuck:.4f} s when stuck"
+
+    @final
+    def test_stale_description(self, stage: Stage) -> None:
+        """With ``remote_checked``: a transfer to memory that the peer withdrew fails and moves nothing; without: no claim."""
+        _need_remote_checked(stage)
+        for place in PLACES if stage.capabilities().reach is not Reach.PROCESS else ("thread",):
+            for op in stage.capabilities().ops:
+                pair = stage.pair(place, 64 * KIB)
+                pair.move(op, pair.spans((0, 0, 100)))
+                pair.peer.deregister(pair.remote)
+                flight = pair.wait(pair.start(op, pair.whole()))
+                assert flight.state is not FlightState.DONE, f"{op.value} of withdrawn memory succeeds ({place})"
+                assert isinstance(flight.error, TransferError)
+                pair.check()
+
+    @final
+    def test_closed_peer(self, stage: Stage) -> None:
+        """With ``remote_checked``: a transfer to an agent that was closed fails and moves nothing; without: no claim."""
+        _need_remote_checked(stage)
+        for place in PLACES if stage.capabilities().reach is not Reach.PROCESS else ("thread",):
+            for op in stage.capabilities().ops:
+                pair = stage.pair(place, 64 * KIB)
+                pair.move(op, pair.spans((0, 0, 100)))
+                pair.peer.close_agent()
+                flight = pair.wait(pair.start(op, pair.whole()))
+                assert flight.state is not FlightState.DONE, f"{op.value} with a closed agent succeeds ({place})"
+                assert isinstance(flight.error, TransferError)
+                pair.check()
+
+    @final
+    @_ops
+    def test_peer_killed_before(self, stage: Stage, op: Op) -> None:
+        """A transfer with a process that was killed ends by its deadline, much earlier with ``detects_death``."""
+        stage.need_op(op)
+        pair, peer = _with_process(stage)
+        pair.move(op, pair.spans((0, 0, 100)))
+        peer.kill()
+        _fails_in_time(pair, op, None)
+
+    @final
+    @_ops
+    def test_peer_killed_during(self, stage: Stage, op: Op) -> None:
+        """A transfer whose peer is killed while it runs ends by its deadline, much earlier with ``detects_death``."""
+        stage.need_op(op)
+        pair, peer = _with_process(stage)
+        pair.move(op, pair.spans((0, 0, 100)))
+        peer.stall()
+        flight = pair.start(op, pair.whole(), _deadline_s(pair))
+        pair.actor.log.poll()
+        peer.kill()
+        _fails_in_time(pair, op, flight)
+
+    @final
+    def test_disconnect_of_the_dead(self, stage: Stage) -> None:
+        """Leaving a killed peer raises nothing, fails its transfers, and leaves the agent usable for others."""
+        op = stage.any_op()
+        pair, peer = _with_process(stage)
+        pair.move(op, pair.spans((0, 0, 100)))
+        peer.stall()
+        flight = pair.start(op, pair.whole())
+        peer.kill()
+        known = pair.actor.peer(pair.peer_name)
+        pair.actor.agent.disconnect(known)
+        pair.actor.agent.disconnect(known)
+        if pair.wait(flight).state is not FlightState.DONE:
+            assert flight.error is not None
+        with pytest.raises(PeerUnknownError):
+            pair.start(op, pair.whole())
+        _meets_another(pair, op)
+
+    @final
+    def test_peer_returns(self, stage: Stage) -> None:
+        """A process that takes a dead one's place, under a name of its own, is met and served."""
+        op = stage.any_op()
+        pair, peer = _with_process(stage)
+        for _ in range(2):
+            pair.move(op, pair.spans((0, 0, 100)))
+            peer.kill()
+            flight = pair.wait(pair.start(op, pair.spans((0, 0, 100)), timeout_s=1.0))
+            assert flight.error is None or isinstance(flight.error, TransferError)
+            pair.actor.agent.disconnect(pair.actor.peer(pair.peer_name))
+            peer = pair.stage.process()
+            remote = peer.allocate(pair.remote.nbytes, stage.seed())
+            local = pair.actor.allocate(pair.local.nbytes, stage.seed())
+            pair.peer, pair.remote, pair.local = peer, remote, local
+            pair.peer_name = pair.actor.connect(peer.describe())
+            pair.refresh()
+        pair.move(op, pair.whole())
+
+    @final
+    def test_thread_peer_dies(self, stage: Stage) -> None:
+        """Where peers share a process, "death" is the end of an agent: with ``detects_death`` transfers to it fail."""
+        caps = stage.capabilities()
+        if caps.reach is not Reach.PROCESS:
+            pytest.skip("reaches other processes: the tests that kill one are the stricter ones")
+        pair, op = stage.pair("thread", 64 * KIB), stage.any_op()
+        pair.peer.close_agent()
+        begin = time.monotonic()
+        flight = pair.wait(pair.start(op, pair.whole(), 60.0 if caps.detects_death else 1.0))
+        assert isinstance(flight.error, TransferError)
+        assert time.monotonic() - begin < _DEATH_S
+        pair.check()
+
+
+def _stalled_transfer_ends(pair: Pair, op: Op) -> None:
+    pair.peer.stall()
+    begin = time.monotonic()
+    flight = pair.wait(pair.start(op, pair.whole(), timeout_s=_SHORT_S))
+    late = time.monotonic() - begin - _SHORT_S
+    assert late < _SLACK_S, f"ended {late:.1f} s after its deadline"
+    before = pair.actor.content(pair.local)
+    pair.peer.resume()
+    if flight.state is FlightState.DONE:
+        pair.expect(op, pair.whole())
+        pair.check()
+        return
+    assert isinstance(flight.error, TransferError), f"no transfer error: {flight.error!r}"
+    if flight.state is FlightState.QUARANTINED:
+        # It may end by itself now that the peer goes on. If not, closing the agent ends it. Then it is quiet.
+        _poll_for(pair, 1.0)
+        if not flight.finished:
+            pair.actor.close()
+        before = pair.actor.content(pair.local)
+    assert flight.state is FlightState.FAILED
+    _stays_quiet(pair, before)
+
+
+def _poll_for(pair: Pair, seconds: float) -> None:
+    def polled() -> bool:
+        pair.actor.log.poll()
+        return True
+
+    stays(polled, for_s=seconds)
+
+
+def _stays_quiet(pair: Pair, before: bytes) -> None:
+    stays(lambda: pair.actor.content(pair.local) == before, for_s=0.7, what="local memory is quiet")
+
+
+def _poll_seconds(pair: Pair) -> float:
+    """Median of 21 polls: on a busy machine some are interrupted."""
+    took = []
+    for _ in range(21):
+        begin = time.monotonic()
+        pair.actor.log.poll()
+        took.append(time.monotonic() - begin)
+    return sorted(took)[10]
+
+
+def _need_remote_checked(stage: Stage) -> None:
+    if not stage.capabilities().remote_checked:
+        pytest.skip("does not declare remote_checked: owners may not rely on anything here")
+
+
+def _with_process(stage: Stage) -> tuple[Pair, ProcessPeer]:
+    pair = stage.pair("process", _NBYTES)
+    assert isinstance(pair.peer, ProcessPeer)
+    return pair, pair.peer
+
+
+def _deadline_s(pair: Pair) -> float:
+    """So far away that only noticing ends the transfer early, or short for who does not claim to notice."""
+    return 120.0 if pair.stage.capabilities().detects_death else 2.0
+
+
+def _fails_in_time(pair: Pair, op: Op, flight: Flight | None) -> None:
+    begin = time.monotonic()
+    if flight is None:
+        flight = pair.start(op, pair.whole(), _deadline_s(pair))
+    if flight.state is FlightState.DONE:
+        return  # it was over before the peer was
+
+    def ended() -> bool:
+        pair.actor.log.poll()
+        return flight.state is not FlightState.PENDING
+
+    eventually(ended, timeout_s=_DEATH_S, what="the death of the peer is noticed")
+    assert time.monotonic() - begin < _DEATH_S
+    assert isinstance(flight.error, TransferError), f"a transfer with a dead peer ended as {flight}"
+    _meets_another(pair, op)
+
+
+def _meets_another(pair: Pair, op: Op) -> None:
+    peer = pair.stage.peer("process")
+    remote, local = peer.allocate(64 * KIB, 71), pair.actor.allocate(64 * KIB, 72)
+    name = pair.actor.connect(peer.describe())
+    spans = [(local.address, remote.address, 64 * KIB)]
+    flight = pair.wait(pair.actor.start(op, name, spans, pair.stage.patience_s))
+    assert flight.state is FlightState.DONE, f"after the death of one peer the agent serves no other: {flight.error!r}"
+    assert pair.actor.content(local) == peer.content(remote)

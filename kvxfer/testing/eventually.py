@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waiting in tests: for a condition with a deadline, never for a length of time and a hope."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def eventually(condition: Callable[[], T], *, timeout_s: float = 10.0, interval_s: float = 0.002, what: str = "") -> T:
+    """Call ``condition`` until it answers something true, and return that answer.
+
+    Args:
+        condition: cheap, and harmless to repeat; what it raises comes out at once.
+        timeout_s: after this long without a true answer the test fails.
+        interval_s: pause between two calls.
+        what: for the message, e.g. "the peer's memory changed".
+
+    Raises:
+        AssertionError: it stayed false.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"still not so after {timeout_s} s: {what or condition}")
+        time.sleep(interval_s)
+
+
+def stays(condition: Callable[[], object], *, for_s: float = 0.5, interval_s: float = 0.01, what: str = "") -> None:
+    """Call ``condition`` for ``for_s`` seconds: it has to be true each time.
+
+    The only honest test of "this never happens" is to look for a while; keep it short, it is paid in full each time.
+
+    Raises:
+        AssertionError: it became false.
+    """
+    begin = time.monotonic()
+    while True:
+        elapsed = time.monotonic() - begin
+        if not condition():
+            raise AssertionError(f"no longer so after {elapsed:.3f} s: {what or condition}")
+        if elapsed >= for_s:
+            return
+        time.sleep(interval_s)

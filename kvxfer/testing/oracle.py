@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that a test reads and writes behind the adapter's back, so that an adapter cannot vouch for itself."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import numpy as np
+
+from kvxfer.memory import Memory
+
+GUARD_NBYTES = 4096
+"""Width of the band on either side of a `HostSpan` that nobody registered and nobody may touch."""
+
+_CANARY = 0xA5
+_TILE_NBYTES = 1_048_573
+
+
+class OracleMemory(Protocol):
+    """What a suite needs of memory. `HostSpan` is the one for DRAM; adapters of other kinds bring their own."""
+
+    @property
+    def memory(self) -> Memory:
+        """The span, as an agent registers it."""
+        ...
+
+    def read(self) -> bytes:
+        """All of it, fetched by other means than the adapter's."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Replace all of it, by other means than the adapter's."""
+        ...
+
+    def intact(self) -> bool:
+        """Nothing next to it was touched."""
+        ...
+
+
+class HostSpan:
+    """Host memory between two guard bands.
+
+    Owns the memory: keep it until every agent that registered it, or may still write to it, is closed.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        # np.zeros would map pages lazily, and the first touch would then be inside the transfer that is measured.
+        self._bytes = np.full(nbytes + 2 * GUARD_NBYTES, _CANARY, dtype=np.uint8)
+        self._memory = Memory(int(self._bytes.ctypes.data) + GUARD_NBYTES, nbytes)
+
+    @property
+    def memory(self) -> Memory:
+        """The span between the guard bands."""
+        return self._memory
+
+    def read(self) -> bytes:
+        """The span's content."""
+        return ctypes.string_at(self._memory.address, self._memory.nbytes)
+
+    def write(self, data: bytes) -> None:
+        """Replace the span's content.
+
+        Raises:
+            ValueError: ``data`` has another length.
+        """
+        if len(data) != self._memory.nbytes:
+            raise ValueError(f"{len(data)} bytes for a span of {self._memory.nbytes}")
+        ctypes.memmove(self._memory.address, data, len(data))
+
+    def intact(self) -> bool:
+        """Neither guard band was touched."""
+        below, above = self._bytes[:GUARD_NBYTES], self._bytes[-GUARD_NBYTES:]
+        return bool((below == _CANARY).all() and (above == _CANARY).all())
+
+
+def noise(nbytes: int, seed: int) -> bytes:
+    """Bytes that look random and are the same in every process for the same ``seed``."""
+    if nbytes <= _TILE_NBYTES:
+        return np.random.default_rng(seed).bytes(nbytes)
+    # Random bytes are slow to make: large memory repeats them, with a period that is no multiple of anything.
+    return (noise(_TILE_NBYTES, seed) * (nbytes // _TILE_NBYTES + 1))[:nbytes]

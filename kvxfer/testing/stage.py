@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a conformance test plays: it makes agents and peers, and takes all of them down whatever happened."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import uuid
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from kvxfer.agent import Capabilities, FlightState, Op, Reach
+from kvxfer.testing.actor import Actor
+from kvxfer.testing.oracle import noise
+from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.agent import Flight, TransferAgent
+    from kvxfer.memory import Memory
+    from kvxfer.testing.actor import Spans
+    from kvxfer.testing.oracle import OracleMemory
+    from kvxfer.testing.peers import Peer
+
+PLACES = ("thread", "process")
+"""Where a peer lives: in a thread of this process, or in a process of its own on this host."""
+
+KIB, MIB = 1 << 10, 1 << 20
+
+_declared: dict[Callable[[str], TransferAgent], Capabilities] = {}
+"""Asked once for each adapter: an agent can take half a second to start."""
+
+
+class Stage:
+    """Makes what a test needs.
+
+    Args:
+        make_agent, make_memory, patience_s: the suite's.
+        idle: processes that earlier tests left in good order. Starting one, with its transfer engine, takes long.
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable[[str], TransferAgent],
+        make_memory: Callable[[int], OracleMemory],
+        patience_s: float,
+        idle: list[ProcessPeer],
+    ) -> None:
+        self.make_agent = make_agent
+        self.make_memory = make_memory
+        self.patience_s = patience_s
+        self._idle = idle
+        self._actors: list[Actor] = []
+        self._peers: list[Peer] = []
+        self._seeds = itertools.count(1)
+
+    def actor(self, name: str | None = None) -> Actor:
+        """An agent of this thread."""
+        actor = Actor(self.make_agent, name or unique("local"), self.make_memory)
+        self._actors.append(actor)
+        return actor
+
+    def peer(self, place: str, name: str | None = None) -> Peer:
+        """A peer; skips the test if the adapter does not reach that far."""
+        self.need_reach(place)
+        name = name or unique("peer")
+        peer: Peer
+        if place == "process":
+            peer = self._idle_process(name) or ProcessPeer(self.make_agent, name, self.make_memory)
+        else:
+            peer = ThreadPeer(self.make_agent, name, self.make_memory)
+        self._peers.append(peer)
+        return peer
+
+    def _idle_process(self, name: str) -> Peer | None:
+        if not self._idle:
+            return None
+        peer = self._idle.pop()
+        try:
+            peer.renew(name)
+        except BaseException:
+            peer.stop()
+            raise
+        return peer
+
+    def _dismiss(self, peer: Peer) -> None:
+        if not isinstance(peer, ProcessPeer) or peer.worn:
+            peer.stop()
+            return
+        try:
+            peer.close_agent()
+        except BaseException:
+            peer.kill()
+            raise
+        self._idle.append(peer)
+
+    def forget(self, *actors: Actor) -> None:
+        """Drop actors that are closed, and with them their memory."""
+        self._actors = [actor for actor in self._actors if actor not in actors]
+
+    def process(self, name: str | None = None) -> ProcessPeer:
+        """A peer in a process; skips the test if the adapter does not reach that far."""
+        peer = self.peer("process", name)
+        assert isinstance(peer, ProcessPeer)
+        return peer
+
+    def seed(self) -> int:
+        """For another noise than every other of this test."""
+        return next(self._seeds)
+
+    def capabilities(self) -> Capabilities:
+        """What an agent declares: an instance, for some know only then."""
+        if self.make_agent not in _declared:
+            probe = self.make_agent(unique("probe"))
+            _declared[self.make_agent] = probe.capabilities
+            probe.close()
+        return _declared[self.make_agent]
+
+    def need_reach(self, place: str) -> None:
+        """Skip unless peers may live there."""
+        if place == "process" and self.capabilities().reach is Reach.PROCESS:
+            pytest.skip("declares that peers live in the same process (reach is PROCESS)")
+
+    def need_op(self, op: Op) -> None:
+        """Skip unless the operation is declared."""
+        if op not in self.capabilities().ops:
+            pytest.skip(f"does not declare {op.value}")
+
+    def any_op(self) -> Op:
+        """An operation that the adapter has, READ if possible."""
+        return Op.READ if Op.READ in self.capabilities().ops else Op.WRITE
+
+    def pair(self, place: str, nbytes: int = MIB, remote_nbytes: int | None = None) -> Pair:
+        """Two connected sides with one registered region each."""
+        self.need_reach(place)
+        return Pair(self, self.actor(), self.peer(place), nbytes, remote_nbytes or nbytes)
+
+    def close(self) -> None:
+        """Take everything down; fails the test if an agent left a flight unended or touched what it may not."""
+        problems: list[BaseException] = []
+        for peer in self._peers:
+            try:
+                peer.resume()
+            except PeerGoneError:
+                pass  # killed, or died with the other side: what that may cost is the test's business
+            except AssertionError as error:
+                problems.append(error)
+        steps: list[Callable[[], None]] = [actor.close for actor in self._actors]
+        steps += [partial(self._dismiss, peer) for peer in self._peers]
+        for step in steps:
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the others are taken down first
+                problems.append(error)
+        if not all(actor.intact() for actor in self._actors):
+            problems.append(AssertionError("memory beside a registered region was touched"))
+        if problems:
+            raise problems[0]
+
+
+class Pair:
+    """A local agent, a connected peer, a region of each, and what both regions ought to hold.
+
+    `expect` moves the bytes in the expectation, `check` compares all of both regions with it: what was to move has
+    moved, and nothing else has.
+    """
+
+    def __init__(self, stage: Stage, actor: Actor, peer: Peer, nbytes: int, remote_nbytes: int) -> None:
+        self.stage: Stage = stage
+        self.actor: Actor = actor
+        self.peer: Peer = peer
+        seeds = stage.seed(), stage.seed()
+        self.local: Memory = actor.allocate(nbytes, seeds[0])
+        self.remote: Memory = peer.allocate(remote_nbytes, seeds[1])
+        self.peer_name: str = actor.connect(peer.describe())
+        self._expected: dict[str, Any] = {
+            "local": np.frombuffer(noise(nbytes, seeds[0]), np.uint8).copy(),
+            "remote": np.frombuffer(noise(remote_nbytes, seeds[1]), np.uint8).copy(),
+        }
+
+    def refresh(self) -> None:
+        """What is there now is what is expected."""
+        self._expected = {
+            "local": np.frombuffer(self.actor.content(self.local), np.uint8).copy(),
+            "remote": np.frombuffer(self.peer.content(self.remote), np.uint8).copy(),
+        }
+
+    def spans(self, *offsets: tuple[int, int, int]) -> Spans:
+        """(offset in local, offset in remote, nbytes) as addresses."""
+        return [(self.local.address + here, self.remote.address + there, nbytes) for here, there, nbytes in offsets]
+
+    def whole(self) -> Spans:
+        """One span over all of the smaller region."""
+        return self.spans((0, 0, min(self.local.nbytes, self.remote.nbytes)))
+
+    def start(self, op: Op, spans: Spans, timeout_s: float | None = None) -> Flight:
+        """Submit."""
+        return self.actor.start(op, self.peer_name, spans, self.stage.patience_s if timeout_s is None else timeout_s)
+
+    def wait(self, flight: Flight) -> Flight:
+        """Poll until it was returned; fails if that is long after every deadline."""
+        return self.actor.log.wait(flight, timeout_s=2 * self.stage.patience_s)
+
+    def expect(self, op: Op, spans: Spans) -> None:
+        """Note that these bytes are to be moved."""
+        here, there = self._expected["local"], self._expected["remote"]
+        for local, remote, nbytes in spans:
+            low, far = local - self.local.address, remote - self.remote.address
+            if op is Op.READ:
+                here[low : low + nbytes] = there[far : far + nbytes]
+            else:
+                there[far : far + nbytes] = here[low : low + nbytes]
+
+    def move(self, op: Op, spans: Spans) -> None:
+        """Transfer, and check every byte of both regions at the moment the flight is DONE."""
+        flight = self.wait(self.start(op, spans))
+        assert flight.state is FlightState.DONE, f"a plain transfer failed: {flight.error!r}"
+        self.expect(op, spans)
+        self.check()
+
+    def check(self) -> None:
+        """Both regions hold what is expected and nothing beside them was touched."""
+        sides: tuple[tuple[str, Actor | Peer, Memory], ...]
+        sides = (("local", self.actor, self.local), ("remote", self.peer, self.remote))
+        for side, owner, memory in sides:
+            if owner.digest(memory) != hashlib.sha1(self._expected[side], usedforsecurity=False).digest():
+                _compare(side, owner.content(memory), self._expected[side])
+                raise AssertionError(f"{side} memory was wrong a moment ago: it is still being written to")
+        assert self.actor.intact(), "memory beside the local region was touched"
+        assert self.peer.intact(), "memory beside the remote region was touched"
+
+
+def _compare(side: str, content: bytes, expected: Any) -> None:
+    found = np.frombuffer(content, np.uint8)
+    different = np.flatnonzero(found != expected)
+    assert not len(different), (
+        f"{len(different)} of {len(found)} bytes of {side} memory are wrong, "
+        f"from offset {different[0]} to {different[-1]}"
+    )
+
+
+def unique(label: str) -> str:
+    """A name that no agent ever had."""
+    return f"{label}-{uuid.uuid4().hex[:12]}"
+
+
+def scattered(memory: Memory, nbytes: int, gap: int, count: int, seed: int) -> list[int]:
+    """Offsets of ``count`` runs of ``nbytes`` that are neither adjacent nor overlapping, in random order."""
+    step = nbytes + gap
+    assert count * step <= memory.nbytes, "the region is too small for these runs"
+    slots = np.random.default_rng(seed).permutation(memory.nbytes // step)[:count]
+    return [int(slot) * step for slot in slots]

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine waits for: a `Transfer`, and the events that `Endpoint.poll` returns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+
+    from kvxfer.blocks import BlockIds
+    from kvxfer.errors import KvxferError
+    from kvxfer.lease import LeaseRef
+
+
+class _Latch:
+    """Opened once, waited for by any number of threads. `threading.Event` makes three locks and wakes through two of them."""
+
+    __slots__ = ("_closed", "is_open")
+
+    def __init__(self) -> None:
+        self._closed = threading.Lock()
+        self._closed.acquire()
+        self.is_open = False
+
+    def open(self) -> None:
+        self.is_open = True
+        self._closed.release()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        if not self.is_open and self._closed.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
+            self._closed.release()  # to the next who waits
+        return self.is_open
+
+
+class Transfer:
+    """One read of a leased request's blocks into this cache. Any thread may look at it and wait for it.
+
+    From the read call until it is done the target blocks belong to kvxfer. When it is done they are quiet: nothing
+    will write to them any more, also after a failure.
+
+    Attributes:
+        ref: the lease being read.
+        into: target block ids per cache group, in token order.
+        skip_blocks: leading blocks of the lease, per group, that are not read.
+        nbytes, descriptors: what was moved; 0 until done.
+        seconds: from the read call to the end; 0.0 until done.
+        via: how they travelled, in the words of the transfer agent; empty until done.
+    """
+
+    def __init__(
+        self,
+        ref: LeaseRef,
+        into: Sequence[BlockIds],
+        skip_blocks: Sequence[int],
+        deadline: float,
+        on_end: Callable[[Transfer], None],
+    ) -> None:
+        self.ref = ref
+        self.into = into
+        self.skip_blocks = skip_blocks
+        self.deadline = deadline
+        self.started: float = time.monotonic()
+        self.seconds: float = 0.0
+        self.nbytes: int = 0
+        self.descriptors: int = 0
+        self.via: str = ""
+        self._on_end = on_end
+        self._error: KvxferError | None = None
+        self._ended = _Latch()
+        self._lock = threading.Lock()
+        self._awaiting: list[Callable[[], None]] = []
+
+    @property
+    def done(self) -> bool:
+        """It ended, well or not."""
+        return self._ended.is_open
+
+    @property
+    def error(self) -> KvxferError | None:
+        """Why it failed; None while it runs and when the bytes are in place under a lease that stood."""
+        return self._error
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until it ends.
+
+        Returns:
+            False if ``timeout_s`` passed first.
+
+        Raises:
+            KvxferError: the transfer failed; see its ``retryable``.
+        """
+        if not self._ended.wait(timeout_s):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def __await__(self) -> Generator[object, None, None]:
+        """Wait inside asyncio, without blocking the loop or a thread of its. Raises as `wait` does."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def resolve() -> None:
+            if not ended.done():  # whoever waited was cancelled
+                ended.set_result(None)
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(resolve)
+
+        with self._lock:
+            waiting = not self._ended.is_open
+            if waiting:
+                self._awaiting.append(wake)
+        if waiting:
+            yield from ended
+        self.wait()
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done else f"failed: {self._error}" if self._error else "done"
+        return f"<Transfer of {self.ref.request or self.ref.token!r} {state}>"
+
+    def end(self, error: KvxferError | None, *, nbytes: int = 0, descriptors: int = 0, via: str = "") -> bool:
+        """For the endpoint: end it once; False (and no change) if it had ended."""
+        with self._lock:
+            if self._ended.is_open:
+                return False
+            self._error, self.nbytes, self.descriptors, self.via = error, nbytes, descriptors, via
+            self.seconds = time.monotonic() - self.started
+            # The event is queued before waiters wake, so that whoever waited finds it in poll().
+            self._on_end(self)
+            self._ended.open()
+            awaiting, self._awaiting = self._awaiting, []
+        for wake in awaiting:
+            wake()
+        return True
+
+
+@dataclass(frozen=True)
+class Done:
+    """The bytes are in place, and their lease stood until then."""
+
+    transfer: Transfer
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The transfer failed and its target blocks are quiet: what they hold is not to be used."""
+
+    transfer: Transfer
+    error: KvxferError
+
+
+@dataclass(frozen=True)
+class LeaseSettled:
+    """Producer: the consumer is done with the blocks, which may be reused. ``read`` tells whether it read them."""
+
+    token: str
+    request: str
+    read: bool
+
+
+@dataclass(frozen=True)
+class LeaseExpired:
+    """Producer: nobody settled the lease in time. The blocks may be reused; who reads them late throws them away."""
+
+    token: str
+    request: str
+
+
+@dataclass(frozen=True)
+class LeaseRevoked:
+    """Producer: the lease ended by a call of this engine, or could not be offered. The blocks may be reused."""
+
+    token: str
+    request: str
+
+
+Event = Done | Failed | LeaseSettled | LeaseExpired | LeaseRevoked

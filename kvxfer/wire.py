@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every message that two endpoints exchange, and nothing else: msgspec structs, one msgpack map per message.
+
+A message names the epoch of the process it is meant for in ``to`` (empty in `Hello`, which is how epochs are learnt),
+so one meant for a process that has been restarted since is refused by name. Unknown fields are ignored and new ones have defaults:
+two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel here.
+
+::
+
+    consumer                         producer
+    Hello      ->                    who I am, which rank I want, how I move bytes
+               <- Welcome            who I am, my cache, how my agent is reached
+    Open       ->                    I hold this lease's token
+               <- Pending | Grant    prefill still runs | these blocks, this cell of the lease board
+    Renew      ->                    I still wait for these
+               <- Renewed            these of them have ended
+    Settle     ->                    I am done with it, its blocks are yours
+               <- Settled            it stood / it had ended before
+               <- Revoked            (unasked) it ended
+               <- Refused            the answer to anything that cannot be served, with a reason
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from kvxfer.config import MAX_S
+from kvxfer.errors import WireError
+from kvxfer.layout import CacheSpec
+
+PROTOCOL = 1
+"""Raised when a message changes its meaning. A peer with another one is refused at the handshake."""
+
+MAX_TOKENS_PER_RENEW = 4096
+
+MAX_NAME = 256
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Epoch = Annotated[str, msgspec.Meta(max_length=32)]
+# \Z and not $, which would let a line break through.
+Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Reason = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
+    to: Epoch = ""
+
+
+class Hello(_Message, frozen=True, kw_only=True):
+    """Consumer to producer, first on every connection and again after a refusal."""
+
+    protocol: int
+    name: Name
+    epoch: Epoch
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
+    """Rank of the producer that the consumer means to talk to."""
+    agent: Name
+    """Adapter by which the consumer moves bytes."""
+
+
+class Welcome(_Message, frozen=True, kw_only=True):
+    """The producer's answer to `Hello`."""
+
+    protocol: int
+    name: Name
+    epoch: Epoch
+    rank: int
+    agent: Name
+    agent_info: bytes
+    spec: CacheSpec
+
+
+class Open(_Message, frozen=True, kw_only=True):
+    """May I have the blocks of this lease? Idempotent."""
+
+    token: Token
+
+
+class Pending(_Message, frozen=True, kw_only=True):
+    """The lease is known, its blocks are not ready; a `Grant` follows when they are."""
+
+    token: Token
+
+
+class Grant(_Message, frozen=True, kw_only=True):
+    """The blocks are readable until ``ttl_s`` from now, or from the last `Renew`."""
+
+    token: Token
+    blocks: Annotated[list[bytes], msgspec.Meta(max_length=1024)]
+    """Per cache group the block ids, in token order, as little-endian uint32."""
+    cell: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    """Address of the lease's cell on the producer's board."""
+    ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
+
+
+class Renew(_Message, frozen=True, kw_only=True):
+    """These leases are still waited for."""
+
+    tokens: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
+
+
+class Renewed(_Message, frozen=True, kw_only=True):
+    """Answer to `Renew`: all stand but these."""
+
+    ended: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
+
+
+class Settle(_Message, frozen=True, kw_only=True):
+    """The consumer will not touch the blocks any more. Idempotent, repeated until answered."""
+
+    token: Token
+    read: bool
+    """The bytes were read (else they were not needed, or reading failed)."""
+
+
+class Settled(_Message, frozen=True, kw_only=True):
+    """Answer to `Settle`."""
+
+    token: Token
+    stood: bool
+    """The lease had not ended otherwise before."""
+
+
+class Revoked(_Message, frozen=True, kw_only=True):
+    """The producer ended a lease by itself."""
+
+    token: Token
+    reason: Reason
+
+
+class Refused(_Message, frozen=True, kw_only=True):
+    """Something cannot be served. ``epoch`` is the refuser's, so that a stale peer learns whom to meet."""
+
+    code: Annotated[str, msgspec.Meta(max_length=64)]
+    """``garbage`` | ``protocol`` | ``stale_epoch`` | ``not_introduced`` | ``rank`` | ``agent`` | ``incompatible``
+    | ``unknown_lease`` | ``ended_lease`` | ``taken_lease``."""
+    reason: Reason
+    epoch: Epoch
+    token: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    """The lease concerned, if any."""
+
+
+Message = Hello | Welcome | Open | Pending | Grant | Renew | Renewed | Settle | Settled | Revoked | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """One message as bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Bytes from anybody as a message.
+
+    Raises:
+        WireError: anything else than a well-formed message of this protocol, with the reason.
+    """
+    try:
+        message: Message = _decoder.decode(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise WireError(f"not a message: {error}") from error
+    return message

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers in threads and processes do what they are told, and their end is seen."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kvxfer.agent import FlightState, Op
+from kvxfer.errors import ConfigError, RegistrationError
+from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise
+from kvxfer.testing.peers import PeerRaisedError
+from kvxfer.testing.stage import unique
+from tests.conformance.socket_agent import SocketAgent
+
+KINDS = pytest.mark.parametrize("kind", [ThreadPeer, ProcessPeer])
+
+
+def make_impossible(name):
+    """An agent that cannot be made."""
+    raise ConfigError(f"there is no {name}")
+
+
+class _TwoPartError(Exception):
+    def __init__(self, one, two):
+        super().__init__(one + two)
+
+
+def make_unspeakable(name):
+    """Raises what pickle cannot bring back."""
+    raise _TwoPartError(name, "!")
+
+
+@pytest.fixture
+def start():
+    """Make peers that end with the test."""
+    peers = []
+
+    def started(kind, make=SocketAgent):
+        peer = kind(make, unique("peer"))
+        peers.append(peer)
+        return peer
+
+    yield started
+    for peer in peers:
+        peer.stop()
+
+
+@KINDS
+def test_memory_and_transfers(start, kind):
+    """A peer allocates, tells and replaces memory, and moves bytes when it is told to."""
+    one, two = start(kind), start(ThreadPeer)
+    here, there = one.allocate(1000, 1), two.allocate(1000, 2)
+    assert one.content(here) == noise(1000, 1)
+    two.fill(there, noise(1000, 3))
+    number = one.submit(Op.READ, one.connect(two.describe()), [(here.address, there.address, 1000)], 10.0)
+    eventually(lambda: one.outcome(number)[0] is not FlightState.PENDING)
+    assert one.outcome(number) == (FlightState.DONE, "")
+    assert one.content(here) == noise(1000, 3)
+    assert one.intact() and two.intact()
+
+
+@KINDS
+def test_errors_travel(start, kind):
+    """What a peer's agent raises is raised here, as the same type."""
+    peer = start(kind)
+    memory = peer.allocate(100, 1)
+    with pytest.raises(RegistrationError, match="overlaps"):
+        peer.register(memory)
+
+
+@KINDS
+def test_agent_that_cannot_be_made(kind):
+    """The error of making the agent comes out of making the peer."""
+    with pytest.raises(ConfigError, match="there is no"):
+        kind(make_impossible, unique("peer"))
+    with pytest.raises(PeerRaisedError, match="_TwoPartError"):
+        kind(make_unspeakable, unique("peer"))
+
+
+def test_names_are_needed_in_other_processes():
+    """A process cannot be given what has no importable name, and says so."""
+    with pytest.raises(TypeError, match="importable by name"):
+        ProcessPeer(lambda name: make_impossible(name + "!"), unique("peer"))
+
+
+def test_killed_peer(start):
+    """Calls to a killed process fail by name, and ending it once more is harmless."""
+    peer = start(ProcessPeer)
+    peer.kill()
+    assert not peer.alive
+    with pytest.raises(PeerGoneError):
+        peer.describe()
+    peer.resume()
+    peer.stop()
+
+
+@KINDS
+def test_stalled_peer(start, kind):
+    """A stalled process answers nothing until it is resumed; a stalled thread stops polling its agent."""
+    peer = start(kind)
+    memory = peer.allocate(10, 1)
+    peer.stall()
+    if kind is ProcessPeer:
+        begin = time.monotonic()
+        with pytest.raises(PeerGoneError, match="did not answer"):
+            peer.call("describe", timeout_s=0.2)
+        assert time.monotonic() - begin < 5
+    peer.resume()
+    assert peer.content(memory) == noise(10, 1)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A suite that passes everything proves nothing: each broken adapter has to fail the test that is there to catch it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from kvxfer.inproc import InprocAgent
+from kvxfer.testing import AgentSuite
+
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parents[1]
+
+# The first test of each kind waits for a run of pytest with all of its broken adapters.
+pytestmark = pytest.mark.timeout(300)
+
+BROKEN_AGENTS = [
+    ("FlipsABit", "test_one_span[read-thread]"),
+    ("FlipsABit", "test_one_span[write-thread]"),
+    ("MovesOneByteLess", "test_one_span[read-thread]"),
+    ("MovesOneByteLess", "test_adjacent[write-thread]"),
+    ("MovesOneByteMore", "test_one_span[read-thread]"),
+    ("MovesOneByteMore", "test_whole_region[read-thread]"),
+    ("MovesOneByteMore", "test_whole_region[write-thread]"),
+    ("MovesTheFirstSpanOnly", "test_fragmented[read-thread]"),
+    ("SwapsReadAndWrite", "test_one_span[read-thread]"),
+    ("RemembersWhatItRead", "test_content_of_the_moment[read-thread]"),
+    ("IsDoneTooEarly", "test_done_means_in_place[read-thread]"),
+    ("IsDoneTooEarly", "test_done_means_in_place[write-thread]"),
+    ("IsDoneBeforeTheWriteIsApplied", "test_done_means_in_place[write-process]"),
+    ("WritesAfterClose", "test_nothing_is_written_after_close[thread]"),
+    ("WritesAfterItGaveUp", "test_stalled_peer[read-thread]"),
+    ("LeavesQuarantineAlthoughQuiet", "test_stalled_peer[read-thread]"),
+    ("IsNeverDone", "test_one_span[read-thread]"),
+    ("CrashesOnGarbage", "test_garbage_native_description[noise]"),
+    ("AcceptsGarbage", "test_garbage_native_description[half]"),
+    ("AcceptsGarbage", "test_mismatched_description"),
+    ("AcceptsATwin", "test_two_peers_of_one_name[thread]"),
+    ("NeverForgetsAPeer", "test_disconnect[thread]"),
+    ("RaisesOnDisconnect", "test_disconnect[thread]"),
+    ("RefusesMemoryItHadOnce", "test_register_again"),
+    ("EndsTwice", "test_every_flight_ends_exactly_once"),
+    ("EndsTwice", "test_base_class_is_in_charge"),
+    ("LosesAFlight", "test_every_flight_ends_exactly_once"),
+    ("LeaksAThread", "test_nothing_is_left_behind"),
+    ("LeaksADescriptor", "test_nothing_is_left_behind"),
+    ("Spins", "test_idle_agent_is_cheap"),
+    ("SleepsInPoll", "test_poll_does_not_block[thread]"),
+    ("ChecksNothing", "test_stale_description"),
+    ("ChecksNothing", "test_closed_peer"),
+    ("ClaimsToReachOtherProcesses", "test_one_span[read-process]"),
+    ("FailsLongLists", "test_longer_list_than_the_engine_takes[read-thread]"),
+]
+
+BROKEN_BUFFERS = [
+    ("SortsTheSpans", "test_pack[1-mixed]"),
+    ("LosesTheLastByte", "test_unpack[1-grid]"),
+    ("FillsTheGaps", "test_unpack[1-shifted grid]"),
+    ("PacksBeyondItsOutput", "test_pack[1-one]"),
+    ("SpoilsItsSource", "test_unpack[1-bytes]"),
+    ("IsACopy", "test_content_of_the_moment"),
+    ("IsACopy", "test_span_is_the_content"),
+    ("MovesAround", "test_describes_itself"),
+    ("TellsAnotherAddress", "test_moves_with_an_agent"),
+    ("ForgetsItsOwner", "test_keeps_its_memory_alive"),
+    ("IsDoneTooEarly", "test_pack[1-long]"),
+    ("ChecksNothing", "test_spans_outside[offsets0-nbytes0-pack]"),
+    ("ChecksNothing", "test_base_class_is_in_charge"),
+]
+
+GOOD_BUFFER = [("NotBrokenOnlySlow", "test_several_copies_at_once"), ("NotBrokenOnlySlow", "test_pack[1-mixed]")]
+
+DEVIATIONS = [
+    ("Deviates", "test_longer_list_than_the_engine_takes[read-thread]", "skipped"),  # as JUnit calls an xfail
+    ("Deviates", "test_one_span[read-thread]", "failure"),
+    ("Deviates", "test_one_span[write-process]", "skipped"),
+    ("Deviates", "test_whole_region[read-thread]", "passed"),
+]
+
+
+def _verdicts(tmp_path_factory, module, cases):
+    """Run these tests in a process of their own; (class, test) -> passed, failure, error or skipped, and why."""
+    report = tmp_path_factory.mktemp("catches") / "report.xml"
+    nodes = [f"{_HERE / module}::Test{name}::{test}" for name, test in cases]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *nodes],
+        cwd=_ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert report.exists(), run.stdout + run.stderr
+    told = {}
+    for case in ET.parse(report).iter("testcase"):
+        # A test that fails and whose teardown complains too is told twice.
+        key = case.get("classname").rpartition(".")[2].removeprefix("Test"), case.get("name")
+        told.setdefault(key, {}).update({child.tag: child.get("message", "") for child in case})
+    ranks = ("failure", "error", "skipped")
+    return {key: (next((rank for rank in ranks if rank in why), "passed"), why) for key, why in told.items()}
+
+
+@pytest.fixture(scope="module")
+def agent_verdicts(tmp_path_factory):
+    """What the suite says of the broken agents."""
+    cases = BROKEN_AGENTS + [case[:2] for case in DEVIATIONS]
+    return _verdicts(tmp_path_factory, "broken_agents.py", cases)
+
+
+@pytest.fixture(scope="module")
+def buffer_verdicts(tmp_path_factory):
+    """What the suite says of the broken buffers."""
+    return _verdicts(tmp_path_factory, "broken_buffers.py", BROKEN_BUFFERS + GOOD_BUFFER)
+
+
+@pytest.mark.parametrize("case", BROKEN_AGENTS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_broken_agent_fails(agent_verdicts, case):
+    """An agent that is wrong in this way fails this test of AgentSuite."""
+    assert agent_verdicts[case][0] == "failure", agent_verdicts[case]
+
+
+@pytest.mark.parametrize("case", BROKEN_BUFFERS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_broken_buffer_fails(buffer_verdicts, case):
+    """A buffer that is wrong in this way fails this test of BufferSuite."""
+    assert buffer_verdicts[case][0] == "failure", buffer_verdicts[case]
+
+
+@pytest.mark.parametrize("case", GOOD_BUFFER, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_copies_may_end_later(buffer_verdicts, case):
+    """A device whose copies end some time after they were started passes."""
+    assert buffer_verdicts[case][0] == "passed", buffer_verdicts[case]
+
+
+@pytest.mark.parametrize(("name", "test", "verdict"), DEVIATIONS)
+def test_deviations_are_strict(agent_verdicts, name, test, verdict):
+    """A declared deviation is an expected failure with its reason, and a failure once the test passes."""
+    found, told = agent_verdicts[name, test]
+    assert found == verdict, told
+    if test == "test_one_span[read-thread]":
+        assert "does in truth" in told["failure"]
+
+
+def test_suite_cannot_be_hollowed_out():
+    """Overriding a part of the suite, in the class or through a mix-in, is refused when the class is made."""
+    with pytest.raises(TypeError, match="test_one_span"):
+        type("TestHollow", (AgentSuite,), {"test_one_span": lambda _: None, "__module__": __name__})
+    mixin = type("Mixin", (), {"stage": None, "__module__": __name__})
+    with pytest.raises(TypeError, match="stage"):
+        type("TestHollow", (mixin, AgentSuite), {"make_agent": InprocAgent, "__module__": __name__})
+
+
+@pytest.mark.parametrize(
+    "deviations", [{"test_that_is_not_there": "why not"}, {"stage": "no test"}, {"test_one_span": " "}]
+)
+def test_deviations_are_checked(deviations):
+    """A deviation that names no test of the suite, or gives no reason, is refused when the class is made."""
+    with pytest.raises(TypeError, match="deviations"):
+        type("TestDeviant", (AgentSuite,), {"deviations": deviations, "__module__": __name__})
+
+
+def test_suite_can_be_extended():
+    """A subclass may add tests of its own and set what is meant to be set."""
+    own = {"make_agent": staticmethod(InprocAgent), "patience_s": 5.0, "test_mine": lambda _: None}
+    assert type("TestMine", (AgentSuite,), {**own, "__module__": __name__}).patience_s == 5.0

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings for every test: a repeatable hypothesis profile, and no leak of the machine's environment into the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# derandomize: a red run on one machine is red on every machine; `HYPOTHESIS_PROFILE=search` looks for new examples.
+settings.register_profile("repeat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, max_examples=2_000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+# A shell that starts pytest in the background lets it, and all its children, ignore ctrl-C. Some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see the defaults, whatever KVXFER_* the person who runs them has set."""
+    for name in os.environ:
+        if name.startswith("KVXFER_"):
+            monkeypatch.delenv(name)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the base class does for every engine, where the conformance suite cannot see it from outside."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvxfer.agent import FlightState, Op
+from kvxfer.errors import RegistrationError, TransferTimeoutError
+from kvxfer.inproc import InprocAgent
+from kvxfer.memory import Descriptors, Memory
+from kvxfer.testing import Actor
+from kvxfer.testing.actor import descriptors
+from kvxfer.testing.stage import unique
+
+
+class _Piecewise(InprocAgent):
+    """Takes little at once and notes what."""
+
+    capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=1000, max_descriptors=2)
+    piece_s = 0.0
+
+    def _submit(self, op, peer, spans, local, remote):
+        self.__dict__.setdefault("pieces", []).append(spans.nbytes.tolist())
+        deadline = time.monotonic() + self.piece_s
+        while time.monotonic() < deadline:
+            pass
+        super()._submit(op, peer, spans, local, remote)
+
+
+class _SlowPiecewise(_Piecewise):
+    piece_s = 0.02
+
+
+@pytest.fixture
+def meet():
+    """Connect an agent of this kind to a plain one: (actor, peer name, local, remote)."""
+    actors = []
+
+    def made(kind):
+        here, there = Actor(kind, unique("here")), Actor(InprocAgent, unique("there"))
+        actors.extend([here, there])
+        local, remote = here.allocate(100_000, 1), there.allocate(100_000, 2)
+        return here, here.connect(there.describe()), local, remote
+
+    yield made
+    for actor in actors:
+        actor.close()
+
+
+def test_engine_gets_merged_and_split_lists(meet):
+    """Adjacent spans reach the engine as one, and no call exceeds the engine's limits."""
+    here, peer, local, remote = meet(_Piecewise)
+    spans = [(local.address + i * 100, remote.address + i * 100, 100) for i in range(15)]
+    spans += [(local.address + 5000 + i * 100, remote.address + 9000 + i * 200, 10) for i in range(5)]
+    flight = here.log.wait(here.start(Op.READ, peer, spans, 10.0), timeout_s=10)
+    assert flight.state is FlightState.DONE
+    assert (flight.nbytes, flight.descriptors) == (1550, 6)
+    assert here.agent.pieces == [[1000], [500, 10], [10, 10], [10, 10]]
+
+
+def test_deadline_ends_a_transfer_between_its_parts(meet):
+    """An engine that copies inside submit does not run through a long list after the deadline; memory is quiet then."""
+    here, peer, local, remote = meet(_SlowPiecewise)
+    begin = time.monotonic()
+    flight = here.start(Op.READ, peer, [(local.address, remote.address, 100_000)], 0.1)
+    assert time.monotonic() - begin < 1.5  # all hundred parts take two seconds
+    here.log.wait(flight, timeout_s=5)
+    assert flight.state is FlightState.FAILED
+    assert isinstance(flight.error, TransferTimeoutError)
+    assert len(here.agent.pieces) < 20
+
+
+def test_close_returns_what_poll_did_not(meet):
+    """A flight that was done inside submit, but never polled, is returned by close as DONE."""
+    here, peer, local, remote = meet(InprocAgent)
+    spans = descriptors([(local.address, remote.address, 10)])
+    flight = here.agent.submit(Op.READ, here.peer(peer), spans, deadline=time.monotonic() + 10)
+    assert here.agent.close() == [flight]
+    assert flight.state is FlightState.DONE
+
+
+def test_impossible_region_never_reaches_the_engine(meet):
+    """A region that wraps around the address space is refused before the engine sees it."""
+    here, _, local, _ = meet(InprocAgent)
+    with pytest.raises(RegistrationError):
+        here.agent.register(Memory((1 << 63) - 10, 100))
+    assert here.agent._live == [local]
+
+
+def test_a_long_transfer_lets_others_have_their_turn():
+    """A list of many parts on an engine that copies inside submit does not keep a later short one waiting for its end."""
+
+    class Parted(InprocAgent):
+        capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=16)
+
+    near, far = Parted(unique("near")), Parted(unique("far"))
+    here, there = np.zeros(256, dtype=np.uint8), np.ones(256, dtype=np.uint8)
+    near.register(Memory(here.ctypes.data, 256))
+    far.register(Memory(there.ctypes.data, 256))
+    peer = near.connect(far.describe())
+    deadline = time.monotonic() + 60
+    long = near.submit(Op.READ, peer, Descriptors.of(here.ctypes.data, there.ctypes.data, 160), deadline=deadline)
+    assert near.eager
+    short = near.submit(
+        Op.READ, peer, Descriptors.of(here.ctypes.data + 200, there.ctypes.data + 200, 8), deadline=deadline
+    )
+    assert near.poll() == [short]
+    while not long.finished:
+        near.poll()
+    assert not near.eager
+    assert here.tolist() == [1] * 160 + [0] * 40 + [1] * 8 + [0] * 48

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: where each comes from, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kvxfer.config import MAX_S, Settings, names
+from kvxfer.errors import ConfigError
+
+
+def test_argument_before_environment_before_default():
+    """An explicit value wins over a variable, a variable over the default, and each says where it came from."""
+    environ = {
+        "KVXFER_LEASE_S": "7.5",
+        "KVXFER_RETRY_S": "2",
+        "KVXFER_MAX_LEASES": "12",
+        "KVXFER_HOLD_S": "",
+        "OTHER": "x",
+    }
+    settings = Settings.resolve(environ=environ, lease_s=9, hold_s=None)
+    assert (settings.lease_s, settings.retry_s, settings.max_leases, settings.hold_s) == (9, 2.0, 12, Settings.hold_s)
+    assert "lease_s=9 (argument)" in settings.describe() and "retry_s=2.0 (KVXFER_RETRY_S)" in settings.describe()
+    assert all(name in settings.describe() for name in names())
+
+
+def test_the_process_environment_is_read(monkeypatch):
+    """Without an explicit mapping the variables of this process count."""
+    monkeypatch.setenv("KVXFER_QUARANTINE_S", "0.25")
+    assert Settings.resolve().quarantine_s == 0.25
+    assert Settings().quarantine_s == 1.0
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "5", None, True, MAX_S * 2, 10**400])
+@pytest.mark.parametrize("name", ["lease_s", "max_leases"])
+def test_values_that_make_no_sense(name, value):
+    """A value that is no positive number within reason is refused with its name."""
+    with pytest.raises(ConfigError, match=name):
+        Settings(**{name: value})
+
+
+def test_a_count_is_whole():
+    """Half a lease cannot be offered."""
+    with pytest.raises(ConfigError, match="whole"):
+        Settings(max_leases=1.5)
+
+
+def test_unknown_names_are_refused():
+    """A misspelt setting is told, with the known ones."""
+    with pytest.raises(ConfigError, match=r"lease_seconds.*lease_s"):
+        Settings.resolve(environ={}, lease_seconds=3)
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "0", "nan", "1e", "1.5.2"])
+def test_a_bad_variable_is_named(text):
+    """What is wrong with a variable is said with the variable's name."""
+    with pytest.raises(ConfigError, match="KVXFER_LEASE_S"):
+        Settings.resolve(environ={"KVXFER_LEASE_S": text})
+
+
+def test_whole_numbers_of_the_environment_are_whole():
+    """A count given as a fraction in the environment is refused too."""
+    with pytest.raises(ConfigError, match="KVXFER_MAX_LEASES"):
+        Settings.resolve(environ={"KVXFER_MAX_LEASES": "2.5"})

@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data thread with agents that misbehave: no read is told to have failed while its blocks may still be written."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvxfer.actions import ForgetAgent, StartRead
+from kvxfer.config import Settings
+from kvxfer.datapath import DataPath
+from kvxfer.errors import (
+    BlockError,
+    ClosedError,
+    DescriptorError,
+    KvxferError,
+    LeaseEndedError,
+    PeerInfoError,
+    RegistrationError,
+    TransferFailedError,
+    TransferTimeoutError,
+)
+from kvxfer.fence import LeaseBoard
+from kvxfer.inproc import InprocAgent
+from kvxfer.lease import LeaseRef
+from kvxfer.metrics import Metrics
+from kvxfer.plan import plan
+from kvxfer.testing import eventually, stays
+from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
+from kvxfer.transfer import Transfer
+from tests.core.virtual import small_cache
+
+
+class Rig:
+    """A data path whose agent is wrapped in faults, and an in-process producer to read from."""
+
+    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True):
+        self.faults = Faults()
+        self.agents = []
+        self.refuse_to_make = None
+        self.ended = queue.SimpleQueue()
+        self.replaced = []
+        self.metrics = Metrics()
+        self.source_cache, self.cache = small_cache(seed=1), small_cache(seed=2)
+        self.before = [self.block(i) for i in range(32)]
+        self.board, self.source_board = LeaseBoard(4, scratch), LeaseBoard(64, 1)
+        self.source = InprocAgent(f"source-{id(self)}")
+        for memory in [*(b.memory for b in self.source_cache.buffers), self.source_board.memory]:
+            self.source.register(memory)
+        self.path = DataPath(
+            self._make,
+            [b.memory for b in self.cache.buffers],
+            self.board,
+            Settings(quarantine_s=quarantine_s, contact_s=contact_s),
+            self.metrics,
+            ended=lambda transfer, error: self.ended.put((transfer, error, transfer.done)),
+            replaced=self.replaced.append,
+        )
+        if met:  # the first flight of a read is then that of its data, which most tests want to disturb
+            self.path._proven.add(self.source.describe())
+
+    def _make(self):
+        if self.refuse_to_make is not None:
+            raise self.refuse_to_make
+        agent = FaultyAgent(InprocAgent(f"sink-{id(self)}-{len(self.agents)}"), self.faults)
+        self.agents.append(agent)
+        return agent
+
+    def block(self, number, cache=None):
+        import ctypes
+
+        cache = cache or self.cache
+        return b"".join(
+            ctypes.string_at(r.address + number * r.strides.block, r.strides.block) for r in cache.spec.regions
+        )
+
+    def job(self, source=1, target=1, *, timeout_s=20.0, posted=True, agent_info=None, cell=None):
+        ref = LeaseRef.mint(owner="source", addresses=["tcp://source:1"])
+        if cell is None:
+            cell = self.source_board.post(bytes.fromhex(ref.token) if posted else bytes(16))
+        into = [np.array([target], dtype=np.uint64)]
+        transfer = Transfer(ref, into, [0], time.monotonic() + timeout_s, lambda _: None)
+        blocks = [np.array([source], dtype=np.uint64)]
+        return StartRead(
+            transfer, plan(self.source_cache.spec, self.cache.spec), agent_info or self.source.describe(), blocks, cell
+        )
+
+    def read(self, *args, **kwargs):
+        job = self.job(*args, **kwargs)
+        self.path.do(job)
+        return job.transfer
+
+    def end(self):
+        """The next read that the data path says has ended."""
+        transfer, error, was_done = self.ended.get(timeout=10)
+        assert was_done, "told before the transfer had ended"
+        return transfer, error
+
+    def works(self, source=5, target=5):
+        """A read goes through, bytes and all."""
+        transfer = self.read(source, target)
+        assert transfer.wait(10)
+        assert self.block(target) == self.block(source, self.source_cache)
+        assert self.end() == (transfer, None)
+        return True
+
+    def fences(self):
+        return self.metrics.value("kvxfer_fences_total")
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    yield rig
+    rig.path.close()
+    rig.source.close()
+    assert len(rig.board._free_scratch) == 8
+    assert rig.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+def test_bytes_and_fence(rig):
+    """A read moves its blocks, finds the token in the cell, and counts what it moved."""
+    rig.path.start()
+    transfer = rig.read(3, 4)
+    assert transfer.wait(10) and rig.end() == (transfer, None)
+    assert rig.block(4) == rig.block(3, rig.source_cache) and rig.block(5) == rig.before[5]
+    assert transfer.nbytes == rig.cache.spec.groups[0].block_nbytes and transfer.descriptors == 2
+
+
+def test_a_wiped_cell_is_never_done(rig):
+    """Bytes whose lease's cell holds something else are thrown away."""
+    rig.path.start()
+    transfer = rig.read(posted=False)
+    with pytest.raises(LeaseEndedError):
+        transfer.wait(10)
+
+
+def test_nothing_to_read_is_fenced_too(rig):
+    """A read of no blocks is Done only if its lease stood."""
+    rig.path.start()
+    for posted, error in ((True, None), (False, LeaseEndedError)):
+        job = rig.job(posted=posted)
+        job.transfer.into[0] = job.source_blocks[0] = np.zeros(0, dtype=np.uint64)
+        rig.path.do(job)
+        got = rig.end()[1]
+        assert (got if error is None else type(got)) is error
+
+
+@pytest.mark.parametrize("cell", [0, 1 << 40, (1 << 63) - 1])
+def test_a_cell_outside_the_peers_memory(rig, cell):
+    """A lease whose cell is nowhere fails by name."""
+    rig.path.start()
+    rig.read(cell=cell)
+    assert isinstance(rig.end()[1], DescriptorError)
+    assert rig.works()
+
+
+@pytest.mark.parametrize("block", [32, 1 << 31, (1 << 32) - 1])
+def test_blocks_outside_the_peers_cache(rig, block):
+    """A grant of blocks that the producer's own spec does not have fails by name, and nothing is read."""
+    rig.path.start()
+    rig.read(source=block)
+    assert isinstance(rig.end()[1], BlockError)
+    assert rig.block(1) == rig.before[1]
+
+
+@pytest.mark.parametrize("info", [b"", b"garbage", b"\x94" * 50])
+def test_a_peer_description_that_is_none(rig, info):
+    """An agent description that cannot be read fails the read by name, each time."""
+    rig.path.start()
+    for _ in range(2):
+        rig.read(agent_info=info or b"\0")
+        assert isinstance(rig.end()[1], PeerInfoError)
+    assert rig.works()
+
+
+def test_a_deadline_in_the_past(rig):
+    """A read that comes too late touches nothing."""
+    rig.path.start()
+    rig.read(timeout_s=-1)
+    assert isinstance(rig.end()[1], TransferTimeoutError)
+    assert rig.block(1) == rig.before[1] and rig.fences() == 0
+
+
+@pytest.mark.parametrize("method", ["connect", "submit"])
+@pytest.mark.parametrize("error", [lambda: TransferFailedError("no"), lambda: RuntimeError("boom")])
+def test_an_agent_that_raises(rig, method, error):
+    """Whatever connect or submit raise becomes one named error of that read; the next one works."""
+    rig.faults = Faults(fail={method: range(1)}, error=error)
+    rig.path.start()
+    transfer = rig.read()
+    got, named = rig.end()
+    assert got is transfer and isinstance(named, KvxferError)
+    rig.faults = Faults()
+    rig.agents[-1].faults = Faults()
+    assert rig.works()
+
+
+def test_a_failing_poll_is_fenced(rig):
+    """A read that the engine broke off without a proof of quiet is told only after the agent was torn down."""
+    rig.faults = Faults(fail={"poll": range(1)})
+    rig.path.start()
+    rig.read()
+    rig.faults = Faults()
+    assert isinstance(rig.end()[1], TransferFailedError)
+    assert rig.fences() == 1 and rig.agents[0]._closed and rig.works()
+
+
+def test_a_late_writer_is_stopped_before_failure_is_told(rig):
+    """After the deadline the agent is torn down, then Failed is told, and the late bytes never land."""
+    rig.faults = Faults(late=range(1))
+    rig.path.start()
+    transfer = rig.read(timeout_s=0.5)
+    first = eventually(lambda: rig.agents[0])
+    rig.faults = Faults()
+    _, error = rig.end()
+    assert isinstance(error, TransferTimeoutError) and first._closed
+    assert first.land() == 0
+    assert rig.block(1) == rig.before[1]
+    assert rig.fences() == 1 and len(rig.replaced) == 1 and transfer.done
+    assert rig.works(target=1)
+
+
+def test_late_bytes_that_land_in_time_need_no_fence():
+    """When the abandoned bytes land by themselves within quarantine_s, the read fails without a teardown."""
+    rig = Rig(quarantine_s=30.0)
+    rig.faults = Faults(late=range(1), late_s=0.1)
+    rig.path.start()
+    try:
+        rig.read(timeout_s=0.05)
+        assert isinstance(rig.end()[1], TransferTimeoutError)
+        assert rig.fences() == 0 and rig.block(1) == rig.block(1, rig.source_cache)
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_quarantine_is_silence():
+    """While abandoned bytes may still land, nobody hears that the read failed."""
+    rig = Rig(quarantine_s=30.0)
+    rig.faults = Faults(late=range(1))
+    rig.path.start()
+    try:
+        transfer = rig.read(timeout_s=0.05)
+        eventually(lambda: rig.agents and rig.agents[0].quarantined)
+        stays(lambda: not transfer.done and rig.ended.empty(), for_s=0.2)
+        rig.agents[0].land()
+        assert isinstance(rig.end()[1], TransferTimeoutError)
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_the_innocent_are_started_again(rig):
+    """Reads under way when the agent is torn down for another one's sake end well on the next agent."""
+    rig.faults = Faults(late=range(3))
+    rig.path.start()
+    guilty = rig.read(1, 1, timeout_s=0.2)
+    innocent = [rig.read(2, 2), rig.read(3, 3)]
+    rig_agent = eventually(lambda: rig.agents[0])
+    eventually(lambda: rig_agent.calls.get("submit") == 3)
+    rig.faults = Faults()
+    ends = [rig.end() for _ in range(3)]
+    assert {t: type(e) for t, e in ends} == {
+        guilty: TransferTimeoutError,
+        innocent[0]: type(None),
+        innocent[1]: type(None),
+    }
+    assert rig_agent.land() == 0
+    assert [rig.block(i) for i in (2, 3)] == [rig.block(i, rig.source_cache) for i in (2, 3)]
+    assert rig.fences() == 1
+
+
+def test_a_fence_read_that_hangs(rig):
+    """When the cell cannot be read in time the read fails; its scratch cell rests until the agent is gone."""
+    rig.faults = Faults(late=range(1, 2))
+    rig.path.start()
+    rig.read(timeout_s=0.2)
+    eventually(lambda: rig.agents[0].calls.get("submit") == 2)
+    rig.faults = Faults()
+    assert isinstance(rig.end()[1], TransferTimeoutError)
+    assert rig.fences() == 1 and rig.works()
+
+
+def test_more_reads_than_scratch_cells():
+    """Reads that find no free cell wait for one; all end well."""
+    rig = Rig(scratch=1)
+    rig.faults = Faults(slow=ALWAYS, slow_s=0.01)
+    rig.path.start()
+    try:
+        transfers = [rig.read(i, i) for i in range(12)]
+        assert {rig.end() for _ in transfers} == {(t, None) for t in transfers}
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_no_scratch_cell_until_the_deadline():
+    """A read that waits in vain for a cell fails when its time is over."""
+    rig = Rig(scratch=1, quarantine_s=30.0)
+    taken = rig.board.take_scratch()
+    rig.path.start()
+    try:
+        rig.read(timeout_s=0.2)
+        assert isinstance(rig.end()[1], TransferTimeoutError)
+        rig.board.give_scratch(taken)
+        assert rig.works()
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_an_agent_that_cannot_be_made(rig):
+    """The reason comes out of start(), and close() is harmless afterwards."""
+    rig.refuse_to_make = RegistrationError("no room")
+    with pytest.raises(RegistrationError, match="no room"):
+        rig.path.start()
+
+
+@pytest.mark.parametrize("method", ["register", "describe"])
+def test_an_agent_that_is_of_no_use(rig, method):
+    """An agent that refuses memory or cannot describe itself is closed, and start() raises its reason."""
+    rig.faults = Faults(fail={method: range(1)})
+    with pytest.raises(TransferFailedError):
+        rig.path.start()
+    assert rig.agents[0]._closed
+
+
+def test_an_agent_that_cannot_be_made_again(rig):
+    """Until a new agent can be made reads fail by name; then they work, and peers are told of the new one."""
+    rig.faults = Faults(late=range(1))
+    rig.path.start()
+    rig.read(timeout_s=0.05)
+    eventually(lambda: rig.agents[0].calls.get("submit"))
+    rig.faults, rig.refuse_to_make = Faults(), RegistrationError("no room")
+    assert isinstance(rig.end()[1], TransferTimeoutError)
+    rig.read()
+    assert isinstance(rig.end()[1], RegistrationError)
+    assert rig.replaced == []
+    rig.refuse_to_make = None
+    assert rig.works()
+    assert rig.replaced == [msg for msg in [rig.replaced[0]] if msg]
+
+
+def test_a_producer_gets_its_agent_back_without_reading(rig):
+    """An endpoint that lost its agent makes a new one also when it wants no bytes itself."""
+    rig.faults = Faults(late=range(1))
+    rig.path.start()
+    rig.read(timeout_s=0.05)
+    eventually(lambda: rig.agents[0].calls.get("submit"))
+    rig.faults, rig.refuse_to_make = Faults(), RegistrationError("no room")
+    rig.end()
+    rig.refuse_to_make = None
+    eventually(lambda: len(rig.replaced) == 1, timeout_s=5)
+
+
+class Unpollable(InprocAgent):
+    """Breaks the contract: its progress raises."""
+
+    broken = False
+
+    def _progress(self):
+        if self.broken:
+            raise OSError("the engine is gone")
+
+    def _poll(self, handle):
+        return not self.broken
+
+
+def test_an_agent_whose_poll_raises(rig):
+    """An agent that cannot even be polled is torn down, and its reads end by name instead of never."""
+    made = []
+
+    def make():
+        made.append(Unpollable(f"unpollable-{id(rig)}-{len(made)}"))
+        made[-1].broken = len(made) == 1
+        return made[-1]
+
+    rig.path._make_agent = make
+    rig.path.start()
+    rig.read()
+    assert isinstance(rig.end()[1], KvxferError)
+    assert made[0]._closed and rig.works()
+
+
+class Unclosable(InprocAgent):
+    """Breaks the contract: its close raises."""
+
+    def _close(self):
+        super()._close()
+        raise OSError("cannot close")
+
+
+def test_an_agent_whose_close_raises(rig):
+    """A teardown that raises loses no read; it is counted as the fault that it is."""
+    rig.path._make_agent = lambda: FaultyAgent(Unclosable(f"unclosable-{time.monotonic_ns()}"), rig.faults)
+    rig.faults = Faults(hang=range(1))
+    rig.path.start()
+    rig.read(timeout_s=0.05)
+    eventually(lambda: rig.path._flying)
+    rig.faults = Faults()
+    assert isinstance(rig.end()[1], TransferTimeoutError)
+    assert rig.works()
+    rig.path.close()
+    assert rig.metrics.value("kvxfer_internal_errors_total", where="data") == 2
+    rig.metrics = rig.path._metrics = Metrics()
+
+
+def test_close_ends_every_read(rig):
+    """Reads under way, reads that wait and reads that come after all end when the data path is closed."""
+    rig.faults = Faults(hang=ALWAYS)
+    rig.path.start()
+    transfers = [rig.read(i, i) for i in range(4)]
+    eventually(lambda: len(rig.path._flying) == 4)
+    rig.path.close()
+    assert {type(rig.end()[1]) for _ in transfers} == {ClosedError}
+    assert not rig.path._thread.is_alive()
+    late = rig.read(1, 1)
+    assert isinstance(late.error, ClosedError)
+
+
+def test_a_forgotten_peer_is_disconnected(rig):
+    """After the agent behind a description is gone for good, it is connected to again if it is asked for."""
+    rig.path.start()
+    assert rig.works()
+    rig.path.do(ForgetAgent(rig.source.describe()))
+    rig.path.do(ForgetAgent(b"never met"))
+    assert rig.works(6, 6)
+    assert rig.agents[0].calls["connect"] == 2
+
+
+def test_idle_means_asleep(rig):
+    """With nothing to do the data thread waits without a timeout."""
+    rig.path.start()
+    assert rig.works()
+    waits = []
+    get = rig.path._jobs.get
+
+    class Counting:
+        put, get_nowait = rig.path._jobs.put, rig.path._jobs.get_nowait
+
+        def get(self, timeout=None):
+            waits.append(timeout)
+            return get(timeout=timeout)
+
+    rig.path._jobs = Counting()
+    assert rig.works(7, 7)
+    eventually(lambda: waits and waits[-1] is None)
+    count = len(waits)
+    stays(lambda: len(waits) == count, for_s=0.1)
+
+
+def test_start_is_called_on_its_own_thread(rig):
+    """The agent is made by the thread that uses it."""
+    rig.path.start()
+    assert rig.agents[0]._thread == rig.path._thread.ident != threading.get_ident()
+
+
+def test_a_first_contact_that_hangs_is_begun_again():
+    """The first bytes from a new peer never come: a new agent is made, and the same read goes through on it."""
+    rig = Rig(contact_s=0.1, met=False)
+    rig.faults = Faults(hang=range(1))
+    rig.path.start()
+    try:
+        transfer = rig.read(2, 3)
+        eventually(lambda: rig.agents[0])
+        rig.faults = Faults()
+        assert rig.end() == (transfer, None)
+        assert rig.block(3) == rig.block(2, rig.source_cache)
+        assert rig.fences() == 1 and rig.agents[0]._closed
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_a_contact_that_hangs_twice_ends_by_the_deadline():
+    """A peer that cannot be reached by any agent costs one new agent, not one after the other."""
+    rig = Rig(contact_s=0.05, met=False)
+    rig.faults = Faults(hang=range(1000))
+    rig.path.start()
+    try:
+        rig.read(2, 3, timeout_s=1.0)
+        assert isinstance(rig.end()[1], TransferTimeoutError)
+        assert rig.fences() == 2 and rig.block(3) == rig.before[3]
+    finally:
+        rig.path.close()
+        rig.source.close()
+
+
+def test_a_lease_that_has_ended_moves_no_bytes_from_a_new_peer():
+    """The first contact reads the lease's cell: without the token nothing else is read."""
+    rig = Rig(met=False)
+    rig.path.start()
+    try:
+        rig.read(2, 3, posted=False)
+        assert isinstance(rig.end()[1], LeaseEndedError)
+        assert rig.block(3) == rig.before[3]
+    finally:
+        rig.path.close()
+        rig.source.close()

@@ -1,0 +1,583 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Endpoints as an engine uses them: threads, sockets and all, with the in-process agent."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvxfer import Endpoint
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.errors import (
+    BlockError,
+    ClosedError,
+    ConfigError,
+    HandshakeError,
+    IncompatibleError,
+    KvxferError,
+    LeaseEndedError,
+    LeaseError,
+    LeaseRefError,
+    PeerConflictError,
+    PeerTimeoutError,
+    TransferFailedError,
+    TransferTimeoutError,
+    UnavailableError,
+)
+from kvxfer.inproc import InprocAgent
+from kvxfer.lease import LeaseRef
+from kvxfer.testing import eventually
+from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
+from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+
+QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=5.0, retry_s=0.1, quarantine_s=0.05)
+
+
+class Engine:
+    """An endpoint and the arrays behind its cache."""
+
+    def __init__(self, seed=0, *, agent="inproc", settings=QUICK, blocks=32, **more):
+        rng = np.random.default_rng(seed)
+        self.layers = {f"layer.{i}": rng.integers(0, 1 << 16, (blocks, 2, 4, 16)).astype(np.uint16) for i in range(2)}
+        self.cache = KVCache.from_layers(self.layers, block_tokens=4)
+        self.endpoint = Endpoint(self.cache, agent, settings=settings, **more)
+        self.events = []
+
+    def blocks(self, *ids):
+        return [layer[list(ids)].tobytes() for layer in self.layers.values()]
+
+    def poll(self):
+        self.events += self.endpoint.poll()
+        return self.events
+
+    def ends(self, ref):
+        return [e for e in self.poll() if getattr(e, "token", None) == ref.token]
+
+    def end(self, ref):
+        return eventually(lambda: self.ends(ref))[0]
+
+
+@pytest.fixture
+def engines():
+    made = []
+
+    def make(**more):
+        made.append(Engine(len(made), **more))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.endpoint.close()
+        assert engine.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+@pytest.fixture
+def pair(engines):
+    return engines(), engines()
+
+
+def test_blocks_arrive(pair):
+    """Lease, read, wait: the target holds the source's bytes, both engines get one event, and the rest is untouched."""
+    source, sink = pair
+    before = sink.blocks(0, 4, 31)
+    ref = source.endpoint.lease([1, 2, 3], request="r", num_tokens=12)
+    transfer = sink.endpoint.read(LeaseRef.from_json(ref.to_json()), [7, 6], skip_blocks=1)
+    assert transfer.wait(5) and transfer.done and transfer.error is None
+    assert sink.blocks(7, 6) == source.blocks(2, 3) and sink.blocks(0, 4, 31) == before
+    assert sink.endpoint.poll() == [Done(transfer)]
+    assert source.end(ref) == LeaseSettled(ref.token, "r", read=True)
+    assert sink.endpoint.metrics.value("kvxfer_bytes_total") == transfer.nbytes == 2 * 2 * 2 * 4 * 16 * 2
+    assert sink.endpoint.poll() == [] and len(source.events) == 1
+
+
+def test_announced_then_offered(pair):
+    """A read asked for before prefill ends is served when the blocks are offered."""
+    source, sink = pair
+    ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[source.endpoint.address]))
+    transfer = sink.endpoint.read(ref, [3])
+    assert not transfer.wait(0.3)
+    source.endpoint.offer(ref, [5])
+    assert transfer.wait(5) and sink.blocks(3) == source.blocks(5)
+
+
+def test_a_hold_outlives_the_lease(pair):
+    """A held lease stands for several of its lengths, and is read then."""
+    source, sink = pair
+    ref = source.endpoint.lease([1])
+    sink.endpoint.hold(ref)
+    deadline = time.monotonic() + 3 * QUICK.lease_s
+    eventually(lambda: time.monotonic() > deadline, timeout_s=60)
+    assert source.ends(ref) == []
+    assert sink.endpoint.read(ref, [1]).wait(5)
+
+
+def test_expiry_is_told_once_and_read_never_done(pair):
+    """A lease nobody holds expires; reading it afterwards fails as ended."""
+    source, sink = pair
+    ref = source.endpoint.lease([1], request="r")
+    assert source.end(ref) == LeaseExpired(ref.token, "r")
+    with pytest.raises(LeaseEndedError):
+        sink.endpoint.read(ref, [1]).wait(5)
+    assert isinstance(sink.poll()[0], Failed)
+
+
+def test_drop_and_revoke(pair):
+    """Dropped is settled unread; revoked is revoked, and a read of it fails."""
+    source, sink = pair
+    dropped, revoked = source.endpoint.lease([1]), source.endpoint.lease([2], request="r")
+    sink.endpoint.drop(dropped)
+    source.endpoint.revoke(revoked)
+    assert source.end(dropped) == LeaseSettled(dropped.token, "", read=False)
+    assert source.end(revoked) == LeaseRevoked(revoked.token, "r")
+    with pytest.raises(LeaseEndedError):
+        sink.endpoint.read(revoked, [1]).wait(5)
+
+
+def test_await(pair):
+    """A transfer can be awaited, many at once, and raises there as wait() does; a finished one returns at once."""
+    source, sink = pair
+
+    async def main():
+        good = [sink.endpoint.read(source.endpoint.lease([i]), [i]) for i in range(20)]
+        bad = sink.endpoint.read(source.endpoint.announce(), [20], timeout_s=0.3)
+        ends = await asyncio.gather(*good, bad, return_exceptions=True)
+        assert ends[:20] == [None] * 20 and isinstance(ends[20], PeerTimeoutError)
+        await good[0]
+        with pytest.raises(PeerTimeoutError):
+            await bad
+        late = sink.endpoint.read(source.endpoint.announce(), [21], timeout_s=5)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(late, 0.05)
+        assert not late.done
+        sink.endpoint.drop(late.ref)
+
+    asyncio.run(main())
+
+
+def test_await_uses_no_threads(pair):
+    """Two hundred awaited reads do not fill the event loop's thread pool."""
+    source, sink = pair
+
+    async def main():
+        reads = [sink.endpoint.read(source.endpoint.announce(), [i % 32], timeout_s=2.0) for i in range(200)]
+        waiting = asyncio.gather(*reads, return_exceptions=True)
+        await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, int), 1.5)
+        assert not waiting.done()
+        await waiting
+
+    asyncio.run(main())
+
+
+def test_poll_waits_for_the_first_event(pair):
+    """With a timeout poll returns as soon as something happened, without one at once."""
+    source, sink = pair
+    assert sink.endpoint.poll() == []
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [1])
+    assert sink.endpoint.poll(timeout_s=10) == [Done(transfer)]
+
+
+def test_the_event_is_there_when_wait_returns(pair):
+    """Who waited for a transfer finds its event in poll()."""
+    source, sink = pair
+    for i in range(50):
+        transfer = sink.endpoint.read(source.endpoint.lease([i % 32]), [i % 32])
+        assert transfer.wait(5)
+        assert sink.endpoint.poll() == [Done(transfer)]
+
+
+# -- what callers do wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "blocks", [[32], [-1], [1.5], ["1"], "12", None, 7, {0: 1}, {"a": 1}, [[1], [2]], [None], [1 << 70], object()]
+)
+def test_bad_blocks(pair, blocks):
+    """Blocks that are no blocks of this cache are refused by name, on either side, and nothing was announced or asked."""
+    source, sink = pair
+    with pytest.raises(BlockError):
+        source.endpoint.lease(blocks)
+    with pytest.raises(BlockError):
+        source.endpoint.offer(source.endpoint.announce(), blocks)
+    with pytest.raises(BlockError):
+        sink.endpoint.read(source.endpoint.lease([1]), blocks)
+    assert sink.endpoint.poll() == []
+
+
+def test_a_target_named_twice(pair):
+    """A block cannot receive two blocks."""
+    source, sink = pair
+    with pytest.raises(BlockError, match="twice"):
+        sink.endpoint.read(source.endpoint.lease([1, 2]), [3, 3])
+
+
+@pytest.mark.parametrize("skip", [-1, 1.0, None, "1", [0, 0], [], [-1], [None], float("nan")])
+def test_bad_skips(pair, skip):
+    """skip_blocks that make no sense are refused by name."""
+    with pytest.raises(BlockError):
+        pair[1].endpoint.read(pair[0].endpoint.announce(), [1], skip_blocks=skip)
+
+
+def test_numpy_integers_are_integers(pair):
+    """Counts and ids may come from NumPy."""
+    source, sink = pair
+    ref = source.endpoint.lease(np.array([1, 2], dtype=np.int32))
+    assert sink.endpoint.read(ref, (np.int64(9),), skip_blocks=np.int64(1)).wait(5)
+    assert sink.blocks(9) == source.blocks(2)
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1, "5", 1e12])
+def test_bad_timeouts(pair, timeout_s):
+    """A timeout that is no time is refused by name instead of never ending."""
+    with pytest.raises(ConfigError):
+        pair[1].endpoint.read(pair[0].endpoint.announce(), [1], timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("ref", [None, "token", {"token": "1" * 32}, 5])
+def test_no_reference(pair, ref):
+    """What is no LeaseRef is refused by name by every call, and the control thread never sees it."""
+    endpoint = pair[0].endpoint
+    calls = [
+        endpoint.hold,
+        endpoint.drop,
+        endpoint.revoke,
+        lambda r: endpoint.read(r, [1]),
+        lambda r: endpoint.offer(r, [1]),
+    ]
+    for call in calls if ref is None else [*calls, endpoint.announce]:
+        with pytest.raises(LeaseRefError):
+            call(ref)
+
+
+def test_a_reference_made_by_hand(pair):
+    """A LeaseRef whose constructor checked nothing is checked at the door."""
+    bad = LeaseRef(token="x", owner="o", addresses=())
+    with pytest.raises(LeaseRefError):
+        pair[0].endpoint.read(bad, [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"agent": "no such agent"}, ConfigError), ({"bind": "tcp://127.0.0.1:99999"}, ConfigError),
+        ({"bind": "ipc:///x"}, ConfigError), ({"bind": "127.0.0.1:1"}, ConfigError), ({"bind": "tcp://no.such.host.invalid:1"}, ConfigError),
+        ({"bind": "tcp://203.0.113.7:0"}, ConfigError), ({"agent_options": {"x": 1}}, ConfigError), ({"name": ""}, ConfigError), ({"name": "n" * 300}, ConfigError),
+        ({"agent": InprocAgent, "agent_options": {"x": 1}}, ConfigError),
+    ],
+)  # fmt: skip
+def test_an_endpoint_that_cannot_be(options, error):
+    """What is wrong with the arguments is said by name, and no thread and no port stays behind."""
+    threads = threading.active_count()
+    with pytest.raises(error):
+        Engine(**options)
+    eventually(lambda: threading.active_count() == threads)
+
+
+def test_an_occupied_port(engines):
+    """Two endpoints cannot listen on one address; the second says so."""
+    first = engines()
+    with pytest.raises(ConfigError, match="cannot listen"):
+        Engine(bind=first.endpoint.address)
+
+
+def test_an_agent_that_cannot_be_made_is_the_callers_news():
+    """What the agent raises when it is made comes out of the constructor."""
+
+    def make(name):
+        raise UnavailableError("install something")
+
+    with pytest.raises(UnavailableError, match="install something"):
+        Engine(agent=make)
+
+
+# -- peers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_addresses_that_are_nobodys(pair):
+    """Reads from addresses where nobody lives fail in time and by name, and delay no read of a living peer."""
+    source, sink = pair
+    nobody = ["tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:0"]
+    lost = [sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[a]), [1]) for a in nobody]
+    assert sink.endpoint.read(source.endpoint.lease([3]), [3]).wait(2.5)
+    for transfer in lost:
+        with pytest.raises((PeerTimeoutError, HandshakeError)):
+            transfer.wait(5)
+
+
+def test_reading_from_oneself(engines):
+    """An endpoint asked to read its own lease says that it is the peer itself."""
+    me = engines()
+    with pytest.raises(PeerConflictError):
+        me.endpoint.read(me.endpoint.lease([1]), [2]).wait(5)
+
+
+def test_an_incompatible_peer(engines):
+    """Caches that cannot serve each other: the read says on which axis."""
+    source, sink = engines(), engines()
+    spec = msgspec.structs.replace(source.cache.spec, fingerprint="another model")
+    stranger = Endpoint(KVCache(spec, source.cache.buffers), "inproc", settings=QUICK)
+    with stranger, pytest.raises(IncompatibleError, match="fingerprint"):
+        sink.endpoint.read(stranger.lease([1]), [1]).wait(5)
+
+
+def test_a_producer_at_the_same_address_is_met_afresh(engines):
+    """A producer closed and made anew on its port serves the same consumer."""
+    source, sink = engines(), engines()
+    assert sink.endpoint.read(source.endpoint.lease([1]), [1]).wait(5)
+    address = source.endpoint.address
+    source.endpoint.close()
+    again = engines(bind=address)
+    assert sink.endpoint.read(again.endpoint.lease([2]), [2]).wait(5)
+    assert sink.blocks(2) == again.blocks(2)
+
+
+def test_the_producers_agent_is_replaced(engines):
+    """A peer that had to replace its agent is read from again without a failed read, for it tells its peers."""
+    faults = Faults(late=range(1))
+    made = []
+
+    def make(name):
+        made.append(FaultyAgent(InprocAgent(name), faults if not made else Faults()))
+        return made[-1]
+
+    both, other = engines(agent=make), engines()
+    assert other.endpoint.read(both.endpoint.lease([1]), [1]).wait(5)
+    with pytest.raises(TransferTimeoutError):
+        both.endpoint.read(other.endpoint.lease([1]), [1], timeout_s=0.2).wait(5)
+    eventually(
+        lambda: made[1:] and made[1].name.encode() in other.endpoint._consumer._peers[both.endpoint.address].agent_info
+    )
+    assert other.endpoint.read(both.endpoint.lease([3]), [3]).wait(5)
+    assert other.blocks(3) == both.blocks(3)
+
+
+# -- time ----------------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """An agent factory whose copies wait for `open`."""
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        gate = self
+
+        class GatedAgent(InprocAgent):
+            def _submit(self, op, peer, spans, local, remote):
+                gate.entered.set()
+                assert gate.open.wait(30)
+                return super()._submit(op, peer, spans, local, remote)
+
+        self.make = GatedAgent
+
+
+def test_a_blocked_copy_blocks_nothing_else(engines):
+    """While a copy blocks inside the agent, every call returns at once, leases are renewed and handshakes go on."""
+    gate = Gate()
+    # A lease must not run out because this machine is busy: a third of it is the time for one renewal.
+    patient = Settings(lease_s=6.0, peer_timeout_s=30.0, read_timeout_s=60.0, retry_s=0.1)
+    source, other = engines(settings=patient), engines(settings=patient)
+    sink = engines(agent=gate.make, settings=patient)
+    ref, held = source.endpoint.lease([1]), source.endpoint.lease([2])
+    transfer = sink.endpoint.read(ref, [1])
+    assert gate.entered.wait(5)
+    slowest = 0.0
+    for i in range(200):
+        begin = time.perf_counter()
+        sink.endpoint.hold(held)
+        sink.endpoint.poll()
+        mine = sink.endpoint.lease([i % 32])
+        sink.endpoint.revoke(mine)
+        slowest = max(slowest, time.perf_counter() - begin)
+    assert slowest < 1.0
+    queued = sink.endpoint.read(other.endpoint.announce(), [9])
+    eventually(lambda: sink.endpoint.metrics.value("kvxfer_handshakes_total", outcome="met") == 2)
+    deadline = time.monotonic() + 1.5 * patient.lease_s
+    eventually(lambda: time.monotonic() > deadline, timeout_s=60)
+    assert source.ends(ref) == [] == source.ends(held)
+    gate.open.set()
+    assert transfer.wait(5) and sink.blocks(1) == source.blocks(1)
+    assert sink.endpoint.read(held, [2]).wait(5)
+    sink.endpoint.drop(queued.ref)
+
+
+def test_a_read_overtaken_by_expiry_is_not_done(engines):
+    """A lease revoked while its copy was blocked gives LeaseEndedError, and the producer's blocks were free at once."""
+    gate = Gate()
+    source, sink = engines(), engines(agent=gate.make)
+    ref = source.endpoint.lease([1])
+    transfer = sink.endpoint.read(ref, [1])
+    assert gate.entered.wait(5)
+    source.endpoint.revoke(ref)
+    assert isinstance(source.end(ref), LeaseRevoked)
+    gate.open.set()
+    with pytest.raises(LeaseEndedError):
+        transfer.wait(5)
+
+
+def test_close_while_a_copy_is_blocked(engines):
+    """close() waits for the copy, then everything has ended, and the events are still there."""
+    gate = Gate()
+    source, sink = engines(), engines(agent=gate.make)
+    running = sink.endpoint.read(source.endpoint.lease([1]), [1])
+    waiting = sink.endpoint.read(source.endpoint.announce(), [2])
+    mine = sink.endpoint.lease([3])
+    assert gate.entered.wait(5)
+    closer = threading.Thread(target=sink.endpoint.close)
+    closer.start()
+    assert isinstance(sink.end(mine), LeaseRevoked)
+    assert closer.is_alive() and not running.done
+    gate.open.set()
+    closer.join(10)
+    assert running.done and isinstance(waiting.error, ClosedError)
+    assert {type(e) for e in sink.poll()} <= {LeaseRevoked, Failed, Done} and len(sink.events) == 3
+
+
+def test_closed_is_closed(pair):
+    """After close calls neither hang nor raise: reads fail, offers come back revoked, the rest does nothing."""
+    source, sink = pair
+    ref = source.endpoint.lease([1])
+    sink.endpoint.close()
+    sink.endpoint.close()
+    with pytest.raises(ClosedError):
+        sink.endpoint.read(ref, [1]).wait(1)
+    sink.endpoint.hold(ref)
+    sink.endpoint.drop(ref)
+    mine = sink.endpoint.lease([1], request="late")
+    assert sink.ends(mine) == [LeaseRevoked(mine.token, "late")]
+
+
+def test_close_gives_producers_their_blocks_back(engines):
+    """What a consumer still held is settled when it closes, and not only when the lease expires."""
+    source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
+    ref = source.endpoint.lease([1])
+    sink.endpoint.hold(ref)
+    eventually(lambda: (hold := sink.endpoint._consumer._holds.get(ref.token)) and hold.grant)
+    sink.endpoint.close()
+    assert isinstance(source.end(ref), LeaseSettled)
+
+
+def test_reads_racing_with_close_all_end(engines):
+    """However a read and a close are interleaved, the transfer ends and its event comes."""
+    source = engines()
+    for _ in range(25):
+        sink = Engine(7)
+        refs = [source.endpoint.lease([i]) for i in range(8)]
+        transfers, start = [], threading.Barrier(2)
+
+        def reader(sink=sink, refs=refs, transfers=transfers, start=start):
+            start.wait()
+            for i, ref in enumerate(refs):
+                transfers.append(sink.endpoint.read(ref, [i]))
+
+        thread = threading.Thread(target=reader)
+        thread.start()
+        start.wait()
+        sink.endpoint.close()
+        thread.join(10)
+        assert len(transfers) == 8 and all(t.done for t in transfers)
+        assert len([e for e in sink.poll() if isinstance(e, (Done, Failed))]) == 8
+
+
+def test_a_failing_agent_fails_reads_by_name(engines):
+    """An engine that refuses everything fails each read, and the endpoint lives on as a producer."""
+    sink = engines(agent=lambda name: FaultyAgent(InprocAgent(name), Faults(fail={"submit": ALWAYS})))
+    source = engines()
+    for i in range(3):
+        with pytest.raises(TransferFailedError):
+            sink.endpoint.read(source.endpoint.lease([i]), [i]).wait(5)
+    assert source.endpoint.read(sink.endpoint.lease([1]), [1]).wait(5)
+
+
+def test_many_read_one_lease_at_once(engines):
+    """Of threads that read one granted lease in the same moment at least one gets it; each read ends, once."""
+    source, sink = engines(), engines()
+    for _ in range(30):
+        sink.endpoint.hold(ref := source.endpoint.lease([1]))
+        eventually(lambda ref=ref: ref.token in sink.endpoint._consumer._granted)
+        start, transfers = threading.Barrier(4), []
+
+        def reader(target, start=start, ref=ref, transfers=transfers):
+            start.wait()
+            transfers.append(sink.endpoint.read(ref, [target]))
+
+        threads = [threading.Thread(target=reader, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        eventually(lambda transfers=transfers: all(t.done for t in transfers))
+        assert any(t.error is None for t in transfers)
+        assert all(t.error is None or isinstance(t.error, LeaseError) for t in transfers)
+        assert isinstance(source.end(ref), LeaseSettled)
+    assert len([e for e in sink.poll() if isinstance(e, (Done, Failed))]) == 120
+
+
+def test_threads_hammering(engines):
+    """Eight threads that announce, offer, hold, read, drop and revoke at random: each lease and each read ends once."""
+    source, sinks = engines(settings=replace(QUICK, lease_s=3.0)), [engines(), engines()]
+    offered, transfers, lock, faults = [], [], threading.Lock(), []
+
+    def hammer(seed):
+        rng = random.Random(seed)
+        try:
+            for _ in range(60):
+                ref = source.endpoint.announce(request=f"{seed}")
+                sink = rng.choice(sinks)
+                order = [
+                    lambda ref=ref: source.endpoint.offer(ref, rng.sample(range(32), 2)),
+                    lambda ref=ref, sink=sink: sink.endpoint.hold(ref),
+                    lambda ref=ref, sink=sink: transfers.append(sink.endpoint.read(ref, rng.sample(range(32), 2))),
+                ]
+                if rng.random() < 0.3:
+                    order.append(lambda ref=ref, sink=sink: sink.endpoint.drop(ref))
+                if rng.random() < 0.3:
+                    order.append(lambda ref=ref: source.endpoint.revoke(ref))
+                rng.shuffle(order)
+                for call in order:
+                    call()
+                with lock:
+                    offered.append(ref)
+        except BaseException as error:  # noqa: BLE001 - shown by the test
+            faults.append(error)
+
+    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert faults == []
+    for transfer in transfers:
+        try:
+            assert transfer.wait(30)
+        except KvxferError as error:
+            assert isinstance(error, LeaseError), error
+    eventually(lambda: len([e for e in source.poll() if hasattr(e, "token")]) >= len(offered), timeout_s=15)
+    tokens = [e.token for e in source.poll() if hasattr(e, "token")]
+    assert len(set(tokens)) == len(tokens) == len(offered)
+    ends = [e.transfer for sink in sinks for e in sink.poll() if isinstance(e, (Done, Failed))]
+    assert len(ends) == len(transfers) == len(set(map(id, ends)))
+    assert sum(t.error is None for t in transfers) > 50
+    eventually(lambda: not any(s.endpoint._consumer._holds for s in sinks), timeout_s=5)
+    assert len(source.endpoint._data._board._free) == QUICK.max_leases
+
+
+def test_an_idle_endpoint_sleeps(pair):
+    """After the work is done neither thread of either endpoint turns again."""
+    source, sink = pair
+    assert sink.endpoint.read(ref := source.endpoint.lease([1]), [1]).wait(5)
+    assert source.end(ref)
+    eventually(lambda: not sink.endpoint._consumer._holds)
+    turns = []
+    for engine in pair:
+        original = engine.endpoint._turn
+        engine.endpoint._turn = lambda original=original: (turns.append(1), original())[1]
+    time.sleep(0.5)  # nothing must happen: there is no condition to wait for
+    assert len(turns) <= 2

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases at their owner: every transition of the diagram, and what travels with a request."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvxfer.config import Settings
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.fence import LeaseBoard
+from kvxfer.lease import LeaseRef, LeaseState, LeaseTable
+
+T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
+SETTINGS = Settings(lease_s=30.0, announce_s=100.0)
+
+
+@pytest.fixture
+def board():
+    return LeaseBoard(4, 1)
+
+
+@pytest.fixture
+def table(board):
+    return LeaseTable(SETTINGS, board)
+
+
+def cell(board, lease):
+    return board._array[board._index(lease.cell)].tobytes()
+
+
+def free(board):
+    """Every cell of the board is free and wiped."""
+    return len(board._free) == 4 and not board._array.any()
+
+
+def test_the_way_of_a_lease_that_is_read(table, board):
+    """Announced, offered, opened, settled; its cell holds the token from the offer to the settlement."""
+    table.announce(T1, "r", 0)
+    assert free(board)
+    lease = table.offer(T1, [b"1234"], 5)
+    assert lease.state is LeaseState.OPEN and cell(board, lease) == bytes.fromhex(T1)
+    assert table.open(T1, "me", 6) is lease
+    assert lease.state is LeaseState.ACTIVE
+    assert table.settle(T1, "me", read=True) == (True, lease)
+    assert lease.state is LeaseState.SETTLED and lease.read and free(board) and len(table) == 0
+    assert table.next_deadline() is None
+
+
+def test_opened_before_it_is_offered(table):
+    """An open of an announced lease names its holder and starts no clock; the offer does."""
+    table.announce(T1, "r", 0)
+    assert table.open(T1, "me", 1).state is LeaseState.ANNOUNCED
+    assert table.expire(99.9) == []
+    lease = table.offer(T1, [], 99.9)
+    assert lease.holder == "me" and lease.deadline == pytest.approx(129.9)
+
+
+@pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
+def test_each_state_expires(table, board, until, how):
+    """A lease nobody comes for ends at its state's deadline, and not a moment before."""
+    table.announce(T1, "r", 0)
+    if how != "announced":
+        table.offer(T1, [], 5)
+    if how == "opened":
+        table.open(T1, "me", 7)
+    assert table.expire(until - 0.001) == []
+    assert table.next_deadline() <= until
+    (lease,) = table.expire(until)
+    assert lease.state is LeaseState.EXPIRED and free(board)
+    assert table.expire(1e9) == [] and table.next_deadline() is None
+
+
+def test_renewed_for_as_long_as_the_holder_likes(table):
+    """Each renewal by the holder starts the time anew; when they stop, it ends."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, "me", 0)
+    for now in range(0, 600, 20):
+        assert table.expire(now) == []
+        assert table.renew([T1], "me", now) == []
+    assert [x.token for x in table.expire(580 + 30)] == [T1]
+
+
+def test_renewal_by_somebody_else_is_no_renewal(table):
+    """Only the holder renews; unknown, ended and foreign tokens come back as ended."""
+    for token in (T1, T2):
+        table.announce(token, "r", 0)
+        table.offer(token, [], 0)
+    table.open(T1, "me", 0)
+    table.open(T2, "other", 0)
+    assert table.renew([T1, T2, T3], "me", 10) == [T2, T3]
+    assert [x.token for x in table.expire(30)] == [T2]
+
+
+def test_a_renewal_never_shortens(table):
+    """A clock that is read late by one caller takes nothing away."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [], 50)
+    table.open(T1, "me", 10)
+    assert lease.deadline == 80
+
+
+@pytest.mark.parametrize("state", ["announced", "offered", "opened"])
+def test_revoked_in_any_state(table, board, state):
+    """Revoking ends a lease wherever it is, once."""
+    table.announce(T1, "r", 0)
+    if state != "announced":
+        table.offer(T1, [], 0)
+    if state == "opened":
+        table.open(T1, "me", 0)
+    assert table.revoke(T1).state is LeaseState.REVOKED
+    assert table.revoke(T1) is None and table.revoke(T2) is None
+    assert free(board)
+
+
+@pytest.mark.parametrize("end", ["settle", "revoke", "expire"])
+def test_an_ended_lease_stays_ended(table, end):
+    """Opening and offering it again are refused by name; announcing it again changes nothing."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    {
+        "settle": lambda: table.settle(T1, "me", read=False),
+        "revoke": lambda: table.revoke(T1),
+        "expire": lambda: table.expire(99),
+    }[end]()
+    table.announce(T1, "r", 99)
+    assert len(table) == 0
+    with pytest.raises(LeaseEndedError, match=end[:5]):
+        table.open(T1, "me", 99)
+    with pytest.raises(LeaseEndedError):
+        table.offer(T1, [], 99)
+    assert table.request(T1) == "r"
+
+
+def test_unknown_leases_are_unknown(table):
+    """Nothing can be done with a token that was never announced."""
+    with pytest.raises(LeaseUnknownError):
+        table.open(T1, "me", 0)
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T2, [], 0)
+    assert table.settle(T3, "me", read=True) == (False, None)
+    assert table.request(T3) == "" and len(table) == 0
+
+
+def test_taken_by_one_consumer(table):
+    """The first that opens a lease has it: others cannot open, renew or settle it."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, "me", 0)
+    table.open(T1, "me", 1)
+    with pytest.raises(LeaseError, match="another consumer"):
+        table.open(T1, "other", 1)
+    assert table.settle(T1, "other", read=True) == (False, None)
+    assert len(table) == 1
+
+
+def test_settling_again_gives_the_same_answer(table):
+    """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    assert table.settle(T1, "me", read=True)[0]
+    assert table.settle(T1, "me", read=True) == (True, None)
+    assert table.settle(T1, "other", read=True) == (False, None)
+
+
+def test_settling_after_expiry_did_not_stand(table):
+    """Who settles too late learns it."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, "me", 0)
+    table.expire(30)
+    assert table.settle(T1, "me", read=True) == (False, None)
+
+
+def test_a_second_offer_changes_nothing(table, board):
+    """The blocks of a lease are named once; the lease goes on with those."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [b"1111"], 0)
+    with pytest.raises(LeaseError, match="before"):
+        table.offer(T1, [b"2222"], 1)
+    assert lease.blocks == [b"1111"] and lease.state is LeaseState.OPEN and cell(board, lease) == bytes.fromhex(T1)
+
+
+def test_a_full_board_ends_the_lease(table, board):
+    """Without a free cell a lease cannot be offered: it ends, and the next one finds the cell that became free."""
+    tokens = [f"{i:032x}" for i in range(5)]
+    for token in tokens:
+        table.announce(token, "r", 0)
+    for token in tokens[:4]:
+        table.offer(token, [], 0)
+    with pytest.raises(LeaseError, match="max_leases"):
+        table.offer(tokens[4], [], 0)
+    with pytest.raises(LeaseEndedError):
+        table.open(tokens[4], "me", 0)
+    table.revoke(tokens[0])
+    table.announce(T1, "r", 0)
+    assert table.offer(T1, [], 0).cell is not None
+
+
+def test_close_ends_all(table, board):
+    """Closing ends what lives, whatever its state, and wipes the board."""
+    table.announce(T1, "r", 0)
+    table.announce(T2, "r", 0)
+    table.offer(T2, [], 0)
+    assert {x.token for x in table.close()} == {T1, T2}
+    assert table.close() == [] and free(board) and table.next_deadline() is None
+
+
+def test_memory_of_ended_leases_is_bounded(table):
+    """A producer that leases for months remembers the last few thousand ends and no timers."""
+    for i in range(20_000):
+        token = f"{i:032x}"
+        table.announce(token, "r", 0)
+        table.offer(token, [], 0)
+        table.settle(token, "me", read=True)
+    assert len(table._ended) <= 16_384
+    assert len(table._timers) == 0 and len(table._timers._heap) < 200
+    assert len(table) == 0
+
+
+# -- the reference that travels -----------------------------------------------------------------------------------------
+
+
+def test_a_reference_survives_json():
+    """What one side mints and a router carries is what the other side gets."""
+    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1", "tcp://h:2"], request="req", num_tokens=7, digest="d")
+    assert LeaseRef.from_json(ref.to_json()) == ref == LeaseRef.from_obj(ref.to_obj())
+    assert LeaseRef.mint(owner="e", addresses=["tcp://h:1"]).token != ref.token
+
+
+GOOD = {"v": 1, "token": T1, "owner": "o", "addresses": ["tcp://127.0.0.1:5600"], "request": "r", "num_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": "1" * 31}, {"token": "g" * 32}, {"token": T1 + "\n"}, {"token": None}, {"token": "A" * 32},
+        {"owner": 5}, {"owner": "x" * 257}, {"owner": None},
+        {"addresses": []}, {"addresses": "tcp://h:1"}, {"addresses": ["h:1"]}, {"addresses": [None]},
+        {"addresses": ["ipc:///tmp/socket"]}, {"addresses": ["tcp://h"]}, {"addresses": ["tcp://h:1/../x"]},
+        {"addresses": ["tcp://h:123456"]}, {"addresses": ["tcp://h:1\n"]}, {"addresses": ["tcp://a b:1"]},
+        {"addresses": ["tcp://h:1"] * 4097}, {"addresses": ["tcp://" + "h" * 300 + ":1"]},
+        {"num_tokens": -1}, {"num_tokens": 1 << 40}, {"num_tokens": "3"}, {"num_tokens": 1.5}, {"num_tokens": 1 << 70},
+        {"request": "x" * 1025}, {"request": 1}, {"digest": "x" * 129}, {"v": 2}, {"v": "1"},
+    ],
+)  # fmt: skip
+def test_a_reference_from_a_stranger_is_checked(change):
+    """Each malformed field is refused by the one named error."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_obj({**GOOD, **change})
+
+
+@pytest.mark.parametrize("obj", [None, 1, "x", [], {}, {"v": 1}, float("nan"), {1: 2}, object(), [GOOD]])
+def test_no_reference_at_all(obj):
+    """Anything that is no mapping with the fields is refused by name."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_obj(obj)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 5000, "null", "1e999", b"\xff\xfe", '{"v":1}', 17])
+def test_no_json_at_all(text):
+    """Text that is no reference is refused by name."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_json(text)
+
+
+def test_minting_checks_too():
+    """An owner's own slip is refused before it travels; a long request name is cut, for it only serves logs."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.mint(owner="o" * 300, addresses=["tcp://h:1"])
+    with pytest.raises(LeaseRefError):
+        LeaseRef.mint(owner="o", addresses=[])
+    assert len(LeaseRef.mint(owner="o", addresses=["tcp://h:1"], request="r" * 5000).request) == 1024
+
+
+def test_unknown_fields_are_the_future():
+    """A field that a newer version added does not break an older one."""
+    assert LeaseRef.from_obj({**GOOD, "later": {"x": 1}}).token == T1
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.sampled_from([*GOOD, "z"]), x),
+    )
+)
+def test_no_json_value_gets_through_unnamed(obj):
+    """Any JSON value is a reference or one LeaseRefError."""
+    try:
+        assert isinstance(LeaseRef.from_obj(obj), LeaseRef)
+    except LeaseRefError as error:
+        assert str(error)
+    if isinstance(obj, dict):
+        try:
+            LeaseRef.from_json(msgspec.json.encode({**GOOD, **obj}))
+        except LeaseRefError:
+            pass

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner against an oracle that indexes NumPy arrays logically and shares no code with it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvxfer.cache import KVCache
+from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.plan import plan
+
+# At least so many; more under the profile `search`.
+MANY = settings(max_examples=max(300, settings.default.max_examples))
+ORDERS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+
+
+@dataclass
+class Shape:
+    """Logical extents; ``content`` counts bytes of K (and of V, and half of K and V together)."""
+
+    layers: int
+    heads: int
+    tokens: int
+    content: int
+    apart: bool
+
+
+@dataclass
+class Side:
+    """One cache: its backing memory, and logical views [block, head, token, content] by layer and component."""
+
+    blocks: int
+    backing: list[np.ndarray]
+    views: list[list[np.ndarray]]
+    cache: KVCache = field(init=False)
+
+    def __post_init__(self):
+        layers = {f"model.layers.{i}": parts for i, parts in enumerate(self.views)}
+        self.cache = KVCache.from_layers(layers, fingerprint="f")
+
+    def where(self, address, nbytes):
+        """(allocation, offset) of a span, which must lie in one allocation."""
+        for number, array in enumerate(self.backing):
+            offset = address - array.ctypes.data
+            if offset >= 0 and offset + nbytes <= array.nbytes:
+                return number, offset
+        raise AssertionError(f"{address:#x}+{nbytes} is in no allocation")
+
+
+@st.composite
+def sides(draw, shape: Shape) -> Side:
+    """Any order, padding and split into allocations; K and V apart lie in one allocation or in two."""
+    blocks = draw(st.integers(1, 6))
+    order = draw(st.sampled_from(ORDERS))[:-1]
+    extent = {"L": shape.layers, "B": blocks, "H": shape.heads, "N": shape.tokens, "X": 1}
+    pad = {axis: draw(st.sampled_from([0, 0, 0, 1, 2])) for axis in "LBHNX"}
+    content = shape.content * (1 if shape.apart else 2)
+    tail = draw(st.sampled_from([0, 0, 0, 4]))
+    components = 1
+    if shape.apart and draw(st.booleans()):
+        place = draw(st.integers(0, 4))
+        order = order[:place] + "X" + order[place:]
+        extent["X"] = 2
+    elif shape.apart:
+        components = 2
+    by_layer = draw(st.booleans())
+    # Layers may lie in any order and with others, which are not ours, between them.
+    slots = 1 if by_layer else shape.layers + draw(st.sampled_from([0, 0, 1, 3]))
+    mixed = draw(st.permutations(range(slots))) if draw(st.booleans()) else range(slots)
+    extent["L"] = slots
+    backing, views = [], [[] for _ in range(shape.layers)]
+    for layer in range(shape.layers if by_layer else 1):
+        for _ in range(components):
+            # C-contiguous memory with every axis padded; the cache is the unpadded corner of it.
+            memory = np.zeros([extent[a] + pad[a] for a in order] + [content + tail], dtype=np.uint8)
+            corner = memory[tuple(slice(extent[a]) for a in order)][..., :content]
+            axes = order
+            if "X" not in order:
+                corner, axes = corner[np.newaxis], "X" + order
+            logical = np.transpose(corner, [axes.index(a) for a in "LXBHN"] + [-1])
+            backing.append(memory.reshape(-1))
+            if by_layer:
+                views[layer].extend(logical[0])
+            else:
+                for i in range(shape.layers):
+                    views[i].extend(logical[mixed[i]])
+    return Side(blocks, backing, views)
+
+
+@st.composite
+def cases(draw):
+    """Two caches of one logical shape, and pairs of blocks from contiguous to scattered."""
+    shape = Shape(
+        layers=draw(st.integers(1, 4)),
+        heads=draw(st.integers(1, 3)),
+        tokens=draw(st.integers(1, 3)),
+        content=draw(st.sampled_from([1, 2, 4])),
+        apart=draw(st.booleans()),
+    )
+    source, target = draw(sides(shape)), draw(sides(shape))
+    count = draw(st.integers(0, min(source.blocks, target.blocks)))
+    ids = []
+    for side in (source, target):
+        kind = draw(st.sampled_from(["run", "any", "ascending"]))
+        if kind == "run":
+            first = draw(st.integers(0, side.blocks - count))
+            ids.append(list(range(first, first + count)))
+        else:
+            chosen = draw(st.permutations(range(side.blocks)))[:count]
+            ids.append(sorted(chosen) if kind == "ascending" else list(chosen))
+    return source, target, ids[0], ids[1]
+
+
+def fill(side: Side, seed: int) -> None:
+    """Random bytes everywhere, padding too."""
+    rng = np.random.default_rng(seed)
+    for array in side.backing:
+        array[:] = rng.integers(0, 256, array.size, dtype=np.uint8)
+
+
+def carry_out(descriptors) -> None:
+    """Copy the described bytes, as a transfer engine would."""
+    for local, remote, nbytes in zip(descriptors.local, descriptors.remote, descriptors.nbytes, strict=True):
+        ctypes.memmove(int(local), int(remote), int(nbytes))
+
+
+def assert_unmergeable(bound, source: Side, target: Side) -> None:
+    """No descriptor ends where another of the same pair of allocations begins, on both sides."""
+    begins, ends = set(), set()
+    for local, remote, nbytes in zip(bound.local.tolist(), bound.remote.tolist(), bound.nbytes.tolist(), strict=True):
+        lane = (source.where(remote, nbytes)[0], target.where(local, nbytes)[0])
+        begins.add((*lane, remote, local))
+        ends.add((*lane, remote + nbytes, local + nbytes))
+    assert not begins & ends
+    assert len(begins) == len(bound)
+
+
+@MANY
+@given(cases())
+def test_the_right_bytes_arrive_and_no_others_change(case):
+    """After the copy the target's whole memory, padding included, is what logical indexing of NumPy arrays makes it."""
+    source, target, source_blocks, target_blocks = case
+    fill(source, 1), fill(target, 2)
+    before = [array.copy() for array in target.backing]
+    bound = plan(source.cache.spec, target.cache.spec).bind(source_blocks, target_blocks)
+    carry_out(bound)
+    moved = [array.copy() for array in target.backing]
+    for array, old in zip(target.backing, before, strict=True):
+        array[:] = old
+    for ours, theirs in zip(target.views, source.views, strict=True):
+        for component, other in zip(ours, theirs, strict=True):
+            component[target_blocks] = other[source_blocks]
+    for array, got in zip(target.backing, moved, strict=True):
+        np.testing.assert_array_equal(got, array)
+
+
+@MANY
+@given(cases())
+def test_each_source_byte_is_read_once(case):
+    """Every byte of the source's blocks is in exactly one descriptor, and no byte besides."""
+    source, target, source_blocks, target_blocks = case
+    bound = plan(source.cache.spec, target.cache.spec).bind(source_blocks, target_blocks)
+    reads = [np.zeros(array.size, dtype=np.int64) for array in source.backing]
+    for remote, nbytes in zip(bound.remote, bound.nbytes, strict=True):
+        number, offset = source.where(int(remote), int(nbytes))
+        reads[number][offset : offset + int(nbytes)] += 1
+    for array in source.backing:
+        array[:] = 0
+    for parts in source.views:
+        for component in parts:
+            component[source_blocks] = 1
+    for counted, wanted in zip(reads, source.backing, strict=True):
+        np.testing.assert_array_equal(counted, wanted)
+
+
+@MANY
+@given(cases())
+def test_no_two_descriptors_could_be_one(case):
+    """Within a pair of allocations no descriptor continues another on both sides."""
+    source, target, source_blocks, target_blocks = case
+    bound = plan(source.cache.spec, target.cache.spec).bind(source_blocks, target_blocks)
+    assert_unmergeable(bound, source, target)
+
+
+@MANY
+@given(cases(), st.data())
+def test_one_source_block_may_go_to_several_targets(case, data):
+    """A source block given twice is copied to both places, and its runs are merged all the same."""
+    source, target, _, target_blocks = case
+    source_blocks = [data.draw(st.integers(0, source.blocks - 1)) for _ in target_blocks]
+    fill(source, 1), fill(target, 2)
+    bound = plan(source.cache.spec, target.cache.spec).bind(source_blocks, target_blocks)
+    carry_out(bound)
+    assert_unmergeable(bound, source, target)
+    for ours, theirs in zip(target.views, source.views, strict=True):
+        for component, other in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(component[target_blocks], other[source_blocks])
+
+
+@MANY
+@given(cases())
+def test_explain_and_nbytes_agree_with_what_is_bound(case):
+    """The figures for people are those of the descriptors, and a plan says what it does in words."""
+    source, target, source_blocks, target_blocks = case
+    made = plan(source.cache.spec, target.cache.spec)
+    bound = made.bind(source_blocks, target_blocks)
+    told = made.explain(source_blocks, target_blocks)
+    assert told.descriptors == len(bound)
+    assert told.nbytes == bound.total_nbytes == made.nbytes(len(source_blocks))
+    assert told.descriptors_unmerged >= told.descriptors
+    assert f"{told.block_nbytes[0]:,} bytes per block" in str(told)
+
+
+# -- particular plans --------------------------------------------------------------------------------------------------
+
+LLAMA = {"layers": 32, "blocks": 64, "heads": 8, "block_tokens": 16, "head_dim": 128}
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "HND", "NHD"])
+def test_contiguous_blocks_of_equal_caches_are_as_few_runs_as_the_order_allows(order):
+    """One run per layer, per layer and head, or in all: never one per block."""
+    cache, _ = KVCache.allocate(order, **LLAMA)
+    made = plan(cache.spec, cache.spec)
+    outside_blocks = {"LBHNC": 32, "LBNHC": 32, "HND": 32, "NHD": 32, "LHBNC": 32 * 8}
+    assert len(made.bind(range(10, 40), range(10, 40))) == outside_blocks.get(order, 1)
+    assert len(made.bind(range(64), range(64))) == 1
+    assert made.nbytes(30) == 30 * 32 * 8 * 16 * 128 * 2 * 2
+
+
+def test_whole_caches_merge_across_layers_and_the_end_of_one_layer_with_the_start_of_the_next():
+    """The last block of a layer and the first of the next are neighbours in memory, so they are one run."""
+    cache, _ = KVCache.allocate("HND", **LLAMA)
+    made = plan(cache.spec, cache.spec)
+    assert len(made.bind([63, 0], [63, 0])) == 33
+
+
+def test_blocks_given_backwards_are_one_run():
+    """The order of the pairs does not matter, only which source becomes which target."""
+    cache, _ = KVCache.allocate("BLHNC", **LLAMA)
+    made = plan(cache.spec, cache.spec)
+    assert len(made.bind(range(20, 10, -1), range(50, 40, -1))) == 1
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_regular_memory_is_one_loop_nest(place):
+    """K and V apart in one allocation, whichever axis they alternate on, are one segment: binding is one expansion."""
+    memory = np.zeros([*np.insert([6, 8, 3, 4], place, 2).tolist(), 8], dtype=np.uint16)  # L B H N and K/V
+    parts = np.moveaxis(memory, place, 0)
+    for apart in (parts, parts[:, ::2]):  # with every other layer left out, distances stay equal
+        layers = {f"l.{i}": (apart[0][i], apart[1][i]) for i in range(apart.shape[1])}
+        cache = KVCache.from_layers(layers, dtype="bfloat16")
+        (segment,) = plan(cache.spec, cache.spec).segments
+        assert segment.nbytes * segment.runs_per_block == apart.nbytes // 8
+
+
+def test_neighbours_from_different_segments_are_merged():
+    """Layers in slots 0, 1 and 3 of 4 make two segments, and slot 3 of a block is a neighbour of slot 0 of the next."""
+    memory = np.zeros((10, 4, 2, 4, 8), dtype=np.uint8)
+    cache = KVCache.from_layers({f"l.{i}": memory[:, slot] for i, slot in enumerate((0, 1, 3))})
+    made = plan(cache.spec, cache.spec)
+    assert len(made.segments) == 2
+    assert len(made.bind(range(2, 8), range(1, 7))) == 7
+
+
+def test_neighbours_are_merged_also_where_a_source_block_is_read_twice():
+    """HND to NHD moves tokens one by one, but the last of a block and the first of the next are neighbours."""
+    small = {**LLAMA, "layers": 1}
+    source, target = KVCache.allocate("HND", **small)[0], KVCache.allocate("NHD", **small)[0]
+    made = plan(source.spec, target.spec)
+    assert len(made.bind([0, 1, 0, 1], [0, 1, 2, 3])) == 4 * 8 * 16 - 2
+
+
+def test_runs_of_two_allocations_are_never_one_however_close_they_lie():
+    """A transfer engine registers allocations one by one and takes no span across two of them."""
+
+    def spec(buffers):
+        extents, strides = Axes(1, 4, 1, 2), Axes(0, 16, 0, 8)
+        regions = tuple(CacheRegion("kv", (i,), 1024 + 64 * i, extents, strides, 8, b) for i, b in enumerate(buffers))
+        group = CacheGroup("0", "full_attention", 2, 4, Interval(0, 1, 1), regions)
+        return CacheSpec((group,), "bfloat16", Interval(0, 2, 2))
+
+    assert len(plan(spec([0, 0]), spec([0, 0])).bind(range(4), range(4))) == 1
+    assert len(plan(spec([0, 0]), spec([0, 1])).bind(range(4), range(4))) == 2
+    assert len(plan(spec([1, 0]), spec([0, 0])).bind(range(4), range(4))) == 2
+
+
+def test_groups_have_their_own_blocks():
+    """With several groups each has a list of ids, and layers move with the list of their group."""
+    rng = np.random.default_rng(0)
+    sides = []
+    for _ in range(2):
+        layers = {f"l.{i}": rng.integers(0, 255, (8, 2, 4, 6), dtype=np.uint8) for i in range(4)}
+        groups = {"full": ["l.0", "l.2"], "window": ["l.1", "l.3"]}
+        cache = KVCache.from_layers(layers, groups=groups, kinds={"window": "sliding_window"})
+        sides.append((cache, layers))
+    (source, theirs), (target, ours) = sides
+    expected = {name: array.copy() for name, array in ours.items()}
+    made = plan(source.spec, target.spec)
+    carry_out(made.bind([[1, 2, 3], [7]], [np.array([4, 0, 1]), [2]]))
+    for name, array in expected.items():
+        mine, other = ([4, 0, 1], [1, 2, 3]) if name in ("l.0", "l.2") else ([2], [7])
+        array[mine] = theirs[name][other]
+        np.testing.assert_array_equal(ours[name], array)
+    assert made.nbytes([3, 1]) == 3 * 2 * 48 + 1 * 2 * 48
+    with pytest.raises(BlockError, match="each of 2 cache groups"):
+        made.bind([1], [1])
+
+
+def test_a_plan_is_a_value():
+    """Equal specs, also one that came over the wire, give equal plans with equal hashes."""
+    cache, _ = KVCache.allocate("NHD", **LLAMA)
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(cache.spec), type=CacheSpec)
+    first, second = plan(cache.spec, cache.spec), plan(copy, copy)
+    assert first == second and len({first, second}) == 1
+
+
+def test_no_blocks_are_no_descriptors():
+    """An empty selection is bound like any other."""
+    cache, _ = KVCache.allocate("HND", **LLAMA)
+    assert len(plan(cache.spec, cache.spec).bind([], np.empty(0, dtype=np.int32))) == 0
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reason"),
+    [
+        ([1, 64], [1, 2], "source block 64 is not one of 64"),
+        ([1, 2], [-1, 2], "target block -1"),
+        ([1, 2], [3, 3], "given twice"),
+        ([1, 2], [5, 4, 5], "cannot become 3"),
+        ([1.0], [1], "float64"),
+        ([True], [1], "bool"),
+        (["1"], [1], "no integers"),
+        ([1, 2**70], [1, 2], "object"),
+        (np.array([2**64 - 1], dtype=np.uint64), [1], "18446744073709551615"),
+        (None, [1], "no list"),
+        (7, [7], "no list"),
+        ([[1], [2]], [[1], [2]], "each of 1 cache groups"),
+        ([[1, [2]]], [1], "source blocks"),
+        ({1: 2}, [1], "no list"),
+    ],
+)
+def test_bad_blocks_are_refused_by_name(source, target, reason):
+    """Block ids may come from a peer: whatever is wrong with them raises BlockError and nothing else."""
+    cache, _ = KVCache.allocate("HND", **LLAMA)
+    with pytest.raises(BlockError, match=reason):
+        plan(cache.spec, cache.spec).bind(source, target)
+
+
+def other(**changes):
+    """The spec of a cache like LLAMA's, but for some arguments."""
+    return KVCache.allocate("HND", **{**LLAMA, **changes})[0].spec
+
+
+def reshaped(**changes):
+    """LLAMA's spec with other values in its group or in itself."""
+    spec = other()
+    if changes.keys() & {"name", "kind", "heads"}:
+        return msgspec.structs.replace(spec, groups=(msgspec.structs.replace(spec.groups[0], **changes),))
+    return msgspec.structs.replace(spec, **changes)
+
+
+@pytest.mark.parametrize(
+    ("target", "axis", "values"),
+    [
+        (lambda: other(fingerprint="b"), "fingerprint", ["''", "'b'"]),
+        (lambda: other(dtype="float16"), "dtype", ["bfloat16", "float16"]),
+        (lambda: other(block_tokens=32), "block_tokens", ["16", "32"]),
+        (lambda: other(heads=4), "heads", ["of 8", "of 4"]),
+        (lambda: reshaped(heads=Interval(8, 16, 16)), "heads", [r"\[0, 8\) of 8", r"\[8, 16\) of 16"]),
+        (lambda: other(layers=30), "layers", ["32 in the model", "30 in the model"]),
+        (lambda: other(apart=True), "components", ["kv", "k and v"]),
+        (lambda: other(head_dim=64), "content", ["512 bytes", "256 bytes"]),
+        (lambda: reshaped(name="x"), "groups", ["'0'", "'x'"]),
+        (lambda: reshaped(kind="sliding_window"), "kind", ["full_attention", "sliding_window"]),
+    ],
+)
+def test_unequal_caches_are_refused_by_axis_with_both_values(target, axis, values):
+    """What cannot be served is said once, before any request, in a sentence that names axis and values."""
+    with pytest.raises(IncompatibleError, match=".*".join([f"{axis}.*the source has ", *values])) as caught:
+        plan(other(), target())
+    assert caught.value.axis == axis
+    assert "\n" not in str(caught.value)
+
+
+def test_ranks_with_other_layers_are_refused():
+    """Pipeline stages must hold the same layers."""
+    arrays = {i: np.zeros((4, 2, 4, 8), dtype=np.uint8) for i in range(4)}
+    first = KVCache.from_layers({f"l.{i}": arrays[i] for i in (0, 1)}, layers_total=4)
+    second = KVCache.from_layers({f"l.{i}": arrays[i] for i in (2, 3)}, layers_total=4)
+    with pytest.raises(IncompatibleError, match=r"layers.*0-1.*2-3"):
+        plan(first.spec, second.spec)
+
+
+def test_the_number_of_blocks_is_each_sides_own_affair():
+    """Caches of different sizes serve each other, each id checked against its own side."""
+    small, large = other(blocks=4), other(blocks=100)
+    assert len(plan(large, small).bind([99], [3])) == 32
+    with pytest.raises(BlockError, match="target block 99 is not one of 4"):
+        plan(large, small).bind([99], [99])
+
+
+def test_layout_enum_and_test_orders_are_the_same():
+    """The property tests cover every order there is."""
+    assert sorted(ORDERS) == sorted(order.value for order in KVLayout)

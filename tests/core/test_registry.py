@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters by name: strangers are found as ours are, and a broken one breaks nobody else."""
+
+from __future__ import annotations
+
+import sys
+import types
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from kvxfer import registry
+from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.inproc import InprocAgent
+
+
+class Fine(InprocAgent):
+    pass
+
+
+class Missing(InprocAgent):
+    @classmethod
+    def why_unavailable(cls):
+        return "pip install something"
+
+
+class Shaky(InprocAgent):
+    @classmethod
+    def why_unavailable(cls):
+        raise OSError("cannot even ask")
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Say which entry points there are."""
+    module = types.ModuleType("a_strangers_package")
+    module.Fine, module.Missing, module.Shaky, module.number = Fine, Missing, Shaky, 5
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def install(**points):
+        made = [EntryPoint(n, v, "kvxfer.agents") for n, values in points.items() for v in values.split()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in made if p.group == group])
+
+    return install
+
+
+def test_what_ships_is_found():
+    """The in-process agent is known, with or without installed metadata."""
+    assert "inproc" in registry.names() and registry.load("inproc") is InprocAgent
+    assert registry.why_unavailable("inproc") is None
+
+
+def test_a_stranger_is_found(installed):
+    """Another package's adapter loads as ours do."""
+    installed(fine="a_strangers_package:Fine")
+    assert registry.names("agents") == ["fine", "inproc"]
+    assert registry.load("fine") is Fine
+
+
+@pytest.mark.parametrize(
+    ("point", "why"),
+    [
+        ("no_such_package:Agent", "no_such_package"), ("a_strangers_package:Nothing", "Nothing"),
+        ("a_strangers_package:number", "not a class"), ("a_strangers_package:Missing", "pip install something"),
+        ("a_strangers_package:Shaky", "cannot even ask"),
+    ],
+)  # fmt: skip
+def test_a_broken_one_breaks_only_itself(installed, point, why):
+    """Whatever is wrong with a plug-in is the answer to why_unavailable, and the others load."""
+    installed(broken=point, fine="a_strangers_package:Fine")
+    assert why in registry.why_unavailable("broken")
+    with pytest.raises(UnavailableError):
+        registry.load("broken")
+    assert registry.load("fine") is Fine and registry.why_unavailable("fine") is None
+    assert registry.names() == ["broken", "fine", "inproc"]
+
+
+def test_a_name_claimed_twice(installed):
+    """Two packages that claim one name are an error that names both; also if one of them is ours."""
+    installed(same="a_strangers_package:Fine a_strangers_package:Missing", inproc="a_strangers_package:Fine")
+    for name in ("same", "inproc"):
+        with pytest.raises(ConfigError, match="claim"):
+            registry.load(name)
+
+
+def test_installed_twice_is_not_claimed_twice(installed):
+    """The same entry seen twice, as with an editable install beside a wheel, is one."""
+    installed(same="a_strangers_package:Fine a_strangers_package:Fine", inproc="kvxfer.inproc:InprocAgent")
+    assert registry.load("same") is Fine and registry.load("inproc") is InprocAgent
+
+
+def test_no_such_adapter(installed):
+    """An unknown name is refused with the names there are."""
+    installed()
+    with pytest.raises(ConfigError, match="inproc"):
+        registry.load("nothing")
+    assert "nothing" in registry.why_unavailable("nothing")

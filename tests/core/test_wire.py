@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages: what one end encodes the other decodes, and nothing else comes through."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvxfer import wire
+from kvxfer.errors import WireError
+from tests.core.virtual import small_cache
+
+TOKEN = "ab" * 16
+SPEC = small_cache().spec
+MESSAGES = [
+    wire.Hello(protocol=1, name="n", epoch="e", rank=3, agent="nixl"),
+    wire.Welcome(protocol=1, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=SPEC),
+    wire.Open(to="e", token=TOKEN),
+    wire.Pending(token=TOKEN),
+    wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0", b""], cell=(1 << 63) - 1, ttl_s=0.5),
+    wire.Renew(to="e", tokens=[TOKEN] * 4096),
+    wire.Renewed(ended=[TOKEN]),
+    wire.Settle(to="e", token=TOKEN, read=True),
+    wire.Settled(token=TOKEN, stood=False),
+    wire.Revoked(token=TOKEN, reason="because"),
+    wire.Refused(code="garbage", reason="because", epoch="e"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_there_and_back(message):
+    """Every message survives the wire unchanged."""
+    assert wire.decode(wire.encode(message)) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_every_truncation_is_refused(message):
+    """A message cut anywhere is no message."""
+    data = wire.encode(message)
+    for length in range(0, len(data), max(1, len(data) // 200)):
+        with pytest.raises(WireError):
+            wire.decode(data[:length])
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_unknown_fields_are_the_future(message):
+    """A newer peer may add fields."""
+    fields = msgspec.msgpack.decode(wire.encode(message))
+    assert wire.decode(msgspec.msgpack.encode({**fields, "from_the_future": [1, {"x": None}]})) == message
+
+
+BOMBS = {
+    "deep arrays": b"\x91" * 100_000,
+    "deep maps": b"\x81\xa1a" * 50_000,
+    "an array of four thousand million": b"\xdd\xff\xff\xff\xff",
+    "a map of four thousand million": b"\xdf\xff\xff\xff\xff",
+    "a string of 4 GiB": b"\xdb\xff\xff\xff\xff",
+    "a huge claim inside a message": b"\x82\xa4type\xa5Renew\xa6tokens\xdd\xff\xff\xff\xff",
+    "too many tokens": msgspec.msgpack.encode({"type": "Renew", "tokens": [TOKEN] * 4097}),
+    "an extension": b"\xc7\x03\x05abc",
+    "nothing": b"",
+    "an integer": b"\x01",
+    "text": b"GET / HTTP/1.1\r\n",
+    "no type": msgspec.msgpack.encode({"token": TOKEN}),
+    "another type": msgspec.msgpack.encode({"type": "Bye"}),
+    "something after it": wire.encode(MESSAGES[2]) + b"\x00",
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_bombs_are_refused(data):
+    """Bytes made to hurt a decoder end as one named error, and quickly."""
+    with pytest.raises(WireError):
+        wire.decode(data)
+
+
+def _changed(message, **fields):
+    return msgspec.msgpack.encode({**msgspec.msgpack.decode(wire.encode(message)), **fields})
+
+
+@pytest.mark.parametrize(
+    ("number", "fields"),
+    [
+        (4, {"ttl_s": math.inf}), (4, {"ttl_s": math.nan}), (4, {"ttl_s": 0.0}), (4, {"ttl_s": -1.0}), (4, {"ttl_s": 1e300}),
+        (4, {"cell": -1}), (4, {"cell": 1 << 63}), (4, {"cell": "x"}), (4, {"blocks": [1, 2]}), (4, {"blocks": [b""] * 1025}),
+        (2, {"token": "x" * 32}), (2, {"token": TOKEN + "\n"}), (2, {"token": TOKEN * 2}), (2, {"to": "e" * 33}), (2, {"token": None}),
+        (0, {"rank": -1}), (0, {"rank": 1 << 20}), (0, {"name": "n" * 257}), (0, {"protocol": "1"}), (0, {"agent": 7}),
+        (1, {"spec": {}}), (1, {"spec": None}), (1, {"agent_info": "text"}),
+        (10, {"reason": "x" * 1025}), (10, {"code": "x" * 65}), (9, {"reason": None}), (7, {"read": 1}),
+    ],
+)  # fmt: skip
+def test_absurd_values_are_refused(number, fields):
+    """A value outside its field's range is refused at the border, before anything is done with it."""
+    with pytest.raises(WireError):
+        wire.decode(_changed(MESSAGES[number], **fields))
+
+
+def test_a_contradictory_spec_is_refused():
+    """A cache description that contradicts itself ends as the same named error."""
+    spec = msgspec.to_builtins(SPEC)
+    spec["dtype"] = "complex128"
+    with pytest.raises(WireError, match="complex128"):
+        wire.decode(_changed(MESSAGES[1], spec=spec))
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data):
+    """No byte string does anything but decode or raise WireError."""
+    try:
+        wire.decode(data)
+    except WireError as error:
+        assert str(error)
+
+
+@given(st.sampled_from(MESSAGES), st.integers(0, 500), st.integers(0, 255))
+def test_flipped_bytes_are_refused_or_another_message(message, position, value):
+    """A message with one byte changed decodes to some message or raises WireError."""
+    data = bytearray(wire.encode(message))
+    data[position % len(data)] = value
+    try:
+        decoded = wire.decode(bytes(data))
+    except WireError:
+        return
+    assert isinstance(decoded, tuple(type(m) for m in MESSAGES))

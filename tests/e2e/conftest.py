@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laboratory of the end-to-end tests: real vLLM servers, started once per session and healed when a test broke one.
+
+Starting a vLLM server costs half a minute of both cores of a small machine, so there are few: a *reference* without a
+connector, one producer, and two consumers, one for each ``kv_load_failure_policy``. Tests are sorted so that those that
+restart the producer with other settings come last.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent
+_NEEDED = ("vllm", "vllm_router", "nixl", "transformers")
+_MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+
+if not _MISSING:
+    from kvxfer_vllm.local.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
+    from kvxfer_vllm.local.model import SMALL, make_model
+    from kvxfer_vllm.local.pair import Router, ServerSettings, VllmServer, start_all
+
+# In this order: what needs a pair as it starts first, what kills and restarts later, what wants another producer last.
+_ORDER = (
+    "test_first_request",
+    "test_same_tokens",
+    "test_malformed_params",
+    "test_side_channel",
+    "test_clients_gone",
+    "test_lost_peers",
+    "test_late_read",
+    "test_serve",
+)
+_TEST_TIMEOUT_S = 600
+
+# Below the defaults, so that tests of what happens at a deadline do not take minutes; the rest is as shipped.
+PEER_TIMEOUT_S = 12.0
+READ_TIMEOUT_S = 20.0
+# What an answer that waits for such a deadline may take in all, on a machine whose cores are all busy.
+DEADLINE_S = READ_TIMEOUT_S + 20.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker that every test here gets."""
+    config.addinivalue_line("markers", "e2e: needs real vLLM servers and vllm-router; minutes on a small machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark and sort the tests of this folder, and skip them with the reason where something is missing."""
+    here = [item for item in items if item.path.parent == _HERE]
+    for item in here:
+        item.add_marker(pytest.mark.e2e)
+        item.add_marker(pytest.mark.timeout(_TEST_TIMEOUT_S))
+        if _MISSING:
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(_MISSING)}"))
+    here.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
+    rest = [item for item in items if item.path.parent != _HERE]
+    items[:] = [*rest, *here]
+
+
+class Lab:
+    """The servers, and what a test wants to know of them."""
+
+    def __init__(self, model, folder) -> None:
+        self.model = model
+        self.folder = folder
+        self.random = random.Random(2026)
+        self.reference = VllmServer(ServerSettings(name="reference", model=model, num_blocks=2000), folder)
+        producer = ServerSettings(name="prefill", model=model, role="kv_producer", num_blocks=2000)
+        consumer = ServerSettings(
+            name="decode-fail",
+            model=model,
+            role="kv_consumer",
+            num_blocks=2000,
+            connector_options={"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S},
+        )
+        self.prefill = VllmServer(producer, folder)
+        self.decode = VllmServer(consumer, folder)
+        # One request at a time: a test can make the next one wait as long as it likes.
+        one_by_one = replace(consumer, name="decode-recompute", arguments=("--max-num-seqs", "1"))
+        self.recompute = VllmServer(replace(one_by_one, load_failure_policy="recompute"), folder)
+        self.router = Router(self.prefill, self.decode, folder)
+        self.first_answer: Answer | None = None
+        self.first_expected: Answer | None = None
+        self.first_s = 0.0
+        self.eventually = eventually
+        self.deadline_s = DEADLINE_S
+        self._tokens: dict[tuple[object, int], tuple[int, ...]] = {}
+
+    # ---------------------------------------------------------------------------------------------------- life
+
+    def start(self) -> None:
+        """Bring up the reference, one pair and its router, and put the first request through the cold pair."""
+        start_all(self.reference, self.prefill, self.decode, timeout_s=480)
+        start_all(self.router)
+        prompt = self.prompt(200)
+        begin = time.monotonic()
+        self.first_answer = self.router.ask(prompt, max_tokens=16, timeout_s=300)
+        self.first_s = time.monotonic() - begin
+        self.first_expected = self.reference.ask(prompt, max_tokens=16)
+
+    def heal(self) -> None:
+        """Start again whatever is not running."""
+        down = [server for server in (self.reference, self.prefill, self.decode) if not server.alive]
+        start_all(*down, timeout_s=480)
+        if not self.router.alive:
+            start_all(self.router)
+
+    def consumer(self, policy: str) -> VllmServer:
+        """The consumer with this ``kv_load_failure_policy``, running."""
+        server = {"fail": self.decode, "recompute": self.recompute}[policy]
+        if not server.alive:
+            start_all(server, timeout_s=480)
+        return server
+
+    def replace_producer(self, settings: ServerSettings) -> None:
+        """End the producer and start another one, with other settings, on its address."""
+        self.prefill.kill()
+        self.prefill = VllmServer(
+            settings, self.folder, port=self.prefill.port, side_channel_port=self.prefill.side_channel_port
+        )
+        start_all(self.prefill, timeout_s=480)
+
+    def stop(self) -> None:
+        """Kill every server."""
+        for server in (self.router, self.decode, self.recompute, self.prefill, self.reference):
+            server.kill()
+
+    # ----------------------------------------------------------------------------------------------- questions
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """A prompt nobody has seen before, as token ids."""
+        # The first ids are the special tokens.
+        return [self.random.randrange(5, SMALL.vocabulary) for _ in range(num_tokens)]
+
+    def expect(self, prompt, max_tokens: int = 16) -> tuple[int, ...]:
+        """The right tokens: those of one server without a connector."""
+        key = (repr(prompt), max_tokens)
+        if key not in self._tokens:
+            answer = self.reference.ask(prompt, max_tokens=max_tokens)
+            assert answer.ok, answer.body
+            self._tokens[key] = answer.tokens
+        return self._tokens[key]
+
+    def through_both(self, prompt, consumer: VllmServer | None = None, **options) -> Answer:
+        """What vllm-router does, without it: prefill here, decode there."""
+        handed = self.prefill.prefill(prompt)
+        assert handed.ok and handed.kv_transfer_params, handed.body
+        return (consumer or self.decode).ask(prompt, kv_transfer_params=handed.kv_transfer_params, **options)
+
+    def assert_works(self, consumer: VllmServer | None = None, num_tokens: int = 100, *, attempts: int = 1) -> None:
+        """The pair serves a fresh prompt, and by a transfer, not by computing it again.
+
+        Args:
+            consumer: of the pair; by default the one behind the router.
+            num_tokens: of the prompt.
+            attempts: how many prompts it may take. More than one where a lease is as short as a busy machine's pauses, or
+                right after a process was killed. Tokens are right in each of them, or there are none.
+        """
+        consumer = consumer or self.decode
+        before = consumer.metric("vllm:kvxfer_transfer_seconds_count")
+        for attempt in range(1, attempts + 1):
+            prompt = self.prompt(num_tokens)
+            answer = self.through_both(prompt, consumer, max_tokens=8)
+            assert answer.ok or attempt < attempts, answer.body
+            assert answer.tokens == self.expect(prompt, 8) or not answer.ok
+            if eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") > before, 10):
+                return
+        pytest.fail("nothing was transferred")
+
+    def assert_no_blocks_in_use(self, *servers: VllmServer, timeout_s: float = 60.0) -> None:
+        for server in servers or (self.prefill, self.decode):
+            assert server.wait_no_blocks_in_use(timeout_s) == 0, f"{server.name} still holds KV blocks"
+
+    def settle_metrics(self, server: VllmServer) -> None:
+        """Make a server's engine take a step: its counters are shown with the next one."""
+        assert server.ask([7, 8, 9], max_tokens=1).ok
+
+    def together(self, calls) -> list:
+        """Run calls at once, each in a thread; their results in order."""
+        calls = list(calls)
+        with ThreadPoolExecutor(len(calls)) as pool:
+            return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def eventually(condition, timeout_s: float = 30.0) -> bool:
+    """Whether a condition comes true within a time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.fixture(scope="session")
+def _bare_environment():
+    """Servers of the tests run with the defaults, whatever KVXFER_* the person who runs them has set."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("KVXFER_", "VLLM_")):
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(scope="session")
+def started_lab(_bare_environment, tmp_path_factory):
+    """The laboratory, started once; its servers end with the session."""
+    folder = tmp_path_factory.mktemp("servers")
+    lab = Lab(make_model(SMALL, tmp_path_factory.mktemp("models")), folder)
+    try:
+        lab.start()
+        yield lab
+    finally:
+        lab.stop()
+
+
+@pytest.fixture
+def lab(started_lab):
+    """The laboratory with the reference, the producer, the consumer that fails and the router running."""
+    started_lab.heal()
+    return started_lab

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kv_transfer_params`` come from clients. Whatever they hold, the engine answers, stays up and counts it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from kvxfer_vllm.local.client import post
+
+# "Within seconds": more than a refusal takes, more than waiting for a peer that is not there (see conftest) takes.
+_ANSWER_S = 30.0
+
+DELETE = object()
+_HEX = "0123456789abcdef" * 2
+_DEEP = json.loads("[" * 200 + "]" * 200)
+
+# Every key of an answer of the producer, replaced. What follows a key is tried one by one.
+REPLACEMENTS = {
+    "do_remote_prefill": ["yes", 1, [True], {}],
+    "do_remote_decode": [True, "true", 0],
+    "remote_block_ids": [
+        *(DELETE, None, [], [[]], "0,1,2", 7, {"0": [1]}, [1, 2, 3], [[1], [2]], [["1"]], [[-1]], [[2**31]], [[2**63]]),
+        *([[10**30]], [[1.5]], [[None]], [[True]], [[[1]]], [[1_999_999]], [[0] * 200_000], [[5] * 3], _DEEP),
+    ],
+    "remote_engine_id": [DELETE, None, 5, "", "another engine", ["a"], "x" * 1_000_000, "\ud800", "a\x00b"],
+    "remote_request_id": [DELETE, None, 5, "", "another request", {}],
+    "remote_host": [DELETE, None, 5, "", "no such host.invalid", "203.0.113.1", "../../etc", "\ud800"],
+    "remote_port": [DELETE, None, "5600", 0, -1, 1, 65_536, 10**30, 1.5, True, []],
+    "tp_size": [DELETE, None, 0, -1, 2, 10**9, "1", 1.0, True],
+    "pp_size": [0, 2, "1", None],
+    "dcp_size": [0, 2, "1", None],
+    "remote_num_tokens": [None, 0, -1, 1, 10**18, "70", 1.5],
+    "transfer_mode": ["push", "", 5, None],
+    "remote_blocks_expiry_time": ["soon", -1e308, []],
+    "kvxfer": [DELETE, None, "", "{}", 5, [], {}, _DEEP, {"v": 1}],
+}
+
+# The same inside the lease.
+LEASE_REPLACEMENTS = {
+    "v": [DELETE, None, 0, 2, "1", 1.0, 10**30],
+    "token": [DELETE, None, "", "00", _HEX + "0", _HEX.upper(), "g" * 32, _HEX, 5, [_HEX], "\ud800" * 32],
+    "owner": [DELETE, None, "", "another engine", 5, "x" * 1_000_000],
+    "addresses": [
+        *(
+            DELETE,
+            None,
+            [],
+            [""],
+            [5],
+            "tcp://127.0.0.1:1",
+            {},
+            ["ipc:///tmp/x"],
+            ["inproc://x"],
+            ["http://127.0.0.1:1"],
+        ),
+        *(["tcp://"], ["tcp://127.0.0.1"], ["tcp://127.0.0.1:x"], ["tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:1"]),
+        *(["tcp://no such host.invalid:1"], ["tcp://203.0.113.1:5600"], ["tcp://127.0.0.1:1"] * 5000, ["\ud800"]),
+    ],
+    "request": [DELETE, None, "", "another request", 5],
+    "num_tokens": [DELETE, None, 0, -1, 1, 10**18, "70", 1.5, True],
+    "digest": [DELETE, None, "", "0" * 32, 5, "\ud800"],
+}
+
+# Not even an edited answer.
+FOREIGN = {
+    "empty": {},
+    "only the flag": {"do_remote_prefill": True},
+    "only the other flag": {"do_remote_decode": True},
+    "both flags": {"do_remote_prefill": True, "do_remote_decode": True},
+    "flag and nonsense": {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": "nonsense"},
+    "keys only": dict.fromkeys(("do_remote_prefill", "do_remote_decode", "remote_block_ids", "kvxfer")),
+    "of a push connector": {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "e", "remote_port": 1},
+    "ten thousand keys": {"do_remote_prefill": True} | {f"key {i}": i for i in range(10_000)},
+    "a megabyte": {"do_remote_prefill": True, "padding": "x" * 1_000_000},
+    "deeply nested": {"do_remote_prefill": True, "kvxfer": {"a": _DEEP}},
+    "odd keys": {"": 1, "\x00": 2, "__class__": {}, "do_remote_prefill": True, "kvxfer": {"": {}}},
+}
+
+# No JSON object: vLLM itself may refuse these.
+NO_OBJECTS = [
+    "[]",
+    '"do_remote_prefill"',
+    "5",
+    "true",
+    "[{}]",
+    '{"do_remote_prefill": NaN}',
+    '{"do_remote_prefill": 1e999}',
+]
+
+
+# What leaves a request in order: NixlConnector's hints that kvxfer does not need, and fields that may be left out.
+HARMLESS = {
+    "remote_block_ids": [[[1_999_999]], [[5] * 3]],
+    "remote_host": ["", "no such host.invalid", "203.0.113.1", "../../etc"],
+    "remote_port": [1],
+    "do_remote_decode": [0],
+    "pp_size": [None],
+    "dcp_size": [None],
+    "remote_num_tokens": [None],
+    "transfer_mode": [None],
+    "remote_blocks_expiry_time": REPLACEMENTS["remote_blocks_expiry_time"],
+    "v": [DELETE],
+}
+
+
+@dataclass
+class Attempt:
+    """One request with odd parameters. ``counts``: the connector must notice that they are odd."""
+
+    name: str
+    params: object
+    prompt: list
+    counts: bool = True
+
+
+def _edited(obj: dict, key: str, value) -> dict:
+    edited = copy.deepcopy(obj)
+    if value is DELETE:
+        edited.pop(key, None)
+    else:
+        edited[key] = value
+    return edited
+
+
+def _counts(key: str, value) -> bool:
+    # vLLM's front end cannot pass half a character on to the engine and answers 500 itself.
+    return "\\ud800" not in ascii(value) and not any(
+        value is known or value == known for known in HARMLESS.get(key, ())
+    )
+
+
+def _short(value) -> str:
+    text = "gone" if value is DELETE else ascii(value)
+    return text if len(text) < 40 else f"{text[:30]}...{len(text)}"
+
+
+def _from_a_producer(lab, key, values, edit) -> list:
+    """An attempt for each value, each made of parameters of its own from the producer."""
+    prompts = [lab.prompt(70) for _ in values]
+    handed = lab.together(lambda prompt=prompt: lab.prefill.prefill(prompt) for prompt in prompts)
+    return [
+        Attempt(f"{key}: {_short(value)}", edit(answer.kv_transfer_params, key, value), prompt, _counts(key, value))
+        for value, prompt, answer in zip(values, prompts, handed, strict=True)
+    ]
+
+
+def counted(lab, server) -> float:
+    """Everything this server has counted as not as it should be."""
+    lab.settle_metrics(server)
+    names = ("vllm:kvxfer_refused_params_total", "vllm:kvxfer_failed_transfers_total")
+    return sum(sample.value for sample in server.metrics() if sample.name in names)
+
+
+def assert_survives(lab, server, attempts) -> None:
+    """The bar: each answered in time, rightly or by an error, and counted; an engine that lives and serves on."""
+    before = counted(lab, server)
+
+    def ask(attempt):
+        begin = time.monotonic()
+        answer = server.ask(attempt.prompt, max_tokens=6, kv_transfer_params=attempt.params, timeout_s=4 * _ANSWER_S)
+        return answer, time.monotonic() - begin
+
+    wrong, must_count = [], 0
+    for attempt, (answer, elapsed_s) in zip(
+        attempts, lab.together(lambda attempt=attempt: ask(attempt) for attempt in attempts), strict=True
+    ):
+        if elapsed_s > _ANSWER_S:
+            wrong.append((attempt.name, f"answered after {elapsed_s:.1f} s"))
+        if answer.ok and answer.tokens != lab.expect(attempt.prompt, 6):
+            wrong.append((attempt.name, "wrong tokens"))
+        if not answer.ok and not 400 <= answer.status < 600:
+            wrong.append((attempt.name, answer))
+        # What vLLM's own validation refuses never reaches the connector.
+        must_count += attempt.counts and not 400 <= answer.status < 500
+    assert wrong == []
+    assert server.alive
+    prompt = lab.prompt(10)
+    assert server.ask(prompt, max_tokens=4).tokens == lab.expect(prompt, 4)
+    assert counted(lab, server) - before >= must_count
+
+
+@pytest.mark.parametrize("key", REPLACEMENTS)
+def test_edited_params_at_decode(lab, key):
+    """An answer of the producer with one key replaced or gone is served, computed locally or refused."""
+    assert_survives(lab, lab.decode, _from_a_producer(lab, key, REPLACEMENTS[key], _edited))
+
+
+@pytest.mark.parametrize("key", LEASE_REPLACEMENTS)
+def test_edited_lease_at_decode(lab, key):
+    """A lease with one field replaced or gone ends in a local answer or an error, never in another request's KV."""
+
+    def edit(params, key, value):
+        return params | {"kvxfer": _edited(params["kvxfer"], key, value)}
+
+    assert_survives(lab, lab.decode, _from_a_producer(lab, key, LEASE_REPLACEMENTS[key], edit))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_foreign_params(lab, role):
+    """Parameters that no producer ever made are answered on either server."""
+    harmless = {"empty", "keys only"} | ({"only the other flag"} if role == "prefill" else set())
+    attempts = [Attempt(name, params, lab.prompt(70), counts=name not in harmless) for name, params in FOREIGN.items()]
+    assert_survives(lab, getattr(lab, role), attempts)
+
+
+def test_answers_of_a_producer_at_a_producer(lab):
+    """A producer that is handed what is meant for a consumer, edited or not, computes locally."""
+    attempts = [
+        attempt
+        for key in ("remote_block_ids", "remote_engine_id", "remote_port", "kvxfer", "do_remote_decode")
+        for attempt in _from_a_producer(lab, key, REPLACEMENTS[key][:6], _edited)
+    ]
+    assert_survives(lab, lab.prefill, attempts)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_params_that_are_no_object(lab, role):
+    """JSON that is no object, or no JSON, in the parameters' place is answered on either server."""
+    server = getattr(lab, role)
+    head = json.dumps({"model": "kvxfer", "prompt": lab.prompt(40), "max_tokens": 2})[:-1]
+    for raw in NO_OBJECTS:
+        status, _ = post(server.url, "/v1/completions", f'{head}, "kv_transfer_params": {raw}}}'.encode(), _ANSWER_S)
+        assert status in {200, 400, 422, 500}, raw
+    prompt = lab.prompt(10)
+    assert server.ask(prompt, max_tokens=4).tokens == lab.expect(prompt, 4)
+
+
+def test_another_prompts_lease(lab):
+    """A lease of another prompt of the same length never yields that prompt's tokens."""
+    mine, other = lab.prompt(70), lab.prompt(70)
+    params = lab.prefill.prefill(other).kv_transfer_params
+    assert_survives(lab, lab.decode, [Attempt("another prompt's", params, mine)])
+
+
+def test_the_same_params_twice(lab):
+    """Parameters that were used before give a right answer or an error, and their blocks are not freed twice."""
+    prompt = lab.prompt(200)
+    params = lab.prefill.prefill(prompt).kv_transfer_params
+    assert lab.decode.ask(prompt, max_tokens=6, kv_transfer_params=params).tokens == lab.expect(prompt, 6)
+    lab.decode.reset_prefix_cache()
+    assert_survives(lab, lab.decode, [Attempt("used before", params, prompt)])
+
+
+def test_the_same_params_at_once(lab):
+    """The same parameters in four requests at once give right answers or errors."""
+    prompt = lab.prompt(700)
+    params = lab.prefill.prefill(prompt).kv_transfer_params
+    answers = lab.together([lambda: lab.decode.ask(prompt, max_tokens=6, kv_transfer_params=params)] * 4)
+    expected = lab.expect(prompt, 6)
+    assert all(answer.tokens == expected for answer in answers if answer.ok)
+    assert all(500 <= answer.status < 600 for answer in answers if not answer.ok)
+    assert any(answer.ok for answer in answers)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_params_of_a_request_that_vllm_refuses(lab, role):
+    """A request that vLLM itself refuses (too long) with parameters that are in order leaves no block in use."""
+    prompt = lab.prompt(100)
+    params = lab.prefill.prefill(prompt).kv_transfer_params
+    answer = getattr(lab, role).ask(lab.prompt(5000), max_tokens=6, kv_transfer_params=params)
+    assert 400 <= answer.status < 500
+    lab.assert_works()
+
+
+def test_garbage_through_the_router(lab):
+    """A client's own parameters, sent to the router, do not reach the transfer."""
+    prompt = lab.prompt(70)
+    answer = lab.router.ask(prompt, max_tokens=6, kv_transfer_params={"do_remote_prefill": True, "kvxfer": "no"})
+    assert answer.tokens == lab.expect(prompt, 6)
+
+
+def test_afterwards_the_pair_works_and_holds_nothing(lab):
+    """After all of that the pair transfers, and no block stays in use once the leases of the tests have ended."""
+    lab.assert_works()
+    lab.assert_no_blocks_in_use(timeout_s=90)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anybody can reach the side channel's port. What is not kvxfer's is refused and counted, and the next handshake works."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import struct
+import uuid
+
+import pytest
+import zmq
+
+from kvxfer import wire
+
+_ANSWER_MS = 10_000
+_noise = random.Random(4).randbytes
+
+_GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 16 + b"\0" + b"\0" * 31
+
+# Bytes on a bare TCP connection.
+RAW = {
+    "nothing": b"",
+    "one byte": b"\x00",
+    "random": _noise(4096),
+    "much random": _noise(1 << 20),
+    "http": b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + _noise(512),
+    "half a greeting": _GREETING[:20],
+    "greeting, then random": _GREETING + _noise(300),
+    "greeting, then a frame of 2**62 bytes": _GREETING + b"\x02" + struct.pack(">Q", 1 << 62) + b"x",
+}
+
+_HELLO = wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="somebody", epoch="e" * 16, rank=0, agent="nixl"))
+_OPEN = wire.encode(wire.Open(to="e" * 16, token="0" * 32))
+
+# Frames of a well-formed ZeroMQ message.
+MESSAGES = {
+    "empty": [b""],
+    "no frame but many": [b""] * 50,
+    "random": [_noise(200)],
+    "text": [b"get_meta_msg"],
+    "what NixlConnector asks": [b"\x93\xacget_meta_msg\x00\x00"],
+    "msgpack of something else": [b"\x93\x01\x02\x03"],
+    "deep msgpack": [b"\x91" * 100_000 + b"\x01"],
+    "truncated": [_HELLO[: len(_HELLO) // 2]],
+    "truncated in two frames": [_HELLO[:10], _HELLO[10:]],
+    "two at once": [_HELLO + _HELLO],
+    "oversized": [_HELLO + b"\0" * (2 << 20)],
+    "oversized by far": [b"\0" * (80 << 20)],
+    "wrong rank": [wire.encode(wire.Hello(protocol=1, name="a", epoch="e", rank=7, agent="nixl"))],
+    "absurd rank": [_HELLO.replace(b"\xa4rank\x00", b"\xa4rank\xcf" + b"\x7f" * 8)],
+    "wrong protocol": [wire.encode(wire.Hello(protocol=99, name="a", epoch="e", rank=0, agent="nixl"))],
+    "wrong agent": [wire.encode(wire.Hello(protocol=1, name="a", epoch="e", rank=0, agent="telepathy"))],
+    "not introduced": [_OPEN],
+    "an answer nobody asked for": [wire.encode(wire.Settled(token="0" * 32, stood=True))],
+}
+
+
+def _dealer(context, port) -> zmq.Socket:
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.RCVTIMEO, _ANSWER_MS)
+    dealer.connect(f"tcp://127.0.0.1:{port}")
+    return dealer
+
+
+def shake_hands(port) -> wire.Message:
+    """What the server answers to a stranger that introduces itself properly."""
+    with zmq.Context() as context, _dealer(context, port) as dealer:
+        hello = wire.Hello(
+            protocol=wire.PROTOCOL, name=uuid.uuid4().hex, epoch=uuid.uuid4().hex[:16], rank=0, agent="nixl"
+        )
+        dealer.send(wire.encode(hello))
+        return wire.decode(dealer.recv())
+
+
+def refused_messages(lab, server) -> float:
+    """What this server has counted by now."""
+    lab.settle_metrics(server)
+    return server.metric("vllm:kvxfer_refused_messages_total")
+
+
+@pytest.mark.parametrize("name", RAW)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_bytes_that_are_no_zeromq(lab, role, name):
+    """Bytes of any other protocol on the port change nothing: the next handshake is answered."""
+    server = getattr(lab, role)
+    with socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as stranger:
+        with contextlib.suppress(ConnectionError):  # refused in the middle of it
+            stranger.sendall(RAW[name])
+        # It may stay as long as it likes.
+        assert isinstance(shake_hands(server.side_channel_port), wire.Welcome)
+    assert server.alive
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_messages_that_are_not_ours(lab, role, name):
+    """Well-formed ZeroMQ with anything in it is refused and counted, and the next handshake is answered."""
+    server = getattr(lab, role)
+    before = refused_messages(lab, server)
+    with zmq.Context() as context, _dealer(context, server.side_channel_port) as dealer:
+        dealer.send_multipart(MESSAGES[name])
+        assert isinstance(shake_hands(server.side_channel_port), wire.Welcome)
+    assert server.alive
+    if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
+        assert lab.eventually(lambda: refused_messages(lab, server) > before, 20)
+
+
+def test_raw_garbage_is_counted(lab):
+    """Connections that fail ZeroMQ's own handshake are counted too."""
+    before = refused_messages(lab, lab.prefill)
+    with contextlib.ExitStack() as strangers:
+        for name in ("http", "much random", "greeting, then random"):
+            address = ("127.0.0.1", lab.prefill.side_channel_port)
+            stranger = strangers.enter_context(socket.create_connection(address, timeout=10))
+            with contextlib.suppress(ConnectionError):  # refused in the middle of it
+                stranger.sendall(RAW[name])
+        assert lab.eventually(lambda: refused_messages(lab, lab.prefill) > before, 20)
+
+
+def test_many_connections_that_say_nothing(lab):
+    """200 silent connections keep nobody from being served."""
+    strangers = [socket.create_connection(("127.0.0.1", lab.prefill.side_channel_port), timeout=10) for _ in range(200)]
+    try:
+        lab.assert_works()
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_flood_of_garbage(lab):
+    """20,000 messages of garbage at once do not stop transfers under way."""
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        for _ in range(20_000):
+            dealer.send(os.urandom(50))
+        lab.assert_works()
+
+
+def test_strangers_cannot_end_a_lease(lab):
+    """Whoever does not know a lease's token, or is not its holder, cannot settle it."""
+    prompt = lab.prompt(300)
+    params = lab.prefill.prefill(prompt).kv_transfer_params
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+        dealer.send(_HELLO)
+        epoch = wire.decode(dealer.recv()).epoch
+        dealer.send(wire.encode(wire.Settle(to=epoch, token="0" * 32, read=True)))
+        dealer.recv()
+    answer = lab.decode.ask(prompt, max_tokens=8, kv_transfer_params=params)
+    assert answer.tokens == lab.expect(prompt, 8)
+
+
+def test_the_next_peer_is_met(lab):
+    """A consumer that starts after all of that meets this producer and transfers."""
+    consumer = lab.consumer("recompute")
+    lab.assert_works(consumer)
+    lab.assert_no_blocks_in_use(lab.prefill, lab.decode, consumer)

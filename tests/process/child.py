@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine in a process of its own, which a test orders about, freezes and kills."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvxfer import Endpoint, LeaseRef
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.errors import KvxferError
+from kvxfer.testing import eventually
+
+LOOPBACK = "NET_DEVICES=lo"
+"""UCX otherwise listens on every address of the machine."""
+
+SMALL = (64, 2, 16, 64)
+LARGE = (256, 8, 16, 256)
+LAYERS = 8
+
+
+def _state(task: Path) -> str:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "T"  # the thread ended before it was stopped
+
+
+class Engine:
+    """What runs in the child: an endpoint and its arrays. Its methods are the orders."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+        self.seed, self.options = seed, options
+        self.layers = {f"layer.{i}": np.empty(shape, dtype=np.uint16) for i in range(LAYERS)}
+        for number, layer in enumerate(self.layers.values()):
+            layer[...] = _pattern(seed, number, np.arange(shape[0]))
+        self.reads: list[Any] = []
+        self.events: list[Any] = []
+        self.endpoint = self._start(options.get("bind", "tcp://127.0.0.1:0"))
+
+    def _start(self, bind: str) -> Endpoint:
+        ucx = {"engine_config": f"{LOOPBACK},{self.options['ucx']}" if "ucx" in self.options else LOOPBACK}
+        options = {"backend_options": {"UCX": ucx}}
+        settings = Settings(**self.options.get("settings", {}))
+        cache = KVCache.from_layers(self.layers, block_tokens=16)
+        return Endpoint(cache, "nixl", bind=bind, settings=settings, agent_options=options)
+
+    def address(self) -> str:
+        return self.endpoint.address
+
+    def lease(self, blocks: list[int]) -> str:
+        return self.endpoint.lease(blocks).to_json()
+
+    def announce(self) -> str:
+        return self.endpoint.announce().to_json()
+
+    def hold(self, ref: str) -> None:
+        self.endpoint.hold(LeaseRef.from_json(ref))
+
+    def read(self, ref: str, into: list[int], timeout_s: float) -> int:
+        self.reads.append(self.endpoint.read(LeaseRef.from_json(ref), into, timeout_s=timeout_s))
+        return len(self.reads) - 1
+
+    def outcome(self, number: int, wait_s: float) -> str:
+        """``done``, ``running``, or the error's name."""
+        try:
+            return "done" if self.reads[number].wait(wait_s) else "running"
+        except KvxferError as error:
+            return type(error).__name__
+
+    def read_and_wait(self, ref: str, into: list[int], timeout_s: float) -> tuple[str, float]:
+        begin = time.monotonic()
+        return self.outcome(self.read(ref, into, timeout_s), timeout_s + 30), time.monotonic() - begin
+
+    def holds_blocks_of(self, seed: int, source: list[int], target: list[int]) -> bool:
+        """The oracle: these blocks hold that engine's bytes."""
+        return all(
+            np.array_equal(
+                layer[target], np.broadcast_to(_pattern(seed, number, np.array(source)), layer[target].shape)
+            )
+            for number, layer in enumerate(self.layers.values())
+        )
+
+    def ends(self) -> list[str]:
+        """Names of the end events of leases so far."""
+        self.events += self.endpoint.poll()
+        return [type(event).__name__ for event in self.events if hasattr(event, "token")]
+
+    def free_cells(self) -> int:
+        return len(self.endpoint._data._board._free)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.endpoint.metrics.value(name, **labels)
+
+    def granted(self) -> int:
+        return sum(hold.grant is not None for hold in list(self.endpoint._consumer._holds.values()))
+
+    def restart(self) -> str:
+        """Another endpoint at the same address."""
+        address = self.endpoint.address
+        self.endpoint.close()
+        self.endpoint = self._start(address)
+        return self.endpoint.address
+
+    def keep_busy(self, seconds: float, stretch_s: float) -> None:
+        """Threads that give up the interpreter's lock only every ``stretch_s``, as an engine's forward pass does."""
+        sys.setswitchinterval(stretch_s)
+        until = time.monotonic() + seconds
+
+        def spin() -> None:
+            while time.monotonic() < until:
+                sum(range(1000))
+            sys.setswitchinterval(0.005)
+
+        for _ in range(2):
+            threading.Thread(target=spin, daemon=True).start()
+
+    def cpu_while_idle(self, wall_s: float) -> float:
+        """CPU seconds of the whole process while nobody asks it for anything."""
+        before = time.process_time()
+        time.sleep(wall_s)
+        return time.process_time() - before
+
+    def usage(self) -> dict[str, int]:
+        """Threads, open files, resident KiB."""
+        gc.collect()  # a closed endpoint is a cycle
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return {
+            "threads": sum(1 for _ in Path("/proc/self/task").iterdir()),
+            "files": sum(1 for _ in Path("/proc/self/fd").iterdir()),
+            "kib": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        }
+
+    def close(self) -> None:
+        self.endpoint.close()
+
+
+def _pattern(seed: int, layer: int, blocks: Any) -> Any:
+    return ((seed * 7919 + layer * 131 + blocks + 1) & 0xFFFF).astype(np.uint16)[:, None, None, None]
+
+
+def _serve(conn: Any, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    try:
+        engine = Engine(seed, shape, options)
+        conn.send((True, None))
+    except BaseException as error:  # noqa: BLE001 - told to the test
+        conn.send((False, repr(error)))
+        return
+    while True:
+        try:
+            order, args, kwargs = conn.recv()
+        except EOFError:
+            return
+        try:
+            conn.send((True, getattr(engine, order)(*args, **kwargs)))
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            conn.send((False, repr(error)))
+        if order == "close":
+            return
+
+
+class Child:
+    """The process as the test sees it. Orders are its methods: ``child.lease([1])``."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...] = SMALL, **options: Any) -> None:
+        context = mp.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        self.seed = seed
+        self.process = context.Process(target=_serve, args=(theirs, seed, shape, options), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.started = False
+
+    def ready(self) -> Child:
+        if not self.started:
+            self.started = True
+            self._answer(60)
+        return self
+
+    def __getattr__(self, order: str) -> Any:
+        def call(*args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
+            self.ready().conn.send((order, args, kwargs))
+            return self._answer(timeout_s)
+
+        return call
+
+    def order(self, name: str, *args: Any) -> None:
+        """Without waiting for the answer; `answer` takes it."""
+        self.ready().conn.send((name, args, {}))
+
+    def answer(self, timeout_s: float = 60.0) -> Any:
+        return self._answer(timeout_s)
+
+    def _answer(self, timeout_s: float) -> Any:
+        assert self.conn.poll(timeout_s), f"no answer from the child in {timeout_s} s"
+        good, value = self.conn.recv()
+        assert good, value
+        return value
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:
+            # Each thread stops when it is scheduled next: on a busy machine one may still answer a message first.
+            tasks = Path(f"/proc/{self.process.pid}/task")
+            eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), what="every thread has stopped")
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.join(20)
+
+    def end(self) -> None:
+        """However it is by now."""
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
+            with contextlib.suppress(OSError):
+                self.ready().conn.send(("close", (), {}))
+            self.process.join(15)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(10)
+        self.conn.close()
+        self.process.close()

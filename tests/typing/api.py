@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A typed program that uses the whole public API. Never run: mypy --strict reads it, and what it cannot type is a defect.
+
+An engine's author sees these types; a change here that is not an addition breaks somebody's build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+import kvxfer
+from kvxfer import registry
+
+
+def describe_a_cache() -> kvxfer.KVCache:
+    """Arrays of an engine become a cache; a spec is all that peers see of it."""
+    layers: dict[str, np.ndarray[Any, Any]] = {f"layers.{i}": np.zeros((64, 8, 16, 256), np.float16) for i in range(4)}
+    cache = kvxfer.KVCache.from_layers(layers, heads_total=32, head_start=8, fingerprint="model", rank=1, world=4)
+    spec: kvxfer.CacheSpec = cache.spec
+    groups: tuple[kvxfer.CacheGroup, ...] = spec.groups
+    regions: tuple[kvxfer.CacheRegion, ...] = groups[0].regions
+    order: kvxfer.KVLayout | None = regions[0].layout
+    buffers: list[kvxfer.DeviceBuffer] = [kvxfer.HostBuffer(*layers.values())]
+    memory: kvxfer.Memory | None = buffers[0].memory
+    host: bool = memory is not None and memory.kind is kvxfer.MemoryKind.DRAM
+    print(order, kvxfer.KVLayout.parse("HND"), host)
+    return cache
+
+
+def ask_a_plan(source: kvxfer.KVCache, target: kvxfer.KVCache) -> kvxfer.Descriptors:
+    """Which bytes go where, without a peer and without a device."""
+    made: kvxfer.TransferPlan = kvxfer.plan(source.spec, target.spec)
+    text: str = str(made.explain())
+    spans: kvxfer.Descriptors = made.bind([1, 2, 3], np.array([7, 8, 9]))
+    total: int = spans.total_nbytes
+    print(text, total, len(spans))
+    return spans
+
+
+def prefill(endpoint: kvxfer.Endpoint) -> str:
+    """A producer announces early, offers when the blocks are complete, and may change its mind."""
+    ref: kvxfer.LeaseRef = endpoint.announce(request="req-7", num_tokens=700, digest="")
+    endpoint.offer(ref, [4, 5, 6])
+    other: kvxfer.LeaseRef = endpoint.lease(np.arange(8), request="req-8")
+    endpoint.revoke(other)
+    travelling: str = ref.to_json()
+    return travelling
+
+
+async def decode(endpoint: kvxfer.Endpoint, text: str) -> int:
+    """A consumer holds, then reads or drops; it may block, poll or await."""
+    ref = kvxfer.LeaseRef.from_json(text)
+    endpoint.hold(ref)
+    transfer: kvxfer.Transfer = endpoint.read(ref, into=[0, 1], skip_blocks=1, timeout_s=5.0)
+    if transfer.wait(timeout_s=0.0) and transfer.done:
+        error: kvxfer.KvxferError | None = transfer.error
+        print(error)
+    await transfer
+    endpoint.drop(ref)
+    return transfer.nbytes
+
+
+def engine_loop(endpoint: kvxfer.Endpoint) -> Iterator[str]:
+    """Every transfer and every lease ends in exactly one event; the union is closed, so a type checker sees a missing case."""
+    event: kvxfer.Event
+    for event in endpoint.poll(timeout_s=0.1):
+        if isinstance(event, kvxfer.Done):
+            yield event.transfer.ref.request
+        elif isinstance(event, kvxfer.Failed):
+            retryable: bool = event.error.retryable
+            yield f"{event.transfer.ref.request} {retryable}"
+        elif isinstance(event, (kvxfer.LeaseSettled, kvxfer.LeaseExpired, kvxfer.LeaseRevoked)):
+            yield f"{event.token} {event.request}"
+
+
+@contextmanager
+def an_endpoint(cache: kvxfer.KVCache) -> Iterator[kvxfer.Endpoint]:
+    """Agents by name, or made by a callable; settings explicit or from the environment."""
+    settings: kvxfer.Settings = kvxfer.Settings.resolve(lease_s=10.0)
+    with kvxfer.Endpoint(cache=cache, agent="nixl", bind="tcp://127.0.0.1:0", name="a", settings=settings) as endpoint:
+        address: str = endpoint.address
+        metrics: str = endpoint.metrics.prometheus_text()
+        print(address, endpoint.name, endpoint.epoch, metrics)
+        yield endpoint
+
+
+def list_agents() -> dict[str, str | None]:
+    """Which adapters there are, and why one cannot be used here."""
+    return {name: registry.why_unavailable(name, "agents") for name in registry.names("agents")}
+
+
+def an_agent_of_ones_own(name: str) -> kvxfer.TransferAgent:
+    """A stranger's adapter is a class like ours."""
+    loaded: type = registry.load("inproc", "agents")
+    agent = loaded(name)
+    if not isinstance(agent, kvxfer.TransferAgent):
+        raise TypeError(name)
+    capabilities: kvxfer.Capabilities = agent.capabilities
+    print(capabilities)
+    return agent

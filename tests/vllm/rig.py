@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real scheduler over a toy model, without servers: an engine whose tokens depend on every byte of its KV cache.
+
+One `Engine` is a real ``vllm.v1.core.sched.Scheduler`` with a real `KvxferConnector` of each role, stepped by hand in the
+order of vLLM's model runner. Its model writes a number made of token and position into the cache, and samples a token from
+a hash of all that stands in the request's blocks: one wrong or missing block changes the output.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvxfer_vllm.worker import KvxferWorker
+from tests.vllm.scripted import ScriptedEndpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from kvxfer_vllm.connector import KvxferConnector
+
+LAYERS, HEADS, HEAD_DIM, BLOCK_TOKENS, VOCAB = 2, 2, 4, 32, 97
+P_PARAMS: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+
+
+@cache
+def _model_folder() -> Path:
+    import tempfile
+    from pathlib import Path
+
+    folder = Path(tempfile.mkdtemp(prefix="kvxfer-rig-"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 4096,
+        "torch_dtype": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@cache
+def _base_config() -> VllmConfig:
+    init_none_hash(sha256)
+    return VllmConfig(
+        model_config=ModelConfig(model=str(_model_folder()), skip_tokenizer_init=True, dtype="float32"),
+        cache_config=CacheConfig(block_size=BLOCK_TOKENS, enable_prefix_caching=True),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=4096, is_encoder_decoder=False
+        ),
+        device_config=DeviceConfig("cpu"),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KvxferConnector", kv_role="kv_both", kv_connector_module_path="kvxfer_vllm"
+        ),
+    )
+
+
+def vllm_config(role: str = "kv_producer", *, engine_id: str = "P", policy: str = "fail", **extra: Any) -> VllmConfig:
+    """A real configuration of a small model on the CPU; independent of the other ones."""
+    config = copy.deepcopy(_base_config())
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="KvxferConnector",
+        kv_connector_module_path="kvxfer_vllm",
+        kv_role=role,
+        engine_id=engine_id,
+        kv_load_failure_policy=policy,
+        kv_connector_extra_config=extra,
+    )
+    return config
+
+
+def inside_multi_connector(config: KVTransferConfig) -> KVTransferConfig:
+    """The same connector as the first child of MultiConnector, beside a stranger."""
+    names = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")
+    ours = {name: getattr(config, name) for name in names}
+    stranger = {"kv_connector": "Stranger", "kv_connector_module_path": "tests.vllm.rig", "kv_role": "kv_both"}
+    return KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role=config.kv_role,
+        engine_id=config.engine_id,
+        kv_load_failure_policy=config.kv_load_failure_policy,
+        kv_connector_extra_config={"connectors": [ours, stranger]},
+    )
+
+
+class StrangersHandshake(KVConnectorHandshakeMetadata):
+    """A payload that means nothing to kvxfer."""
+
+
+class Stranger(KVConnectorBase_V1):
+    """Another connector, which stores and loads nothing but has a handshake of its own."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
+        return StrangersHandshake()
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        return 0, False
+
+    def build_connector_meta(self, scheduler_output: object) -> KVConnectorMetadata:
+        return KVConnectorMetadata()
+
+    def update_state_after_alloc(self, *_: object) -> None: ...
+
+    def start_load_kv(self, *_: object, **__: object) -> None: ...
+
+    def wait_for_layer_load(self, layer_name: str) -> None: ...
+
+    def save_kv_layer(self, *_: object, **__: object) -> None: ...
+
+    def wait_for_save(self) -> None: ...
+
+
+def kv_cache_config(num_blocks: int = 128) -> KVCacheConfig:
+    """One group of full attention."""
+    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.float32)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
+
+
+@dataclass
+class Answer:
+    """What an engine returned for a request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class Engine:
+    """One server without its front end. Give it an ``endpoint``, or call `register` for a real one."""
+
+    def __init__(
+        self,
+        role: str = "kv_producer",
+        *,
+        name: str = "P",
+        num_blocks: int = 128,
+        endpoint: Any = None,
+        policy: str = "fail",
+        multi: bool = False,
+        **extra: Any,
+    ) -> None:
+        self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
+        if multi:
+            self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
+        self.config.cache_config.num_gpu_blocks = num_blocks
+        self.cache_config = kv_cache_config(num_blocks)
+        self.kv = {
+            layer: torch.zeros(num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)
+            for layer in self.cache_config.kv_cache_groups[0].layer_names
+        }
+        with set_current_vllm_config(self.config):
+            self.scheduler = Scheduler(
+                self.config,
+                self.cache_config,
+                structured_output_manager=StructuredOutputManager(self.config),
+                block_size=BLOCK_TOKENS,
+                hash_block_size=BLOCK_TOKENS,
+                log_stats=True,
+            )
+            self.worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.cache_config)
+        if endpoint is not None:
+            endpoint.kv = list(self.kv.values())
+            self.kvxfer._worker = KvxferWorker(endpoint)
+        self.answers: dict[str, Answer] = defaultdict(Answer)
+        self.stats: dict[str, Any] = {}
+        self.computed_tokens = 0
+        self._connector_class = type(self.worker)
+        self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+
+    @property
+    def kvxfer(self) -> KvxferConnector:
+        """The worker's half, also inside MultiConnector."""
+        return self.worker.sub_connectors[0] if isinstance(self.worker, MultiConnector) else self.worker
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: Any = None,
+        *,
+        max_tokens: int = 1,
+        abort_immediately: bool = False,
+        **request: Any,
+    ) -> Request:
+        """Queue a request, as the engine core does."""
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        sampling.extra_args = None if params is None else {"kv_transfer_params": copy.deepcopy(params)}
+        made = Request(
+            request_id=request_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=sampling,
+            pooling_params=None,
+            block_hasher=self._hasher,
+            abort_immediately=abort_immediately,
+            **request,
+        )
+        self.scheduler.add_request(made)
+        if abort_immediately:
+            self.abort(request_id)
+        return made
+
+    def abort(self, request_id: str) -> None:
+        """The client has gone."""
+        self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
+
+    def run(self, *, timeout_s: float = 20.0) -> None:
+        """Step until the engine would go to sleep."""
+        end = time.monotonic() + timeout_s
+        while self.scheduler.has_requests():
+            assert time.monotonic() < end, f"still there: {dict(self.scheduler.requests)}"
+            if not self.step():
+                time.sleep(0.001)  # as vLLM's engine core does after a step without tokens
+
+    def run_until_answered(self, request_id: str) -> None:
+        """Step until this request's answer is complete, and no further."""
+        while not self.answers[request_id].finish_reason:
+            self.step()
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Blocks that belong to some request."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
+
+    # ---------------------------------------------------------------------------------------------------- one step
+
+    def step(self) -> int:
+        """Schedule, compute, report; returns the number of tokens computed."""
+        scheduled = self.scheduler.schedule()
+        self.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
+        sampled = self._forward(scheduled.num_scheduled_tokens)
+        self.worker.start_load_kv(None)
+        self.worker.wait_for_save()
+        results = self.worker.get_transfer_results(scheduled.finished_req_ids)
+        said = KVConnectorOutput(
+            finished_sending=results.finished_sending or None,
+            finished_recving=results.finished_recving or None,
+            failed_recving=results.failed_recving,
+            invalid_block_ids=self.worker.get_block_ids_with_load_errors(),
+            kv_connector_stats=self.worker.get_kv_connector_stats(),
+        )
+        self.worker.clear_connector_metadata()
+        output = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
+        if sampled:
+            output = ModelRunnerOutput(
+                req_ids=list(sampled),
+                req_id_to_index={request_id: i for i, request_id in enumerate(sampled)},
+                sampled_token_ids=list(sampled.values()),
+            )
+        output.kv_connector_output = said
+        for outputs in self.scheduler.update_from_output(scheduled, output).values():
+            for one in outputs.outputs:
+                answer = self.answers[one.request_id]
+                answer.tokens += one.new_token_ids
+                if one.finish_reason is not None:
+                    answer.finish_reason = str(one.finish_reason)
+                    answer.kv_transfer_params = one.kv_transfer_params
+            if outputs.scheduler_stats is not None and outputs.scheduler_stats.kv_connector_stats:
+                mine = self._connector_class.build_kv_connector_stats(self.stats)
+                new = self._connector_class.build_kv_connector_stats(outputs.scheduler_stats.kv_connector_stats)
+                self.stats = mine.aggregate(new).to_dict()
+        return scheduled.total_num_scheduled_tokens
+
+    def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
+        sampled = {}
+        for request_id, count in scheduled.items():
+            request = self.scheduler.requests[request_id]
+            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+            stop = request.num_computed_tokens  # vLLM has advanced it already
+            tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop], dtype=torch.float32)
+            positions = torch.arange(stop - count, stop)
+            rows = torch.tensor(blocks)[positions // BLOCK_TOKENS]
+            salt = float(request.lora_request.lora_int_id) if request.lora_request else 0.0
+            for depth, layer in enumerate(self.kv.values()):
+                values = tokens * 8192 + positions + depth * 0.25 + salt * 0.5
+                layer[rows, :, positions % BLOCK_TOKENS, :] = values[:, None, None]
+            self.computed_tokens += count
+            if stop >= request.num_tokens:
+                sampled[request_id] = [self._sample(blocks, stop)]
+            else:
+                sampled[request_id] = []
+        return sampled
+
+    def _sample(self, blocks: list[int], num_tokens: int) -> int:
+        used = blocks[: -(-num_tokens // BLOCK_TOKENS)]
+        text = b"".join(
+            layer[used].transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM)[:, :num_tokens].contiguous().numpy().tobytes()
+            for layer in self.kv.values()
+        )
+        return zlib.crc32(text) % VOCAB
+
+    def close(self) -> None:
+        """As vLLM shuts down; twice, for that may happen."""
+        for _ in range(2):
+            self.worker.shutdown()
+            self.scheduler.shutdown()
+
+
+def expected(prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """Tokens of an engine that has nothing to do with kvxfer's transfers."""
+    return list(_computed_alone(tuple(prompt), max_tokens))
+
+
+@cache
+def _computed_alone(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    engine = Engine("kv_producer", name="lone", endpoint=ScriptedEndpoint())
+    engine.add("lone", prompt, max_tokens=max_tokens)
+    engine.run()
+    return engine.answers["lone"].tokens
+
+
+def drain(*engines: Engine) -> None:
+    """Run each until it would sleep; then no request holds a block."""
+    for engine in engines:
+        engine.run()
+        assert engine.blocks_in_use == 0
+
+
+def prompt_of(length: int, seed: int = 1) -> list[int]:
+    """Token ids, others for another seed."""
+    return [(seed * 7 + i * i) % 90 for i in range(length)]
+
+
+def scripted(engine: Engine) -> ScriptedEndpoint:
+    """The endpoint that stands in for the engine's real one."""
+    return engine.kvxfer._worker._endpoint
+
+
+def handed_over(producer: Engine, request_id: str, prompt: Sequence[int]) -> dict[str, Any]:
+    """Prefill on ``producer`` and return the kv_transfer_params for the consumer."""
+    producer.add(request_id, prompt, P_PARAMS)
+    producer.run_until_answered(request_id)
+    producer.step()  # the engine goes on by itself: the blocks are offered
+    params = producer.answers[request_id].kv_transfer_params
+    assert params is not None
+    # Through JSON, as by way of a router.
+    return json.loads(json.dumps(params))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An endpoint without threads or transfer engine: what happens, and when, is the test's to say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvxfer.metrics import Metrics
+from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from kvxfer.errors import KvxferError
+    from kvxfer.lease import LeaseRef
+
+
+class ScriptedTransfer:
+    """Stands in for `kvxfer.transfer.Transfer`."""
+
+    def __init__(self, ref: LeaseRef, into: list[int], skip_blocks: int) -> None:
+        self.ref, self.into, self.skip_blocks = ref, into, skip_blocks
+        self.seconds, self.nbytes, self.descriptors = 0.25, 4096 * len(into), len(into)
+
+
+class ScriptedEndpoint:
+    """Stands in for `kvxfer.Endpoint`: records every call, and events happen when the test says so.
+
+    Give two of them the same ``net`` and reads copy blocks from one engine's cache to the other's.
+    """
+
+    def __init__(self, net: dict[str, ScriptedEndpoint] | None = None) -> None:
+        self.net = {} if net is None else net
+        self.kv: list[torch.Tensor] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.offered: dict[str, list[int]] = {}
+        self.reading: dict[str, ScriptedTransfer] = {}
+        self.metrics = Metrics()
+        self.automatic = True
+        self.raises: dict[str, Exception] = {}
+        self.closed = 0
+        self._events: list[Any] = []
+
+    def _called(self, name: str, *args: Any) -> None:
+        self.calls.append((name, *args))
+        if name in self.raises:
+            raise self.raises[name]
+
+    def names(self) -> list[str]:
+        """Names of the calls so far."""
+        return [call[0] for call in self.calls]
+
+    def announce(self, ref: LeaseRef) -> None:
+        self._called("announce", ref.token)
+
+    def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+        token = ref.token
+        self._called("offer", token, list(blocks))
+        self.offered[token] = list(blocks)
+        self.net[token] = self
+
+    def revoke(self, ref: LeaseRef) -> None:
+        token = ref.token
+        self._called("revoke", token)
+        if self.offered.pop(token, None) is not None:
+            self._events.append(LeaseRevoked(token, ""))
+
+    def hold(self, ref: LeaseRef) -> None:
+        self._called("hold", ref.token)
+
+    def read(self, ref: LeaseRef, into: Sequence[int], *, skip_blocks: int) -> ScriptedTransfer:
+        self._called("read", ref.token, list(into), skip_blocks)
+        transfer = self.reading[ref.token] = ScriptedTransfer(ref, list(into), skip_blocks)
+        return transfer
+
+    def drop(self, ref: LeaseRef) -> None:
+        self._called("drop", ref.token)
+        owner = self.net.get(ref.token)
+        if owner is not None and ref.token not in self.reading:
+            owner.end(ref.token, read=False)
+
+    def poll(self) -> list[Any]:
+        if "poll" in self.raises:
+            raise self.raises["poll"]
+        if self.automatic:
+            for token in list(self.reading):
+                self.finish(token)
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        self.closed += 1
+
+    # -- what the test makes happen
+
+    def finish(self, token: str, error: KvxferError | None = None) -> None:
+        """A read ends."""
+        transfer = self.reading.pop(token)
+        owner = self.net.get(token)
+        if error is not None:
+            self._events.append(Failed(transfer, error))
+            return
+        assert owner is not None
+        source = owner.offered[token][transfer.skip_blocks :]
+        assert len(source) == len(transfer.into)
+        for mine, theirs in zip(self.kv, owner.kv, strict=True):
+            mine[transfer.into] = theirs[source]
+        self._events.append(Done(transfer))
+        owner.end(token, read=True)
+
+    def end(self, token: str, *, read: bool, expired: bool = False) -> None:
+        """A lease of this producer ends."""
+        if self.offered.pop(token, None) is not None:
+            self._events.append(LeaseExpired(token, "") if expired else LeaseSettled(token, "", read))

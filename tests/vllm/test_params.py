@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kv_transfer_params: whatever a client sends becomes a decision, and a refusal has a name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.v1.request import RequestStatus
+
+from kvxfer.lease import LeaseRef
+from kvxfer_vllm.params import Fetch, Refused, Role, Serve, parse, prompt_digest, response
+from kvxfer_vllm.reasons import Refusal
+from tests.vllm.rig import P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+PRODUCER = Role(engine_id="P", tp_size=1, is_producer=True, is_consumer=False)
+CONSUMER = Role(engine_id="D", tp_size=1, is_producer=False, is_consumer=True)
+BOTH = Role(engine_id="B", tp_size=1, is_producer=True, is_consumer=True)
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def good(**changes):
+    """Parameters as a producer answers them, changed; ... removes a key."""
+    lease = LeaseRef.mint(owner="P", addresses=["tcp://127.0.0.1:5600"], request="p", num_tokens=40, digest="d")
+    params = response(lease, [4, 9], host="127.0.0.1", port=5600, tp_size=1) | changes
+    return {key: value for key, value in params.items() if value is not ...}
+
+
+def lease(**changes):
+    """A lease as JSON, changed."""
+    return good()["kvxfer"] | changes
+
+
+MALFORMED = {
+    "string": ("do_remote_prefill", Refusal.NOT_AN_OBJECT),
+    "list": ([1], Refusal.NOT_AN_OBJECT),
+    "number": (7, Refusal.NOT_AN_OBJECT),
+    "flag of text": ({"do_remote_prefill": "yes"}, Refusal.BAD_FLAG),
+    "flag of a number": ({"do_remote_decode": 1}, Refusal.BAD_FLAG),
+    "flag of a list": ({"do_remote_decode": [True]}, Refusal.BAD_FLAG),
+    "both flags": (good(do_remote_decode=True), Refusal.BOTH_FLAGS),
+    "the flag alone": ({"do_remote_prefill": True}, Refusal.NO_LEASE),
+    "plain NixlConnector": (good(kvxfer=...), Refusal.NO_LEASE),
+    "lease is null": (good(kvxfer=None), Refusal.NO_LEASE),
+    "lease is text": (good(kvxfer="{}"), Refusal.BAD_LEASE),
+    "lease is empty": (good(kvxfer={}), Refusal.BAD_LEASE),
+    "lease without a version": (good(kvxfer={k: v for k, v in lease().items() if k != "v"}), Refusal.BAD_LEASE),
+    "lease of another version": (good(kvxfer=lease(v=2)), Refusal.BAD_LEASE),
+    "short token": (good(kvxfer=lease(token="ab")), Refusal.BAD_LEASE),
+    "token of a number": (good(kvxfer=lease(token=5)), Refusal.BAD_LEASE),
+    "no address": (good(kvxfer=lease(addresses=[])), Refusal.BAD_LEASE),
+    "address of a file": (good(kvxfer=lease(addresses=["ipc:///tmp/x"])), Refusal.BAD_LEASE),
+    "address of a number": (good(kvxfer=lease(addresses=[1])), Refusal.BAD_LEASE),
+    "negative tokens": (good(kvxfer=lease(num_tokens=-1)), Refusal.BAD_LEASE),
+    "absurd tokens": (good(kvxfer=lease(num_tokens=10**30)), Refusal.BAD_LEASE),
+    "engine id missing": (good(remote_engine_id=...), Refusal.MISSING_KEY),
+    "request id null": (good(remote_request_id=None), Refusal.MISSING_KEY),
+    "host missing": (good(remote_host=...), Refusal.MISSING_KEY),
+    "port missing": (good(remote_port=...), Refusal.MISSING_KEY),
+    "tp size missing": (good(tp_size=...), Refusal.MISSING_KEY),
+    "port of text": (good(remote_port="5600"), Refusal.BAD_TYPE),
+    "port of a boolean": (good(remote_port=True), Refusal.BAD_TYPE),
+    "port out of range": (good(remote_port=70000), Refusal.BAD_TYPE),
+    "host of a list": (good(remote_host=["a"]), Refusal.BAD_TYPE),
+    "tp size of text": (good(tp_size="1"), Refusal.BAD_TYPE),
+    "other tp size": (good(tp_size=2), Refusal.OTHER_TP),
+    "more addresses than ranks": (good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])), Refusal.OTHER_TP),
+    "pipeline": (good(pp_size=2), Refusal.BAD_TYPE),
+    "context parallel": (good(dcp_size="x"), Refusal.BAD_TYPE),
+    "push": (good(transfer_mode="push"), Refusal.OTHER_MODE),
+    "mode of a list": (good(transfer_mode=[]), Refusal.OTHER_MODE),
+    "own engine": (good(kvxfer=lease(owner="D"), remote_engine_id="D"), Refusal.OWN_ENGINE),
+    "another engine's id": (good(remote_engine_id="Q"), Refusal.CONTRADICTION),
+    "another request's id": (good(remote_request_id="q"), Refusal.CONTRADICTION),
+    "other number of tokens": (good(remote_num_tokens=41), Refusal.CONTRADICTION),
+    "number of tokens of text": (good(remote_num_tokens="40"), Refusal.CONTRADICTION),
+    "no blocks": (good(remote_block_ids=...), Refusal.BAD_BLOCKS),
+    "blocks of text": (good(remote_block_ids="12"), Refusal.BAD_BLOCKS),
+    "blocks not grouped": (good(remote_block_ids=[1, 2]), Refusal.BAD_BLOCKS),
+    "empty blocks": (good(remote_block_ids=[[]]), Refusal.BAD_BLOCKS),
+    "two groups": (good(remote_block_ids=[[1], [2]]), Refusal.BAD_BLOCKS),
+    "negative block": (good(remote_block_ids=[[-1, 2]]), Refusal.BAD_BLOCKS),
+    "absurd block": (good(remote_block_ids=[[2**40]]), Refusal.BAD_BLOCKS),
+    "block of text": (good(remote_block_ids=[["a"]]), Refusal.BAD_BLOCKS),
+    "block of a boolean": (good(remote_block_ids=[[True]]), Refusal.BAD_BLOCKS),
+    "huge list": (good(remote_block_ids=[list(range(1_000_000))]), Refusal.BAD_BLOCKS),
+    "do_remote_decode at a consumer": (P_PARAMS, Refusal.NOT_A_PRODUCER),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed(name):
+    """Each malformed input has its own reason."""
+    params, reason = MALFORMED[name]
+    refused = parse(params, CONSUMER)
+    assert isinstance(refused, Refused)
+    assert refused.reason is reason, refused.detail
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
+def test_malformed_through_the_scheduler(name, role):
+    """vLLM's real scheduler with each malformed input: computed locally, counted, and the engine serves the next one."""
+    engine = Engine(role, name="D", endpoint=ScriptedEndpoint())
+    engine.add("bad", prompt_of(40), MALFORMED[name][0], max_tokens=3)
+    for step in range(60):  # a consumer may offer blocks only if it may produce, too
+        engine.step()
+        if step == 10:
+            for token in list(scripted(engine).offered):
+                scripted(engine).end(token, read=False)
+        if not engine.scheduler.has_requests():
+            break
+    assert engine.answers["bad"].tokens == expected(prompt_of(40), 3)
+    accepted = role != "kv_consumer" and MALFORMED[name][0] is P_PARAMS
+    assert sum(engine.stats.get("refused_params", {}).values()) == (0 if accepted else 1)
+    assert "hook_errors" not in engine.stats
+    engine.add("next", prompt_of(50), max_tokens=3)
+    drain(engine)
+    assert engine.answers["next"].tokens == expected(prompt_of(50), 3)
+
+
+@given(params=json_values, role=st.sampled_from([PRODUCER, CONSUMER, BOTH]))
+def test_any_json(params, role):
+    """No JSON value raises, and none that was not made by a producer is taken for a lease."""
+    assert not isinstance(parse(params, role), Fetch)
+
+
+@given(key=st.sampled_from(sorted(good())), value=json_values)
+def test_any_json_under_any_key(key, value):
+    """No value of any key raises."""
+    parse(good(**{key: value}), CONSUMER)
+
+
+@given(key=st.sampled_from(sorted(lease())), value=json_values)
+def test_any_json_inside_the_lease(key, value):
+    """No value of any field of the lease raises."""
+    parse(good(kvxfer=lease(**{key: value})), CONSUMER)
+
+
+def test_nothing_asked():
+    """No parameters, empty ones, unknown keys and flags that are false or null ask for nothing."""
+    for params in (None, {}, {"x": 1}, {"do_remote_prefill": False, "do_remote_decode": None}):
+        assert parse(params, CONSUMER) is None
+
+
+def test_good_ones():
+    """What the router sends to a producer, and what the producer answers, are understood."""
+    assert parse(P_PARAMS, PRODUCER) == Serve()
+    params = good(remote_blocks_expiry_time=12.5, remote_prefill_cached_tokens=3, unknown={"a": 1})
+    assert parse(params, CONSUMER) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
+
+
+def test_every_key_of_nixl_connector():
+    """The response has exactly the keys of vLLM's own NixlConnector, with values of the same types, and the lease."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+
+    stub = SimpleNamespace(
+        is_bidirectional_kv_xfer_enabled=False,
+        _kv_lease_duration=30,
+        _reqs_need_send={},
+        engine_id="P",
+        side_channel_host="127.0.0.1",
+        side_channel_port=5600,
+        transfer_tp_size=1,
+        vllm_config=SimpleNamespace(
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1, pipeline_parallel_size=1)
+        ),
+        _TRANSFER_MODE=NixlPullConnectorScheduler._TRANSFER_MODE,
+        _stop_heartbeat=lambda _: None,
+        get_exchange_clipped_blocks=lambda blocks: blocks,
+    )
+    request = SimpleNamespace(
+        request_id="p", status=RequestStatus.FINISHED_LENGTH_CAPPED, kv_transfer_params=P_PARAMS, num_computed_tokens=40
+    )
+    keeps, theirs = NixlPullConnectorScheduler.request_finished(stub, request, ([4, 9],))
+    ours = good()
+    assert keeps
+    assert set(ours) == {*theirs, "kvxfer"}
+    theirs["remote_block_ids"] = list(theirs["remote_block_ids"])
+    assert {key: value for key, value in ours.items() if key != "kvxfer"} == theirs
+
+
+def test_digest_tells_prompts_apart():
+    """Whatever changes the meaning of the KV changes the digest, and nothing else does."""
+    variants = [
+        prompt_digest([1, 2, 3]),
+        prompt_digest([1, 2]),
+        prompt_digest([1, 2, 4]),
+        prompt_digest([1, 2, 3], lora="a"),
+        prompt_digest([1, 2, 3], cache_salt="a"),
+        prompt_digest([1, 2, 3], mm_items=[("a", 0)]),
+        prompt_digest([1, 2, 3], mm_items=[("a", 1)]),
+        prompt_digest([1, 2, 3], mm_items=[("a", 0), ("b", 2)]),
+    ]
+    assert len(set(variants)) == len(variants)
+    assert prompt_digest((1, 2, 3)) == prompt_digest([1, 2, 3])
+    assert all(len(digest) == 32 for digest in variants)
+
+
+@pytest.mark.parametrize("change", ["lora", "cache_salt"])
+def test_same_tokens_in_another_context_are_another_prompt(change):
+    """A lease made without a LoRA adapter, or with another tenant's salt, is not used although the tokens are equal."""
+    from vllm.lora.request import LoRARequest
+
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))
+    params = handed_over(producer, "p", prompt_of(40))
+    different = {"lora_request": LoRARequest("adapter", 1, "/nowhere")} if change == "lora" else {"cache_salt": "x"}
+    consumer.add("d", prompt_of(40), params, **different)
+    drain(consumer)
+    assert consumer.stats["refused_params"] == {"other_prompt": 1}

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two of vLLM's schedulers hand requests over through real endpoints: torch tensors, threads, leases, the fence."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from kvxfer import registry
+from kvxfer.errors import ConfigError, UnavailableError
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, prompt_of
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(params=["inproc", "nixl"])
+def agent(request):
+    """Each transfer engine that can run here."""
+    reason = registry.why_unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Makes engines with an endpoint each on a free port; closes them."""
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
+    made = []
+
+    def make(role, name, **options):
+        engine = Engine(role, name=name, **options)
+        made.append(engine)
+        engine.worker.register_kv_caches(engine.kv)
+        told = engine.worker.get_handshake_metadata()
+        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.mark.parametrize("length", [1, 33, 1000])
+def test_tokens_equal_those_of_one_engine(engines, agent, length):
+    """KV that went through a real transfer engine gives the tokens of KV computed here."""
+    producer, consumer = (
+        engines(role, name, agent=agent) for role, name in (("kv_producer", "P"), ("kv_consumer", "D"))
+    )
+    prompt = prompt_of(length)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=5)
+    consumer.run()
+    drain(producer, consumer)
+    assert consumer.answers["d"].tokens == expected(prompt, 5)
+    assert consumer.computed_tokens == 5
+    assert len(consumer.stats["transfer_seconds"]) == producer.stats["settled_leases"] == 1
+    assert consumer.stats["handshakes"] == {"met": 1}
+    block_nbytes = 2 * 2 * BLOCK_TOKENS * 8 * 4  # layers, heads, tokens, content, float32
+    assert consumer.stats["transfer_bytes"] == [-(-length // BLOCK_TOKENS) * block_nbytes]
+
+
+def test_requests_in_both_directions_of_two_equal_engines(engines):
+    """Two engines of role kv_both serve each other."""
+    a, b = engines("kv_both", "A", agent="inproc"), engines("kv_both", "B", agent="inproc")
+    for source, target, name in ((a, b, "ab"), (b, a, "ba")):
+        prompt = prompt_of(200, seed=len(name) + ord(name[0]))
+        params = handed_over(source, f"p-{name}", prompt)
+        target.add(f"d-{name}", prompt, params, max_tokens=3)
+        target.run()
+        assert target.answers[f"d-{name}"].tokens == expected(prompt, 3)
+    drain(a, b)
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_expired_lease(engines, policy):
+    """A consumer that comes after the lease has ended never gets tokens made of what is in the blocks now."""
+    producer = engines("kv_producer", "P", agent="inproc", lease_seconds=0.05)
+    consumer = engines("kv_consumer", "D", agent="inproc", policy=policy)
+    prompt = prompt_of(300)
+    params = handed_over(producer, "p", prompt)
+    drain(producer)  # the lease runs out
+    producer.add("other", prompt_of(2000, seed=9), max_tokens=2)
+    drain(producer)
+    consumer.add("d", prompt, params, max_tokens=3)
+    drain(consumer)
+    assert producer.stats["expired_leases"] == 1
+    assert consumer.stats["failed_transfers"] == {"LeaseEndedError": 1}
+    if policy == "fail":
+        assert (consumer.answers["d"].finish_reason, consumer.answers["d"].tokens) == ("error", [])
+    else:
+        assert consumer.answers["d"].tokens == expected(prompt, 3)
+
+
+def test_producer_gone(engines):
+    """A producer that is not there any more costs one error within the configured time; a new one is met afresh."""
+    producer = engines("kv_producer", "P", agent="inproc")
+    consumer = engines("kv_consumer", "D", agent="inproc", peer_timeout_seconds=0.3, read_timeout_seconds=2)
+    params = handed_over(producer, "p", prompt_of(100))
+    producer.close()
+    consumer.add("d", prompt_of(100), params, max_tokens=3)
+    drain(consumer)
+    assert consumer.answers["d"].finish_reason == "error"
+    params = handed_over(engines("kv_producer", "P2", agent="inproc"), "p", prompt_of(100))
+    consumer.add("d2", prompt_of(100), params, max_tokens=3)
+    drain(consumer)
+    assert consumer.answers["d2"].tokens == expected(prompt_of(100), 3)
+
+
+def test_waiting_request_keeps_its_lease(engines):
+    """A consumer that has no room yet renews the lease from another thread, without taking a step."""
+    producer = engines("kv_producer", "P", agent="inproc", lease_seconds=2)
+    consumer = engines("kv_consumer", "D", agent="inproc")
+    prompt = prompt_of(1000)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("blocker", prompt_of(3500, seed=3), max_tokens=2)
+    consumer.step()
+    consumer.add("d", prompt, params, max_tokens=3)
+    consumer.step()
+    import threading
+
+    assert not threading.Event().wait(5)  # for longer than two leases the engine computes something else
+    consumer.run()
+    drain(producer, consumer)
+    assert consumer.answers["d"].tokens == expected(prompt, 3)
+    assert producer.stats["settled_leases"] == 1
+
+
+def test_different_models_do_not_meet(engines):
+    """Servers whose KV means different things refuse each other by name, and the request ends."""
+    producer = engines("kv_producer", "P", agent="inproc", model_fingerprint="one")
+    consumer = engines("kv_consumer", "D", agent="inproc", model_fingerprint="other")
+    params = handed_over(producer, "p", prompt_of(100))
+    consumer.add("d", prompt_of(100), params)
+    drain(consumer)
+    assert consumer.answers["d"].finish_reason == "error"
+    assert consumer.stats["failed_transfers"] == {"IncompatibleError": 1}
+
+
+def test_port_taken(engines, monkeypatch):
+    """A side channel port that is in use ends the start with one sentence that names it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", str(port))
+        with pytest.raises(ConfigError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
+            engines("kv_producer", "P", agent="inproc")
+
+
+def test_agent_not_there(engines):
+    """An unknown transfer engine ends the start with the list of those that are installed."""
+    with pytest.raises((ConfigError, UnavailableError), match="warp"):
+        engines("kv_producer", "P", agent="warp")
+
+
+def test_side_channel_address_is_in_the_response(engines):
+    """remote_host and remote_port of the response are where the lease's first address is."""
+    producer = engines("kv_producer", "P", agent="inproc")
+    producer.add("p", prompt_of(10), P_PARAMS)
+    producer.run_until_answered("p")
+    params = producer.answers["p"].kv_transfer_params
+    assert list(params["kvxfer"]["addresses"]) == [f"tcp://{params['remote_host']}:{params['remote_port']}"]

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The connector under vLLM's real scheduler: what is handed over, what is reported, and that nothing stays allocated."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from kvxfer.errors import LeaseEndedError
+from kvxfer_vllm.plugin import register
+from tests.vllm.rig import (
+    BLOCK_TOKENS,
+    P_PARAMS,
+    Engine,
+    drain,
+    expected,
+    handed_over,
+    prompt_of,
+    scripted,
+)
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def pair():
+    """A producer and a consumer whose reads really copy blocks."""
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))
+    yield producer, consumer
+    for engine in (producer, consumer):
+        engine.close()
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 700])
+def test_tokens_equal_those_of_one_engine(pair, length):
+    """A prompt prefilled elsewhere gives the same tokens as one computed here, and both sides end empty."""
+    producer, consumer = pair
+    prompt = prompt_of(length)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=6)
+    consumer.run()
+    producer.run()
+    assert consumer.answers["d"].tokens == expected(prompt, 6)
+    # The last prompt token is computed again, for its logits.
+    assert consumer.computed_tokens == 6
+    assert consumer.blocks_in_use == producer.blocks_in_use == 0
+    assert producer.stats["settled_leases"] == 1
+    assert consumer.stats["transfer_bytes"] == [4096 * -(-length // BLOCK_TOKENS)]
+
+
+def test_order_of_the_producers_calls(pair):
+    """The token is announced when prefill starts, the blocks are offered when it ends, and stay until the lease ends."""
+    producer, _ = pair
+    prompt = prompt_of(100)
+    producer.add("p", prompt, P_PARAMS)
+    producer.step()
+    announced = scripted(producer).calls[0]
+    producer.step()
+    token = producer.answers["p"].kv_transfer_params["kvxfer"]["token"]
+    assert announced == ("announce", token)
+    assert scripted(producer).names() == ["announce", "offer"]
+    assert len(scripted(producer).offered[token]) == producer.blocks_in_use == 4
+    for _ in range(3):
+        producer.step()
+    assert producer.blocks_in_use == 4
+    scripted(producer).end(token, read=True)
+    producer.run()
+    assert producer.blocks_in_use == 0
+
+
+def test_expired_lease_frees_the_producer(pair):
+    """Blocks for which nobody comes are freed and counted."""
+    producer, _ = pair
+    params = handed_over(producer, "p", prompt_of(50))
+    scripted(producer).end(params["kvxfer"]["token"], read=False, expired=True)
+    producer.run()
+    assert producer.blocks_in_use == 0
+    assert producer.stats["expired_leases"] == 1
+
+
+def test_hold_precedes_the_read(pair):
+    """A consumer holds the lease with the first step after the request's arrival, before there is room for its blocks."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(1000))
+    blocker = consumer.add("local", prompt_of(3500, seed=3), max_tokens=4)
+    consumer.step()
+    consumer.add("d", prompt_of(1000), params, max_tokens=2)
+    consumer.step()
+    assert scripted(consumer).names() == ["hold"]
+    assert not blocker.is_finished()
+    consumer.run()
+    assert scripted(consumer).names() == ["hold", "read"]
+    assert consumer.answers["d"].tokens == expected(prompt_of(1000), 2)
+
+
+def test_partial_prefix_hit_reads_only_the_rest(pair):
+    """Blocks that the consumer has already are neither read nor computed."""
+    producer, consumer = pair
+    prefix, prompt = prompt_of(70), [*prompt_of(70), *prompt_of(60, seed=5)]
+    consumer.add("warm", prefix, max_tokens=1)
+    consumer.run()
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=3)
+    consumer.run()
+    (read,) = [call for call in scripted(consumer).calls if call[0] == "read"]
+    assert (len(read[2]), read[3]) == (3, 2)
+    assert consumer.answers["d"].tokens == expected(prompt, 3)
+
+
+def test_whole_prefix_hit_reads_the_last_block(pair):
+    """Of a prompt that is wholly here vLLM itself wants the last token computed, so its last block is all that is read."""
+    producer, consumer = pair
+    prompt = prompt_of(96)
+    for attempt in ("first", "second"):
+        params = handed_over(producer, f"p-{attempt}", prompt)
+        consumer.add(f"d-{attempt}", prompt, params, max_tokens=3)
+        consumer.run()
+        assert consumer.answers[f"d-{attempt}"].tokens == expected(prompt, 3)
+    reads = [call for call in scripted(consumer).calls if call[0] == "read"]
+    assert [(len(blocks), skip) for _, _, blocks, skip in reads] == [(3, 0), (1, 2)]
+    drain(producer, consumer)
+
+
+def test_load_that_vllm_declines_drops_the_lease(pair):
+    """A request that must compute its whole prompt (prompt logprobs) frees the producer without a read or a report."""
+    producer, consumer = pair
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    request = consumer.add("d", prompt, params, max_tokens=3)
+    request.skip_reading_prefix_cache = True
+    drain(consumer, producer)
+    assert scripted(consumer).names() == ["hold", "drop"]
+    assert consumer.answers["d"].tokens == expected(prompt, 3)
+    assert consumer.computed_tokens == 102
+    assert producer.stats["unread_leases"] == consumer.stats["local_hits"] == 1
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_failed_load(policy):
+    """A failed transfer ends in an error or in a right answer, as the policy says, and frees everything."""
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), policy=policy)
+    scripted(consumer).automatic = False
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=3)
+    consumer.step()
+    scripted(consumer).finish(params["kvxfer"]["token"], LeaseEndedError("too late"))
+    consumer.run()
+    if policy == "fail":
+        assert consumer.answers["d"].finish_reason == "error"
+        assert consumer.answers["d"].tokens == []
+    else:
+        assert consumer.answers["d"].tokens == expected(prompt, 3)
+    assert consumer.blocks_in_use == 0
+    assert consumer.stats["failed_transfers"] == {"LeaseEndedError": 1}
+    consumer.add("next", prompt, max_tokens=3)
+    consumer.run()
+    assert consumer.answers["next"].tokens == expected(prompt, 3)
+
+
+def test_read_that_cannot_even_start(pair):
+    """An endpoint that refuses a read at once fails that request only."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(40))
+    scripted(consumer).raises["read"] = LeaseEndedError("closed")
+    consumer.add("d", prompt_of(40), params)
+    consumer.run()
+    assert consumer.answers["d"].finish_reason == "error"
+    del scripted(consumer).raises["read"]
+    consumer.add("next", prompt_of(40), max_tokens=2)
+    consumer.run()
+    assert consumer.answers["next"].tokens == expected(prompt_of(40), 2)
+    assert consumer.blocks_in_use == 0
+
+
+def test_client_gone_while_loading(pair):
+    """The blocks of an aborted load stay until the endpoint says that they are quiet; then they are freed, once."""
+    producer, consumer = pair
+    scripted(consumer).automatic = False
+    params = handed_over(producer, "p", prompt_of(100))
+    consumer.add("d", prompt_of(100), params)
+    consumer.step()
+    consumer.abort("d")
+    for _ in range(5):
+        consumer.step()
+    assert consumer.blocks_in_use == 4
+    scripted(consumer).finish(params["kvxfer"]["token"], LeaseEndedError("cancelled"))
+    consumer.run()
+    assert consumer.blocks_in_use == 0
+
+
+def test_client_gone_before_it_is_scheduled(pair):
+    """A request that is aborted while it waits gives the lease back."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+    consumer.add("d", prompt_of(100), params)
+    consumer.abort("d")
+    consumer.run()
+    producer.run()
+    assert "read" not in scripted(consumer).names()
+    assert producer.stats["unread_leases"] == 1
+    assert producer.blocks_in_use == consumer.blocks_in_use == 0
+
+
+def test_request_rejected_by_the_front_end(pair):
+    """vLLM's notice of a request that it rejected (a stand-in prompt, aborted at once) frees the producer."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+    consumer.add("d", [0], params, abort_immediately=True)
+    consumer.run()
+    producer.run()
+    assert scripted(consumer).names() == ["drop"]
+    assert producer.blocks_in_use == 0
+    assert "refused_params" not in consumer.stats
+
+
+def test_prefill_client_gone(pair):
+    """A prefill that is aborted, before or after it was scheduled, offers nothing and keeps nothing."""
+    producer, _ = pair
+    producer.add("early", prompt_of(100), P_PARAMS)
+    producer.abort("early")
+    producer.add("late", prompt_of(3000), P_PARAMS)
+    producer.step()
+    producer.abort("late")
+    producer.run()
+    assert scripted(producer).names() == ["announce", "revoke"]
+    assert producer.blocks_in_use == 0
+
+
+def test_preempted_consumer_computes_the_rest_itself(pair):
+    """A request that is preempted after its load is not loaded again."""
+    producer, consumer = pair
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=5)
+    while not consumer.answers["d"].tokens:
+        consumer.step()
+    consumer.scheduler.reset_prefix_cache(reset_running_requests=True)
+    consumer.run()
+    assert scripted(consumer).names().count("read") == 1
+    assert consumer.answers["d"].tokens == expected(prompt, 5)
+    assert consumer.blocks_in_use == 0
+
+
+def test_preempted_producer_hands_over_once(pair):
+    """A prefill that is preempted and starts again keeps its one token."""
+    producer, consumer = pair
+    prompt = prompt_of(3000)
+    producer.add("p", prompt, P_PARAMS)
+    producer.step()
+    producer.scheduler.reset_prefix_cache(reset_running_requests=True)
+    producer.run_until_answered("p")
+    params = producer.answers["p"].kv_transfer_params
+    consumer.add("d", prompt, params, max_tokens=2)
+    producer.step()
+    consumer.run()
+    producer.run()
+    assert scripted(producer).names() == ["announce", "offer"]
+    assert consumer.answers["d"].tokens == expected(prompt, 2)
+
+
+def test_a_lease_for_another_prompt_is_never_used(pair):
+    """Parameters that were made for another prompt of the same length are refused and the prompt is computed."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+    other = prompt_of(100, seed=2)
+    consumer.add("d", other, params, max_tokens=3)
+    consumer.run()
+    assert consumer.answers["d"].tokens == expected(other, 3)
+    assert consumer.stats["refused_params"] == {"other_prompt": 1}
+    assert scripted(consumer).calls == []
+
+
+def test_one_lease_serves_one_request(pair):
+    """Of requests with the same parameters, together or one after the other, one loads and the others compute."""
+    producer, consumer = pair
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d0", prompt, params, max_tokens=3)
+    consumer.add("d1", prompt, params, max_tokens=3)
+    consumer.run()
+    assert consumer.answers["d0"].tokens == consumer.answers["d1"].tokens == expected(prompt, 3)
+    consumer.add("d2", prompt, params, max_tokens=3)
+    consumer.run()
+    assert consumer.answers["d2"].tokens == expected(prompt, 3)
+    assert consumer.stats["refused_params"] == {"lease_used": 2}
+    assert scripted(consumer).names() == ["hold", "read"]
+
+
+def test_many_requests_at_once(pair):
+    """32 requests of mixed lengths, more than fit at once, all end right and leave nothing behind."""
+    producer, consumer = pair
+    prompts = [prompt_of(17 + 29 * (i % 11), seed=i) for i in range(32)]
+    params = {}
+    for i, prompt in enumerate(prompts):
+        params[i] = handed_over(producer, f"p{i}", prompt)
+        consumer.add(f"d{i}", prompt, params[i], max_tokens=4)
+        consumer.step()
+    consumer.run()
+    producer.run()
+    for i, prompt in enumerate(prompts):
+        assert consumer.answers[f"d{i}"].tokens == expected(prompt, 4), i
+    assert producer.blocks_in_use == consumer.blocks_in_use == 0
+    assert producer.stats["settled_leases"] + producer.stats.get("unread_leases", 0) == 32
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "request_finished"]
+)
+def test_a_defect_in_a_hook_costs_no_engine(pair, monkeypatch, hook):
+    """Whichever hook raises, the request ends, nothing stays allocated, and the defect is counted."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+
+    def broken(*_args):
+        raise ZeroDivisionError
+
+    for engine in pair:
+        monkeypatch.setattr(engine.scheduler.connector._scheduler, hook, broken)
+    consumer.add("d", prompt_of(100), params, max_tokens=3)
+    consumer.run()
+    if hook == "update_state_after_alloc":  # the load was promised, so the policy for failed loads decides
+        assert consumer.answers["d"].finish_reason == "error"
+    else:
+        assert consumer.answers["d"].tokens == expected(prompt_of(100), 3)
+    assert consumer.stats["hook_errors"][hook] >= 1
+    producer.add("p2", prompt_of(50), P_PARAMS)
+    producer.run_until_answered("p2")
+    scripted(producer).end(params["kvxfer"]["token"], read=False)
+    for token in list(scripted(producer).offered):
+        scripted(producer).end(token, read=False)
+    producer.run()
+    assert producer.blocks_in_use == consumer.blocks_in_use == 0
+
+
+def test_a_defect_after_the_promise_fails_the_load(pair, monkeypatch):
+    """If a load was promised to vLLM and cannot be ordered, it is reported as failed instead of waited for."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+    monkeypatch.setattr("kvxfer_vllm.scheduler.Read", None)
+    consumer.add("d", prompt_of(100), params, max_tokens=3)
+    consumer.run()
+    assert consumer.answers["d"].finish_reason == "error"
+    assert consumer.blocks_in_use == 0
+    producer.run()
+    assert producer.blocks_in_use == 0
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_inside_multi_connector(policy):
+    """As a child of MultiConnector it serves, loads, fails and counts as it does alone."""
+    register()
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net), multi=True)
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), multi=True, policy=policy)
+    told = producer.worker.get_handshake_metadata()  # the stranger's: MultiConnector hands it to all children
+    producer.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=3)
+    drain(consumer)
+    scripted(consumer).automatic = False
+    lost = handed_over(producer, "p2", prompt_of(90, seed=2))
+    consumer.add("d2", prompt_of(90, seed=2), lost, max_tokens=3)
+    consumer.step()
+    scripted(consumer).finish(lost["kvxfer"]["token"], LeaseEndedError("too late"))
+    drain(consumer)
+    scripted(producer).end(lost["kvxfer"]["token"], read=False)
+    drain(producer)
+    assert consumer.answers["d"].tokens == expected(prompt, 3)
+    assert consumer.answers["d2"].tokens == ([] if policy == "fail" else expected(prompt_of(90, seed=2), 3))
+    assert consumer.stats["KvxferConnector"]["failed_transfers"] == {"LeaseEndedError": 1}
+    assert producer.stats["KvxferConnector"]["settled_leases"] == 1

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How vLLM finds the connector, and what the connector refuses before a server is up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from kvxfer.errors import ConfigError, KvxferError
+from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.launch import describe_cache
+from kvxfer_vllm.metadata import KvxferHandshake
+from kvxfer_vllm.options import Options, advertised, side_channel, tcp_address
+from kvxfer_vllm.params import Role
+from kvxfer_vllm.plugin import register
+from kvxfer_vllm.scheduler import KvxferScheduler
+from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
+from tests.vllm.rig import Engine, kv_cache_config, vllm_config
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+_WHAT_IS_LOADED = """
+import os, sys
+before = dict(os.environ)
+import {module}
+vendors = ("nixl", "nixl_cu12", "nixl_cu13", "nixl_rocm", "rixl", "kvxfer_nixl"{more})
+loaded = [name for name in sys.modules if name.split(".")[0] in vendors]
+assert not loaded, loaded
+assert dict(os.environ) == before
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "more"),
+    [
+        ("kvxfer_vllm", ", 'torch', 'vllm', 'zmq'"),
+        ("kvxfer_vllm.plugin", ", 'torch', 'vllm', 'zmq'"),
+        ("kvxfer_vllm.params", ", 'torch', 'vllm'"),
+    ],
+)
+def test_importing_is_cheap(module, more):
+    """vLLM imports the plug-in in every process, so that loads no vendor; nor do the pure modules."""
+    code = _WHAT_IS_LOADED.format(module=module, more=more)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.timeout(600)  # vLLM's imports take 5 s of a whole core, and many times that on a busy machine
+def test_importing_the_class_loads_no_transfer_engine():
+    """The API server imports the class for its metrics: no transfer engine, and torch's CUDA is left alone."""
+    code = (
+        "import sys, kvxfer_vllm; kvxfer_vllm.KvxferConnector; import torch\n"
+        "assert not [n for n in sys.modules if n.split('.')[0] in ('nixl', 'nixl_cu13', 'nixl_cu12', 'kvxfer_nixl')]\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=580)
+
+
+def test_found_by_name_and_by_module():
+    """The plug-in's name, the module path and the shim's names all lead to the one class; registering twice is harmless."""
+    register()
+    register()
+    for name, module in (
+        ("KvxferConnector", None),
+        ("KvxferConnector", "kvxfer_vllm"),
+        ("NixlConnector", "kvxfer_vllm.nixl_shim"),
+        ("NixlPullConnector", "kvxfer_vllm.nixl_shim"),
+    ):
+        config = KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
+        assert KVConnectorFactory.get_connector_class(config) is KvxferConnector
+    # MultiConnector looks classes up by __name__ to rebuild statistics.
+    assert KVConnectorFactory.get_connector_class_by_name(KvxferConnector.__name__) is KvxferConnector
+
+
+def test_unknown_name_in_the_package():
+    """A misspelt connector name is an AttributeError, which vLLM turns into its own message."""
+    import kvxfer_vllm
+
+    with pytest.raises(AttributeError, match="KvxferConector"):
+        _ = kvxfer_vllm.KvxferConector
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"agnet": "nixl"}, "unknown option 'agnet'; known are agent, agent_options, "),
+        ({"kv_lease_duration": 30}, "NixlConnector's option: use lease_seconds"),
+        ({"mode": "push"}, "mode 'push' is not supported"),
+        ({"mode": None}, "mode must be a string"),
+        ({"agent": 1}, "agent must be a string"),
+        ({"backends": "UCX"}, "backends must be a list"),
+        ({"agent_options": []}, "agent_options must be an object"),
+        ({"lease_seconds": 0}, "lease_seconds must be a positive number"),
+        ({"lease_seconds": "30"}, "lease_seconds must be a positive number"),
+        ({"read_timeout_seconds": True}, "read_timeout_seconds must be a positive number"),
+        ({"hold_seconds": float("nan")}, "hold_seconds must be a positive number"),
+    ],
+)
+def test_options_are_refused_by_name(extra, message):
+    """A wrong option ends the start of both roles with a sentence that names it."""
+    for role in KVConnectorRole:
+        with pytest.raises(ConfigError, match="kv_connector_extra_config: .*" + message):
+            KvxferConnector(vllm_config(**extra), role, kv_cache_config())
+
+
+def test_options_reach_the_endpoint():
+    """Options come before KVXFER_* variables, and those before the defaults."""
+    options = Options.parse({"lease_seconds": 5, "backends": ["UCX"], "agent_options": {"num_threads": 2}})
+    settings = options.for_endpoint({"KVXFER_LEASE_S": "7", "KVXFER_READ_TIMEOUT_S": "9"})
+    assert (settings.lease_s, settings.read_timeout_s, settings.peer_timeout_s) == (5, 9, 15)
+    assert options.for_agent() == {"num_threads": 2, "backends": ["UCX"]}
+
+
+def test_side_channel_variables():
+    """KVXFER_SIDE_CHANNEL_* before NixlConnector's variables before localhost:5600, plus the data parallel index."""
+    nixl = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "n", "VLLM_NIXL_SIDE_CHANNEL_PORT": "7000"}
+    assert side_channel({}, 0) == ("localhost", 5600)
+    assert side_channel(nixl, 2) == ("n", 7002)
+    assert side_channel(nixl | {"KVXFER_SIDE_CHANNEL_HOST": "k"}, 0) == ("k", 7000)
+    assert side_channel(nixl | {"KVXFER_SIDE_CHANNEL_PORT": "0"}, 3) == ("n", 0)
+    for text in ("x", "-1", "70000", "5600.0"):
+        with pytest.raises(ConfigError, match="KVXFER_SIDE_CHANNEL_PORT must be a number"):
+            side_channel({"KVXFER_SIDE_CHANNEL_PORT": text}, 0)
+    with pytest.raises(ConfigError, match="beyond 65535"):
+        side_channel({"KVXFER_SIDE_CHANNEL_PORT": "65535"}, 1)
+
+
+def test_all_interfaces_are_not_told_to_others():
+    """Listening on all interfaces, a server tells others an address that they can connect to."""
+    assert advertised("10.1.2.3") == "10.1.2.3"
+    assert advertised("0.0.0.0") not in ("0.0.0.0", "")
+
+
+def test_ipv6_addresses():
+    """An IPv6 host is written as control addresses need it, once."""
+    assert tcp_address("::1", 5600) == tcp_address("[::1]", 5600) == "tcp://[::1]:5600"
+    assert tcp_address("10.0.0.1", 1) == "tcp://10.0.0.1:1"
+
+
+def _with(config, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        config = getattr(config, name)
+    object.__setattr__(config, last, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("device_config.device_type", "cuda", "device 'cuda'"),
+        ("speculative_config", object(), "speculative decoding"),
+    ],
+)
+def test_unsupported_configuration(path, value, message):
+    """What is not supported is refused when the connector is made, by name."""
+    config = vllm_config()
+    _with(config, path, value)
+    with pytest.raises(ConfigError, match=f"does not support .*{message}"):
+        refuse_unsupported(config, kv_cache_config())
+
+
+def test_unsupported_caches():
+    """Several cache groups and layers that keep only a window are refused; MLA is not."""
+    config, two, window, mla = vllm_config(), kv_cache_config(), kv_cache_config(), kv_cache_config()
+    two.kv_cache_groups = two.kv_cache_groups * 2
+    with pytest.raises(ConfigError, match="2 KV cache groups"):
+        refuse_unsupported(config, two)
+    spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=64)
+    window.kv_cache_groups = [KVCacheGroupSpec(["a"], spec)]
+    with pytest.raises(ConfigError, match="SlidingWindowSpec"):
+        refuse_unsupported(config, window)
+    latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    mla.kv_cache_groups = [KVCacheGroupSpec(["a"], latent)]
+    refuse_unsupported(config, mla)
+
+
+def test_hybrid_allocator_is_not_claimed():
+    """Without SupportsHMA vLLM keeps every layer in one cache group, which is what is supported."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
+
+    assert not supports_hma(KvxferConnector)
+    assert vllm_config().scheduler_config.disable_hybrid_kv_cache_manager
+
+
+def _caches(num_blocks=8, heads=2):
+    names = kv_cache_config().kv_cache_groups[0].layer_names
+    return {name: torch.zeros(num_blocks, heads, 32, 8) for name in names}, names
+
+
+def test_cache_of_one_rank():
+    """The heads of a rank, its rank and the fingerprint are in the description; layers that share a cache are left out."""
+    config = vllm_config()
+    layers, names = _caches(heads=1)
+    config.parallel_config.tensor_parallel_size = 2
+    layers["model.layers.7.shares"] = layers[names[0]]
+    cache = describe_cache(layers, names, config, kv_cache_config(8), tp_rank=1, fingerprint="f")
+    (group,) = cache.spec.groups
+    assert (group.heads.start, group.heads.stop, group.heads.total) == (1, 2, 2)
+    assert (cache.spec.rank, cache.spec.world, cache.spec.fingerprint) == (1, 2, "f")
+    assert group.layers == (0, 1)
+    assert (group.block_tokens, group.num_blocks) == (32, 8)
+
+
+def test_kernel_blocks_smaller_than_table_blocks():
+    """A cache cut into smaller blocks than the block table's is refused at start-up."""
+    layers, names = _caches(num_blocks=16)
+    with pytest.raises(ConfigError, match="smaller blocks"):
+        describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+
+
+def test_cache_not_in_host_memory():
+    """Tensors elsewhere than in host memory are refused at start-up, with the reason."""
+    layers, names = _caches()
+    layers = {name: tensor.to("meta") for name, tensor in layers.items()}
+    with pytest.raises(KvxferError):
+        describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+
+
+def test_fingerprint():
+    """Servers agree if model, configuration and dtypes do, whatever their layout and parallelism; or if told to."""
+    base = model_fingerprint(vllm_config())
+    other = vllm_config()
+    other.cache_config.block_size = 64
+    other.parallel_config.tensor_parallel_size = 2
+    assert model_fingerprint(other) == base
+    other.cache_config.cache_dtype = "fp8"
+    assert model_fingerprint(other) != base
+    rope = vllm_config()
+    rope.model_config.hf_config.rope_theta = 7.0
+    assert model_fingerprint(rope) != base
+    moved = vllm_config()
+    moved.model_config.model = "/elsewhere"
+    assert model_fingerprint(moved) != base
+    assert model_fingerprint(moved, "same") == model_fingerprint(vllm_config(), "same") != base
+
+
+def _scheduler(tp_size=1, port=5600):
+    role = Role(engine_id="P", tp_size=tp_size, is_producer=True, is_consumer=False)
+    return KvxferScheduler(role, block_tokens=32, host="h", port=port)
+
+
+def test_addresses_of_all_ranks():
+    """Each rank's address is in the lease, in rank order."""
+    scheduler = _scheduler(tp_size=2)
+    scheduler.set_addresses({1: KvxferHandshake("tcp://h:71"), 0: KvxferHandshake("tcp://h:70")})
+    assert scheduler._addresses == ("tcp://h:70", "tcp://h:71")
+
+
+def test_foreign_handshakes():
+    """Another connector's payload (MultiConnector hands it to all) does no harm to one rank, and stops the start of two."""
+    _scheduler().set_addresses({0: object()})
+    with pytest.raises(ConfigError, match="MultiConnector"):
+        _scheduler(tp_size=2).set_addresses({0: object(), 1: object()})
+    with pytest.raises(ConfigError, match="MultiConnector"):
+        _scheduler(port=0).set_addresses({0: object()})
+
+
+def test_pipeline_ranks_are_refused():
+    """Handshakes of a second pipeline stage are refused at start-up by vLLM's own check."""
+    engine = Engine(endpoint=ScriptedEndpoint())
+    with pytest.raises(ValueError, match="pp_rank"):
+        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(1, 0): KvxferHandshake("tcp://h:1")})

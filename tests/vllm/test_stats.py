@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted reaches vLLM's log and Prometheus through vLLM's own hooks."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from prometheus_client import REGISTRY
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+
+from kvxfer.lease import LeaseRef
+from kvxfer.transfer import LeaseSettled
+from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.metadata import KvxferMetadata, Offer
+from kvxfer_vllm.reasons import Refusal
+from kvxfer_vllm.stats import COUNTERS, LABELLED, KvxferStats
+from kvxfer_vllm.worker import KvxferWorker
+from tests.vllm.rig import Engine, drain, handed_over, prompt_of, scripted, vllm_config
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+
+def _stats(**counts):
+    stats = KvxferStats()
+    for name, amount in counts.items():
+        stats.count(name, amount)
+    return stats
+
+
+def test_aggregate_adds_everything():
+    """Two workers' observations add up, series by series and label by label, and neither source is changed."""
+    a, b = _stats(settled_leases=2), _stats(settled_leases=3, expired_leases=1)
+    a.record_transfer(seconds=0.5, nbytes=10, descriptors=1)
+    b.record_transfer(seconds=0.25, nbytes=20, descriptors=2)
+    a.count("failed_transfers", label="X")
+    b.count("failed_transfers", 2, label="X")
+    b.count("failed_transfers", label="Y")
+    before = copy.deepcopy(b.data)
+    a.aggregate(b)
+    assert a.data == {
+        "settled_leases": 5,
+        "expired_leases": 1,
+        "transfer_seconds": [0.5, 0.25],
+        "transfer_bytes": [10, 20],
+        "transfer_descriptors": [1, 2],
+        "failed_transfers": {"X": 3, "Y": 1},
+    }
+    assert b.data == before
+
+
+def test_taken_once():
+    """Observations are handed out once, survive a trip as JSON, and nothing to tell is None."""
+    stats = _stats(settled_leases=1)
+    taken = stats.take()
+    assert stats.take() is None
+    assert stats.is_empty()
+    assert KvxferConnector.build_kv_connector_stats(json.loads(json.dumps(taken.to_dict()))).data == taken.data
+    assert KvxferConnector.build_kv_connector_stats().is_empty()
+
+
+def test_vllms_log_line():
+    """vLLM's logger prints one line of numbers, also when nothing was transferred."""
+    logging = KVConnectorLogging(vllm_config().kv_transfer_config)
+    lines = []
+    stats = _stats(expired_leases=2)
+    stats.record_transfer(seconds=0.5, nbytes=2**20, descriptors=3)
+    stats.count("failed_transfers", label="LeaseEndedError")
+    logging.observe(stats.to_dict())
+    logging.observe(_stats(expired_leases=1).to_dict())
+    logging.log(lambda _, text: lines.append(text))
+    (line,) = lines
+    for part in ("Num transfers=1", "Throughput (MB/s)=2.0", "expired_leases=3", "failed_transfers[LeaseEndedError]=1"):
+        assert part in line
+
+
+def test_prometheus():
+    """Every number arrives under vllm:kvxfer_* with the engine's labels; known reasons are there as 0 from the start."""
+    labels = {"model_name": "m", "engine": "1"}
+    prom = KVConnectorProm(vllm_config(), list(labels), {0: ["m", "0"], 1: ["m", "1"]})
+    for reason in Refusal:
+        value = REGISTRY.get_sample_value("vllm:kvxfer_refused_params_total", labels | {"reason": reason.value})
+        assert value == 0, reason
+    assert REGISTRY.get_sample_value("vllm:kvxfer_expired_leases_total", labels) == 0
+    stats = KvxferStats()
+    stats.record_transfer(seconds=0.5, nbytes=4096, descriptors=7)
+    for name in COUNTERS:
+        stats.count(name, 2)
+    for name in LABELLED:
+        stats.count(name, 3, label="no_lease")
+    prom.observe(stats.to_dict(), 1)
+    assert REGISTRY.get_sample_value("vllm:kvxfer_transfer_seconds_sum", labels) == 0.5
+    assert REGISTRY.get_sample_value("vllm:kvxfer_transfer_bytes_count", labels) == 1
+    assert REGISTRY.get_sample_value("vllm:kvxfer_transfer_descriptors_sum", labels) == 7
+    for name in COUNTERS:
+        assert REGISTRY.get_sample_value(f"vllm:kvxfer_{name}_total", labels) == 2
+    for name, (_, label, _) in LABELLED.items():
+        assert REGISTRY.get_sample_value(f"vllm:kvxfer_{name}_total", labels | {label: "no_lease"}) == 3
+    assert REGISTRY.get_sample_value("vllm:kvxfer_expired_leases_total", labels | {"engine": "0"}) == 0
+
+
+def test_endpoint_counters_are_forwarded_as_differences():
+    """What the endpoint counts in total reaches vLLM once."""
+    endpoint = ScriptedEndpoint()
+    worker = KvxferWorker(endpoint)
+    endpoint.metrics.count("kvxfer_refused_messages_total", 2, reason="garbage")
+    assert worker.take_stats().data == {"refused_messages": {"garbage": 2}}
+    assert worker.take_stats() is None
+    endpoint.metrics.count("kvxfer_refused_messages_total", reason="garbage")
+    endpoint.metrics.count("kvxfer_internal_errors_total", where="control")
+    endpoint.metrics.count("kvxfer_internal_errors_total", where="data")
+    assert worker.take_stats().data == {"refused_messages": {"garbage": 1}, "internal_errors": 2}
+    assert worker.take_stats() is None
+
+
+def test_unknown_leases_are_not_reported_to_vllm():
+    """vLLM's engine dies of an id it does not expect: ends of leases whose blocks were not offered here stay here."""
+    endpoint = ScriptedEndpoint()
+    worker = KvxferWorker(endpoint)
+    endpoint._events.append(LeaseSettled("f" * 32, "x", read=True))
+    results = worker.results()
+    assert not results.finished_sending | results.finished_recving | results.failed_recving
+
+
+def test_offer_that_fails_frees_the_blocks():
+    """If the endpoint cannot take the blocks, the request is reported as sent, once, so that vLLM frees them."""
+    endpoint = ScriptedEndpoint()
+    endpoint.raises["offer"] = RuntimeError("no")
+    worker = KvxferWorker(endpoint)
+    lease = LeaseRef.mint(owner="P", addresses=["tcp://h:1"])
+    worker.follow(KvxferMetadata(announce=[lease], offer=[Offer("r", lease, [1])]))
+    assert worker.results().finished_sending == {"r"}
+    assert worker.results().finished_sending == set()
+    assert worker.take_stats().data == {"hook_errors": {"offer": 1}}
+
+
+def test_endpoint_that_cannot_be_asked():
+    """A defect in the endpoint's poll is survived and counted."""
+    endpoint = ScriptedEndpoint()
+    endpoint.raises["poll"] = RuntimeError("no")
+    engine = Engine(endpoint=endpoint)
+    engine.add("r", prompt_of(40), max_tokens=3)
+    drain(engine)
+    assert engine.stats["hook_errors"]["poll"] >= 3
+
+
+def test_get_finished_for_older_callers():
+    """A vLLM that asks for two sets and for failed blocks gets the same facts."""
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))
+    scripted(consumer).raises["read"] = RuntimeError("no")
+    consumer.add("d", prompt_of(40), handed_over(producer, "p", prompt_of(40)))
+    scheduled = consumer.scheduler.schedule()
+    consumer.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
+    assert consumer.worker.get_finished(set()) == (None, {"d"})
+    (blocks,) = consumer.scheduler.kv_cache_manager.get_block_ids("d")
+    assert consumer.worker.get_block_ids_with_load_errors() == set(blocks)
+    assert consumer.worker.get_block_ids_with_load_errors() == set()
+
+
+def test_shutdown_twice():
+    """Closing again does nothing."""
+    engine = Engine(endpoint=ScriptedEndpoint())
+    engine.close()
+    assert scripted(engine).closed == 1

