@@ -39,7 +39,7 @@ from kvxfer.testing.agent_suite import AgentSuite  # noqa: E402
 from kvxfer.testing.buffer_suite import BufferSuite, MadeBuffer  # noqa: E402
 from kvxfer.testing.eventually import eventually, stays  # noqa: E402
 from kvxfer.testing.faults import Faults, FaultyAgent  # noqa: E402
-from kvxfer.testing.oracle import HostSpan, OracleMemory, noise  # noqa: E402
+from kvxfer.testing.oracle import HostSpan, OracleMemory, noise, same_bytes  # noqa: E402
 from kvxfer.testing.peers import Peer, PeerGoneError, ProcessPeer, ThreadPeer  # noqa: E402
 
 __all__ = [
@@ -58,5 +58,6 @@ __all__ = [
     "ThreadPeer",
     "eventually",
     "noise",
+    "same_bytes",
     "stays",
 ]

@@ -10,6 +10,7 @@ import pytest
 
 from kvxfer.agent import FlightState, Op
 from kvxfer.testing.eventually import eventually
+from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.stage import KIB, MIB, PLACES, scattered
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ class BytesTests:
         flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
         assert flight.state is FlightState.DONE
         moved = far if op is Op.READ else near
-        assert b"".join(actor.content(block) for block in blocks) == moved
-        assert peer.content(whole) == moved
+        same_bytes(b"".join(actor.content(block) for block in blocks), moved)
+        same_bytes(peer.content(whole), moved)
         assert actor.intact()
         assert peer.intact()
 
@@ -218,5 +219,5 @@ class BytesTests:
         for flight in reversed(flights):
             assert actor.log.wait(flight, timeout_s=2 * stage.patience_s).state is FlightState.DONE
         for peer, remote, local, content in zip(peers, remotes, locals_, moved, strict=True):
-            assert actor.content(local) == content
-            assert peer.content(remote) == content
+            same_bytes(actor.content(local), content)
+            same_bytes(peer.content(remote), content)

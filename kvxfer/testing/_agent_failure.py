@@ -11,6 +11,7 @@ import pytest
 from kvxfer.agent import FlightState, Op, Reach
 from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
 from kvxfer.testing.eventually import eventually, stays
+from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
 from kvxfer.testing.stage import KIB, MIB, PLACES
 
@@ -130,7 +131,7 @@ class FailureTests:
         pair.start(op, pair.spans((quarter, quarter, 3 * quarter)), timeout_s=stage.patience_s)
         second = pair.wait(pair.actor.start(op, name, spans, stage.patience_s))
         assert second.state is FlightState.DONE, second.error
-        assert pair.actor.content(pair.local)[: 64 * KIB] == other.content(remote)
+        same_bytes(pair.actor.content(pair.local)[: 64 * KIB], other.content(remote))
 
     @final
     @_places
@@ -335,4 +336,4 @@ def _meets_another(pair: Pair, op: Op) -> None:
     spans = [(local.address, remote.address, 64 * KIB)]
     flight = pair.wait(pair.actor.start(op, name, spans, pair.stage.patience_s))
     assert flight.state is FlightState.DONE, f"after the death of one peer the agent serves no other: {flight.error!r}"
-    assert pair.actor.content(local) == peer.content(remote)
+    same_bytes(pair.actor.content(local), peer.content(remote))

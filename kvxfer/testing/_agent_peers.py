@@ -10,7 +10,7 @@ import pytest
 
 from kvxfer.agent import FlightState
 from kvxfer.errors import DescriptorError, KvxferError, PeerConflictError, PeerInfoError, PeerUnknownError
-from kvxfer.testing.oracle import noise
+from kvxfer.testing.oracle import noise, same_bytes
 from kvxfer.testing.stage import KIB, PLACES, unique
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class PeerTests:
         assert pair.actor.agent.connect(pair.peer.describe()) is known
         flight = pair.wait(pair.start(op, spans))
         assert flight.state is FlightState.DONE, flight.error
-        assert pair.peer.content(later) == pair.actor.content(pair.local)
+        same_bytes(pair.peer.content(later), pair.actor.content(pair.local))
         pair.refresh()
         pair.move(op, pair.spans((2000, 3000, 1000)))
 
@@ -139,7 +139,7 @@ class PeerTests:
             spans = [(near.address, far.address, nbytes)]
             flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
             assert flight.state is FlightState.DONE, flight.error
-            assert actor.content(near)[:nbytes] == peer.content(far)[:nbytes]
+            same_bytes(actor.content(near)[:nbytes], peer.content(far)[:nbytes])
 
     @final
     @_places
@@ -218,4 +218,4 @@ def _refuses_then_works(stage: Stage, spoil: Callable[[bytes], bytes]) -> None:
     spans = [(local.address, remote.address, 16 * KIB)]
     flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
     assert flight.state is FlightState.DONE, f"after a refused description the agent is unusable: {flight.error!r}"
-    assert actor.content(local) == peer.content(remote)
+    same_bytes(actor.content(local), peer.content(remote))

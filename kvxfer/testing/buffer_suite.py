@@ -18,7 +18,7 @@ from kvxfer.errors import DescriptorError
 from kvxfer.inproc import InprocAgent
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer.testing.actor import Actor
-from kvxfer.testing.oracle import noise
+from kvxfer.testing.oracle import noise, same_bytes
 from kvxfer.testing.stage import KIB, MIB, unique
 from kvxfer.testing.suite import Suite
 
@@ -92,11 +92,11 @@ class BufferSuite(Suite):
         """What lies at the address that a transfer engine registers is what the buffer holds, both ways."""
         made = self._made(64 * KIB)
         span = _dram(made.buffer)
-        assert ctypes.string_at(span.address, span.nbytes) == made.read()
+        same_bytes(ctypes.string_at(span.address, span.nbytes), made.read())
         data = noise(span.nbytes, 9)
         ctypes.memmove(span.address, data, len(data))
-        assert made.read() == data
-        assert _pack(made.buffer, [(0, span.nbytes)]) == data
+        same_bytes(made.read(), data)
+        same_bytes(_pack(made.buffer, [(0, span.nbytes)]), data)
 
     @final
     def test_moves_with_an_agent(self) -> None:
@@ -112,7 +112,7 @@ class BufferSuite(Suite):
             expected[100:5100] = other.read()[7000:12000]
             flight = ours.start(Op.READ, name, [(near.address + 100, far.address + 7000, 5000)], _PATIENCE_S)
             assert ours.log.wait(flight, timeout_s=_PATIENCE_S).state is FlightState.DONE
-            assert made.read() == expected
+            same_bytes(made.read(), expected)
         finally:
             ours.close()
             theirs.close()
@@ -122,10 +122,10 @@ class BufferSuite(Suite):
     def test_whole(self, nbytes: int) -> None:
         """All of a buffer can be packed, and all of it unpacked."""
         made = self._made(nbytes)
-        assert _pack(made.buffer, [(0, nbytes)]) == made.read()
+        same_bytes(_pack(made.buffer, [(0, nbytes)]), made.read())
         data = noise(nbytes, 77)
         _unpack(made.buffer, [(0, nbytes)], data)
-        assert made.read() == data
+        same_bytes(made.read(), data)
 
     @final
     @pytest.mark.parametrize("case", ["mixed", "grid", "shifted grid", "adjacent", "bytes", "long", "one", "ends"])
@@ -135,8 +135,8 @@ class BufferSuite(Suite):
         made = self._made(2 * MIB)
         spans = _spans(case, made.buffer.nbytes, seed)
         before = made.read()
-        assert _pack(made.buffer, spans) == b"".join(before[at : at + length] for at, length in spans)
-        assert made.read() == before
+        same_bytes(_pack(made.buffer, spans), b"".join(before[at : at + length] for at, length in spans))
+        same_bytes(made.read(), before)
 
     @final
     @pytest.mark.parametrize("case", ["mixed", "grid", "shifted grid", "adjacent", "bytes", "long", "one", "ends"])
@@ -152,7 +152,7 @@ class BufferSuite(Suite):
         for at, length in spans:
             expected[at : at + length] = data[begin : begin + length]
             begin += length
-        _same(made.read(), bytes(expected))
+        same_bytes(made.read(), bytes(expected))
 
     @final
     @pytest.mark.parametrize("seed", [1, 2, 3, 4])
@@ -167,7 +167,7 @@ class BufferSuite(Suite):
         _unpack(target.buffer, landed, _pack(source.buffer, spans))
         after = target.read()
         for (at, length), (to, _) in zip(spans, landed, strict=True):
-            assert after[to : to + length] == content[at : at + length]
+            same_bytes(after[to : to + length], content[at : at + length])
 
     @final
     def test_pack_twice_the_same(self) -> None:
@@ -175,7 +175,7 @@ class BufferSuite(Suite):
         made = self._made(64 * KIB)
         content = made.read()
         spans = [(1000, 3000), (1000, 3000), (2000, 3000), (0, 64 * KIB)]
-        assert _pack(made.buffer, spans) == b"".join(content[at : at + length] for at, length in spans)
+        same_bytes(_pack(made.buffer, spans), b"".join(content[at : at + length] for at, length in spans))
 
     @final
     def test_content_of_the_moment(self) -> None:
@@ -184,16 +184,16 @@ class BufferSuite(Suite):
         for seed in range(20, 26):
             data = noise(64 * KIB, seed)
             made.write(data)
-            assert _pack(made.buffer, [(100, 5000), (9000, 400)]) == data[100:5100] + data[9000:9400]
+            same_bytes(_pack(made.buffer, [(100, 5000), (9000, 400)]), data[100:5100] + data[9000:9400])
 
     @final
     def test_no_spans(self) -> None:
         """An empty list of spans is allowed, done at once, and changes nothing."""
         made = self._made(KIB)
         before = made.read()
-        assert _pack(made.buffer, []) == b""
+        same_bytes(_pack(made.buffer, []), b"")
         _unpack(made.buffer, [], b"")
-        assert made.read() == before
+        same_bytes(made.read(), before)
 
     @final
     def test_several_copies_at_once(self) -> None:
@@ -206,7 +206,7 @@ class BufferSuite(Suite):
         ]  # fmt: skip
         for i, (copy, out) in enumerate(zip(copies, outs, strict=True)):
             _finish(copy)
-            assert out.tobytes() == content[i * 512 * KIB :][: 256 * KIB]
+            same_bytes(out.tobytes(), content[i * 512 * KIB :][: 256 * KIB])
 
     @final
     def test_completion(self) -> None:
@@ -231,7 +231,7 @@ class BufferSuite(Suite):
         source = np.frombuffer(noise(100, 3), np.uint8)
         assert not source.flags.writeable
         _finish(made.buffer.unpack(_u64([17]), _u64([100]), source))
-        assert made.read()[17:117] == source.tobytes()
+        same_bytes(made.read()[17:117], source.tobytes())
 
     @final
     @pytest.mark.parametrize("direction", ["pack", "unpack"])
@@ -259,7 +259,7 @@ class BufferSuite(Suite):
         with pytest.raises(DescriptorError):
             getattr(made.buffer, direction)(_u64(offsets), _u64(nbytes), packed)
         assert (packed == 0x5A).all()
-        assert made.read() == before
+        same_bytes(made.read(), before)
 
     @final
     @pytest.mark.parametrize("direction", ["pack", "unpack"])
@@ -285,7 +285,7 @@ class BufferSuite(Suite):
         with pytest.raises(DescriptorError):
             getattr(made.buffer, direction)(*arguments)
         assert not arguments[2].any()
-        assert made.read() == before
+        same_bytes(made.read(), before)
 
     @final
     def test_pack_into_read_only(self) -> None:
@@ -309,14 +309,14 @@ class BufferSuite(Suite):
         gc.collect()
         churn = [np.full(nbytes, 0xEE, np.uint8) for _ in range(64)]
         for buffer, content in zip(buffers, contents, strict=True):
-            _same(_pack(buffer, [(0, nbytes)]), content)
+            same_bytes(_pack(buffer, [(0, nbytes)]), content)
         del churn
 
     def _made(self, nbytes: int) -> MadeBuffer:
         """A buffer full of noise."""
         made = type(self).make_buffer(nbytes)
         made.write(noise(nbytes, nbytes % 1009))
-        assert made.read() == noise(nbytes, nbytes % 1009), "the oracle does not read what it wrote"
+        same_bytes(made.read(), noise(nbytes, nbytes % 1009), "read by the oracle after it wrote them")
         return made
 
 
@@ -358,12 +358,7 @@ def _unpack(buffer: DeviceBuffer, spans: list[tuple[int, int]], data: bytes) -> 
     source[:] = np.frombuffer(data, np.uint8)
     _finish(buffer.unpack(_u64([at for at, _ in spans]), _u64([length for _, length in spans]), source))
     assert _untouched(whole), "bytes beside the source were touched"
-    assert source.tobytes() == data, "the source was touched"
-
-
-def _same(found: bytes, expected: bytes) -> None:
-    different = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(expected, np.uint8))
-    assert not len(different), f"{len(different)} bytes are wrong, from offset {different[0]} to {different[-1]}"
+    same_bytes(source.tobytes(), data, "of the source, which unpack may not touch")
 
 
 def _spans(case: str, nbytes: int, seed: int) -> list[tuple[int, int]]:

@@ -74,6 +74,23 @@ class HostSpan:
         return bool((below == _CANARY).all() and (above == _CANARY).all())
 
 
+def same_bytes(found: bytes | bytearray, expected: bytes | bytearray, what: str = "") -> None:
+    """Assert that both are equal, and say where they are not.
+
+    A bare ``assert found == expected`` would have pytest print a diff of all of it wherever ``CI`` is set in the
+    environment, which takes minutes for a few hundred KiB.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    if found == expected:
+        return
+    assert len(found) == len(expected), f"{len(found)} bytes and not {len(expected)}{what and f' ({what})'}"
+    different = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(expected, np.uint8))
+    where = f"from offset {different[0]} to {different[-1]}"
+    raise AssertionError(f"{len(different)} bytes are wrong, {where}{what and f' ({what})'}")
+
+
 def noise(nbytes: int, seed: int) -> bytes:
     """Bytes that look random and are the same in every process for the same ``seed``."""
     if nbytes <= _TILE_NBYTES:
