@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block ids turned into descriptors: the loop nests of a plan, expanded with NumPy.
+"""Block tables turned into copies and descriptors: the loop nests of a plan, expanded with NumPy.
 
-Ids are first compressed into runs in which both sides ascend by one; where neighbouring blocks continue a run of bytes,
-such a run of blocks is one descriptor, however long. Nothing here loops over blocks in Python.
+Two tables of different block sizes are walked together in *grains*: stretches of tokens that lie in one block on either
+side. Grains that begin at the same token of their blocks are one class, and a class is all that a loop nest needs to know.
+Blocks of equal size are the case of one class; a partial block at either end of an interval is one more.
+
+Ids are compressed into runs in which both sides ascend by one; where neighbouring blocks continue a run of bytes, such a run
+of blocks is one descriptor, however long. Nothing here loops over blocks in Python.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvxfer.errors import BlockError
+from kvxfer.blocks import repeats
+from kvxfer.copies import Copy
 from kvxfer.memory import Descriptors
 
 if TYPE_CHECKING:
@@ -21,33 +26,55 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.segment import Loop, Segment
+    from kvxfer.blocks import Table
+    from kvxfer.copies import Loop
+    from kvxfer.segment import Segment
 
     IntArray = npt.NDArray[np.int64]
 
 
-def descriptors(nests: Sequence[Nest], pairs: Sequence[BlockPairs]) -> Descriptors:
-    """All runs of ``nests`` for the pairs of blocks of each group, merged; local is the target, remote the source."""
-    parts = [nest.expand(pairs[nest.group]) for nest in nests if len(pairs[nest.group])]
-    if not parts:
-        nothing = np.empty(0, dtype=np.uint64)
-        return Descriptors(nothing, nothing, nothing)
-    source, target, nbytes = (_joined(columns) for columns in zip(*(part[:3] for part in parts), strict=True))
-    lanes = [part[3] for part in parts if part[3] is not None]
-    lane = _joined(lanes) if lanes else None
-    repeated = any(pair.repeats_source for pair in pairs)
-    if repeated or not _ascends(source, lane):
-        # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
-        keys = (source, target - source) if repeated else (source,)
-        order = np.lexsort(keys if lane is None else (*keys, lane))
-        source, target, nbytes = source[order], target[order], nbytes[order]
-        lane = None if lane is None else lane[order]
-    bound = Descriptors(target.view(np.uint64), source.view(np.uint64), nbytes.view(np.uint64))
-    return bound.merged() if lane is None else bound.merged(lane)
+# -- block tables -------------------------------------------------------------------------------------------------------
 
 
-def _joined(columns: Sequence[IntArray]) -> IntArray:
-    return columns[0] if len(columns) == 1 else np.concatenate(columns)
+class Grain(NamedTuple):
+    """Where a class of grains begins in a block of either side, and how many tokens each has."""
+
+    source_token: int
+    target_token: int
+    tokens: int
+
+
+def kernel_blocks(table: Table, kernel_tokens: int) -> Table:
+    """The same table in blocks of ``kernel_tokens``, of which each entry has a whole number."""
+    ratio = table.tokens // kernel_tokens
+    if ratio == 1:
+        return table
+    ids = (table.ids[:, None] * ratio + np.arange(ratio, dtype=np.int64)).reshape(-1)
+    return replace(table, ids=ids, tokens=kernel_tokens)
+
+
+def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tuple[Grain, BlockPairs]]:
+    """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each."""
+    p, d = source.tokens, target.tokens
+    from_start, to_start = start - source.first_token, start - target.first_token
+    if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
+        number = (stop - start) // p
+        ids = (table.ids[at // p : at // p + number] for table, at in ((source, from_start), (target, to_start)))
+        yield Grain(0, 0, p), BlockPairs.of(*ids)
+        return
+    cuts = [np.array([start, stop], dtype=np.int64)]
+    for table in (source, target):
+        first = table.first_token + (start - table.first_token) // table.tokens * table.tokens
+        cuts.append(np.arange(first, stop, table.tokens, dtype=np.int64))
+    bounds = np.unique(np.concatenate(cuts))
+    bounds = bounds[bounds >= start]
+    begins, tokens = bounds[:-1], np.diff(bounds)
+    from_block, from_token = np.divmod(begins - source.first_token, p)
+    to_block, to_token = np.divmod(begins - target.first_token, d)
+    classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
+    for i, (a, b, length) in enumerate(classes.T.tolist()):
+        mine = of_class.reshape(-1) == i
+        yield Grain(a, b, length), BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]])
 
 
 _ONE = np.ones(1, dtype=np.int64)
@@ -69,10 +96,8 @@ class BlockPairs:
 
     @classmethod
     def of(cls, source: IntArray, target: IntArray) -> BlockPairs:
-        """The i-th source block becomes the i-th target block. Raises BlockError: unequal number, repeated target."""
+        """The i-th source block becomes the i-th target block; both are of equal length."""
         number = len(source)
-        if number != len(target):
-            raise BlockError(f"{number} source blocks cannot become {len(target)} target blocks")
         if number == 1:
             return cls(source, target, source, target, _ONE, False)
         joins = _joins(source, target)
@@ -80,18 +105,16 @@ class BlockPairs:
             # One run: what fresh requests in an empty cache look like.
             runs = min(number, 1)
             return cls(source, target, source[:runs], target[:runs], np.array([number][:runs], dtype=np.int64), False)
-        if _repeats(target):
-            raise BlockError("a target block is given twice")
-        repeats = False
+        again = False
         if not (source[1:] > source[:-1]).all():
-            repeats = _repeats(source)
+            again = repeats(source)
             # Pairs make a run only if target - source is the same: sorted by it first, repeated sources break no run.
-            order = np.lexsort((source, target - source)) if repeats else np.argsort(source, kind="stable")
+            order = np.lexsort((source, target - source)) if again else np.argsort(source, kind="stable")
             source, target = source[order], target[order]
             joins = _joins(source, target)
         starts = np.concatenate(([0], np.flatnonzero(~joins) + 1))
         counts = np.concatenate((starts[1:], [number])) - starts
-        return cls(source, target, source[starts], target[starts], counts, repeats)
+        return cls(source, target, source[starts], target[starts], counts, again)
 
 
 def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
@@ -100,65 +123,76 @@ def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
     return ahead
 
 
+# -- loop nests ---------------------------------------------------------------------------------------------------------
+
+Lane = tuple[int, int]
+"""A pair of allocations, of the source and of the target."""
+
+
 @dataclass(frozen=True, eq=False)
 class Nest:
     """Segments of one shape, to be expanded together. All that does not depend on blocks is expanded once, here.
 
     Attributes:
+        shape: what they have in common.
+        lane: in which allocations they lie.
         sources, targets: address in block 0 of each run outside the block: starts of the segments and their outer loops.
+        inner: the loops inside a block.
         inner_sources, inner_targets: offsets of the runs inside a block.
-        lanes: pair of allocations of each of ``sources``, as a number; None if the plan has only one.
     """
 
-    group: int
     shape: Segment
-    lanes: IntArray | None
+    lane: Lane
     sources: IntArray
     targets: IntArray
+    inner: tuple[Loop, ...]
     inner_sources: IntArray
     inner_targets: IntArray
 
-    def expand(self, pairs: BlockPairs) -> tuple[IntArray, IntArray, IntArray, IntArray | None]:
-        """(source, target, nbytes, lane) of each run, axes nested in the order of the source's memory."""
+    def runs(self, pairs: BlockPairs) -> int:
+        """How many descriptors it makes of these blocks, before neighbours of other nests are joined to them."""
+        blocks = len(pairs.run_source) if self.shape.joins_blocks else len(pairs)
+        return len(self.sources) * len(self.inner_sources) * blocks
+
+    def nbytes(self, pairs: BlockPairs) -> int:
+        """Bytes at the source."""
+        return len(self.sources) * len(self.inner_sources) * len(pairs) * self.shape.nbytes
+
+    def expand(self, pairs: BlockPairs) -> tuple[IntArray, IntArray, IntArray]:
+        """(source, target, nbytes) of each run, axes nested in the order of the source's memory."""
         shape = self.shape
         joined = shape.joins_blocks
         from_blocks, to_blocks = (pairs.run_source, pairs.run_target) if joined else (pairs.source, pairs.target)
         source = self.sources[:, None] + from_blocks * shape.source_block
         target = self.targets[:, None] + to_blocks * shape.target_block
-        inner = len(self.inner_sources)
-        if inner > 1:
+        if len(self.inner_sources) > 1:
             source = source[:, :, None] + self.inner_sources
             target = target[:, :, None] + self.inner_targets
         nbytes = np.empty(source.shape, dtype=np.int64)
         nbytes[...] = pairs.run_blocks * shape.nbytes if joined else shape.nbytes
-        lanes = None if self.lanes is None else np.repeat(self.lanes, len(from_blocks) * inner)
-        return source.reshape(-1), target.reshape(-1), nbytes.reshape(-1), lanes
+        return source.reshape(-1), target.reshape(-1), nbytes.reshape(-1)
+
+    def copy(self, pairs: BlockPairs) -> Copy:
+        """The same as a loop nest."""
+        shape = self.shape
+        blocks = pairs.source * shape.source_block, pairs.target * shape.target_block
+        return Copy(self.sources, self.targets, *blocks, self.inner, shape.nbytes, shape.cast)
 
 
-def nests_of(segments: Iterable[Segment]) -> Iterator[Nest]:
+def nests_of(segments: Iterable[Segment]) -> list[Nest]:
     """Segments that differ only in where they begin, gathered so that NumPy expands them at once."""
-    segments = list(segments)
-    lanes = sorted({(segment.source_buffer, segment.target_buffer) for segment in segments})
-    number = {lane: i for i, lane in enumerate(lanes)}
     shapes: dict[Segment, list[Segment]] = defaultdict(list)
     for segment in segments:
-        shapes[replace(segment, source=0, target=0, source_buffer=0, target_buffer=0)].append(segment)
+        shapes[replace(segment, source=0, target=0)].append(segment)
+    nests = []
     for shape, same in shapes.items():
-        same.sort(key=lambda s: (number[s.source_buffer, s.target_buffer], s.source))
-        outer = [loop for loop in shape.loops if loop.source_stride >= shape.source_block]
-        inner = [loop for loop in shape.loops if loop.source_stride < shape.source_block]
-        sources, targets = _looped([s.source for s in same], [s.target for s in same], outer)
-        inner_sources, inner_targets = _looped([0], [0], inner)
-        lane = np.array([number[s.source_buffer, s.target_buffer] for s in same], dtype=np.int64)
-        yield Nest(
-            group=shape.group,
-            shape=shape,
-            lanes=None if len(lanes) == 1 else np.repeat(lane, len(sources) // len(lane)),
-            sources=sources,
-            targets=targets,
-            inner_sources=inner_sources,
-            inner_targets=inner_targets,
-        )
+        same.sort(key=lambda s: s.source)
+        outer = tuple(loop for loop in shape.loops if loop.source_stride >= shape.source_block)
+        inner = tuple(loop for loop in shape.loops if loop.source_stride < shape.source_block)
+        lane = (shape.source_buffer, shape.target_buffer)
+        starts = _looped([s.source for s in same], [s.target for s in same], outer)
+        nests.append(Nest(shape, lane, *starts, inner, *_looped([0], [0], inner)))
+    return sorted(nests, key=lambda nest: (nest.lane, int(nest.sources[0])))
 
 
 def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tuple[IntArray, IntArray]:
@@ -170,15 +204,38 @@ def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tu
     return source, target
 
 
-def _ascends(source: IntArray, lane: IntArray | None) -> bool:
-    ascends = source[1:] > source[:-1]
-    if lane is not None:
-        ascends = ascends & (lane[1:] == lane[:-1]) | (lane[1:] > lane[:-1])
-    return bool(ascends.all())
+# -- descriptors --------------------------------------------------------------------------------------------------------
+
+_NOTHING = np.empty(0, dtype=np.uint64)
 
 
-def _repeats(ids: IntArray) -> bool:
-    if (ids[1:] > ids[:-1]).all():
-        return False
-    ordered = np.sort(ids)
-    return bool((ordered[1:] == ordered[:-1]).any())
+def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
+    """All runs of nests and their blocks, merged; local is the target, remote the source.
+
+    Runs of one lane are in the order of the source's memory, and lanes are not mixed.
+    """
+    lanes: dict[Lane, list[tuple[Nest, BlockPairs]]] = defaultdict(list)
+    for nest, pairs in bound:
+        if len(pairs):
+            lanes[nest.lane].append((nest, pairs))
+    parts = [_of_lane(lanes[lane]) for lane in sorted(lanes)]
+    if not parts:
+        return Descriptors(_NOTHING, _NOTHING, _NOTHING)
+    if len(parts) == 1:
+        return parts[0]
+    return Descriptors(
+        *(np.concatenate(columns) for columns in zip(*((x.local, x.remote, x.nbytes) for x in parts), strict=True))
+    )
+
+
+def _of_lane(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
+    parts = [nest.expand(pairs) for nest, pairs in bound]
+    source, target, nbytes = (
+        columns[0] if len(columns) == 1 else np.concatenate(columns) for columns in zip(*parts, strict=True)
+    )
+    repeated = any(pairs.repeats_source for _, pairs in bound)
+    if repeated or not (source[1:] > source[:-1]).all():
+        # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
+        order = np.lexsort((source, target - source)) if repeated else np.argsort(source, kind="stable")
+        source, target, nbytes = source[order], target[order], nbytes[order]
+    return Descriptors(target.view(np.uint64), source.view(np.uint64), nbytes.view(np.uint64)).merged()

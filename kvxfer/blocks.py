@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block ids as engines, plans and peers give them, checked once at the door."""
+"""Block tables as engines, plans and peers give them, checked once at the door."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,37 +13,105 @@ import numpy.typing as npt
 from kvxfer.errors import BlockError
 
 if TYPE_CHECKING:
-    from kvxfer.layout import CacheSpec
+    from collections.abc import Sequence
+
+    from kvxfer.layout import CacheGroup, CacheSpec
 
 BlockIds = npt.NDArray[np.int64]
 """Ids of one cache group, in token order."""
 
+MAX_TOKENS = 1 << 40
+"""Requests are shorter than this."""
 
-def per_group(spec: CacheSpec, blocks: Any, whose: str = "") -> list[BlockIds]:
-    """Block ids of one request, as one array for each cache group.
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Which blocks hold the tokens of one request, in one cache group.
+
+    Attributes:
+        ids: block ids in token order; integers as a list or array.
+        first_token: the request's token with which the first of them begins, a multiple of the group's ``block_tokens``:
+            0 but for a table that was cut at its beginning (a prefix that is elsewhere, a sliding window).
+    """
+
+    ids: BlockIds | Sequence[int]
+    first_token: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A `BlockTable` that was checked against its group. ``tokens`` is the number that one entry stands for."""
+
+    ids: BlockIds
+    first_token: int
+    tokens: int
+
+    @property
+    def end_token(self) -> int:
+        """First token after the last block's."""
+        return self.first_token + len(self.ids) * self.tokens
+
+
+def tables(
+    spec: CacheSpec, blocks: Any, whose: str = "", *, first_token: int = 0, distinct: bool = False
+) -> list[Table]:
+    """Block tables of one request, one for each cache group.
 
     Args:
         spec: of the cache that the ids index.
-        blocks: one sequence of ids per group, in token order; for a cache of one group also the plain sequence.
+        blocks: one block table per group, or its ids alone; for a cache of one group also that, bare.
         whose: goes into the message, e.g. ``"source"``.
+        first_token: that of tables given as ids alone, rounded down to the beginning of a block.
+        distinct: refuse an id that is given twice.
 
     Raises:
-        BlockError: not ids of this cache.
+        BlockError: not blocks of this cache.
     """
     groups = spec.groups
-    if len(groups) == 1 and not (_is_list(blocks) and len(blocks) and _is_list(blocks[0])):
+    if len(groups) == 1 and not (_is_list(blocks) and len(blocks) and _is_table(blocks[0])):
         blocks = [blocks]
     if not _is_list(blocks) or len(blocks) != len(groups):
         raise BlockError(f"{whose} block ids must be given for each of {len(groups)} cache groups".lstrip())
     several = len(groups) > 1
-    return [
-        _ids(ids, group.num_blocks, f"{whose} block".lstrip(), f" of group {group.name!r}" if several else "")
-        for ids, group in zip(blocks, groups, strict=True)
-    ]
+    made = []
+    for given, group in zip(blocks, groups, strict=True):
+        where = f" of group {group.name!r}" if several else ""
+        table = given if isinstance(given, BlockTable) else BlockTable(given, _begin(group, first_token))
+        ids = _ids(table.ids, group.num_blocks, f"{whose} block".lstrip(), where)
+        if distinct and repeats(ids):
+            raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
+        made.append(Table(ids, _first(table.first_token, group, where), group.table_tokens))
+    return made
+
+
+def repeats(ids: BlockIds) -> bool:
+    """Some id is given more than once."""
+    if (ids[1:] > ids[:-1]).all():
+        return False
+    ordered = np.sort(ids)
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+
+def _begin(group: CacheGroup, token: int) -> int:
+    return 0 if group.kind == "state" else token // group.block_tokens * group.block_tokens
+
+
+def _first(token: Any, group: CacheGroup, where: str) -> int:
+    try:
+        first = index(token)
+    except TypeError as error:
+        raise BlockError(f"the first token{where} is no whole number: {token!r}") from error
+    if not 0 <= first < MAX_TOKENS or first % group.table_tokens:
+        raise BlockError(f"no block of {group.table_tokens} tokens{where} begins with token {first}")
+    return first
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, BlockTable) or _is_list(value)
 
 
 def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:

@@ -209,7 +209,7 @@ class DataPath:
         return True
 
     def _move(self, reading: _Reading) -> None:
-        spans = reading.job.plan.bind(reading.job.source_blocks, reading.job.transfer.into)
+        spans = reading.job.plan.parts[0].bind(reading.job.source_blocks, reading.job.transfer.into)
         reading.nbytes, reading.descriptors = spans.total_nbytes, len(spans)
         if len(spans):
             self._submit(reading, spans)

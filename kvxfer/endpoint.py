@@ -19,7 +19,7 @@ import numpy as np
 from kvxfer import registry
 from kvxfer.actions import Action, Emit, ForgetAgent, Hangup, Reply, SendTo, StartRead
 from kvxfer.agent import TransferAgent
-from kvxfer.blocks import per_group
+from kvxfer.blocks import tables
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.control import ControlChannel
@@ -164,14 +164,14 @@ class Endpoint:
             BlockError: not blocks of this cache.
             LeaseRefError: ``ref`` is none.
         """
-        raw = [ids.astype("<u4").tobytes() for ids in per_group(self.cache.spec, blocks)]
+        raw = [table.ids.astype("<u4").tobytes() for table in tables(self.cache.spec, blocks)]
         token, request = _checked(ref).token, ref.request
         if not self._command(lambda now: self._producer.offer(token, raw, now)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `offer` in one: blocks that are complete already."""
-        per_group(self.cache.spec, blocks)  # a bad call announces nothing
+        tables(self.cache.spec, blocks)  # a bad call announces nothing
         ref = self.announce(request=request, num_tokens=num_tokens, digest=digest)
         self.offer(ref, blocks)
         return ref
@@ -220,7 +220,7 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         ref = _checked(ref)
-        targets = per_group(self.cache.spec, into)
+        targets = [table.ids for table in tables(self.cache.spec, into)]
         for ids in targets:
             if not (ids[1:] > ids[:-1]).all() and len(np.unique(ids)) != len(ids):
                 raise BlockError("a target block is named twice")

@@ -9,6 +9,7 @@ untrusted peers, so every struct here checks itself when it is made, by a constr
 
 from __future__ import annotations
 
+import math
 import string
 from collections import Counter
 from enum import Enum
@@ -31,6 +32,11 @@ MAX_TEXT: Final = 256
 COMPONENTS: Final = ("kv", "k", "v", "latent", "index", "scale", "state")
 """What a region may hold: K and V of a token side by side, one of them, an MLA latent, an indexer's keys, the scales of
 quantised values, or the opaque state of a state-space layer."""
+
+OPAQUE_COMPONENTS: Final = ("scale", "state")
+"""Bytes of which nothing is known; all others are elements of the cache's dtype."""
+
+SCALED_COMPONENTS: Final = ("kv", "k", "v", "latent")
 
 GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
 
@@ -215,16 +221,43 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
         return None
 
 
+class Scale(msgspec.Struct, frozen=True, array_like=True):
+    """What stored numbers of one component of one layer are multiplied with to get the value they stand for.
+
+    Attributes:
+        component: a component of a region; in ``kv`` regions ``k`` and ``v`` are its first and its second half.
+        layer: the model's layer number.
+        factors: one for all heads, or one for each head that this rank holds.
+
+    Raises:
+        LayoutError: a factor is no positive finite number.
+    """
+
+    component: str
+    layer: int
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.component not in SCALED_COMPONENTS:
+            raise LayoutError(f"{self.component!r} has no scale: only {', '.join(SCALED_COMPONENTS)} have")
+        _check_int("the layer of a scale", self.layer, 0, MAX_SMALL_EXTENT)
+        for factor in self.factors:
+            if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+                raise LayoutError(f"a scale is a positive number, not {factor!r}")
+
+
 class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
     """Layers that share one block table.
 
     Attributes:
         name: how the engine calls the group; the two sides pair groups by it.
         kind: one of `GROUP_KINDS`.
-        block_tokens: tokens of one block.
+        block_tokens: tokens of one block of the block table. The blocks of a region may be smaller (those of an attention
+            kernel): block b is then the region's blocks b*r to b*r + r - 1.
         num_blocks: block ids are below it.
         heads: which of the model's KV heads this rank holds; an MLA latent is one head.
         regions: where the layers are.
+        scales: of quantised values; a layer's component without one has 1.0.
 
     Raises:
         LayoutError: a region contradicts these, or a layer has a component twice or K without V.
@@ -236,6 +269,7 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
     num_blocks: int
     heads: Interval
     regions: tuple[CacheRegion, ...]
+    scales: tuple[Scale, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("a group's name", self.name)
@@ -247,15 +281,27 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
             raise LayoutError(f"group {self.name!r} has no regions")
         if len(self.regions) > MAX_REGIONS:
             raise LayoutError(f"group {self.name!r} has {len(self.regions)} regions, more than {MAX_REGIONS}")
-        # A state is copied whole: it has no tokens inside, whatever the number of tokens its block stands for.
-        tokens = 1 if self.kind == "state" else self.block_tokens
-        want = (self.num_blocks, len(self.heads), tokens)
         for region in self.regions:
-            extents = (region.extents.block, region.extents.head, region.extents.token)
-            for axis, has, should in zip(("blocks", "heads", "tokens in a block"), extents, want, strict=True):
+            kernel = region.extents.token
+            if self.table_tokens % kernel:
+                raise LayoutError(
+                    f"a region of group {self.name!r} has {kernel} tokens in a block, of which its group's"
+                    f" {self.table_tokens} are no multiple"
+                )
+            want = (self.num_blocks * (self.table_tokens // kernel), len(self.heads))
+            for axis, has, should in zip(
+                ("blocks", "heads"), (region.extents.block, region.extents.head), want, strict=True
+            ):
                 if has != should:
                     raise LayoutError(f"a region of group {self.name!r} has {has} {axis}, its group {should}")
         self._check_components()
+        for scale in self.scales:
+            if len(scale.factors) not in (1, len(self.heads)):
+                raise LayoutError(
+                    f"{len(scale.factors)} scales are neither one nor one for each of {len(self.heads)} heads"
+                )
+        if len({(scale.layer, scale.component) for scale in self.scales}) != len(self.scales):
+            raise LayoutError(f"group {self.name!r} has two scales for one component of one layer")
 
     def _check_components(self) -> None:
         cells = Counter((layer, region.component) for region in self.regions for layer in region.layers)
@@ -268,6 +314,11 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
                     raise LayoutError(f"group {self.name!r} has {component!r} of layer {layer} without {other!r}")
                 if (layer, "kv") in cells:
                     raise LayoutError(f"group {self.name!r} has layer {layer} both as 'kv' and as {component!r}")
+
+    @property
+    def table_tokens(self) -> int:
+        """Tokens for which one entry of the block table stands: 1 for a state, which has none inside and is copied whole."""
+        return 1 if self.kind == "state" else self.block_tokens
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -289,7 +340,8 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         layers: which of the model's layers this rank holds (pipeline stages split them).
         fingerprint: of everything outside the layout that must be equal for KV to mean the same: model, revision,
             quantisation, rope. Compared, never read.
-        rank, world: this rank and the number of ranks of the engine, for messages to people.
+        rank, world: this rank and the number of ranks of the engine. All of its ranks' caches together are one cache.
+        layer_names: of each layer in ``layers``, if the engine names them; two sides that both do match layers by name.
 
     Raises:
         LayoutError: on construction, if anything contradicts itself.
@@ -301,6 +353,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str = ""
     rank: int = 0
     world: int = 1
+    layer_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_NBYTES:
@@ -315,9 +368,13 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             raise LayoutError(f"{len(regions)} regions are more than {MAX_REGIONS}")
         if len({group.name for group in self.groups}) != len(self.groups):
             raise LayoutError("two groups have the same name")
+        if self.layer_names and len(set(self.layer_names)) != len(self.layers):
+            raise LayoutError(f"{len(self.layer_names)} names do not name {len(self.layers)} layers")
+        for name in self.layer_names:
+            _check_text("a layer's name", name)
         itemsize = DTYPE_NBYTES[self.dtype]
         for region in regions:
-            if region.content_nbytes % itemsize:
+            if region.component not in OPAQUE_COMPONENTS and region.content_nbytes % itemsize:
                 raise LayoutError(f"content of {region.content_nbytes} bytes holds no whole number of {self.dtype}")
         for group in self.groups:
             if not self.layers.start <= group.layers[0] <= group.layers[-1] < self.layers.stop:

@@ -1,166 +1,372 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which bytes of one cache belong at which place of another.
 
-`plan` compares two specs and refuses, by name, what cannot be served; the algebra is in `kvxfer.segment`, the expansion
-for given blocks in `kvxfer.binding`.
+`plan` compares the caches of all ranks of a producer with that of one rank of a consumer and refuses, by name, what cannot
+be served; the algebra is in `kvxfer.segment`, the expansion for given blocks in `kvxfer.binding`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvxfer.binding import BlockPairs, Nest, descriptors, nests_of
-from kvxfer.blocks import per_group
-from kvxfer.errors import IncompatibleError
-from kvxfer.segment import Segment, content_sizes, fold, fuse, intersect
+from kvxfer.binding import BlockPairs, Grain, Nest, descriptors, grains, kernel_blocks, nests_of
+from kvxfer.blocks import MAX_TOKENS, Table, tables
+from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.layout import CacheSpec
+from kvxfer.segment import Box, Overlap, Span, boxes, overlap, segments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.layout import CacheSpec
+    from kvxfer.copies import Copy
+    from kvxfer.layout import CacheGroup
     from kvxfer.memory import Descriptors
 
+CASTABLE = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
+"""Dtypes between which elements can be converted on the way, on request."""
 
-@dataclass(frozen=True)
-class PlanExplanation:
-    """What a plan does, for people; ``str()`` of it is a few readable lines.
+Tokens = tuple[int, "int | None"]
+"""Tokens ``[start, stop)`` of a request; stop None means to the end."""
+
+
+class Channel(NamedTuple):
+    """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
+
+    source_group: int
+    target_group: int
+    source_tokens: int
+    target_tokens: int
+
+
+class BoundBuffers(NamedTuple):
+    """A copy from one allocation of the source into one of the target; its addresses are those of the specs."""
+
+    source_buffer: int
+    target_buffer: int
+    copy: Copy
+
+
+@dataclass(frozen=True, eq=False)
+class PlanPart:
+    """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
 
     Attributes:
-        block_nbytes: bytes that one block takes over the wire, for each group.
-        segments: the loop nests.
-        blocks: number of blocks bound, for each group; None if none were given.
-        nbytes: bytes that these blocks take.
-        descriptors_unmerged: runs before those of neighbouring blocks and layers were merged.
-        descriptors: runs after merging.
-    """
-
-    block_nbytes: tuple[int, ...]
-    segments: tuple[Segment, ...]
-    blocks: tuple[int, ...] | None = None
-    nbytes: int | None = None
-    descriptors_unmerged: int | None = None
-    descriptors: int | None = None
-
-    def __str__(self) -> str:
-        lines = []
-        for group, nbytes in enumerate(self.block_nbytes):
-            mine = [segment for segment in self.segments if segment.group == group]
-            lines.append(f"group {group}: {nbytes:,} bytes per block in {sum(s.runs_per_block for s in mine):,} runs")
-            counted: dict[str, int] = defaultdict(int)
-            for segment in mine:
-                counted[str(segment)] += 1
-            lines += [f"  {count} x [{text}]" for text, count in counted.items()]
-        if self.blocks is not None:
-            lines.append(
-                f"{sum(self.blocks):,} blocks: {self.nbytes:,} bytes in {self.descriptors:,} descriptors"
-                f" ({self.descriptors_unmerged:,} before merging)"
-            )
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class TransferPlan:
-    """How blocks of ``source`` become blocks of ``target``. Made by `plan`; immutable, hashable, for any thread.
-
-    Holds no addresses but those of the two specs, and no memory.
+        source, target: the two caches.
+        overlaps: what is copied, on logical coordinates.
+        converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
     """
 
     source: CacheSpec
     target: CacheSpec
-    segments: tuple[Segment, ...]
-    _nests: tuple[Nest, ...] = field(init=False, repr=False, compare=False)
+    overlaps: tuple[Overlap, ...]
+    converts: bool = field(init=False)
+    _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
+    _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_nests", tuple(nests_of(self.segments)))
+        channels: dict[Channel, list[Overlap]] = defaultdict(list)
+        for each in self.overlaps:
+            kernels = each.source.region.extents.token, each.target.region.extents.token
+            channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
+        object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
+        object.__setattr__(self, "_channels", dict(channels))
+        object.__setattr__(self, "_nests", {})
 
-    def nbytes(self, num_blocks: int | Sequence[int]) -> int:
-        """Bytes that so many blocks take (of each group, if there are several)."""
-        counts = [num_blocks] if isinstance(num_blocks, int) else list(num_blocks)
-        return sum(count * nbytes for count, nbytes in zip(counts, self._block_nbytes, strict=True))
-
-    def bind(self, source_blocks: Any, target_blocks: Any) -> Descriptors:
-        """The runs to copy for these blocks: the i-th source block becomes the i-th target block.
+    def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
+        """The runs to copy for these blocks.
 
         Args:
-            source_blocks: integer block ids as a list or array: one for each group, in the order of the spec's groups.
-                With one group, its list may be given bare.
-            target_blocks: likewise, of the same lengths.
+            source_blocks, target_blocks: the request's block tables on either side, see `kvxfer.blocks.tables`.
+            tokens: only these; by default all that the target's blocks hold, as far as the source has them.
 
         Returns:
             descriptors whose local side is the target and whose remote side is the source. No two of them are adjacent
             on both sides within one allocation. Runs of one pair of allocations are in the order of the source's memory.
 
         Raises:
-            BlockError: ids are no integers, out of range, repeated in the target, or of unequal number.
+            BlockError: ids are no integers, out of range or repeated in the target, or a block of the target would get
+                nothing, or tokens that the source's blocks do not hold.
+            IncompatibleError: elements have to be converted on the way.
         """
-        pairs = self._pairs(source_blocks, target_blocks)
-        return descriptors(self._nests, pairs)
+        if self.converts:
+            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
+        return descriptors(list(self._bound(source_blocks, target_blocks, tokens)))
 
-    def explain(self, source_blocks: Any = None, target_blocks: Any = None) -> PlanExplanation:
-        """What would be copied; with blocks also how many descriptors it takes. Raises as `bind`."""
-        explanation = PlanExplanation(self._block_nbytes, self.segments)
-        if source_blocks is None:
-            return explanation
-        pairs = self._pairs(source_blocks, source_blocks if target_blocks is None else target_blocks)
-        bound = self.bind(source_blocks, source_blocks if target_blocks is None else target_blocks)
-        return replace(
-            explanation,
-            blocks=tuple(len(pair) for pair in pairs),
-            nbytes=bound.total_nbytes,
-            descriptors_unmerged=sum(s.runs_per_block * len(pairs[s.group]) for s in self.segments),
-            descriptors=len(bound),
-        )
+    def copies(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> list[BoundBuffers]:
+        """The same as loop nests, which devices carry out. Arguments and errors as of `bind`, but conversions are fine."""
+        bound = self._bound(source_blocks, target_blocks, tokens)
+        return [BoundBuffers(*nest.lane, nest.copy(pairs)) for nest, pairs in bound if len(pairs)]
 
-    @property
-    def _block_nbytes(self) -> tuple[int, ...]:
-        nbytes = [0] * len(self.source.groups)
-        for segment in self.segments:
-            nbytes[segment.group] += segment.runs_per_block * segment.nbytes
-        return tuple(nbytes)
+    def runs(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> tuple[int, int]:
+        """(descriptors, bytes at the source) that `bind` would give, without making them; the first may be a little high."""
+        runs = nbytes = 0
+        for nest, pairs in self._bound(source_blocks, target_blocks, tokens):
+            runs += nest.runs(pairs)
+            nbytes += nest.nbytes(pairs)
+        return runs, nbytes
 
-    def _pairs(self, source_blocks: Any, target_blocks: Any) -> list[BlockPairs]:
-        sources = per_group(self.source, source_blocks, "source")
-        targets = per_group(self.target, target_blocks, "target")
-        return [BlockPairs.of(source, target) for source, target in zip(sources, targets, strict=True)]
+    def _bound(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None) -> list[tuple[Nest, BlockPairs]]:
+        sources = tables(self.source, source_blocks, "source")
+        targets = tables(self.target, target_blocks, "target", first_token=tokens[0] if tokens else 0, distinct=True)
+        bound = []
+        for channel, overlaps in self._channels.items():
+            source, target = sources[channel.source_group], targets[channel.target_group]
+            group = self.target.groups[channel.target_group]
+            start, stop = interval(group, source, target, tokens)
+            if start >= stop:
+                continue
+            walked = grains(
+                kernel_blocks(source, channel.source_tokens), kernel_blocks(target, channel.target_tokens), start, stop
+            )
+            for grain, pairs in walked:
+                key = channel, grain
+                nests = self._nests.get(key)
+                if nests is None:
+                    nests = self._nests[key] = nests_of(segments(overlaps, *grain))
+                bound += [(nest, pairs) for nest in nests]
+        return bound
 
 
-def plan(source: CacheSpec, target: CacheSpec) -> TransferPlan:
-    """How to copy blocks of ``source`` to blocks of ``target``, in any order of axes and with any padding.
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """How blocks of ``sources``, all ranks of a producer, become blocks of ``target``, one rank of a consumer.
 
-    Needs no device and no peer. Both must have the same logical shape: equal fingerprint, dtype, groups, tokens of a
-    block, heads, layers and components. The number of blocks is each side's own affair.
+    Made by `plan`. Holds no addresses but those of the specs, and no memory.
+
+    Attributes:
+        parts: for each source rank, in order, what it gives; a part may be empty.
+    """
+
+    sources: tuple[CacheSpec, ...]
+    target: CacheSpec
+    parts: tuple[PlanPart, ...]
+
+
+def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert: bool = False) -> TransferPlan:
+    """How to copy the KV of a request from all ranks of one engine to one rank of another.
+
+    Needs no device and no peer. Memory orders, padding, block sizes, tensor and pipeline parallelism and the number of
+    blocks are each side's own affair. Where several source ranks hold the same heads, each byte is read from one of them, and
+    the layers are shared evenly between them, differently for each target rank.
+
+    Args:
+        source: the caches of all ranks, in rank order; one alone may be given bare.
+        target: the cache to fill.
+        convert: elements may be converted between the dtypes of `CASTABLE`, and rescaled.
 
     Raises:
-        IncompatibleError: they differ; says in which axis, with both values.
+        IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.
     """
-    _refuse_unequal(source, target)
-    boxes = [
-        segment
-        for number, (a, b) in enumerate(zip(source.groups, target.groups, strict=True))
-        for segment in intersect(number, a, b)
-    ]
-    return TransferPlan(source, target, tuple(fold(segment) for segment in fuse(boxes)))
+    sources = (source,) if isinstance(source, CacheSpec) else tuple(source)
+    if not sources:
+        raise IncompatibleError("ranks", "the source has no ranks")
+    for spec in sources:
+        _refuse_unlike(spec, target, convert=convert)
+    by_name = bool(target.layer_names) and all(spec.layer_names for spec in sources)
+    cast = (sources[0].dtype, target.dtype) if convert else None
+    found: list[list[Overlap]] = [[] for _ in sources]
+    held = [_held(spec, target, by_name=by_name) for spec in sources]
+    for number, group in enumerate(target.groups):
+        wanted = boxes(group, target.dtype)
+        for position, (layer, record) in enumerate(sorted(wanted)):
+            there = wanted[layer, record]
+            key = group.name, _layer_key(target, layer, by_name=by_name), record
+            owners = {rank: cells[key] for rank, cells in enumerate(held) if key in cells}
+            if not owners:
+                raise _missing(held, target, group, key)
+            _refuse_other_content(owners, there, f"layer {key[1]!r}{_of(target, group)}")
+            for rank, heads in _shares(group, owners, (target.rank, position, len(wanted))):
+                number_here, here = owners[rank]
+                both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in there)
+                found[rank] += [each for each in both if each is not None]
+    _refuse_other_scales(found, target, convert=convert)
+    parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
+    return TransferPlan(sources, target, tuple(parts))
 
 
-def _refuse_unequal(source: CacheSpec, target: CacheSpec) -> None:
+def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
+    """All that two caches have in common, whether or not the target gets everything it needs; elements are converted."""
+    by_name = bool(target.layer_names) and bool(source.layer_names)
+    held = _held(source, target, by_name=by_name)
+    found = []
+    for number, group in enumerate(target.groups):
+        for (layer, record), there in boxes(group, target.dtype).items():
+            key = (group.name, _layer_key(target, layer, by_name=by_name), record)
+            if key not in held:
+                continue
+            number_here, here = held[key]
+            every = (0, group.heads.total)
+            cast = (source.dtype, target.dtype)
+            made = (overlap((number_here, number), a, b, every, cast) for a in here for b in there)
+            found += [each for each in made if each is not None]
+    return PlanPart(source, target, tuple(found))
+
+
+def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
+    """Which tokens are copied from one block table to another.
+
+    Raises:
+        BlockError: a block of the target would get nothing, or the source does not hold what is asked for.
+    """
+    where = f" of group {group.name!r}" if group.name else ""
+    if not len(target.ids):
+        return 0, 0
+    if group.kind == "state":
+        if len(source.ids) != len(target.ids):
+            raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
+        return source.first_token, source.end_token
+    asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
+    if not 0 <= asked_start <= (MAX_TOKENS if asked_stop is None else asked_stop) <= MAX_TOKENS:
+        raise BlockError(f"tokens {asked_start} to {asked_stop} are no interval")
+    # A window's table begins late, and is whole all the same.
+    start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
+    stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
+    if start < target.first_token or stop > target.end_token:
+        raise BlockError(
+            f"tokens {start} to {stop} are not in the target's blocks{where},"
+            f" which hold {target.first_token} to {target.end_token}"
+        )
+    empty = start >= stop
+    if start < source.first_token or stop > source.end_token or (empty and asked_stop is None):
+        raise BlockError(
+            f"tokens {start} to {max(stop, target.end_token) if empty else stop} are not in the source's blocks{where},"
+            f" which hold {source.first_token} to {source.end_token}"
+        )
+    if not empty and (stop <= target.end_token - target.tokens or start >= target.first_token + target.tokens):
+        number = -(-(stop - target.first_token) // target.tokens)
+        raise BlockError(f"tokens {start} to {stop} fill {number} of {len(target.ids)} target blocks{where}")
+    return start, stop
+
+
+# -- inside -------------------------------------------------------------------------------------------------------------
+
+_Cells = dict[tuple[str, "str | int", str], tuple[int, list[Box]]]
+"""(group, layer, record) -> the group's number, and the boxes."""
+
+
+def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
+    wanted = {group.name for group in target.groups}
+    return {
+        (group.name, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
+        for number, group in enumerate(spec.groups)
+        if group.name in wanted
+        for (layer, record), cells in boxes(group, spec.dtype).items()
+    }
+
+
+def _missing(
+    held: list[_Cells], target: CacheSpec, group: CacheGroup, key: tuple[str, str | int, str]
+) -> IncompatibleError:
+    _, layer, record = key
+    has = {key for cells in held for key in cells}
+    names = sorted({name for name, _, _ in has})
+    if group.name not in names:
+        return IncompatibleError(
+            "groups", f"no rank of the source has group {group.name!r}, only {', '.join(names) or 'none'}"
+        )
+    others = sorted({r for name, number, r in has if (name, number) == (group.name, layer)})
+    if others:
+        what = (
+            f"{' and '.join(map(_named, others))} of layer {layer!r}{_of(target, group)}, the target {_named(record)}"
+        )
+        return IncompatibleError("components", f"components must be equal: the source has {what}")
+    layers = _ranges(sorted({number for name, number, _ in has if name == group.name}, key=str))
+    return IncompatibleError(
+        "layers", f"no rank of the source has layer {layer!r}{_of(target, group)}: they have {layers}"
+    )
+
+
+def _ranges(layers: Sequence[str | int]) -> str:
+    """Layers as a person writes them: ``0-15, 20``."""
+    numbers = sorted(n for n in layers if isinstance(n, int))
+    begins = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
+    spans = [f"{a}-{b}" if a != b else str(a) for a, b in zip(begins, ends, strict=True)]
+    return ", ".join([*spans, *(n for n in layers if isinstance(n, str))])
+
+
+def _layer_key(spec: CacheSpec, layer: int, *, by_name: bool) -> str | int:
+    return spec.layer_names[layer - spec.layers.start] if by_name else layer
+
+
+def _shares(
+    group: CacheGroup, owners: dict[int, tuple[int, list[Box]]], turn: tuple[int, int, int]
+) -> list[tuple[int, Span]]:
+    """Which rank gives which heads of one layer: each head once, and its holders take turns over the layers.
+
+    Args:
+        group: of the target.
+        owners: what each rank has of the layer.
+        turn: the target's rank, and the layer's position among how many.
+
+    Raises:
+        IncompatibleError: nobody has some head.
+    """
+    target_rank, position, layers = turn
+    first, end = group.heads.start, group.heads.stop
+    spans = {
+        rank: (min(box.heads[0] for box in cells), max(box.heads[1] for box in cells))
+        for rank, (_, cells) in owners.items()
+    }
+    cuts = sorted({first, end, *(cut for span in spans.values() for cut in span if first < cut < end)})
+    shares: list[tuple[int, Span]] = []
+    for begin, stop in pairwise(cuts):
+        holders = [rank for rank, (a, b) in spans.items() if a <= begin and stop <= b]
+        if not holders:
+            raise IncompatibleError("heads", f"no rank of the source has KV head {begin} of {group.heads.total}")
+        # Layers in stretches rather than in turn: where neighbouring layers are one run, it stays long.
+        rank = holders[(position * len(holders) // layers + target_rank) % len(holders)]
+        if shares and shares[-1][0] == rank and shares[-1][1][1] == begin:
+            shares[-1] = rank, (shares[-1][1][0], stop)
+        else:
+            shares.append((rank, (begin, stop)))
+    return shares
+
+
+def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool) -> None:
     _require_equal("fingerprint", repr(source.fingerprint), repr(target.fingerprint))
-    _require_equal("dtype", source.dtype, target.dtype)
-    _require_equal("layers", f"{source.layers.total} in the model", f"{target.layers.total} in the model")
-    _require_equal("groups", _names(source), _names(target))
-    for a, b in zip(source.groups, target.groups, strict=True):
-        where = f" of group {a.name!r}" if len(source.groups) > 1 else ""
+    if not convert:
+        _require_equal("dtype", source.dtype, target.dtype)
+    elif source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
+        raise IncompatibleError("dtype", f"{source.dtype} cannot be converted to {target.dtype}")
+    if not (source.layer_names and target.layer_names):
+        _require_equal("layers", f"{source.layers.total} in the model", f"{target.layers.total} in the model")
+    theirs = {group.name: group for group in source.groups}
+    for b in target.groups:
+        a = theirs.get(b.name)
+        if a is None:
+            continue
+        where = _of(target, b)
         _require_equal("kind", a.kind, b.kind, where)
-        _require_equal("block_tokens", str(a.block_tokens), str(b.block_tokens), where)
-        _require_equal("heads", str(a.heads), str(b.heads), where)
-        _require_equal("layers", _ranges(a.layers), _ranges(b.layers), where)
-        sizes, others = content_sizes(a), content_sizes(b)
-        _require_equal("components", _components(sizes), _components(others), where)
-        for layer, component in sorted(sizes.keys() | others.keys()):
-            has, wants = sizes.get((layer, component), 0), others.get((layer, component), 0)
-            what = f" of {component!r} of layer {layer}{where}"
-            _require_equal("content", f"{has} bytes", f"{wants} bytes", what)
+        _require_equal("heads", f"{a.heads.total} in the model", f"{b.heads.total} in the model", where)
+
+
+def _refuse_other_content(owners: dict[int, tuple[int, list[Box]]], there: list[Box], what: str) -> None:
+    wants = _elements(there)
+    for _, here in owners.values():
+        has = _elements(here)
+        # Equal sums of unequal parts would mix K and V.
+        for component in sorted(has.keys() & wants.keys()):
+            _require_equal(
+                "content", f"{has[component]}", f"{wants[component]}", f" elements of {component!r} of {what}"
+            )
+        _require_equal("content", f"{sum(has.values())}", f"{sum(wants.values())}", f" elements of {what}")
+
+
+def _elements(cells: list[Box]) -> dict[str, int]:
+    return {box.region.component: box.region.content_nbytes // box.itemsize for box in cells}
+
+
+def _refuse_other_scales(found: list[list[Overlap]], target: CacheSpec, *, convert: bool) -> None:
+    if convert:
+        return
+    for each in (each for overlaps in found for each in overlaps):
+        if each.source.scale != each.target.scale:
+            group = target.groups[each.target_group]
+            _require_equal("scale", f"{each.source.scale:g}", f"{each.target.scale:g}", _of(target, group))
 
 
 def _require_equal(axis: str, source: str, target: str, where: str = "") -> None:
@@ -168,16 +374,9 @@ def _require_equal(axis: str, source: str, target: str, where: str = "") -> None
         raise IncompatibleError(axis, f"{axis}{where} must be equal: the source has {source}, the target has {target}")
 
 
-def _names(spec: CacheSpec) -> str:
-    return ", ".join(repr(group.name) for group in spec.groups)
+def _of(spec: CacheSpec, group: CacheGroup) -> str:
+    return f" of group {group.name!r}" if len(spec.groups) > 1 else ""
 
 
-def _components(sizes: dict[tuple[int, str], int]) -> str:
-    return " and ".join(sorted({component for _, component in sizes}))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as a person writes them: ``0-15, 20``."""
-    begins = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
-    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
-    return ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(begins, ends, strict=True))
+def _named(record: str) -> str:
+    return "K and V" if record == "kv" else repr(record)

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algebra of the planner: what two groups have in common, as few loop nests around contiguous runs.
+"""The algebra of the planner: what two caches have in common, as few loop nests around contiguous runs.
 
 Both sides are read as boxes of logical coordinates: layer x head interval x token interval x content interval. What two
 boxes have in common is copied, and where it lies on either side follows from the strides. Boxes at equal distances become
 a loop more, and loops that continue a run lengthen it. No layout, no order and no pair of them has a branch of its own.
 
-K and V are one record on the content axis, K first, whether they lie together or apart.
+K and V are one record on the content axis, K first, whether they lie together or apart. Content is counted in elements, so
+that it means the same on two sides of different dtypes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from kvxfer.copies import Cast, Loop
+from kvxfer.layout import DTYPE_NBYTES, OPAQUE_COMPONENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,14 +26,39 @@ if TYPE_CHECKING:
 _RECORDS: Final = {"k": "kv", "v": "kv"}
 """Components that are part of another one's content; all others are records of their own."""
 
+Span = tuple[int, int]
+"""A half-open interval."""
 
-@dataclass(frozen=True)
-class Loop:
-    """``count`` steps, each so many bytes further on either side (a stride may be negative on the target)."""
 
-    count: int
-    source_stride: int
-    target_stride: int
+class Box(NamedTuple):
+    """One layer of one region, on the logical axes: heads of the model, elements of a record, one scale for all of it."""
+
+    region: CacheRegion
+    position: int
+    first_head: int
+    first_element: int
+    heads: Span
+    content: Span
+    itemsize: int
+    scale: float
+
+    def address(self, head: int, element: int, token: int) -> int:
+        """Of an element in block 0."""
+        region, strides = self.region, self.region.strides
+        inside = (head - self.first_head) * strides.head + token * strides.token
+        return region.address + self.position * strides.layer + inside + (element - self.first_element) * self.itemsize
+
+
+class Overlap(NamedTuple):
+    """What a box of the source and one of the target have in common. ``cast`` is None where bytes are copied."""
+
+    source_group: int
+    target_group: int
+    source: Box
+    target: Box
+    heads: Span
+    content: Span
+    cast: Cast | None
 
 
 @dataclass(frozen=True)
@@ -37,23 +66,25 @@ class Segment:
     """A regular set of runs: for each block and each step of each loop, ``nbytes`` bytes from source to target.
 
     Attributes:
-        group: which of the specs' groups gives the block ids.
         source, target: address of the first run in block 0.
-        nbytes: length of one contiguous run.
+        nbytes: length of one contiguous run at the source.
+        target_nbytes: at the target, which differs only if elements change their type.
         loops: around it, in the order of the source's memory, outermost first.
         source_block, target_block: bytes from one block to the next.
         source_buffer, target_buffer: in which allocation it lies on either side.
+        cast: of the elements, None where bytes are copied.
     """
 
-    group: int
     source: int
     target: int
     nbytes: int
+    target_nbytes: int
     loops: tuple[Loop, ...]
     source_block: int
     target_block: int
     source_buffer: int
     target_buffer: int
+    cast: Cast | None
 
     @property
     def runs_per_block(self) -> int:
@@ -66,7 +97,7 @@ class Segment:
     @property
     def joins_blocks(self) -> bool:
         """Neighbouring blocks continue the run on both sides."""
-        return self.nbytes == self.source_block == self.target_block
+        return self.nbytes == self.source_block and self.target_nbytes == self.target_block
 
     def __str__(self) -> str:
         loops = "".join(f"{x.count} x (+{x.source_stride}, {x.target_stride:+}) of " for x in self.loops)
@@ -74,68 +105,89 @@ class Segment:
         return f"{loops}{self.nbytes} bytes, {joined}"
 
 
-@dataclass(frozen=True)
-class _Box:
-    """One layer of one region, on the logical axes: heads and content bytes of a record as half-open intervals."""
-
-    region: CacheRegion
-    index: int
-    heads: tuple[int, int]
-    content: tuple[int, int]
-
-    def address(self, head: int, content: int) -> int:
-        """Of a byte in block 0, token 0."""
-        strides = self.region.strides
-        offset = self.index * strides.layer + (head - self.heads[0]) * strides.head + content - self.content[0]
-        return self.region.address + offset
+def record_of(component: str) -> str:
+    """The record of whose content a component is a part, or all."""
+    return _RECORDS.get(component, component)
 
 
-def _boxes(group: CacheGroup) -> dict[tuple[int, str], list[_Box]]:
-    """All boxes of a group by layer and record."""
+def boxes(group: CacheGroup, dtype: str) -> dict[tuple[int, str], list[Box]]:
+    """All boxes of a group by layer number and record."""
     sizes = content_sizes(group)
     heads = (group.heads.start, group.heads.stop)
-    boxes: dict[tuple[int, str], list[_Box]] = defaultdict(list)
+    scales = {(scale.layer, scale.component): scale.factors for scale in group.scales}
+    made: dict[tuple[int, str], list[Box]] = defaultdict(list)
     for region in group.regions:
-        record = _RECORDS.get(region.component, region.component)
-        for index, layer in enumerate(region.layers):
-            begin = sizes[layer, "k"] if region.component == "v" else 0
-            boxes[layer, record].append(_Box(region, index, heads, (begin, begin + region.content_nbytes)))
-    return boxes
+        itemsize = 1 if region.component in OPAQUE_COMPONENTS else DTYPE_NBYTES[dtype]
+        elements = region.content_nbytes // itemsize
+        for position, layer in enumerate(region.layers):
+            begin = sizes[layer, "k"] // itemsize if region.component == "v" else 0
+            whole = Box(region, position, heads[0], begin, heads, (begin, begin + elements), itemsize, 1.0)
+            made[layer, record_of(region.component)].extend(_scaled(whole, layer, scales) if scales else [whole])
+    return made
 
 
-def intersect(number: int, source: CacheGroup, target: CacheGroup) -> Iterator[Segment]:
-    """A segment for each pair of boxes that have coordinates in common."""
-    others = _boxes(target)
-    for key, boxes in _boxes(source).items():
-        for a in boxes:
-            for b in others.get(key, ()):
-                first_head, end_head = max(a.heads[0], b.heads[0]), min(a.heads[1], b.heads[1])
-                begin, end = max(a.content[0], b.content[0]), min(a.content[1], b.content[1])
-                if first_head >= end_head or begin >= end:
-                    continue
-                s, t = a.region.strides, b.region.strides
-                loops = (
-                    Loop(end_head - first_head, s.head, t.head),
-                    Loop(a.region.extents.token, s.token, t.token),
-                )
-                yield Segment(
-                    group=number,
-                    source=a.address(first_head, begin),
-                    target=b.address(first_head, begin),
-                    nbytes=end - begin,
-                    loops=tuple(loop for loop in loops if loop.count > 1),
-                    source_block=s.block,
-                    target_block=t.block,
-                    source_buffer=a.region.buffer,
-                    target_buffer=b.region.buffer,
-                )
+def _scaled(box: Box, layer: int, scales: dict[tuple[int, str], tuple[float, ...]]) -> Iterator[Box]:
+    """A box cut where its scale changes."""
+    component, (begin, end) = box.region.component, box.content
+    parts = [(component, (begin, end))]
+    if component == "kv" and (layer, "kv") not in scales:
+        middle = (begin + end) // 2
+        parts = [("k", (begin, middle)), ("v", (middle, end))]
+    for name, content in parts:
+        factors = scales.get((layer, name), (1.0,))
+        step = len(range(*box.heads)) if len(factors) == 1 else 1
+        for number, factor in enumerate(factors):
+            first = box.heads[0] + number * step
+            yield box._replace(heads=(first, first + step), content=content, scale=factor)
 
 
-def fuse(segments: list[Segment]) -> list[Segment]:
+def overlap(groups: tuple[int, int], a: Box, b: Box, heads: Span, cast: tuple[str, str] | None) -> Overlap | None:
+    """What two boxes have in common within ``heads``, if anything.
+
+    Args:
+        groups: numbers of the boxes' groups.
+        a, b: of the source and of the target.
+        heads: no others are wanted.
+        cast: dtypes of the two sides; None if elements keep their type.
+    """
+    first, end = max(a.heads[0], b.heads[0], heads[0]), min(a.heads[1], b.heads[1], heads[1])
+    begin, stop = max(a.content[0], b.content[0]), min(a.content[1], b.content[1])
+    if first >= end or begin >= stop:
+        return None
+    factor = a.scale / b.scale
+    changes = cast is not None and a.region.component not in OPAQUE_COMPONENTS and (cast[0] != cast[1] or factor != 1.0)
+    made = Cast(*cast, factor) if changes and cast is not None else None
+    return Overlap(*groups, a, b, (first, end), (begin, stop), made)
+
+
+def segments(overlaps: Iterable[Overlap], source_token: int, target_token: int, tokens: int) -> list[Segment]:
+    """The loop nests that copy ``tokens`` tokens of a block, from one on either side."""
+    made = []
+    for _, _, a, b, (head, end_head), (element, end), cast in overlaps:
+        s, t = a.region.strides, b.region.strides
+        loops = (Loop(end_head - head, s.head, t.head), Loop(tokens, s.token, t.token))
+        made.append(
+            Segment(
+                source=a.address(head, element, source_token),
+                target=b.address(head, element, target_token),
+                nbytes=(end - element) * a.itemsize,
+                target_nbytes=(end - element) * b.itemsize,
+                loops=tuple(loop for loop in loops if loop.count > 1),
+                source_block=s.block,
+                target_block=t.block,
+                source_buffer=a.region.buffer,
+                target_buffer=b.region.buffer,
+                cast=cast,
+            )
+        )
+    return [fold(segment) for segment in fuse(made)]
+
+
+def fuse(parts: list[Segment]) -> list[Segment]:
     """Segments of one shape at equal distances on both sides become one with a loop more, until none is left."""
     while True:
         fused: list[Segment] = []
-        for same in _by_shape(segments).values():
+        for same in _by_shape(parts).values():
             same.sort(key=lambda segment: segment.source)
             for run in _progressions([(segment.source, segment.target) for segment in same]):
                 first = same[run.start]
@@ -144,16 +196,26 @@ def fuse(segments: list[Segment]) -> list[Segment]:
                     loop = Loop(len(run), second.source - first.source, second.target - first.target)
                     first = replace(first, loops=(loop, *first.loops))
                 fused.append(first)
-        if len(fused) == len(segments):
+        if len(fused) == len(parts):
             return fused
-        segments = fused
+        parts = fused
 
 
-def _by_shape(segments: Iterable[Segment]) -> dict[Segment, list[Segment]]:
+def _by_shape(parts: Iterable[Segment]) -> dict[tuple[object, ...], list[Segment]]:
     """Segments that differ in nothing but where they begin."""
-    shapes: dict[Segment, list[Segment]] = defaultdict(list)
-    for segment in segments:
-        shapes[replace(segment, source=0, target=0)].append(segment)
+    shapes: dict[tuple[object, ...], list[Segment]] = defaultdict(list)
+    for x in parts:
+        shape = (
+            x.nbytes,
+            x.target_nbytes,
+            x.loops,
+            x.source_block,
+            x.target_block,
+            x.source_buffer,
+            x.target_buffer,
+            x.cast,
+        )
+        shapes[shape].append(x)
     return shapes
 
 
@@ -177,12 +239,12 @@ def _difference(points: list[tuple[int, int]], i: int) -> tuple[int, int]:
 
 def fold(segment: Segment) -> Segment:
     """Loops that continue the run lengthen it; a loop that continues another lengthens that. Inner loops come last."""
-    nbytes = segment.nbytes
+    nbytes, target_nbytes = segment.nbytes, segment.target_nbytes
     left = sorted(segment.loops, key=lambda loop: loop.source_stride)
     kept: list[Loop] = []
     for loop in left:
-        if not kept and loop.source_stride == loop.target_stride == nbytes:
-            nbytes *= loop.count
+        if not kept and (loop.source_stride, loop.target_stride) == (nbytes, target_nbytes):
+            nbytes, target_nbytes = nbytes * loop.count, target_nbytes * loop.count
         elif kept and all(
             mine == inner * kept[-1].count
             for mine, inner in (
@@ -193,7 +255,7 @@ def fold(segment: Segment) -> Segment:
             kept[-1] = replace(kept[-1], count=kept[-1].count * loop.count)
         else:
             kept.append(loop)
-    return replace(segment, nbytes=nbytes, loops=tuple(reversed(kept)))
+    return replace(segment, nbytes=nbytes, target_nbytes=target_nbytes, loops=tuple(reversed(kept)))
 
 
 def content_sizes(group: CacheGroup) -> dict[tuple[int, str], int]:
