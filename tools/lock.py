@@ -39,6 +39,7 @@ FILES = {
             "mypy",
             "pyright[nodejs]",
             "import-linter",
+            "matplotlib",
         ],
     ),
     "vllm": (
@@ -48,11 +49,22 @@ FILES = {
 }
 
 # The last versions for Python 3.10 of what has left it behind.
-LAST_FOR_3_10 = {"grimp": "3.18", "hypothesis": "6.168.5", "import-linter": "2.15", "numpy": "2.2.6"}
+LAST_FOR_3_10 = {
+    "contourpy": "1.3.2",
+    "fonttools": "4.65.0",
+    "grimp": "3.18",
+    "hypothesis": "6.168.5",
+    "import-linter": "2.15",
+    "matplotlib": "3.10.9",
+    "numpy": "2.2.6",
+    "pillow": "12.3.0",
+    "python-dateutil": "3.0.0",
+}
 ONE_MACHINE_ONLY = {"intel-openmp": "x86_64", "intel-cmplr-lib-ur": "x86_64"}
 ON_OTHER_PYTHONS = {
     "demo": ['tomli==2.5.0; python_version < "3.11"'],
-    "dev": ['exceptiongroup==1.3.1; python_version < "3.11"'],
+    # six: of the last python-dateutil for Python 3.10
+    "dev": ['exceptiongroup==1.3.1; python_version < "3.11"', 'six==1.17.0; python_version < "3.11"'],
     "vllm": ['six==1.17.0; python_version >= "3.12"'],
 }
 
