@@ -7,127 +7,22 @@ be served; the algebra is in `kvxfer.segment`, the expansion for given blocks in
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from kvxfer.binding import BlockPairs, Grain, Nest, descriptors, grains, kernel_blocks, nests_of
-from kvxfer.blocks import MAX_TOKENS, Table, tables
-from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.errors import IncompatibleError
 from kvxfer.layout import CacheSpec
-from kvxfer.segment import Box, Overlap, Span, boxes, overlap, segments
+from kvxfer.part import PlanPart
+from kvxfer.segment import Box, Overlap, Span, boxes, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.copies import Copy
     from kvxfer.layout import CacheGroup
-    from kvxfer.memory import Descriptors
 
 CASTABLE = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
 """Dtypes between which elements can be converted on the way, on request."""
-
-Tokens = tuple[int, "int | None"]
-"""Tokens ``[start, stop)`` of a request; stop None means to the end."""
-
-
-class Channel(NamedTuple):
-    """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
-
-    source_group: int
-    target_group: int
-    source_tokens: int
-    target_tokens: int
-
-
-class BoundBuffers(NamedTuple):
-    """A copy from one allocation of the source into one of the target; its addresses are those of the specs."""
-
-    source_buffer: int
-    target_buffer: int
-    copy: Copy
-
-
-@dataclass(frozen=True, eq=False)
-class PlanPart:
-    """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
-
-    Attributes:
-        source, target: the two caches.
-        overlaps: what is copied, on logical coordinates.
-        converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
-    """
-
-    source: CacheSpec
-    target: CacheSpec
-    overlaps: tuple[Overlap, ...]
-    converts: bool = field(init=False)
-    _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
-    _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        channels: dict[Channel, list[Overlap]] = defaultdict(list)
-        for each in self.overlaps:
-            kernels = each.source.region.extents.token, each.target.region.extents.token
-            channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
-        object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
-        object.__setattr__(self, "_channels", dict(channels))
-        object.__setattr__(self, "_nests", {})
-
-    def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
-        """The runs to copy for these blocks.
-
-        Args:
-            source_blocks, target_blocks: the request's block tables on either side, see `kvxfer.blocks.tables`.
-            tokens: only these; by default all that the target's blocks hold, as far as the source has them.
-
-        Returns:
-            descriptors whose local side is the target and whose remote side is the source. No two of them are adjacent
-            on both sides within one allocation. Runs of one pair of allocations are in the order of the source's memory.
-
-        Raises:
-            BlockError: ids are no integers, out of range or repeated in the target, or a block of the target would get
-                nothing, or tokens that the source's blocks do not hold.
-            IncompatibleError: elements have to be converted on the way.
-        """
-        if self.converts:
-            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
-        return descriptors(list(self._bound(source_blocks, target_blocks, tokens)))
-
-    def copies(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> list[BoundBuffers]:
-        """The same as loop nests, which devices carry out. Arguments and errors as of `bind`, but conversions are fine."""
-        bound = self._bound(source_blocks, target_blocks, tokens)
-        return [BoundBuffers(*nest.lane, nest.copy(pairs)) for nest, pairs in bound if len(pairs)]
-
-    def runs(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> tuple[int, int]:
-        """(descriptors, bytes at the source) that `bind` would give, without making them; the first may be a little high."""
-        runs = nbytes = 0
-        for nest, pairs in self._bound(source_blocks, target_blocks, tokens):
-            runs += nest.runs(pairs)
-            nbytes += nest.nbytes(pairs)
-        return runs, nbytes
-
-    def _bound(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None) -> list[tuple[Nest, BlockPairs]]:
-        sources = tables(self.source, source_blocks, "source")
-        targets = tables(self.target, target_blocks, "target", first_token=tokens[0] if tokens else 0, distinct=True)
-        bound = []
-        for channel, overlaps in self._channels.items():
-            source, target = sources[channel.source_group], targets[channel.target_group]
-            group = self.target.groups[channel.target_group]
-            start, stop = interval(group, source, target, tokens)
-            if start >= stop:
-                continue
-            walked = grains(
-                kernel_blocks(source, channel.source_tokens), kernel_blocks(target, channel.target_tokens), start, stop
-            )
-            for grain, pairs in walked:
-                key = channel, grain
-                nests = self._nests.get(key)
-                if nests is None:
-                    nests = self._nests[key] = nests_of(segments(overlaps, *grain))
-                bound += [(nest, pairs) for nest in nests]
-        return bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,42 +98,6 @@ def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
             made = (overlap((number_here, number), a, b, every, cast) for a in here for b in there)
             found += [each for each in made if each is not None]
     return PlanPart(source, target, tuple(found))
-
-
-def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
-    """Which tokens are copied from one block table to another.
-
-    Raises:
-        BlockError: a block of the target would get nothing, or the source does not hold what is asked for.
-    """
-    where = f" of group {group.name!r}" if group.name else ""
-    if not len(target.ids):
-        return 0, 0
-    if group.kind == "state":
-        if len(source.ids) != len(target.ids):
-            raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
-        return source.first_token, source.end_token
-    asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
-    if not 0 <= asked_start <= (MAX_TOKENS if asked_stop is None else asked_stop) <= MAX_TOKENS:
-        raise BlockError(f"tokens {asked_start} to {asked_stop} are no interval")
-    # A window's table begins late, and is whole all the same.
-    start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
-    stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
-    if start < target.first_token or stop > target.end_token:
-        raise BlockError(
-            f"tokens {start} to {stop} are not in the target's blocks{where},"
-            f" which hold {target.first_token} to {target.end_token}"
-        )
-    empty = start >= stop
-    if start < source.first_token or stop > source.end_token or (empty and asked_stop is None):
-        raise BlockError(
-            f"tokens {start} to {max(stop, target.end_token) if empty else stop} are not in the source's blocks{where},"
-            f" which hold {source.first_token} to {source.end_token}"
-        )
-    if not empty and (stop <= target.end_token - target.tokens or start >= target.first_token + target.tokens):
-        number = -(-(stop - target.first_token) // target.tokens)
-        raise BlockError(f"tokens {start} to {stop} fill {number} of {len(target.ids)} target blocks{where}")
-    return start, stop
 
 
 # -- inside -------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,8 @@ class Consumer(_Party):
             return Outcome(error=_told(error), copy_s=copy_s)
         finally:
             self.endpoint.poll()
-        runs = plan(spec, self.endpoint.cache.spec).parts[0].runs(wanted, into)[0]
+        part = plan(spec, self.endpoint.cache.spec).parts[0]
+        runs = part.runs(part.match(wanted, into))[0]
         rest = np.setdiff1d(np.arange(self.array.shape[1]), into)
         wrong = pattern.wrong_bytes(self.array, PREFILL_SEED, into, wanted)
         wrong += pattern.wrong_bytes(self.array, DECODE_SEED, rest)

@@ -218,11 +218,11 @@ def test_what_is_foretold_is_what_is_bound(case):
     source, target, source_blocks, target_blocks = case
     made = part(source.cache.spec, target.cache.spec)
     bound = made.bind(source_blocks, target_blocks)
-    runs, nbytes = made.runs(source_blocks, target_blocks)
+    runs, nbytes = made.runs(made.match(source_blocks, target_blocks))
     assert (
         nbytes
         == bound.total_nbytes
-        == sum(copy.runs * copy.nbytes for _, _, copy in made.copies(source_blocks, target_blocks))
+        == sum(copy.runs * copy.nbytes for _, _, copy in made.copies(made.match(source_blocks, target_blocks)))
     )
     assert runs >= len(bound)
 
@@ -240,7 +240,7 @@ def test_contiguous_blocks_of_equal_caches_are_as_few_runs_as_the_order_allows(o
     outside_blocks = {"LBHNC": 32, "LBNHC": 32, "HND": 32, "NHD": 32, "LHBNC": 32 * 8}
     assert len(made.bind(range(10, 40), range(10, 40))) == outside_blocks.get(order, 1)
     assert len(made.bind(range(64), range(64))) == 1
-    assert made.runs(range(10, 40), range(10, 40))[1] == 30 * 32 * 8 * 16 * 128 * 2 * 2
+    assert made.runs(made.match(range(10, 40), range(10, 40)))[1] == 30 * 32 * 8 * 16 * 128 * 2 * 2
 
 
 def test_whole_caches_merge_across_layers_and_the_end_of_one_layer_with_the_start_of_the_next():
@@ -265,7 +265,8 @@ def test_regular_memory_is_one_loop_nest(place):
     for apart in (parts, parts[:, ::2]):  # with every other layer left out, distances stay equal
         layers = {f"l.{i}": (apart[0][i], apart[1][i]) for i in range(apart.shape[1])}
         cache = KVCache.from_layers(layers, dtype="bfloat16")
-        (bound,) = part(cache.spec, cache.spec).copies([3], [5])
+        made = part(cache.spec, cache.spec)
+        (bound,) = made.copies(made.match([3], [5]))
         assert bound.copy.nbytes * bound.copy.runs == apart.nbytes // 8
 
 
@@ -274,7 +275,7 @@ def test_neighbours_from_different_segments_are_merged():
     memory = np.zeros((10, 4, 2, 4, 8), dtype=np.uint8)
     cache = KVCache.from_layers({f"l.{i}": memory[:, slot] for i, slot in enumerate((0, 1, 3))})
     made = part(cache.spec, cache.spec)
-    assert len(made.copies([2], [1])) == 2
+    assert len(made.copies(made.match([2], [1]))) == 2
     assert len(made.bind(range(2, 8), range(1, 7))) == 7
 
 
@@ -317,7 +318,7 @@ def test_groups_have_their_own_blocks():
         mine, other = ([4, 0, 1], [1, 2, 3]) if name in ("l.0", "l.2") else ([2], [7])
         array[mine] = theirs[name][other]
         np.testing.assert_array_equal(ours[name], array)
-    assert made.runs([[1, 2, 3], [7]], [[4, 0, 1], [2]])[1] == 3 * 2 * 48 + 1 * 2 * 48
+    assert made.runs(made.match([[1, 2, 3], [7]], [[4, 0, 1], [2]]))[1] == 3 * 2 * 48 + 1 * 2 * 48
     with pytest.raises(BlockError, match="each of 2 cache groups"):
         made.bind([1], [1])
 

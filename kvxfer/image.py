@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks of a packed transfer, described as what they are: small KV caches.
+
+On the packed route bytes cross the wire in chunks that lie in a staging slot. A chunk holds some layers, the heads and some
+tokens of one record, laid out *like* one of the two sides, so that this side needs no conversion. It is described by a
+`CacheSpec` whose addresses count from the beginning of the slot, and so the planner that serves two caches also serves a
+cache and a chunk: packing, the wire and unpacking are three plans of one algebra.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import lcm
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kvxfer.blocks import Table
+from kvxfer.errors import IncompatibleError
+from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.plan import common
+from kvxfer.segment import Span, content_sizes, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvxfer.layout import Scale
+    from kvxfer.part import PlanPart
+    from kvxfer.segment import Overlap
+
+
+class Chunk(NamedTuple):
+    """Part of a tile: ``layers`` positions and ``tokens`` of the request, each half-open."""
+
+    tile: int
+    layers: Span
+    tokens: Span
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """The bytes of a chunk, as either side describes them; the two differ in how they number layers.
+
+    Attributes:
+        from_source: how the source packs it.
+        to_target: how the target takes it.
+        source, target: `from_source`'s and `to_target`'s specs.
+        nbytes: of the slot that it needs.
+    """
+
+    source: CacheSpec
+    target: CacheSpec
+    nbytes: int
+    from_source: PlanPart
+    to_target: PlanPart
+
+    def table(self, chunk: Chunk) -> Table:
+        """The block table of the image when it holds ``chunk``."""
+        return image_table(self.source, chunk.tokens)
+
+
+def image_table(spec: CacheSpec, tokens: Span) -> Table:
+    """The block table of an image that holds the tokens ``[start, stop)`` from the beginning of its first block on."""
+    group = spec.groups[0]
+    first = tokens[0] // group.table_tokens * group.table_tokens
+    return Table(np.arange(group.num_blocks, dtype=np.int64), first, group.table_tokens)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Cells of a part that go into one kind of chunk.
+
+    Attributes:
+        group: the target's group; ``source_group`` the source's.
+        layers: numbers at the source and at the target.
+        token_nbytes: bytes of one token of one layer in the image.
+    """
+
+    source_group: int
+    group: int
+    record: str
+    heads: Span
+    layers: tuple[tuple[int, int], ...]
+    token_nbytes: int
+
+
+class Images:
+    """All chunks of one part of a plan that are laid out like one of its sides.
+
+    Args:
+        part: of the plan.
+        like: the side that needs no conversion: ``"source"`` or ``"target"``.
+        slot_nbytes: no chunk is larger.
+
+    Raises:
+        IncompatibleError: not even one block of one layer fits into a slot.
+    """
+
+    def __init__(self, part: PlanPart, like: str, slot_nbytes: int) -> None:
+        self.part = part
+        self.slot_nbytes = slot_nbytes
+        self._like = like
+        self._side = part.source if like == "source" else part.target
+        self.tiles = tuple(self._tiles())
+        self._made: dict[tuple[int, Span, int], Image] = {}
+        for tile in self.tiles:
+            if self._block_nbytes(tile) > slot_nbytes:
+                what = f"one block of one layer takes {self._block_nbytes(tile)} bytes"
+                raise IncompatibleError("staging", f"{what}, a staging slot has {slot_nbytes}: give the arena more")
+
+    def chunks(self, tokens: Sequence[Span]) -> Iterator[Chunk]:
+        """What to move, cut so that each chunk fits into a slot.
+
+        Args:
+            tokens: for each group of the target the tokens to move.
+        """
+        for number, tile in enumerate(self.tiles):
+            start, stop = tokens[tile.group]
+            if start >= stop:
+                continue
+            block = self._block_tokens(tile)
+            base, end = start // block * block, -(-stop // block) * block
+            layers, step = self._shape(tile, end - base)
+            for first in range(0, len(tile.layers), layers):
+                span = first, min(first + layers, len(tile.layers))
+                for at in range(base, end, step):
+                    yield Chunk(number, span, (max(at, start), min(at + step, stop)))
+
+    def image(self, chunk: Chunk) -> Image:
+        """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""
+        tile = self.tiles[chunk.tile]
+        block_tokens = self._block_tokens(tile)
+        first = chunk.tokens[0] // block_tokens
+        blocks = -(-chunk.tokens[1] // block_tokens) - first
+        key = chunk.tile, chunk.layers, blocks
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._make(tile, chunk.layers, blocks)
+        return made
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _tiles(self) -> Iterator[Tile]:
+        heads: dict[tuple[int, int, str, int, int], Span] = {}
+        for each in self.part.overlaps:
+            key = (each.source_group, each.target_group, record_of(each.source.region.component), *_layers(each))
+            known = heads.get(key, each.heads)
+            heads[key] = min(known[0], each.heads[0]), max(known[1], each.heads[1])
+        same: dict[tuple[int, int, str, Span, int], list[tuple[int, int]]] = defaultdict(list)
+        for (source_group, group, record, a, b), span in heads.items():
+            same[source_group, group, record, span, self._record_nbytes(source_group, group, record, (a, b))].append(
+                (a, b)
+            )
+        for (source_group, group, record, span, nbytes), layers in same.items():
+            ordered = tuple(sorted(layers, key=lambda pair: pair[1]))
+            yield Tile(source_group, group, record, span, ordered, nbytes * (span[1] - span[0]))
+
+    def _group(self, source_group: int, group: int) -> CacheGroup:
+        return self.part.source.groups[source_group] if self._like == "source" else self.part.target.groups[group]
+
+    def _components(self, source_group: int, group: int, record: str, layer: tuple[int, int]) -> dict[str, int]:
+        """Bytes of one token of one head, by component, in the order of the content."""
+        number = layer[0] if self._like == "source" else layer[1]
+        sizes = content_sizes(self._group(source_group, group))
+        return {name: size for (n, name), size in sorted(sizes.items()) if n == number and record_of(name) == record}
+
+    def _record_nbytes(self, source_group: int, group: int, record: str, layer: tuple[int, int]) -> int:
+        return sum(self._components(source_group, group, record, layer).values())
+
+    def _block_tokens(self, tile: Tile) -> int:
+        group = self._group(tile.source_group, tile.group)
+        return min(region.extents.token for region in group.regions if record_of(region.component) == tile.record)
+
+    def _block_nbytes(self, tile: Tile) -> int:
+        return tile.token_nbytes * self._block_tokens(tile)
+
+    def _order(self, tile: Tile) -> KVLayout:
+        for region in self._group(tile.source_group, tile.group).regions:
+            if record_of(region.component) == tile.record and region.layout is not None:
+                return region.layout
+        return KVLayout.LBHNC
+
+    def _shape(self, tile: Tile, tokens: int) -> tuple[int, int]:
+        """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
+        block = self._block_tokens(tile)
+        other = self.part.target if self._like == "source" else self.part.source
+        theirs = other.groups[tile.group if self._like == "source" else tile.source_group].table_tokens
+        most = self.slot_nbytes // tile.token_nbytes
+        layers = 1
+        order = self._order(tile).value
+        if order.index("L") > order.index("B"):
+            layers = min(len(tile.layers), most // block)
+        elif tokens <= most:
+            layers = min(len(tile.layers), most // tokens)
+        most //= layers
+        step = lcm(block, theirs)  # cuts suit both sides if they can
+        if step > most:
+            step = block
+        return layers, min(tokens, most // step * step)
+
+    def _make(self, tile: Tile, span: Span, blocks: int) -> Image:
+        group = self._group(tile.source_group, tile.group)
+        pairs = tile.layers[span[0] : span[1]]
+        heads = Interval(*tile.heads, group.heads.total)
+        block_tokens = self._block_tokens(tile)
+        extents = Axes(len(pairs), blocks, len(heads), block_tokens)
+        order = self._order(tile)
+        specs, end = [], 0
+        for side, spec in ((0, self.part.source), (1, self.part.target)):
+            numbers = tuple(pair[side] for pair in pairs)
+            regions, end = [], 0
+            for component, nbytes in self._components(tile.source_group, tile.group, tile.record, pairs[0]).items():
+                strides = order.strides(extents, nbytes)
+                regions.append(CacheRegion(component, numbers, end, extents, strides, nbytes))
+                end = regions[-1].end
+            named = spec.groups[tile.source_group if side == 0 else tile.group]
+            image = CacheGroup(
+                name=named.name,
+                kind=group.kind,
+                block_tokens=block_tokens,
+                num_blocks=blocks,
+                heads=heads,
+                regions=tuple(regions),
+                scales=self._scales(group, tile, pairs, side),
+            )
+            specs.append(
+                msgspec.structs.replace(spec, groups=(image,), dtype=self._side.dtype, rank=0, world=1, layer_names=())
+            )
+        source, target = specs
+        return Image(source, target, end, common(self.part.source, source), common(target, self.part.target))
+
+    def _scales(self, group: CacheGroup, tile: Tile, pairs: Sequence[tuple[int, int]], side: int) -> tuple[Scale, ...]:
+        like = 0 if self._like == "source" else 1
+        numbers = {pair[like]: pair[side] for pair in pairs}
+        first = tile.heads[0] - group.heads.start
+        mine = slice(first, first + tile.heads[1] - tile.heads[0])
+        return tuple(
+            msgspec.structs.replace(
+                scale,
+                layer=numbers[scale.layer],
+                factors=scale.factors if len(scale.factors) == 1 else scale.factors[mine],
+            )
+            for scale in group.scales
+            if scale.layer in numbers and record_of(scale.component) == tile.record
+        )
+
+
+def _layers(each: Overlap) -> tuple[int, int]:
+    return each.source.region.layers[each.source.position], each.target.region.layers[each.target.position]

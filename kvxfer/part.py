@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank gives to another, bound to the block tables of a request: as loop nests or as descriptors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvxfer.binding import BlockPairs, Grain, Nest, descriptors, grains, kernel_blocks, nests_of
+from kvxfer.blocks import MAX_TOKENS, Table, tables
+from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.segment import Overlap, Span, segments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvxfer.copies import Copy
+    from kvxfer.layout import CacheGroup, CacheSpec
+    from kvxfer.memory import Descriptors
+
+Tokens = tuple[int, "int | None"]
+"""Tokens ``[start, stop)`` of a request; stop None means to the end."""
+
+
+class Channel(NamedTuple):
+    """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
+
+    source_group: int
+    target_group: int
+    source_tokens: int
+    target_tokens: int
+
+
+class Match(NamedTuple):
+    """Block tables of one request, one for each group of either side, and the tokens to move of each target group."""
+
+    sources: Sequence[Table]
+    targets: Sequence[Table]
+    tokens: Sequence[Span]
+
+
+class BoundCopy(NamedTuple):
+    """A copy from one allocation of the source into one of the target; its addresses are those of the specs."""
+
+    source_buffer: int
+    target_buffer: int
+    copy: Copy
+
+
+@dataclass(frozen=True, eq=False)
+class PlanPart:
+    """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
+
+    Attributes:
+        source, target: the two caches.
+        overlaps: what is copied, on logical coordinates.
+        converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
+    """
+
+    source: CacheSpec
+    target: CacheSpec
+    overlaps: tuple[Overlap, ...]
+    converts: bool = field(init=False)
+    _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
+    _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        channels: dict[Channel, list[Overlap]] = defaultdict(list)
+        for each in self.overlaps:
+            kernels = each.source.region.extents.token, each.target.region.extents.token
+            channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
+        object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
+        object.__setattr__(self, "_channels", dict(channels))
+        object.__setattr__(self, "_nests", {})
+
+    def match(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Match:
+        """The block tables of one request on both sides, checked against each other.
+
+        Args:
+            source_blocks, target_blocks: see `kvxfer.blocks.tables`.
+            tokens: only these; by default all that the target's blocks hold, as far as the source has them.
+
+        Raises:
+            BlockError: ids are no integers, out of range or repeated in the target, or a block of the target would get
+                nothing, or tokens that the source's blocks do not hold.
+        """
+        sources = tables(self.source, source_blocks, "source")
+        targets = tables(self.target, target_blocks, "target", first_token=tokens[0] if tokens else 0, distinct=True)
+        spans = [(0, 0)] * len(targets)
+        for channel in self._channels:
+            number = channel.target_group
+            group, source = self.target.groups[number], sources[channel.source_group]
+            spans[number] = interval(group, source, targets[number], tokens)
+        return Match(sources, targets, spans)
+
+    def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
+        """The runs to copy for these blocks. Arguments as of `match`.
+
+        Returns:
+            descriptors whose local side is the target and whose remote side is the source. No two of them are adjacent
+            on both sides within one allocation. Runs of one pair of allocations are in the order of the source's memory.
+
+        Raises:
+            BlockError: as of `match`.
+            IncompatibleError: elements have to be converted on the way.
+        """
+        return self.descriptors(self.match(source_blocks, target_blocks, tokens))
+
+    def descriptors(self, match: Match) -> Descriptors:
+        """See `bind`."""
+        if self.converts:
+            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
+        return descriptors(self._bound(match))
+
+    def copies(self, match: Match) -> list[BoundCopy]:
+        """The same as loop nests, which devices carry out, with conversions."""
+        return [BoundCopy(*nest.lane, nest.copy(pairs)) for nest, pairs in self._bound(match) if len(pairs)]
+
+    def runs(self, match: Match) -> tuple[int, int]:
+        """(descriptors, bytes at the source) that there would be, without making them; the first may be a little high."""
+        runs = nbytes = 0
+        for nest, pairs in self._bound(match):
+            runs += nest.runs(pairs)
+            nbytes += nest.nbytes(pairs)
+        return runs, nbytes
+
+    def _bound(self, match: Match) -> list[tuple[Nest, BlockPairs]]:
+        bound = []
+        for channel, overlaps in self._channels.items():
+            start, stop = match.tokens[channel.target_group]
+            if start >= stop:
+                continue
+            source = kernel_blocks(match.sources[channel.source_group], channel.source_tokens)
+            target = kernel_blocks(match.targets[channel.target_group], channel.target_tokens)
+            for grain, pairs in grains(source, target, start, stop):
+                key = channel, grain
+                nests = self._nests.get(key)
+                if nests is None:
+                    nests = self._nests[key] = nests_of(segments(overlaps, *grain))
+                bound += [(nest, pairs) for nest in nests]
+        return bound
+
+
+def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
+    """Which tokens are copied from one block table to another.
+
+    Raises:
+        BlockError: a block of the target would get nothing, or the source does not hold what is asked for.
+    """
+    where = f" of group {group.name!r}" if group.name else ""
+    if not len(target.ids):
+        return 0, 0
+    if group.kind == "state":
+        if len(source.ids) != len(target.ids):
+            raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
+        return source.first_token, source.end_token
+    asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
+    if not 0 <= asked_start <= (MAX_TOKENS if asked_stop is None else asked_stop) <= MAX_TOKENS:
+        raise BlockError(f"tokens {asked_start} to {asked_stop} are no interval")
+    # A window's table begins late, and is whole all the same.
+    start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
+    stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
+    if start < target.first_token or stop > target.end_token:
+        raise BlockError(
+            f"tokens {start} to {stop} are not in the target's blocks{where},"
+            f" which hold {target.first_token} to {target.end_token}"
+        )
+    empty = start >= stop
+    if start < source.first_token or stop > source.end_token or (empty and asked_stop is None):
+        raise BlockError(
+            f"tokens {start} to {max(stop, target.end_token) if empty else stop} are not in the source's blocks{where},"
+            f" which hold {source.first_token} to {source.end_token}"
+        )
+    if not empty and (stop <= target.end_token - target.tokens or start >= target.first_token + target.tokens):
+        number = -(-(stop - target.first_token) // target.tokens)
+        raise BlockError(f"tokens {start} to {stop} fill {number} of {len(target.ids)} target blocks{where}")
+    return start, stop

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the bytes of one part of a plan travel: in place, or packed on one side or on both. Chosen by predicted time.
+
+================  ==============================================================================================
+direct            the engine moves every run from cache to cache
+source_packed     the source gathers runs into chunks laid out like the target's memory; the engine spreads those
+target_unpacked   the engine gathers long runs into chunks laid out like the source's memory; the target scatters them
+both              the source packs, whole chunks cross, the target unpacks
+================  ==============================================================================================
+
+A route that cannot be taken has a reason: memory without an address cannot be reached in place, and bytes that change their
+type on the way have to be packed where they change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvxfer.errors import ConfigError, IncompatibleError
+from kvxfer.image import Images
+from kvxfer.layout import DTYPE_NBYTES
+from kvxfer.part import Match
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvxfer.part import PlanPart
+
+
+class Route(str, Enum):
+    """See the module."""
+
+    DIRECT = "direct"
+    SOURCE_PACKED = "source_packed"
+    TARGET_UNPACKED = "target_unpacked"
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Constants of the cost model, measured by ``kvxfer bench calibrate``; the defaults are those of a small x86-64 machine.
+
+    Attributes:
+        descriptor_s: what the transfer engine takes for one more descriptor.
+        wire_nbytes_per_s: what it moves with long ones.
+        run_s: what a device takes for one more run when it packs or unpacks.
+        copy_nbytes_per_s: what it copies in long runs.
+        chunk_s: what one more chunk costs, messages included, while others are under way.
+        ask_s: from asking for the first chunk until it is there, but for the packing itself.
+    """
+
+    descriptor_s: float = 1.6e-6
+    wire_nbytes_per_s: float = 6e9
+    run_s: float = 15e-9
+    copy_nbytes_per_s: float = 8e9
+    chunk_s: float = 150e-6
+    ask_s: float = 500e-6
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ConfigError(f"cost {name} must be a positive number, not {value!r}")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Costs:
+        """From the JSON file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``, else the defaults.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something else.
+        """
+        environ = os.environ if environ is None else environ
+        where = path or environ.get("KVXFER_COSTS") or None
+        if where is None:
+            return cls()
+        try:
+            held = json.loads(Path(where).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read the costs in {where}: {error}") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(held, dict) or not set(held) <= set(known):
+            raise ConfigError(f"{where} holds no costs; known are {', '.join(known)}")
+        return cls(**held)
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads. Raises OSError."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def wire_s(self, descriptors: float, nbytes: float) -> float:
+        """Seconds that the transfer engine takes."""
+        return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
+
+    def copy_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that a device takes to pack or unpack."""
+        return runs * self.run_s + nbytes / self.copy_nbytes_per_s
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A route, and what speaks for it.
+
+    Attributes:
+        seconds: predicted time of each route that can be taken.
+        barred: why the others cannot.
+        runs: descriptors of the direct route, or what they would be.
+        nbytes: to move, as the source has them.
+        images: the chunks of a packed route; None if it is direct.
+        staging_nbytes: most that the route may have in staging slots of one process at a time, were it alone.
+    """
+
+    route: Route
+    why: str
+    seconds: Mapping[Route, float]
+    barred: Mapping[Route, str]
+    runs: int
+    nbytes: int
+    images: Images | None
+    staging_nbytes: int
+
+
+class Router:
+    """Chooses the route of one part of a plan, request by request. Remembers the shapes of its chunks.
+
+    Args:
+        part: of the plan.
+        costs: of the model.
+        slot_nbytes: of one staging slot: the smaller of both sides'.
+        addressable: whether the source's and the target's memory can be reached by the transfer engine.
+        in_flight: most chunks of one transfer that are staged at a time.
+        only: take this route and no other.
+
+    Raises:
+        IncompatibleError: no route can be taken, whatever the request.
+    """
+
+    def __init__(
+        self,
+        part: PlanPart,
+        costs: Costs,
+        *,
+        slot_nbytes: int,
+        addressable: tuple[bool, bool] = (True, True),
+        in_flight: int = 4,
+        only: Route | None = None,
+    ) -> None:
+        self.part = part
+        self._costs = costs
+        self._slot_nbytes = slot_nbytes
+        self._in_flight = in_flight
+        self.barred: dict[Route, str] = {}
+        source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
+        if part.converts:
+            self.barred[Route.DIRECT] = "elements change their type on the way"
+        for route, needs_source, needs_target in (
+            (Route.DIRECT, True, True),
+            (Route.SOURCE_PACKED, False, True),
+            (Route.TARGET_UNPACKED, True, False),
+        ):
+            if needs_source and not source:
+                self.barred[route] = "the source's memory has no address"
+            elif needs_target and not target:
+                self.barred[route] = "the target's memory has no address"
+        self._images: dict[Route, Images] = {}
+        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+            if route not in self.barred:
+                try:
+                    self._images[route] = Images(part, self._like(route), slot_nbytes)
+                except IncompatibleError as error:
+                    self.barred[route] = str(error)
+        if only is not None:
+            for route in Route:
+                if route is not only:
+                    self.barred.setdefault(route, f"only {only.value} is allowed")
+        if len(self.barred) == len(Route):
+            raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
+
+    def choose(self, match: Match) -> Choice:
+        """The route that is predicted to be the fastest for these blocks."""
+        part, costs = self.part, self._costs
+        runs, nbytes = part.runs(match)
+        seconds: dict[Route, float] = {}
+        if Route.DIRECT not in self.barred:
+            seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
+        # Nothing is faster than long runs: the shapes of chunks are not even looked at.
+        if not seconds or runs * costs.descriptor_s > costs.ask_s:
+            for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+                if route not in self.barred:
+                    seconds[route] = self._packed_s(route, match)
+        route = min(seconds, key=lambda each: seconds[each])
+        return Choice(
+            route=route,
+            why=self._why(route, seconds, runs, nbytes),
+            seconds=seconds,
+            barred=self.barred,
+            runs=runs,
+            nbytes=nbytes,
+            images=self._images.get(route) if route is not Route.DIRECT else None,
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self._in_flight * self._slot_nbytes),
+        )
+
+    def _like(self, route: Route) -> str:
+        if route is Route.BOTH:
+            # Converted where that makes the wire carry less.
+            sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.part.source, self.part.target))
+            return "source" if next(sizes) < next(sizes) else "target"
+        return "target" if route is Route.SOURCE_PACKED else "source"
+
+    def _packed_s(self, route: Route, match: Match) -> float:
+        costs, images = self._costs, self._images[route]
+        pack_s = wire_s = unpack_s = 0.0
+        chunks = 0.0
+        for number, tile in enumerate(images.tiles):
+            start, stop = match.tokens[tile.group]
+            if start >= stop:
+                continue
+            # One chunk stands for all of its tile.
+            chunk = next(each for each in images.chunks(match.tokens) if each.tile == number)
+            image = images.image(chunk)
+            table = image.table(chunk)
+            packed, source_nbytes = image.from_source.runs(Match(match.sources, [table], [chunk.tokens]))
+            spread, image_nbytes = image.to_target.runs(
+                Match([table], match.targets, [chunk.tokens] * len(match.targets))
+            )
+            cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
+            times = len(tile.layers) * (stop - start) / cells
+            chunks += times
+            descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
+            wire_s += times * costs.wire_s(descriptors, image_nbytes)
+            pack_s += times * costs.copy_s(packed, source_nbytes)
+            unpack_s += times * costs.copy_s(spread, image_nbytes)
+        if route is Route.TARGET_UNPACKED:
+            return wire_s + unpack_s
+        here_s = wire_s + chunks * costs.chunk_s + (unpack_s if route is Route.BOTH else 0.0)
+        return costs.ask_s + max(pack_s, here_s) + min(pack_s, here_s) / max(1.0, chunks)
+
+    def _why(self, route: Route, seconds: Mapping[Route, float], runs: int, nbytes: int) -> str:
+        mean = f"{runs:,} runs of {nbytes / max(runs, 1):,.0f} bytes on average"
+        direct = seconds.get(Route.DIRECT)
+        if route is Route.DIRECT:
+            others = [s for r, s in seconds.items() if r is not Route.DIRECT]
+            if not others:
+                return f"{mean}: packing them could save nothing"
+            return f"{mean} take {_ms(seconds[route])} in place, {_ms(min(others))} packed"
+        if direct is None:
+            return self.barred[Route.DIRECT]
+        return f"{mean} would take {_ms(direct)} in place, and take {_ms(seconds[route])} packed"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms"
+
+
+def as_json(choice: Choice) -> dict[str, Any]:
+    """A choice in plain JSON types."""
+    return {
+        "route": choice.route.value,
+        "why": choice.why,
+        "seconds": {route.value: seconds for route, seconds in choice.seconds.items()},
+        "barred": {route.value: why for route, why in choice.barred.items()},
+        "descriptors": choice.runs,
+        "nbytes": choice.nbytes,
+        "staging_nbytes": choice.staging_nbytes,
+    }
