@@ -31,7 +31,8 @@ class BlockTable:
     Attributes:
         ids: block ids in token order; integers as a list or array.
         first_token: the request's token with which the first of them begins, a multiple of the group's ``block_tokens``:
-            0 but for a table that was cut at its beginning (a prefix that is elsewhere, a sliding window).
+            0 but for a table that was cut at its beginning (a prefix that is elsewhere, a sliding window). States have no
+            tokens: theirs means nothing.
     """
 
     ids: BlockIds | Sequence[int]
@@ -84,6 +85,18 @@ def tables(
     return made
 
 
+def ids_to_wire(ids: BlockIds) -> bytes:
+    """Ids as little-endian uint32, as they travel."""
+    return ids.astype("<u4").tobytes()
+
+
+def ids_from_wire(raw: bytes) -> BlockIds:
+    """The reverse. Raises BlockError: not a whole number of ids."""
+    if len(raw) % 4:
+        raise BlockError(f"a list of block ids has {len(raw)} bytes")
+    return np.frombuffer(raw, dtype="<u4").astype(np.int64)
+
+
 def repeats(ids: BlockIds) -> bool:
     """Some id is given more than once."""
     if (ids[1:] > ids[:-1]).all():
@@ -93,21 +106,23 @@ def repeats(ids: BlockIds) -> bool:
 
 
 def _begin(group: CacheGroup, token: int) -> int:
-    return 0 if group.kind == "state" else token // group.block_tokens * group.block_tokens
+    return token // group.table_tokens * group.table_tokens
 
 
 def _first(token: Any, group: CacheGroup, where: str) -> int:
+    if group.kind == "state":
+        return 0
     try:
         first = index(token)
     except TypeError as error:
-        raise BlockError(f"the first token{where} is no whole number: {token!r}") from error
+        raise BlockError(f"the first token{where} is no whole number but {type(token).__name__}") from error
     if not 0 <= first < MAX_TOKENS or first % group.table_tokens:
         raise BlockError(f"no block of {group.table_tokens} tokens{where} begins with token {first}")
     return first
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    return isinstance(value, (list, tuple, range)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _is_table(value: Any) -> bool:

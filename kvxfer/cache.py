@@ -10,7 +10,7 @@ import numpy as np
 from kvxfer.buffer import HostBuffer
 from kvxfer.dlpack import ArrayView, allocations, read_array
 from kvxfer.errors import LayoutError
-from kvxfer.layout import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.layout import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,6 +64,8 @@ class KVCache:
         head_start: int = 0,
         layer_start: int = 0,
         layers_total: int | None = None,
+        scales: Mapping[str, Mapping[str, Any]] | None = None,
+        name_layers: bool = False,
         fingerprint: str = "",
         dtype: str | None = None,
         rank: int = 0,
@@ -79,7 +81,8 @@ class KVCache:
                 whatever its strides, or several of them, one per component. A layer's number is the only number among
                 the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
                 otherwise its position in the mapping after ``layer_start``.
-            block_tokens: tokens of a block, checked against the arrays; needed only for the state of state-space layers.
+            block_tokens: tokens of a block of the block table, if not those of the arrays' blocks: a multiple of them
+                where a kernel's blocks are smaller, anything for the state of state-space layers.
             components: what the arrays of a layer hold; by default ``("kv",)`` for one and ``("k", "v")`` for two.
             groups: names of the layers that share a block table, by name of the group; by default one group, ``"0"``.
             kinds: kinds of groups that are not ``full_attention``.
@@ -87,6 +90,10 @@ class KVCache:
             head_start: the first KV head of this rank.
             layer_start: the first layer of this rank, where names do not number themselves.
             layers_total: layers of the model; by default no more than this rank holds.
+            scales: of quantised layers: for a layer's name and a component (``k`` and ``v`` also where an array holds
+                both, half each) one factor, or one for each head of this rank; see `Scale`.
+            name_layers: the names of ``layers`` are those of the model, and a peer that has them too matches layers by
+                name, whatever their numbers. This rank's layers must follow each other without a gap.
             fingerprint: of everything outside the layout that must be equal, see `CacheSpec`.
             rank: this rank.
             world: number of ranks.
@@ -118,17 +125,26 @@ class KVCache:
             extents = cells[0].extents
             kind = (kinds or {}).get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
             total = heads_total if heads_total is not None else head_start + extents.head
+            tokens = extents.token if block_tokens is None else block_tokens
+            kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
+            regions = tuple(_regions(cells))
+            present = {layer for region in regions for layer in region.layers}
             made.append(
                 CacheGroup(
                     name=group_name,
                     kind=kind,
-                    block_tokens=extents.token if block_tokens is None else block_tokens,
-                    num_blocks=extents.block,
+                    block_tokens=tokens,
+                    num_blocks=extents.block // kernel_blocks,
                     heads=Interval(head_start, head_start + extents.head, total),
-                    regions=tuple(_regions(cells)),
+                    regions=regions,
+                    scales=tuple(_scales({n: numbers[n] for n in names if numbers[n] in present}, scales or {})),
                 )
             )
+        if scales and not scales.keys() <= layers.keys():
+            raise LayoutError(f"there is no layer {min(scales.keys() - layers.keys())!r} to have a scale")
         first, last = min(numbers.values()), max(numbers.values())
+        if name_layers and last + 1 - first != len(layers):
+            raise LayoutError(f"{len(layers)} names cannot name all layers from {first} to {last}")
         spec = CacheSpec(
             groups=tuple(made),
             dtype=_one_dtype(flat) if dtype is None else dtype,
@@ -136,6 +152,7 @@ class KVCache:
             fingerprint=fingerprint,
             rank=rank,
             world=world,
+            layer_names=tuple(sorted(layers, key=lambda name: numbers[name])) if name_layers else (),
         )
         in_buffer: dict[int, list[ArrayView]] = {}
         for view in flat:
@@ -228,6 +245,16 @@ def _layer_numbers(names: list[str], start: int) -> dict[str, int]:
         if len(set(single.values())) == len(single):
             return single
     return {name: start + position for position, name in enumerate(names)}
+
+
+def _scales(numbers: Mapping[str, int], scales: Mapping[str, Mapping[str, Any]]) -> Iterable[Scale]:
+    for name, number in numbers.items():
+        for component, factors in scales.get(name, {}).items():
+            try:
+                flat = np.atleast_1d(np.asarray(factors, dtype=np.float64))
+            except (TypeError, ValueError) as error:
+                raise LayoutError(f"the scale of {component!r} of layer {name!r} is no number: {error}") from error
+            yield Scale(component, number, tuple(flat.ravel().tolist()))
 
 
 def _one_dtype(views: Iterable[ArrayView]) -> str:

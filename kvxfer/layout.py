@@ -9,7 +9,6 @@ untrusted peers, so every struct here checks itself when it is made, by a constr
 
 from __future__ import annotations
 
-import math
 import string
 from collections import Counter
 from enum import Enum
@@ -37,6 +36,8 @@ OPAQUE_COMPONENTS: Final = ("scale", "state")
 """Bytes of which nothing is known; all others are elements of the cache's dtype."""
 
 SCALED_COMPONENTS: Final = ("kv", "k", "v", "latent")
+MAX_SCALE: Final = 1e30
+"""Scales lie between its inverse and it, so that a quotient of two is a number."""
 
 GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
 
@@ -230,7 +231,7 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
         factors: one for all heads, or one for each head that this rank holds.
 
     Raises:
-        LayoutError: a factor is no positive finite number.
+        LayoutError: a factor is no positive number of sane size.
     """
 
     component: str
@@ -242,8 +243,8 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
             raise LayoutError(f"{self.component!r} has no scale: only {', '.join(SCALED_COMPONENTS)} have")
         _check_int("the layer of a scale", self.layer, 0, MAX_SMALL_EXTENT)
         for factor in self.factors:
-            if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-                raise LayoutError(f"a scale is a positive number, not {factor!r}")
+            if type(factor) not in (int, float) or not 1 / MAX_SCALE <= factor <= MAX_SCALE:
+                raise LayoutError(f"a scale is a positive number up to {MAX_SCALE:g}, not {factor!r:.40}")
 
 
 class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -295,13 +296,7 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
                 if has != should:
                     raise LayoutError(f"a region of group {self.name!r} has {has} {axis}, its group {should}")
         self._check_components()
-        for scale in self.scales:
-            if len(scale.factors) not in (1, len(self.heads)):
-                raise LayoutError(
-                    f"{len(scale.factors)} scales are neither one nor one for each of {len(self.heads)} heads"
-                )
-        if len({(scale.layer, scale.component) for scale in self.scales}) != len(self.scales):
-            raise LayoutError(f"group {self.name!r} has two scales for one component of one layer")
+        self._check_scales()
 
     def _check_components(self) -> None:
         cells = Counter((layer, region.component) for region in self.regions for layer in region.layers)
@@ -314,6 +309,22 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
                     raise LayoutError(f"group {self.name!r} has {component!r} of layer {layer} without {other!r}")
                 if (layer, "kv") in cells:
                     raise LayoutError(f"group {self.name!r} has layer {layer} both as 'kv' and as {component!r}")
+
+    def _check_scales(self) -> None:
+        held = {(layer, region.component) for region in self.regions for layer in region.layers}
+        scaled: set[tuple[int, str]] = set()
+        for scale in self.scales:
+            layer, component = scale.layer, scale.component
+            if len(scale.factors) not in (1, len(self.heads)):
+                raise LayoutError(
+                    f"{len(scale.factors)} scales are neither one nor one for each of {len(self.heads)} heads"
+                )
+            if (layer, component) not in held and not (component in ("k", "v") and (layer, "kv") in held):
+                raise LayoutError(f"group {self.name!r} scales {component!r} of layer {layer}, which it does not have")
+            parts = {(layer, part) for part in (("k", "v") if component == "kv" else (component,))}
+            if parts & scaled:
+                raise LayoutError(f"group {self.name!r} has two scales for {component!r} of layer {layer}")
+            scaled |= parts
 
     @property
     def table_tokens(self) -> int:
@@ -368,7 +379,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             raise LayoutError(f"{len(regions)} regions are more than {MAX_REGIONS}")
         if len({group.name for group in self.groups}) != len(self.groups):
             raise LayoutError("two groups have the same name")
-        if self.layer_names and len(set(self.layer_names)) != len(self.layers):
+        if self.layer_names and not len(set(self.layer_names)) == len(self.layer_names) == len(self.layers):
             raise LayoutError(f"{len(self.layer_names)} names do not name {len(self.layers)} layers")
         for name in self.layer_names:
             _check_text("a layer's name", name)
@@ -376,6 +387,11 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         for region in regions:
             if region.component not in OPAQUE_COMPONENTS and region.content_nbytes % itemsize:
                 raise LayoutError(f"content of {region.content_nbytes} bytes holds no whole number of {self.dtype}")
+        for group in self.groups:
+            halved = {scale.layer for scale in group.scales if scale.component in ("k", "v")}
+            for region in group.regions:
+                if region.component == "kv" and region.content_nbytes % (2 * itemsize) and halved & set(region.layers):
+                    raise LayoutError(f"content of {region.content_nbytes} bytes has no halves to scale apart")
         for group in self.groups:
             if not self.layers.start <= group.layers[0] <= group.layers[-1] < self.layers.stop:
                 raise LayoutError(f"group {group.name!r} has layers outside {self.layers}")

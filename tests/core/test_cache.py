@@ -10,7 +10,7 @@ import pytest
 from kvxfer.buffer import DeviceBuffer, HostBuffer
 from kvxfer.cache import KVCache
 from kvxfer.errors import LayoutError, UnsupportedBufferError
-from kvxfer.layout import Axes, Interval, KVLayout
+from kvxfer.layout import Axes, Interval, KVLayout, Scale
 
 SMALL = {"layers": 4, "blocks": 6, "heads": 2, "block_tokens": 4, "head_dim": 8}
 
@@ -166,6 +166,49 @@ def test_a_rank_says_which_heads_and_layers_it_holds():
     assert (spec.rank, spec.world) == (1, 4)
 
 
+def test_a_kernels_blocks_may_be_smaller_than_the_engines():
+    """The table's block size is given, that of memory is read, and block ids are the table's."""
+    layers = {f"l.{i}": np.zeros((12, 2, 4, 16), dtype=np.uint8) for i in range(2)}
+    (group,) = KVCache.from_layers(layers, block_tokens=12).spec.groups
+    assert (group.block_tokens, group.num_blocks) == (12, 4)
+    assert {(region.extents.block, region.extents.token) for region in group.regions} == {(12, 4)}
+
+
+def test_a_state_stands_for_any_number_of_tokens():
+    """A block of a state is one entry of memory, however many tokens it stands for."""
+    arrays = {"l.0": np.zeros((6, 2, 1, 16), dtype=np.uint8)}
+    (group,) = KVCache.from_layers(arrays, components=["state"], kinds={"0": "state"}, block_tokens=256).spec.groups
+    assert (group.block_tokens, group.num_blocks, group.table_tokens) == (256, 6, 1)
+
+
+def test_scales_are_given_by_name_of_the_layer():
+    """One number for all heads or one per head, in any container; layers without one have none."""
+    layers = {f"model.layers.{i}.attn": np.zeros((6, 2, 4, 16), dtype=np.uint8) for i in (5, 6, 7)}
+    scales = {
+        "model.layers.7.attn": {"k": 0.5, "v": np.array([1, 2], dtype=np.float32)},
+        "model.layers.5.attn": {"kv": [3]},
+    }
+    (group,) = KVCache.from_layers(layers, scales=scales).spec.groups
+    assert group.scales == (Scale("kv", 5, (3.0,)), Scale("k", 7, (0.5,)), Scale("v", 7, (1.0, 2.0)))
+
+
+def test_the_scale_of_a_layer_that_is_left_out_is_left_out():
+    """A layer that is another one's memory has no scale of its own."""
+    memory = np.zeros((6, 2, 4, 16), dtype=np.uint8)
+    made = KVCache.from_layers({"l.0": memory, "l.1": memory}, scales={"l.0": {"kv": 2.0}, "l.1": {"kv": 2.0}})
+    assert made.spec.groups[0].scales == (Scale("kv", 0, (2.0,)),)
+
+
+def test_layers_can_be_known_by_name():
+    """Names are listed in the order of the numbers, and only on request."""
+    arrays = [np.zeros((6, 2, 4, 16), dtype=np.uint8) for _ in range(3)]
+    for names in (["l.6", "l.4", "l.5"], ["b", "c", "a"]):
+        layers = dict(zip(names, arrays, strict=True))
+        spec = KVCache.from_layers(layers, layer_start=4, layers_total=8, name_layers=True).spec
+        assert spec.layer_names == (("l.4", "l.5", "l.6") if "." in names[0] else ("b", "c", "a"))
+        assert KVCache.from_layers(layers).spec.layer_names == ()
+
+
 def zeros(*shape, dtype=np.uint8):
     """An array of its own."""
     return np.zeros(shape, dtype=dtype)
@@ -183,7 +226,17 @@ def zeros(*shape, dtype=np.uint8):
         ({"l.0": zeros(6, 2, 4, 8), "l.1": zeros(6, 2, 4, 8, dtype="f2")}, {}, "different dtypes: float16, uint8"),
         ({"l.0": zeros(6, 2, 4, 8, dtype=bool)}, {}, "unknown dtype 'bool'"),
         ({"l.0": zeros(6, 2, 4, 8), "l.1": zeros(7, 2, 4, 8)}, {}, "has 7 blocks, its group 6"),
-        ({"l.0": zeros(6, 2, 4, 8)}, {"block_tokens": 8}, "has 4 tokens in a block, its group 8"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"block_tokens": 6}, "has 4 tokens in a block, of which its group's 6 are no"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"block_tokens": 2}, "has 4 tokens in a block, of which its group's 2 are no"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"block_tokens": 0}, "block_tokens is out of range"),
+        ({"l.0": zeros(7, 2, 4, 8)}, {"block_tokens": 8}, "has 7 blocks, its group 6"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"block_tokens": 32}, "num_blocks is out of range"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.1": {"kv": 1.0}}}, "no layer 'l.1' to have a scale"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"latent": 1.0}}}, "scales 'latent' of layer 0, which"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": "x"}}}, "'kv' of layer 'l.0' is no number"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": [1, [2]]}}}, "'kv' of layer 'l.0' is no number"),
+        ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": [1, 2, 3]}}}, "3 scales are neither one nor one for"),
+        ({"l.0": zeros(6, 2, 4, 8), "l.2": zeros(6, 2, 4, 8)}, {"name_layers": True}, "2 names cannot name all"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"heads_total": 1}, "is no part of 1"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"layers_total": 0}, "is no part of 0"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"groups": {"a": ["l.1"]}}, "each layer once"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer.errors import LayoutError
-from kvxfer.layout import MAX_REGIONS, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.layout import MAX_REGIONS, MAX_SCALE, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 
 EXTENTS = Axes(3, 5, 2, 4)
 
@@ -174,7 +174,10 @@ def test_the_stride_of_an_axis_with_one_element_means_nothing():
         ({"name": "a\nb"}, "printable"),
         ({"name": "a" * 300}, "at most 256"),
         ({"block_tokens": 0}, "block_tokens is out of range"),
-        ({"block_tokens": 8}, "has 4 tokens in a block, its group 8"),
+        ({"block_tokens": 6}, "has 4 tokens in a block, of which its group's 6 are no multiple"),
+        ({"block_tokens": 2}, "has 4 tokens in a block, of which its group's 2 are no multiple"),
+        ({"block_tokens": 8}, "has 5 blocks, its group 10"),
+        ({"block_tokens": 8, "num_blocks": 2}, "has 5 blocks, its group 4"),
         ({"num_blocks": 6}, "has 5 blocks, its group 6"),
         ({"heads": Interval(0, 1, 2)}, "has 2 heads, its group 1"),
         ({"regions": ()}, "no regions"),
@@ -204,6 +207,11 @@ def test_groups_that_contradict_their_regions_are_refused(changes, reason):
         ({"world": 0}, "world is out of range"),
         ({"fingerprint": "\x1b[31m"}, "printable"),
         ({"fingerprint": b"x"}, "printable"),
+        ({"layer_names": ("a", "b")}, "2 names do not name 3 layers"),
+        ({"layer_names": ("a", "b", "b")}, "3 names do not name 3 layers"),
+        ({"layer_names": ("a", "b", "c", "a")}, "4 names do not name 3 layers"),
+        ({"layer_names": ("a", "b", "c\n")}, "printable"),
+        ({"layer_names": ("a", "b", "c" * 300)}, "at most 256"),
     ],
 )
 def test_specs_that_contradict_themselves_are_refused(changes, reason):
@@ -224,6 +232,78 @@ def test_a_state_has_no_tokens_inside():
     extents = Axes(3, 5, 2, 1)
     whole = region(component="state", extents=extents, strides=KVLayout.LBHNC.strides(extents, 16))
     assert group(kind="state", regions=(whole,), block_tokens=256).block_nbytes == 3 * 2 * 16
+
+
+def test_blocks_of_a_kernel_may_be_smaller_than_those_of_the_table():
+    """A table of 2 blocks of 8 tokens over memory in blocks of 4 has two of these for each of its own."""
+    extents = Axes(3, 4, 2, 4)
+    small = region(extents=extents, strides=KVLayout.LBHNC.strides(extents, 16))
+    made = group(regions=(small,), block_tokens=8, num_blocks=2)
+    assert made.table_tokens == 8
+    assert group(regions=(small,), block_tokens=16, num_blocks=1).table_tokens == 16
+    large = region(layers=(3, 4, 5), extents=Axes(3, 2, 2, 8), strides=KVLayout.LBHNC.strides(Axes(3, 2, 2, 8), 16))
+    assert group(regions=(small, large), block_tokens=8, num_blocks=2).layers == (0, 1, 2, 3, 4, 5)
+
+
+def scaled(*scales, component="kv", content_nbytes=16):
+    """`group` with scales."""
+    parts = ("k", "v") if component == "k" else (component,)
+    strides = KVLayout.LBHNC.strides(EXTENTS, content_nbytes)
+    regions = tuple(region(component=c, strides=strides, content_nbytes=content_nbytes) for c in parts)
+    return group(regions=regions, scales=scales)
+
+
+def test_scales_belong_to_components_of_layers():
+    """One factor or one per head, for a whole component or, where K and V lie together, for either half."""
+    for scales in ([Scale("kv", 0, (0.5,)), Scale("k", 1, (1, 2.0)), Scale("v", 1, (1e-6,))], []):
+        assert scaled(*scales).scales == tuple(scales)
+    assert scaled(Scale("k", 0, (2.0,)), component="k").scales == (Scale("k", 0, (2.0,)),)
+    assert scaled(Scale("latent", 2, (2.0, 3.0)), component="latent").scales[0].factors == (2.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("scales", "component", "reason"),
+    [
+        ([Scale("kv", 0, (1.0, 2.0, 3.0))], "kv", "3 scales are neither one nor one for each of 2 heads"),
+        ([Scale("kv", 0, ())], "kv", "0 scales"),
+        ([Scale("kv", 3, (1.0,))], "kv", "scales 'kv' of layer 3, which it does not have"),
+        ([Scale("latent", 0, (1.0,))], "kv", "scales 'latent' of layer 0, which"),
+        ([Scale("kv", 0, (1.0,))], "k", "scales 'kv' of layer 0, which"),
+        ([Scale("k", 0, (1.0,))], "latent", "scales 'k' of layer 0, which"),
+        ([Scale("kv", 0, (1.0,)), Scale("kv", 0, (1.0,))], "kv", "two scales for 'kv' of layer 0"),
+        ([Scale("kv", 0, (1.0,)), Scale("v", 0, (1.0,))], "kv", "two scales for 'v' of layer 0"),
+        ([Scale("k", 0, (1.0,)), Scale("kv", 0, (1.0,))], "kv", "two scales for 'kv' of layer 0"),
+    ],
+)
+def test_scales_that_contradict_their_group_are_refused(scales, component, reason):
+    """A scale that no element has, or a second one for an element, would be forgotten silently."""
+    with pytest.raises(LayoutError, match=reason):
+        scaled(*scales, component=component)
+
+
+def test_what_has_no_halves_has_no_scales_for_them():
+    """K and V together are cut in the middle, which must lie between two elements."""
+    made = scaled(Scale("kv", 0, (2.0,)), content_nbytes=6)
+    assert spec(groups=(made,)).groups == (made,)
+    with pytest.raises(LayoutError, match="content of 6 bytes has no halves"):
+        spec(groups=(scaled(Scale("k", 0, (2.0,)), content_nbytes=6),))
+
+
+@pytest.mark.parametrize(
+    "factor", [0.0, -1.0, float("nan"), float("inf"), 5e-324, 2 * MAX_SCALE, 10**400, True, "1", None, np.float32(1)]
+)
+def test_absurd_scales_are_refused(factor):
+    """Quotients of scales are numbers: none is zero, infinite or of no sane size."""
+    with pytest.raises(LayoutError, match="a scale is a positive number"):
+        Scale("kv", 0, (factor,))
+
+
+def test_what_is_opaque_has_no_scale():
+    """Nobody knows what its bytes mean."""
+    with pytest.raises(LayoutError, match="'state' has no scale"):
+        Scale("state", 0, (1.0,))
+    with pytest.raises(LayoutError, match="layer of a scale is out of range"):
+        Scale("kv", -1, (1.0,))
 
 
 def test_a_spec_finds_its_groups_and_counts_its_bytes():
@@ -252,6 +332,8 @@ def test_a_spec_is_the_same_after_the_wire_and_its_size_does_not_depend_on_block
         assert msgspec.msgpack.decode(raw, type=CacheSpec) == made
         assert hash(msgspec.msgpack.decode(raw, type=CacheSpec)) == hash(made)
         sizes.append(len(raw))
+    named = spec(layer_names=("a", "b", "c"), groups=(scaled(Scale("k", 0, (0.5, 1.0)), Scale("v", 0, (3.0,))),))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(named), type=CacheSpec) == named
     assert sizes[1] < 400
     assert sizes[1] <= 1.1 * sizes[0]
 
