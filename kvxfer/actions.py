@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from kvxfer.blocks import BlockIds
-    from kvxfer.plan import TransferPlan
+    from collections.abc import Sequence
+
+    from kvxfer.blocks import BlockTable
+    from kvxfer.errors import KvxferError
+    from kvxfer.layout import CacheSpec
+    from kvxfer.part import Match
+    from kvxfer.route import Router
     from kvxfer.transfer import Event, Transfer
     from kvxfer.wire import Message
 
@@ -37,14 +42,74 @@ class Hangup:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One rank of a producer as a read needs it.
+
+    Attributes:
+        number: its rank.
+        agent_info: how its memory is reached.
+        router: how its part of the plan travels.
+        match: which of its blocks become which of ours.
+        cell: address of the lease's cell on its board.
+    """
+
+    number: int
+    agent_info: bytes
+    router: Router
+    match: Match
+    cell: int
+
+
+@dataclass(frozen=True)
 class StartRead:
-    """Move the bytes of a granted lease and fence them; ends in `Consumer.read_ended`."""
+    """Move the bytes of a granted lease from each source and fence them; ends in `Consumer.read_ended`."""
 
     transfer: Transfer
-    plan: TransferPlan
-    agent_info: bytes
-    source_blocks: list[BlockIds]
-    cell: int
+    sources: Sequence[Source]
+
+
+@dataclass(frozen=True)
+class ChunkStaged:
+    """A source has packed the chunk that a read asked for."""
+
+    transfer: Transfer
+    source: int
+    number: int
+    address: int
+
+
+@dataclass(frozen=True)
+class StopRead:
+    """A source will stage no more: a read that needs that fails. One whose bytes are all on their way does not."""
+
+    transfer: Transfer
+    error: KvxferError
+
+
+class PackKey(NamedTuple):
+    """For whom chunks are packed: a lease, and a rank of its reader."""
+
+    token: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class StartPack:
+    """Pack part of a leased request into a chunk; ends in `Producer.packed`."""
+
+    key: PackKey
+    number: int
+    image: CacheSpec
+    tokens: tuple[int, int]
+    blocks: Sequence[BlockTable]
+
+
+@dataclass(frozen=True)
+class EndPack:
+    """These chunks are not needed any more; all of ``key``'s if there are no numbers."""
+
+    key: PackKey
+    numbers: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -61,4 +126,7 @@ class Emit:
     event: Event
 
 
-Action = SendTo | Reply | Hangup | StartRead | ForgetAgent | Emit
+DataAction = StartRead | ChunkStaged | StopRead | StartPack | EndPack | ForgetAgent
+"""What the data thread does."""
+
+Action = SendTo | Reply | Hangup | Emit | DataAction

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 MAX_S = 366.0 * 86_400.0
 """Longest time that can be set: a year, so that no sum of times overflows anything."""
 
-_MOST = {"max_leases": 1 << 24, "max_message_nbytes": 64 << 20}
+_MOST = {"max_leases": 1 << 24, "max_message_nbytes": 64 << 20, "staging_nbytes": 1 << 40}
+_LEAST = {"staging_nbytes": 1 << 15}
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Settings:
     """Producer: most leases offered at once."""
     max_message_nbytes: int = 1 << 20
     """Longer control messages are refused."""
+    staging_nbytes: int = 64 << 20
+    """Host memory for chunks of packed transfers, in both directions together: a hard limit."""
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from, for `describe`."""
 
@@ -61,8 +64,14 @@ class Settings:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             most = _MOST.get(name, MAX_S)
             # Written so that NaN fails too.
-            if not number or not 0 < value <= most or (kind is int and not isinstance(value, int)):
-                what = f"a positive {'whole ' if kind is int else ''}number up to {most:g}"
+            if (
+                not number
+                or not max(0, _LEAST.get(name, 0)) <= value <= most
+                or value == 0
+                or (kind is int and not isinstance(value, int))
+            ):
+                least = f" from {_LEAST[name]}" if name in _LEAST else ""
+                what = f"a positive {'whole ' if kind is int else ''}number{least} up to {most:g}"
                 raise ConfigError(f"{name} must be {what}, not {value!r} ({self.origin.get(name, 'argument')})")
 
     @classmethod

@@ -5,11 +5,13 @@ A lease that this side holds goes through
 
 ::
 
-    WAITING --Grant--> GRANTED --read--> READING --ended--> SETTLING --Settled--> (forgotten)
+    WAITING --Grants--> GRANTED --read--> READING --ended--> SETTLING --Settled--> (forgotten)
        |                  |                                    ^
        +---- drop --------+---- drop, failure -----------------+
 
-Every state has a deadline. Whatever is asked of a peer is asked again each ``retry_s`` until it answers.
+A producer has one or more ranks, and a lease is granted, renewed and settled at each of them; what its KV is to this rank
+(`kvxfer.plan`) is known when all of them were met. Every state has a deadline. Whatever is asked of a peer is asked again
+each ``retry_s`` until it answers.
 """
 
 from __future__ import annotations
@@ -17,18 +19,22 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, ForgetAgent, Hangup, SendTo, StartRead
+import msgspec
+
+from kvxfer.actions import Action, ChunkStaged, ForgetAgent, Hangup, SendTo, StartRead, StopRead
 from kvxfer.errors import (
     BlockError,
     ClosedError,
     HandshakeError,
+    IncompatibleError,
     KvxferError,
     LeaseEndedError,
     LeaseError,
     LeaseUnknownError,
     PeerTimeoutError,
+    TransferFailedError,
 )
-from kvxfer.hold import Hold, HoldState
+from kvxfer.hold import Asked, Claim, Hold, HoldState
 from kvxfer.peer import Identity, Peer, PeerState
 from kvxfer.timers import Timers
 from kvxfer.wire import (
@@ -43,14 +49,22 @@ from kvxfer.wire import (
     Revoked,
     Settle,
     Settled,
+    Stage,
+    Staged,
+    Unstage,
     Welcome,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kvxfer.config import Settings
     from kvxfer.lease import LeaseRef
     from kvxfer.metrics import Metrics
+    from kvxfer.route import Router
     from kvxfer.transfer import Transfer
+
+    Routes = Callable[[Sequence[Peer]], Sequence[Router]]
 
 _log = logging.getLogger(__name__)
 
@@ -66,13 +80,21 @@ class Consumer:
 
     All calls but `take` come from the control thread, which then takes what has been added to ``out``. The engine hears
     of a failure through the transfer; a hold that fails before it is read fails the read.
+
+    Args:
+        routes: how KV travels from these peers, all ranks of one producer, to this side; raises IncompatibleError.
     """
 
-    def __init__(self, identity: Identity, settings: Settings, metrics: Metrics, out: list[Action]) -> None:
+    def __init__(
+        self, identity: Identity, settings: Settings, metrics: Metrics, out: list[Action], routes: Routes
+    ) -> None:
         self._me = identity
         self._settings = settings
         self._metrics = metrics
         self._out = out
+        self._routes = routes
+        self._routers: dict[tuple[tuple[str, str], ...], Sequence[Router] | IncompatibleError] = {}
+        """By address and epoch of each rank."""
         self._peers: dict[str, Peer] = {}
         self._holds: dict[str, Hold] = {}
         self._of_peer: dict[str, set[str]] = {}
@@ -89,13 +111,9 @@ class Consumer:
         known = self._holds.get(ref.token)
         if known is not None:
             return known
-        rank = self._me.spec.rank
-        address = ref.addresses[rank] if rank < len(ref.addresses) else ref.addresses[0]
-        peer = self._peers.setdefault(address, Peer(address))
-        self._timers.cancel(address)
-        hold = Hold(ref, peer, now, now + self._settings.hold_s)
+        hold = Hold(ref, now, now + self._settings.hold_s, [])
         self._holds[ref.token] = hold
-        self._of_peer.setdefault(address, set()).add(ref.token)
+        self._claim(hold, 0)
         self._pump(hold, now)
         return hold
 
@@ -121,7 +139,7 @@ class Consumer:
             the job for the data thread, of which `reading` has to be told before; None if `read` is the way.
         """
         hold = self._granted.pop(transfer.ref.token, None)
-        if hold is None or hold.state is not HoldState.GRANTED or hold.transfer is not None or not hold.peer.is_met:
+        if hold is None or hold.state is not HoldState.GRANTED or hold.transfer is not None or not hold.met:
             return None
         try:
             return hold.job(transfer)
@@ -142,17 +160,39 @@ class Consumer:
                 hold.transfer.end(LeaseError("dropped by this engine before it was read"))
             self._settle(hold, now)
         elif hold.state is HoldState.ENDED:
-            self._forget(hold, now)
+            self._settle(hold, now)
+
+    # -- the data thread --------------------------------------------------------------------------------------------
+
+    def stage(self, transfer: Transfer, source: int, message: Stage, now: float) -> None:
+        """A read needs a chunk packed by one of its sources: ask for it, again and again until it is there."""
+        hold = self._reading(transfer)
+        if hold is not None:
+            peer = hold.claims[source].peer
+            hold.asked[source, message.number] = Asked(message, now, now + self._settings.retry_s)
+            self._send(peer.address, msgspec.structs.replace(message, to=peer.epoch))
+            self._pump(hold, now)
+
+    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
+        """A read has taken these chunks."""
+        hold = self._reading(transfer)
+        if hold is not None:
+            peer = hold.claims[source].peer
+            for number in numbers:
+                hold.asked.pop((source, number), None)
+            self._send(peer.address, Unstage(to=peer.epoch, token=hold.ref.token, numbers=numbers))
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None, now: float) -> None:
         """The data thread is done with a read it was given; it has ended the transfer itself."""
-        hold = self._holds.get(transfer.ref.token)
-        if hold is None or hold.transfer is not transfer:
+        hold = self._reading(transfer)
+        if hold is None:
             return  # dropped, or read a second time, in the moment in which `take` claimed it
         hold.read = error is None
+        hold.asked.clear()
         if error is not None and error.retryable:
-            # The peer may have been restarted, or may have replaced its agent: meet it afresh before the next read.
-            hold.peer.state = PeerState.UNKNOWN
+            # A peer may have been restarted, or may have replaced its agent: meet it afresh before the next read.
+            for claim in hold.claims:
+                claim.peer.state = PeerState.UNKNOWN
         self._settle(hold, now)
 
     # -- the clock --------------------------------------------------------------------------------------------------
@@ -180,8 +220,9 @@ class Consumer:
         for hold in self._holds.values():
             if hold.transfer is not None:
                 hold.transfer.end(ClosedError("the endpoint was closed"))
-            if hold.peer.state is PeerState.MET and hold.state is not HoldState.ENDED:
-                self._send(hold.peer.address, Settle(to=hold.peer.epoch, token=hold.ref.token, read=hold.read))
+            for claim in hold.claims:
+                if claim.peer.is_met and not claim.settled:
+                    self._send(claim.peer.address, Settle(to=claim.peer.epoch, token=hold.ref.token, read=hold.read))
         self._holds.clear()
         self._granted.clear()
         self._of_peer.clear()
@@ -216,52 +257,55 @@ class Consumer:
                 self._ended(peer, token, "the producer says the lease has ended", now)
         elif isinstance(message, Revoked):
             self._ended(peer, message.token, message.reason, now)
-        elif isinstance(message, (Pending, Grant, Settled)):
-            hold = self._mine(peer, message.token)
-            if hold is None:
-                return
-            if isinstance(message, Grant) and hold.state is HoldState.WAITING:
-                hold.grant, hold.state = message, HoldState.GRANTED
-                hold.ask_at = hold.renew_at(now)
-                if hold.transfer is None:
-                    self._granted[message.token] = hold
-                self._pump(hold, now)
-            elif isinstance(message, Settled) and hold.state is HoldState.SETTLING:
-                self._forget(hold, now)
+        elif isinstance(message, (Pending, Grant, Staged, Settled)):
+            hold, claim = self._mine(peer, message.token)
+            if hold is not None and claim is not None:
+                self._answered(hold, claim, message, now)
         else:
             self.garbage(address, f"{type(message).__name__} is not for a consumer")
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | Staged | Settled, now: float) -> None:
+        if isinstance(message, Grant) and hold.state is HoldState.WAITING and claim.grant is None:
+            claim.grant = message
+            claim.ask_at = claim.renew_at(now)
+            self._pump(hold, now)
+        elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
+            source = hold.claims.index(claim)
+            if hold.asked.pop((source, message.number), None) is not None:
+                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address))
+        elif isinstance(message, Settled) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
+            self._done_with(hold, claim, now)
+
     def _welcome(self, peer: Peer, message: Welcome, now: float) -> None:
         old_agent = peer.agent_info
-        repeated = peer.state is PeerState.MET
+        repeated = peer.is_met
         gone = peer.welcomed(self._me, message, now)
-        self._metrics.count("kvxfer_handshakes_total", outcome="met" if peer.error is None else "incompatible")
+        self._metrics.count("kvxfer_handshakes_total", outcome="met" if peer.error is None else peer.error.code)
         if old_agent and old_agent != peer.agent_info:
             self._out.append(ForgetAgent(old_agent))
         if gone is not None:
             _log.warning("%s at %s was restarted (epoch %s, before %s)", peer.name, peer.address, peer.epoch, gone)
-            for hold in self._holds_of(peer):
-                if hold.state is HoldState.GRANTED:
-                    self._fail(hold, LeaseEndedError("the producer was restarted"), now)
-                elif hold.state is HoldState.SETTLING:
-                    self._forget(hold, now)
-        elif repeated and peer.state is PeerState.MET:
+            for hold, claim in self._holds_of(peer):
+                if hold.state in (HoldState.SETTLING, HoldState.ENDED):
+                    self._done_with(hold, claim, now)
+                elif claim.grant is not None and hold.state is not HoldState.READING:
+                    self._fail(hold, LeaseEndedError("the producer was restarted"), now, claim)
+        elif repeated and peer.is_met:
             return  # a busy producer answers each Hello of a long wait: that must not multiply all questions
         self._pump_all(peer, now)
 
     def _refused(self, peer: Peer, message: Refused, now: float) -> None:
         code, reason = message.code, message.reason
         if code in _LEASE_ERRORS:
-            hold = self._mine(peer, message.token)
-            if hold is not None and hold.state is HoldState.SETTLING:
-                self._forget(hold, now)
-            elif hold is not None and hold.state in (HoldState.WAITING, HoldState.GRANTED):
-                self._fail(hold, _LEASE_ERRORS[code](reason), now)
+            self._lease_over(peer, message.token, _LEASE_ERRORS[code](reason), now)
+        elif code == "staging":
+            hold, _ = self._mine(peer, message.token)
+            self._stop_read(hold, TransferFailedError(f"{peer.name or peer.address} cannot stage: {reason}"))
         elif code in ("stale_epoch", "not_introduced"):
             # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
-            if peer.state is PeerState.MET:
+            if peer.is_met:
                 if now >= peer.greeted_at + self._settings.retry_s:
                     self._greet(peer, now)
                 else:
@@ -274,55 +318,128 @@ class Consumer:
             _log.warning("%s refused a message: %s: %s", peer.address, code, reason)
 
     def _ended(self, peer: Peer, token: str, reason: str, now: float) -> None:
-        # A read in flight goes on: the lease board decides whether its bytes count.
-        hold = self._mine(peer, token)
-        if hold is not None and hold.state in (HoldState.WAITING, HoldState.GRANTED):
-            self._fail(hold, LeaseEndedError(reason), now)
-        elif hold is not None and hold.state is HoldState.SETTLING:
-            self._forget(hold, now)
+        self._lease_over(peer, token, LeaseEndedError(reason), now)
+
+    def _lease_over(self, peer: Peer, token: str, error: LeaseError, now: float) -> None:
+        hold, claim = self._mine(peer, token)
+        if hold is None or claim is None:
+            return
+        if hold.state in (HoldState.WAITING, HoldState.GRANTED):
+            self._fail(hold, error, now, claim)
+        elif hold.state is HoldState.READING:
+            # Bytes in flight are let in: the lease board decides whether they count. Only no more chunks will come.
+            self._stop_read(hold, error)
+        else:
+            self._done_with(hold, claim, now)
+
+    def _stop_read(self, hold: Hold | None, error: KvxferError) -> None:
+        if hold is not None and hold.state is HoldState.READING and hold.transfer is not None and hold.asked:
+            hold.asked.clear()
+            self._out.append(StopRead(hold.transfer, error))
 
     def _pump(self, hold: Hold, now: float) -> None:
         """Do the next thing for a hold, and set the timer for the one after."""
-        peer = hold.peer
-        if hold.state is HoldState.READING:
-            pass  # the data thread keeps this deadline; only the renewals go on
-        elif now >= hold.deadline:
-            self._give_up(hold, now)
+        if hold.state is not HoldState.READING and now >= hold.deadline:
+            self._give_up(hold, now)  # of a read the data thread keeps the deadline; only the renewals go on
             return
-        if hold.state is HoldState.ENDED:
-            self._wake(hold.deadline, hold)
+        self._spread(hold, now)
+        for claim in list(hold.claims):
+            if not claim.settled and hold.ref.token in self._holds:
+                self._pump_claim(hold, claim, now)
+        self._ask_again(hold, now)
+        if hold.ref.token in self._holds and hold.state is HoldState.WAITING:
+            self._plan(hold, now)
+        if hold.ref.token not in self._holds:
             return
-        if peer.state is not PeerState.MET:
-            self._meet(hold, now)
-        elif hold.state is HoldState.WAITING:
-            self._ask_grant(hold, now)
-        elif hold.state is HoldState.GRANTED and hold.transfer is not None:
+        if hold.state is HoldState.GRANTED and hold.transfer is not None and hold.met:
             self._start(hold, hold.transfer, now)
-        elif hold.state is HoldState.SETTLING:
-            self._ask(hold, Settle(to=peer.epoch, token=hold.ref.token, read=hold.read), now)
-        elif now >= hold.ask_at and hold.grant is not None:
-            hold.ask_at = hold.renew_at(now)
-            self._renewals.setdefault(peer.address, []).append(hold.ref.token)
-        # What was done above may have ended it, which mypy cannot see.
-        if hold.ref.token in self._holds and hold.state is not HoldState.ENDED:  # type: ignore[comparison-overlap]
-            silent_at = self._silent_at(hold)
-            if silent_at is not None and now >= silent_at:
-                why = f"{peer.name or peer.address} has said nothing for {self._settings.peer_timeout_s:g} s"
-                self._fail(hold, PeerTimeoutError(why), now)
-                return
-            due = max(hold.ask_at, now + 0.001)
-            if hold.state is not HoldState.READING:
-                due = min(due, hold.deadline, silent_at if silent_at is not None else hold.deadline)
-            self._wake(due, hold)
+        if hold.ref.token in self._holds:
+            self._schedule(hold, now)
 
-    def _meet(self, hold: Hold, now: float) -> None:
-        peer = hold.peer
-        hold.ask_at = now + self._settings.retry_s
+    def _schedule(self, hold: Hold, now: float) -> None:
+        silent_at = self._silent_at(hold)
+        if silent_at is not None and now >= silent_at:
+            error = PeerTimeoutError(
+                f"a producer has said nothing for {self._settings.peer_timeout_s:g} s: {hold.ref.owner}"
+            )
+            if hold.state is HoldState.READING:
+                self._stop_read(hold, error)
+            else:
+                self._fail(hold, error, now)
+                return
+        dues = [max(claim.ask_at, now + 0.001) for claim in hold.claims if not claim.settled]
+        dues += [max(asked.again_at, now + 0.001) for asked in hold.asked.values()]
+        if hold.state is not HoldState.READING:
+            dues.append(hold.deadline)
+        if silent_at is not None and silent_at > now:
+            dues.append(silent_at)
+        if dues:
+            self._timers.set(hold.ref.token, min(dues))
+
+    def _spread(self, hold: Hold, now: float) -> None:
+        """Once the first rank was met, claim the lease at the others: a stranger's reference opens one connection only."""
+        first, ranks = hold.claims[0].peer, len(hold.ref.addresses)
+        if hold.spread or not first.is_met or first.name != hold.ref.owner or first.spec is None:
+            return
+        if first.spec.world != ranks:
+            why = f"{first.name!r} has {first.spec.world} ranks, the lease names {ranks}"
+            if hold.state in (HoldState.WAITING, HoldState.GRANTED):
+                self._fail(hold, HandshakeError("rank", why), now)
+            return
+        for number in range(1, ranks):
+            self._claim(hold, number)
+
+    def _claim(self, hold: Hold, number: int) -> None:
+        address = hold.ref.addresses[number]
+        peer = self._peers.setdefault(address, Peer(address, number))
+        self._timers.cancel(address)
+        hold.claims.append(Claim(peer))
+        self._of_peer.setdefault(address, set()).add(hold.ref.token)
+
+    def _pump_claim(self, hold: Hold, claim: Claim, now: float) -> None:
+        peer = claim.peer
+        if not peer.is_met:
+            if hold.state is not HoldState.ENDED:
+                self._meet(hold, claim, now)
+        elif hold.state in (HoldState.SETTLING, HoldState.ENDED):
+            self._ask(claim, Settle(to=peer.epoch, token=hold.ref.token, read=hold.read), now)
+        elif claim.grant is None:
+            self._ask_grant(hold, claim, now)
+        elif now >= claim.ask_at:
+            claim.ask_at = claim.renew_at(now)
+            self._renewals.setdefault(peer.address, []).append(hold.ref.token)
+
+    def _plan(self, hold: Hold, now: float) -> None:
+        """All ranks were met: what is their KV to us? And granted by all: it can be read."""
+        if not hold.met:
+            return
+        if hold.routers is None:
+            peers = [claim.peer for claim in hold.claims]
+            key = tuple((peer.address, peer.epoch) for peer in peers)
+            if key not in self._routers:
+                try:
+                    self._routers[key] = self._routes(peers)
+                except IncompatibleError as error:
+                    self._metrics.count("kvxfer_handshakes_total", outcome="incompatible")
+                    self._routers[key] = error
+            routers = self._routers[key]
+            if isinstance(routers, IncompatibleError):
+                self._fail(hold, routers, now)
+                return
+            hold.routers = routers
+        if hold.granted:
+            hold.state = HoldState.GRANTED
+            if hold.transfer is None:
+                self._granted[hold.ref.token] = hold
+
+    def _meet(self, hold: Hold, claim: Claim, now: float) -> None:
+        peer = claim.peer
+        claim.ask_at = now + self._settings.retry_s
         if peer.state is PeerState.REFUSED and peer.error is not None and peer.greeted_at >= hold.since:
             if hold.state is HoldState.SETTLING:
-                self._forget(hold, now)
+                self._done_with(hold, claim, now)
             elif hold.state is not HoldState.READING:
-                self._fail(hold, peer.error, now)
+                self._fail(hold, peer.error, now, claim)
             return
         if peer.state is not PeerState.GREETED or now >= peer.greeted_at + self._settings.retry_s:
             self._greet(peer, now)
@@ -330,29 +447,46 @@ class Consumer:
     def _greet(self, peer: Peer, now: float) -> None:
         self._send(peer.address, peer.greet(self._me, now))
 
-    def _ask_grant(self, hold: Hold, now: float) -> None:
-        peer, ref = hold.peer, hold.ref
-        if peer.name != ref.owner:
-            if peer.met_at >= hold.since:
-                why = f"{peer.address} is {peer.name!r}, the lease is {ref.owner!r}'s"
-                self._fail(hold, HandshakeError("identity", why), now)
-            else:
-                self._greet(peer, now)  # perhaps another process lives there since we met
-                hold.ask_at = now + self._settings.retry_s
-            return
-        self._ask(hold, Open(to=peer.epoch, token=ref.token), now)
+    def _ask_grant(self, hold: Hold, claim: Claim, now: float) -> None:
+        peer, ref = claim.peer, hold.ref
+        number = hold.claims.index(claim)
+        if peer.rank != number:
+            why = f"{peer.address} is rank {peer.rank} of {peer.name!r}, and rank {number} for the lease"
+            self._fail(hold, HandshakeError("rank", why), now, claim)
+        elif peer.name == ref.owner:
+            self._ask(claim, Open(to=peer.epoch, token=ref.token), now)
+        elif peer.met_at >= hold.since:
+            why = f"{peer.address} is {peer.name!r}, the lease is {ref.owner!r}'s"
+            self._fail(hold, HandshakeError("identity", why), now, claim)
+        else:
+            self._greet(peer, now)  # perhaps another process lives there since we met
+            claim.ask_at = now + self._settings.retry_s
 
-    def _ask(self, hold: Hold, message: Open | Settle, now: float) -> None:
-        if now >= hold.ask_at:
-            hold.ask_at = now + self._settings.retry_s
-            self._send(hold.peer.address, message)
+    def _ask(self, claim: Claim, message: Open | Settle, now: float) -> None:
+        if now >= claim.ask_at:
+            claim.ask_at = now + self._settings.retry_s
+            self._send(claim.peer.address, message)
+
+    def _ask_again(self, hold: Hold, now: float) -> None:
+        for (source, _), asked in hold.asked.items():
+            peer = hold.claims[source].peer
+            if now >= asked.again_at and peer.is_met:
+                asked.again_at = now + self._settings.retry_s
+                self._send(peer.address, msgspec.structs.replace(asked.message, to=peer.epoch))
 
     def _silent_at(self, hold: Hold) -> float | None:
-        """When the peer has been silent for too long, for a read that waits for it."""
-        waiting = hold.state is HoldState.WAITING
-        if hold.transfer is None or not (waiting or (hold.state is HoldState.GRANTED and not hold.peer.is_met)):
+        """When a peer that a read waits for has been silent for too long."""
+        if hold.transfer is None or hold.state in (HoldState.SETTLING, HoldState.ENDED):
             return None
-        return max(hold.peer.heard_at, hold.transfer.started) + self._settings.peer_timeout_s
+        if hold.state is HoldState.READING:
+            since = {hold.claims[source].peer.address: asked.since for (source, _), asked in hold.asked.items()}
+            heard = [max(self._peers[address].heard_at, at) for address, at in since.items()]
+        else:
+            waiting = [
+                c for c in hold.claims if not c.peer.is_met or (c.grant is None and hold.state is HoldState.WAITING)
+            ]
+            heard = [max(claim.peer.heard_at, hold.transfer.started) for claim in waiting]
+        return min(heard) + self._settings.peer_timeout_s if heard else None
 
     def _start(self, hold: Hold, transfer: Transfer, now: float) -> None:
         self._granted.pop(hold.ref.token, None)
@@ -364,7 +498,8 @@ class Consumer:
         if job is None:
             return
         hold.state = HoldState.READING
-        hold.ask_at = hold.renew_at(now)
+        for claim in hold.claims:
+            claim.ask_at = claim.renew_at(now)
         self._out.append(job)
 
     def _give_up(self, hold: Hold, now: float) -> None:
@@ -372,66 +507,88 @@ class Consumer:
             self._forget(hold, now)  # the lease's own deadline frees the producer
         elif hold.transfer is not None:
             waited = f"{now - hold.transfer.started:.1f} s"
-            what = "to be met" if hold.state is HoldState.WAITING and hold.peer.name == "" else "for its blocks"
-            self._fail(hold, PeerTimeoutError(f"waited {waited} {what}: {hold.peer.address}"), now)
+            unmet = [claim.peer.address for claim in hold.claims if not claim.peer.name]
+            what = "to be met" if unmet else "for its blocks"
+            who = unmet or [claim.peer.address for claim in hold.claims if claim.grant is None]
+            self._fail(hold, PeerTimeoutError(f"waited {waited} {what}: {', '.join(who[:3])}"), now)
         else:
             _log.warning("lease %s of %r was held too long without a read", hold.ref.token, hold.ref.request)
             self._settle(hold, now)
 
-    def _fail(self, hold: Hold, error: KvxferError, now: float) -> None:
-        """Not in flight: the target blocks are quiet."""
+    def _fail(self, hold: Hold, error: KvxferError, now: float, claim: Claim | None = None) -> None:
+        """Not in flight: the target blocks are quiet. ``claim`` is the one that failed, to which nothing is to be said."""
+        self._granted.pop(hold.ref.token, None)
         hold.error = error
+        if claim is not None:
+            claim.settled = True
         if hold.transfer is None:
             hold.state = HoldState.ENDED  # until somebody asks to read it
-            self._wake(hold.deadline, hold)
-            return
-        hold.transfer.end(error)
-        if isinstance(error, (LeaseError, HandshakeError)):
-            self._forget(hold, now)
+            self._ask_all(hold, now)
         else:
+            hold.transfer.end(error)
             self._settle(hold, now)
 
     def _settle(self, hold: Hold, now: float) -> None:
+        self._granted.pop(hold.ref.token, None)
         hold.state = HoldState.SETTLING
         hold.deadline = now + self._settings.lease_s
-        hold.ask_at = now
+        if hold.spread and all(claim.settled for claim in hold.claims):
+            self._forget(hold, now)
+        else:
+            self._ask_all(hold, now)
+
+    def _ask_all(self, hold: Hold, now: float) -> None:
+        for claim in hold.claims:
+            claim.ask_at = now
         self._pump(hold, now)
+
+    def _done_with(self, hold: Hold, claim: Claim, now: float) -> None:
+        """One rank has nothing more to be told."""
+        claim.settled = True
+        if hold.state is HoldState.SETTLING and hold.spread and all(each.settled for each in hold.claims):
+            self._forget(hold, now)
 
     def _forget(self, hold: Hold, now: float) -> None:
         self._holds.pop(hold.ref.token, None)
         self._granted.pop(hold.ref.token, None)
         self._timers.cancel(hold.ref.token)
-        tokens = self._of_peer.get(hold.peer.address)
-        if tokens is None:
-            return
-        tokens.discard(hold.ref.token)
-        if not tokens:
-            del self._of_peer[hold.peer.address]
-            # A stranger's address that never became a peer is not worth keeping a socket for.
-            self._timers.set(hold.peer.address, now + (self._settings.idle_peer_s if hold.peer.name else 0.0))
+        for peer in [claim.peer for claim in hold.claims]:
+            tokens = self._of_peer.get(peer.address)
+            if tokens is None:
+                continue
+            tokens.discard(hold.ref.token)
+            if not tokens:
+                del self._of_peer[peer.address]
+                # A stranger's address that never became a peer is not worth keeping a socket for.
+                self._timers.set(peer.address, now + (self._settings.idle_peer_s if peer.name else 0.0))
 
     def _retire(self, peer: Peer) -> None:
         if peer.address not in self._of_peer:
             del self._peers[peer.address]
+            for key in [key for key in self._routers if any(address == peer.address for address, _ in key)]:
+                del self._routers[key]
             self._out.append(Hangup(peer.address))
             if peer.agent_info:
                 self._out.append(ForgetAgent(peer.agent_info))
 
-    def _mine(self, peer: Peer, token: str) -> Hold | None:
-        hold = self._holds.get(token)
-        return hold if hold is not None and hold.peer is peer else None
+    def _reading(self, transfer: Transfer) -> Hold | None:
+        hold = self._holds.get(transfer.ref.token)
+        return hold if hold is not None and hold.transfer is transfer else None
 
-    def _holds_of(self, peer: Peer) -> list[Hold]:
-        return [self._holds[token] for token in self._of_peer.get(peer.address, ())]
+    def _mine(self, peer: Peer, token: str) -> tuple[Hold | None, Claim | None]:
+        hold = self._holds.get(token)
+        claim = hold.claim_at(peer) if hold is not None else None
+        return (hold, claim) if claim is not None else (None, None)
+
+    def _holds_of(self, peer: Peer) -> list[tuple[Hold, Claim]]:
+        holds = [self._holds[token] for token in self._of_peer.get(peer.address, ())]
+        return [(hold, claim) for hold in holds if (claim := hold.claim_at(peer)) is not None]
 
     def _pump_all(self, peer: Peer, now: float) -> None:
-        for hold in self._holds_of(peer):
-            if hold.state is not HoldState.READING:
-                hold.ask_at = now
+        for hold, claim in self._holds_of(peer):
+            if hold.state is not HoldState.READING and hold.ref.token in self._holds:
+                claim.ask_at = now
                 self._pump(hold, now)
-
-    def _wake(self, at: float, hold: Hold) -> None:
-        self._timers.set(hold.ref.token, at)
 
     def _send(self, address: str, message: Message) -> None:
         self._out.append(SendTo(address, message))

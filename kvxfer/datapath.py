@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data thread: owns the transfer agent, moves leased blocks, fences them, and makes memory quiet after a failure.
+"""The data thread: owns the transfer agent and the staging arena, carries reads, packs chunks, and makes memory quiet.
 
 A copy may block inside the agent for as long as it takes, so nothing that keeps time lives here. A read ends in one of
 three ways: its bytes are in place and its lease stood; it failed and its blocks are quiet; or it failed while the
@@ -14,23 +14,30 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from kvxfer.actions import ForgetAgent, StartRead
+from kvxfer.actions import ChunkStaged, EndPack, PackKey, StartPack, StartRead, StopRead
 from kvxfer.agent import AgentPeer, Flight, FlightState, Op, TransferAgent
-from kvxfer.errors import ClosedError, KvxferError, LeaseEndedError, TransferFailedError, TransferTimeoutError
-from kvxfer.fence import CELL_NBYTES, LeaseBoard
-from kvxfer.memory import Descriptors, Memory
+from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.packer import Packer
+from kvxfer.reading import Leg, Reading
+from kvxfer.staging import FairQueue, StagingArena, Use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from kvxfer.actions import DataAction
+    from kvxfer.buffer import Completion
+    from kvxfer.cache import KVCache
     from kvxfer.config import Settings
+    from kvxfer.fence import LeaseBoard
+    from kvxfer.memory import Descriptors
     from kvxfer.metrics import Metrics
+    from kvxfer.staging import Bytes
     from kvxfer.transfer import Transfer
+    from kvxfer.wire import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -39,65 +46,85 @@ _LONGEST_NAP_S = 1e-3
 _REMAKE_EVERY_S = 1.0
 
 
-@dataclass(eq=False)
-class _Reading:
-    job: StartRead
-    scratch: int | None = None
-    nbytes: int = 0
-    descriptors: int = 0
-    via: str = ""
-    again: bool = False
-    """Started again on a new agent because the first contact with its peer hung."""
-    contacting_since: float | None = None
-    quarantined_at: float | None = None
+class Ends(Protocol):
+    """Whom the data thread tells what happened. Called on the data thread; must not block."""
+
+    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
+        """A read is over, after its transfer was ended."""
+
+    def agent_replaced(self, agent_info: bytes) -> object:
+        """A new agent took the place of the old one: what peers know of that is of no use any more."""
+
+    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> object:
+        """A chunk lies at ``address``, or cannot be packed."""
+
+    def stage(self, transfer: Transfer, source: int, message: Stage) -> object:
+        """A read needs a chunk of one of its sources."""
+
+    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
+        """A read has taken chunks."""
 
 
 class _Close:
     pass
 
 
-_Job = StartRead | ForgetAgent | _Close
+@dataclass(eq=False)
+class _Flying:
+    leg: Leg
+    then: Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Copying:
+    leg: Leg
+    copies: list[Completion]
+    then: Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Waiting:
+    leg: Leg
+    then: Callable[[int], None]
 
 
 class DataPath:
-    """Runs the data thread.
+    """Runs the data thread; it is the `Carrier` of all reads.
 
     Args:
         make_agent: called on the data thread, again after each fence; each agent has another name.
-        memories: registered with every agent; they outlive the data path.
-        ended: called on the data thread when a read is over, after it was ended: the transfer and its error.
-        replaced: called on the data thread with the description of a new agent that took the place of the old one, so
-            that peers can be told: what they know of the old one is of no use any more.
+        cache: of this endpoint. Its memory and the board's are registered with every agent, and outlive the data path.
     """
 
     def __init__(
         self,
         make_agent: Callable[[], TransferAgent],
-        memories: Sequence[Memory],
+        cache: KVCache,
         board: LeaseBoard,
         settings: Settings,
         metrics: Metrics,
-        *,
-        ended: Callable[[Transfer, KvxferError | None], object],
-        replaced: Callable[[bytes], object],
+        ends: Ends,
     ) -> None:
+        self.cache: KVCache = cache
         self._make_agent = make_agent
-        self._memories = memories
         self._board = board
         self._settings = settings
         self._metrics = metrics
-        self._ended = ended
-        self._replaced = replaced
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._ends = ends
+        self.arena: StagingArena = StagingArena(settings.staging_nbytes)
+        self._packer = Packer(cache, self.arena, ends.packed)
+        self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
         self._thread = threading.Thread(target=self._run, name="kvxfer-data", daemon=True)
         self._agent: TransferAgent | None = None
         self._peers: dict[bytes, AgentPeer] = {}
         self._proven: set[bytes] = set()
         """Peers from which this agent has read something."""
-        self._flying: dict[Flight, _Reading] = {}
-        self._unfenced: deque[_Reading] = deque()
-        """Their data is in place; they wait for a scratch cell."""
+        self._readings: dict[str, Reading] = {}
+        self._flying: dict[Flight, _Flying] = {}
+        self._copying: list[_Copying] = []
+        self._for_scratch: FairQueue[_Waiting] = FairQueue()
+        self._for_slot: FairQueue[_Waiting] = FairQueue()
         self._remake_at = float("-inf")
         self._shut_down = False
 
@@ -110,7 +137,7 @@ class DataPath:
         self._thread.start()
         return self._started.result()
 
-    def do(self, job: StartRead | ForgetAgent) -> None:
+    def do(self, job: DataAction) -> None:
         """Queue something. Any thread. After `close` a read ends at once."""
         self._jobs.put(job)
         if self._shut_down:
@@ -140,10 +167,8 @@ class DataPath:
                 if isinstance(job, _Close):
                     break
                 moved = job is not None
-                if isinstance(job, StartRead):
-                    self._start(job)
-                elif isinstance(job, ForgetAgent):
-                    self._forget(job.agent_info)
+                if job is not None:
+                    self._do(job)
                 moved = self._turn() or moved
                 nap_s = _SHORTEST_NAP_S if moved else min(nap_s * 1.5, _LONGEST_NAP_S)
             except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
@@ -151,22 +176,47 @@ class DataPath:
                 _log.exception("fault in the data thread; it goes on")
         self._shut()
 
-    def _next_job(self, nap_s: float) -> _Job | None:
-        waiting = self._flying or self._unfenced
+    def _do(self, job: DataAction) -> None:
+        if isinstance(job, StartRead):
+            self._start(Reading(job))
+        elif isinstance(job, ChunkStaged):
+            reading = self._readings.get(job.transfer.ref.token)
+            if reading is not None and reading.error is None and reading.job.transfer is job.transfer:
+                leg = next(leg for leg in reading.legs if leg.source.number == job.source)
+                self._guarded(leg, lambda: leg.staged(self, job.number, job.address))
+        elif isinstance(job, StopRead):
+            reading = self._readings.get(job.transfer.ref.token)
+            if reading is not None and any(leg.asks for leg in reading.legs):
+                self._fail(reading, job.error)
+        elif isinstance(job, StartPack):
+            self._packer.start(job)
+        elif isinstance(job, EndPack):
+            self._packer.end(job.key, job.numbers)
+        else:
+            self._forget(job.agent_info)
+
+    def _next_job(self, nap_s: float) -> DataAction | _Close | None:
         try:
-            if waiting:
+            if self._flying or self._copying or self._packer.busy:
                 eager = self._agent is not None and self._agent.eager
                 return self._jobs.get_nowait() if eager else self._jobs.get(timeout=nap_s)
             # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
-            return self._jobs.get(timeout=_REMAKE_EVERY_S if self._agent is None else None)
+            wait_s = _REMAKE_EVERY_S if self._agent is None else None
+            if self._readings:
+                # Those wait for a chunk of a peer, or for each other.
+                first = min(reading.deadline for reading in self._readings.values()) - time.monotonic()
+                wait_s = max(0.0, first if wait_s is None else min(first, wait_s))
+            return self._jobs.get(timeout=wait_s)
         except queue.Empty:
             return None
 
     def _new_agent(self) -> TransferAgent:
         agent = self._make_agent()
+        memories = [buffer.memory for buffer in self.cache.buffers]
         try:
-            for memory in (*self._memories, self._board.memory):
-                agent.register(memory)
+            for memory in (*memories, self._board.memory, self.arena.memory):
+                if memory is not None:
+                    agent.register(memory)
         except BaseException:
             agent.close()
             raise
@@ -178,66 +228,15 @@ class DataPath:
             return self._agent
         agent = self._new_agent()
         try:
-            self._replaced(agent.describe())
+            self._ends.agent_replaced(agent.describe())
         except BaseException:
             self._close_agent()
             raise
         return agent
 
-    def _start(self, job: StartRead, *, again: bool = False) -> None:
-        reading = _Reading(job, again=again)
-        try:
-            if time.monotonic() >= job.transfer.deadline:
-                raise TransferTimeoutError("the deadline passed before the read could start")
-            if job.agent_info in self._proven or not self._contact(reading):
-                self._move(reading)
-        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            # Nothing was submitted, or submit() would have answered with a flight.
-            self._end(reading, _as_kvxfer(error))
-
-    def _contact(self, reading: _Reading) -> bool:
-        """Read the lease's cell before anything else from a peer that is new to this agent.
-
-        The first transfer also connects, and with UCX 1.23 that was seen to hang for ever, rarely, after other consumers
-        of the same producer had been killed. A few bytes tell it from a long copy, so that `contact_s` can be short.
-        """
-        reading.scratch = self._board.take_scratch()
-        if reading.scratch is None:
-            return False
-        reading.contacting_since = time.monotonic()
-        self._submit(reading, Descriptors.of(reading.scratch, reading.job.cell, CELL_NBYTES))
-        return True
-
-    def _move(self, reading: _Reading) -> None:
-        spans = reading.job.plan.parts[0].bind(reading.job.source_blocks, reading.job.transfer.into)
-        reading.nbytes, reading.descriptors = spans.total_nbytes, len(spans)
-        if len(spans):
-            self._submit(reading, spans)
-        else:
-            self._fence_read(reading)
-
-    def _submit(self, reading: _Reading, spans: Descriptors) -> None:
-        agent = self._ensure_agent()
-        info = reading.job.agent_info
-        peer = self._peers.get(info)
-        if peer is None or not peer.connected:
-            peer = self._peers[info] = agent.connect(info)
-        flight = agent.submit(Op.READ, peer, spans, deadline=reading.job.transfer.deadline)
-        self._flying[flight] = reading
-
-    def _fence_read(self, reading: _Reading) -> None:
-        """The bytes are in place. Did the lease stand until now? Its cell on the producer's board tells."""
-        reading.scratch = self._board.take_scratch()
-        if reading.scratch is None:
-            if time.monotonic() >= reading.job.transfer.deadline:
-                raise TransferTimeoutError("no lease could be checked before the deadline: too many reads at once")
-            self._unfenced.append(reading)
-            return
-        self._submit(reading, Descriptors.of(reading.scratch, reading.job.cell, CELL_NBYTES))
-
     def _turn(self) -> bool:
         """Poll until nothing more ends at once; True if anything did."""
-        moved = False
+        moved = self._packer.turn()
         if self._agent is None:
             self._remake_agent()
         while self._agent is not None and self._flying:
@@ -251,48 +250,181 @@ class DataPath:
             moved = moved or bool(changed)
             if not changed:
                 break
-        for _ in range(len(self._unfenced)):
-            self._guarded(self._fence_read, self._unfenced.popleft())
+        for each in [each for each in self._copying if all(copy.done for copy in each.copies)]:
+            moved = True
+            self._copying.remove(each)
+            self._copied(each)
+        self._serve_waiting()
+        self._give_up_late()
         self._fence_if_due()
         return moved
 
+    # -- reads: what a leg asks of this thread ----------------------------------------------------------------------
+
+    def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
+        """See `Carrier`."""
+        agent = self._ensure_agent()
+        info = leg.source.agent_info
+        peer = self._peers.get(info)
+        if peer is None or not peer.connected:
+            peer = self._peers[info] = agent.connect(info)
+        flight = agent.submit(Op.READ, peer, spans, deadline=leg.reading.deadline)
+        self._flying[flight] = _Flying(leg, then)
+        leg.reading.pending += 1
+
+    def copying(self, leg: Leg, copies: list[Completion], then: Callable[[], None]) -> None:
+        """See `Carrier`."""
+        leg.reading.pending += 1
+        each = _Copying(leg, copies, then)
+        if all(copy.done for copy in copies):
+            self._copied(each)
+        else:
+            self._copying.append(each)
+
+    def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
+        """See `Carrier`."""
+        self._for_scratch.put(leg.reading, _Waiting(leg, then))
+        self._serve_waiting()
+
+    def give_scratch(self, leg: Leg, scratch: int) -> None:
+        """See `Carrier`."""
+        leg.reading.scratches.discard(scratch)
+        self._board.give_scratch(scratch)
+
+    def read_scratch(self, scratch: int) -> bytes:
+        """See `Carrier`."""
+        return self._board.read_scratch(scratch)
+
+    def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
+        """See `Carrier`."""
+        self._for_slot.put(leg.reading, _Waiting(leg, then))
+        self._serve_waiting()
+
+    def give_slot(self, leg: Leg, slot: int) -> None:
+        """See `Carrier`."""
+        leg.reading.slots.discard(slot)
+        self.arena.give(slot)
+
+    def view_slot(self, slot: int, nbytes: int) -> Bytes:
+        """See `Carrier`."""
+        return self.arena.view(slot, nbytes)
+
+    def proven(self, agent_info: bytes) -> bool:
+        """See `Carrier`."""
+        return agent_info in self._proven
+
+    def prove(self, agent_info: bytes) -> None:
+        """See `Carrier`."""
+        self._proven.add(agent_info)
+
+    def stage(self, leg: Leg, message: Stage) -> None:
+        """See `Carrier`."""
+        self._ends.stage(leg.reading.job.transfer, leg.source.number, message)
+
+    def unstage(self, leg: Leg, numbers: list[int]) -> None:
+        """See `Carrier`."""
+        self._ends.unstage(leg.reading.job.transfer, leg.source.number, numbers)
+
+    def leg_ended(self, leg: Leg) -> None:
+        """See `Carrier`."""
+        reading = leg.reading
+        reading.ended_legs += 1
+        peer = self._peers.get(leg.source.agent_info)
+        reading.via = self._agent.explain(peer) if self._agent is not None and peer is not None else ""
+        if reading.ended_legs == len(reading.legs):
+            self._end(reading)
+
+    # -- reads: what happens to them --------------------------------------------------------------------------------
+
+    def _start(self, reading: Reading) -> None:
+        self._readings[reading.job.transfer.ref.token] = reading
+        try:
+            reading.start(self)
+        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
+            self._fail(reading, _as_kvxfer(error))
+        else:
+            if not reading.legs:
+                self._end(reading)
+
+    def _serve_waiting(self) -> None:
+        while len(self._for_scratch):
+            scratch = self._board.take_scratch()
+            if scratch is None:
+                break
+            self._serve(self._for_scratch.take(), scratch, lambda reading: reading.scratches)
+        while len(self._for_slot):
+            slot = self.arena.take(Use.LANDING)
+            if slot is None:
+                break
+            self._serve(self._for_slot.take(), slot, lambda reading: reading.slots)
+
+    def _serve(self, waiting: _Waiting, got: int, held: Callable[[Reading], set[int]]) -> None:
+        held(waiting.leg.reading).add(got)
+        self._guarded(waiting.leg, lambda: waiting.then(got))
+
     def _changed(self, flight: Flight) -> None:
-        reading = self._flying[flight]
+        flying = self._flying[flight]
+        reading = flying.leg.reading
         if flight.state is FlightState.QUARANTINED:
             reading.quarantined_at = time.monotonic()
+            reading.error = reading.error or flight.error
             return
         del self._flying[flight]
+        reading.pending -= 1
         if flight.state is FlightState.FAILED:
-            self._end(reading, flight.error or TransferFailedError("no reason given"))
-        elif reading.scratch is None:
-            self._guarded(self._fence_read, reading)
-        elif self._board.read_scratch(reading.scratch) != bytes.fromhex(reading.job.transfer.ref.token):
-            self._end(reading, LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away"))
-        elif reading.contacting_since is not None:
-            self._proven.add(reading.job.agent_info)
-            self._board.give_scratch(reading.scratch)
-            reading.scratch = reading.contacting_since = None
-            self._guarded(self._move, reading)
+            self._fail(reading, flight.error or TransferFailedError("no reason given"))
+        elif reading.error is not None:
+            self._fail(reading, reading.error)
         else:
-            reading.via = self._agent.explain(flight.peer) if self._agent is not None else ""
-            self._end(reading, None)
+            self._guarded(flying.leg, flying.then)
 
-    def _guarded(self, step: Callable[[_Reading], None], reading: _Reading) -> None:
+    def _copied(self, each: _Copying) -> None:
+        each.leg.reading.pending -= 1
+        if each.leg.reading.error is not None:
+            self._fail(each.leg.reading, each.leg.reading.error)
+            return
+
+        def proceed() -> None:
+            for copy in each.copies:
+                copy.wait()
+            each.then()
+
+        self._guarded(each.leg, proceed)
+
+    def _guarded(self, leg: Leg, step: Callable[[], None]) -> None:
         try:
-            step(reading)
-        except Exception as error:  # noqa: BLE001 - as in _start
-            self._end(reading, _as_kvxfer(error))
+            step()
+        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
+            self._fail(leg.reading, _as_kvxfer(error))
 
-    def _end(self, reading: _Reading, error: KvxferError | None) -> None:
-        if reading.scratch is not None:
-            self._board.give_scratch(reading.scratch)
-            reading.scratch = None
+    def _fail(self, reading: Reading, error: KvxferError) -> None:
+        """It fails, and is over when nothing of it is in flight."""
+        reading.error = reading.error or error
+        self._for_slot.drop(reading)
+        self._for_scratch.drop(reading)
+        if not reading.pending:
+            self._end(reading)
+
+    def _give_up_late(self) -> None:
+        now = time.monotonic()
+        for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
+            waits = "for chunks of its source" if any(leg.asks for leg in reading.legs) else "for its turn"
+            self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
+
+    def _end(self, reading: Reading) -> None:
+        transfer, error = reading.job.transfer, reading.error
+        if self._readings.get(transfer.ref.token) is not reading:
+            return
+        del self._readings[transfer.ref.token]
+        for scratch in reading.scratches:
+            self._board.give_scratch(scratch)
+        for slot in reading.slots:
+            self.arena.give(slot)
         if error is None:
-            transfer = reading.job.transfer
             transfer.end(None, nbytes=reading.nbytes, descriptors=reading.descriptors, via=reading.via)
         else:
-            reading.job.transfer.end(error)
-        self._ended(reading.job.transfer, error)
+            transfer.end(error)
+        self._ends.read_ended(transfer, error)
 
     # -- making memory quiet ----------------------------------------------------------------------------------------
 
@@ -300,10 +432,10 @@ class DataPath:
         now = time.monotonic()
         stuck = [
             r
-            for r in self._flying.values()
+            for r in self._readings.values()
             if r.contacting_since is not None
             and not r.again
-            and r.quarantined_at is None
+            and r.error is None
             and now >= r.contacting_since + self._settings.contact_s
         ]
         if stuck:
@@ -312,7 +444,7 @@ class DataPath:
                 reading.again = True
             self._fence()
             return
-        rest = [r.quarantined_at for r in self._flying.values() if r.quarantined_at is not None]
+        rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]
         if not rest or self._agent is None:
             return
         if self._agent.watching and now < min(rest) + self._settings.quarantine_s:
@@ -322,26 +454,40 @@ class DataPath:
 
     def _broken(self, error: KvxferError) -> None:
         _log.error("the transfer agent is broken and is torn down: %s", error)
-        for flight, reading in self._flying.items():
-            flight.error = flight.error or error
-            reading.quarantined_at = reading.quarantined_at or time.monotonic()
+        for flying in self._flying.values():
+            flying.leg.reading.error = flying.leg.reading.error or error
         self._fence()
 
     def _fence(self) -> None:
         self._metrics.count("kvxfer_fences_total")
         flying, self._flying = self._flying, {}
         self._close_agent()
+        touched = dict.fromkeys(each.leg.reading for each in flying.values())
+        for each in flying.values():
+            each.leg.reading.pending -= 1
+        # What is copied by devices goes on, and has to end before its slots are used again.
+        copying = [each for each in self._copying if each.leg.reading in touched]
+        for each in copying:
+            self._copying.remove(each)
+            each.leg.reading.pending -= 1
+            for copy in each.copies:
+                copy.wait()
         again = []
-        for flight, reading in flying.items():
-            if reading.quarantined_at is not None:
-                self._end(reading, flight.error or TransferFailedError("given up"))
-            else:
-                if reading.scratch is not None:
-                    self._board.give_scratch(reading.scratch)
-                again.append(reading)
+        for reading in touched:
+            reading.quarantined_at = None
+            if reading.error is not None:
+                self._fail(reading, reading.error)
+                continue
+            self._for_slot.drop(reading)
+            self._for_scratch.drop(reading)
+            for scratch in reading.scratches:
+                self._board.give_scratch(scratch)
+            for slot in reading.slots:
+                self.arena.give(slot)
+            again.append(reading.restarted(self))
         self._remake_agent()
         for reading in again:
-            self._start(reading.job, again=reading.again)
+            self._start(reading)
 
     def _remake_agent(self) -> None:
         if time.monotonic() < self._remake_at:
@@ -372,11 +518,15 @@ class DataPath:
 
     def _shut(self) -> None:
         self._close_agent()
-        readings = [*self._flying.values(), *self._unfenced]
+        self._packer.close()
+        for each in self._copying:
+            for copy in each.copies:
+                copy.wait()
         self._flying.clear()
-        self._unfenced.clear()
-        for reading in readings:
-            self._end(reading, ClosedError("the endpoint was closed"))
+        self._copying.clear()
+        for reading in list(self._readings.values()):
+            reading.pending = 0
+            self._fail(reading, ClosedError("the endpoint was closed"))
         self._shut_down = True
         self._refuse_jobs()
 
@@ -387,7 +537,8 @@ class DataPath:
             except queue.Empty:
                 return
             if isinstance(job, StartRead):
-                self._end(_Reading(job), ClosedError("the endpoint was closed"))
+                job.transfer.end(ClosedError("the endpoint was closed"))
+                self._ends.read_ended(job.transfer, job.transfer.error)
 
 
 def _as_kvxfer(error: Exception) -> KvxferError:

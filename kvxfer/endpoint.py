@@ -14,22 +14,22 @@ from collections import deque
 from operator import index
 from typing import TYPE_CHECKING, Any, Union
 
-import numpy as np
-
 from kvxfer import registry
-from kvxfer.actions import Action, Emit, ForgetAgent, Hangup, Reply, SendTo, StartRead
+from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
 from kvxfer.agent import TransferAgent
-from kvxfer.blocks import tables
+from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.control import ControlChannel
 from kvxfer.datapath import DataPath
-from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError, UnsupportedError
+from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError
 from kvxfer.fence import LeaseBoard
 from kvxfer.lease import LeaseRef, LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
+from kvxfer.plan import plan
 from kvxfer.producer import Producer
+from kvxfer.route import Costs, Route, Router
 from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
 from kvxfer.wire import MAX_NAME
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from kvxfer.cache import KVCache
+    from kvxfer.errors import KvxferError
+    from kvxfer.peer import Peer
+    from kvxfer.wire import Stage
 
     Command = Callable[[float], object]
 
@@ -60,6 +63,9 @@ class Endpoint:
         agent_options: for the adapter, see its documentation. Only with a registry name.
         advertise: host by which peers reach ``bind``, if that is not what was bound.
         settings: times and limits; by default from the environment, see `Settings.resolve`.
+        convert: elements of other dtypes may be converted on the way into this cache; else such a producer is refused.
+        costs: by which routes are chosen; by default as ``kvxfer bench calibrate`` measured them, see `Costs.load`.
+        route: take this route and no other, for measuring and for tests.
 
     Raises:
         ConfigError: an option is wrong, or the address cannot be bound.
@@ -77,6 +83,9 @@ class Endpoint:
         agent_options: Mapping[str, Any] | None = None,
         advertise: str | None = None,
         settings: Settings | None = None,
+        convert: bool = False,
+        costs: Costs | None = None,
+        route: Route | str | None = None,
     ) -> None:
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
@@ -92,31 +101,24 @@ class Endpoint:
         self._actions: list[Action] = []
         self._closing = threading.Event()
         self._close_lock = threading.Lock()
-        memories = [buffer.memory for buffer in cache.buffers]
-        if None in memories:
-            raise UnsupportedError("this cache's device has no registrable memory, and staging is not built yet")
+        self._convert = convert
+        self._costs = costs if costs is not None else Costs.load()
+        self._route = None if route is None else _route(route)
         board = LeaseBoard(self.settings.max_leases)
         self._channel = ControlChannel(bind, self.settings, self.metrics, advertise)
         try:
-            self._data = DataPath(
-                self._agent_maker(agent, dict(agent_options or {})),
-                [memory for memory in memories if memory is not None],
-                board,
-                self.settings,
-                self.metrics,
-                ended=lambda transfer, error: self._command(
-                    lambda now: self._consumer.read_ended(transfer, error, now)
-                ),
-                replaced=lambda info: self._command(lambda _: self._producer.agent_replaced(info)),
-            )
+            maker = self._agent_maker(agent, dict(agent_options or {}))
+            self._data = DataPath(maker, cache, board, self.settings, self.metrics, _Reports(self))
             adapter, agent_info = self._data.start()
         except BaseException:
             self._channel.close()
             raise
-        self._identity = Identity(self.name, self.epoch, adapter, agent_info, cache.spec)
+        addressable = all(buffer.memory is not None for buffer in cache.buffers)
+        slot_nbytes = self._data.arena.slot_nbytes
+        self._identity = Identity(self.name, self.epoch, adapter, agent_info, cache.spec, addressable, slot_nbytes)
         table = LeaseTable(self.settings, board)
         self._producer = Producer(self._identity, table, self.settings, self.metrics, self._actions)
-        self._consumer = Consumer(self._identity, self.settings, self.metrics, self._actions)
+        self._consumer = Consumer(self._identity, self.settings, self.metrics, self._actions, self._routes)
         self.address: str = self._channel.address
         """Where peers find this endpoint, for `LeaseRef.addresses`."""
         self._thread = threading.Thread(target=self._run, name="kvxfer-control", daemon=True)
@@ -158,15 +160,17 @@ class Endpoint:
         consumer renews.
 
         Args:
-            blocks: block ids per cache group in token order; the plain sequence for a cache of one group.
+            blocks: block ids per cache group in token order, or a `BlockTable` where they do not begin with the first
+                token; the plain sequence or table for a cache of one group.
 
         Raises:
             BlockError: not blocks of this cache.
             LeaseRefError: ``ref`` is none.
         """
-        raw = [table.ids.astype("<u4").tobytes() for table in tables(self.cache.spec, blocks)]
+        given = tables(self.cache.spec, blocks)
+        raw, firsts = [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
         token, request = _checked(ref).token, ref.request
-        if not self._command(lambda now: self._producer.offer(token, raw, now)):
+        if not self._command(lambda now: self._producer.offer(token, raw, now, firsts)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
@@ -197,39 +201,34 @@ class Endpoint:
         self._command(lambda now: self._consumer.hold(ref, now))
 
     def read(
-        self,
-        ref: LeaseRef,
-        into: Any,
-        *,
-        skip_blocks: int | Sequence[int] = 0,
-        timeout_s: float | None = None,
+        self, ref: LeaseRef, into: Any, *, tokens: tuple[int, int | None] | None = None, timeout_s: float | None = None
     ) -> Transfer:
-        """Read a lease's blocks into this cache; returns at once. A lease can be read once.
+        """Read a lease's KV into this cache, whatever the producer's looks like; returns at once. A lease is read once.
 
         Args:
-            into: target block ids per cache group in token order; the plain sequence for a cache of one group.
-            skip_blocks: leading blocks of the lease (per group) that are not needed.
+            into: target block ids per cache group in token order; the plain sequence for a cache of one group. They begin
+                with the block in which the first token to be read lies; a `BlockTable` says so for itself.
+            tokens: read only the request's tokens ``[start, stop)``, whose first ones this cache has already, say; stop
+                None means to the end. By default all that ``into`` holds and the lease has.
             timeout_s: the transfer ends by then, well or not; ``read_timeout_s`` by default.
 
         Returns:
             a transfer that ends in Done or Failed. Until then the target blocks belong to kvxfer.
 
         Raises:
-            BlockError: not blocks of this cache, or one twice; or ``skip_blocks`` does not fit.
+            BlockError: not blocks of this cache, or one twice; or ``tokens`` is no interval.
             ConfigError: ``timeout_s`` is no number of seconds.
             LeaseRefError: ``ref`` is none.
         """
         ref = _checked(ref)
-        targets = [table.ids for table in tables(self.cache.spec, into)]
-        for ids in targets:
-            if not (ids[1:] > ids[:-1]).all() and len(np.unique(ids)) != len(ids):
-                raise BlockError("a target block is named twice")
-        skips = _skips(skip_blocks, len(targets))
+        if tokens is not None:
+            tokens = _interval(tokens)
+        targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
         wait_s = self.settings.read_timeout_s if timeout_s is None else timeout_s
         if not isinstance(wait_s, (int, float)) or not 0 <= wait_s <= MAX_S:
             raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
         deadline = time.monotonic() + wait_s
-        transfer = Transfer(ref, targets, skips, deadline, self._ended)
+        transfer = Transfer(ref, targets, tokens, deadline, self._ended)
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         job = self._consumer.take(transfer)
         if job is None:
@@ -283,6 +282,19 @@ class Endpoint:
         self.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _routes(self, peers: Sequence[Peer]) -> list[Router]:
+        made = plan([peer.spec for peer in peers if peer.spec is not None], self.cache.spec, convert=self._convert)
+        return [
+            Router(
+                part,
+                self._costs,
+                slot_nbytes=min(peer.slot_nbytes, self._identity.slot_nbytes),
+                addressable=(peer.addressable, self._identity.addressable),
+                only=self._route,
+            )
+            for peer, part in zip(peers, made.parts, strict=True)
+        ]
 
     def _agent_maker(self, agent: AgentChoice, options: dict[str, Any]) -> Callable[[], TransferAgent]:
         if callable(agent):
@@ -391,12 +403,12 @@ class Endpoint:
                 self._consumer.unreachable(action.address, str(error), time.monotonic())
         elif isinstance(action, Reply):
             self._channel.reply(action.connection, action.message)
-        elif isinstance(action, (StartRead, ForgetAgent)):
-            self._data.do(action)
         elif isinstance(action, Hangup):
             self._channel.hangup(action.address)
         elif isinstance(action, Emit):
             self._events.put(action.event)
+        else:
+            self._data.do(action)
 
     def _guarded(self, step: Callable[[], object]) -> None:
         """No fault of ours, and nothing a peer can send, ends this thread."""
@@ -407,6 +419,31 @@ class Endpoint:
             _log.exception("fault in the control thread; it goes on")
 
 
+class _Reports:
+    """What the data thread tells, see `kvxfer.datapath.Ends`: each becomes a command of the control thread."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
+        self._tell(lambda now: self._endpoint._consumer.read_ended(transfer, error, now))
+
+    def agent_replaced(self, agent_info: bytes) -> None:
+        self._tell(lambda _: self._endpoint._producer.agent_replaced(agent_info))
+
+    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
+        self._tell(lambda _: self._endpoint._producer.packed(key, number, address, error))
+
+    def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
+        self._tell(lambda now: self._endpoint._consumer.stage(transfer, source, message, now))
+
+    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
+        self._tell(lambda _: self._endpoint._consumer.unstage(transfer, source, numbers))
+
+    def _tell(self, command: Command) -> None:
+        self._endpoint._command(command)
+
+
 def _checked(ref: LeaseRef) -> LeaseRef:
     """A constructor of msgspec checks nothing; what it let through must fail here and not in the control thread."""
     if not isinstance(ref, LeaseRef):
@@ -414,15 +451,22 @@ def _checked(ref: LeaseRef) -> LeaseRef:
     return LeaseRef.from_obj(ref.to_obj())
 
 
-def _skips(skip_blocks: Any, groups: int) -> list[int]:
+def _interval(tokens: Any) -> tuple[int, int | None]:
     try:
-        one = not hasattr(skip_blocks, "__len__")
-        skips = [index(skip_blocks)] * groups if one else [index(skip) for skip in skip_blocks]
-    except TypeError as error:
-        raise BlockError(f"skip_blocks must be whole numbers, not {skip_blocks!r}") from error
-    if len(skips) != groups or any(skip < 0 for skip in skips):
-        raise BlockError(f"skip_blocks {skip_blocks!r} does not fit {groups} cache groups")
-    return skips
+        start, stop = tokens
+        first, end = index(start), None if stop is None else index(stop)
+    except (TypeError, ValueError) as error:
+        raise BlockError(f"tokens must be (start, stop), not {tokens!r}") from error
+    if not 0 <= first <= (MAX_TOKENS if end is None else end) <= MAX_TOKENS:
+        raise BlockError(f"tokens {tokens!r} are no interval")
+    return first, end
+
+
+def _route(route: Route | str) -> Route:
+    try:
+        return Route(route)
+    except ValueError:
+        raise ConfigError(f"unknown route {route!r}; known are {', '.join(each.value for each in Route)}") from None
 
 
 def _forgotten(channel: ControlChannel, closing: threading.Event, thread: threading.Thread) -> None:

@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One lease as its consumer holds it: state, what the producer granted, and what there is to read. Pure, no I/O."""
+"""One lease as its consumer holds it: a claim at each rank of the producer, and what there is to read. Pure, no I/O."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kvxfer.actions import StartRead
+from kvxfer.actions import Source, StartRead
+from kvxfer.blocks import BlockTable, ids_from_wire, tables
 from kvxfer.errors import BlockError, KvxferError
 
 if TYPE_CHECKING:
-    from kvxfer.blocks import BlockIds
+    from collections.abc import Sequence
+
+    from kvxfer.blocks import Table
     from kvxfer.lease import LeaseRef
     from kvxfer.peer import Peer
+    from kvxfer.route import Router
     from kvxfer.transfer import Transfer
-    from kvxfer.wire import Grant
+    from kvxfer.wire import Grant, Stage
 
 _SHORTEST_RENEWAL_S = 0.02
 
@@ -33,24 +35,73 @@ class HoldState(str, Enum):
 
 
 @dataclass(eq=False)
-class Hold:
-    """One lease held by this consumer."""
+class Claim:
+    """A lease at one rank of its producer.
 
-    ref: LeaseRef
+    Attributes:
+        grant: the blocks there, once they are readable.
+        settled: nothing more is to be said to that rank.
+        ask_at: when to say the next thing to it.
+    """
+
     peer: Peer
-    since: float
-    deadline: float
-    state: HoldState = HoldState.WAITING
     grant: Grant | None = None
-    transfer: Transfer | None = None
-    error: KvxferError | None = None
-    read: bool = False
+    settled: bool = False
     ask_at: float = 0.0
-    """When to say the next thing to the peer."""
 
     def renew_at(self, now: float) -> float:
         """Three renewals in the time a lease has: two may be lost. Not more often, whatever a producer grants."""
         return now + max(self.grant.ttl_s / 3 if self.grant is not None else 0.0, _SHORTEST_RENEWAL_S)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A chunk that was asked for and is not there yet."""
+
+    message: Stage
+    since: float
+    again_at: float
+
+
+@dataclass(eq=False)
+class Hold:
+    """One lease held by this consumer.
+
+    Attributes:
+        claims: one for each rank of the producer, in rank order; only the first until that rank was met.
+        routers: how the part of each rank travels, once all ranks were met.
+        asked: chunks that the read waits for, by rank and number.
+    """
+
+    ref: LeaseRef
+    since: float
+    deadline: float
+    claims: list[Claim]
+    state: HoldState = HoldState.WAITING
+    routers: Sequence[Router] | None = None
+    transfer: Transfer | None = None
+    error: KvxferError | None = None
+    read: bool = False
+    asked: dict[tuple[int, int], Asked] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> bool:
+        """Every rank of the producer is known."""
+        return len(self.claims) == len(self.ref.addresses)
+
+    @property
+    def met(self) -> bool:
+        """Every rank of the producer was met."""
+        return self.spread and all(claim.peer.is_met for claim in self.claims)
+
+    @property
+    def granted(self) -> bool:
+        """Every rank of the producer has granted it."""
+        return self.spread and all(claim.grant is not None for claim in self.claims)
+
+    def claim_at(self, peer: Peer) -> Claim | None:
+        """The claim at one rank, if it is this lease's."""
+        return next((claim for claim in self.claims if claim.peer is peer), None)
 
     def job(self, transfer: Transfer) -> StartRead | None:
         """What the data thread needs to read it; None before it is granted.
@@ -58,27 +109,24 @@ class Hold:
         Raises:
             BlockError: the read does not fit the lease.
         """
-        grant, plan = self.grant, self.peer.plan
-        if grant is None or plan is None:
+        if self.routers is None or not self.granted:
             return None
-        source = _select([_block_ids(ids) for ids in grant.blocks], transfer.into, transfer.skip_blocks)
-        return StartRead(transfer, plan, self.peer.agent_info, source, grant.cell)
+        sources = []
+        for number, (claim, router) in enumerate(zip(self.claims, self.routers, strict=True)):
+            grant = claim.grant
+            if grant is None or not router.part.overlaps:
+                continue
+            match = router.part.match_tables(_leased(claim.peer, grant), transfer.into, transfer.tokens)
+            sources.append(Source(number, claim.peer.agent_info, router, match, grant.cell))
+        return StartRead(transfer, sources)
 
 
-def _block_ids(raw: bytes) -> BlockIds:
-    if len(raw) % 4:
-        raise BlockError(f"a list of block ids has {len(raw)} bytes")
-    return np.frombuffer(raw, dtype="<u4").astype(np.int64)
-
-
-def _select(source: list[BlockIds], into: object, skip_blocks: object) -> list[BlockIds]:
-    """The leased blocks that correspond to the target's, per group."""
-    targets, skips = list(into), list(skip_blocks)  # type: ignore[call-overload]
-    if not len(source) == len(targets) == len(skips):
-        raise BlockError(f"the lease covers {len(source)} cache groups, the read {len(targets)}")
-    selected = []
-    for group, (ids, target, skip) in enumerate(zip(source, targets, skips, strict=True)):
-        if skip < 0 or skip + len(target) > len(ids):
-            raise BlockError(f"group {group}: blocks {skip} to {skip + len(target)} of {len(ids)} leased ones")
-        selected.append(ids[skip : skip + len(target)])
-    return selected
+def _leased(peer: Peer, grant: Grant) -> list[Table]:
+    """The block tables that a rank granted, checked."""
+    if peer.spec is None:
+        raise BlockError(f"{peer.address} was not met")
+    firsts = grant.first_tokens or [0] * len(grant.blocks)
+    if len(firsts) != len(grant.blocks):
+        raise BlockError(f"{len(grant.blocks)} lists of leased blocks have {len(firsts)} beginnings")
+    given = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(grant.blocks, firsts, strict=True)]
+    return tables(peer.spec, given, "leased")

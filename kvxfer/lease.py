@@ -19,13 +19,13 @@ import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
 from kvxfer.timers import Timers
-from kvxfer.wire import Name, Token
+from kvxfer.wire import MAX_RANKS, Name, Token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +68,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     owner: Name
     addresses: Annotated[
         tuple[Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")], ...],
-        msgspec.Meta(min_length=1, max_length=4096),
+        msgspec.Meta(min_length=1, max_length=MAX_RANKS),
     ]
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
@@ -121,26 +121,59 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self).decode()
 
 
+class Holder(NamedTuple):
+    """One process of a consumer: its engine's name, its own epoch, and which of how many ranks it is."""
+
+    name: str
+    epoch: str
+    rank: int = 0
+    world: int = 1
+
+
 @dataclass(eq=False)
 class Lease:
-    """One lease of the producer. Only `LeaseTable` changes it."""
+    """One lease of the producer. Only `LeaseTable` changes it.
+
+    A lease belongs to one consumer, whose ranks each read what they need of it: it is settled when all of them have
+    settled.
+
+    Attributes:
+        blocks: per cache group the ids as little-endian uint32.
+        first_tokens: per cache group the token with which the first block begins.
+        holders: by rank, the processes of the consumer that have asked for it.
+        settled: ranks that are done with it.
+        read: some rank read it.
+    """
 
     token: str
     request: str
     deadline: float
     state: LeaseState = LeaseState.ANNOUNCED
     blocks: list[bytes] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=list)
     cell: int | None = None
     offered: bool = False
-    holder: object = None
+    holders: dict[int, Holder] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
     read: bool = False
+
+    def waiting(self) -> list[Holder]:
+        """Those that have not settled it."""
+        return [holder for rank, holder in self.holders.items() if rank not in self.settled]
+
+    def admits(self, holder: Holder) -> bool:
+        """It is free, or this process's, or that of another rank of the consumer that has it."""
+        for known in self.holders.values():
+            return (known.name, known.world) == (holder.name, holder.world) and self.holders.get(
+                holder.rank, holder
+            ) == holder
+        return True
 
 
 class LeaseTable:
     """All leases of one producer.
 
-    Times are ``now`` of the caller's monotonic clock; ``holder`` is any hashable that stands for one consumer process.
-    Leases that end are returned by the call that ends them, and remembered for a while so that repeats are answered
+    Times are ``now`` of the caller's monotonic clock. Leases that end are returned by the call that ends them, and remembered for a while so that repeats are answered
     alike.
     """
 
@@ -161,11 +194,11 @@ class LeaseTable:
             self._live[token] = lease
             self._timers.set(token, lease.deadline)
 
-    def offer(self, token: str, blocks: Sequence[bytes], now: float) -> Lease:
+    def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
         """The blocks are complete and will not change: the lease's time runs from now.
 
         Args:
-            blocks: per cache group the ids as little-endian uint32.
+            blocks, first_tokens: see `Lease`.
 
         Raises:
             LeaseUnknownError: never announced.
@@ -185,7 +218,7 @@ class LeaseTable:
         except LeaseError:
             self._end(lease, LeaseState.REVOKED)
             raise
-        lease.blocks = list(blocks)
+        lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
         lease.state = LeaseState.OPEN
         lease.deadline = now + self._settings.lease_s
         self._timers.set(token, lease.deadline)
@@ -196,36 +229,48 @@ class LeaseTable:
         lease = self._live.get(token) or self._ended.get(token)
         return lease is not None and lease.offered
 
-    def open(self, token: str, holder: object, now: float) -> Lease:
+    def open(self, token: str, holder: Holder, now: float) -> Lease:
         """A consumer asks for the blocks. Idempotent for the same one; the answer is the lease's state.
 
         Raises:
-            LeaseUnknownError, LeaseEndedError: there is nothing to open.
+            LeaseUnknownError, LeaseEndedError: there is nothing to open, or this rank has settled it.
             LeaseError: another consumer has it.
         """
         lease = self._find(token)
-        if lease.holder is not None and lease.holder != holder:
+        if not lease.admits(holder):
             raise LeaseError(f"lease {token} was opened by another consumer")
-        lease.holder = holder
+        if holder.rank in lease.settled:
+            raise LeaseEndedError(f"rank {holder.rank} has settled lease {token}")
+        lease.holders[holder.rank] = holder
         if lease.state is LeaseState.OPEN:
             lease.state = LeaseState.ACTIVE
         if lease.state is LeaseState.ACTIVE:
             self._extend(lease, now)
         return lease
 
-    def renew(self, tokens: Sequence[str], holder: object, now: float) -> list[str]:
+    def get(self, token: str) -> Lease | None:
+        """The lease, if it lives."""
+        return self._live.get(token)
+
+    def held(self, token: str, holder: Holder) -> Lease | None:
+        """The lease, if this process may read its blocks now."""
+        lease = self._live.get(token)
+        stands = lease is not None and lease.state is LeaseState.ACTIVE and holder in lease.waiting()
+        return lease if stands else None
+
+    def renew(self, tokens: Sequence[str], holder: Holder, now: float) -> list[str]:
         """Extend what this holder still waits for; returns the tokens of leases that do not stand."""
         ended = []
         for token in tokens:
             lease = self._live.get(token)
-            if lease is None or lease.holder != holder:
+            if lease is None or holder not in lease.waiting():
                 ended.append(token)
             elif lease.state is LeaseState.ACTIVE:
                 self._extend(lease, now)
         return ended
 
-    def settle(self, token: str, holder: object, *, read: bool) -> tuple[bool, Lease | None]:
-        """The consumer is done with the blocks.
+    def settle(self, token: str, holder: Holder, *, read: bool) -> tuple[bool, Lease | None]:
+        """A rank of the consumer is done with the blocks; when all are, the lease has ended.
 
         Returns:
             whether the lease stood until now, and the lease if this call ended it.
@@ -233,10 +278,15 @@ class LeaseTable:
         lease = self._live.get(token)
         if lease is None:
             before = self._ended.get(token)
-            return before is not None and before.state is LeaseState.SETTLED and before.holder == holder, None
-        if lease.holder not in (None, holder):
+            settled = before is not None and before.state is LeaseState.SETTLED
+            return settled and before is not None and before.holders.get(holder.rank) == holder, None
+        if not lease.admits(holder):
             return False, None
-        lease.holder, lease.read = holder, read
+        lease.holders[holder.rank] = holder
+        lease.settled.add(holder.rank)
+        lease.read = lease.read or read
+        if len(lease.settled) < holder.world:
+            return True, None
         self._end(lease, LeaseState.SETTLED)
         return True, lease
 

@@ -86,7 +86,13 @@ class PlanPart:
                 nothing, or tokens that the source's blocks do not hold.
         """
         sources = tables(self.source, source_blocks, "source")
-        targets = tables(self.target, target_blocks, "target", first_token=tokens[0] if tokens else 0, distinct=True)
+        first = tokens[0] if tokens else 0
+        return self.match_tables(
+            sources, tables(self.target, target_blocks, "target", first_token=first, distinct=True), tokens
+        )
+
+    def match_tables(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
+        """`match` for tables that were checked. Raises BlockError: they do not fit each other."""
         spans = [(0, 0)] * len(targets)
         for channel in self._channels:
             number = channel.target_group

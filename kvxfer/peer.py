@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A producer as the consumer knows it: handshake, epoch, and the plan between its cache and ours. Pure, no I/O."""
+"""One rank of a producer as the consumer knows it: handshake, epoch, cache. Pure, no I/O."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from kvxfer.errors import HandshakeError, IncompatibleError, KvxferError, LayoutError
-from kvxfer.plan import TransferPlan, plan
+from kvxfer.errors import HandshakeError
 from kvxfer.wire import PROTOCOL, Hello, Welcome
 
 if TYPE_CHECKING:
@@ -22,6 +21,8 @@ class Identity:
     Attributes:
         epoch: random, per start; a message for another epoch was meant for a process that is gone.
         agent: name of the transfer adapter; ``agent_info`` its description, replaced when the agent is.
+        addressable: the cache's memory can be read and written in place.
+        slot_nbytes: largest chunk that this side can stage; 0 if none.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Identity:
     agent: str
     agent_info: bytes
     spec: CacheSpec
+    addressable: bool = True
+    slot_nbytes: int = 0
 
 
 class PeerState(str, Enum):
@@ -45,19 +48,24 @@ class Peer:
     """The endpoint at one control address. Survives restarts of the process there, whose ``epoch`` then changes.
 
     Attributes:
+        rank: that it is expected to be.
         name, epoch, agent_info: of the process met last; empty before.
-        plan: from its cache to ours; None unless MET.
+        spec: of its cache; None before.
+        addressable, slot_nbytes: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
     """
 
     address: str
+    rank: int = 0
     state: PeerState = PeerState.UNKNOWN
     name: str = ""
     epoch: str = ""
     agent_info: bytes = b""
-    plan: TransferPlan | None = None
-    error: KvxferError | None = None
+    spec: CacheSpec | None = None
+    addressable: bool = True
+    slot_nbytes: int = 0
+    error: HandshakeError | None = None
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
@@ -70,7 +78,15 @@ class Peer:
     def greet(self, me: Identity, now: float) -> Hello:
         """Begin a handshake, or repeat it; the message to send."""
         self.state, self.greeted_at = PeerState.GREETED, now
-        return Hello(protocol=PROTOCOL, name=me.name, epoch=me.epoch, rank=me.spec.rank, agent=me.agent)
+        return Hello(
+            protocol=PROTOCOL,
+            name=me.name,
+            epoch=me.epoch,
+            rank=self.rank,
+            agent=me.agent,
+            reader=me.spec.rank,
+            readers=me.spec.world,
+        )
 
     def welcomed(self, me: Identity, message: Welcome, now: float) -> str | None:
         """The peer answered.
@@ -79,27 +95,22 @@ class Peer:
             the epoch of the process known here before, if this is another one: whatever was agreed with it is void.
         """
         before = self.epoch if self.epoch and self.epoch != message.epoch else None
-        changed = message.epoch != self.epoch or message.agent_info != self.agent_info
         self.name, self.epoch, self.agent_info, self.met_at = message.name, message.epoch, message.agent_info, now
-        if changed or self.plan is None:
-            self.plan, self.error = None, None
-            try:
-                _check(me, message)
-                self.plan = plan(message.spec, me.spec)
-            except (IncompatibleError, HandshakeError, LayoutError) as error:
-                self.error = error
+        self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
+        self.error = self._check(me, message)
         self.state = PeerState.MET if self.error is None else PeerState.REFUSED
         return before
 
-    def refused(self, error: KvxferError) -> None:
+    def refused(self, error: HandshakeError) -> None:
         """The peer will not be met; the next thing asked of it begins a new handshake."""
-        self.state, self.error, self.plan = PeerState.REFUSED, error, None
+        self.state, self.error = PeerState.REFUSED, error
 
-
-def _check(me: Identity, message: Welcome) -> None:
-    if message.protocol != PROTOCOL:
-        raise HandshakeError("protocol", f"{message.name!r} speaks protocol {message.protocol}, this side {PROTOCOL}")
-    if message.agent != me.agent:
-        raise HandshakeError("agent", f"{message.name!r} moves bytes by {message.agent!r}, this side by {me.agent!r}")
-    if message.rank != me.spec.rank:
-        raise HandshakeError("rank", f"{message.name!r} is rank {message.rank}, wanted is rank {me.spec.rank}")
+    def _check(self, me: Identity, message: Welcome) -> HandshakeError | None:
+        name = message.name
+        if message.protocol != PROTOCOL:
+            return HandshakeError("protocol", f"{name!r} speaks protocol {message.protocol}, this side {PROTOCOL}")
+        if message.agent != me.agent:
+            return HandshakeError("agent", f"{name!r} moves bytes by {message.agent!r}, this side by {me.agent!r}")
+        if (message.rank, message.spec.rank) != (self.rank, self.rank):
+            return HandshakeError("rank", f"{name!r} is rank {message.rank}, wanted is rank {self.rank}")
+        return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, Reply
+from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
+from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
-from kvxfer.lease import Lease, LeaseState, LeaseTable
+from kvxfer.lease import Holder, Lease, LeaseState, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
     PROTOCOL,
@@ -25,6 +26,9 @@ from kvxfer.wire import (
     Revoked,
     Settle,
     Settled,
+    Stage,
+    Staged,
+    Unstage,
     Welcome,
 )
 
@@ -32,17 +36,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.config import Settings
+    from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
     from kvxfer.peer import Identity
 
 _MOST_CONNECTIONS = 4096
+_MOST_CHUNKS = 256
+"""Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Holder:
-    name: str
-    epoch: str
+@dataclass
+class _Chunks:
+    """What one reader of one lease asked to have packed: the address of each chunk once it is, and what was taken."""
+
+    asked: dict[int, int | None] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
 
 
 class Producer:
@@ -64,8 +73,9 @@ class Producer:
         self._metrics = metrics
         self._out = out
         # Bounded: the least recently heard connection is forgotten, and has to introduce itself again.
-        self._holders: OrderedDict[bytes, _Holder] = OrderedDict()
-        self._connections: dict[_Holder, bytes] = {}
+        self._holders: OrderedDict[bytes, Holder] = OrderedDict()
+        self._connections: dict[Holder, bytes] = {}
+        self._chunks: dict[PackKey, _Chunks] = {}
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
@@ -73,26 +83,27 @@ class Producer:
         """See `LeaseTable.announce`."""
         self._table.announce(token, request, now)
 
-    def offer(self, token: str, blocks: Sequence[bytes], now: float) -> None:
+    def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> None:
         """Blocks of an announced lease are complete; a consumer that waits for them gets its grant."""
         twice = self._table.offered(token)
         try:
-            lease = self._table.offer(token, blocks, now)
+            lease = self._table.offer(token, blocks, now, first_tokens)
         except LeaseError as error:
             if twice:  # its one event has come or will come; telling another would free blocks that are still leased
                 _log.warning("%s", error)
             else:
                 self._not_offered(token, error)
             return
-        if lease.holder is not None:
-            self._table.open(token, lease.holder, now)
-            self._tell(lease, self._grant(lease))
+        for holder in lease.waiting():
+            self._table.open(token, holder, now)
+        self._tell(lease, self._grant(lease))
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
         lease = self._table.revoke(token)
         if lease is not None:
             self._tell(lease, Revoked(token=token, reason=reason))
+            self._unstage(lease)
             if lease.offered:
                 self._end(LeaseRevoked(token, lease.request), "revoked")
 
@@ -102,12 +113,29 @@ class Producer:
         for connection in self._connections.values():
             self._reply(connection, self._welcome())
 
+    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
+        """The data thread has packed a chunk at ``address``, or cannot."""
+        chunks, lease = self._chunks.get(key), self._table.get(key.token)
+        if chunks is None or number not in chunks.asked or lease is None:
+            self._out.append(EndPack(key, [number]))  # nobody waits for it any more
+            return
+        connection = self._connections.get(lease.holders[key.rank])
+        if address is not None:
+            chunks.asked[number] = address
+            if connection is not None:
+                self._reply(connection, Staged(token=key.token, number=number, address=address))
+        else:
+            del chunks.asked[number]
+            if connection is not None:
+                self._refuse(connection, "staging", str(error), key.token, counted=True)
+
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """End what has expired."""
         for lease in self._table.expire(now):
             self._tell(lease, Revoked(token=lease.token, reason="the lease expired"))
+            self._unstage(lease)
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
 
@@ -119,6 +147,7 @@ class Producer:
         """End every lease; consumers that hold one are told."""
         for lease in self._table.close():
             self._tell(lease, Revoked(token=lease.token, reason="the producer was shut down"))
+            self._unstage(lease)
             if lease.offered:
                 self._end(LeaseRevoked(lease.token, lease.request), "revoked")
 
@@ -134,7 +163,7 @@ class Producer:
         if isinstance(message, Hello):
             self._hello(connection, message)
             return
-        if not isinstance(message, (Open, Renew, Settle)):
+        if not isinstance(message, (Open, Renew, Settle, Stage, Unstage)):
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
             return
         token = "" if isinstance(message, Renew) else message.token
@@ -151,9 +180,15 @@ class Producer:
         elif isinstance(message, Renew):
             ended = self._table.renew(message.tokens, holder, now)
             self._reply(connection, Renewed(ended=ended))
+        elif isinstance(message, Stage):
+            self._stage(connection, holder, message)
+        elif isinstance(message, Unstage):
+            self._taken(PackKey(message.token, holder.rank), holder, message.numbers)
         else:
             stood, lease = self._table.settle(message.token, holder, read=message.read)
             self._reply(connection, Settled(token=message.token, stood=stood))
+            if stood:
+                self._end_pack(PackKey(message.token, holder.rank))
             if lease is not None and lease.offered:
                 event = LeaseSettled(lease.token, lease.request, lease.read)
                 self._end(event, "settled" if lease.read else "unread")
@@ -176,11 +211,13 @@ class Producer:
         elif hello.rank != me.spec.rank:
             why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
             self._refuse(connection, "rank", why, counted=True)
+        elif hello.reader >= hello.readers:
+            self._refuse(connection, "rank", f"no rank {hello.reader} of {hello.readers} reads", counted=True)
         elif hello.agent != me.agent:
             why = f"bytes move by {me.agent!r} here, not by {hello.agent!r}"
             self._refuse(connection, "agent", why, counted=True)
         else:
-            self._introduce(connection, _Holder(hello.name, hello.epoch))
+            self._introduce(connection, Holder(hello.name, hello.epoch, hello.reader, hello.readers))
             self._reply(connection, self._welcome())
 
     def _welcome(self) -> Welcome:
@@ -193,9 +230,11 @@ class Producer:
             agent=me.agent,
             agent_info=me.agent_info,
             spec=me.spec,
+            addressable=me.addressable,
+            slot_nbytes=me.slot_nbytes,
         )
 
-    def _introduce(self, connection: bytes, holder: _Holder) -> None:
+    def _introduce(self, connection: bytes, holder: Holder) -> None:
         before = self._holders.get(connection)
         if before is not None and self._connections.get(before) == connection:
             del self._connections[before]
@@ -207,7 +246,7 @@ class Producer:
             if self._connections.get(gone) == old:
                 del self._connections[gone]
 
-    def _open(self, connection: bytes, holder: _Holder, message: Open, now: float) -> None:
+    def _open(self, connection: bytes, holder: Holder, message: Open, now: float) -> None:
         try:
             lease = self._table.open(message.token, holder, now)
         except LeaseUnknownError as error:
@@ -222,12 +261,57 @@ class Producer:
 
     def _grant(self, lease: Lease) -> Grant:
         ttl_s = self._settings.lease_s
-        return Grant(token=lease.token, blocks=lease.blocks, cell=lease.cell or 0, ttl_s=ttl_s)
+        first_tokens = lease.first_tokens if any(lease.first_tokens) else []
+        return Grant(
+            token=lease.token, blocks=lease.blocks, cell=lease.cell or 0, ttl_s=ttl_s, first_tokens=first_tokens
+        )
+
+    def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:
+        lease = self._table.held(message.token, holder)
+        if lease is None:
+            why = f"no lease {message.token} is held by rank {holder.rank} of {holder.name!r}"
+            self._refuse(connection, "unknown_lease", why, message.token, counted=True)
+            return
+        key = PackKey(message.token, holder.rank)
+        chunks = self._chunks.setdefault(key, _Chunks())
+        if message.number in chunks.taken:
+            return  # asked again before it was known to be there
+        if message.number in chunks.asked:
+            address = chunks.asked[message.number]
+            if address is not None:
+                self._reply(connection, Staged(token=message.token, number=message.number, address=address))
+        elif len(chunks.asked) >= _MOST_CHUNKS:
+            self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
+        else:
+            chunks.asked[message.number] = None
+            firsts = lease.first_tokens or [0] * len(lease.blocks)
+            blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
+            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks))
+
+    def _taken(self, key: PackKey, holder: Holder, numbers: Sequence[int]) -> None:
+        chunks, lease = self._chunks.get(key), self._table.get(key.token)
+        if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
+            return
+        taken = [number for number in numbers if number in chunks.asked]
+        for number in taken:
+            del chunks.asked[number]
+        chunks.taken.update(taken)
+        if taken:
+            self._out.append(EndPack(key, taken))
+
+    def _unstage(self, lease: Lease) -> None:
+        for rank in lease.holders:
+            self._end_pack(PackKey(lease.token, rank))
+
+    def _end_pack(self, key: PackKey) -> None:
+        if self._chunks.pop(key, None) is not None:
+            self._out.append(EndPack(key))
 
     def _tell(self, lease: Lease, message: Message) -> None:
-        connection = self._connections.get(lease.holder) if isinstance(lease.holder, _Holder) else None
-        if connection is not None:
-            self._reply(connection, message)
+        for holder in lease.waiting():
+            connection = self._connections.get(holder)
+            if connection is not None:
+                self._reply(connection, message)
 
     def _reply(self, connection: bytes, message: Message) -> None:
         self._out.append(Reply(connection, message))

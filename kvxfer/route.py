@@ -150,7 +150,7 @@ class Router:
         self.part = part
         self._costs = costs
         self._slot_nbytes = slot_nbytes
-        self._in_flight = in_flight
+        self.in_flight = in_flight
         self.barred: dict[Route, str] = {}
         source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
         if part.converts:
@@ -199,7 +199,7 @@ class Router:
             runs=runs,
             nbytes=nbytes,
             images=self._images.get(route) if route is not Route.DIRECT else None,
-            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self._in_flight * self._slot_nbytes),
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self.in_flight * self._slot_nbytes),
         )
 
     def _like(self, route: Route) -> str:

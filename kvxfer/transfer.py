@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from kvxfer.blocks import BlockIds
+    from kvxfer.blocks import Table
     from kvxfer.errors import KvxferError
     from kvxfer.lease import LeaseRef
+    from kvxfer.part import Tokens
 
 
 class _Latch:
@@ -46,9 +47,9 @@ class Transfer:
 
     Attributes:
         ref: the lease being read.
-        into: target block ids per cache group, in token order.
-        skip_blocks: leading blocks of the lease, per group, that are not read.
-        nbytes, descriptors: what was moved; 0 until done.
+        into: the target's block tables, one per cache group.
+        tokens: which of the request's tokens are read; None: all that ``into`` holds.
+        nbytes, descriptors: what was moved over the wire; 0 until done.
         seconds: from the read call to the end; 0.0 until done.
         via: how they travelled, in the words of the transfer agent; empty until done.
     """
@@ -56,14 +57,14 @@ class Transfer:
     def __init__(
         self,
         ref: LeaseRef,
-        into: Sequence[BlockIds],
-        skip_blocks: Sequence[int],
+        into: Sequence[Table],
+        tokens: Tokens | None,
         deadline: float,
         on_end: Callable[[Transfer], None],
     ) -> None:
         self.ref = ref
         self.into = into
-        self.skip_blocks = skip_blocks
+        self.tokens = tokens
         self.deadline = deadline
         self.started: float = time.monotonic()
         self.seconds: float = 0.0

@@ -14,6 +14,9 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
                <- Pending | Grant    prefill still runs | these blocks, this cell of the lease board
     Renew      ->                    I still wait for these
                <- Renewed            these of them have ended
+    Stage      ->                    pack these tokens of it into a chunk
+               <- Staged             the chunk lies there
+    Unstage    ->                    these chunks were taken
     Settle     ->                    I am done with it, its blocks are yours
                <- Settled            it stood / it had ended before
                <- Revoked            (unasked) it ended
@@ -26,6 +29,7 @@ from typing import Annotated
 
 import msgspec
 
+from kvxfer.blocks import MAX_TOKENS
 from kvxfer.config import MAX_S
 from kvxfer.errors import WireError
 from kvxfer.layout import CacheSpec
@@ -36,11 +40,14 @@ PROTOCOL = 1
 MAX_TOKENS_PER_RENEW = 4096
 
 MAX_NAME = 256
+MAX_RANKS = 1024
+"""Of one engine: a lease names the address of each."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Epoch = Annotated[str, msgspec.Meta(max_length=32)]
 # \Z and not $, which would let a line break through.
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+TokenIndex = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
@@ -58,6 +65,10 @@ class Hello(_Message, frozen=True, kw_only=True):
     """Rank of the producer that the consumer means to talk to."""
     agent: Name
     """Adapter by which the consumer moves bytes."""
+    reader: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)] = 0
+    """Which of the consumer's ranks this is; all ranks of an engine have one name."""
+    readers: Annotated[int, msgspec.Meta(gt=0, le=MAX_RANKS)] = 1
+    """How many ranks the consumer has: each settles a lease for itself."""
 
 
 class Welcome(_Message, frozen=True, kw_only=True):
@@ -70,6 +81,10 @@ class Welcome(_Message, frozen=True, kw_only=True):
     agent: Name
     agent_info: bytes
     spec: CacheSpec
+    addressable: bool = True
+    """The cache's memory can be read in place."""
+    slot_nbytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
+    """Largest chunk that can be staged; 0 if none can."""
 
 
 class Open(_Message, frozen=True, kw_only=True):
@@ -92,6 +107,8 @@ class Grant(_Message, frozen=True, kw_only=True):
     """Per cache group the block ids, in token order, as little-endian uint32."""
     cell: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     """Address of the lease's cell on the producer's board."""
+    first_tokens: Annotated[list[TokenIndex], msgspec.Meta(max_length=1024)] = []
+    """Per cache group the token with which the first block begins; empty where all begin with the first."""
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
 
 
@@ -105,6 +122,33 @@ class Renewed(_Message, frozen=True, kw_only=True):
     """Answer to `Renew`: all stand but these."""
 
     ended: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
+
+
+class Stage(_Message, frozen=True, kw_only=True):
+    """Pack part of a lease's KV into a chunk of the staging arena. Idempotent: asked again until answered."""
+
+    token: Token
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+    """Of this chunk, among those of this lease and reader; never used again for another."""
+    image: CacheSpec
+    """What the chunk looks like: a cache of one group in blocks 0, 1, ..., at addresses that count from the chunk's begin."""
+    tokens: tuple[TokenIndex, TokenIndex]
+    """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
+
+
+class Staged(_Message, frozen=True, kw_only=True):
+    """The chunk is packed, and stays until `Unstage` or the end of the lease."""
+
+    token: Token
+    number: int
+    address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Unstage(_Message, frozen=True, kw_only=True):
+    """These chunks were taken, their memory is yours. Not answered: what is lost is made up for by the lease's end."""
+
+    token: Token
+    numbers: Annotated[list[int], msgspec.Meta(max_length=1024)]
 
 
 class Settle(_Message, frozen=True, kw_only=True):
@@ -135,14 +179,29 @@ class Refused(_Message, frozen=True, kw_only=True):
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
     """``garbage`` | ``protocol`` | ``stale_epoch`` | ``not_introduced`` | ``rank`` | ``agent`` | ``incompatible``
-    | ``unknown_lease`` | ``ended_lease`` | ``taken_lease``."""
+    | ``unknown_lease`` | ``ended_lease`` | ``taken_lease`` | ``staging``."""
     reason: Reason
     epoch: Epoch
     token: Annotated[str, msgspec.Meta(max_length=32)] = ""
     """The lease concerned, if any."""
 
 
-Message = Hello | Welcome | Open | Pending | Grant | Renew | Renewed | Settle | Settled | Revoked | Refused
+Message = (
+    Hello
+    | Welcome
+    | Open
+    | Pending
+    | Grant
+    | Renew
+    | Renewed
+    | Stage
+    | Staged
+    | Unstage
+    | Settle
+    | Settled
+    | Revoked
+    | Refused
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

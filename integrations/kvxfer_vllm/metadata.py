@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Read:
-    """Fill ``blocks`` of this engine from the lease's blocks, leaving out its first ``skip_blocks``."""
+    """Fill ``blocks`` of this engine with the lease's KV, from the token on with which they begin."""
 
     request_id: str
     lease: LeaseRef
     blocks: list[int]
-    skip_blocks: int
+    first_token: int
 
 
 @dataclass(frozen=True)

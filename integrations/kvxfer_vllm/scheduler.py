@@ -151,7 +151,7 @@ class KvxferScheduler:
         target = block_ids[skip : self._num_blocks(num_tokens)]
         if len(target) != self._num_blocks(num_tokens) - skip:
             raise RuntimeError(f"{len(block_ids)} blocks were allocated for {num_tokens} tokens")
-        self._step.read.append(Read(request_id, fetching.lease, target, skip))
+        self._step.read.append(Read(request_id, fetching.lease, target, skip * self._block_tokens))
         fetching.loading = True
 
     def build_connector_meta(self) -> KvxferMetadata:

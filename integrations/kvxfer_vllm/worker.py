@@ -58,7 +58,7 @@ class EndpointLike(Protocol):
     def hold(self, ref: LeaseRef) -> None:
         """Open a lease and renew it."""
 
-    def read(self, ref: LeaseRef, into: Sequence[int], *, skip_blocks: int) -> Transfer:
+    def read(self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None]) -> Transfer:
         """Start reading a lease."""
 
     def drop(self, ref: LeaseRef) -> None:
@@ -125,7 +125,7 @@ class KvxferWorker:
 
     def _read(self, read: Read) -> None:
         try:
-            transfer = self._endpoint.read(read.lease, read.blocks, skip_blocks=read.skip_blocks)
+            transfer = self._endpoint.read(read.lease, read.blocks, tokens=(read.first_token, None))
         except BaseException as error:
             self._fail(read, type(error).__name__)
             self._failed_at_once.add(read.request_id)

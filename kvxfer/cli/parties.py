@@ -150,7 +150,8 @@ class Consumer(_Party):
         ref = LeaseRef.from_json(self._text)
         wanted, into = np.asarray(source)[skip:], np.asarray(target)
         copy_s = self._copy(_nbytes(self.array, into))
-        transfer = self.endpoint.read(ref, into, skip_blocks=skip)
+        first = skip * self.endpoint.cache.spec.groups[0].block_tokens
+        transfer = self.endpoint.read(ref, into, tokens=(first, None))
         try:
             transfer.wait()
         except KvxferError as error:

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's half of the packed route: packs what readers ask for into staging slots. Runs on the data thread.
+
+What a reader asks for came over the wire: its image is held against this side's cache and the lease's blocks, and refused
+by name where it does not fit. A slot is given back when the reader says that it has taken the chunk, or when the lease ends:
+whoever still reads from it then finds the lease's cell wiped, and throws away what it got.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvxfer.blocks import tables
+from kvxfer.errors import BlockError, IncompatibleError, KvxferError
+from kvxfer.image import image_table
+from kvxfer.part import Match
+from kvxfer.plan import common
+from kvxfer.staging import FairQueue, StagingArena, Use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.actions import PackKey, StartPack
+    from kvxfer.buffer import Completion, DeviceBuffer
+    from kvxfer.cache import KVCache
+    from kvxfer.copies import Copy
+    from kvxfer.layout import CacheSpec
+    from kvxfer.memory import Memory
+    from kvxfer.part import BoundCopy, PlanPart
+    from kvxfer.staging import Bytes
+
+    Packed = Callable[[PackKey, int, "int | None", "KvxferError | None"], object]
+
+_PLANS_REMEMBERED = 512
+
+
+class Packer:
+    """Chunks of one endpoint, from the request until they are taken.
+
+    Args:
+        cache: to pack from.
+        arena: to pack into.
+        packed: called when a chunk is packed, with its address, or cannot be, with the reason.
+    """
+
+    def __init__(self, cache: KVCache, arena: StagingArena, packed: Packed) -> None:
+        self._cache = cache
+        self._arena = arena
+        self._packed = packed
+        self._waiting: FairQueue[StartPack] = FairQueue()
+        self._running: list[tuple[StartPack, int, list[Completion]]] = []
+        self._slots: dict[PackKey, dict[int, int]] = defaultdict(dict)
+        self._plans: OrderedDict[CacheSpec, PlanPart] = OrderedDict()
+
+    @property
+    def busy(self) -> bool:
+        """Copies are running whose end has to be asked for."""
+        return bool(self._running)
+
+    def start(self, job: StartPack) -> None:
+        """Pack a chunk when a slot is free."""
+        self._waiting.put(job.key, job)
+
+    def end(self, key: PackKey, numbers: Sequence[int]) -> None:
+        """Chunks were taken or are not needed; all of ``key``'s without numbers."""
+        if not numbers:
+            self._waiting.drop(key)
+        running = {(job.key, job.number) for job, _, _ in self._running}
+        slots = self._slots.get(key, {})
+        for number in list(numbers) or list(slots):
+            # Into a slot whose copy still runs nothing else may be packed: it is given back when that has ended.
+            if number in slots and (key, number) not in running:
+                self._arena.give(slots.pop(number))
+        if not slots:
+            self._slots.pop(key, None)
+
+    def turn(self) -> bool:
+        """Start what can start, and see what has ended; True if anything did."""
+        moved = False
+        while len(self._waiting):
+            slot = self._arena.take(Use.OUTGOING)
+            if slot is None:
+                break
+            moved = True
+            self._pack(self._waiting.take(), slot)
+        for entry in list(self._running):
+            job, slot, copies = entry
+            if all(copy.done for copy in copies):
+                self._running.remove(entry)
+                self._finish(job, slot, copies)
+                moved = True
+        return moved
+
+    def close(self) -> None:
+        """Wait for the copies that run; the arena must not be used afterwards."""
+        for _, _, copies in self._running:
+            for copy in copies:
+                copy.wait()
+        self._running.clear()
+
+    def _pack(self, job: StartPack, slot: int) -> None:
+        self._slots[job.key][job.number] = slot
+        try:
+            copies = self._start(job, self._arena.view(slot, self._arena.slot_nbytes))
+        except Exception as error:  # noqa: BLE001 - one bad request must not end the thread
+            self._refuse(job, slot, error)
+            return
+        if all(copy.done for copy in copies):
+            self._finish(job, slot, copies)
+        else:
+            self._running.append((job, slot, copies))
+
+    def _start(self, job: StartPack, out: Bytes) -> list[Completion]:
+        image = job.image
+        part = self._part(image, len(out))
+        start, stop = job.tokens
+        table = image_table(image, job.tokens)
+        if not table.first_token <= start < stop <= table.end_token:
+            raise BlockError(f"tokens {start} to {stop} are not in the {len(table.ids)} blocks of the chunk")
+        sources = tables(self._cache.spec, list(job.blocks), "leased")
+        for number in {each.source_group for each in part.overlaps}:
+            if not sources[number].first_token <= start < stop <= sources[number].end_token:
+                raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
+        match = Match(sources, [table], [job.tokens])
+        return start_copies(self._cache, part.copies(match), out, pack=True)
+
+    def _part(self, image: CacheSpec, slot_nbytes: int) -> PlanPart:
+        known = self._plans.get(image)
+        if known is not None:
+            self._plans.move_to_end(image)
+            return known
+        if len(image.groups) != 1 or image.fingerprint != self._cache.spec.fingerprint:
+            raise IncompatibleError("image", "a chunk is a cache of one group of this model")
+        if max(region.end for region in image.regions) > slot_nbytes:
+            raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")
+        part = common(self._cache.spec, image)
+        wanted = sum(region.block_nbytes for region in image.regions)
+        found = sum(
+            (each.heads[1] - each.heads[0])
+            * (each.content[1] - each.content[0])
+            * each.target.itemsize
+            * each.target.region.extents.token
+            for each in part.overlaps
+        )
+        if found != wanted:
+            raise IncompatibleError("image", f"of {wanted} bytes of each block of the chunk only {found} are here")
+        self._plans[image] = part
+        if len(self._plans) > _PLANS_REMEMBERED:
+            self._plans.popitem(last=False)
+        return part
+
+    def _finish(self, job: StartPack, slot: int, copies: Sequence[Completion]) -> None:
+        try:
+            for copy in copies:
+                copy.wait()
+        except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
+            self._refuse(job, slot, error)
+        else:
+            self._packed(job.key, job.number, slot, None)
+
+    def _refuse(self, job: StartPack, slot: int, error: Exception) -> None:
+        self._slots[job.key].pop(job.number, None)
+        self._arena.give(slot)
+        told = (
+            error if isinstance(error, KvxferError) else IncompatibleError("device", f"{type(error).__name__}: {error}")
+        )
+        self._packed(job.key, job.number, None, told)
+
+
+def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, pack: bool) -> list[Completion]:
+    """Have each buffer of a cache carry out its share of copies between it and a chunk.
+
+    Args:
+        bound: addresses of the cache's side as in its spec, of the chunk's counted from ``packed``'s first byte.
+        packed: the chunk.
+        pack: from the cache to the chunk, else the other way.
+
+    Returns:
+        when each is done.
+    """
+    shares: dict[int, list[Copy]] = defaultdict(list)
+    for source_buffer, target_buffer, copy in bound:
+        number = source_buffer if pack else target_buffer
+        base = _base(cache.buffers[number].memory)
+        if pack:
+            shares[number].append(replace(copy, source=copy.source - base))
+        else:
+            shares[number].append(replace(copy, target=copy.target - base))
+    started = []
+    for number, copies in shares.items():
+        buffer: DeviceBuffer = cache.buffers[number]
+        started.append(buffer.pack(copies, packed) if pack else buffer.unpack(copies, packed))
+    return started
+
+
+def _base(memory: Memory | None) -> int:
+    """Addresses in the spec of a buffer that has none count from its beginning."""
+    return memory.address if memory is not None else 0

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One read, from the job to its end: a leg for each source, each of which moves bytes and then fences them.
+
+::
+
+    leg:   contact --> move --> fence --> done
+             a cell     |         a cell
+                        +-- direct: runs from cache to cache
+                        +-- packed: chunks, several at a time: [ask, packed there] --> wire --> [unpack, here]
+
+A read is over when all of its legs are, or when one has failed and nothing is in flight any more. Runs on the data thread, by
+way of a `Carrier`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from kvxfer.errors import KvxferError, LeaseEndedError, TransferTimeoutError
+from kvxfer.fence import CELL_NBYTES
+from kvxfer.memory import Descriptors
+from kvxfer.packer import start_copies
+from kvxfer.part import Match
+from kvxfer.route import Route
+from kvxfer.wire import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kvxfer.actions import Source, StartRead
+    from kvxfer.buffer import Completion
+    from kvxfer.cache import KVCache
+    from kvxfer.image import Chunk, Image, Images
+    from kvxfer.route import Choice
+    from kvxfer.staging import Bytes
+
+
+class Carrier(Protocol):
+    """What a read needs of the data thread."""
+
+    cache: KVCache
+
+    def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
+        """Move bytes from the leg's source; ``then`` when they are in place. Raises KvxferError: nothing was started."""
+
+    def copying(self, leg: Leg, copies: list[Completion], then: Callable[[], None]) -> None:
+        """Call ``then`` when copies of this side's devices have ended."""
+
+    def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
+        """Call ``then`` with a scratch cell, at once or when one is free."""
+
+    def give_scratch(self, leg: Leg, scratch: int) -> None:
+        """It holds nothing of interest any more."""
+
+    def read_scratch(self, scratch: int) -> bytes:
+        """What a read brought into it."""
+
+    def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
+        """Call ``then`` with a staging slot, at once or when one is free."""
+
+    def give_slot(self, leg: Leg, slot: int) -> None:
+        """It holds nothing of interest any more."""
+
+    def view_slot(self, slot: int, nbytes: int) -> Bytes:
+        """Its first bytes."""
+
+    def proven(self, agent_info: bytes) -> bool:
+        """Something was read from that agent before."""
+
+    def prove(self, agent_info: bytes) -> None:
+        """Something was."""
+
+    def stage(self, leg: Leg, message: Stage) -> None:
+        """Ask the leg's source to pack a chunk."""
+
+    def unstage(self, leg: Leg, numbers: list[int]) -> None:
+        """Tell it that chunks were taken."""
+
+    def leg_ended(self, leg: Leg) -> None:
+        """Bytes are in place, and their lease stood."""
+
+
+class Reading:
+    """One read under way.
+
+    Attributes:
+        pending: flights and copies that have to end before its blocks are quiet.
+        error: why it failed; set once, and nothing new is started from then on.
+        again: it was started again on a new agent because the first contact with a source hung.
+        scratches, slots: that it has, given back at its end.
+        nbytes, descriptors: what went over the wire so far.
+        quarantined_at: since when an engine may still write to its blocks after it was given up.
+    """
+
+    def __init__(self, job: StartRead, *, again: bool = False) -> None:
+        self.job = job
+        self.again = again
+        self.legs: list[Leg] = [Leg(self, source) for source in job.sources]
+        self.ended_legs = 0
+        self.pending = 0
+        self.error: KvxferError | None = None
+        self.scratches: set[int] = set()
+        self.slots: set[int] = set()
+        self.nbytes = 0
+        self.descriptors = 0
+        self.via: str = ""
+        self.quarantined_at: float | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When it ends at the latest."""
+        return self.job.transfer.deadline
+
+    @property
+    def contacting_since(self) -> float | None:
+        """Since when a source is contacted for the first time, if one is."""
+        return min((leg.contacting_since for leg in self.legs if leg.contacting_since is not None), default=None)
+
+    def start(self, carrier: Carrier) -> None:
+        """Begin with all legs. Raises KvxferError: what is under way has to be waited for."""
+        if time.monotonic() >= self.deadline:
+            raise TransferTimeoutError("the deadline passed before the read could start")
+        for leg in self.legs:
+            leg.start(carrier)
+
+    def restarted(self, carrier: Carrier) -> Reading:
+        """The same read, to be started on a new agent."""
+        reading = Reading(self.job, again=self.again)
+        reading.legs = [leg.again(carrier, reading) for leg in self.legs]
+        return reading
+
+
+class Leg:
+    """What a read gets from one source.
+
+    Attributes:
+        contacting_since: when the first thing was asked of an agent that is new to this one; None before and after.
+        next_number: of the next chunk that is asked for.
+    """
+
+    def __init__(self, reading: Reading, source: Source) -> None:
+        self.reading = reading
+        self.source = source
+        self.contacting_since: float | None = None
+        self.next_number = 0
+        self._packed: _Packed | None = None
+
+    def start(self, carrier: Carrier) -> None:
+        """Move its bytes, after a first contact with a source that is new.
+
+        The first transfer also connects, and with UCX 1.23 that was seen to hang for ever, rarely, after other consumers
+        of the same producer had been killed. A few bytes, the lease's cell, tell it from a long copy, so that `contact_s`
+        can be short.
+        """
+        if carrier.proven(self.source.agent_info):
+            self._move(carrier)
+        else:
+            self.contacting_since = time.monotonic()
+            self._read_cell(carrier, self._contacted)
+
+    def _contacted(self, carrier: Carrier) -> None:
+        self.contacting_since = None
+        carrier.prove(self.source.agent_info)
+        self._move(carrier)
+
+    def _move(self, carrier: Carrier) -> None:
+        source = self.source
+        choice = source.router.choose(source.match)
+        if choice.route is not Route.DIRECT and choice.images is not None:
+            self._packed = _Packed(self, choice, choice.images)
+            self._packed.go_on(carrier)
+            return
+        spans = source.router.part.descriptors(source.match)
+        self.count(spans)
+        if len(spans):
+            carrier.submit(self, spans, lambda: self.fence(carrier))
+        else:
+            self.fence(carrier)
+
+    def count(self, spans: Descriptors) -> None:
+        """Add what goes over the wire to the read's figures."""
+        self.reading.nbytes += spans.total_nbytes
+        self.reading.descriptors += len(spans)
+
+    def staged(self, carrier: Carrier, number: int, address: int) -> None:
+        """The source has packed a chunk."""
+        if self._packed is not None:
+            self._packed.staged(carrier, number, address)
+
+    def again(self, carrier: Carrier, reading: Reading) -> Leg:
+        """The same leg of a read that is started again. Chunks are numbered on: a number means one chunk only."""
+        if self._packed is not None:
+            self._packed.abandon(carrier)
+        leg = Leg(reading, self.source)
+        leg.next_number = self.next_number
+        return leg
+
+    @property
+    def asks(self) -> bool:
+        """It waits for chunks that its source packs."""
+        return self._packed is not None and self._packed.asks
+
+    def fence(self, carrier: Carrier) -> None:
+        """The bytes are in place. Did the lease stand until now? Its cell on the producer's board tells."""
+        self._read_cell(carrier, lambda carrier: carrier.leg_ended(self))
+
+    def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None]) -> None:
+        def read(scratch: int) -> None:
+            carrier.submit(self, Descriptors.of(scratch, self.source.cell, CELL_NBYTES), lambda: told(scratch))
+
+        def told(scratch: int) -> None:
+            found = carrier.read_scratch(scratch)
+            carrier.give_scratch(self, scratch)
+            if found != bytes.fromhex(self.reading.job.transfer.ref.token):
+                raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")
+            then(carrier)
+
+        carrier.take_scratch(self, read)
+
+
+class _Packed:
+    """The chunks of one leg: at most ``in_flight`` are asked for, on the wire or being unpacked at a time."""
+
+    def __init__(self, leg: Leg, choice: Choice, images: Images) -> None:
+        self._leg = leg
+        self._images = images
+        self._route = choice.route
+        self._match = leg.source.match
+        self._todo: Iterator[Chunk] = images.chunks(self._match.tokens)
+        self._asked: dict[int, Chunk] = {}
+        self._open: set[int] = set()
+        self._busy = 0
+        self._in_flight = leg.source.router.in_flight
+        self._exhausted = False
+        self._fenced = False
+
+    @property
+    def asks(self) -> bool:
+        return bool(self._asked)
+
+    def abandon(self, carrier: Carrier) -> None:
+        """Nobody waits for what was asked for."""
+        if self._open:
+            carrier.unstage(self._leg, sorted(self._open))
+
+    def go_on(self, carrier: Carrier) -> None:
+        """Begin with further chunks; when all are done, fence."""
+        while not self._exhausted and self._busy < self._in_flight:
+            chunk = next(self._todo, None)
+            if chunk is None:
+                self._exhausted = True
+                break
+            self._busy += 1
+            image = self._images.image(chunk)
+            if self._route is Route.TARGET_UNPACKED:
+                self._land(carrier, chunk, image, None, None)
+            else:
+                number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
+                self._asked[number] = chunk
+                self._open.add(number)
+                token = self._leg.reading.job.transfer.ref.token
+                carrier.stage(self._leg, Stage(token=token, number=number, image=image.source, tokens=chunk.tokens))
+        if self._exhausted and not self._busy and not self._fenced:
+            self._fenced = True
+            self._leg.fence(carrier)
+
+    def staged(self, carrier: Carrier, number: int, address: int) -> None:
+        """The source has packed a chunk at ``address``."""
+        chunk = self._asked.pop(number, None)
+        if chunk is None:
+            return
+        image = self._images.image(chunk)
+        if self._route is Route.BOTH:
+            self._land(carrier, chunk, image, number, address)
+            return
+        table = image.table(chunk)
+        tokens = [chunk.tokens] * len(self._match.targets)
+        spans = image.to_target.descriptors(Match([table], self._match.targets, tokens))
+        spans = Descriptors(spans.local, spans.remote + np.uint64(address), spans.nbytes)
+        self._submit(carrier, spans, lambda: self._taken(carrier, number))
+
+    def _land(self, carrier: Carrier, chunk: Chunk, image: Image, number: int | None, address: int | None) -> None:
+        """Fetch a chunk into a slot of this side: as it was packed, or run by run from the source's cache."""
+
+        def fetch(slot: int) -> None:
+            if address is not None:
+                spans = Descriptors.of(slot, address, image.nbytes)
+            else:
+                match = Match(self._match.sources, [image.table(chunk)], [chunk.tokens])
+                gathered = image.from_source.descriptors(match)
+                spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
+            self._submit(carrier, spans, lambda: landed(slot))
+
+        def landed(slot: int) -> None:
+            if number is not None:
+                self._unstage(carrier, number)
+            match = Match([image.table(chunk)], self._match.targets, [chunk.tokens] * len(self._match.targets))
+            packed = carrier.view_slot(slot, image.nbytes)
+            copies = start_copies(carrier.cache, image.to_target.copies(match), packed, pack=False)
+            carrier.copying(self._leg, copies, lambda: unpacked(slot))
+
+        def unpacked(slot: int) -> None:
+            carrier.give_slot(self._leg, slot)
+            self._busy -= 1
+            self.go_on(carrier)
+
+        carrier.take_slot(self._leg, fetch)
+
+    def _submit(self, carrier: Carrier, spans: Descriptors, then: Callable[[], None]) -> None:
+        self._leg.count(spans)
+        carrier.submit(self._leg, spans, then)
+
+    def _taken(self, carrier: Carrier, number: int) -> None:
+        self._unstage(carrier, number)
+        self._busy -= 1
+        self.go_on(carrier)
+
+    def _unstage(self, carrier: Carrier, number: int) -> None:
+        self._open.discard(number)
+        carrier.unstage(self._leg, [number])
