@@ -105,10 +105,10 @@ class KvxferConnector(KVConnectorBase_V1):
             self._scheduler = KvxferScheduler(
                 Role(
                     engine_id=transfer.engine_id,
-                    tp_size=vllm_config.parallel_config.tensor_parallel_size,
                     is_producer=transfer.is_kv_producer,
                     is_consumer=transfer.is_kv_consumer,
                 ),
+                tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 block_tokens=block_tokens(kv_cache_config),
                 host=advertised(host),
                 port=port,

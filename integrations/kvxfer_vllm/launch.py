@@ -45,15 +45,16 @@ def describe_cache(
         fingerprint: see :func:`kvxfer_vllm.support.model_fingerprint`.
 
     Raises:
-        ConfigError: blocks of the attention kernel are not blocks of the block table.
+        ConfigError: the tensors do not hold the blocks of the block table.
         KvxferError: the tensors are not in host memory, or make no cache.
     """
     layers = {name: kv_caches[name] for name in layer_names}
     for name, tensor in layers.items():
-        if tensor.shape[0] != kv_cache_config.num_blocks:
+        # The blocks of an attention kernel may be smaller than those of the block table.
+        if tensor.shape[0] * tensor.shape[2] != kv_cache_config.num_blocks * block_tokens(kv_cache_config):
             raise ConfigError(
-                f"KvxferConnector does not support attention kernels with smaller blocks than the block table yet: {name} "
-                f"has {tensor.shape[0]} blocks for {kv_cache_config.num_blocks}; set --block-size to the kernel's"
+                f"{name} has {tensor.shape[0]} blocks of {tensor.shape[2]} tokens, the block table"
+                f" {kv_cache_config.num_blocks} of {block_tokens(kv_cache_config)}"
             )
     if is_mla(kv_cache_config):
         components, total, start = ("latent",), 1, 0

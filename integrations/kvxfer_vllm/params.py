@@ -58,12 +58,10 @@ class Role:
 
     Attributes:
         engine_id: of this server.
-        tp_size: tensor parallel size of this server.
         is_producer, is_consumer: from vLLM's ``kv_role``.
     """
 
     engine_id: str
-    tp_size: int
     is_producer: bool
     is_consumer: bool
 
@@ -111,8 +109,9 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
             return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
     if not 0 < params["remote_port"] < 2**16:
         return Refused(Refusal.BAD_TYPE, "remote_port is no port")
-    if params["tp_size"] != role.tp_size or len(lease.addresses) != role.tp_size:
-        return Refused(Refusal.OTHER_TP, f"the producer has tp_size {params['tp_size']}, this server {role.tp_size}")
+    if params["tp_size"] != len(lease.addresses):
+        ranks = f"tp_size is {params['tp_size']}, the lease names {len(lease.addresses)} ranks"
+        return Refused(Refusal.CONTRADICTION, ranks)
     for name in ("pp_size", "dcp_size"):
         if params.get(name, 1) != 1:
             return Refused(Refusal.BAD_TYPE, f"{name} is not 1")

@@ -52,16 +52,18 @@ class KvxferScheduler:
 
     Args:
         role: what kv_transfer_params are judged against.
+        tp_size: tensor parallel size of this server.
         block_tokens: tokens of one KV cache block.
         host, port: of the side channel of rank 0, for NixlConnector's keys; port 0 until `set_addresses`.
     """
 
-    def __init__(self, role: Role, *, block_tokens: int, host: str, port: int) -> None:
+    def __init__(self, role: Role, *, tp_size: int, block_tokens: int, host: str, port: int) -> None:
         self._role = role
+        self._tp_size = tp_size
         self._block_tokens = block_tokens
         self._host = host
         self._port = port
-        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port and role.tp_size == 1 else ()
+        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port and tp_size == 1 else ()
         self._to_serve: set[str] = set()
         self._serving: dict[str, LeaseRef] = {}
         self._fetching: dict[str, _Fetching] = {}
@@ -77,12 +79,12 @@ class KvxferScheduler:
                 then only a single rank, whose address is known beforehand, can be served.
         """
         found = {rank: told.address for rank, told in handshakes.items() if isinstance(told, KvxferHandshake)}
-        if sorted(found) == list(range(self._role.tp_size)):
-            self._addresses = tuple(found[rank] for rank in range(self._role.tp_size))
+        if sorted(found) == list(range(self._tp_size)):
+            self._addresses = tuple(found[rank] for rank in range(self._tp_size))
             self._port = int(self._addresses[0].rpartition(":")[2])
         elif not self._addresses:
             raise ConfigError(
-                f"KvxferConnector needs the addresses of {self._role.tp_size} workers and got {len(found)}; "
+                f"KvxferConnector needs the addresses of {self._tp_size} workers and got {len(found)}; "
                 "inside MultiConnector it supports tensor_parallel_size 1 with a fixed side channel port only"
             )
 
@@ -184,7 +186,7 @@ class KvxferScheduler:
         ):
             self._step.withdraw.append(lease)
             return False, None
-        answer = response(lease, offered, host=self._host, port=self._port, tp_size=self._role.tp_size)
+        answer = response(lease, offered, host=self._host, port=self._port, tp_size=self._tp_size)
         self._step.offer.append(Offer(request_id, lease, offered))
         return True, answer
 

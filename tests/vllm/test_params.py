@@ -21,9 +21,9 @@ from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
 
-PRODUCER = Role(engine_id="P", tp_size=1, is_producer=True, is_consumer=False)
-CONSUMER = Role(engine_id="D", tp_size=1, is_producer=False, is_consumer=True)
-BOTH = Role(engine_id="B", tp_size=1, is_producer=True, is_consumer=True)
+PRODUCER = Role(engine_id="P", is_producer=True, is_consumer=False)
+CONSUMER = Role(engine_id="D", is_producer=False, is_consumer=True)
+BOTH = Role(engine_id="B", is_producer=True, is_consumer=True)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -76,8 +76,8 @@ MALFORMED = {
     "port out of range": (good(remote_port=70000), Refusal.BAD_TYPE),
     "host of a list": (good(remote_host=["a"]), Refusal.BAD_TYPE),
     "tp size of text": (good(tp_size="1"), Refusal.BAD_TYPE),
-    "other tp size": (good(tp_size=2), Refusal.OTHER_TP),
-    "more addresses than ranks": (good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])), Refusal.OTHER_TP),
+    "other tp size": (good(tp_size=2), Refusal.CONTRADICTION),
+    "more addresses than ranks": (good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])), Refusal.CONTRADICTION),
     "pipeline": (good(pp_size=2), Refusal.BAD_TYPE),
     "context parallel": (good(dcp_size="x"), Refusal.BAD_TYPE),
     "push": (good(transfer_mode="push"), Refusal.OTHER_MODE),

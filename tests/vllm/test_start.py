@@ -248,8 +248,8 @@ def test_fingerprint():
 
 
 def _scheduler(tp_size=1, port=5600):
-    role = Role(engine_id="P", tp_size=tp_size, is_producer=True, is_consumer=False)
-    return KvxferScheduler(role, block_tokens=32, host="h", port=port)
+    role = Role(engine_id="P", is_producer=True, is_consumer=False)
+    return KvxferScheduler(role, tp_size=tp_size, block_tokens=32, host="h", port=port)
 
 
 def test_addresses_of_all_ranks():
