@@ -19,6 +19,7 @@ import numpy as np
 
 from kvxfer.blocks import repeats
 from kvxfer.copies import Copy
+from kvxfer.layout import MAX_REGIONS
 from kvxfer.memory import Descriptors
 
 if TYPE_CHECKING:
@@ -135,16 +136,18 @@ class Nest:
 
     Attributes:
         shape: what they have in common.
-        lane: in which allocations they lie.
         sources, targets: address in block 0 of each run outside the block: starts of the segments and their outer loops.
+            Those of one lane stand together, in the order of the source's memory.
+        lanes: in which allocations each of them lies; ``lane_of`` the same as a number.
         inner: the loops inside a block.
         inner_sources, inner_targets: offsets of the runs inside a block.
     """
 
     shape: Segment
-    lane: Lane
     sources: IntArray
     targets: IntArray
+    lanes: tuple[Lane, ...]
+    lane_of: IntArray
     inner: tuple[Loop, ...]
     inner_sources: IntArray
     inner_targets: IntArray
@@ -158,8 +161,8 @@ class Nest:
         """Bytes at the source."""
         return len(self.sources) * len(self.inner_sources) * len(pairs) * self.shape.nbytes
 
-    def expand(self, pairs: BlockPairs) -> tuple[IntArray, IntArray, IntArray]:
-        """(source, target, nbytes) of each run, axes nested in the order of the source's memory."""
+    def expand(self, pairs: BlockPairs) -> _Runs:
+        """Each run, axes nested in the order of the source's memory."""
         shape = self.shape
         joined = shape.joins_blocks
         from_blocks, to_blocks = (pairs.run_source, pairs.run_target) if joined else (pairs.source, pairs.target)
@@ -170,29 +173,35 @@ class Nest:
             target = target[:, :, None] + self.inner_targets
         nbytes = np.empty(source.shape, dtype=np.int64)
         nbytes[...] = pairs.run_blocks * shape.nbytes if joined else shape.nbytes
-        return source.reshape(-1), target.reshape(-1), nbytes.reshape(-1)
+        each = source.size // len(self.sources)
+        lane = np.repeat(self.lane_of, each) if self.lane_of[0] != self.lane_of[-1] else self.lane_of[:1]
+        return _Runs(source.reshape(-1), target.reshape(-1), nbytes.reshape(-1), lane)
 
-    def copy(self, pairs: BlockPairs) -> Copy:
-        """The same as a loop nest."""
+    def copies(self, pairs: BlockPairs) -> Iterator[tuple[Lane, Copy]]:
+        """The same as loop nests, one for each lane."""
         shape = self.shape
         blocks = pairs.source * shape.source_block, pairs.target * shape.target_block
-        return Copy(self.sources, self.targets, *blocks, self.inner, shape.nbytes, shape.cast)
+        for lane in sorted(set(self.lanes)):
+            mine = np.array([each == lane for each in self.lanes])
+            yield lane, Copy(self.sources[mine], self.targets[mine], *blocks, self.inner, shape.nbytes, shape.cast)
 
 
 def nests_of(segments: Iterable[Segment]) -> list[Nest]:
     """Segments that differ only in where they begin, gathered so that NumPy expands them at once."""
     shapes: dict[Segment, list[Segment]] = defaultdict(list)
     for segment in segments:
-        shapes[replace(segment, source=0, target=0)].append(segment)
+        shapes[replace(segment, source=0, target=0, source_buffer=0, target_buffer=0)].append(segment)
     nests = []
     for shape, same in shapes.items():
-        same.sort(key=lambda s: s.source)
+        same.sort(key=lambda x: (x.source_buffer, x.target_buffer, x.source))
         outer = tuple(loop for loop in shape.loops if loop.source_stride >= shape.source_block)
         inner = tuple(loop for loop in shape.loops if loop.source_stride < shape.source_block)
-        lane = (shape.source_buffer, shape.target_buffer)
-        starts = _looped([s.source for s in same], [s.target for s in same], outer)
-        nests.append(Nest(shape, lane, *starts, inner, *_looped([0], [0], inner)))
-    return sorted(nests, key=lambda nest: (nest.lane, int(nest.sources[0])))
+        sources, targets = _looped([x.source for x in same], [x.target for x in same], outer)
+        times = len(sources) // len(same)
+        lanes = tuple((x.source_buffer, x.target_buffer) for x in same for _ in range(times))
+        lane_of = np.array([a * MAX_REGIONS + b for a, b in lanes], dtype=np.int64)
+        nests.append(Nest(shape, sources, targets, lanes, lane_of, inner, *_looped([0], [0], inner)))
+    return nests
 
 
 def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tuple[IntArray, IntArray]:
@@ -209,33 +218,49 @@ def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tu
 _NOTHING = np.empty(0, dtype=np.uint64)
 
 
+class _Runs(NamedTuple):
+    """Runs as columns; ``lane`` has one element if it is the same for all."""
+
+    source: IntArray
+    target: IntArray
+    nbytes: IntArray
+    lane: IntArray
+
+    def ascend(self) -> bool:
+        """Runs of one lane stand together, in the order of the source's memory."""
+        ascends = self.source[1:] > self.source[:-1]
+        if len(self.lane) > 1:
+            ascends |= self.lane[1:] > self.lane[:-1]
+            ascends &= self.lane[1:] >= self.lane[:-1]
+        return bool(ascends.all())
+
+
 def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
     """All runs of nests and their blocks, merged; local is the target, remote the source.
 
     Runs of one lane are in the order of the source's memory, and lanes are not mixed.
     """
-    lanes: dict[Lane, list[tuple[Nest, BlockPairs]]] = defaultdict(list)
-    for nest, pairs in bound:
-        if len(pairs):
-            lanes[nest.lane].append((nest, pairs))
-    parts = [_of_lane(lanes[lane]) for lane in sorted(lanes)]
+    parts = [nest.expand(pairs) for nest, pairs in bound if len(pairs)]
     if not parts:
         return Descriptors(_NOTHING, _NOTHING, _NOTHING)
-    if len(parts) == 1:
-        return parts[0]
-    return Descriptors(
-        *(np.concatenate(columns) for columns in zip(*((x.local, x.remote, x.nbytes) for x in parts), strict=True))
-    )
-
-
-def _of_lane(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
-    parts = [nest.expand(pairs) for nest, pairs in bound]
-    source, target, nbytes = (
-        columns[0] if len(columns) == 1 else np.concatenate(columns) for columns in zip(*parts, strict=True)
-    )
+    runs = parts[0] if len(parts) == 1 else _joined(parts)
     repeated = any(pairs.repeats_source for _, pairs in bound)
-    if repeated or not (source[1:] > source[:-1]).all():
+    if repeated or not runs.ascend():
         # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
-        order = np.lexsort((source, target - source)) if repeated else np.argsort(source, kind="stable")
-        source, target, nbytes = source[order], target[order], nbytes[order]
-    return Descriptors(target.view(np.uint64), source.view(np.uint64), nbytes.view(np.uint64)).merged()
+        keys = (runs.source, runs.target - runs.source) if repeated else (runs.source,)
+        one_lane = len(runs.lane) == 1
+        order = np.lexsort(keys if one_lane else (*keys, runs.lane))
+        lane = runs.lane if one_lane else runs.lane[order]
+        runs = _Runs(runs.source[order], runs.target[order], runs.nbytes[order], lane)
+    columns = (column.view(np.uint64) for column in (runs.target, runs.source, runs.nbytes))
+    return Descriptors(*columns).merged(runs.lane)
+
+
+def _joined(parts: Sequence[_Runs]) -> _Runs:
+    lanes = [part.lane for part in parts]
+    if any(len(lane) > 1 or lane[0] != lanes[0][0] for lane in lanes):
+        lanes = [np.broadcast_to(part.lane, part.source.shape) for part in parts]
+    else:
+        lanes = lanes[:1]
+    source, target, nbytes = (np.concatenate(column) for column in zip(*(part[:3] for part in parts), strict=True))
+    return _Runs(source, target, nbytes, np.concatenate(lanes))

@@ -121,7 +121,8 @@ class PlanPart:
 
     def copies(self, match: Match) -> list[BoundCopy]:
         """The same as loop nests, which devices carry out, with conversions."""
-        return [BoundCopy(*nest.lane, nest.copy(pairs)) for nest, pairs in self._bound(match) if len(pairs)]
+        bound = [(nest, pairs) for nest, pairs in self._bound(match) if len(pairs)]
+        return [BoundCopy(*lane, copy) for nest, pairs in bound for lane, copy in nest.copies(pairs)]
 
     def runs(self, match: Match) -> tuple[int, int]:
         """(descriptors, bytes at the source) that there would be, without making them; the first may be a little high."""
