@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transfer to one target rank would be: bytes, descriptors, route and time, without a device or a peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from kvxfer.blocks import BlockTable
+from kvxfer.errors import BlockError, ConfigError, IncompatibleError
+from kvxfer.part import PlanPart
+from kvxfer.plan import plan
+from kvxfer.route import Costs, Route, Router
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from kvxfer.cli.specs import Side
+    from kvxfer.layout import CacheGroup, CacheSpec
+    from kvxfer.part import Match
+    from kvxfer.segment import Overlap
+
+MAX_TOKENS: Final = 1 << 24
+"""Of a request; longer ones would only make this command slow."""
+
+_COUNTED: Final = 1 << 21
+"""More descriptors than these are estimated from above instead of made and counted."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The tokens to move and where they are.
+
+    Attributes:
+        tokens: of the request, all of which the source has.
+        first_token: those before it are at the target already.
+        fragmented: blocks are anywhere in the cache, in any order; otherwise they follow each other.
+        seed: of where they are.
+    """
+
+    tokens: int
+    first_token: int = 0
+    fragmented: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What decides about routes beside the caches.
+
+    Attributes:
+        costs: of the cost model.
+        slot_nbytes: of one staging slot.
+        only: take this route and no other.
+        convert: elements may change their type.
+    """
+
+    costs: Costs
+    slot_nbytes: int
+    only: Route | None
+    convert: bool
+
+
+@dataclass(frozen=True)
+class FromRank:
+    """What one source rank gives to one target rank.
+
+    Attributes:
+        layers, heads: in words.
+        runs: what is contiguous on both sides inside one layer of one block, counted one by one: the descriptors of a
+            connector that knows layers and blocks and no plan.
+        descriptors: after runs that meet on both sides were merged; with ``exact`` false no more than these.
+        seconds: predicted time of each route that can be taken.
+        barred: why the others cannot.
+    """
+
+    source_rank: int
+    layers: str
+    heads: str
+    nbytes: int
+    runs: int
+    descriptors: int
+    exact: bool
+    route: Route
+    why: str
+    seconds: Mapping[Route, float]
+    barred: Mapping[Route, str]
+    staging_nbytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one target rank gets.
+
+    Attributes:
+        parts: from each source rank that gives anything.
+        refused: instead of them, why it cannot be served.
+    """
+
+    target_rank: int
+    parts: tuple[FromRank, ...]
+    refused: IncompatibleError | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """From all source ranks."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def runs(self) -> int:
+        """See `FromRank`."""
+        return sum(part.runs for part in self.parts)
+
+    @property
+    def descriptors(self) -> int:
+        """See `FromRank`."""
+        return sum(part.descriptors for part in self.parts)
+
+    @property
+    def exact(self) -> bool:
+        """The number of descriptors is one."""
+        return all(part.exact for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted, each part by its route and one after the other."""
+        return sum(part.seconds[part.route] for part in self.parts)
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Most that is staged at a time."""
+        return max((part.staging_nbytes for part in self.parts), default=0)
+
+    def seconds_by(self, route: Route) -> float | None:
+        """Predicted time of all parts by one route; None if one of them cannot take it."""
+        times = [part.seconds.get(route) for part in self.parts]
+        known = [time for time in times if time is not None]
+        return sum(known) if len(known) == len(times) else None
+
+
+def forecast(source: Side, target: Side, spec: CacheSpec, request: Request, conditions: Conditions) -> Forecast:
+    """What the target rank of ``spec`` would get.
+
+    Raises:
+        ConfigError: a side has too few blocks for the request.
+    """
+    try:
+        parts = [
+            _from_rank(part, match, (source.addressable, target.addressable), conditions)
+            for part, match in matched(source, target, spec, request, convert=conditions.convert)
+        ]
+    except IncompatibleError as error:
+        return Forecast(spec.rank, (), error)
+    return Forecast(spec.rank, tuple(parts))
+
+
+def matched(
+    source: Side, target: Side, spec: CacheSpec, request: Request, *, convert: bool
+) -> list[tuple[PlanPart, Match]]:
+    """The parts of the plan for one target rank that give anything, each with the request's block tables.
+
+    Raises:
+        IncompatibleError: the pair cannot be served.
+        ConfigError: a side has too few blocks for the request.
+    """
+    windows = {**source.windows, **target.windows}
+    made = []
+    for part in plan(source.specs, spec, convert=convert).parts:
+        if not part.overlaps:
+            continue
+        sources, targets = block_tables(part.source, spec, windows, request)
+        try:
+            made.append((part, part.match(sources, targets, (request.first_token, request.tokens))))
+        except BlockError as error:
+            raise ConfigError(f"the request does not fit these caches: {error}") from error
+    return made
+
+
+def block_tables(
+    source: CacheSpec, target: CacheSpec, windows: Mapping[str, int], request: Request
+) -> tuple[list[BlockTable], list[BlockTable]]:
+    """Block tables of the request on both sides. Layers with a window have only the blocks of its last tokens.
+
+    Raises:
+        ConfigError: a cache has too few blocks.
+    """
+    first: dict[str, int] = {}
+    targets = []
+    for number, group in enumerate(target.groups):
+        begin = request.first_token
+        if windows.get(group.name):
+            begin = max(begin, request.tokens - windows[group.name])
+        first[group.name] = begin // group.table_tokens * group.table_tokens
+        targets.append(_table(group, number, first[group.name], request, "target"))
+    sources = []
+    for number, group in enumerate(source.groups):
+        begin = first[group.name] if windows.get(group.name) and group.name in first else 0
+        sources.append(_table(group, number, begin // group.table_tokens * group.table_tokens, request, "source"))
+    return sources, targets
+
+
+def _table(group: CacheGroup, number: int, first_token: int, request: Request, side: str) -> BlockTable:
+    wanted = 1 if group.kind == "state" else -(-(request.tokens - first_token) // group.table_tokens)
+    if wanted > group.num_blocks:
+        raise ConfigError(
+            f"{request.tokens - first_token:,} tokens need {wanted:,} blocks of {group.table_tokens}, and group "
+            f"{group.name!r} of the {side} has {group.num_blocks:,}: give it more (blocks=), or take fewer --tokens"
+        )
+    ids: npt.NDArray[np.int64] = np.arange(wanted, dtype=np.int64)
+    if request.fragmented:
+        # All ranks of a side have the same block table, and the two sides have not.
+        random = np.random.default_rng([request.seed, number, side == "target"])
+        ids = random.choice(group.num_blocks, wanted, replace=False)
+    return BlockTable(ids, 0 if group.kind == "state" else first_token)
+
+
+def _from_rank(part: PlanPart, match: Match, addressable: tuple[bool, bool], conditions: Conditions) -> FromRank:
+    def router(only: Route | None) -> Router:
+        slot = conditions.slot_nbytes
+        return Router(part, conditions.costs, slot_nbytes=slot, addressable=addressable, only=only)
+
+    free = router(None)
+    only = conditions.only
+    if only in free.barred:
+        raise IncompatibleError("route", f"{only.value} cannot be taken: {free.barred[only]}")
+    choice = router(only).choose(match) if only else free.choose(match)
+    seconds = dict(choice.seconds)
+    for route in Route:
+        # The router does not look at what cannot win; a person wants to see by how much it would not.
+        if route not in seconds and route not in free.barred:
+            seconds |= router(route).choose(match).seconds
+    descriptors, exact = choice.runs, False
+    if not part.converts and choice.runs <= _COUNTED:
+        descriptors, exact = len(part.descriptors(match)), True
+    return FromRank(
+        source_rank=part.source.rank,
+        layers=ranges(each.source.region.layers[each.source.position] for each in part.overlaps),
+        heads=_heads(part),
+        nbytes=choice.nbytes,
+        runs=unmerged(part, match),
+        descriptors=descriptors,
+        exact=exact,
+        route=choice.route,
+        why=choice.why if only is None else "it was asked for",
+        seconds={route: seconds[route] for route in Route if route in seconds},
+        barred=free.barred,
+        staging_nbytes=choice.staging_nbytes,
+    )
+
+
+def _heads(part: PlanPart) -> str:
+    kinds = {part.target.groups[each.target_group].kind for each in part.overlaps}
+    if kinds <= {"mla", "state"}:
+        return "latent" if "mla" in kinds else "state"
+    return ranges(head for each in part.overlaps for head in range(*each.heads))
+
+
+def unmerged(part: PlanPart, match: Match) -> int:
+    """Runs inside one layer of one block, see `FromRank`."""
+    shapes: dict[tuple[object, ...], tuple[Overlap, int]] = {}
+    for each in part.overlaps:
+        a, b = each.source.region, each.target.region
+        tokens = a.extents.token, b.extents.token
+        sizes = len(range(*each.heads)), len(range(*each.content)), each.source.itemsize, each.target.itemsize
+        shape = (each.source_group, each.target_group, a.strides, b.strides, tokens, sizes)
+        shapes[shape] = each, shapes.get(shape, (each, 0))[1] + 1
+    total = 0
+    for each, times in shapes.values():
+        alone = PlanPart(part.source, part.target, (each,))
+        total += times * sum(bound.copy.runs for bound in alone.copies(match))
+    return total
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as a person writes them: ``0-15, 20``."""
+    found = sorted(set(numbers))
+    spans: list[list[int]] = []
+    for n in found:
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    regular = _regular(found) if len(spans) > 3 else ""
+    return regular or ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _regular(found: Sequence[int]) -> str:
+    steps = {b - a for a, b in pairwise(found)}
+    return f"{found[0]}, {found[1]}, ... {found[-1]}" if len(steps) == 1 else ""

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvxfer plan``: what a transfer between two caches would do, without a device or a peer."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from kvxfer.cli import picture
+from kvxfer.cli.forecast import MAX_TOKENS, Conditions, Request, forecast
+from kvxfer.cli.models import MODELS
+from kvxfer.cli.report import Report, as_json, as_text
+from kvxfer.cli.specs import FIRST_ADDRESS, read_side, same_model
+from kvxfer.cli.words import OPTIONS, Written, whole, written
+from kvxfer.errors import ConfigError
+from kvxfer.route import Costs, Route
+
+if TYPE_CHECKING:
+    from kvxfer.cli.specs import Side
+
+_SECOND_ADDRESS = FIRST_ADDRESS + (1 << 60)
+
+_EPILOG = """\
+A side begins with a model, a model's config.json or a file of specs, and goes on with words key=value:
+
+  llama-3-8b tp=4 order=HND block=16     a known model, on 4 ranks
+  vllm:path/to/config.json tp=2          what vLLM and Hugging Face load
+  specs.json                             a CacheSpec, or a list of them, as JSON: what engines really have
+  layers=4 heads=8 head_dim=64 tp=2      a model of your own
+
+The target has the source's model if it names none. Words:
+
+{words}
+
+Known models: {models}.
+
+examples:
+  kvxfer plan --source 'llama-3-8b tp=4 order=HND block=16' --target 'tp=1 order=NHD block=32' --tokens 4096
+  kvxfer plan --model llama-3-8b --tp 4 --order HND --to-tp 1 --to-order NHD
+  kvxfer plan --model deepseek-v3 --tp 8 --pp 2 --to-pp 1 --fragmented --format json
+  kvxfer plan --source prefill.json --target decode.json --rank 0 --picture rank0.png
+
+Exit code: 0 it can be moved, 1 it is refused (the answer says why), 2 the question could not be read.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "kvxfer plan --source SIDE --target SIDE [options]\n       kvxfer plan --model MODEL [--tp N --order NAME ...] [--to-tp N ...] [options]"  # fmt: skip
+    words = "\n".join(f"  {option.key + '=' + option.metavar:<20} {option.help}" for option in OPTIONS)
+    parser.epilog = _EPILOG.format(words=words, models=_wrapped(list(MODELS)))
+    sides = parser.add_argument_group(
+        "the two sides",
+        "Either --source and --target, or --model and one option for each word below: --tp 4 for both sides, "
+        "--to-tp 1 for the target.",
+    )
+    sides.add_argument("--source", metavar="SIDE", help="where the KV cache is: the prefill engine")
+    sides.add_argument("--target", metavar="SIDE", help="where it is wanted: the decode engine")
+    sides.add_argument("--model", metavar="MODEL", help="what both run")
+    for option in OPTIONS:
+        _add_word(sides, option.key, option.metavar, prefix="", help_=argparse.SUPPRESS)
+        _add_word(sides, option.key, option.metavar, prefix="to-", help_=argparse.SUPPRESS)
+    request = parser.add_argument_group("the request")
+    request.add_argument("--tokens", default="4096", metavar="N", help="that it has; default %(default)s")
+    request.add_argument("--from-token", default="0", metavar="N", help="the target has those before it already")
+    request.add_argument("--fragmented", action="store_true", help="its blocks are anywhere, not one after the other")
+    request.add_argument("--seed", default="0", metavar="N", help="of where they are; default %(default)s")
+    route = parser.add_argument_group("the way")
+    route.add_argument("--convert", action="store_true", help="elements may change their dtype on the way")
+    route.add_argument("--route", choices=[each.value for each in Route], help="take this one, fast or not")
+    route.add_argument("--slot-mib", default="8", metavar="N", help="size of a staging slot; default %(default)s")
+    route.add_argument(
+        "--costs", metavar="FILE", help="measured costs (else KVXFER_COSTS, else those of a small machine)"
+    )
+    answer = parser.add_argument_group("the answer")
+    answer.add_argument("--rank", metavar="N", help="of the target, in detail; all are summed up otherwise")
+    answer.add_argument("--format", choices=("text", "json"), default="text")
+    answer.add_argument("--picture", metavar="FILE", help="draw which bytes land where (.png, .svg or .pdf)")
+    answer.add_argument("--picture-by", choices=picture.MEANINGS, default="auto", help="what colours tell apart")
+
+
+def _add_word(group: argparse._ArgumentGroup, key: str, metavar: str, *, prefix: str, help_: str) -> None:
+    name = f"--{prefix}{key.replace('_', '-')}"
+    dest = f"{'to' if prefix else 'from'}:{key}"
+    if metavar == "yes|no":
+        group.add_argument(name, dest=dest, nargs="?", const="yes", metavar=metavar, help=help_)
+    else:
+        group.add_argument(name, dest=dest, metavar=metavar, help=help_)
+
+
+def _wrapped(names: list[str]) -> str:
+    lines = [""]
+    for name in names:
+        if len(lines[-1]) + len(name) > 90:
+            lines.append("  ")
+        lines[-1] += f"{name}, "
+    return "\n".join(line.rstrip() for line in lines).rstrip(",")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what the transfer would be; 0 if each target rank can be served.
+
+    Raises:
+        ConfigError: the question makes no sense; the message says what would.
+        UnavailableError: a picture is asked for, and matplotlib is not installed.
+    """
+    tokens = whole("--tokens", options.tokens, 1, MAX_TOKENS)
+    request = Request(
+        tokens=tokens,
+        first_token=whole("--from-token", options.from_token, 0, tokens - 1),
+        fragmented=options.fragmented,
+        seed=whole("--seed", options.seed, 0, 1 << 62),
+    )
+    conditions = Conditions(
+        costs=Costs.load(options.costs),
+        slot_nbytes=whole("--slot-mib", options.slot_mib, 1, 1 << 20) << 20,
+        only=Route(options.route) if options.route else None,
+        convert=options.convert,
+    )
+    if options.picture:
+        picture.check(options.picture)
+    source, target = _sides(options, tokens)
+    wanted = _wanted(target, options.rank)
+    specs = [spec for spec in target.specs if wanted is None or spec.rank == wanted]
+    found = [forecast(source, target, spec, request, conditions) for spec in specs]
+    report = Report(source, target, request, conditions, tuple(found), wanted)
+    print(json.dumps(as_json(report), indent=2) if options.format == "json" else as_text(report))
+    if options.picture and not all(each.refused for each in found):
+        shown = picture.draw(options.picture, report, by=options.picture_by)
+        if options.format == "text":
+            print(f"\npicture   {options.picture}: {shown}")
+    return 0 if report.good else 1
+
+
+def _sides(options: argparse.Namespace, tokens: int) -> tuple[Side, Side]:
+    """Both sides, however they were written."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    first = {name.removeprefix("from:"): value for name, value in given.items() if name.startswith("from:")}
+    second = {name.removeprefix("to:"): value for name, value in given.items() if name.startswith("to:")}
+    if options.model is not None:
+        if options.source is not None or options.target is not None:
+            raise ConfigError("--model stands for both sides: leave out --source and --target, or --model")
+        here = written(options.model)
+        here = Written(here.what, here.words | first)
+        there = Written(here.what, here.words | second)
+    else:
+        if options.source is None or options.target is None:
+            raise ConfigError("name both sides, --source and --target, or a --model for both (see kvxfer plan --help)")
+        if first or second:
+            key = next(iter(first or second))
+            raise ConfigError(f"{key} belongs into --source or --target, as a word: {key}={(first or second)[key]}")
+        here = written(options.source)
+        there = written(options.target, here)
+    source, target = read_side(here, tokens), read_side(there, tokens, first_address=_SECOND_ADDRESS)
+    return same_model(source, target)
+
+
+def _wanted(target: Side, rank: str | None) -> int | None:
+    if rank is None:
+        return None
+    number = whole("--rank", rank, 0, 1 << 20)
+    ranks = [spec.rank for spec in target.specs]
+    if number not in ranks:
+        raise ConfigError(f"the target has no rank {number}: it has {ranks[0]} to {ranks[-1]}")
+    return number

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few bytes of a transfer, few enough to look at: which cells lie where on both sides, and which become which.
+
+A cell is the content of one token of one head in one layer, or its K or V where a side keeps them apart. Addresses come
+from the plan itself, so that what is seen is what would be moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import lcm
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvxfer.blocks import Table
+    from kvxfer.layout import CacheRegion
+    from kvxfer.part import Match, PlanPart
+    from kvxfer.segment import Box, Overlap, Span
+
+MOST_CELLS: Final = 320
+"""On one side; more cannot be told apart."""
+
+_MOST_SHARES: Final = 8
+_MOST_LAYERS: Final = 3
+_GHOST_HEADS: Final = 2
+_GHOST_TOKENS: Final = 16
+
+
+class Cell(NamedTuple):
+    """Some bytes of one side.
+
+    Attributes:
+        block: its id in the block table.
+        kernel: number of the attention kernel's block inside it.
+        token: of the request.
+        part: ``K``, ``V``, or empty for all of the content.
+        origin: which block of the source it comes from, counted from the first that is shown; -1 if it is not moved.
+    """
+
+    address: int
+    nbytes: int
+    layer: int
+    block: int
+    kernel: int
+    head: int
+    token: int
+    part: str
+    origin: int
+
+    @property
+    def end(self) -> int:
+        """First address after it."""
+        return self.address + self.nbytes
+
+
+Allocation = tuple[int, int]
+"""A rank and the number of one of its allocations."""
+
+
+@dataclass
+class Strip:
+    """Cells of one allocation of one rank.
+
+    Attributes:
+        components: what it holds.
+        axes: fields of `Cell`, outermost in memory first.
+    """
+
+    rank: int
+    components: set[str] = field(default_factory=set)
+    axes: tuple[str, ...] = ()
+    by_address: dict[int, Cell] = field(default_factory=dict)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """By address."""
+        return [self.by_address[address] for address in sorted(self.by_address)]
+
+
+def axes_of(strip: Strip) -> tuple[str, ...]:
+    """The axes in which the cells of a strip differ, outermost first; blocks always."""
+    cells = strip.by_address.values()
+    return tuple(axis for axis in strip.axes if axis == "block" or len({getattr(c, axis) for c in cells}) > 1)
+
+
+class Run(NamedTuple):
+    """Bytes that are contiguous on both sides: its cells on either, in the order of memory."""
+
+    source: Allocation
+    target: Allocation
+    source_cells: list[Cell]
+    target_cells: list[Cell]
+
+    @property
+    def nbytes(self) -> int:
+        """At the source."""
+        return sum(cell.nbytes for cell in self.source_cells)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is shown.
+
+    Attributes:
+        sources, targets: strips of either side.
+        runs: in the order of the source's memory.
+        layers: of the target.
+        tokens, heads: that were chosen.
+        group: number of the target's group.
+    """
+
+    sources: dict[Allocation, Strip]
+    targets: dict[Allocation, Strip]
+    runs: list[Run]
+    layers: list[int]
+    tokens: list[int]
+    heads: list[int]
+    group: int
+
+
+class _Shown(NamedTuple):
+    part: PlanPart
+    source: Table
+    target: Table
+    moved: Span
+    overlap: Overlap
+
+
+def window(bound: Sequence[tuple[PlanPart, Match]]) -> Window:
+    """A window on the beginning of a transfer to one target rank.
+
+    Args:
+        bound: of `kvxfer.cli.forecast.matched`, not empty.
+    """
+    group = min(each.target_group for part, _ in bound for each in part.overlaps)
+    every = [
+        _Shown(part, match.sources[each.source_group], match.targets[group], match.tokens[group], each)
+        for part, match in bound
+        for each in part.overlaps
+        if each.target_group == group
+    ]
+    layers = _layers(every)
+    shown = [each for each in every if _layer(each.overlap.target) in layers]
+    heads, tokens = _heads_and_tokens(shown, len(layers))
+    sources: dict[Allocation, Strip] = {}
+    targets: dict[Allocation, Strip] = {}
+    pairs = []
+    for each in shown:
+        here = each.part.source.rank, each.overlap.source.region.buffer
+        there = each.part.target.rank, each.overlap.target.region.buffer
+        for token in tokens:
+            for head in heads:
+                if each.overlap.heads[0] <= head < each.overlap.heads[1]:
+                    origin = (token - each.source.first_token) // each.source.tokens
+                    origin -= (tokens[0] - each.source.first_token) // each.source.tokens
+                    a = _cell(each, each.overlap.source, each.source, head, token, origin)
+                    b = _cell(each, each.overlap.target, each.target, head, token, origin)
+                    _strip(sources, here, each.overlap.source, each.source).by_address[a.address] = a
+                    _strip(targets, there, each.overlap.target, each.target).by_address[b.address] = b
+                    pairs.append((here, a, there, b))
+    for each in shown:
+        here = each.part.source.rank, each.overlap.source.region.buffer
+        there = each.part.target.rank, each.overlap.target.region.buffer
+        _add_ghosts(sources[here], each, each.overlap.source, each.source, tokens, heads)
+        _add_ghosts(targets[there], each, each.overlap.target, each.target, tokens, heads)
+    return Window(
+        dict(sorted(sources.items())), dict(sorted(targets.items())), list(_runs(pairs)), layers, tokens, heads, group
+    )
+
+
+# -- what to show -------------------------------------------------------------------------------------------------------
+
+
+def _layer(box: Box) -> int:
+    return box.region.layers[box.position]
+
+
+def _layers(every: Sequence[_Shown]) -> list[int]:
+    """The first layer; the first of each source rank if ranks share the layers; two if layers lie inside of blocks."""
+    ranks: dict[int, set[int]] = {}
+    for each in every:
+        ranks.setdefault(_layer(each.overlap.target), set()).add(each.part.source.rank)
+    firsts: dict[frozenset[int], int] = {}
+    for layer in sorted(ranks):
+        firsts.setdefault(frozenset(ranks[layer]), layer)
+    if len(firsts) > 1:
+        return sorted(firsts.values())[:_MOST_LAYERS]
+    inside = any(
+        axes.index("layer") > axes.index("block")
+        for each in every
+        for axes in (_axes(each.overlap.source.region, 1), _axes(each.overlap.target.region, 1))
+        if "layer" in axes and "block" in axes
+    )
+    return sorted(ranks)[: 2 if inside else 1]
+
+
+def _heads_and_tokens(shown: Sequence[_Shown], layers: int) -> tuple[list[int], list[int]]:
+    """Of each rank's share of the heads, and of each stretch of tokens in one block on either side, the first few."""
+    shares = sorted({each.overlap.heads for each in shown})[:_MOST_SHARES]
+    stretches = _stretches(shown[0])
+    parts = 2 if any(_part(each.overlap) for each in shown) else 1
+    most_heads = max(end - begin for begin, end in shares)
+    most_tokens = max(end - begin for begin, end in stretches)
+    while True:
+        heads = sorted({head for begin, end in shares for head in range(begin, min(end, begin + most_heads))})
+        tokens = [token for begin, end in stretches for token in range(begin, min(end, begin + most_tokens))]
+        if len(heads) * len(tokens) * layers * parts <= MOST_CELLS or most_heads == most_tokens == 1:
+            return heads, tokens
+        if most_heads > 2 or (most_tokens <= 4 and most_heads > 1):
+            most_heads //= 2
+        else:
+            most_tokens = (most_tokens + 1) // 2
+
+
+def _stretches(first: _Shown) -> list[Span]:
+    """Tokens until the blocks of both sides begin at one token again, or two blocks of the larger."""
+    start, stop = first.moved
+    p, d = first.source.tokens, first.target.tokens
+    together = lcm(p, d) if p != d else 2 * p
+    span = together if together <= 3 * max(p, d) else 2 * max(p, d)
+    base = start // max(p, d) * max(p, d)
+    end = min(stop, base + span)
+    cuts = {start, end}
+    for table in (first.source, first.target):
+        block = table.first_token + (start - table.first_token) // table.tokens * table.tokens
+        cuts |= {cut for cut in range(block, end, table.tokens) if cut > start}
+    ordered = sorted(cuts)
+    return list(pairwise(ordered))
+
+
+# -- cells --------------------------------------------------------------------------------------------------------------
+
+
+def _part(overlap: Overlap) -> str:
+    components = {overlap.source.region.component, overlap.target.region.component}
+    return "K" if "k" in components else "V" if "v" in components else ""
+
+
+def _cell(each: _Shown, box: Box, table: Table, head: int, token: int, origin: int) -> Cell:
+    region = box.region
+    entry, inside = divmod(token - table.first_token, table.tokens)
+    kernel, inside = divmod(inside, region.extents.token)
+    block = int(table.ids[entry])
+    number = block * (table.tokens // region.extents.token) + kernel
+    first, end = each.overlap.content
+    address = box.address(head, first, inside) + number * region.strides.block
+    return Cell(
+        address, (end - first) * box.itemsize, _layer(box), block, kernel, head, token, _part(each.overlap), origin
+    )
+
+
+def _axes(region: CacheRegion, kernels: int) -> tuple[str, ...]:
+    axes = [axis for axis, _, _ in reversed(region.nest())]
+    if kernels > 1:
+        axes.insert(axes.index("block") + 1, "kernel")
+    return tuple(axes)
+
+
+def _strip(strips: dict[Allocation, Strip], key: Allocation, box: Box, table: Table) -> Strip:
+    strip = strips.get(key)
+    if strip is None:
+        strip = strips[key] = Strip(key[0], axes=_axes(box.region, table.tokens // box.region.extents.token))
+    strip.components.add(box.region.component)
+    return strip
+
+
+def _add_ghosts(
+    strip: Strip, each: _Shown, box: Box, table: Table, tokens: Sequence[int], heads: Sequence[int]
+) -> None:
+    """Neighbours that stay where they are: heads of other ranks, and tokens of the same blocks outside of the request."""
+    start, stop = each.moved
+    first, last = ((token - table.first_token) // table.tokens for token in (tokens[0], tokens[-1]))
+    before = range(table.first_token + first * table.tokens, start)[-_GHOST_TOKENS:]
+    after = range(stop, table.first_token + (last + 1) * table.tokens)[:_GHOST_TOKENS]
+    mine = [head for head in heads if each.overlap.heads[0] <= head < each.overlap.heads[1]]
+    others = [head for head in range(*box.heads) if not each.overlap.heads[0] <= head < each.overlap.heads[1]]
+    cells = [(head, token) for head in others[:_GHOST_HEADS] for token in tokens]
+    cells += [(head, token) for head in mine for token in (*before, *after)]
+    for head, token in cells:
+        cell = _cell(each, box, table, head, token, -1)
+        strip.by_address.setdefault(cell.address, cell)
+
+
+def _runs(pairs: list[tuple[Allocation, Cell, Allocation, Cell]]) -> Iterator[Run]:
+    pairs.sort(key=lambda pair: (pair[0], pair[1].address, pair[3].address))
+    run: Run | None = None
+    for here, a, there, b in pairs:
+        begins = here, there, a.address, b.address
+        if run and (run.source, run.target, run.source_cells[-1].end, run.target_cells[-1].end) == begins:
+            run.source_cells.append(a)
+            run.target_cells.append(b)
+            continue
+        if run:
+            yield run
+        run = Run(here, there, [a], [b])
+    if run:
+        yield run
