@@ -146,6 +146,10 @@ class Consumer:
         except BlockError:
             return None  # `read` will find the same, and fail it
 
+    def granted(self, token: str) -> bool:
+        """Any thread: `take` would find it."""
+        return token in self._granted
+
     def reading(self, transfer: Transfer) -> None:
         """A read was claimed by `take`."""
         hold = self._holds.get(transfer.ref.token)

@@ -241,6 +241,14 @@ class Endpoint:
             self._data.do(job)
         return transfer
 
+    def granted(self, ref: LeaseRef) -> bool:
+        """A lease that is held could be read at once: its blocks are complete, and every rank of its producer was met.
+
+        Raises:
+            LeaseRefError: ``ref`` is none.
+        """
+        return self._consumer.granted(_checked(ref).token)
+
     def drop(self, ref: LeaseRef) -> None:
         """The blocks are not needed: the producer gets them back at once. No effect on a lease being read.
 
@@ -249,6 +257,11 @@ class Endpoint:
         """
         ref = _checked(ref)
         self._command(lambda now: self._consumer.drop(ref, now))
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Largest chunk that is staged on the packed route."""
+        return self._data.arena.slot_nbytes
 
     # -- both -------------------------------------------------------------------------------------------------------
 

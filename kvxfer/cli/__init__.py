@@ -18,6 +18,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "demo": "two processes move a request's KV cache; every byte is checked, a table tells how fast",
     "plan": "say what a transfer between two caches would do: bytes, descriptors, route and time; needs no device",
+    "bench": "measure this machine: the constants by which routes are chosen",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
 }
 

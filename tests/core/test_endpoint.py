@@ -89,7 +89,7 @@ def test_blocks_arrive(pair):
     source, sink = pair
     before = sink.blocks(0, 4, 31)
     ref = source.endpoint.lease([1, 2, 3], request="r", num_tokens=12)
-    transfer = sink.endpoint.read(LeaseRef.from_json(ref.to_json()), [7, 6], skip_blocks=1)
+    transfer = sink.endpoint.read(LeaseRef.from_json(ref.to_json()), [7, 6], tokens=(4, None))
     assert transfer.wait(5) and transfer.done and transfer.error is None
     assert sink.blocks(7, 6) == source.blocks(2, 3) and sink.blocks(0, 4, 31) == before
     assert sink.endpoint.poll() == [Done(transfer)]
@@ -218,18 +218,20 @@ def test_a_target_named_twice(pair):
         sink.endpoint.read(source.endpoint.lease([1, 2]), [3, 3])
 
 
-@pytest.mark.parametrize("skip", [-1, 1.0, None, "1", [0, 0], [], [-1], [None], float("nan")])
-def test_bad_skips(pair, skip):
-    """skip_blocks that make no sense are refused by name."""
+@pytest.mark.parametrize(
+    "tokens", [-1, 1.0, "1", (0,), (-1, None), (None, 4), (4, 0), (0, 1 << 60), (0, 4, 8), ("0", "4"), (float("nan"), None)]
+)
+def test_bad_intervals(pair, tokens):
+    """Tokens that are no interval are refused by name."""
     with pytest.raises(BlockError):
-        pair[1].endpoint.read(pair[0].endpoint.announce(), [1], skip_blocks=skip)
+        pair[1].endpoint.read(pair[0].endpoint.announce(), [1], tokens=tokens)
 
 
 def test_numpy_integers_are_integers(pair):
     """Counts and ids may come from NumPy."""
     source, sink = pair
     ref = source.endpoint.lease(np.array([1, 2], dtype=np.int32))
-    assert sink.endpoint.read(ref, (np.int64(9),), skip_blocks=np.int64(1)).wait(5)
+    assert sink.endpoint.read(ref, (np.int64(9),), tokens=(np.int64(4), np.int64(8))).wait(5)
     assert sink.blocks(9) == source.blocks(2)
 
 

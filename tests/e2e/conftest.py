@@ -31,6 +31,7 @@ if not _MISSING:
 _ORDER = (
     "test_first_request",
     "test_same_tokens",
+    "test_unequal_pairs",
     "test_malformed_params",
     "test_side_channel",
     "test_clients_gone",

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvxfer bench``: measures this machine. ``kvxfer bench calibrate`` gives the constants by which routes are chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvxfer.cli.calibrate import Sample, calibrate
+from kvxfer.cli.table import Progress, size, table
+from kvxfer.errors import ConfigError
+from kvxfer.route import Costs
+
+if TYPE_CHECKING:
+    import argparse
+
+_OUT = "kvxfer-costs.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    sub = what.add_parser("calibrate", help="measure the constants of the cost model and write them to a file")
+    sub.add_argument("--agent", default="nixl", help="transfer agent (default: %(default)s)")
+    sub.add_argument("--mib", type=int, default=128, help="size of the largest read, in MiB (default: %(default)s)")
+    sub.add_argument("--repeats", type=int, default=5, help="of each measurement (default: %(default)s)")
+    sub.add_argument("--out", default=_OUT, help="file to write (default: %(default)s); '-' writes none")
+    sub.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    if options.mib < 1 or options.repeats < 1:
+        raise ConfigError("--mib and --repeats must be at least 1")
+    costs, samples = calibrate(
+        options.agent, Progress(quiet=options.format == "json"), mib=options.mib, repeats=options.repeats
+    )
+    if options.out != "-":
+        try:
+            costs.save(options.out)
+        except OSError as error:
+            raise ConfigError(f"cannot write {options.out}: {error}") from error
+    if options.format == "json":
+        print(json.dumps({"costs": asdict(costs), "samples": [asdict(sample) for sample in samples]}, indent=2))
+    else:
+        print(_text(costs, samples))
+        if options.out != "-":
+            print(f"\n  written; to use it: export KVXFER_COSTS={Path(options.out).resolve()}")
+    return 0
+
+
+def _text(costs: Costs, samples: list[Sample]) -> str:
+    reads = table(
+        ("read in place", "runs", "size", "measured", "predicted"),
+        [(s.what, f"{s.runs:,}", size(s.nbytes), _ms(s.seconds), _ms(costs.wire_s(s.runs, s.nbytes))) for s in samples],
+    )
+    default = Costs()
+    rows = [
+        ("descriptor_s", f"{costs.descriptor_s * 1e6:.2f} us", f"{default.descriptor_s * 1e6:.2f} us", "one more descriptor"),
+        ("wire_nbytes_per_s", f"{costs.wire_nbytes_per_s / 1e9:.2f} GB/s", f"{default.wire_nbytes_per_s / 1e9:.2f} GB/s", "long descriptors"),
+        ("run_s", f"{costs.run_s * 1e9:.1f} ns", f"{default.run_s * 1e9:.1f} ns", "one more run to pack or unpack"),
+        ("copy_nbytes_per_s", f"{costs.copy_nbytes_per_s / 1e9:.2f} GB/s", f"{default.copy_nbytes_per_s / 1e9:.2f} GB/s", "packing long runs"),
+        ("chunk_s", f"{costs.chunk_s * 1e6:.0f} us", f"{default.chunk_s * 1e6:.0f} us", "one more chunk"),
+        ("ask_s", f"{costs.ask_s * 1e6:.0f} us", f"{default.ask_s * 1e6:.0f} us", "until the first chunk"),
+    ]  # fmt: skip
+    return f"{reads}\n\n{table(('constant', 'here', 'default', 'what'), rows)}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

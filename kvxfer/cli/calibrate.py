@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures the constants of the cost model (`kvxfer.route.Costs`) on this machine, between two processes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvxfer.cache import KVCache
+from kvxfer.cli.child import Child, ChildError
+from kvxfer.config import Settings
+from kvxfer.endpoint import Endpoint
+from kvxfer.image import Images
+from kvxfer.lease import LeaseRef
+from kvxfer.packer import start_copies
+from kvxfer.part import Match
+from kvxfer.plan import plan
+from kvxfer.route import Costs, Route
+from kvxfer.staging import StagingArena
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.cli.table import Progress
+    from kvxfer.layout import CacheSpec
+
+_LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
+"""A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
+
+_GRANTED_TIMEOUT_S = 10.0
+_SMALL_ARENA_NBYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured read: runs on the wire, bytes, seconds (the median of several)."""
+
+    what: str
+    runs: int
+    nbytes: int
+    seconds: float
+
+
+def _cache(order: str, blocks: int) -> KVCache:
+    cache, arrays = KVCache.allocate(
+        order, layers=_LAYERS, blocks=blocks, heads=_HEADS, block_tokens=_BLOCK_TOKENS, head_dim=_HEAD_DIM
+    )
+    arrays["kv"].fill(1)  # the first touch of memory costs more than moving it
+    return cache
+
+
+class Source:
+    """The producer's process: one cache in HND."""
+
+    def __init__(self, agent: str, blocks: int) -> None:
+        self.endpoint = Endpoint(_cache("HND", blocks), agent)
+        self._blocks = blocks
+
+    def lease(self, blocks: Sequence[int]) -> str:
+        """Lease some blocks."""
+        self.endpoint.poll()
+        return self.endpoint.lease(np.asarray(blocks), request="calibrate").to_json()
+
+    def spec(self) -> CacheSpec:
+        """Of the cache."""
+        return self.endpoint.cache.spec
+
+    def close(self) -> None:
+        """End the endpoint."""
+        self.endpoint.close()
+
+
+class Sink:
+    """This process: reads from a `Source` in one way, again and again."""
+
+    def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
+        self._source = source
+        settings = replace(Settings.resolve(), staging_nbytes=staging_nbytes)
+        self.endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
+        self.part = plan(source.call("spec"), self.endpoint.cache.spec).parts[0]
+
+    def seconds(self, blocks: Sequence[int], repeats: int) -> float:
+        """The median time of reading these blocks."""
+        return statistics.median(self._once(blocks) for _ in range(repeats + 1))
+
+    def _once(self, blocks: Sequence[int]) -> float:
+        ref = LeaseRef.from_json(self._source.call("lease", list(blocks)))
+        self.endpoint.hold(ref)
+        # Granted ahead, as in an engine; nothing tells when, but a read would wait for it.
+        deadline = time.monotonic() + _GRANTED_TIMEOUT_S
+        while not self.endpoint.granted(ref):
+            if time.monotonic() > deadline:
+                raise ChildError("a lease was not granted")
+            time.sleep(0.001)
+        transfer = self.endpoint.read(ref, list(blocks), timeout_s=120)
+        transfer.wait()
+        self.endpoint.poll()
+        return transfer.seconds
+
+    def sample(self, what: str, blocks: Sequence[int], repeats: int) -> Sample:
+        """A read, as the model sees it."""
+        runs, nbytes = self.part.runs(self.part.match(blocks, blocks))
+        return Sample(what, runs, nbytes, self.seconds(blocks, repeats))
+
+
+def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 5) -> tuple[Costs, list[Sample]]:
+    """Measure; takes seconds.
+
+    Args:
+        agent: name of the transfer agent.
+        progress: told what is being measured.
+        mib: size of the largest read.
+        repeats: of each read; medians count.
+
+    Raises:
+        UnavailableError: the agent cannot be used here.
+        ChildError: the other process failed.
+    """
+    blocks = max(8, (mib << 20) // (_LAYERS * _HEADS * _BLOCK_TOKENS * _HEAD_DIM * 4))
+    few, many = list(range(2)), list(range(blocks))
+    scattered = np.random.default_rng(0).permutation(blocks).tolist()
+    samples: list[Sample] = []
+    with Child("calibration", Source, agent, blocks) as source:
+        source.ready()
+        with progress.step("long runs, in place"):
+            sink = Sink(source, agent, "HND", blocks, Route.DIRECT, 1 << 20)
+            try:
+                samples += [sink.sample("one block", [0], repeats), sink.sample("one run a layer", many, repeats)]
+                samples.append(sink.sample("one run a block and layer", scattered, repeats))
+            finally:
+                sink.endpoint.close()
+        with progress.step("short runs, in place"):
+            sink = Sink(source, agent, "NHD", blocks, Route.DIRECT, 1 << 20)
+            try:
+                samples += [sink.sample("one run a token and head", few, repeats)]
+            finally:
+                sink.endpoint.close()
+        start_s, descriptor_s, wire = _fit([(1, s.runs, s.nbytes) for s in samples], [s.seconds for s in samples])
+        with progress.step("packing and unpacking"):
+            run_s, copy = _copying(blocks)
+        costs = Costs(descriptor_s=descriptor_s, wire_nbytes_per_s=1 / wire, run_s=run_s, copy_nbytes_per_s=1 / copy)
+        with progress.step("chunks"):
+            sink = Sink(source, agent, "NHD", blocks, Route.SOURCE_PACKED, _SMALL_ARENA_NBYTES)
+            try:
+                images = Images(sink.part, "target", sink.endpoint.slot_nbytes)
+                one, all_ = (sink.part.match(ids, ids) for ids in ([0], many))
+                chunks = [len(list(images.chunks(match.tokens))) for match in (one, all_)]
+                times = [sink.seconds(ids, repeats) - start_s for ids in ([0], many)]
+            finally:
+                sink.endpoint.close()
+    packed = [_both(costs, sink.part.runs(match)) for match in (one, all_)]
+    ask_s = max(times[0] - sum(packed[0]), 1e-5)
+    chunk_s = max((times[1] - ask_s - max(packed[1])) / chunks[1], 1e-6)
+    return replace(costs, ask_s=ask_s, chunk_s=chunk_s), samples
+
+
+def _both(costs: Costs, foretold: tuple[int, int]) -> tuple[float, float]:
+    """Seconds to pack so many runs, and to move the bytes in long ones."""
+    runs, nbytes = foretold
+    return costs.copy_s(runs, nbytes), costs.wire_s(1, nbytes)
+
+
+def _copying(blocks: int) -> tuple[float, float]:
+    """(seconds for each run, seconds for each byte) of a chunk after the other, packed from HND."""
+    cache = _cache("HND", blocks)
+    arena = StagingArena(32 << 20)
+    slot = arena.slot_nbytes
+    facts, times = [], []
+    for order in ("HND", "NHD"):
+        part = plan(cache.spec, _cache(order, blocks).spec).parts[0]
+        match = part.match(list(range(blocks)), list(range(blocks)))
+        images = Images(part, "target", slot)
+
+        def pack(images: Images = images, match: Match = match) -> None:
+            for chunk in images.chunks(match.tokens):
+                image = images.image(chunk)
+                bound = image.from_source.copies(Match(match.sources, [image.table(chunk)], [chunk.tokens]))
+                address = arena.memory.address
+                for copy in start_copies(cache, bound, arena.view(address, slot), pack=True):
+                    copy.wait()
+
+        runs, nbytes = part.runs(match)
+        facts.append((runs, nbytes))
+        times.append(_median_s(pack))
+    run_s, byte_s = _fit(facts, times)
+    return run_s, byte_s
+
+
+def _median_s(step: Callable[[], None], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+def _fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Constants, none below zero, by which the facts come closest to the seconds, in proportion."""
+    wanted = np.asarray(seconds, dtype=np.float64)
+    rows = np.asarray(facts, dtype=np.float64) / wanted[:, None]
+    scale = np.abs(rows).max(axis=0)
+    found, *_ = np.linalg.lstsq(rows / scale, np.ones(len(wanted)), rcond=None)
+    return [max(float(value), 1e-12) for value in found / scale]
