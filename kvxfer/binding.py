@@ -57,11 +57,12 @@ def kernel_blocks(table: Table, kernel_tokens: int) -> Table:
 def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tuple[Grain, BlockPairs]]:
     """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each."""
     p, d = source.tokens, target.tokens
+    repeated = repeats(source.ids)
     from_start, to_start = start - source.first_token, start - target.first_token
     if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
         number = (stop - start) // p
         ids = (table.ids[at // p : at // p + number] for table, at in ((source, from_start), (target, to_start)))
-        yield Grain(0, 0, p), BlockPairs.of(*ids)
+        yield Grain(0, 0, p), BlockPairs.of(*ids, repeated=repeated)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]
     for table in (source, target):
@@ -75,7 +76,8 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
-        yield Grain(a, b, length), BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]])
+        ids = source.ids[from_block[mine]], target.ids[to_block[mine]]
+        yield Grain(a, b, length), BlockPairs.of(*ids, repeated=repeated)
 
 
 _ONE = np.ones(1, dtype=np.int64)
@@ -83,7 +85,10 @@ _ONE = np.ones(1, dtype=np.int64)
 
 @dataclass(frozen=True, eq=False)
 class BlockPairs:
-    """Pairs of block ids in the order of the source's, and as runs in which both sides ascend by one."""
+    """Pairs of block ids in the order of the source's, and as runs in which both sides ascend by one.
+
+    ``repeats_source``: the source's table, of which these may be a part only, gives some block more than once.
+    """
 
     source: IntArray
     target: IntArray
@@ -96,26 +101,25 @@ class BlockPairs:
         return len(self.source)
 
     @classmethod
-    def of(cls, source: IntArray, target: IntArray) -> BlockPairs:
+    def of(cls, source: IntArray, target: IntArray, *, repeated: bool) -> BlockPairs:
         """The i-th source block becomes the i-th target block; both are of equal length."""
         number = len(source)
         if number == 1:
-            return cls(source, target, source, target, _ONE, False)
+            return cls(source, target, source, target, _ONE, repeated)
         joins = _joins(source, target)
         if joins.all():
             # One run: what fresh requests in an empty cache look like.
             runs = min(number, 1)
-            return cls(source, target, source[:runs], target[:runs], np.array([number][:runs], dtype=np.int64), False)
-        again = False
+            blocks = np.array([number][:runs], dtype=np.int64)
+            return cls(source, target, source[:runs], target[:runs], blocks, repeated)
         if not (source[1:] > source[:-1]).all():
-            again = repeats(source)
             # Pairs make a run only if target - source is the same: sorted by it first, repeated sources break no run.
-            order = np.lexsort((source, target - source)) if again else np.argsort(source, kind="stable")
+            order = np.lexsort((source, target - source)) if repeated else np.argsort(source, kind="stable")
             source, target = source[order], target[order]
             joins = _joins(source, target)
         starts = np.concatenate(([0], np.flatnonzero(~joins) + 1))
         counts = np.concatenate((starts[1:], [number])) - starts
-        return cls(source, target, source[starts], target[starts], counts, again)
+        return cls(source, target, source[starts], target[starts], counts, repeated)
 
 
 def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.binding import BlockPairs, Grain, Nest, descriptors, grains, kernel_blocks, nests_of
@@ -85,19 +86,21 @@ class PlanPart:
             BlockError: ids are no integers, out of range or repeated in the target, or a block of the target would get
                 nothing, or tokens that the source's blocks do not hold.
         """
+        asked = _asked(tokens)
         sources = tables(self.source, source_blocks, "source")
-        first = tokens[0] if tokens else 0
+        first = asked[0] if asked is not None else 0
         return self.match_tables(
-            sources, tables(self.target, target_blocks, "target", first_token=first, distinct=True), tokens
+            sources, tables(self.target, target_blocks, "target", first_token=first, distinct=True), asked
         )
 
     def match_tables(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
         """`match` for tables that were checked. Raises BlockError: they do not fit each other."""
+        asked = _asked(tokens)
         spans = [(0, 0)] * len(targets)
         for channel in self._channels:
             number = channel.target_group
             group, source = self.target.groups[number], sources[channel.source_group]
-            spans[number] = interval(group, source, targets[number], tokens)
+            spans[number] = interval(group, source, targets[number], asked)
         return Match(sources, targets, spans)
 
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
@@ -163,8 +166,6 @@ def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | N
             raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
         return source.first_token, source.end_token
     asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
-    if not 0 <= asked_start <= (MAX_TOKENS if asked_stop is None else asked_stop) <= MAX_TOKENS:
-        raise BlockError(f"tokens {asked_start} to {asked_stop} are no interval")
     # A window's table begins late, and is whole all the same.
     start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
     stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
@@ -180,6 +181,20 @@ def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | N
             f" which hold {source.first_token} to {source.end_token}"
         )
     if not empty and (stop <= target.end_token - target.tokens or start >= target.first_token + target.tokens):
-        number = -(-(stop - target.first_token) // target.tokens)
+        number = -(-(stop - target.first_token) // target.tokens) - (start - target.first_token) // target.tokens
         raise BlockError(f"tokens {start} to {stop} fill {number} of {len(target.ids)} target blocks{where}")
     return start, stop
+
+
+def _asked(tokens: Any) -> Tokens | None:
+    """``[start, stop)`` as integers, whatever a caller gave. Raises BlockError: it is no interval."""
+    if tokens is None:
+        return None
+    try:
+        start, stop = tokens
+        asked = index(start), None if stop is None else index(stop)
+    except (TypeError, ValueError) as error:
+        raise BlockError("the tokens to move are no pair of whole numbers (start, stop)") from error
+    if not 0 <= asked[0] <= (MAX_TOKENS if asked[1] is None else asked[1]) <= MAX_TOKENS:
+        raise BlockError(f"tokens {asked[0]} to {'the end' if asked[1] is None else asked[1]} are no interval")
+    return asked
