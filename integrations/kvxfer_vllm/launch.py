@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
@@ -56,14 +56,17 @@ def describe_cache(
                 f"{name} has {tensor.shape[0]} blocks of {tensor.shape[2]} tokens, the block table"
                 f" {kv_cache_config.num_blocks} of {block_tokens(kv_cache_config)}"
             )
+    parts: Mapping[str, Any] = layers
+    components: tuple[str, ...]
     if is_mla(kv_cache_config):
         components, total, start = ("latent",), 1, 0
     else:
-        components, total = ("kv",), vllm_config.model_config.get_total_num_kv_heads()
+        parts = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
+        components, total = ("k", "v"), vllm_config.model_config.get_total_num_kv_heads()
         # Fewer heads than ranks: consecutive ranks hold copies of the same head.
         start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
     return KVCache.from_layers(
-        layers,
+        parts,
         block_tokens=block_tokens(kv_cache_config),
         components=components,
         heads_total=total,
@@ -72,6 +75,29 @@ def describe_cache(
         rank=tp_rank,
         world=vllm_config.parallel_config.tensor_parallel_size,
     )
+
+
+def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two halves of each block and head as vLLM's CPU attention has them: all keys, then all values.
+
+    vLLM's shape for it, ``[block, head, token, K and V of one token]``, is not what its kernels store (CPU_ATTN of vLLM 0.32,
+    `CPUAttentionBackendImpl.do_kv_cache_update`). Inside, 32 tokens of keys stand together in an order of their own, so
+    only whole blocks, which are multiples of 32 tokens, may be moved; the connector asks for nothing else.
+    """
+    blocks, heads, tokens, content = tensor.shape
+    halves = tensor.view(blocks, heads, 2 * tokens, content // 2)
+    return halves[:, :, :tokens], halves[:, :, tokens:]
+
+
+def _stored_as(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """In which order the CPU's attention kernels store keys; it depends on the processor."""
+    if is_mla(kv_cache_config):
+        return ""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - it imports torch's kernels
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    isa = _get_attn_isa(model.dtype, block_tokens(kv_cache_config), model.get_head_size(), cache.cache_dtype)
+    return f" stored as {isa}"
 
 
 def start_endpoint(
@@ -100,7 +126,8 @@ def start_endpoint(
         vllm_config,
         kv_cache_config,
         tp_rank=tp_rank,
-        fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
+        fingerprint=model_fingerprint(vllm_config, options.model_fingerprint)
+        + _stored_as(vllm_config, kv_cache_config),
     )
     engine_id = vllm_config.kv_transfer_config.engine_id
     endpoint = Endpoint(

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads between unlike caches through real endpoints: every route, several ranks, a bounded arena. Transport: inproc."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.endpoint import Endpoint
+from kvxfer.errors import IncompatibleError, KvxferError
+from kvxfer.layout import Interval
+from kvxfer.lease import LeaseRef
+from kvxfer.route import Costs, Route
+from kvxfer.testing import eventually
+
+HEADS = 8
+SMALL = Settings(staging_nbytes=1 << 16, retry_s=0.1)  # slots of 8 KiB: everything is cut into chunks
+ROUTES = [None, *(route.value for route in Route)]
+
+
+class Rank:
+    """One rank of an engine: an endpoint and the logical array [layer, block, head, token, content] of its cache."""
+
+    def __init__(self, name, rank, world, *, order="HND", block_tokens=16, layers=3, blocks=48, head_dim=8, **more):
+        heads = HEADS // world
+        cache, arrays = KVCache.allocate(
+            order,
+            layers=layers,
+            blocks=blocks,
+            heads=heads,
+            block_tokens=block_tokens,
+            head_dim=head_dim,
+            dtype="int16",
+        )
+        group = msgspec.structs.replace(cache.spec.groups[0], heads=Interval(rank * heads, rank * heads + heads, HEADS))
+        spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=rank, world=world)
+        self.array, self.block_tokens = arrays["kv"], block_tokens
+        self.endpoint = Endpoint(
+            KVCache(spec, cache.buffers), "inproc", name=name, **{"settings": SMALL, "costs": Costs(), **more}
+        )
+
+    @property
+    def arena(self):
+        return self.endpoint._data.arena
+
+
+class Engine:
+    """All ranks of an engine."""
+
+    def __init__(self, name, world=1, **more):
+        self.name = name
+        self.ranks = [Rank(name, rank, world, **more) for rank in range(world)]
+        self.block_tokens = self.ranks[0].block_tokens
+
+    def fill(self, seed):
+        rng = np.random.default_rng(seed)
+        for rank in self.ranks:
+            rank.array[...] = rng.integers(-(1 << 15), 1 << 15, rank.array.shape, dtype=np.int16)
+
+    @property
+    def logical(self):
+        """[layer, block, head, token, content] of the whole model."""
+        return np.concatenate([rank.array for rank in self.ranks], axis=2)
+
+    def blocks_for(self, tokens, seed, start=0):
+        number = -(-tokens // self.block_tokens) - start // self.block_tokens
+        return np.random.default_rng(seed).permutation(self.ranks[0].array.shape[1])[:number]
+
+    def lease(self, blocks, **more):
+        addresses = [rank.endpoint.address for rank in self.ranks]
+        ref = LeaseRef.mint(owner=self.name, addresses=addresses, request="r", **more)
+        for rank in self.ranks:
+            rank.endpoint.announce(ref)
+            rank.endpoint.offer(ref, blocks)
+        return ref
+
+    def close(self):
+        for rank in self.ranks:
+            rank.endpoint.close()
+
+
+@pytest.fixture
+def engines():
+    made = []
+
+    def make(name, world=1, **more):
+        made.append(Engine(name, world, **more))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+        for rank in engine.ranks:
+            assert rank.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
+            assert rank.arena.in_use == 0
+
+
+def check(source, target, blocks, into, start, stop, before):
+    """Tokens [start, stop) are the source's, and all other bytes of the target are as before."""
+    expected, theirs = before, source.logical
+    for token in range(start, stop):
+        block = into[token // target.block_tokens - start // target.block_tokens]
+        from_block = blocks[token // source.block_tokens]
+        expected[:, block, :, token % target.block_tokens] = theirs[:, from_block, :, token % source.block_tokens]
+    np.testing.assert_array_equal(target.logical, expected)
+
+
+PAIRS = {
+    "orders": ({"order": "HND"}, {"order": "NHD"}),
+    "ranks 4 -> 1": ({"world": 4, "order": "NHD"}, {"order": "NHD"}),
+    "ranks 1 -> 4": ({"order": "NHD"}, {"world": 4, "order": "NHD"}),
+    "ranks 2 -> 4, blocks 48 -> 32": (
+        {"world": 2, "order": "BLHNC", "block_tokens": 48},
+        {"world": 4, "order": "LHBNC", "block_tokens": 32},
+    ),
+    "all at once": (
+        {"world": 4, "order": "BHLNC", "block_tokens": 24},
+        {"world": 2, "order": "BLNHC", "block_tokens": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 300), (70, 301)])
+def test_every_route_moves_the_same_bytes(engines, pair, route, start, stop):
+    """On whatever route, tokens arrive in the target's layout, nothing else changes, and each rank is settled once."""
+    ours, theirs = PAIRS[pair]
+    source, target = engines("P", **ours), engines("D", **theirs, route=route)
+    source.fill(1), target.fill(2)
+    before = target.logical.copy()
+    blocks, into = source.blocks_for(stop, 3), target.blocks_for(stop, 4, start)
+    ref = source.lease(blocks)
+    transfers = [rank.endpoint.read(ref, into, tokens=(start, stop)) for rank in target.ranks]
+    for transfer in transfers:
+        assert transfer.wait(20)
+    check(source, target, blocks, into, start, stop, before)
+    for rank in source.ranks:
+        (event,) = rank.endpoint.poll(5)
+        assert event.read and event.token == ref.token
+    used = [rank.arena.peak > 0 for rank in (*source.ranks, *target.ranks)]
+    packs = route in ("source_packed", "both")
+    if route is not None:
+        assert used == [packs] * len(source.ranks) + [route in ("target_unpacked", "both")] * len(target.ranks)
+
+
+def test_a_request_larger_than_the_arena(engines):
+    """What is larger than the whole arena goes through it in pieces, and never takes more of it than there is."""
+    source = engines("P", order="HND", blocks=600)
+    target = engines("D", order="NHD", blocks=600, route="both")
+    source.fill(1)
+    blocks, into = source.blocks_for(600 * 16, 3), target.blocks_for(600 * 16, 4)
+    assert target.ranks[0].endpoint.read(source.lease(blocks), into).wait(60)
+    np.testing.assert_array_equal(target.logical[:, into], source.logical[:, blocks])
+    for rank in (source.ranks[0], target.ranks[0]):
+        assert 0 < rank.arena.peak <= rank.arena.slots
+        assert rank.arena.slots * rank.arena.slot_nbytes <= SMALL.staging_nbytes < rank.array.nbytes
+
+
+@pytest.mark.parametrize("route", ["source_packed", "target_unpacked", "both"])
+def test_many_transfers_share_a_small_arena(engines, route):
+    """64 reads at once through an arena of 8 slots all end well, and the last is not served after all the others."""
+    source = engines("P", order="HND", blocks=256)
+    target = engines("D", order="NHD", blocks=256, route=route)
+    source.fill(1)
+    wholes = np.random.default_rng(5).permutation(256).reshape(64, 4)
+    refs = [source.lease(blocks) for blocks in wholes]
+    transfers = [
+        target.ranks[0].endpoint.read(ref, blocks, timeout_s=60) for ref, blocks in zip(refs, wholes, strict=True)
+    ]
+    for transfer in transfers:
+        assert transfer.wait(60)
+    np.testing.assert_array_equal(target.logical, source.logical)
+    assert eventually(lambda: source.ranks[0].arena.in_use == 0)
+
+
+def test_two_endpoints_stage_for_each_other(engines):
+    """Both sides read from each other through full arenas, and neither waits for ever."""
+    one = engines("one", order="HND", blocks=256, route="both")
+    other = engines("other", order="NHD", blocks=256, route="both")
+    one.fill(1), other.fill(2)
+    mine, theirs = np.arange(0, 128).reshape(32, 4), np.arange(128, 256).reshape(32, 4)
+    transfers = []
+    for a, b in zip(mine, theirs, strict=True):
+        transfers.append((one, other, a, b, other.ranks[0].endpoint.read(one.lease(a), b, timeout_s=60)))
+        transfers.append((other, one, a, b, one.ranks[0].endpoint.read(other.lease(a), b, timeout_s=60)))
+    for source, target, a, b, transfer in transfers:
+        assert transfer.wait(60)
+        np.testing.assert_array_equal(target.logical[:, b], source.logical[:, a])
+
+
+def test_dtypes_are_converted_on_request_only(engines):
+    """Without the request a producer of another dtype is refused by name; with it, values arrive."""
+    pytest.importorskip("ml_dtypes")
+    source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
+    arrays["kv"][...] = np.random.default_rng(0).normal(size=arrays["kv"].shape)
+    target, taken = KVCache.allocate("NHD", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float16")
+    with Endpoint(source, "inproc", name="P", settings=SMALL) as producer:
+        with (
+            Endpoint(target, "inproc", name="D", settings=SMALL) as refusing,
+            pytest.raises(
+                IncompatibleError, match="dtype must be equal: the source has float32, the target has float16"
+            ),
+        ):
+            refusing.read(producer.lease([1, 2]), [3, 4]).wait(10)
+        with Endpoint(target, "inproc", name="D2", settings=SMALL, convert=True) as consumer:
+            assert consumer.read(producer.lease([1, 2]), [3, 4]).wait(10)
+    np.testing.assert_array_equal(taken["kv"][:, [3, 4]], arrays["kv"][:, [1, 2]].astype(np.float16))
+
+
+def test_a_pair_for_which_no_route_is_left_is_refused_when_it_meets(engines):
+    """A chunk that fits into no slot bars the packed routes: forced to one, the read fails with the reason."""
+    source = engines("P", order="HND", head_dim=512)
+    target = engines("D", order="NHD", head_dim=512, route="both")
+    with pytest.raises(IncompatibleError, match=r"one block of one layer takes .* bytes, a staging slot has 8192"):
+        target.ranks[0].endpoint.read(source.lease([1]), [2]).wait(10)
+
+
+def test_a_lease_that_ends_in_the_middle_is_thrown_away(engines):
+    """A lease that is revoked while its chunks are packed and read ends the read with an error, and leaves no slot."""
+    source = engines("P", order="HND", blocks=600)
+    target = engines("D", order="NHD", blocks=600, route="both")
+    blocks = np.arange(600)
+    ref = source.lease(blocks)
+    transfer = target.ranks[0].endpoint.read(ref, blocks)
+    assert eventually(lambda: target.ranks[0].arena.peak > 0)
+    source.ranks[0].endpoint.revoke(ref)
+    with pytest.raises(KvxferError):
+        transfer.wait(20)
+    assert eventually(lambda: source.ranks[0].arena.in_use == 0 == target.ranks[0].arena.in_use)
+
+
+def test_ranks_may_have_blocks_of_their_own(engines):
+    """Each rank of the producer names its blocks for itself."""
+    source, target = engines("P", world=2, order="NHD"), engines("D", order="NHD")
+    source.fill(1)
+    ref = LeaseRef.mint(owner="P", addresses=[rank.endpoint.address for rank in source.ranks])
+    tables = [[5, 6, 7], [30, 1, 9]]
+    for rank, blocks in zip(source.ranks, tables, strict=True):
+        rank.endpoint.announce(ref)
+        rank.endpoint.offer(ref, blocks)
+    assert target.ranks[0].endpoint.read(ref, [0, 1, 2]).wait(10)
+    for i in range(2):
+        np.testing.assert_array_equal(
+            target.logical[:, [0, 1, 2], i * 4 : i * 4 + 4], source.ranks[i].array[:, tables[i]]
+        )
+
+
+def test_settings_bound_the_arena():
+    """An arena that could hold no slots is refused by name."""
+    with pytest.raises(KvxferError, match="staging_nbytes must be a positive whole number from 32768"):
+        replace(SMALL, staging_nbytes=1000)
