@@ -76,8 +76,8 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
-        ids = source.ids[from_block[mine]], target.ids[to_block[mine]]
-        yield Grain(a, b, length), BlockPairs.of(*ids, repeated=repeated)
+        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], repeated=repeated)
+        yield Grain(a, b, length), pairs
 
 
 _ONE = np.ones(1, dtype=np.int64)

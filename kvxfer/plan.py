@@ -7,6 +7,7 @@ be served; the algebra is in `kvxfer.segment`, the expansion for given blocks in
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from kvxfer.part import PlanPart
 from kvxfer.segment import Box, Overlap, Span, boxes, overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvxfer.layout import CacheGroup
 
@@ -45,7 +46,7 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
 
     Needs no device and no peer. Memory orders, padding, block sizes, tensor and pipeline parallelism and the number of
     blocks are each side's own affair. Where several source ranks hold the same heads, each byte is read from one of them, and
-    the layers are shared evenly between them, differently for each target rank.
+    the layers are shared evenly between them, for each target rank and, as far as it can tell, for all of them together.
 
     Args:
         source: the caches of all ranks, in rank order; one alone may be given bare.
@@ -58,26 +59,30 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
     sources = (source,) if isinstance(source, CacheSpec) else tuple(source)
     if not sources:
         raise IncompatibleError("ranks", "the source has no ranks")
-    for spec in sources:
-        _refuse_unlike(spec, target, convert=convert)
     by_name = bool(target.layer_names) and all(spec.layer_names for spec in sources)
-    cast = (sources[0].dtype, target.dtype) if convert else None
+    for spec in sources:
+        _refuse_unlike(spec, target, convert=convert, by_name=by_name)
     found: list[list[Overlap]] = [[] for _ in sources]
     held = [_held(spec, target, by_name=by_name) for spec in sources]
     for number, group in enumerate(target.groups):
-        wanted = boxes(group, target.dtype)
-        for position, (layer, record) in enumerate(sorted(wanted)):
-            there = wanted[layer, record]
-            key = group.name, _layer_key(target, layer, by_name=by_name), record
-            owners = {rank: cells[key] for rank, cells in enumerate(held) if key in cells}
+        made = boxes(group, target.dtype)
+        wanted = {
+            (group.name, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
+            for layer, record in sorted(made)
+        }
+        for key, there in wanted.items():
+            owners = [cells[key][1] for cells in held if key in cells]
             if not owners:
                 raise _missing(held, target, group, key)
             _refuse_other_content(owners, there, f"layer {key[1]!r}{_of(target, group)}")
-            for rank, heads in _shares(group, owners, (target.rank, position, len(wanted))):
-                number_here, here = owners[rank]
-                both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in there)
+        for key, shares in _shares(target, group, held, wanted).items():
+            for rank, heads in shares:
+                number_here, here = held[rank][key]
+                cast = (sources[rank].dtype, target.dtype) if convert else None
+                both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in wanted[key])
                 found[rank] += [each for each in both if each is not None]
-    _refuse_other_scales(found, target, convert=convert)
+    for spec, overlaps in zip(sources, found, strict=True):
+        _refuse_other_scales(spec, target, overlaps, convert=convert)
     parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
     return TransferPlan(sources, target, tuple(parts))
 
@@ -102,8 +107,11 @@ def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
 
 # -- inside -------------------------------------------------------------------------------------------------------------
 
-_Cells = dict[tuple[str, "str | int", str], tuple[int, list[Box]]]
-"""(group, layer, record) -> the group's number, and the boxes."""
+_Key = tuple[str, "str | int", str]
+"""(group, layer, record)."""
+
+_Cells = dict[_Key, tuple[int, list[Box]]]
+"""The group's number, and the boxes."""
 
 
 def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
@@ -116,9 +124,7 @@ def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
     }
 
 
-def _missing(
-    held: list[_Cells], target: CacheSpec, group: CacheGroup, key: tuple[str, str | int, str]
-) -> IncompatibleError:
+def _missing(held: list[_Cells], target: CacheSpec, group: CacheGroup, key: _Key) -> IncompatibleError:
     _, layer, record = key
     has = {key for cells in held for key in cells}
     names = sorted({name for name, _, _ in has})
@@ -152,46 +158,62 @@ def _layer_key(spec: CacheSpec, layer: int, *, by_name: bool) -> str | int:
 
 
 def _shares(
-    group: CacheGroup, owners: dict[int, tuple[int, list[Box]]], turn: tuple[int, int, int]
-) -> list[tuple[int, Span]]:
-    """Which rank gives which heads of one layer: each head once, and its holders take turns over the layers.
+    target: CacheSpec, group: CacheGroup, held: list[_Cells], wanted: Iterable[_Key]
+) -> dict[_Key, list[tuple[int, Span]]]:
+    """Which rank gives which heads of which layer: each head once, and ranks that hold the same take turns.
 
-    Args:
-        group: of the target.
-        owners: what each rank has of the layer.
-        turn: the target's rank, and the layer's position among how many.
+    Turns are counted over all that these ranks hold. A target rank takes those of its layers, and each rank of its stage is
+    one round ahead of the one before: so all target ranks together load the source evenly, as each does alone.
 
     Raises:
         IncompatibleError: nobody has some head.
     """
-    target_rank, position, layers = turn
     first, end = group.heads.start, group.heads.stop
-    spans = {
-        rank: (min(box.heads[0] for box in cells), max(box.heads[1] for box in cells))
-        for rank, (_, cells) in owners.items()
-    }
-    cuts = sorted({first, end, *(cut for span in spans.values() for cut in span if first < cut < end)})
-    shares: list[tuple[int, Span]] = []
-    for begin, stop in pairwise(cuts):
-        holders = [rank for rank, (a, b) in spans.items() if a <= begin and stop <= b]
-        if not holders:
-            raise IncompatibleError("heads", f"no rank of the source has KV head {begin} of {group.heads.total}")
-        # Layers in stretches rather than in turn: where neighbouring layers are one run, it stays long.
-        rank = holders[(position * len(holders) // layers + target_rank) % len(holders)]
-        if shares and shares[-1][0] == rank and shares[-1][1][1] == begin:
-            shares[-1] = rank, (shares[-1][1][0], stop)
-        else:
-            shares.append((rank, (begin, stop)))
+    shares: dict[_Key, list[tuple[int, Span]]] = {key: [] for key in wanted}
+    cells = _holders(held, group)
+    bounds = {bound for spans in cells.values() for span in spans.values() for bound in span}
+    ahead = target.rank % max(1, target.world * len(target.layers) // target.layers.total)
+    for begin, stop in pairwise(sorted({first, end, *(bound for bound in bounds if first < bound < end)})):
+        alike: dict[tuple[int, ...], list[_Key]] = defaultdict(list)
+        for key, spans in cells.items():
+            alike[tuple(rank for rank, (a, b) in spans.items() if a <= begin and stop <= b)].append(key)
+        for holders, keys in alike.items():
+            mine = [key for key in keys if key in shares]
+            if not mine:
+                continue
+            if not holders:
+                raise IncompatibleError("heads", f"no rank of the source has KV head {begin} of {group.heads.total}")
+            turn = keys.index(mine[0]) + ahead * len(keys)
+            # Who has a turn takes a stretch of layers: where neighbouring layers are one run, it stays long.
+            stretches = sorted(range(len(mine)), key=lambda i: i % len(holders))
+            for key, i in zip(mine, stretches, strict=True):
+                rank, share = holders[(turn + i) % len(holders)], shares[key]
+                if share and share[-1] == (rank, (share[-1][1][0], begin)):
+                    share[-1] = rank, (share[-1][1][0], stop)
+                else:
+                    share.append((rank, (begin, stop)))
     return shares
 
 
-def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool) -> None:
+def _holders(held: list[_Cells], group: CacheGroup) -> dict[_Key, dict[int, Span]]:
+    """Of all that the source has of a group, in the order of its layers, which ranks have which heads."""
+    holders: dict[_Key, dict[int, Span]] = defaultdict(dict)
+    places: dict[_Key, int] = {}
+    for rank, cells in enumerate(held):
+        for key, (_, made) in cells.items():
+            if key[0] == group.name:
+                holders[key][rank] = min(box.heads[0] for box in made), max(box.heads[1] for box in made)
+                places[key] = made[0].region.layers[made[0].position]
+    return {key: holders[key] for key in sorted(holders, key=lambda key: (places[key], key[2]))}
+
+
+def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_name: bool) -> None:
     _require_equal("fingerprint", repr(source.fingerprint), repr(target.fingerprint))
     if not convert:
         _require_equal("dtype", source.dtype, target.dtype)
     elif source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
         raise IncompatibleError("dtype", f"{source.dtype} cannot be converted to {target.dtype}")
-    if not (source.layer_names and target.layer_names):
+    if not by_name:
         _require_equal("layers", f"{source.layers.total} in the model", f"{target.layers.total} in the model")
     theirs = {group.name: group for group in source.groups}
     for b in target.groups:
@@ -203,9 +225,9 @@ def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool) -> No
         _require_equal("heads", f"{a.heads.total} in the model", f"{b.heads.total} in the model", where)
 
 
-def _refuse_other_content(owners: dict[int, tuple[int, list[Box]]], there: list[Box], what: str) -> None:
+def _refuse_other_content(owners: list[list[Box]], there: list[Box], what: str) -> None:
     wants = _elements(there)
-    for _, here in owners.values():
+    for here in owners:
         has = _elements(here)
         # Equal sums of unequal parts would mix K and V.
         for component in sorted(has.keys() & wants.keys()):
@@ -219,13 +241,12 @@ def _elements(cells: list[Box]) -> dict[str, int]:
     return {box.region.component: box.region.content_nbytes // box.itemsize for box in cells}
 
 
-def _refuse_other_scales(found: list[list[Overlap]], target: CacheSpec, *, convert: bool) -> None:
-    if convert:
+def _refuse_other_scales(source: CacheSpec, target: CacheSpec, overlaps: Sequence[Overlap], *, convert: bool) -> None:
+    if convert and {source.dtype, target.dtype} <= CASTABLE:
         return
-    for each in (each for overlaps in found for each in overlaps):
-        if each.source.scale != each.target.scale:
-            group = target.groups[each.target_group]
-            _require_equal("scale", f"{each.source.scale:g}", f"{each.target.scale:g}", _of(target, group))
+    for each in overlaps:
+        where = f" of {each.target.region.component!r}{_of(target, target.groups[each.target_group])}"
+        _require_equal("scale", repr(each.source.scale), repr(each.target.scale), where)
 
 
 def _require_equal(axis: str, source: str, target: str, where: str = "") -> None:
