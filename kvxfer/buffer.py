@@ -2,7 +2,7 @@
 """Memory that holds a cache: the contract for a device, and host memory as the first of them.
 
 A device answers two questions. Can a transfer engine reach its memory by address? And whether or not it can: how are
-chosen bytes gathered into one contiguous piece of host memory, and scattered back?
+chosen bytes gathered into host memory, in another order and perhaps as another dtype, and scattered back?
 """
 
 from __future__ import annotations
@@ -12,23 +12,20 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
+from kvxfer import casting
+from kvxfer.copies import Copy
 from kvxfer.dlpack import ArrayView, allocations, read_array
-from kvxfer.errors import DescriptorError, UnsupportedBufferError
+from kvxfer.errors import DescriptorError, UnsupportedBufferError, UnsupportedError
 from kvxfer.memory import Memory
+from kvxfer.strided import copy_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    U64Array = npt.NDArray[np.uint64]
-    IntArray = npt.NDArray[np.intp]
     Bytes = npt.NDArray[np.uint8]
-
-_CHUNK_NBYTES: Final = 1 << 20
-"""Gathering without a grid needs a temporary copy; of this size it stays in the cache (4 to 12 GB/s instead of 2 to 4)."""
 
 
 class Completion(Protocol):
@@ -58,8 +55,9 @@ FINISHED: Final[Completion] = _Finished()
 class DeviceBuffer(ABC):
     """One allocation on one device, holding all or part of a cache.
 
-    An adapter implements two properties and two methods; arguments are checked here, once for all devices. Spans are
-    given as byte offsets from the start of the buffer, so a buffer without an address is used like any other.
+    An adapter implements three properties and two methods, and `can_cast` if it casts; arguments are checked here, once for
+    all devices. Places are given as byte offsets from the start of the buffer, so a buffer without an address is used like
+    any other.
 
     Thread: one at a time; which one does not matter.
     """
@@ -80,65 +78,79 @@ class DeviceBuffer(ABC):
         """Where it lies, as a person writes it: ``cpu``, ``cuda:0``."""
 
     @abstractmethod
-    def _pack(self, offsets: U64Array, nbytes: U64Array, out: Bytes) -> Completion:
-        """Start copying the spans, one after the other, to ``out``. Arguments are checked."""
+    def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
+        """Start copying from this buffer to ``out``. Arguments are checked, and at least one copy is given."""
 
     @abstractmethod
-    def _unpack(self, offsets: U64Array, nbytes: U64Array, source: Bytes) -> Completion:
-        """Start the reverse copy. Arguments are checked."""
+    def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
+        """Start copying from ``packed`` to this buffer. Arguments are checked, and at least one copy is given."""
+
+    def can_cast(self, source: str, target: str) -> bool:  # noqa: ARG002 - for those who override it
+        """Whether `pack` and `unpack` take a `Cast` from one dtype (of `kvxfer.layout.DTYPE_NBYTES`) to the other.
+
+        False unless an adapter says otherwise. It then casts as `Cast` defines, with any factor, in both directions.
+        """
+        return False
 
     @final
-    def pack(self, offsets: U64Array, nbytes: U64Array, out: Bytes) -> Completion:
-        """Gather spans of this buffer into contiguous host memory.
+    def pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
+        """Gather bytes of this buffer into host memory.
 
         Args:
-            offsets: where the spans begin, in bytes from the start of the buffer; uint64, in any order.
-            nbytes: their lengths, uint64, none 0.
-            out: contiguous and writable uint8 of exactly ``nbytes.sum()`` bytes; span i follows span i - 1.
+            copies: source offsets are bytes from the start of this buffer, target offsets bytes from the start of ``out``.
+                Bytes between target runs are left as they are. No two copies write the same byte.
+            out: one-dimensional uint8, contiguous and writable; it shares no memory with the buffer.
 
         Returns:
             when it is done; until then neither memory may be written, and the caller keeps ``out`` alive.
 
         Raises:
-            DescriptorError: a span lies outside the buffer, or ``out`` is not as above. Nothing was copied.
+            DescriptorError: a copy is not as documented or leaves the buffer or ``out``, or ``out`` is not as above.
+            UnsupportedError: a copy has a cast that this device cannot do. After either, nothing was copied.
         """
-        self._check(offsets, nbytes, out)
+        self._check_host(out)
         if not out.flags.writeable:
             raise DescriptorError("the bytes to pack into are read-only")
-        return self._pack(offsets, nbytes, out) if len(offsets) else FINISHED
+        self._check(copies, self.nbytes, len(out))
+        return self._pack(copies, out) if len(copies) else FINISHED
 
     @final
-    def unpack(self, offsets: U64Array, nbytes: U64Array, source: Bytes) -> Completion:
-        """Scatter contiguous host memory to spans of this buffer: the reverse of `pack`, with its arguments.
+    def unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
+        """Scatter bytes of host memory into this buffer.
 
-        The spans must not overlap; of bytes given twice, either may win.
+        Args:
+            copies: source offsets are bytes from the start of ``packed``, target offsets bytes from the start of this
+                buffer. Bytes between target runs are left as they are. No two copies write the same byte.
+            packed: one-dimensional uint8, contiguous, only read; it shares no memory with the buffer.
+
+        Returns:
+            when it is done; until then neither memory may be written, and the caller keeps ``packed`` alive.
 
         Raises:
-            DescriptorError: as `pack`. Nothing was copied.
+            DescriptorError: a copy is not as documented or leaves ``packed`` or the buffer, or ``packed`` is not as above.
+            UnsupportedError: a copy has a cast that this device cannot do. After either, nothing was copied.
         """
-        self._check(offsets, nbytes, source)
-        return self._unpack(offsets, nbytes, source) if len(offsets) else FINISHED
+        self._check_host(packed)
+        self._check(copies, len(packed), self.nbytes)
+        return self._unpack(copies, packed) if len(copies) else FINISHED
 
-    def _check(self, offsets: U64Array, nbytes: U64Array, packed: Bytes) -> None:
-        for array in (offsets, nbytes):
-            if getattr(array, "dtype", None) != np.uint64 or array.ndim != 1:
-                raise DescriptorError("offsets and lengths are one-dimensional uint64 arrays")
-        if len(offsets) != len(nbytes):
-            raise DescriptorError(f"{len(offsets)} offsets and {len(nbytes)} lengths")
-        if getattr(packed, "dtype", None) != np.uint8 or packed.ndim != 1:
+    @staticmethod
+    def _check_host(memory: Bytes) -> None:
+        if not isinstance(memory, np.ndarray) or memory.dtype != np.uint8 or memory.ndim != 1:
             raise DescriptorError("packed bytes are a one-dimensional uint8 array")
-        if not packed.flags.c_contiguous:
+        if not memory.flags.c_contiguous:
             raise DescriptorError("packed bytes must be contiguous")
-        if len(offsets):
-            if not nbytes.all():
-                raise DescriptorError("a span is empty")
-            size = np.uint64(self.nbytes)
-            # Compared as room left in the buffer: offset + length could wrap around.
-            if (nbytes > size).any() or (offsets > size - nbytes).any():
-                raise DescriptorError(f"a span lies outside the buffer of {self.nbytes} bytes")
-        # The sum of a hostile list could wrap around 64 bits; as a float it cannot.
-        if float(nbytes.sum(dtype=np.float64)) > float(1 << 62) or int(nbytes.sum()) != len(packed):
-            raise DescriptorError(f"the spans are not of {len(packed)} bytes together")
+
+    def _check(self, copies: Sequence[Copy], source_nbytes: int, target_nbytes: int) -> None:
+        if not isinstance(copies, (list, tuple)):
+            raise DescriptorError(f"copies are a list or a tuple, not a {type(copies).__name__}")
+        for copy in copies:
+            if not isinstance(copy, Copy):
+                raise DescriptorError(f"{type(copy).__name__} is no Copy")
+            copy.check(source_nbytes, target_nbytes)
+            cast = copy.cast
+            if cast is not None and not self.can_cast(cast.source, cast.target):
+                raise UnsupportedError(f"{self.device} cannot cast {cast.source} to {cast.target}")
 
 
 class HostBuffer(DeviceBuffer):
@@ -182,59 +194,14 @@ class HostBuffer(DeviceBuffer):
     def __repr__(self) -> str:
         return f"HostBuffer({self._memory})"
 
-    def _pack(self, offsets: U64Array, nbytes: U64Array, out: Bytes) -> Completion:
-        for length, where, starts in _by_length(offsets, nbytes):
-            first = int(where.min())
-            steps = where - first
-            target = _rows(out, starts, length)
-            if target is not None and not (steps % length).any():
-                # All spans lie on one grid, as blocks do: NumPy's fastest gather.
-                grid = self._bytes[first:][: (self.nbytes - first) // length * length].reshape(-1, length)
-                np.take(grid, steps // length, axis=0, out=target, mode="clip")
-            else:
-                self._gather(where, starts, length, out)
+    def can_cast(self, source: str, target: str) -> bool:
+        """Between bfloat16, float16, float32 and float8_e4m3fn. All but float16 and float32 need ``kvxfer[dtypes]``."""
+        return casting.can_cast(source, target)
+
+    def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
+        copy_runs(copies, self._bytes, out)
         return FINISHED
 
-    def _gather(self, where: IntArray, starts: IntArray, length: int, out: Bytes) -> None:
-        spans, target = _windows(self._bytes, length), _windows(out, length)
-        step = max(1, _CHUNK_NBYTES // length)
-        for begin in range(0, len(where), step):
-            target[starts[begin : begin + step]] = spans[where[begin : begin + step]]
-
-    def _unpack(self, offsets: U64Array, nbytes: U64Array, source: Bytes) -> Completion:
-        for length, where, starts in _by_length(offsets, nbytes):
-            spans, packed = _windows(self._bytes, length), _windows(source, length)
-            rows = _rows(source, starts, length)
-            if rows is not None:
-                spans[where] = rows
-                continue
-            step = max(1, _CHUNK_NBYTES // length)
-            for begin in range(0, len(where), step):
-                spans[where[begin : begin + step]] = packed[starts[begin : begin + step]]
+    def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
+        copy_runs(copies, packed, self._bytes)
         return FINISHED
-
-
-def _by_length(offsets: U64Array, nbytes: U64Array) -> Iterator[tuple[int, IntArray, IntArray]]:
-    """Spans sorted into groups of one length: (length, offsets in the buffer, offsets in the packed bytes)."""
-    where = offsets.astype(np.intp)
-    starts = np.cumsum(nbytes, dtype=np.intp) - nbytes.astype(np.intp)
-    if (nbytes == nbytes[0]).all():
-        yield int(nbytes[0]), where, starts
-        return
-    order = np.argsort(nbytes, kind="stable")
-    cuts = np.flatnonzero(np.diff(nbytes[order])) + 1
-    for group in np.split(order, cuts):
-        yield int(nbytes[group[0]]), where[group], starts[group]
-
-
-def _windows(memory: Bytes, length: int) -> Bytes:
-    """Row i is ``memory[i : i + length]``: indexing the rows copies whole spans at any offset."""
-    return as_strided(memory, (len(memory) - length + 1, length), (1, 1))
-
-
-def _rows(packed: Bytes, starts: IntArray, length: int) -> Bytes | None:
-    """The part of ``packed`` in which spans of one length follow each other, a span per row; None if they do not."""
-    begin, count = int(starts[0]), len(starts)
-    if int(starts[-1]) != begin + (count - 1) * length:
-        return None
-    return packed[begin : begin + count * length].reshape(count, length)

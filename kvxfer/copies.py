@@ -7,18 +7,27 @@ packs or unpacks takes it as it is, for the regularity is what makes it fast.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
+from kvxfer.errors import DescriptorError
 from kvxfer.layout import DTYPE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
     IntArray = npt.NDArray[np.int64]
+
+MAX_LOOPS: Final = 16
+"""Loops of one copy: plans have three or four, NumPy's arrays end at 32 axes."""
+
+_LIMIT: Final = 1 << 63
+_FACTORS: Final = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,35 @@ class Loop:
 
 @dataclass(frozen=True)
 class Cast:
-    """Elements change their type on the way: ``target = source * factor``, rounded to nearest even and saturated.
+    """Elements change their type on the way: ``target = source * factor``, multiplied as float32 and rounded once more.
+
+    Rounding is to nearest even. Where the product is beyond the largest finite number of float8_e4m3fn (448) or float16
+    (65504), infinities included, it becomes that number, with its sign; bfloat16 and float32 have float32's range, and
+    overflow to infinity. NaN stays NaN, with any bits. A device may take numbers below 2**-126 for 0.
 
     Attributes:
         source, target: dtypes, of `kvxfer.layout.DTYPE_NBYTES`.
-        factor: 1.0 unless one side is quantised with a scale.
+        factor: 1.0 unless one side is quantised with a scale; positive, a normal number of float32.
     """
 
     source: str
     target: str
     factor: float = 1.0
+
+    def check(self, nbytes: int) -> None:
+        """See that runs of ``nbytes`` source bytes can be cast so.
+
+        Raises:
+            DescriptorError: an unknown dtype, a run that ends inside an element, or a factor that is out of range.
+        """
+        for dtype in (self.source, self.target):
+            if not isinstance(dtype, str) or dtype not in DTYPE_NBYTES:
+                raise DescriptorError(f"a cast of unknown dtype {dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
+        if nbytes % DTYPE_NBYTES[self.source]:
+            raise DescriptorError(f"a run of {nbytes} bytes holds no whole number of {self.source}")
+        least, most = _FACTORS
+        if not isinstance(self.factor, (int, float)) or not least <= self.factor <= most:
+            raise DescriptorError("the factor of a cast is a positive normal number of float32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +98,7 @@ class Copy:
     @property
     def runs(self) -> int:
         """How many runs it has."""
-        runs = len(self.source) * len(self.source_blocks)
-        for loop in self.loops:
-            runs *= loop.count
-        return runs
+        return len(self.source) * len(self.source_blocks) * math.prod(loop.count for loop in self.loops)
 
     @property
     def target_nbytes(self) -> int:
@@ -91,6 +116,55 @@ class Copy:
         """First byte, and first byte after the last, of all that is written."""
         loops = [(loop.count, loop.target_stride) for loop in self.loops]
         return _bounds(self.target, self.target_blocks, loops, self.target_nbytes)
+
+    def check(self, source_nbytes: int, target_nbytes: int) -> None:
+        """See that it can be carried out between two pieces of memory of these sizes, whoever made it.
+
+        Whether target runs overlap is not seen, unless there are more of them than fit between the bounds.
+
+        Raises:
+            DescriptorError: a field is not as documented, or something lies outside the memory.
+        """
+        self._check_fields()
+        for what, size, (low, high) in (
+            ("reads", source_nbytes, self.source_bounds()),
+            ("writes", target_nbytes, self.target_bounds()),
+        ):
+            if low < 0 or high > size:
+                raise DescriptorError(f"a copy {what} bytes {low} to {high} of {size}: outside the memory")
+        low, high = self.target_bounds()
+        if self.runs * self.target_nbytes > high - low:
+            raise DescriptorError(f"target runs overlap: there is no room for all of them in {high - low} bytes")
+
+    def _check_fields(self) -> None:
+        for array in (self.source, self.target, self.source_blocks, self.target_blocks):
+            if not isinstance(array, np.ndarray) or array.dtype != np.int64 or array.ndim != 1:
+                raise DescriptorError("the offsets of a copy are one-dimensional int64 arrays")
+            if not array.flags.c_contiguous or not array.size:
+                raise DescriptorError("the offsets of a copy are contiguous arrays, and not empty")
+        if len(self.source) != len(self.target) or len(self.source_blocks) != len(self.target_blocks):
+            raise DescriptorError("a copy has as many offsets in the source as in the target")
+        _check_int("the length of a run", self.nbytes, 1)
+        if not isinstance(self.loops, tuple) or len(self.loops) > MAX_LOOPS:
+            raise DescriptorError(f"the loops of a copy are a tuple of at most {MAX_LOOPS}")
+        for loop in self.loops:
+            if not isinstance(loop, Loop):
+                raise DescriptorError(f"{type(loop).__name__} is no Loop")
+            _check_int("the count of a loop", loop.count, 1)
+            for stride in (loop.source_stride, loop.target_stride):
+                _check_int("a stride", stride, -_LIMIT)
+        if self.cast is not None:
+            if not isinstance(self.cast, Cast):
+                raise DescriptorError(f"{type(self.cast).__name__} is no Cast")
+            self.cast.check(self.nbytes)
+
+
+def _check_int(what: str, number: object, least: int) -> None:
+    if type(number) is not int:  # sums of NumPy integers wrap around
+        raise DescriptorError(f"{what} is an int, not a {type(number).__name__}")
+    if not least <= number < _LIMIT:
+        # The number is not told: one of thousands of digits cannot be written in decimal.
+        raise DescriptorError(f"{what} is out of range")
 
 
 def _bounds(bases: IntArray, blocks: IntArray, loops: Sequence[tuple[int, int]], nbytes: int) -> tuple[int, int]:

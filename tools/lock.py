@@ -40,6 +40,7 @@ FILES = {
             "pyright[nodejs]",
             "import-linter",
             "matplotlib",
+            "ml_dtypes",
         ],
     ),
     "vllm": (
