@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes for the benchmarks: the producer in a spawned child, the consumer here, both with the same cache.
+"""Real processes for the benchmarks: a producer's ranks in spawned children, the consumer here.
 
-Each process holds one `kvxfer.Endpoint` and, over the same memory, agents of NIXL itself, so that what kvxfer moves can
+Their caches may differ in everything that caches may differ in; by default they are alike. Each process holds one `kvxfer.Endpoint` and, over the same memory, agents of NIXL itself, so that what kvxfer moves can
 be moved by raw NIXL too: the same bytes, the same descriptors, between the same two processes, in turns.
 """
 
@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
+import psutil
 
 import kvxfer
+from kvxfer.layout import Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:
@@ -30,30 +34,45 @@ ANSWER_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Geometry:
-    """A KV cache: Llama-3-8B's by default, 64 KiB for one block of one layer."""
+    """A KV cache: Llama-3-8B's by default, 64 KiB for one block of one layer. ``apart``: K and V in two allocations."""
 
     layers: int = 32
     blocks: int = 256
     heads: int = 8
     block_tokens: int = 16
     head_dim: int = 128
+    order: str = "HND"
+    apart: bool = False
 
     @property
     def block_nbytes(self) -> int:
         """Of one block, all layers."""
         return self.layers * self.heads * self.block_tokens * 2 * self.head_dim * 2
 
-    def allocate(self, value: int) -> tuple[kvxfer.KVCache, np.ndarray[Any, Any]]:
-        """The cache and its array; every page is touched, for first touch costs more than any copy."""
+    def allocate(self, value: int, rank: int = 0, world: int = 1) -> tuple[kvxfer.KVCache, list[np.ndarray[Any, Any]]]:
+        """The cache of one rank and its arrays; every page is touched, for first touch costs more than any copy."""
+        heads = self.heads // world
         cache, arrays = kvxfer.KVCache.allocate(
+            self.order,
             layers=self.layers,
             blocks=self.blocks,
-            heads=self.heads,
+            heads=heads,
             block_tokens=self.block_tokens,
             head_dim=self.head_dim,
+            apart=self.apart,
         )
-        arrays["kv"].fill(value)
-        return cache, arrays["kv"]
+        for array in arrays.values():
+            array.fill(value)
+        share = Interval(rank * heads, (rank + 1) * heads, self.heads)
+        group = msgspec.structs.replace(cache.spec.groups[0], heads=share)
+        spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=rank, world=world)
+        return kvxfer.KVCache(spec, cache.buffers), list(arrays.values())
+
+
+def _marks(geometry: Geometry, blocks: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    """``[layer, block, 1, 1, 1]``: numbers that differ from block to block and layer to layer."""
+    layers = np.arange(geometry.layers)[:, None] * 1009
+    return (layers + np.asarray(blocks)[None, :]).astype(dtype)[:, :, None, None, None]
 
 
 class RawNixl:
@@ -110,21 +129,31 @@ class RawNixl:
 
 
 class _Child:
-    """What the producer's process does when it is told to over the pipe."""
+    """What one rank of the producer does when it is told to over the pipe."""
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.cache, self.array = geometry.allocate(0)
-        # Bytes that differ from block to block and layer to layer, so that a read can be checked by looking at a few.
-        marks = np.arange(geometry.layers)[:, None] * 1009 + np.arange(geometry.blocks)[None, :]
-        self.array[...] = marks.astype(self.array.dtype)[:, :, None, None, None]
-        self.endpoint = kvxfer.Endpoint(self.cache, "nixl")
+    def __init__(self, geometry: Geometry, name: str, rank: int, world: int) -> None:
+        self.cache, self.arrays = geometry.allocate(0, rank, world)
+        # So that a read can be checked by looking at a few bytes.
+        for array in self.arrays:
+            array[...] = _marks(geometry, np.arange(geometry.blocks), array.dtype)
+        self.endpoint = kvxfer.Endpoint(self.cache, "nixl", name=name)
         self.raw: dict[str, RawNixl] = {}
+
+    def address(self) -> str:
+        return self.endpoint.address
 
     def spec(self) -> Any:
         return self.cache.spec
 
-    def lease(self, blocks: Sequence[int]) -> Any:
-        return self.endpoint.lease(np.asarray(blocks), request="bench").to_obj()
+    def offer(self, ref: Any, blocks: Sequence[int]) -> None:
+        lease = kvxfer.LeaseRef.from_obj(ref)
+        self.endpoint.announce(lease)
+        self.endpoint.offer(lease, np.asarray(blocks))
+
+    def staged_nbytes(self) -> tuple[int, int]:
+        """Most bytes of the arena that were in use at a time, and this process's memory."""
+        arena = self.endpoint._data.arena
+        return arena.peak * arena.slot_nbytes, psutil.Process().memory_info().rss
 
     def settled(self) -> int:
         """Leases that ended since the last call."""
@@ -152,8 +181,8 @@ class _Child:
         self.endpoint.close()
 
 
-def _live(pipe: Connection, geometry: Geometry) -> None:
-    child = _Child(geometry)
+def _live(pipe: Connection, geometry: Geometry, name: str, rank: int, world: int) -> None:
+    child = _Child(geometry, name, rank, world)
     pipe.send((True, None))
     while True:
         try:
@@ -171,36 +200,62 @@ def _live(pipe: Connection, geometry: Geometry) -> None:
 
 
 class Pair:
-    """A producer in a process of its own and a consumer in this one, over caches of one geometry.
+    """A producer in processes of its own and a consumer in this one.
 
-    Use `pair_of`, which ends both.
+    Use `pair_of`, which ends all.
+
+    Args:
+        geometry: of the producer.
+        target: of the consumer; by default the same.
+        ranks: of the producer, which share its heads.
     """
 
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.cache, self.array = geometry.allocate(0xEE)
+    def __init__(self, geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1) -> None:
+        self.geometry = target or geometry
+        self.source_geometry = geometry
+        self.cache, self.arrays = self.geometry.allocate(0xEE)
+        self.array = self.arrays[0]
+        self.name = f"producer-{os.getpid()}-{id(self)}"
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_live, args=(theirs, geometry), daemon=True)
-        self._process.start()
-        theirs.close()
+        self._children = []
+        for rank in range(ranks):
+            pipe, theirs = context.Pipe()
+            process = context.Process(target=_live, args=(theirs, geometry, self.name, rank, ranks), daemon=True)
+            process.start()
+            theirs.close()
+            self._children.append((pipe, process))
         self._raw: dict[str, RawNixl] = {}
-        self._answer()
-        self.source_spec = self.call("spec")
-        self.endpoint = kvxfer.Endpoint(self.cache, "nixl")
-        self.plan = kvxfer.plan(self.source_spec, self.cache.spec)
+        for pipe, _ in self._children:
+            self._answer(pipe)
+        self.source_specs = self.call_all("spec")
+        self.addresses = self.call_all("address")
+        self._sinks: dict[str | None, kvxfer.Endpoint] = {}
+        self.endpoint = self.sink()
+        self.plan = kvxfer.plan(self.source_specs, self.cache.spec)
+
+    def sink(self, route: str | None = None, **more: Any) -> kvxfer.Endpoint:
+        """The consumer's endpoint, or another one over the same cache that takes only one route."""
+        if route not in self._sinks:
+            self._sinks[route] = kvxfer.Endpoint(self.cache, "nixl", route=route, **more)
+        return self._sinks[route]
+
+    def call_all(self, method: str, *arguments: object) -> list[Any]:
+        """Run a method of each of the producer's processes."""
+        for pipe, _ in self._children:
+            pipe.send((method, arguments))
+        return [self._answer(pipe) for pipe, _ in self._children]
 
     def call(self, method: str, *arguments: object) -> Any:
-        """Run a method of the producer's process."""
-        self._pipe.send((method, arguments))
-        return self._answer()
+        """Run a method of the producer's first process."""
+        self._children[0][0].send((method, arguments))
+        return self._answer(self._children[0][0])
 
-    def _answer(self) -> Any:
-        if not self._pipe.poll(ANSWER_TIMEOUT_S):
-            raise RuntimeError("the producer's process does not answer")
-        good, answer = self._pipe.recv()
+    def _answer(self, pipe: Connection) -> Any:
+        if not pipe.poll(ANSWER_TIMEOUT_S):
+            raise RuntimeError("a producer's process does not answer")
+        good, answer = pipe.recv()
         if not good:
-            raise RuntimeError(f"the producer's process: {answer}")
+            raise RuntimeError(f"a producer's process: {answer}")
         return answer
 
     def raw(self, kind: str = "as adapter") -> RawNixl:
@@ -219,50 +274,72 @@ class Pair:
         self.call("close_raw", kind)
 
     def spans(self, source: Sequence[int], target: Sequence[int]) -> Descriptors:
-        """What kvxfer hands to NIXL for these blocks: raw NIXL gets the same."""
-        return self.plan.bind(np.asarray(source), np.asarray(target))
+        """What kvxfer hands to NIXL for these blocks if it moves them in place: raw NIXL gets the same."""
+        return self.plan.parts[0].bind(np.asarray(source), np.asarray(target))
 
     def lease(self, blocks: Sequence[int]) -> kvxfer.LeaseRef:
         """The producer leases blocks."""
-        return kvxfer.LeaseRef.from_obj(self.call("lease", blocks))
+        ref = kvxfer.LeaseRef.mint(owner=self.name, addresses=self.addresses, request="bench")
+        self.call_all("offer", ref.to_obj(), blocks)
+        return ref
 
-    def held(self, blocks: Sequence[int]) -> kvxfer.LeaseRef:
+    def held(self, blocks: Sequence[int], endpoint: kvxfer.Endpoint | None = None) -> kvxfer.LeaseRef:
         """The producer leases blocks and this side has been granted them, as in vLLM when prefill has just ended."""
         ref = self.lease(blocks)
-        self.endpoint.hold(ref)
+        endpoint = endpoint or self.endpoint
+        endpoint.hold(ref)
         deadline = time.monotonic() + 10
-        holds = self.endpoint._consumer._holds
-        while (hold := holds.get(ref.token)) is None or hold.state.value != "granted":
+        while not endpoint.granted(ref):
             if time.monotonic() > deadline:
                 raise RuntimeError("the lease was not granted")
             time.sleep(0.0002)
         return ref
 
+    def read_s(self, source: Sequence[int], target: Sequence[int], route: str | None = None) -> float:
+        """Seconds of one read that was granted ahead, and is checked."""
+        endpoint = self.sink(route)
+        transfer = endpoint.read(self.held(source, endpoint), target, timeout_s=120)
+        transfer.wait(120)
+        self.check(source, target)
+        return transfer.seconds
+
+    def memcpy_s(self, nbytes: int) -> float:
+        """Seconds of a plain copy of so many bytes in this process."""
+        if not hasattr(self, "_scratch") or len(self._scratch[0]) < nbytes:
+            self._scratch = [np.ones(nbytes, np.uint8) for _ in range(2)]
+        begin = time.perf_counter()
+        np.copyto(self._scratch[0][:nbytes], self._scratch[1][:nbytes])
+        return time.perf_counter() - begin
+
     def check(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """The bytes of the source's blocks are in the target's."""
-        wanted = np.arange(self.geometry.layers)[:, None] * 1009 + np.asarray(source)[None, :]
-        wanted = wanted.astype(self.array.dtype)[:, :, None, None, None]
-        if not (self.array[:, np.asarray(target)] == wanted).all():
-            raise AssertionError("the bytes that were read are not those of the producer")
+        """The bytes of the source's blocks are in the target's, where both have the same block size."""
+        if self.geometry.block_tokens != self.source_geometry.block_tokens:
+            return
+        for array in self.arrays:
+            wanted = _marks(self.geometry, source, array.dtype)
+            if not (array[:, np.asarray(target), :, ::5, ::31] == wanted).all():
+                raise AssertionError("the bytes that were read are not those of the producer")
 
     def close(self) -> None:
-        """End both processes."""
-        self.endpoint.close()
+        """End all processes."""
+        for endpoint in self._sinks.values():
+            endpoint.close()
         for raw in self._raw.values():
             raw.close()
         with contextlib.suppress(OSError, EOFError, RuntimeError):
-            self.call("close")
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._pipe.close()
+            self.call_all("close")
+        for pipe, process in self._children:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            pipe.close()
 
 
 @contextlib.contextmanager
-def pair_of(geometry: Geometry) -> Iterator[Pair]:
+def pair_of(geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1) -> Iterator[Pair]:
     """A pair, ended in any case."""
-    pair = Pair(geometry)
+    pair = Pair(geometry, target, ranks=ranks)
     try:
         yield pair
     finally:

@@ -29,7 +29,7 @@ def test_bind(benchmark, report, pattern):
     """2,048 blocks of 32 layers: goal 1 ms where they are contiguous, 5 ms where they are not."""
     # Address space only: no page of these 4 GiB is touched.
     cache, _ = KVCache.allocate(layers=32, blocks=BLOCKS, heads=8, block_tokens=16, head_dim=128)
-    made = plan(cache.spec, cache.spec)
+    (made,) = plan(cache.spec, cache.spec).parts
     source, target = _ids(pattern)
     bound = benchmark(made.bind, source, target)
     assert bound.total_nbytes == 32 * BLOCKS * 65536
