@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvxfer.part import Match
     from kvxfer.segment import Overlap
 
-MAX_TOKENS: Final = 1 << 24
+MAX_TOKENS: Final = 1 << 22
 """Of a request; longer ones would only make this command slow."""
 
 _COUNTED: Final = 1 << 21

@@ -277,7 +277,7 @@ def _add_ghosts(
     after = range(stop, table.first_token + (last + 1) * table.tokens)[:_GHOST_TOKENS]
     mine = [head for head in heads if each.overlap.heads[0] <= head < each.overlap.heads[1]]
     others = [head for head in range(*box.heads) if not each.overlap.heads[0] <= head < each.overlap.heads[1]]
-    cells = [(head, token) for head in others[:_GHOST_HEADS] for token in tokens]
+    cells = [(head, token) for head in others[: min(_GHOST_HEADS, len(mine))] for token in tokens]
     cells += [(head, token) for head in mine for token in (*before, *after)]
     for head, token in cells:
         cell = _cell(each, box, table, head, token, -1)
