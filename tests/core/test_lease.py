@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from kvxfer.config import Settings
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
 from kvxfer.fence import LeaseBoard
-from kvxfer.lease import LeaseRef, LeaseState, LeaseTable
+from kvxfer.lease import Holder, LeaseRef, LeaseState, LeaseTable
 
+ME, OTHER = Holder("me", "my epoch"), Holder("other", "another epoch")
 T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
 SETTINGS = Settings(lease_s=30.0, announce_s=100.0)
 
@@ -42,9 +43,9 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     assert free(board)
     lease = table.offer(T1, [b"1234"], 5)
     assert lease.state is LeaseState.OPEN and cell(board, lease) == bytes.fromhex(T1)
-    assert table.open(T1, "me", 6) is lease
+    assert table.open(T1, ME, 6) is lease
     assert lease.state is LeaseState.ACTIVE
-    assert table.settle(T1, "me", read=True) == (True, lease)
+    assert table.settle(T1, ME, read=True) == (True, lease)
     assert lease.state is LeaseState.SETTLED and lease.read and free(board) and len(table) == 0
     assert table.next_deadline() is None
 
@@ -52,10 +53,10 @@ def test_the_way_of_a_lease_that_is_read(table, board):
 def test_opened_before_it_is_offered(table):
     """An open of an announced lease names its holder and starts no clock; the offer does."""
     table.announce(T1, "r", 0)
-    assert table.open(T1, "me", 1).state is LeaseState.ANNOUNCED
+    assert table.open(T1, ME, 1).state is LeaseState.ANNOUNCED
     assert table.expire(99.9) == []
     lease = table.offer(T1, [], 99.9)
-    assert lease.holder == "me" and lease.deadline == pytest.approx(129.9)
+    assert lease.holders == {0: ME} and lease.deadline == pytest.approx(129.9)
 
 
 @pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
@@ -65,7 +66,7 @@ def test_each_state_expires(table, board, until, how):
     if how != "announced":
         table.offer(T1, [], 5)
     if how == "opened":
-        table.open(T1, "me", 7)
+        table.open(T1, ME, 7)
     assert table.expire(until - 0.001) == []
     assert table.next_deadline() <= until
     (lease,) = table.expire(until)
@@ -77,10 +78,10 @@ def test_renewed_for_as_long_as_the_holder_likes(table):
     """Each renewal by the holder starts the time anew; when they stop, it ends."""
     table.announce(T1, "r", 0)
     table.offer(T1, [], 0)
-    table.open(T1, "me", 0)
+    table.open(T1, ME, 0)
     for now in range(0, 600, 20):
         assert table.expire(now) == []
-        assert table.renew([T1], "me", now) == []
+        assert table.renew([T1], ME, now) == []
     assert [x.token for x in table.expire(580 + 30)] == [T1]
 
 
@@ -89,9 +90,9 @@ def test_renewal_by_somebody_else_is_no_renewal(table):
     for token in (T1, T2):
         table.announce(token, "r", 0)
         table.offer(token, [], 0)
-    table.open(T1, "me", 0)
-    table.open(T2, "other", 0)
-    assert table.renew([T1, T2, T3], "me", 10) == [T2, T3]
+    table.open(T1, ME, 0)
+    table.open(T2, OTHER, 0)
+    assert table.renew([T1, T2, T3], ME, 10) == [T2, T3]
     assert [x.token for x in table.expire(30)] == [T2]
 
 
@@ -99,7 +100,7 @@ def test_a_renewal_never_shortens(table):
     """A clock that is read late by one caller takes nothing away."""
     table.announce(T1, "r", 0)
     lease = table.offer(T1, [], 50)
-    table.open(T1, "me", 10)
+    table.open(T1, ME, 10)
     assert lease.deadline == 80
 
 
@@ -110,7 +111,7 @@ def test_revoked_in_any_state(table, board, state):
     if state != "announced":
         table.offer(T1, [], 0)
     if state == "opened":
-        table.open(T1, "me", 0)
+        table.open(T1, ME, 0)
     assert table.revoke(T1).state is LeaseState.REVOKED
     assert table.revoke(T1) is None and table.revoke(T2) is None
     assert free(board)
@@ -122,14 +123,14 @@ def test_an_ended_lease_stays_ended(table, end):
     table.announce(T1, "r", 0)
     table.offer(T1, [], 0)
     {
-        "settle": lambda: table.settle(T1, "me", read=False),
+        "settle": lambda: table.settle(T1, ME, read=False),
         "revoke": lambda: table.revoke(T1),
         "expire": lambda: table.expire(99),
     }[end]()
     table.announce(T1, "r", 99)
     assert len(table) == 0
     with pytest.raises(LeaseEndedError, match=end[:5]):
-        table.open(T1, "me", 99)
+        table.open(T1, ME, 99)
     with pytest.raises(LeaseEndedError):
         table.offer(T1, [], 99)
     assert table.request(T1) == "r"
@@ -138,10 +139,10 @@ def test_an_ended_lease_stays_ended(table, end):
 def test_unknown_leases_are_unknown(table):
     """Nothing can be done with a token that was never announced."""
     with pytest.raises(LeaseUnknownError):
-        table.open(T1, "me", 0)
+        table.open(T1, ME, 0)
     with pytest.raises(LeaseUnknownError):
         table.offer(T2, [], 0)
-    assert table.settle(T3, "me", read=True) == (False, None)
+    assert table.settle(T3, ME, read=True) == (False, None)
     assert table.request(T3) == "" and len(table) == 0
 
 
@@ -149,11 +150,11 @@ def test_taken_by_one_consumer(table):
     """The first that opens a lease has it: others cannot open, renew or settle it."""
     table.announce(T1, "r", 0)
     table.offer(T1, [], 0)
-    table.open(T1, "me", 0)
-    table.open(T1, "me", 1)
+    table.open(T1, ME, 0)
+    table.open(T1, ME, 1)
     with pytest.raises(LeaseError, match="another consumer"):
-        table.open(T1, "other", 1)
-    assert table.settle(T1, "other", read=True) == (False, None)
+        table.open(T1, OTHER, 1)
+    assert table.settle(T1, OTHER, read=True) == (False, None)
     assert len(table) == 1
 
 
@@ -161,18 +162,18 @@ def test_settling_again_gives_the_same_answer(table):
     """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
     table.announce(T1, "r", 0)
     table.offer(T1, [], 0)
-    assert table.settle(T1, "me", read=True)[0]
-    assert table.settle(T1, "me", read=True) == (True, None)
-    assert table.settle(T1, "other", read=True) == (False, None)
+    assert table.settle(T1, ME, read=True)[0]
+    assert table.settle(T1, ME, read=True) == (True, None)
+    assert table.settle(T1, OTHER, read=True) == (False, None)
 
 
 def test_settling_after_expiry_did_not_stand(table):
     """Who settles too late learns it."""
     table.announce(T1, "r", 0)
     table.offer(T1, [], 0)
-    table.open(T1, "me", 0)
+    table.open(T1, ME, 0)
     table.expire(30)
-    assert table.settle(T1, "me", read=True) == (False, None)
+    assert table.settle(T1, ME, read=True) == (False, None)
 
 
 def test_a_second_offer_changes_nothing(table, board):
@@ -194,7 +195,7 @@ def test_a_full_board_ends_the_lease(table, board):
     with pytest.raises(LeaseError, match="max_leases"):
         table.offer(tokens[4], [], 0)
     with pytest.raises(LeaseEndedError):
-        table.open(tokens[4], "me", 0)
+        table.open(tokens[4], ME, 0)
     table.revoke(tokens[0])
     table.announce(T1, "r", 0)
     assert table.offer(T1, [], 0).cell is not None
@@ -215,7 +216,7 @@ def test_memory_of_ended_leases_is_bounded(table):
         token = f"{i:032x}"
         table.announce(token, "r", 0)
         table.offer(token, [], 0)
-        table.settle(token, "me", read=True)
+        table.settle(token, ME, read=True)
     assert len(table._ended) <= 16_384
     assert len(table._timers) == 0 and len(table._timers._heap) < 200
     assert len(table) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvxfer.errors import HandshakeError, IncompatibleError
+from kvxfer.errors import HandshakeError
 from kvxfer.peer import Identity, Peer, PeerState
 from kvxfer.wire import PROTOCOL, Welcome
 from tests.core.virtual import small_cache
@@ -19,43 +19,59 @@ def welcome(**changes):
 
 
 def test_from_unknown_to_met():
-    """Greeted, then met with a plan."""
+    """Greeted, then met, with all that a plan needs to know of it."""
     peer = Peer("tcp://p:1")
     assert peer.state is PeerState.UNKNOWN
     hello = peer.greet(ME, 5.0)
     assert (hello.name, hello.epoch, hello.rank, hello.to) == ("me", "my epoch", 0, "")
+    assert (hello.reader, hello.readers) == (0, 1)
     assert peer.state is PeerState.GREETED and not peer.is_met
-    assert peer.welcomed(ME, welcome(), 6.0) is None
-    assert peer.is_met and peer.plan is not None and (peer.name, peer.met_at) == ("p", 6.0)
+    assert peer.welcomed(ME, welcome(addressable=False, slot_nbytes=7), 6.0) is None
+    assert peer.is_met and peer.spec is not None and (peer.name, peer.met_at) == ("p", 6.0)
+    assert (peer.addressable, peer.slot_nbytes) == (False, 7)
 
 
-def test_the_plan_is_made_once():
-    """Repeated welcomes of the same process make no new plan; a new agent or epoch does."""
+def test_every_rank_says_which_it_is():
+    """A greeting names the rank that greets, of how many, and the rank that is meant."""
+    me = Identity("me", "my epoch", "inproc", b"", small_cache(rank=2, world=3).spec)
+    hello = Peer("tcp://p:1", rank=5).greet(me, 0)
+    assert (hello.reader, hello.readers, hello.rank) == (2, 3, 5)
+
+
+def test_another_process_is_noticed():
+    """Repeated welcomes of the same process change nothing, nor does a new agent; a new epoch voids what was agreed."""
     peer = Peer("tcp://p:1")
     peer.welcomed(ME, welcome(), 0)
-    plan = peer.plan
-    assert peer.welcomed(ME, welcome(), 1) is None and peer.plan is plan
-    assert peer.welcomed(ME, welcome(agent_info=b"a2"), 2) is None and peer.plan is not plan
+    assert peer.welcomed(ME, welcome(), 1) is None
+    assert peer.welcomed(ME, welcome(agent_info=b"a2"), 2) is None and peer.agent_info == b"a2"
     assert peer.welcomed(ME, welcome(epoch="e2"), 3) == "e1"
+    assert (peer.epoch, peer.agent_info, peer.met_at) == ("e2", b"a1", 3)
 
 
 @pytest.mark.parametrize(
-    ("changes", "code"), [({"protocol": 2}, "protocol"), ({"agent": "nixl"}, "agent"), ({"rank": 1}, "rank")]
+    ("changes", "code"),
+    [
+        ({"protocol": 2}, "protocol"),
+        ({"agent": "nixl"}, "agent"),
+        ({"rank": 1}, "rank"),
+        ({"spec": small_cache(rank=1, world=2).spec}, "rank"),
+    ],
 )
 def test_not_the_one_expected(changes, code):
     """What does not fit is refused with the reason, until the process there is another one."""
     peer = Peer("tcp://p:1")
     peer.welcomed(ME, welcome(**changes), 0)
-    assert peer.state is PeerState.REFUSED and peer.plan is None
+    assert peer.state is PeerState.REFUSED and not peer.is_met
     assert isinstance(peer.error, HandshakeError) and peer.error.code == code
     peer.welcomed(ME, welcome(epoch="e2"), 1)
     assert peer.is_met and peer.error is None
 
 
-def test_incompatible():
-    """A cache that cannot be served is refused with the axis."""
+def test_refused():
+    """A peer that refuses is not met, for its reason, until it is greeted again."""
     peer = Peer("tcp://p:1")
-    peer.welcomed(ME, welcome(spec=small_cache(fingerprint="x").spec), 0)
-    assert isinstance(peer.error, IncompatibleError) and peer.error.axis == "fingerprint"
+    peer.welcomed(ME, welcome(), 0)
     peer.refused(HandshakeError("rank", "r"))
     assert peer.state is PeerState.REFUSED and peer.error.code == "rank"
+    peer.greet(ME, 1)
+    assert peer.state is PeerState.GREETED

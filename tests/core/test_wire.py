@@ -28,6 +28,22 @@ MESSAGES = [
     wire.Settled(token=TOKEN, stood=False),
     wire.Revoked(token=TOKEN, reason="because"),
     wire.Refused(code="garbage", reason="because", epoch="e"),
+    wire.Stage(to="e", token=TOKEN, number=(1 << 31) - 1, image=SPEC, tokens=(3, 1 << 40)),
+    wire.Staged(token=TOKEN, number=0, address=(1 << 63) - 1),
+    wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
+    wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
+    wire.Grant(token=TOKEN, blocks=[b"", b""], first_tokens=[0, 1 << 40], cell=0, ttl_s=30.0),
+    wire.Welcome(
+        protocol=1,
+        name="n",
+        epoch="e",
+        rank=0,
+        agent="nixl",
+        agent_info=b"",
+        spec=SPEC,
+        addressable=False,
+        slot_nbytes=1 << 40,
+    ),
 ]
 
 
@@ -90,6 +106,12 @@ def _changed(message, **fields):
         (2, {"token": "x" * 32}), (2, {"token": TOKEN + "\n"}), (2, {"token": TOKEN * 2}), (2, {"to": "e" * 33}), (2, {"token": None}),
         (0, {"rank": -1}), (0, {"rank": 1 << 20}), (0, {"name": "n" * 257}), (0, {"protocol": "1"}), (0, {"agent": 7}),
         (1, {"spec": {}}), (1, {"spec": None}), (1, {"agent_info": "text"}),
+        (11, {"number": -1}), (11, {"number": 1 << 31}), (11, {"image": {}}), (11, {"image": None}), (11, {"tokens": [1]}),
+        (11, {"tokens": [-1, 4]}), (11, {"tokens": [0, (1 << 40) + 1]}), (11, {"tokens": [0, 1, 2]}), (11, {"tokens": 7}), (11, {"token": "x"}),
+        (12, {"address": -1}), (12, {"address": 1 << 63}), (12, {"number": "1"}), (13, {"numbers": [0] * 1025}), (13, {"numbers": ["0"]}),
+        (14, {"reader": -1}), (14, {"reader": 1024}), (14, {"readers": 0}), (14, {"readers": 1025}),
+        (15, {"first_tokens": [-1]}), (15, {"first_tokens": [(1 << 40) + 1]}), (15, {"first_tokens": [0] * 1025}),
+        (16, {"addressable": 1}), (16, {"slot_nbytes": -1}), (16, {"slot_nbytes": (1 << 40) + 1}),
         (10, {"reason": "x" * 1025}), (10, {"code": "x" * 65}), (9, {"reason": None}), (7, {"read": 1}),
     ],
 )  # fmt: skip
@@ -99,12 +121,21 @@ def test_absurd_values_are_refused(number, fields):
         wire.decode(_changed(MESSAGES[number], **fields))
 
 
-def test_a_contradictory_spec_is_refused():
-    """A cache description that contradicts itself ends as the same named error."""
+@pytest.mark.parametrize(("number", "field"), [(1, "spec"), (11, "image")])
+def test_a_contradictory_spec_is_refused(number, field):
+    """A cache description that contradicts itself, a peer's or a chunk's, ends as the same named error."""
     spec = msgspec.to_builtins(SPEC)
     spec["dtype"] = "complex128"
     with pytest.raises(WireError, match="complex128"):
-        wire.decode(_changed(MESSAGES[1], spec=spec))
+        wire.decode(_changed(MESSAGES[number], **{field: spec}))
+
+
+def test_a_peer_without_the_new_fields_is_understood():
+    """What was added has defaults: one rank that reads, tokens from the first on, a cache with addresses and no chunks."""
+    assert (MESSAGES[0].reader, MESSAGES[0].readers) == (0, 1) and MESSAGES[4].first_tokens == []
+    assert (MESSAGES[1].addressable, MESSAGES[1].slot_nbytes) == (True, 0)
+    for message, added in ((MESSAGES[0], {"reader", "readers"}), (MESSAGES[4], {"first_tokens"})):
+        assert not added & msgspec.msgpack.decode(wire.encode(message)).keys()
 
 
 @given(st.binary(max_size=300))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -11,7 +12,21 @@ import msgspec
 import numpy as np
 
 from kvxfer import wire
-from kvxfer.actions import Emit, ForgetAgent, Hangup, Reply, SendTo, StartRead
+from kvxfer.actions import (
+    ChunkStaged,
+    Emit,
+    EndPack,
+    ForgetAgent,
+    Hangup,
+    PackKey,
+    Reply,
+    SendTo,
+    Source,
+    StartPack,
+    StartRead,
+    StopRead,
+)
+from kvxfer.blocks import tables
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.consumer import Consumer
@@ -20,10 +35,14 @@ from kvxfer.fence import LeaseBoard
 from kvxfer.lease import LeaseRef, LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
+from kvxfer.plan import plan
 from kvxfer.producer import Producer
+from kvxfer.route import Costs, Router
 from kvxfer.transfer import Done, Failed, Transfer
 
 CELLS = 64
+HEADS = 6
+"""KV heads of the model whose engines have several ranks."""
 _numbers = count(1)
 
 
@@ -50,14 +69,51 @@ class Parcel:
     is_reply: bool
 
 
-@dataclass
-class Reading:
-    """A read that the modelled data path carries out: bytes at ``data_at``, the lease's cell a moment later."""
+@dataclass(eq=False)
+class Leg:
+    """What a modelled read does at one source: bytes, or chunk after chunk, and then the lease's cell.
 
-    node: Node
-    job: StartRead
-    data_at: float
-    content: list[int] | None = None
+    Attributes:
+        at: when it does the next thing; never while it waits for a chunk.
+        chunks: spans of tokens still to be asked for, where the read is a packed one.
+        address: of the chunk that is being read.
+    """
+
+    source: Source
+    at: float
+    chunks: list[tuple[int, int]] | None = None
+    number: int = -1
+    asks: bool = False
+    address: int | None = None
+    has_data: bool = False
+    done: bool = False
+    content: list[int] = field(default_factory=list)
+
+
+class Reading:
+    """A read that the modelled data path carries out: a leg for each source, begun at ``data_at``."""
+
+    def __init__(self, node: Node, job: StartRead, data_at: float) -> None:
+        self.node, self.job = node, job
+        packed = getattr(job.transfer, "packed", False)
+        self.legs = [Leg(source, data_at, _chunks(source) if packed else None) for source in job.sources]
+
+    @property
+    def data_at(self) -> float:
+        """When it does the next thing, at its deadline at the latest."""
+        return min([self.job.transfer.deadline, *(leg.at for leg in self.legs)])
+
+
+def _chunks(source: Source) -> list[tuple[int, int]]:
+    """One for each block."""
+    start, stop = source.match.tokens[0]
+    return [(token, min(token + 4, stop)) for token in range(start, stop, 4)]
+
+
+def _blocks(blocks: Any, first_token: int, span: tuple[int, int]) -> list[int]:
+    """Which blocks hold the tokens of a span."""
+    start, stop = span
+    return [int(block) for block in blocks[(start - first_token) // 4 : -(-(stop - first_token) // 4)]]
 
 
 @dataclass(eq=False)
@@ -89,12 +145,22 @@ class Node:
         self.out: list[Any] = []
         self.identity = Identity(self.name, self.epoch, self.agent, f"{self.name}#{number}".encode(), self.spec)
         self.producer = Producer(self.identity, self.table, self.settings, self.metrics, self.out)
-        self.consumer = Consumer(self.identity, self.settings, self.metrics, self.out)
+        self.consumer = Consumer(self.identity, self.settings, self.metrics, self.out, self._routes)
         self.world.nodes[self.address] = self
         self.world.by_agent[self.identity.agent_info] = self
         self.offered: dict[str, tuple[int, ...]] = {}
         self.content: dict[int, int] = {}
         """What each block holds: a number that changes whenever the engine reuses it."""
+        self.packing: dict[tuple[PackKey, int], tuple[float, StartPack]] = {}
+        self.chunks: dict[tuple[PackKey, int], int] = {}
+        """Addresses of packed chunks."""
+        self.memory: dict[int, list[int]] = {}
+        """What they hold; an address that was given back is used again for the next one."""
+        self.stopped: list[StopRead] = []
+
+    def _routes(self, peers: Any) -> list[Router]:
+        made = plan([peer.spec for peer in peers], self.spec)
+        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.parts]
 
     # -- the engine's calls
 
@@ -129,10 +195,16 @@ class Node:
         self.consumer.hold(ref, self.world.now)
         self.perform()
 
-    def read(self, ref: LeaseRef, *into: int, timeout_s: float = 30.0, skip: int = 0) -> Transfer:
-        targets = [np.array(into, dtype=np.uint64)]
-        transfer = Transfer(ref, targets, [skip], self.world.now + timeout_s, self._ended)
-        transfer.started = self.world.now
+    def read(
+        self,
+        ref: LeaseRef,
+        *into: int,
+        timeout_s: float = 30.0,
+        tokens: tuple[int, int | None] | None = None,
+        packed: bool = False,
+    ) -> Transfer:
+        transfer = self.transfer(ref, *into, timeout_s=timeout_s, tokens=tokens)
+        transfer.packed = packed  # type: ignore[attr-defined]
         job = self.consumer.take(transfer)  # as the endpoint does
         if job is None:
             self.consumer.read(transfer, self.world.now)
@@ -140,6 +212,16 @@ class Node:
         else:
             self.consumer.reading(transfer)
             self.world.readings.append(Reading(self, job, self.world.now + self.world.read_s))
+        return transfer
+
+    def transfer(
+        self, ref: LeaseRef, *into: int, timeout_s: float = 30.0, tokens: tuple[int, int | None] | None = None
+    ) -> Transfer:
+        """One that nobody was told of yet."""
+        first_token = tokens[0] if tokens else 0
+        targets = tables(self.spec, list(into), "target", first_token=first_token, distinct=True)
+        transfer = Transfer(ref, targets, tokens, self.world.now + timeout_s, self._ended)
+        transfer.started = self.world.now
         return transfer
 
     def drop(self, ref: LeaseRef) -> None:
@@ -161,6 +243,20 @@ class Node:
     def next_deadline(self) -> float | None:
         times = [t for t in (self.producer.next_deadline(), self.consumer.next_deadline()) if t is not None]
         return min(times) if times else None
+
+    def pack(self) -> None:
+        """End the copies that are due: what the blocks hold now lies in a chunk."""
+        for (key, number), (at, job) in list(self.packing.items()):
+            if at <= self.world.now:
+                del self.packing[key, number]
+                address = next(a for a in count(1) if a not in self.memory)
+                self.chunks[key, number] = address
+                table = job.blocks[0]
+                self.memory[address] = [
+                    self.content.get(b, 0) for b in _blocks(table.ids, table.first_token, job.tokens)
+                ]
+                self.producer.packed(key, number, address, None)
+                self.perform()
 
     def take(self, parcel: Parcel) -> None:
         if parcel.is_reply:
@@ -184,6 +280,18 @@ class Node:
                     self.content[block] = next(_numbers)  # the engine uses it for something else at once
             elif isinstance(action, ForgetAgent):
                 self.forgotten.append(action.agent_info)
+            elif isinstance(action, StartPack):
+                assert (action.key, action.number) not in {*self.packing, *self.chunks}, "packed twice"
+                self.packing[action.key, action.number] = self.world.now + self.world.pack_s, action
+            elif isinstance(action, EndPack):
+                for key, number in [c for c in self.chunks if c[0] == action.key]:
+                    if not action.numbers or number in action.numbers:
+                        del self.memory[self.chunks.pop((key, number))]
+            elif isinstance(action, ChunkStaged):
+                self.world.staged(action)
+            elif isinstance(action, StopRead):
+                self.stopped.append(action)
+                self.world.stop(action)
             else:
                 assert isinstance(action, Hangup)
 
@@ -201,6 +309,65 @@ class Node:
         return [type(event).__name__ for event in self.events if getattr(event, "transfer", None) is transfer]
 
 
+class Engine:
+    """All ranks of an engine, and what its scheduler has all of them do. Six KV heads are shared among them."""
+
+    def __init__(self, world: World, name: str, ranks: int, **more: Any) -> None:
+        self.world, self.name = world, name
+        heads = HEADS // ranks
+        self.nodes: list[Node] = []
+        for rank in range(ranks):
+            cache = small_cache(heads=heads, heads_total=HEADS, head_start=heads * rank, rank=rank, world=ranks)
+            self.nodes.append(Node(world, name, f"tcp://{name}.{rank}:1", spec=cache.spec, **more))
+
+    def mint(self, request: str = "request") -> LeaseRef:
+        ref = LeaseRef.mint(owner=self.name, addresses=[node.address for node in self.nodes], request=request)
+        return msgspec.structs.replace(ref, token=f"{next(self.world.tokens):032x}")
+
+    def announce(self, ref: LeaseRef | None = None) -> LeaseRef:
+        ref = ref or self.mint()
+        for node in self.nodes:
+            node.announce(ref)
+        return ref
+
+    def offer(self, ref: LeaseRef, *blocks: int) -> None:
+        for node in self.nodes:
+            node.offer(ref, *blocks)
+
+    def lease(self, *blocks: int) -> LeaseRef:
+        ref = self.announce()
+        self.offer(ref, *blocks)
+        return ref
+
+    def revoke(self, ref: LeaseRef) -> None:
+        for node in self.nodes:
+            node.revoke(ref)
+
+    def hold(self, ref: LeaseRef) -> None:
+        for node in self.nodes:
+            node.hold(ref)
+
+    def read(self, ref: LeaseRef, *into: int, **more: Any) -> list[Transfer]:
+        return [node.read(ref, *into, **more) for node in self.nodes]
+
+    def drop(self, ref: LeaseRef) -> None:
+        for node in self.nodes:
+            node.drop(ref)
+
+    def restart(self, rank: int) -> Node:
+        """One rank dies, and another process of it starts at its address."""
+        self.nodes[rank] = self.world.restart(self.nodes[rank], name=self.name)
+        return self.nodes[rank]
+
+    def ends(self, token: str) -> list[list[str]]:
+        """Of each rank the names of the end events of one lease."""
+        return [node.ends(token) for node in self.nodes]
+
+    def content(self, *blocks: int) -> list[int]:
+        """What a read from all ranks brings."""
+        return [node.content[block] for node in self.nodes for block in blocks]
+
+
 class World:
     """Nodes, what is under way between them, and the time."""
 
@@ -213,11 +380,15 @@ class World:
         self.network: list[Parcel] = []
         self.readings: list[Reading] = []
         self.read_s = 0.01
+        self.pack_s = 0.01
         self.perfect = True
         """Messages arrive at once and in order. Otherwise only those that a test delivers."""
 
     def node(self, name: str, *, address: str | None = None, **more: Any) -> Node:
         return Node(self, name, address or f"tcp://{name}:1", **more)
+
+    def engine(self, name: str, ranks: int, **more: Any) -> Engine:
+        return Engine(self, name, ranks, **more)
 
     def restart(self, node: Node, **more: Any) -> Node:
         """The process dies, and another one starts at its address."""
@@ -253,13 +424,16 @@ class World:
                 self.settle()
             times = [t for n in self.living() if (t := n.next_deadline()) is not None]
             times += [r.data_at for r in self.readings]
+            times += [at for n in self.living() for at, _ in n.packing.values()]
             due = min(times, default=until)
             if due > until:
                 break
             self.now = max(self.now, due)
             for reading in [r for r in self.readings if r.data_at <= self.now]:
-                self._progress(reading)
+                if reading in self.readings:  # another one's end may have stopped it
+                    self._progress(reading)
             for node in self.living():
+                node.pack()
                 deadline = node.next_deadline()
                 if deadline is not None and deadline <= self.now:
                     node.tick()
@@ -272,29 +446,71 @@ class World:
     def living(self) -> list[Node]:
         return [n for n in self.nodes.values() if not n.dead and not n.frozen]
 
+    def staged(self, action: ChunkStaged) -> None:
+        """A chunk that a read waits for lies at its source."""
+        for reading in self.readings:
+            for leg in reading.legs:
+                if (
+                    reading.job.transfer is action.transfer
+                    and (leg.source.number, leg.number) == (action.source, action.number)
+                    and leg.asks
+                ):
+                    leg.asks, leg.address, leg.at = False, action.address, self.now + self.read_s
+
+    def stop(self, action: StopRead) -> None:
+        """What a read waits for will not come."""
+        for reading in list(self.readings):
+            if reading.job.transfer is action.transfer and any(leg.asks for leg in reading.legs):
+                self._end(reading, action.error)
+
     def _progress(self, reading: Reading) -> None:
-        """First the bytes, then, a moment later, the cell: as the data path does."""
-        source = self.by_agent[reading.job.agent_info]
-        token = reading.job.transfer.ref.token
-        blocks = [int(b) for b in reading.job.source_blocks[0]]
-        error: KvxferError | None = None
-        if source.dead:
-            error = PeerLostError("the source died")
-        elif self.now >= reading.job.transfer.deadline:
-            error = TransferTimeoutError("too late")
-        elif reading.content is None:
-            reading.content = [source.content.get(block, 0) for block in blocks]
-            reading.data_at = self.now + self.read_s
+        transfer = reading.job.transfer
+        if self.now >= transfer.deadline:
+            self._end(reading, TransferTimeoutError("too late"))
             return
+        for leg in [leg for leg in reading.legs if leg.at <= self.now]:
+            source = self.by_agent[leg.source.agent_info]
+            if source.dead:
+                self._end(reading, PeerLostError("the source died"))
+                return
+            if leg.has_data:
+                cell = source.board._array[source.board._index(leg.source.cell)].tobytes()
+                if cell != bytes.fromhex(transfer.ref.token):
+                    self._end(reading, LeaseEndedError("wiped"))
+                    return
+                leg.done, leg.at = True, math.inf
+            else:
+                self._move(reading, leg, source)
+        if reading in self.readings and all(leg.done for leg in reading.legs):
+            self._end(reading, None)
+
+    def _move(self, reading: Reading, leg: Leg, source: Node) -> None:
+        """First the bytes, or one chunk after the other, then, a moment later, the cell: as the data path does."""
+        consumer, transfer = reading.node.consumer, reading.job.transfer
+        match, number = leg.source.match, leg.source.number
+        if leg.chunks is None:
+            table = match.sources[0]
+            leg.content = [source.content.get(b, 0) for b in _blocks(table.ids, table.first_token, match.tokens[0])]
+        elif leg.address is not None:
+            leg.content += source.memory.get(leg.address, [-1])
+            consumer.unstage(transfer, number, [leg.number])
+            leg.address = None
+        if leg.chunks:
+            leg.number, leg.asks, leg.at = leg.number + 1, True, math.inf
+            stage = wire.Stage(
+                token=transfer.ref.token, number=leg.number, image=reading.node.spec, tokens=leg.chunks.pop(0)
+            )
+            consumer.stage(transfer, number, stage, self.now)
         else:
-            cell = source.board._array[source.board._index(reading.job.cell)].tobytes()
-            if cell != bytes.fromhex(token):
-                error = LeaseEndedError("wiped")
+            leg.has_data, leg.at = True, self.now + self.read_s
+        reading.node.perform()
+
+    def _end(self, reading: Reading, error: KvxferError | None) -> None:
         self.readings.remove(reading)
         if reading.node.dead:
             return
         transfer = reading.job.transfer
-        transfer.content = reading.content  # type: ignore[attr-defined]
+        transfer.content = [number for leg in reading.legs for number in leg.content]  # type: ignore[attr-defined]
         assert transfer.end(error), "a transfer ended while its bytes were in flight"
         reading.node.consumer.read_ended(transfer, error, self.now)
         reading.node.perform()
