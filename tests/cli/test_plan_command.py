@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -609,3 +612,24 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
     path.mkdir()
     code, _, err = ask("--model", "tiny", "--picture", str(path))
     assert code == 2 and "cannot write" in err
+
+
+# -- the page about it --------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "plan.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ kvxfer plan (.*)$", PAGE, re.MULTILINE))
+def test_commands_of_the_page_are_followed_literally(line: str, tmp_path, monkeypatch):
+    """Each command of docs/plan.md runs, with the files that the page makes, and says the lines that the page shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KVXFER_COSTS", raising=False)
+    if "--picture" in line:
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for program in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(program, {})
+    code, out, err = ask(*shlex.split(line.split(" | ", maxsplit=1)[0]))
+    assert (code, err) == (int("refused   " in out), "")
+    # Not the times: they change with the constants of the cost model.
+    shown = [each for each in out.splitlines() if each.startswith(("model", "source", "target", "request", "refused"))]
+    assert ("picture   " in out and out.splitlines()[-1] in PAGE) or all(each in PAGE for each in shown)
