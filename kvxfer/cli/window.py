@@ -276,7 +276,9 @@ def _add_ghosts(
     before = range(table.first_token + first * table.tokens, start)[-_GHOST_TOKENS:]
     after = range(stop, table.first_token + (last + 1) * table.tokens)[:_GHOST_TOKENS]
     mine = [head for head in heads if each.overlap.heads[0] <= head < each.overlap.heads[1]]
-    others = [head for head in range(*box.heads) if not each.overlap.heads[0] <= head < each.overlap.heads[1]]
+    first_head, end_head = each.overlap.heads
+    others = [head for head in range(*box.heads) if not first_head <= head < end_head]
+    others.sort(key=lambda head: max(first_head - head, head - end_head + 1))
     cells = [(head, token) for head in others[: min(_GHOST_HEADS, len(mine))] for token in tokens]
     cells += [(head, token) for head in mine for token in (*before, *after)]
     for head, token in cells:
