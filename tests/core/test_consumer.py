@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from kvxfer import wire
@@ -21,8 +20,7 @@ from kvxfer.errors import (
     TransferError,
 )
 from kvxfer.lease import LeaseRef
-from kvxfer.transfer import Transfer
-from tests.core.virtual import Reading, small_cache
+from tests.core.virtual import Reading, block_bytes, small_cache
 
 
 def nothing_left(world, *nodes):
@@ -43,7 +41,7 @@ def test_a_read_from_end_to_end(world, producer, consumer):
     """Meet, open, read, settle: Done on one side, LeaseSettled(read) on the other, and nothing is left."""
     ref = producer.lease(1, 2, 3)
     content = [producer.content[b] for b in (2, 3)]
-    transfer = consumer.read(ref, 7, 8, skip=1)
+    transfer = consumer.read(ref, 7, 8, tokens=(4, None))
     world.advance(1)
     assert transfer.done and transfer.error is None and transfer.content == content
     assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseSettled"]
@@ -327,16 +325,35 @@ def test_wrong_rank(world, consumer):
     assert code_of(world, consumer, other.lease(1)) == "rank"
 
 
-def test_the_address_of_ones_own_rank_is_asked(world):
-    """Rank r meets the r-th address of the reference."""
-    nodes = [world.node(f"p{rank}", spec=small_cache(rank=rank, world=2).spec) for rank in range(2)]
-    me = world.node("me", spec=small_cache(rank=1, world=2).spec)
-    nodes[1].name = nodes[1].identity.name = nodes[0].name
-    ref = nodes[1].announce(LeaseRef.mint(owner="p0", addresses=[n.address for n in nodes]))
-    nodes[1].offer(ref, 1)
-    transfer = me.read(ref, 1)
+def test_each_rank_is_met_at_its_address(world):
+    """Whichever rank one is oneself: the r-th address of the reference is asked for rank r, and says so."""
+    source = world.engine("source", 2)
+    me = world.engine("me", 3).nodes[1]
+    transfer = me.read(source.lease(1), 1)
     world.advance(1)
     assert transfer.error is None and transfer.done
+    assert [(hello.rank, hello.reader, hello.readers) for hello in said(me, wire.Hello)] == [(0, 1, 3), (1, 1, 3)]
+    peers = me.consumer._peers
+    assert [peers[node.address].rank for node in source.nodes] == [0, 1]
+
+
+def test_the_plan_is_made_once(world, producer, consumer):
+    """What a producer's KV is to this side is found out once for each process, however many leases and agents it has."""
+    made = []
+    routes = consumer.consumer._routes
+    consumer.consumer._routes = lambda peers: (made.append([peer.epoch for peer in peers]), routes(peers))[1]
+    for _ in range(3):
+        consumer.read(producer.lease(1), 1)
+        world.advance(1)
+    world.by_agent[b"second agent"] = producer
+    producer.producer.agent_replaced(b"second agent")
+    producer.perform()
+    consumer.read(producer.lease(1), 1)
+    world.advance(1)
+    again = world.restart(producer)
+    consumer.read(again.lease(1), 1)
+    world.advance(1)
+    assert made == [[producer.epoch], [again.epoch]]
 
 
 def test_wrong_identity(world, producer, consumer):
@@ -457,7 +474,7 @@ def test_a_replaced_agent_is_used_for_the_next_read(world, producer, consumer):
     producer.perform()
     world.settle()
     consumer.read(ref, 1)
-    assert world.readings[0].job.agent_info == b"second agent"
+    assert world.readings[0].job.sources[0].agent_info == b"second agent"
 
 
 # -- a producer that means ill or is broken ------------------------------------------------------------------------------
@@ -474,11 +491,18 @@ def granted(world, producer, consumer, **grant):
     return transfer
 
 
-@pytest.mark.parametrize("blocks", [[], [b"", b""], [b"\1\0\0"], [b"\1\0\0\0"], [b""]])
-def test_a_grant_of_other_blocks_than_asked(world, producer, consumer, blocks):
-    """Too few blocks, other groups and half ids fail the read by name; the lease is given back."""
-    transfer = granted(world, producer, consumer, blocks=blocks)
-    assert isinstance(transfer.error, BlockError)
+@pytest.mark.parametrize(
+    "grant",
+    [
+        {"blocks": []}, {"blocks": [b"", b""]}, {"blocks": [b"\1\0\0"]}, {"blocks": [b"\1\0\0\0"]}, {"blocks": [b""]},
+        *({"blocks": [block_bytes(1, block)[0]]} for block in (32, 1 << 31, (1 << 32) - 1)),
+        {"first_tokens": [0, 0]}, {"first_tokens": [1]}, {"first_tokens": [4]}, {"first_tokens": [1 << 40]},
+    ],
+)  # fmt: skip
+def test_a_grant_of_other_blocks_than_asked(world, producer, consumer, grant):
+    """Too few blocks, blocks that the producer's own spec does not have, other groups, other tokens and half ids fail the read by name."""
+    transfer = granted(world, producer, consumer, **grant)
+    assert isinstance(transfer.error, BlockError) and not world.readings
     nothing_left(world, producer, consumer)
 
 
@@ -629,7 +653,7 @@ def claimed(world, producer, consumer):
     """A lease that was granted ahead and is claimed by a read, of which the control thread has not heard yet."""
     consumer.hold(ref := producer.lease(1))
     world.settle()
-    transfer = Transfer(ref, [np.array([1])], [0], world.now + 10, consumer._ended)
+    transfer = consumer.transfer(ref, 1, timeout_s=10)
     job = consumer.consumer.take(transfer)
     assert job is not None
     return transfer, job

@@ -7,14 +7,13 @@ import queue
 import threading
 import time
 
-import numpy as np
 import pytest
 
-from kvxfer.actions import ForgetAgent, StartRead
+from kvxfer.actions import ForgetAgent, PackKey, Source, StartPack, StartRead
+from kvxfer.blocks import BlockTable, tables
 from kvxfer.config import Settings
 from kvxfer.datapath import DataPath
 from kvxfer.errors import (
-    BlockError,
     ClosedError,
     DescriptorError,
     KvxferError,
@@ -28,40 +27,94 @@ from kvxfer.fence import LeaseBoard
 from kvxfer.inproc import InprocAgent
 from kvxfer.lease import LeaseRef
 from kvxfer.metrics import Metrics
+from kvxfer.packer import Packer
 from kvxfer.plan import plan
+from kvxfer.route import Costs, Router
+from kvxfer.staging import StagingArena
 from kvxfer.testing import eventually, stays
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
 from kvxfer.transfer import Transfer
 from tests.core.virtual import small_cache
 
 
-class Rig:
-    """A data path whose agent is wrapped in faults, and an in-process producer to read from."""
+class Ends:
+    """Whom the data path tells, and what it said."""
 
-    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True):
+    def __init__(self):
+        self.ended = queue.SimpleQueue()
+        self.replaced = []
+        self.staged = queue.SimpleQueue()
+        self.unstaged = []
+        self.packs = queue.SimpleQueue()
+
+    def read_ended(self, transfer, error):
+        self.ended.put((transfer, error, transfer.done))
+
+    def agent_replaced(self, agent_info):
+        self.replaced.append(agent_info)
+
+    def packed(self, key, number, address, error):
+        self.packs.put((key, number, address, error))
+
+    def stage(self, transfer, source, message):
+        self.staged.put((transfer, source, message))
+
+    def unstage(self, transfer, source, numbers):
+        self.unstaged.append((source, numbers))
+
+
+class Sender:
+    """One rank of an in-process producer to read from."""
+
+    def __init__(self, name, cache):
+        self.cache = cache
+        self.board, self.arena = LeaseBoard(64, 1), StagingArena(1 << 15)
+        self.agent = InprocAgent(name)
+        memories = [*(b.memory for b in cache.buffers), self.board.memory, self.arena.memory]
+        for memory in memories:
+            self.agent.register(memory)
+        self.packs = []
+        self.packer = Packer(cache, self.arena, lambda *pack: self.packs.append(pack))
+
+    def pack(self, stage, *blocks):
+        """The address of a chunk that is packed at once."""
+        key = PackKey(stage.token, 0)
+        self.packer.start(StartPack(key, stage.number, stage.image, stage.tokens, [BlockTable(list(blocks))]))
+        self.packer.turn()
+        (_, _, address, error) = self.packs.pop()
+        assert error is None, error
+        return address
+
+
+class Rig:
+    """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from."""
+
+    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, staging=1 << 15):
         self.faults = Faults()
         self.agents = []
         self.refuse_to_make = None
-        self.ended = queue.SimpleQueue()
-        self.replaced = []
+        self.ends = Ends()
+        self.ended, self.replaced = self.ends.ended, self.ends.replaced
         self.metrics = Metrics()
-        self.source_cache, self.cache = small_cache(seed=1), small_cache(seed=2)
+        self.cache = small_cache(seed=2)
+        shards = [{"heads": 2 // ranks, "head_start": r, "rank": r} for r in range(ranks)]
+        caches = [small_cache(seed=1 + 2 * r, heads_total=2, world=ranks, **shard) for r, shard in enumerate(shards)]
+        self.senders = [Sender(f"source-{id(self)}-{r}", cache) for r, cache in enumerate(caches)]
+        self.source, self.source_board, self.source_cache = self.senders[0].agent, self.senders[0].board, caches[0]
         self.before = [self.block(i) for i in range(32)]
-        self.board, self.source_board = LeaseBoard(4, scratch), LeaseBoard(64, 1)
-        self.source = InprocAgent(f"source-{id(self)}")
-        for memory in [*(b.memory for b in self.source_cache.buffers), self.source_board.memory]:
-            self.source.register(memory)
+        self.board = LeaseBoard(4, scratch)
+        parts = plan([cache.spec for cache in caches], self.cache.spec).parts
+        self.routers = [Router(part, Costs(), slot_nbytes=1 << 12, only=route) for part in parts]
         self.path = DataPath(
             self._make,
-            [b.memory for b in self.cache.buffers],
+            self.cache,
             self.board,
-            Settings(quarantine_s=quarantine_s, contact_s=contact_s),
+            Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=staging),
             self.metrics,
-            ended=lambda transfer, error: self.ended.put((transfer, error, transfer.done)),
-            replaced=self.replaced.append,
+            self.ends,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
-            self.path._proven.add(self.source.describe())
+            self.path._proven.update(sender.agent.describe() for sender in self.senders)
 
     def _make(self):
         if self.refuse_to_make is not None:
@@ -79,15 +132,18 @@ class Rig:
         )
 
     def job(self, source=1, target=1, *, timeout_s=20.0, posted=True, agent_info=None, cell=None):
-        ref = LeaseRef.mint(owner="source", addresses=["tcp://source:1"])
-        if cell is None:
-            cell = self.source_board.post(bytes.fromhex(ref.token) if posted else bytes(16))
-        into = [np.array([target], dtype=np.uint64)]
-        transfer = Transfer(ref, into, [0], time.monotonic() + timeout_s, lambda _: None)
-        blocks = [np.array([source], dtype=np.uint64)]
-        return StartRead(
-            transfer, plan(self.source_cache.spec, self.cache.spec), agent_info or self.source.describe(), blocks, cell
-        )
+        """A read of one block, or of lists of them."""
+        ref = LeaseRef.mint(owner="source", addresses=["tcp://source:1"] * len(self.senders))
+        given, wanted = ([ids] if isinstance(ids, int) else list(ids) for ids in (source, target))
+        into = tables(self.cache.spec, wanted, "target", distinct=True)
+        transfer = Transfer(ref, into, None, time.monotonic() + timeout_s, lambda _: None)
+        sources = []
+        for number, (sender, router) in enumerate(zip(self.senders, self.routers, strict=True)):
+            where = sender.board.post(bytes.fromhex(ref.token) if posted else bytes(16)) if cell is None else cell
+            match = router.part.match_tables(tables(sender.cache.spec, given), into)
+            info = (agent_info or {}).get(number, sender.agent.describe())
+            sources.append(Source(number, info, router, match, where))
+        return StartRead(transfer, sources)
 
     def read(self, *args, **kwargs):
         job = self.job(*args, **kwargs)
@@ -108,6 +164,13 @@ class Rig:
         assert self.end() == (transfer, None)
         return True
 
+    def close(self):
+        self.path.close()
+        for sender in self.senders:
+            sender.agent.close()
+        assert len(self.board._free_scratch) == self.board._array.shape[0] - 4, "a scratch cell leaks"
+        assert self.path.arena.in_use == 0, "a staging slot leaks"
+
     def fences(self):
         return self.metrics.value("kvxfer_fences_total")
 
@@ -116,9 +179,7 @@ class Rig:
 def rig():
     rig = Rig()
     yield rig
-    rig.path.close()
-    rig.source.close()
-    assert len(rig.board._free_scratch) == 8
+    rig.close()
     assert rig.metrics.value("kvxfer_internal_errors_total") == 0
 
 
@@ -143,8 +204,7 @@ def test_nothing_to_read_is_fenced_too(rig):
     """A read of no blocks is Done only if its lease stood."""
     rig.path.start()
     for posted, error in ((True, None), (False, LeaseEndedError)):
-        job = rig.job(posted=posted)
-        job.transfer.into[0] = job.source_blocks[0] = np.zeros(0, dtype=np.uint64)
+        job = rig.job([], [], posted=posted)
         rig.path.do(job)
         got = rig.end()[1]
         assert (got if error is None else type(got)) is error
@@ -159,21 +219,12 @@ def test_a_cell_outside_the_peers_memory(rig, cell):
     assert rig.works()
 
 
-@pytest.mark.parametrize("block", [32, 1 << 31, (1 << 32) - 1])
-def test_blocks_outside_the_peers_cache(rig, block):
-    """A grant of blocks that the producer's own spec does not have fails by name, and nothing is read."""
-    rig.path.start()
-    rig.read(source=block)
-    assert isinstance(rig.end()[1], BlockError)
-    assert rig.block(1) == rig.before[1]
-
-
 @pytest.mark.parametrize("info", [b"", b"garbage", b"\x94" * 50])
 def test_a_peer_description_that_is_none(rig, info):
     """An agent description that cannot be read fails the read by name, each time."""
     rig.path.start()
     for _ in range(2):
-        rig.read(agent_info=info or b"\0")
+        rig.read(agent_info={0: info or b"\0"})
         assert isinstance(rig.end()[1], PeerInfoError)
     assert rig.works()
 
@@ -235,8 +286,7 @@ def test_late_bytes_that_land_in_time_need_no_fence():
         assert isinstance(rig.end()[1], TransferTimeoutError)
         assert rig.fences() == 0 and rig.block(1) == rig.block(1, rig.source_cache)
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_quarantine_is_silence():
@@ -251,8 +301,7 @@ def test_quarantine_is_silence():
         rig.agents[0].land()
         assert isinstance(rig.end()[1], TransferTimeoutError)
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_the_innocent_are_started_again(rig):
@@ -295,8 +344,7 @@ def test_more_reads_than_scratch_cells():
         transfers = [rig.read(i, i) for i in range(12)]
         assert {rig.end() for _ in transfers} == {(t, None) for t in transfers}
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_no_scratch_cell_until_the_deadline():
@@ -310,8 +358,7 @@ def test_no_scratch_cell_until_the_deadline():
         rig.board.give_scratch(taken)
         assert rig.works()
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_an_agent_that_cannot_be_made(rig):
@@ -473,8 +520,7 @@ def test_a_first_contact_that_hangs_is_begun_again():
         assert rig.block(3) == rig.block(2, rig.source_cache)
         assert rig.fences() == 1 and rig.agents[0]._closed
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_a_contact_that_hangs_twice_ends_by_the_deadline():
@@ -487,8 +533,7 @@ def test_a_contact_that_hangs_twice_ends_by_the_deadline():
         assert isinstance(rig.end()[1], TransferTimeoutError)
         assert rig.fences() == 2 and rig.block(3) == rig.before[3]
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()
 
 
 def test_a_lease_that_has_ended_moves_no_bytes_from_a_new_peer():
@@ -500,5 +545,4 @@ def test_a_lease_that_has_ended_moves_no_bytes_from_a_new_peer():
         assert isinstance(rig.end()[1], LeaseEndedError)
         assert rig.block(3) == rig.before[3]
     finally:
-        rig.path.close()
-        rig.source.close()
+        rig.close()

@@ -461,7 +461,7 @@ def test_close_gives_producers_their_blocks_back(engines):
     source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
     ref = source.endpoint.lease([1])
     sink.endpoint.hold(ref)
-    eventually(lambda: (hold := sink.endpoint._consumer._holds.get(ref.token)) and hold.grant)
+    eventually(lambda: (hold := sink.endpoint._consumer._holds.get(ref.token)) and hold.granted)
     sink.endpoint.close()
     assert isinstance(source.end(ref), LeaseSettled)
 
