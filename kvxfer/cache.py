@@ -213,6 +213,8 @@ class _Cell:
         blocks, heads, tokens, content = view.shape
         self.extents = Axes(1, blocks, heads, tokens)
         self.content_nbytes = content * view.itemsize
+        apart = content > 1 and view.strides[3] != view.itemsize
+        self.element = (view.itemsize, view.strides[3]) if apart else (0, 0)
         # The stride of an axis of one element is arbitrary: 0, so that equal layers look equal.
         steps = (stride if extent > 1 else 0 for extent, stride in zip(view.shape, view.strides, strict=True))
         self.strides = Axes(0, *list(steps)[:3])
@@ -220,7 +222,7 @@ class _Cell:
     @property
     def shape(self) -> tuple[object, ...]:
         """Equal for cells that may become one region."""
-        return self.component, self.buffer, self.extents, self.strides, self.content_nbytes
+        return self.component, self.buffer, self.extents, self.strides, self.content_nbytes, self.element
 
 
 def _views_of(name: str, arrays: Any, components: Sequence[str] | None) -> dict[str, ArrayView]:
@@ -233,8 +235,6 @@ def _views_of(name: str, arrays: Any, components: Sequence[str] | None) -> dict[
     for view in views:
         if len(view.shape) != 4:
             raise LayoutError(f"layer {name!r} has shape {view.shape}, not [blocks, heads, tokens, content]")
-        if view.shape[3] > 1 and view.strides[3] != view.itemsize:
-            raise LayoutError(f"the content of layer {name!r} is not contiguous: stride {view.strides[3]} bytes")
     return dict(zip(components, views, strict=True))
 
 
@@ -292,6 +292,8 @@ def _region(run: list[_Cell]) -> Iterable[CacheRegion]:
             strides=Axes(stride, first.strides.block, first.strides.head, first.strides.token),
             content_nbytes=first.content_nbytes,
             buffer=first.buffer,
+            element_nbytes=first.element[0],
+            element_stride=first.element[1],
         )
     except LayoutError:
         if len(run) == 1:

@@ -182,6 +182,12 @@ class Images:
                 return region.layout
         return KVLayout.LBHNC
 
+    @staticmethod
+    def _element_nbytes(group: CacheGroup, component: str, order: KVLayout) -> int:
+        """Of the elements of a token, where the side that is imitated has them apart, with the tokens inside."""
+        sizes = {region.element_nbytes for region in group.regions if region.component == component}
+        return max(sizes) if order.axes[-1] == "token" else 0
+
     def _shape(self, tile: Tile, tokens: int) -> tuple[int, int]:
         """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
         block = self._block_tokens(tile)
@@ -212,8 +218,11 @@ class Images:
             numbers = tuple(pair[side] for pair in pairs)
             regions, end = [], 0
             for component, nbytes in self._components(tile.source_group, tile.group, tile.record, pairs[0]).items():
-                strides = order.strides(extents, nbytes)
-                regions.append(CacheRegion(component, numbers, end, extents, strides, nbytes))
+                strides, element = order.strides(extents, nbytes), self._element_nbytes(group, component, order)
+                if element:  # as there: the tokens of an element side by side, instead of the elements of a token
+                    strides = msgspec.structs.replace(strides, token=element)
+                stride = element * block_tokens
+                regions.append(CacheRegion(component, numbers, end, extents, strides, nbytes, 0, element, stride))
                 end = regions[-1].end
             named = spec.groups[tile.source_group if side == 0 else tile.group]
             image = CacheGroup(

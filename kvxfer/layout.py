@@ -145,7 +145,8 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
     """Layers of one component that lie in one allocation at a constant distance. Owns no memory.
 
     The byte at ``(i, b, h, n, c)`` is at ``address + i*strides.layer + b*strides.block + h*strides.head +
-    n*strides.token + c``, where ``i`` counts ``layers`` in the order in which they lie in memory.
+    n*strides.token + c``, where ``i`` counts ``layers`` in the order in which they lie in memory. Some kernels want the
+    elements of a token apart (keys transposed): then ``c`` is an element times ``element_stride`` plus a byte of it.
 
     Attributes:
         component: one of `COMPONENTS`.
@@ -153,9 +154,11 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
         address: where it begins, in the address space of its owner.
         extents: how many layers, blocks, heads and tokens of a block.
         strides: in bytes. The stride of an axis with one element means nothing.
-        content_nbytes: contiguous bytes of one token of one head.
+        content_nbytes: bytes of one token of one head, contiguous unless ``element_stride`` says otherwise.
         buffer: which of the owner's allocations it lies in. Runs are never merged across two of them, however close
             they happen to be, for a transfer engine knows them as separate.
+        element_nbytes, element_stride: of the elements of a token, and bytes from one to the next; both 0 where they are
+            contiguous.
 
     Raises:
         LayoutError: a bound is negative or absurd, or two indices would share a byte.
@@ -168,6 +171,8 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
     strides: Axes
     content_nbytes: int
     buffer: int = 0
+    element_nbytes: int = 0
+    element_stride: int = 0
 
     def __post_init__(self) -> None:
         if self.component not in COMPONENTS:
@@ -175,6 +180,10 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
         _check_int("a region's address", self.address, 0, MAX_ADDRESS - 1)
         _check_int("content_nbytes", self.content_nbytes, 1, 1 << 40)
         _check_int("the number of a buffer", self.buffer, 0, MAX_REGIONS - 1)
+        _check_int("element_nbytes", self.element_nbytes, 0, self.content_nbytes)
+        _check_int("element_stride", self.element_stride, 0, MAX_ADDRESS - 1)
+        if bool(self.element_nbytes) != bool(self.element_stride) or self.content_nbytes % (self.element_nbytes or 1):
+            raise LayoutError(f"content of {self.content_nbytes} bytes holds no elements of {self.element_nbytes}")
         for axis in Axes.__struct_fields__:
             limit = MAX_BLOCKS if axis == "block" else MAX_SMALL_EXTENT
             _check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
@@ -189,13 +198,18 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
 
     def _check_no_aliasing(self) -> None:
         """Each stride must clear everything inside it. All real caches nest so; interleaving ones are refused."""
-        inner, inner_axis = self.content_nbytes, "content"
-        for axis, extent, stride in self.nest():
+        inner, inner_axis = self.element_nbytes or self.content_nbytes, "content"
+        for axis, extent, stride in self._strided():
             if stride < inner:
                 raise LayoutError(
                     f"two {axis}s share bytes: they are {stride} bytes apart but {inner_axis}s inside them span {inner}"
                 )
             inner, inner_axis = stride * (extent - 1) + inner, axis
+
+    def _strided(self) -> list[tuple[str, int, int]]:
+        """As `nest`, with the elements of a token if they are an axis of their own."""
+        elements = [("element", self.content_nbytes // (self.element_nbytes or 1), self.element_stride)]
+        return sorted([*self.nest(), *(e for e in elements if e[2] and e[1] > 1)], key=lambda axis: axis[2])
 
     def nest(self) -> list[tuple[str, int, int]]:
         """Axes of more than one element as (name, extent, stride in bytes), innermost first."""
@@ -205,7 +219,8 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
     @property
     def end(self) -> int:
         """First address after the last byte. Gaps between strided elements count, padding after the last does not."""
-        return self.address + sum(s * (e - 1) for _, e, s in self.nest()) + self.content_nbytes
+        spans = sum(stride * (extent - 1) for _, extent, stride in self._strided())
+        return self.address + spans + (self.element_nbytes or self.content_nbytes)
 
     @property
     def block_nbytes(self) -> int:
@@ -387,6 +402,8 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         for region in regions:
             if region.component not in OPAQUE_COMPONENTS and region.content_nbytes % itemsize:
                 raise LayoutError(f"content of {region.content_nbytes} bytes holds no whole number of {self.dtype}")
+            if region.element_nbytes not in (0, itemsize):
+                raise LayoutError(f"elements of {region.element_nbytes} bytes are no {self.dtype}")
         for group in self.groups:
             halved = {scale.layer for scale in group.scales if scale.component in ("k", "v")}
             for region in group.regions:

@@ -46,7 +46,13 @@ class Box(NamedTuple):
         """Of an element in block 0."""
         region, strides = self.region, self.region.strides
         inside = (head - self.first_head) * strides.head + token * strides.token
-        return region.address + self.position * strides.layer + inside + (element - self.first_element) * self.itemsize
+        content = (element - self.first_element) * self.element_stride
+        return region.address + self.position * strides.layer + inside + content
+
+    @property
+    def element_stride(self) -> int:
+        """Bytes from one element of a token to the next."""
+        return self.region.element_stride or self.itemsize
 
 
 class Overlap(NamedTuple):
@@ -165,13 +171,17 @@ def segments(overlaps: Iterable[Overlap], source_token: int, target_token: int, 
     made = []
     for _, _, a, b, (head, end_head), (element, end), cast in overlaps:
         s, t = a.region.strides, b.region.strides
-        loops = (Loop(end_head - head, s.head, t.head), Loop(tokens, s.token, t.token))
+        loops = (
+            Loop(end_head - head, s.head, t.head),
+            Loop(tokens, s.token, t.token),
+            Loop(end - element, a.element_stride, b.element_stride),
+        )
         made.append(
             Segment(
                 source=a.address(head, element, source_token),
                 target=b.address(head, element, target_token),
-                nbytes=(end - element) * a.itemsize,
-                target_nbytes=(end - element) * b.itemsize,
+                nbytes=a.itemsize,
+                target_nbytes=b.itemsize,
                 loops=tuple(loop for loop in loops if loop.count > 1),
                 source_block=s.block,
                 target_block=t.block,

@@ -33,6 +33,7 @@ def describe_cache(
     *,
     tp_rank: int,
     fingerprint: str,
+    instruction_set: str = "",
 ) -> KVCache:
     """The cache of one rank as kvxfer sees it; nothing is copied.
 
@@ -43,6 +44,8 @@ def describe_cache(
         kv_cache_config: for the number of blocks and the kind of the cache.
         tp_rank: of this worker.
         fingerprint: see :func:`kvxfer_vllm.support.model_fingerprint`.
+        instruction_set: of vLLM's CPU attention. Those whose order within a block is not known here make it part of the
+            fingerprint, with the block size: blocks are then moved whole, between two servers that agree.
 
     Raises:
         ConfigError: the tensors do not hold the blocks of the block table.
@@ -57,12 +60,16 @@ def describe_cache(
                 f" {kv_cache_config.num_blocks} of {block_tokens(kv_cache_config)}"
             )
     parts: Mapping[str, Any] = layers
-    components: tuple[str, ...]
+    components: tuple[str, ...] = ("kv",)
+    if instruction_set == "vec":
+        parts = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
+        components = ("k", "v")
+    elif instruction_set:
+        fingerprint += f" stored for {instruction_set} in blocks of {block_tokens(kv_cache_config)}"
     if is_mla(kv_cache_config):
         components, total, start = ("latent",), 1, 0
     else:
-        parts = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
-        components, total = ("k", "v"), vllm_config.model_config.get_total_num_kv_heads()
+        total = vllm_config.model_config.get_total_num_kv_heads()
         # Fewer heads than ranks: consecutive ranks hold copies of the same head.
         start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
     return KVCache.from_layers(
@@ -78,26 +85,26 @@ def describe_cache(
 
 
 def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two halves of each block and head as vLLM's CPU attention has them: all keys, then all values.
+    """Views ``[block, head, token, element]`` of keys and of values as vLLM's CPU attention stores them.
 
-    vLLM's shape for it, ``[block, head, token, K and V of one token]``, is not what its kernels store (CPU_ATTN of vLLM 0.32,
-    `CPUAttentionBackendImpl.do_kv_cache_update`). Inside, 32 tokens of keys stand together in an order of their own, so
-    only whole blocks, which are multiples of 32 tokens, may be moved; the connector asks for nothing else.
+    The shape that vLLM shows, ``[block, head, token, K and V of one token]``, is not what its kernels write (vLLM 0.32,
+    CPU_ATTN with the instruction set ``vec``, seen by writing single elements): in each block and head all keys come first,
+    element by element with the tokens inside, then all values, token by token.
     """
     blocks, heads, tokens, content = tensor.shape
-    halves = tensor.view(blocks, heads, 2 * tokens, content // 2)
-    return halves[:, :, :tokens], halves[:, :, tokens:]
+    halves = tensor.view(blocks, heads, 2, tokens * (content // 2))
+    keys = halves[:, :, 0].view(blocks, heads, content // 2, tokens).transpose(2, 3)
+    return keys, halves[:, :, 1].view(blocks, heads, tokens, content // 2)
 
 
-def _stored_as(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """In which order the CPU's attention kernels store keys; it depends on the processor."""
+def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """By which vLLM's CPU attention orders what it stores; empty for MLA, whose latents lie as they look."""
     if is_mla(kv_cache_config):
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - it imports torch's kernels
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    isa = _get_attn_isa(model.dtype, block_tokens(kv_cache_config), model.get_head_size(), cache.cache_dtype)
-    return f" stored as {isa}"
+    return str(_get_attn_isa(model.dtype, block_tokens(kv_cache_config), model.get_head_size(), cache.cache_dtype))
 
 
 def start_endpoint(
@@ -126,8 +133,8 @@ def start_endpoint(
         vllm_config,
         kv_cache_config,
         tp_rank=tp_rank,
-        fingerprint=model_fingerprint(vllm_config, options.model_fingerprint)
-        + _stored_as(vllm_config, kv_cache_config),
+        fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
+        instruction_set=_instruction_set(vllm_config, kv_cache_config),
     )
     engine_id = vllm_config.kv_transfer_config.engine_id
     endpoint = Endpoint(

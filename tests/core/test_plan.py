@@ -329,6 +329,33 @@ def test_no_blocks_are_no_descriptors():
     assert len(part(cache.spec, cache.spec).bind([], np.empty(0, dtype=np.int32))) == 0
 
 
+@pytest.mark.parametrize("transposed", [(True, True), (True, False), (False, True)])
+def test_keys_may_be_transposed_on_either_side(transposed):
+    """Where kernels keep the tokens of an element side by side, elements arrive where they belong, in any block size."""
+    rng = np.random.default_rng(0)
+    sides = []
+    for turned, tokens in zip(transposed, (8, 4), strict=True):
+        shape = (16, 2, 6, tokens) if turned else (16, 2, tokens, 6)
+        array = rng.integers(0, 1 << 15, shape, dtype=np.uint16)
+        sides.append(array.transpose(0, 1, 3, 2) if turned else array)
+    source, target = (KVCache.from_layers({"l.0": array}, dtype="float16") for array in sides)
+    before = sides[1].copy()
+    carry_out(part(source.spec, target.spec).bind([3, 1], [5, 4, 9], (3, 11)))
+    for token in range(3, 11):
+        block = [5, 4, 9][token // 4]
+        before[block, :, token % 4] = sides[0][[3, 1][token // 8], :, token % 8]
+    np.testing.assert_array_equal(sides[1], before)
+
+
+def test_equal_transposed_caches_are_moved_whole():
+    """Keys transposed and values not, head by head, are one run a block where both sides are alike."""
+    memory = np.zeros((8, 2, 2, 4 * 6), dtype=np.uint16)  # block, head, K or V, content
+    keys = memory[:, :, 0].reshape(8, 2, 6, 4).transpose(0, 1, 3, 2)
+    assert np.shares_memory(keys, memory)
+    cache = KVCache.from_layers({"l.0": (keys, memory[:, :, 1].reshape(8, 2, 4, 6))}, dtype="float16")
+    assert len(part(cache.spec, cache.spec).bind(range(2, 6), range(2, 6))) == 1
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
