@@ -24,6 +24,9 @@ Tokens = tuple[int, "int | None"]
 """Tokens ``[start, stop)`` of a request; stop None means to the end."""
 
 
+_SAMPLE_TOKENS = 512
+
+
 class Channel(NamedTuple):
     """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
 
@@ -118,24 +121,18 @@ class PlanPart:
 
     def descriptors(self, match: Match) -> Descriptors:
         """See `bind`."""
-        if self.converts:
-            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
-        return descriptors(self._bound(match))
+        return self.bound(match).descriptors()
 
     def copies(self, match: Match) -> list[BoundCopy]:
         """The same as loop nests, which devices carry out, with conversions."""
-        bound = [(nest, pairs) for nest, pairs in self._bound(match) if len(pairs)]
-        return [BoundCopy(*lane, copy) for nest, pairs in bound for lane, copy in nest.copies(pairs)]
+        return self.bound(match).copies()
 
     def runs(self, match: Match) -> tuple[int, int]:
         """(descriptors, bytes at the source) that there would be, without making them; the first may be a little high."""
-        runs = nbytes = 0
-        for nest, pairs in self._bound(match):
-            runs += nest.runs(pairs)
-            nbytes += nest.nbytes(pairs)
-        return runs, nbytes
+        return self.bound(match).runs()
 
-    def _bound(self, match: Match) -> list[tuple[Nest, BlockPairs]]:
+    def bound(self, match: Match) -> Bound:
+        """The loop nests of these blocks."""
         bound = []
         for channel, overlaps in self._channels.items():
             start, stop = match.tokens[channel.target_group]
@@ -149,7 +146,49 @@ class PlanPart:
                 if nests is None:
                     nests = self._nests[key] = nests_of(segments(overlaps, *grain))
                 bound += [(nest, pairs) for nest in nests]
-        return bound
+        return Bound(self, match, bound)
+
+    @property
+    def unequal_blocks(self) -> bool:
+        """Blocks of the two sides differ in size."""
+        return any(channel.source_tokens != channel.target_tokens for channel in self._channels)
+
+
+class Bound(NamedTuple):
+    """A part bound to the blocks of a request. Holds no memory; made by `PlanPart.bound`."""
+
+    part: PlanPart
+    match: Match
+    nests: Sequence[tuple[Nest, BlockPairs]]
+
+    def descriptors(self) -> Descriptors:
+        """As of `PlanPart.bind`."""
+        if self.part.converts:
+            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
+        return descriptors(self.nests)
+
+    def copies(self) -> list[BoundCopy]:
+        """As of `PlanPart.copies`."""
+        bound = [(nest, pairs) for nest, pairs in self.nests if len(pairs)]
+        return [BoundCopy(*lane, copy) for nest, pairs in bound for lane, copy in nest.copies(pairs)]
+
+    def runs(self) -> tuple[int, int]:
+        """As of `PlanPart.runs`."""
+        runs = nbytes = 0
+        for nest, pairs in self.nests:
+            runs += nest.runs(pairs)
+            nbytes += nest.nbytes(pairs)
+        return runs, nbytes
+
+    def likely_runs(self) -> tuple[int, int]:
+        """As `runs`, but where blocks differ in size and so many runs turn out to be neighbours, judged by a sample."""
+        runs, nbytes = self.runs()
+        if self.part.converts or not self.part.unequal_blocks:
+            return runs, nbytes
+        spans = [(start, min(stop, start + _SAMPLE_TOKENS)) for start, stop in self.match.tokens]
+        sample = self.part.bound(Match(self.match.sources, self.match.targets, spans))
+        before, _ = sample.runs()
+        return (max(1, runs * len(sample.descriptors()) // before) if before else runs), nbytes
 
 
 def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:

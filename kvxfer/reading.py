@@ -173,7 +173,7 @@ class Leg:
             self._packed = _Packed(self, choice, choice.images)
             self._packed.go_on(carrier)
             return
-        spans = source.router.part.descriptors(source.match)
+        spans = choice.bound.descriptors()
         self.count(spans)
         if len(spans):
             carrier.submit(self, spans, lambda: self.fence(carrier))

@@ -29,7 +29,7 @@ from kvxfer.part import Match
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvxfer.part import PlanPart
+    from kvxfer.part import Bound, PlanPart
 
 
 class Route(str, Enum):
@@ -104,6 +104,7 @@ class Choice:
     """A route, and what speaks for it.
 
     Attributes:
+        bound: the loop nests between the two caches.
         seconds: predicted time of each route that can be taken.
         barred: why the others cannot.
         runs: descriptors of the direct route, or what they would be.
@@ -113,13 +114,27 @@ class Choice:
     """
 
     route: Route
-    why: str
+    bound: Bound
     seconds: Mapping[Route, float]
     barred: Mapping[Route, str]
     runs: int
     nbytes: int
     images: Images | None
     staging_nbytes: int
+
+    @property
+    def why(self) -> str:
+        """One sentence for people."""
+        mean = f"{self.runs:,} runs of {self.nbytes / max(self.runs, 1):,.0f} bytes on average"
+        direct = self.seconds.get(Route.DIRECT)
+        if self.route is Route.DIRECT:
+            others = [s for r, s in self.seconds.items() if r is not Route.DIRECT]
+            if not others:
+                return f"{mean}: packing them could save nothing"
+            return f"{mean} take {_ms(self.seconds[self.route])} in place, {_ms(min(others))} packed"
+        if direct is None:
+            return self.barred[Route.DIRECT]
+        return f"{mean} would take {_ms(direct)} in place, and take {_ms(self.seconds[self.route])} packed"
 
 
 class Router:
@@ -180,8 +195,8 @@ class Router:
 
     def choose(self, match: Match) -> Choice:
         """The route that is predicted to be the fastest for these blocks."""
-        part, costs = self.part, self._costs
-        runs, nbytes = part.runs(match)
+        costs, bound = self._costs, self.part.bound(match)
+        runs, nbytes = bound.likely_runs()
         seconds: dict[Route, float] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
@@ -193,7 +208,7 @@ class Router:
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
             route=route,
-            why=self._why(route, seconds, runs, nbytes),
+            bound=bound,
             seconds=seconds,
             barred=self.barred,
             runs=runs,
@@ -221,10 +236,10 @@ class Router:
             chunk = next(each for each in images.chunks(match.tokens) if each.tile == number)
             image = images.image(chunk)
             table = image.table(chunk)
-            packed, source_nbytes = image.from_source.runs(Match(match.sources, [table], [chunk.tokens]))
-            spread, image_nbytes = image.to_target.runs(
-                Match([table], match.targets, [chunk.tokens] * len(match.targets))
-            )
+            from_source = image.from_source.bound(Match(match.sources, [table], [chunk.tokens]))
+            packed, source_nbytes = from_source.likely_runs()
+            to_target = image.to_target.bound(Match([table], match.targets, [chunk.tokens] * len(match.targets)))
+            spread, image_nbytes = to_target.likely_runs()
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
             times = len(tile.layers) * (stop - start) / cells
             chunks += times
@@ -236,18 +251,6 @@ class Router:
             return wire_s + unpack_s
         here_s = wire_s + chunks * costs.chunk_s + (unpack_s if route is Route.BOTH else 0.0)
         return costs.ask_s + max(pack_s, here_s) + min(pack_s, here_s) / max(1.0, chunks)
-
-    def _why(self, route: Route, seconds: Mapping[Route, float], runs: int, nbytes: int) -> str:
-        mean = f"{runs:,} runs of {nbytes / max(runs, 1):,.0f} bytes on average"
-        direct = seconds.get(Route.DIRECT)
-        if route is Route.DIRECT:
-            others = [s for r, s in seconds.items() if r is not Route.DIRECT]
-            if not others:
-                return f"{mean}: packing them could save nothing"
-            return f"{mean} take {_ms(seconds[route])} in place, {_ms(min(others))} packed"
-        if direct is None:
-            return self.barred[Route.DIRECT]
-        return f"{mean} would take {_ms(direct)} in place, and take {_ms(seconds[route])} packed"
 
 
 def _ms(seconds: float) -> str:
