@@ -30,6 +30,11 @@ pytest.register_assert_rewrite(
             "_agent_failure",
             "_agent_hygiene",
             "_agent_peers",
+            "_buffer_bytes",
+            "_buffer_casts",
+            "_buffer_contract",
+            "_buffer_stage",
+            "_floats",
         )
     )
 )

@@ -5,40 +5,63 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from kvxfer.buffer import FINISHED, HostBuffer
+from kvxfer.copies import Loop
 from kvxfer.memory import Memory
 from kvxfer.testing import BufferSuite, MadeBuffer
 
 
-class SortsTheSpans(HostBuffer):
-    def _pack(self, offsets, nbytes, out):
-        order = np.argsort(offsets)
-        return super()._pack(offsets[order], nbytes[order], out)
+def target_ends(copy):
+    """Offset of the last byte of each run at the target."""
+    ends = np.add.outer(copy.target, copy.target_blocks)
+    for loop in copy.loops:
+        ends = np.add.outer(ends, np.arange(loop.count) * loop.target_stride)
+    return ends.reshape(-1) + copy.target_nbytes - 1
+
+
+class SortsTheBlocks(HostBuffer):
+    """Of the source, but not those of the target."""
+
+    def _pack(self, copies, out):
+        return super()._pack([replace(copy, source_blocks=np.sort(copy.source_blocks)) for copy in copies], out)
 
 
 class LosesTheLastByte(HostBuffer):
-    def _unpack(self, offsets, nbytes, source):
-        ends = offsets + nbytes - np.uint64(1)
-        kept = self._bytes[ends.astype(np.intp)].copy()
-        super()._unpack(offsets, nbytes, source)
-        self._bytes[ends.astype(np.intp)] = kept
+    def _unpack(self, copies, packed):
+        ends = np.concatenate([target_ends(copy) for copy in copies])
+        kept = self._bytes[ends].copy()
+        super()._unpack(copies, packed)
+        self._bytes[ends] = kept
         return FINISHED
 
 
 class FillsTheGaps(HostBuffer):
-    def _unpack(self, offsets, nbytes, source):
-        low, high = int(offsets.min()), int((offsets + nbytes).max())
-        rest = self._bytes[low:high]
-        rest[rest == 0x55] = 0x54
-        return super()._unpack(offsets, nbytes, source)
+    """Between the runs that it unpacks, where a byte has a certain value."""
+
+    def _unpack(self, copies, packed):
+        for copy in copies:
+            low, high = copy.target_bounds()
+            rest = self._bytes[low:high]
+            rest[rest == 0x55] = 0x54
+        return super()._unpack(copies, packed)
+
+
+class FillsTheGapsOfItsOutput(HostBuffer):
+    def _pack(self, copies, out):
+        for copy in copies:
+            low, high = copy.target_bounds()
+            out[low:high] = 0
+            super()._pack([copy], out)
+        return FINISHED
 
 
 class PacksBeyondItsOutput(HostBuffer):
-    def _pack(self, offsets, nbytes, out):
-        super()._pack(offsets, nbytes, out)
+    def _pack(self, copies, out):
+        super()._pack(copies, out)
         base = out
         while base.base is not None:
             base = base.base
@@ -46,11 +69,84 @@ class PacksBeyondItsOutput(HostBuffer):
         return FINISHED
 
 
+class MixesUpStrides(HostBuffer):
+    """Of two loops of equal length, as heads and tokens may be: no bound is left, but the order is another."""
+
+    def _pack(self, copies, out):
+        return super()._pack([self.mixed(copy) for copy in copies], out)
+
+    @staticmethod
+    def mixed(copy):
+        if len(copy.loops) != 2:
+            return copy
+        outer, inner = copy.loops
+        count = min(outer.count, inner.count)
+        loops = (
+            Loop(count, outer.source_stride, inner.target_stride),
+            Loop(count, inner.source_stride, outer.target_stride),
+        )
+        return replace(copy, loops=loops)
+
+
+class RunsForwardsOnly(HostBuffer):
+    def _pack(self, copies, out):
+        ahead = [
+            replace(
+                copy,
+                source=copy.source - sum((x.count - 1) * max(0, -x.source_stride) for x in copy.loops),
+                target=copy.target - sum((x.count - 1) * max(0, -x.target_stride) for x in copy.loops),
+                loops=tuple(Loop(x.count, abs(x.source_stride), abs(x.target_stride)) for x in copy.loops),
+            )
+            for copy in copies
+        ]
+        return super()._pack(ahead, out)
+
+
+class KnowsOneBaseOnly(HostBuffer):
+    def _unpack(self, copies, packed):
+        return super()._unpack(
+            [replace(copy, source=copy.source[:1], target=copy.target[:1]) for copy in copies], packed
+        )
+
+
+class IgnoresTheFactor(HostBuffer):
+    def _pack(self, copies, out):
+        return super()._pack(
+            [copy if copy.cast is None else replace(copy, cast=replace(copy.cast, factor=1.0)) for copy in copies], out
+        )
+
+
+class RoundsTowardsZero(HostBuffer):
+    """What it packs as bfloat16."""
+
+    def _pack(self, copies, out):
+        super()._pack(copies, out)
+        for copy in copies:
+            if copy.cast is not None and (copy.cast.source, copy.cast.target) == ("float32", "bfloat16"):
+                (at, high), (to, end) = copy.source_bounds(), copy.target_bounds()
+                if 2 * (end - to) == high - at:  # without gaps
+                    out[to:end].reshape(-1, 2)[...] = self._bytes[at:high].reshape(-1, 4)[:, 2:]
+        return FINISHED
+
+
+class SaturatesNothing(HostBuffer):
+    """float8 of what is too large is NaN."""
+
+    def _unpack(self, copies, packed):
+        super()._unpack(copies, packed)
+        for copy in copies:
+            if copy.cast is not None and copy.cast.target == "float8_e4m3fn":
+                low, high = copy.target_bounds()
+                written = self._bytes[low:high]
+                written[written & 0x7F == 0x7E] |= 1
+        return FINISHED
+
+
 class SpoilsItsSource(HostBuffer):
-    def _unpack(self, offsets, nbytes, source):
-        super()._unpack(offsets, nbytes, source)
-        if source.flags.writeable:
-            source[0] ^= 1
+    def _unpack(self, copies, packed):
+        super()._unpack(copies, packed)
+        if packed.flags.writeable:
+            packed[0] ^= 1
         return FINISHED
 
 
@@ -99,24 +195,35 @@ class _Later:
 
 
 class IsDoneTooEarly(HostBuffer):
-    def _pack(self, offsets, nbytes, out):
-        return _Later(lambda: HostBuffer._pack(self, offsets, nbytes, out), honest=False)
+    def _pack(self, copies, out):
+        return _Later(lambda: HostBuffer._pack(self, copies, out), honest=False)
 
 
 class ChecksNothing(HostBuffer):
-    def pack(self, offsets, nbytes, out):
-        ends = offsets.astype(np.int64) + nbytes.astype(np.int64)
-        spans = [self._bytes[a:b] for a, b in zip(offsets.astype(np.int64), ends, strict=False)]
-        packed = np.concatenate(spans)
-        out[: len(packed)] = packed[: len(out)]
+    """What lies outside is left out, in silence."""
+
+    def pack(self, copies, out):
+        for copy in copies:
+            (at, high), (to, _) = copy.source_bounds(), copy.target_bounds()
+            part = self._bytes[max(0, at) : high]
+            room = out[max(0, to) :]
+            nbytes = min(len(part), len(room))
+            room[:nbytes] = part[:nbytes]
         return FINISHED
 
 
 class NotBrokenOnlySlow(HostBuffer):
     """The suite has to take copies that end later: this one passes."""
 
-    def _pack(self, offsets, nbytes, out):
-        return _Later(lambda: HostBuffer._pack(self, offsets, nbytes, out), honest=True)
+    def _pack(self, copies, out):
+        return _Later(lambda: HostBuffer._pack(self, copies, out), honest=True)
+
+
+class NotBrokenButCastsNothing(HostBuffer):
+    """The suite skips what a device does not declare, and sees that it is refused."""
+
+    def can_cast(self, source, target):
+        return False
 
 
 def _suite(kind: type) -> type[BufferSuite]:

@@ -6,23 +6,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvxfer.buffer import DeviceBuffer, HostBuffer
+from kvxfer.copies import Cast, Copy, Loop
 from kvxfer.dlpack import allocations, read_array
-from kvxfer.errors import DescriptorError, UnsupportedBufferError
+from kvxfer.errors import DescriptorError, UnsupportedBufferError, UnsupportedError
 from kvxfer.memory import MemoryKind
 
-U64 = np.uint64
 
-
-def u64(*values):
-    """Offsets or lengths."""
-    return np.array(values, dtype=U64)
+def i64(*values):
+    """Offsets."""
+    return np.array(values, dtype=np.int64)
 
 
 # -- what is accepted --------------------------------------------------------------------------------------------------
@@ -210,87 +208,69 @@ def test_tensors_that_cannot_be_written_where_they_lie_are_refused():
 # -- pack and unpack ---------------------------------------------------------------------------------------------------
 
 
-@st.composite
-def selections(draw):
-    """Spans that do not overlap, in any order: all of one length on a grid, off it, or of several lengths."""
-    pitch = draw(st.integers(1, 40))
-    count = draw(st.integers(0, 30))
-    slots = draw(st.permutations(range(30)))[:count]
-    phase = draw(st.integers(0, 7))
-    kind = draw(st.sampled_from(["grid", "padded", "mixed"]))
-    if kind == "grid":
-        lengths = [pitch] * count
-    elif kind == "padded":
-        lengths = [draw(st.integers(1, pitch))] * count
-    else:
-        lengths = [draw(st.integers(1, pitch)) for _ in range(count)]
-    return u64(*(phase + slot * pitch for slot in slots)), u64(*lengths), phase + 30 * pitch
+def one_copy(at, to, nbytes, **changes):
+    """A single run."""
+    return replace(Copy(i64(at), i64(to), i64(0), i64(0), (), nbytes), **changes)
 
 
-@given(selections(), st.integers(0, 5))
-def test_packed_bytes_are_the_spans_one_after_another(selection, spare):
-    """Packing equals joining slices."""
-    offsets, nbytes, size = selection
-    memory = np.random.default_rng(0).integers(0, 256, size + spare, dtype=np.uint8)
-    out = np.zeros(int(nbytes.sum()), dtype=np.uint8)
-    done = HostBuffer(memory).pack(offsets, nbytes, out)
+def test_packed_bytes_are_those_of_the_copy_and_no_others():
+    """Each block goes to its place; bytes between the places stay as they are."""
+    memory = np.arange(64, dtype=np.uint8)
+    out = np.full(20, 255, dtype=np.uint8)
+    done = HostBuffer(memory).pack([Copy(i64(2), i64(1), i64(40, 0), i64(0, 9), (Loop(2, 8, 4),), 3)], out)
     assert done.wait(timeout_s=1) and done.done
-    assert out.tobytes() == b"".join(memory[int(o) :][: int(n)].tobytes() for o, n in zip(offsets, nbytes, strict=True))
+    assert out.tolist() == [255, 42, 43, 44, 255, 50, 51, 52, 255, 255, 2, 3, 4, 255, 10, 11, 12, 255, 255, 255]
 
 
-@given(selections(), st.integers(0, 5))
-def test_unpacking_writes_the_spans_and_nothing_else(selection, spare):
-    """Unpacking equals assigning slices of a copy."""
-    offsets, nbytes, size = selection
-    rng = np.random.default_rng(1)
-    memory = rng.integers(0, 256, size + spare, dtype=np.uint8)
-    packed = rng.integers(0, 256, int(nbytes.sum()), dtype=np.uint8)
-    expected, begin = memory.copy(), 0
-    for offset, length in zip(offsets.tolist(), nbytes.tolist(), strict=True):
-        expected[offset : offset + length] = packed[begin : begin + length]
-        begin += length
-    assert HostBuffer(memory).unpack(offsets, nbytes, packed).wait()
-    np.testing.assert_array_equal(memory, expected)
+def test_unpacking_writes_the_runs_and_nothing_else():
+    """The reverse: from the packed bytes to the blocks."""
+    memory = np.zeros(32, dtype=np.uint8)
+    packed = np.arange(1, 9, dtype=np.uint8)
+    assert HostBuffer(memory).unpack([Copy(i64(0), i64(0), i64(0, 4), i64(20, 5), (), 4)], packed).wait()
+    assert memory.tolist() == [0] * 5 + [5, 6, 7, 8] + [0] * 11 + [1, 2, 3, 4] + [0] * 8
 
 
-def test_spans_longer_than_a_chunk_are_packed_whole():
-    """Lengths of megabytes, on no common grid, pass the chunked copy unharmed."""
+def test_blocks_of_megabytes_are_copied_whole():
+    """Runs longer than any batch, in any order and at odd addresses, pass unharmed."""
     memory = np.random.default_rng(2).integers(0, 256, 9 << 20, dtype=np.uint8)
-    offsets, nbytes = u64(5, (3 << 20) + 9, 6 << 20), u64(*[(3 << 20) - 7] * 3)
-    out = np.zeros(int(nbytes.sum()), dtype=np.uint8)
-    HostBuffer(memory).pack(offsets, nbytes, out).wait()
+    length = (3 << 20) - 7
+    where, places = i64(6 << 20, 5, (3 << 20) + 9), i64(1, 2 * length + 1, length + 1)
+    out = np.zeros(3 * length + 1, dtype=np.uint8)
+    HostBuffer(memory).pack([Copy(i64(0), i64(0), where, places, (), length)], out).wait()
     copy = np.zeros_like(memory)
-    HostBuffer(copy).unpack(offsets, nbytes, out).wait()
-    for offset in offsets.tolist():
-        np.testing.assert_array_equal(copy[offset:][: (3 << 20) - 7], memory[offset:][: (3 << 20) - 7])
-    assert int((copy != 0).sum()) <= len(out)
+    HostBuffer(copy).unpack([Copy(i64(0), i64(0), places, where, (), length)], out).wait()
+    for offset in where.tolist():
+        np.testing.assert_array_equal(copy[offset:][:length], memory[offset:][:length])
+    assert int((copy != 0).sum()) <= 3 * length
 
 
 @pytest.mark.parametrize(
-    ("offsets", "nbytes", "packed", "reason"),
+    ("copies", "packed", "reason"),
     [
-        (u64(60), u64(8), np.zeros(8, np.uint8), "outside the buffer"),
-        (u64(2**64 - 4), u64(8), np.zeros(8, np.uint8), "outside the buffer"),
-        (u64(0), u64(2**64 - 1), np.zeros(8, np.uint8), "outside the buffer"),
-        (u64(0), u64(0), np.zeros(0, np.uint8), "empty"),
-        (u64(0, 8), u64(8), np.zeros(8, np.uint8), "2 offsets and 1 lengths"),
-        (u64(0), u64(8), np.zeros(9, np.uint8), "not of 9 bytes"),
-        (u64(), u64(), np.zeros(1, np.uint8), "not of 1 bytes"),
-        (np.array([0]), u64(8), np.zeros(8, np.uint8), "uint64"),
-        ([0], u64(8), np.zeros(8, np.uint8), "uint64"),
-        (u64(0), u64(8), np.zeros(8, np.int8), "uint8"),
-        (u64(0), u64(8), bytearray(8), "uint8"),
-        (u64(0), u64(8), np.zeros(16, np.uint8)[::2], "contiguous"),
+        ([one_copy(60, 0, 8)], np.zeros(64, np.uint8), "bytes 60 to 68 of 64: outside"),
+        ([one_copy(0, 60, 8)], np.zeros(64, np.uint8), "bytes 60 to 68 of 64: outside"),
+        ([one_copy(1 << 62, 0, 8, source_blocks=i64(1 << 62))], np.zeros(64, np.uint8), "outside"),
+        ([one_copy(0, 0, 8, loops=(Loop(1 << 40, 0, 0),))], np.zeros(64, np.uint8), "overlap"),
+        ([one_copy(0, 0, 0)], np.zeros(64, np.uint8), "length of a run is out of range"),
+        ([one_copy(0, 0, 8, source=[0])], np.zeros(64, np.uint8), "int64"),
+        ([one_copy(0, 0, 8, source=i64(0, 0))], np.zeros(64, np.uint8), "as many offsets"),
+        ([one_copy(0, 0, 8, cast=Cast("int4", "float32"))], np.zeros(64, np.uint8), "unknown dtype 'int4'"),
+        ([one_copy(0, 0, 6, cast=Cast("float32", "float16"))], np.zeros(64, np.uint8), "no whole number of float32"),
+        ([(0, 0, 8)], np.zeros(64, np.uint8), "tuple is no Copy"),
+        (one_copy(0, 0, 8), np.zeros(64, np.uint8), "list or a tuple"),
+        ([one_copy(0, 0, 8)], np.zeros(64, np.int8), "uint8"),
+        ([one_copy(0, 0, 8)], bytearray(64), "uint8"),
+        ([one_copy(0, 0, 8)], np.zeros(128, np.uint8)[::2], "contiguous"),
     ],
 )
-def test_wrong_selections_are_refused_before_a_byte_moves(offsets, nbytes, packed, reason):
-    """Spans outside the buffer and packed bytes of the wrong size, type or order raise DescriptorError."""
+def test_wrong_copies_are_refused_before_a_byte_moves(copies, packed, reason):
+    """Copies that leave the buffer or the packed bytes, or are malformed, raise DescriptorError that says why."""
     memory = np.full(64, 7, dtype=np.uint8)
     buffer = HostBuffer(memory)
     with pytest.raises(DescriptorError, match=reason):
-        buffer.pack(offsets, nbytes, packed)
+        buffer.pack(copies, packed)
     with pytest.raises(DescriptorError, match=reason):
-        buffer.unpack(offsets, nbytes, packed)
+        buffer.unpack(copies, packed)
     assert (memory == 7).all()
 
 
@@ -298,10 +278,10 @@ def test_read_only_bytes_can_be_unpacked_but_not_packed_into():
     """The source of an unpack is only read."""
     memory = np.zeros(64, dtype=np.uint8)
     packed = np.frombuffer(b"12345678", dtype=np.uint8)
-    HostBuffer(memory).unpack(u64(8), u64(8), packed).wait()
+    HostBuffer(memory).unpack([one_copy(0, 8, 8)], packed).wait()
     assert memory[8:16].tobytes() == b"12345678"
     with pytest.raises(DescriptorError, match="read-only"):
-        HostBuffer(memory).pack(u64(8), u64(8), packed)
+        HostBuffer(memory).pack([one_copy(8, 0, 8)], packed)
 
 
 def test_a_device_without_addresses_is_a_buffer_too():
@@ -312,11 +292,13 @@ def test_a_device_without_addresses_is_a_buffer_too():
         nbytes = 64
         device = "tpu:0"
 
-        def _pack(self, offsets, nbytes, out):
+        def _pack(self, copies, out):
             raise AssertionError("reached")
 
         _unpack = _pack
 
     with pytest.raises(DescriptorError, match="outside"):
-        Opaque().pack(u64(60), u64(8), np.zeros(8, np.uint8))
-    assert Opaque().pack(u64(), u64(), np.zeros(0, np.uint8)).done
+        Opaque().pack([one_copy(60, 0, 8)], np.zeros(8, np.uint8))
+    with pytest.raises(UnsupportedError, match="tpu:0 cannot cast float32 to float16"):
+        Opaque().unpack([one_copy(0, 0, 8, cast=Cast("float32", "float16"))], np.zeros(8, np.uint8))
+    assert Opaque().pack([], np.zeros(0, np.uint8)).done
