@@ -434,14 +434,13 @@ class DataPath:
             r
             for r in self._readings.values()
             if r.contacting_since is not None
-            and not r.again
             and r.error is None
-            and now >= r.contacting_since + self._settings.contact_s
+            and now >= r.contacting_since + self._settings.contact_s * 2**r.attempts
         ]
         if stuck:
             _log.warning("the first contact with a peer hangs: the transfer agent is made anew")
             for reading in stuck:
-                reading.again = True
+                reading.attempts += 1
             self._fence()
             return
         rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]

@@ -89,15 +89,16 @@ class Reading:
     Attributes:
         pending: flights and copies that have to end before its blocks are quiet.
         error: why it failed; set once, and nothing new is started from then on.
-        again: it was started again on a new agent because the first contact with a source hung.
+        attempts: how often it was started again on a new agent because the first contact with a source hung. Each time is
+            given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
         scratches, slots: that it has, given back at its end.
         nbytes, descriptors: what went over the wire so far.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
 
-    def __init__(self, job: StartRead, *, again: bool = False) -> None:
+    def __init__(self, job: StartRead, *, attempts: int = 0) -> None:
         self.job = job
-        self.again = again
+        self.attempts = attempts
         self.legs: list[Leg] = [Leg(self, source) for source in job.sources]
         self.ended_legs = 0
         self.pending = 0
@@ -128,7 +129,7 @@ class Reading:
 
     def restarted(self, carrier: Carrier) -> Reading:
         """The same read, to be started on a new agent."""
-        reading = Reading(self.job, again=self.again)
+        reading = Reading(self.job, attempts=self.attempts)
         reading.legs = [leg.again(carrier, reading) for leg in self.legs]
         return reading
 
