@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
     from kvxfer.blocks import Table
     from kvxfer.copies import Loop
-    from kvxfer.segment import Segment
+    from kvxfer.segment import Segment, Shape
 
     IntArray = npt.NDArray[np.int64]
+    LaneArray = npt.NDArray[np.uint32]
 
 
 # -- block tables -------------------------------------------------------------------------------------------------------
@@ -147,11 +148,11 @@ class Nest:
         inner_sources, inner_targets: offsets of the runs inside a block.
     """
 
-    shape: Segment
+    shape: Shape
     sources: IntArray
     targets: IntArray
     lanes: tuple[Lane, ...]
-    lane_of: IntArray
+    lane_of: LaneArray
     inner: tuple[Loop, ...]
     inner_sources: IntArray
     inner_targets: IntArray
@@ -192,9 +193,9 @@ class Nest:
 
 def nests_of(segments: Iterable[Segment]) -> list[Nest]:
     """Segments that differ only in where they begin, gathered so that NumPy expands them at once."""
-    shapes: dict[Segment, list[Segment]] = defaultdict(list)
+    shapes: dict[Shape, list[Segment]] = defaultdict(list)
     for segment in segments:
-        shapes[replace(segment, source=0, target=0, source_buffer=0, target_buffer=0)].append(segment)
+        shapes[segment.shape].append(segment)
     nests = []
     for shape, same in shapes.items():
         same.sort(key=lambda x: (x.source_buffer, x.target_buffer, x.source))
@@ -203,7 +204,7 @@ def nests_of(segments: Iterable[Segment]) -> list[Nest]:
         sources, targets = _looped([x.source for x in same], [x.target for x in same], outer)
         times = len(sources) // len(same)
         lanes = tuple((x.source_buffer, x.target_buffer) for x in same for _ in range(times))
-        lane_of = np.array([a * MAX_REGIONS + b for a, b in lanes], dtype=np.int64)
+        lane_of = np.array([a * MAX_REGIONS + b for a, b in lanes], dtype=np.uint32)
         nests.append(Nest(shape, sources, targets, lanes, lane_of, inner, *_looped([0], [0], inner)))
     return nests
 
@@ -228,7 +229,7 @@ class _Runs(NamedTuple):
     source: IntArray
     target: IntArray
     nbytes: IntArray
-    lane: IntArray
+    lane: LaneArray
 
     def ascend(self) -> bool:
         """Runs of one lane stand together, in the order of the source's memory."""

@@ -12,7 +12,7 @@ that it means the same on two sides of different dtypes.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvxfer.copies import Cast, Loop
@@ -67,48 +67,44 @@ class Overlap(NamedTuple):
     cast: Cast | None
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A regular set of runs: for each block and each step of each loop, ``nbytes`` bytes from source to target.
+class Shape(NamedTuple):
+    """All of a segment but where it begins.
 
     Attributes:
-        source, target: address of the first run in block 0.
         nbytes: length of one contiguous run at the source.
         target_nbytes: at the target, which differs only if elements change their type.
         loops: around it, in the order of the source's memory, outermost first.
         source_block, target_block: bytes from one block to the next.
-        source_buffer, target_buffer: in which allocation it lies on either side.
         cast: of the elements, None where bytes are copied.
     """
 
-    source: int
-    target: int
     nbytes: int
     target_nbytes: int
     loops: tuple[Loop, ...]
     source_block: int
     target_block: int
-    source_buffer: int
-    target_buffer: int
     cast: Cast | None
-
-    @property
-    def runs_per_block(self) -> int:
-        """How many runs it has in each block."""
-        runs = 1
-        for loop in self.loops:
-            runs *= loop.count
-        return runs
 
     @property
     def joins_blocks(self) -> bool:
         """Neighbouring blocks continue the run on both sides."""
         return self.nbytes == self.source_block and self.target_nbytes == self.target_block
 
-    def __str__(self) -> str:
-        loops = "".join(f"{x.count} x (+{x.source_stride}, {x.target_stride:+}) of " for x in self.loops)
-        joined = "joined by neighbouring blocks" if self.joins_blocks else "per block"
-        return f"{loops}{self.nbytes} bytes, {joined}"
+
+class Segment(NamedTuple):
+    """A regular set of runs: for each block and each step of each loop, ``nbytes`` bytes from source to target.
+
+    Attributes:
+        source, target: address of the first run in block 0.
+        source_buffer, target_buffer: in which allocation it lies on either side.
+        shape: the rest.
+    """
+
+    source: int
+    target: int
+    source_buffer: int
+    target_buffer: int
+    shape: Shape
 
 
 def record_of(component: str) -> str:
@@ -176,57 +172,34 @@ def segments(overlaps: Iterable[Overlap], source_token: int, target_token: int, 
             Loop(tokens, s.token, t.token),
             Loop(end - element, a.element_stride, b.element_stride),
         )
-        made.append(
-            Segment(
-                source=a.address(head, element, source_token),
-                target=b.address(head, element, target_token),
-                nbytes=a.itemsize,
-                target_nbytes=b.itemsize,
-                loops=tuple(loop for loop in loops if loop.count > 1),
-                source_block=s.block,
-                target_block=t.block,
-                source_buffer=a.region.buffer,
-                target_buffer=b.region.buffer,
-                cast=cast,
-            )
-        )
-    return [fold(segment) for segment in fuse(made)]
+        inside = tuple(loop for loop in loops if loop.count > 1)
+        shape = Shape(a.itemsize, b.itemsize, inside, s.block, t.block, cast)
+        places = a.address(head, element, source_token), b.address(head, element, target_token)
+        made.append(Segment(*places, a.region.buffer, b.region.buffer, shape))
+    fused = fuse(made)
+    folded = {shape: fold(shape) for shape in {segment.shape for segment in fused}}
+    return [segment._replace(shape=folded[segment.shape]) for segment in fused]
 
 
 def fuse(parts: list[Segment]) -> list[Segment]:
     """Segments of one shape at equal distances on both sides become one with a loop more, until none is left."""
     while True:
+        alike: dict[tuple[object, ...], list[Segment]] = defaultdict(list)
+        for segment in parts:
+            alike[segment[2:]].append(segment)
         fused: list[Segment] = []
-        for same in _by_shape(parts).values():
-            same.sort(key=lambda segment: segment.source)
+        for same in alike.values():
+            same.sort()
             for run in _progressions([(segment.source, segment.target) for segment in same]):
                 first = same[run.start]
                 if len(run) > 1:
                     second = same[run.start + 1]
                     loop = Loop(len(run), second.source - first.source, second.target - first.target)
-                    first = replace(first, loops=(loop, *first.loops))
+                    first = first._replace(shape=first.shape._replace(loops=(loop, *first.shape.loops)))
                 fused.append(first)
         if len(fused) == len(parts):
             return fused
         parts = fused
-
-
-def _by_shape(parts: Iterable[Segment]) -> dict[tuple[object, ...], list[Segment]]:
-    """Segments that differ in nothing but where they begin."""
-    shapes: dict[tuple[object, ...], list[Segment]] = defaultdict(list)
-    for x in parts:
-        shape = (
-            x.nbytes,
-            x.target_nbytes,
-            x.loops,
-            x.source_block,
-            x.target_block,
-            x.source_buffer,
-            x.target_buffer,
-            x.cast,
-        )
-        shapes[shape].append(x)
-    return shapes
 
 
 def _progressions(points: list[tuple[int, int]]) -> Iterator[range]:
@@ -247,12 +220,11 @@ def _difference(points: list[tuple[int, int]], i: int) -> tuple[int, int]:
     return points[i][0] - points[i - 1][0], points[i][1] - points[i - 1][1]
 
 
-def fold(segment: Segment) -> Segment:
+def fold(shape: Shape) -> Shape:
     """Loops that continue the run lengthen it; a loop that continues another lengthens that. Inner loops come last."""
-    nbytes, target_nbytes = segment.nbytes, segment.target_nbytes
-    left = sorted(segment.loops, key=lambda loop: loop.source_stride)
+    nbytes, target_nbytes = shape.nbytes, shape.target_nbytes
     kept: list[Loop] = []
-    for loop in left:
+    for loop in sorted(shape.loops, key=lambda loop: loop.source_stride):
         if not kept and (loop.source_stride, loop.target_stride) == (nbytes, target_nbytes):
             nbytes, target_nbytes = nbytes * loop.count, target_nbytes * loop.count
         elif kept and all(
@@ -265,7 +237,7 @@ def fold(segment: Segment) -> Segment:
             kept[-1] = replace(kept[-1], count=kept[-1].count * loop.count)
         else:
             kept.append(loop)
-    return replace(segment, nbytes=nbytes, target_nbytes=target_nbytes, loops=tuple(reversed(kept)))
+    return shape._replace(nbytes=nbytes, target_nbytes=target_nbytes, loops=tuple(reversed(kept)))
 
 
 def content_sizes(group: CacheGroup) -> dict[tuple[int, str], int]:
