@@ -2,6 +2,7 @@
 """kvxfer moves the KV cache of a request from the engine that computed it to the engine that continues it."""
 
 from kvxfer.agent import Capabilities, TransferAgent
+from kvxfer.blocks import BlockTable
 from kvxfer.buffer import DeviceBuffer, HostBuffer
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
@@ -11,13 +12,16 @@ from kvxfer.layout import CacheGroup, CacheRegion, CacheSpec, KVLayout
 from kvxfer.lease import LeaseRef
 from kvxfer.memory import Descriptors, Memory, MemoryKind
 from kvxfer.plan import TransferPlan, plan
+from kvxfer.route import Costs, Route
 from kvxfer.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
 
 __all__ = [
+    "BlockTable",
     "CacheGroup",
     "CacheRegion",
     "CacheSpec",
     "Capabilities",
+    "Costs",
     "Descriptors",
     "DeviceBuffer",
     "Done",
@@ -34,6 +38,7 @@ __all__ = [
     "LeaseSettled",
     "Memory",
     "MemoryKind",
+    "Route",
     "Settings",
     "Transfer",
     "TransferAgent",

@@ -465,11 +465,10 @@ class DataPath:
         for each in flying.values():
             each.leg.reading.pending -= 1
         # What is copied by devices goes on, and has to end before its slots are used again.
-        copying = [each for each in self._copying if each.leg.reading in touched]
-        for each in copying:
-            self._copying.remove(each)
-            each.leg.reading.pending -= 1
-            for copy in each.copies:
+        for copying in [each for each in self._copying if each.leg.reading in touched]:
+            self._copying.remove(copying)
+            copying.leg.reading.pending -= 1
+            for copy in copying.copies:
                 copy.wait()
         again = []
         for reading in touched:

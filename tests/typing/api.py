@@ -31,13 +31,15 @@ def describe_a_cache() -> kvxfer.KVCache:
     return cache
 
 
-def ask_a_plan(source: kvxfer.KVCache, target: kvxfer.KVCache) -> kvxfer.Descriptors:
-    """Which bytes go where, without a peer and without a device."""
-    made: kvxfer.TransferPlan = kvxfer.plan(source.spec, target.spec)
-    text: str = str(made.explain())
-    spans: kvxfer.Descriptors = made.bind([1, 2, 3], np.array([7, 8, 9]))
-    total: int = spans.total_nbytes
-    print(text, total, len(spans))
+def ask_a_plan(sources: list[kvxfer.KVCache], target: kvxfer.KVCache) -> kvxfer.Descriptors:
+    """Which bytes of which rank go where, without a peer and without a device."""
+    made: kvxfer.TransferPlan = kvxfer.plan([source.spec for source in sources], target.spec, convert=False)
+    shards: tuple[kvxfer.CacheSpec, ...] = made.sources
+    spans: kvxfer.Descriptors = made.parts[0].bind([1, 2, 3], np.array([7, 8, 9]))
+    table = kvxfer.BlockTable([4, 5], first_token=32)
+    rest: kvxfer.Descriptors = kvxfer.plan(shards[0], target.spec).parts[0].bind([1, 2, 3, 4], table, (40, None))
+    total: int = spans.total_nbytes + rest.total_nbytes
+    print(total, len(spans))
     return spans
 
 
@@ -45,6 +47,8 @@ def prefill(endpoint: kvxfer.Endpoint) -> str:
     """A producer announces early, offers when the blocks are complete, and may change its mind."""
     ref: kvxfer.LeaseRef = endpoint.announce(request="req-7", num_tokens=700, digest="")
     endpoint.offer(ref, [4, 5, 6])
+    window = kvxfer.BlockTable(np.arange(2), first_token=512)
+    endpoint.offer(endpoint.announce(), [[1, 2, 3], window])
     other: kvxfer.LeaseRef = endpoint.lease(np.arange(8), request="req-8")
     endpoint.revoke(other)
     travelling: str = ref.to_json()
@@ -55,7 +59,7 @@ async def decode(endpoint: kvxfer.Endpoint, text: str) -> int:
     """A consumer holds, then reads or drops; it may block, poll or await."""
     ref = kvxfer.LeaseRef.from_json(text)
     endpoint.hold(ref)
-    transfer: kvxfer.Transfer = endpoint.read(ref, into=[0, 1], skip_blocks=1, timeout_s=5.0)
+    transfer: kvxfer.Transfer = endpoint.read(ref, into=[0, 1], tokens=(16, None), timeout_s=5.0)
     if transfer.wait(timeout_s=0.0) and transfer.done:
         error: kvxfer.KvxferError | None = transfer.error
         print(error)
@@ -86,6 +90,17 @@ def an_endpoint(cache: kvxfer.KVCache) -> Iterator[kvxfer.Endpoint]:
         metrics: str = endpoint.metrics.prometheus_text()
         print(address, endpoint.name, endpoint.epoch, metrics)
         yield endpoint
+
+
+def an_endpoint_that_converts(cache: kvxfer.KVCache) -> kvxfer.Endpoint:
+    """How bytes travel is chosen by measured costs; a route may be given instead, and elements may be converted."""
+    costs: kvxfer.Costs = kvxfer.Costs.load()
+    costs.save("costs.json")
+    routes: list[kvxfer.Route] = list(kvxfer.Route)
+    print(routes, costs.wire_s(1, 4096))
+    return kvxfer.Endpoint(
+        cache, "inproc", convert=True, costs=kvxfer.Costs(descriptor_s=1e-6), route=kvxfer.Route.BOTH
+    )
 
 
 def list_agents() -> dict[str, str | None]:

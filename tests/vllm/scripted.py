@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ScriptedTransfer:
     """Stands in for `kvxfer.transfer.Transfer`."""
 
-    def __init__(self, ref: LeaseRef, into: list[int], skip_blocks: int) -> None:
-        self.ref, self.into, self.skip_blocks = ref, into, skip_blocks
+    def __init__(self, ref: LeaseRef, into: list[int], tokens: tuple[int, int | None]) -> None:
+        self.ref, self.into, self.tokens = ref, into, tokens
         self.seconds, self.nbytes, self.descriptors = 0.25, 4096 * len(into), len(into)
 
 
@@ -70,9 +70,9 @@ class ScriptedEndpoint:
     def hold(self, ref: LeaseRef) -> None:
         self._called("hold", ref.token)
 
-    def read(self, ref: LeaseRef, into: Sequence[int], *, skip_blocks: int) -> ScriptedTransfer:
-        self._called("read", ref.token, list(into), skip_blocks)
-        transfer = self.reading[ref.token] = ScriptedTransfer(ref, list(into), skip_blocks)
+    def read(self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None]) -> ScriptedTransfer:
+        self._called("read", ref.token, list(into), tokens)
+        transfer = self.reading[ref.token] = ScriptedTransfer(ref, list(into), tokens)
         return transfer
 
     def drop(self, ref: LeaseRef) -> None:
@@ -103,7 +103,9 @@ class ScriptedEndpoint:
             self._events.append(Failed(transfer, error))
             return
         assert owner is not None
-        source = owner.offered[token][transfer.skip_blocks :]
+        (first, stop), block_tokens = transfer.tokens, owner.kv[0].shape[2]
+        assert stop is None and first % block_tokens == 0
+        source = owner.offered[token][first // block_tokens :]
         assert len(source) == len(transfer.into)
         for mine, theirs in zip(self.kv, owner.kv, strict=True):
             mine[transfer.into] = theirs[source]

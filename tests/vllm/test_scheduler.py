@@ -107,7 +107,7 @@ def test_partial_prefix_hit_reads_only_the_rest(pair):
     consumer.add("d", prompt, params, max_tokens=3)
     consumer.run()
     (read,) = [call for call in scripted(consumer).calls if call[0] == "read"]
-    assert (len(read[2]), read[3]) == (3, 2)
+    assert (len(read[2]), read[3]) == (3, (2 * BLOCK_TOKENS, None))
     assert consumer.answers["d"].tokens == expected(prompt, 3)
 
 
@@ -121,7 +121,8 @@ def test_whole_prefix_hit_reads_the_last_block(pair):
         consumer.run()
         assert consumer.answers[f"d-{attempt}"].tokens == expected(prompt, 3)
     reads = [call for call in scripted(consumer).calls if call[0] == "read"]
-    assert [(len(blocks), skip) for _, _, blocks, skip in reads] == [(3, 0), (1, 2)]
+    last = 2 * BLOCK_TOKENS
+    assert [(len(blocks), tokens) for _, _, blocks, tokens in reads] == [(3, (0, None)), (1, (last, None))]
     drain(producer, consumer)
 
 

@@ -195,9 +195,9 @@ def test_hybrid_allocator_is_not_claimed():
     assert vllm_config().scheduler_config.disable_hybrid_kv_cache_manager
 
 
-def _caches(num_blocks=8, heads=2):
+def _caches(num_blocks=8, heads=2, tokens=32):
     names = kv_cache_config().kv_cache_groups[0].layer_names
-    return {name: torch.zeros(num_blocks, heads, 32, 8) for name in names}, names
+    return {name: torch.zeros(num_blocks, heads, tokens, 8) for name in names}, names
 
 
 def test_cache_of_one_rank():
@@ -215,9 +215,19 @@ def test_cache_of_one_rank():
 
 
 def test_kernel_blocks_smaller_than_table_blocks():
-    """A cache cut into smaller blocks than the block table's is refused at start-up."""
-    layers, names = _caches(num_blocks=16)
-    with pytest.raises(ConfigError, match="smaller blocks"):
+    """A cache cut into smaller blocks than the block table's is described as such: ids are the block table's."""
+    layers, names = _caches(num_blocks=16, tokens=16)
+    cache = describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+    (group,) = cache.spec.groups
+    assert (group.block_tokens, group.num_blocks) == (32, 8)
+    assert {(region.extents.block, region.extents.token) for region in group.regions} == {(16, 16)}
+
+
+@pytest.mark.parametrize(("num_blocks", "tokens"), [(16, 32), (4, 32), (8, 16), (7, 32)])
+def test_a_cache_that_is_not_the_block_tables(num_blocks, tokens):
+    """A cache that holds more or fewer tokens than the block table is refused at start-up, with the numbers of both."""
+    layers, names = _caches(num_blocks=num_blocks, tokens=tokens)
+    with pytest.raises(ConfigError, match=f"{num_blocks} blocks of {tokens} tokens, the block table 8 of 32"):
         describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
 
 
