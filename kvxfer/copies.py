@@ -126,13 +126,12 @@ class Copy:
             DescriptorError: a field is not as documented, or something lies outside the memory.
         """
         self._check_fields()
-        for what, size, (low, high) in (
-            ("reads", source_nbytes, self.source_bounds()),
-            ("writes", target_nbytes, self.target_bounds()),
-        ):
-            if low < 0 or high > size:
-                raise DescriptorError(f"a copy {what} bytes {low} to {high} of {size}: outside the memory")
+        low, high = self.source_bounds()
+        if low < 0 or high > source_nbytes:
+            raise DescriptorError(f"a copy reads bytes {low} to {high} of {source_nbytes}: outside the memory")
         low, high = self.target_bounds()
+        if low < 0 or high > target_nbytes:
+            raise DescriptorError(f"a copy writes bytes {low} to {high} of {target_nbytes}: outside the memory")
         if self.runs * self.target_nbytes > high - low:
             raise DescriptorError(f"target runs overlap: there is no room for all of them in {high - low} bytes")
 

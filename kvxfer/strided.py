@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     Convert = Callable[[Bytes], Bytes]
 
 _BATCH_NBYTES: Final = 1 << 18
-"""What is gathered before it is cast or scattered; of this size it stays in the cache."""
+"""What is gathered before it is scattered; of this size it stays in the cache."""
+
+_CAST_NBYTES: Final = 1 << 17
+"""The same for elements that are cast, which takes several arrays on the way."""
 
 _BATCH_RUNS: Final = 1 << 13
 """Indices are made for at most so many runs at a time, so that they stay in the cache too."""
@@ -241,7 +244,7 @@ def _continues(outer: _Axis, inner: _Axis) -> bool:
 def _in_pieces(nest: _Nest, cast: Cast) -> Iterator[_Nest]:
     """The same, long runs cut into pieces of which several fit in a batch."""
     sizes = DTYPE_NBYTES[cast.source], DTYPE_NBYTES[cast.target]
-    piece = _BATCH_NBYTES // 16
+    piece = _CAST_NBYTES // 16
     count, rest = divmod(nest.nbytes[_SOURCE] // sizes[_SOURCE], piece)
     if count == 0:
         yield nest
@@ -300,7 +303,8 @@ def _indexed(nest: _Nest, source: Bytes, target: Bytes, convert: Convert | None)
     one_pass = read.in_line or (written.in_line and read.packed)
     batch_runs = _BATCH_RUNS
     if convert is not None or not one_pass:
-        batch_runs = min(batch_runs, max(1, _BATCH_NBYTES // max(nest.nbytes)))
+        nbytes = _BATCH_NBYTES if convert is None else _CAST_NBYTES
+        batch_runs = min(batch_runs, max(1, nbytes // max(nest.nbytes)))
     for here, there in zip(read.batches(batch_runs), written.batches(batch_runs), strict=True):
         if convert is not None:
             elements = np.ascontiguousarray(read.array[here]).view(np.uint8)
