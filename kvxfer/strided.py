@@ -66,7 +66,7 @@ def copy_runs(copies: Iterable[Copy], source: Bytes, target: Bytes) -> None:
                 _indexed(part, source, target, convert)
         elif nest.starts is None:
             _strided(nest, source, target)
-        elif nest.nbytes[_SOURCE] * nest.runs >= _BATCH_NBYTES * nest.starts.count:
+        elif nest.each_start_is_a_batch:
             for one in nest.each_start():
                 _strided(one, source, target)
         else:
@@ -121,6 +121,12 @@ class _Nest:
     def starts(self) -> _Axis | None:
         """The axis that is not regular."""
         return next((axis for axis in self.axes if axis.offsets is not None), None)
+
+    @property
+    def each_start_is_a_batch(self) -> bool:
+        """By bytes, or by runs that are so short that finding each by an index costs more than copying it."""
+        starts = 1 if self.starts is None else self.starts.count
+        return self.runs > _BATCH_RUNS * starts or self.runs * self.nbytes[_SOURCE] >= _BATCH_NBYTES * starts
 
     def each_start(self) -> Iterator[_Nest]:
         """A regular nest for each step of the axis that is not."""

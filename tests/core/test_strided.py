@@ -149,7 +149,7 @@ ORDERS = ["bhn", "bnh", "hbn", "nbh"]
 
 @pytest.mark.parametrize("blocks", ["contiguous", "fragmented"])
 @pytest.mark.parametrize("order", list(itertools.product(ORDERS, ORDERS)), ids="-".join)
-@pytest.mark.parametrize("nbytes", [16, 40, 512])
+@pytest.mark.parametrize("nbytes", [1, 16, 40, 512])
 def test_copies_of_several_batches(nbytes, order, blocks):
     """Blocks, heads and tokens in any order on either side, in numbers that need batches and tiles."""
     counts = {"b": 100, "h": 6, "n": 40}
@@ -167,6 +167,20 @@ def test_copies_of_several_batches(nbytes, order, blocks):
     )  # fmt: skip
     copy_runs([copy], source, target)
     assert (there == here[ids]).all()
+
+
+@pytest.mark.parametrize("nbytes", [1, 2, 600])
+def test_blocks_of_which_each_is_a_batch(nbytes):
+    """Fragmented blocks of very many runs, or of very many bytes, whose elements are transposed."""
+    blocks, rows, columns = 5, 150, 130
+    source, target = noise(blocks * rows * columns * nbytes, 1), noise((blocks + 2) * rows * columns * nbytes, 2)
+    here, there = source.reshape(blocks, rows, columns, nbytes), target.reshape(blocks + 2, columns, rows, nbytes)
+    loops = (Loop(rows, columns * nbytes, nbytes), Loop(columns, nbytes, rows * nbytes))
+    size, ids = rows * columns * nbytes, [6, 0, 2, 5, 1]
+    expected = there.copy()
+    expected[ids] = here.transpose(0, 2, 1, 3)
+    copy_runs([Copy(i64([0]), i64([0]), i64(range(blocks)) * size, i64(ids) * size, loops, nbytes)], source, target)
+    np.testing.assert_array_equal(there, expected)
 
 
 def test_runs_that_are_cast_in_pieces():
