@@ -120,7 +120,7 @@ class DataPath:
         self._peers: dict[bytes, AgentPeer] = {}
         self._proven: set[bytes] = set()
         """Peers from which this agent has read something."""
-        self._readings: dict[str, Reading] = {}
+        self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
         self._copying: list[_Copying] = []
         self._for_scratch: FairQueue[_Waiting] = FairQueue()
@@ -180,12 +180,12 @@ class DataPath:
         if isinstance(job, StartRead):
             self._start(Reading(job))
         elif isinstance(job, ChunkStaged):
-            reading = self._readings.get(job.transfer.ref.token)
-            if reading is not None and reading.error is None and reading.job.transfer is job.transfer:
+            reading = self._readings.get(job.transfer)
+            if reading is not None and reading.error is None:
                 leg = next(leg for leg in reading.legs if leg.source.number == job.source)
                 self._guarded(leg, lambda: leg.staged(self, job.number, job.address))
         elif isinstance(job, StopRead):
-            reading = self._readings.get(job.transfer.ref.token)
+            reading = self._readings.get(job.transfer)
             if reading is not None and any(leg.asks for leg in reading.legs):
                 self._fail(reading, job.error)
         elif isinstance(job, StartPack):
@@ -262,7 +262,9 @@ class DataPath:
     # -- reads: what a leg asks of this thread ----------------------------------------------------------------------
 
     def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
-        """See `Carrier`."""
+        """See `Carrier`. For a read that has failed nothing is started any more: nobody would wait for it."""
+        if leg.reading.error is not None:
+            return
         agent = self._ensure_agent()
         info = leg.source.agent_info
         peer = self._peers.get(info)
@@ -283,8 +285,9 @@ class DataPath:
 
     def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
         """See `Carrier`."""
-        self._for_scratch.put(leg.reading, _Waiting(leg, then))
-        self._serve_waiting()
+        if leg.reading.error is None:
+            self._for_scratch.put(leg.reading, _Waiting(leg, then))
+            self._serve_waiting()
 
     def give_scratch(self, leg: Leg, scratch: int) -> None:
         """See `Carrier`."""
@@ -297,8 +300,9 @@ class DataPath:
 
     def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
         """See `Carrier`."""
-        self._for_slot.put(leg.reading, _Waiting(leg, then))
-        self._serve_waiting()
+        if leg.reading.error is None:
+            self._for_slot.put(leg.reading, _Waiting(leg, then))
+            self._serve_waiting()
 
     def give_slot(self, leg: Leg, slot: int) -> None:
         """See `Carrier`."""
@@ -319,7 +323,8 @@ class DataPath:
 
     def stage(self, leg: Leg, message: Stage) -> None:
         """See `Carrier`."""
-        self._ends.stage(leg.reading.job.transfer, leg.source.number, message)
+        if leg.reading.error is None:
+            self._ends.stage(leg.reading.job.transfer, leg.source.number, message)
 
     def unstage(self, leg: Leg, numbers: list[int]) -> None:
         """See `Carrier`."""
@@ -337,7 +342,7 @@ class DataPath:
     # -- reads: what happens to them --------------------------------------------------------------------------------
 
     def _start(self, reading: Reading) -> None:
-        self._readings[reading.job.transfer.ref.token] = reading
+        self._readings[reading.job.transfer] = reading
         try:
             reading.start(self)
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
@@ -413,9 +418,9 @@ class DataPath:
 
     def _end(self, reading: Reading) -> None:
         transfer, error = reading.job.transfer, reading.error
-        if self._readings.get(transfer.ref.token) is not reading:
+        if self._readings.get(transfer) is not reading:
             return
-        del self._readings[transfer.ref.token]
+        del self._readings[transfer]
         for scratch in reading.scratches:
             self._board.give_scratch(scratch)
         for slot in reading.slots:

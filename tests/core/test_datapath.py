@@ -6,10 +6,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from kvxfer.actions import ForgetAgent, PackKey, Source, StartPack, StartRead
+from kvxfer.actions import ChunkStaged, EndPack, ForgetAgent, PackKey, Source, StartPack, StartRead, StopRead
 from kvxfer.blocks import BlockTable, tables
 from kvxfer.config import Settings
 from kvxfer.datapath import DataPath
@@ -29,7 +31,8 @@ from kvxfer.lease import LeaseRef
 from kvxfer.metrics import Metrics
 from kvxfer.packer import Packer
 from kvxfer.plan import plan
-from kvxfer.route import Costs, Router
+from kvxfer.image import Images
+from kvxfer.route import Costs, Route, Router
 from kvxfer.staging import StagingArena
 from kvxfer.testing import eventually, stays
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
@@ -523,15 +526,16 @@ def test_a_first_contact_that_hangs_is_begun_again():
         rig.close()
 
 
-def test_a_contact_that_hangs_twice_ends_by_the_deadline():
-    """A peer that cannot be reached by any agent costs one new agent, not one after the other."""
+def test_a_contact_that_always_hangs_ends_by_the_deadline():
+    """A peer that cannot be reached by any agent costs a few new agents, each given twice as long as the one before."""
     rig = Rig(contact_s=0.05, met=False)
     rig.faults = Faults(hang=range(1000))
     rig.path.start()
     try:
         rig.read(2, 3, timeout_s=1.0)
         assert isinstance(rig.end()[1], TransferTimeoutError)
-        assert rig.fences() == 2 and rig.block(3) == rig.before[3]
+        # Given up after 0.05, 0.1, 0.2 and 0.4 s, and then by the deadline; fewer where this machine is slow.
+        assert 2 <= rig.fences() <= 5 and rig.block(3) == rig.before[3]
     finally:
         rig.close()
 
@@ -544,5 +548,83 @@ def test_a_lease_that_has_ended_moves_no_bytes_from_a_new_peer():
         rig.read(2, 3, posted=False)
         assert isinstance(rig.end()[1], LeaseEndedError)
         assert rig.block(3) == rig.before[3]
+    finally:
+        rig.close()
+
+
+# -- several sources -----------------------------------------------------------------------------------------------------
+
+
+def heads(rig, number):
+    """The block as the ranks of the source have it."""
+    shards = [np.frombuffer(rig.block(number, sender.cache), np.uint16) for sender in rig.senders]
+    return np.concatenate([shard.reshape(2, 1, 4, 16) for shard in shards], axis=1).tobytes()
+
+
+@pytest.mark.parametrize("met", [False, True])
+def test_bytes_of_two_sources(met):
+    """A read of two ranks has the heads of both, looks at the cells of both, and ends once."""
+    rig = Rig(ranks=2, met=met)
+    rig.path.start()
+    try:
+        transfer = rig.read(3, 4)
+        assert transfer.wait(10) and rig.end() == (transfer, None)
+        assert rig.block(4) == heads(rig, 3) and rig.block(5) == rig.before[5]
+        assert transfer.nbytes == rig.cache.spec.groups[0].block_nbytes and rig.ended.empty()
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_wiped_cell_of_two_is_never_done(rank):
+    """Bytes of which one rank's lease has ended are thrown away, whatever the other says."""
+    rig = Rig(ranks=2)
+    rig.path.start()
+    try:
+        job = rig.job()
+        board, cell = rig.senders[rank].board, job.sources[rank].cell
+        board.wipe(cell)
+        rig.path.do(job)
+        assert isinstance(rig.end()[1], LeaseEndedError)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("met", [False, True])
+@pytest.mark.parametrize("route", [None, *Route])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_source_that_fails_at_once_starts_nothing_of_the_other(met, route, bad):
+    """After Failed nothing more is read into the blocks, and nothing is kept: also where the other rank had not begun."""
+    rig = Rig(ranks=2, met=met, route=route)
+    rig.faults = Faults(slow=ALWAYS, slow_s=0.02)
+    rig.path.start()
+    try:
+        for _ in range(3):
+            rig.read([1, 2, 3], [4, 5, 6], agent_info={bad: b"\0"}, timeout_s=1.0)
+            assert isinstance(rig.end()[1], (PeerInfoError, TransferTimeoutError))
+            now = [rig.block(i) for i in (4, 5, 6)]
+            # Idle: nothing is in flight that could write later.
+            assert not rig.path._flying and not rig.path._readings
+            stays(lambda now=now: [rig.block(i) for i in (4, 5, 6)] == now, for_s=0.1)
+    finally:
+        rig.close()
+
+
+def test_two_reads_of_one_lease_both_end():
+    """A read that comes while another one of the same lease is under way takes nothing from it: each ends, once."""
+    rig = Rig()
+    rig.faults = Faults(slow=ALWAYS, slow_s=0.02)
+    rig.path.start()
+    try:
+        first = rig.job(1, 4)
+        second = StartRead(
+            Transfer(first.transfer.ref, rig.job(1, 5).transfer.into, None, first.transfer.deadline, lambda _: None),
+            rig.job(1, 5).sources,
+        )
+        second = replace(second, sources=[replace(each, cell=first.sources[0].cell) for each in second.sources])
+        rig.path.do(first)
+        rig.path.do(second)
+        assert {rig.end() for _ in range(2)} == {(first.transfer, None), (second.transfer, None)}
+        assert [rig.block(i) for i in (4, 5)] == [rig.block(1, rig.source_cache)] * 2 and rig.ended.empty()
     finally:
         rig.close()
