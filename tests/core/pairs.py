@@ -239,10 +239,11 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def converted(raw: np.ndarray, source: str, target: str, factor: float) -> np.ndarray:
-    """Bytes of elements ``[..., byte]`` in another dtype and times ``factor``, saturated."""
+    """Bytes of elements ``[..., byte]`` in another dtype and times ``factor``, through float32, saturated."""
     if source == target and factor == 1.0:
         return raw
-    return encoded(np.ascontiguousarray(raw).view(numpy_dtype(source)).astype(np.float64) * factor, target)
+    values = np.ascontiguousarray(raw).view(numpy_dtype(source)).astype(np.float32)
+    return encoded((values * np.float32(factor)).astype(np.float64), target)
 
 
 def encoded(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random pairs of engines, moved through real endpoints on every route: threads, sockets, leases and all.
+
+The pairs, and the oracle that tells what has to arrive, are those of `tests.core.pairs`; that the planner itself is right is
+shown with many more of them in test_any_pair.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvxfer import registry
+from kvxfer.config import Settings
+from kvxfer.endpoint import Endpoint
+from kvxfer.errors import IncompatibleError
+from kvxfer.lease import LeaseRef
+from kvxfer.route import Costs, Route
+from tests.core.pairs import pair_cases
+
+MANY = settings(max_examples=max(500, settings.default.max_examples))
+SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
+
+# The smallest arena there is, so that requests of a few KiB are cut into chunks; and a model by which packing pays at once.
+TINY = Settings(staging_nbytes=1 << 15, retry_s=0.2)
+EAGER = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
+ROUTES = [None, None, *Route]
+
+
+def move(pair, agent: str, route: Route | None) -> None:
+    """Read the pair's request into every target rank; what arrives is checked against the oracle.
+
+    A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
+    """
+    expected = pair.expected()
+    with contextlib.ExitStack() as stack:
+
+        def endpoints(name, ranks, **more):
+            return [
+                stack.enter_context(Endpoint(rank.cache, agent, name=name, settings=TINY, costs=EAGER, **more))
+                for rank in ranks
+            ]
+
+        producers = endpoints("P", pair.sources)
+        consumers = endpoints("D", pair.targets, route=route, convert=pair.convert)
+        ref = LeaseRef.mint(owner="P", addresses=[endpoint.address for endpoint in producers], request="r")
+        for endpoint, rank in zip(producers, pair.sources, strict=True):
+            endpoint.announce(ref)
+            endpoint.offer(ref, rank.blocks)
+        transfers = [
+            endpoint.read(ref, rank.blocks, tokens=pair.tokens)
+            for endpoint, rank in zip(consumers, pair.targets, strict=True)
+        ]
+        refused = 0
+        for transfer in transfers:
+            try:
+                assert transfer.wait(60)
+            except IncompatibleError as error:
+                assert route is Route.DIRECT and pair.convert, error
+                assert "change their type on the way" in str(error)
+                refused += 1
+        if not refused:
+            for endpoint in producers:
+                (event,) = endpoint.poll(20)
+                assert event.token == ref.token and event.read
+        faults = [e.metrics.value("kvxfer_internal_errors_total") for e in (*producers, *consumers)]
+    assert not any(faults)
+    assert not any(endpoint._data.arena.in_use for endpoint in (*producers, *consumers))
+    if not refused:
+        pair.check(expected)
+
+
+@MANY
+@given(pair_cases(), st.sampled_from(ROUTES))
+def test_any_cache_is_read_into_any_other(pair, route):
+    """Through endpoints over the reference agent, on a route of choice or of the model's: the right bytes and no others."""
+    move(pair, "inproc", route)
+
+
+@settings(max_examples=max(100, settings.default.max_examples // 10))
+@given(pair_cases(convert=True), st.sampled_from(ROUTES))
+def test_any_dtype_is_read_into_any_other(pair, route):
+    """The same with elements that change their type and scale on the way."""
+    pytest.importorskip("ml_dtypes")
+    move(pair, "inproc", route)
+
+
+@SOME
+@given(pair_cases(), st.sampled_from(ROUTES))
+@pytest.mark.skipif(registry.why_unavailable("nixl") is not None, reason=str(registry.why_unavailable("nixl")))
+def test_a_sample_of_them_over_nixl(pair, route):
+    """A sample of such pairs, moved by real NIXL."""
+    move(pair, "nixl", route)
