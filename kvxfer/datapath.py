@@ -160,10 +160,12 @@ class DataPath:
             self._started.set_exception(error)
             return
         self._started.set_result(described)
-        nap_s = _SHORTEST_NAP_S
+        nap_s, moved = _SHORTEST_NAP_S, False
         while True:
             try:
-                job = self._next_job(nap_s)
+                # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
+                job = self._next_job(None if moved else nap_s)
+                moved = False
                 if isinstance(job, _Close):
                     break
                 moved = job is not None
@@ -195,8 +197,10 @@ class DataPath:
         else:
             self._forget(job.agent_info)
 
-    def _next_job(self, nap_s: float) -> DataAction | _Close | None:
+    def _next_job(self, nap_s: float | None) -> DataAction | _Close | None:
         try:
+            if nap_s is None:
+                return self._jobs.get_nowait()
             if self._flying or self._copying or self._packer.busy:
                 eager = self._agent is not None and self._agent.eager
                 return self._jobs.get_nowait() if eager else self._jobs.get(timeout=nap_s)
@@ -236,6 +240,7 @@ class DataPath:
 
     def _turn(self) -> bool:
         """Poll until nothing more ends at once; True if anything did."""
+        under_way = len(self._readings)
         moved = self._packer.turn()
         if self._agent is None:
             self._remake_agent()
@@ -257,7 +262,7 @@ class DataPath:
         self._serve_waiting()
         self._give_up_late()
         self._fence_if_due()
-        return moved
+        return moved or len(self._readings) != under_way
 
     # -- reads: what a leg asks of this thread ----------------------------------------------------------------------
 

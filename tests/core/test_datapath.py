@@ -26,12 +26,12 @@ from kvxfer.errors import (
     TransferTimeoutError,
 )
 from kvxfer.fence import LeaseBoard
+from kvxfer.image import Images
 from kvxfer.inproc import InprocAgent
 from kvxfer.lease import LeaseRef
 from kvxfer.metrics import Metrics
 from kvxfer.packer import Packer
 from kvxfer.plan import plan
-from kvxfer.image import Images
 from kvxfer.route import Costs, Route, Router
 from kvxfer.staging import StagingArena
 from kvxfer.testing import eventually, stays
@@ -43,7 +43,8 @@ from tests.core.virtual import small_cache
 class Ends:
     """Whom the data path tells, and what it said."""
 
-    def __init__(self):
+    def __init__(self, rig):
+        self.rig = rig
         self.ended = queue.SimpleQueue()
         self.replaced = []
         self.staged = queue.SimpleQueue()
@@ -64,6 +65,7 @@ class Ends:
 
     def unstage(self, transfer, source, numbers):
         self.unstaged.append((source, numbers))
+        self.rig.senders[source].taken.append(numbers)
 
 
 class Sender:
@@ -76,12 +78,14 @@ class Sender:
         memories = [*(b.memory for b in cache.buffers), self.board.memory, self.arena.memory]
         for memory in memories:
             self.agent.register(memory)
-        self.packs = []
+        self.packs, self.taken = [], []
         self.packer = Packer(cache, self.arena, lambda *pack: self.packs.append(pack))
 
     def pack(self, stage, *blocks):
         """The address of a chunk that is packed at once."""
         key = PackKey(stage.token, 0)
+        while self.taken:
+            self.packer.end(key, self.taken.pop())
         self.packer.start(StartPack(key, stage.number, stage.image, stage.tokens, [BlockTable(list(blocks))]))
         self.packer.turn()
         (_, _, address, error) = self.packs.pop()
@@ -92,11 +96,11 @@ class Sender:
 class Rig:
     """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from."""
 
-    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, staging=1 << 15):
+    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, slot=1 << 12):
         self.faults = Faults()
         self.agents = []
         self.refuse_to_make = None
-        self.ends = Ends()
+        self.ends = Ends(self)
         self.ended, self.replaced = self.ends.ended, self.ends.replaced
         self.metrics = Metrics()
         self.cache = small_cache(seed=2)
@@ -107,12 +111,12 @@ class Rig:
         self.before = [self.block(i) for i in range(32)]
         self.board = LeaseBoard(4, scratch)
         parts = plan([cache.spec for cache in caches], self.cache.spec).parts
-        self.routers = [Router(part, Costs(), slot_nbytes=1 << 12, only=route) for part in parts]
+        self.routers = [Router(part, Costs(), slot_nbytes=slot, only=route) for part in parts]
         self.path = DataPath(
             self._make,
             self.cache,
             self.board,
-            Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=staging),
+            Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=1 << 15),
             self.metrics,
             self.ends,
         )
@@ -626,5 +630,147 @@ def test_two_reads_of_one_lease_both_end():
         rig.path.do(second)
         assert {rig.end() for _ in range(2)} == {(first.transfer, None), (second.transfer, None)}
         assert [rig.block(i) for i in (4, 5)] == [rig.block(1, rig.source_cache)] * 2 and rig.ended.empty()
+    finally:
+        rig.close()
+
+
+# -- chunks --------------------------------------------------------------------------------------------------------------
+
+TEN, TO = list(range(10)), list(range(20, 30))
+
+
+@pytest.fixture(params=[Route.SOURCE_PACKED, Route.BOTH])
+def packed(request):
+    """A data path whose reads of ten blocks ask for ten chunks."""
+    rig = Rig(route=request.param, slot=512)
+    rig.path.start()
+    yield rig
+    rig.close()
+    assert rig.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+def asked(rig):
+    """The next chunk that is asked for."""
+    return rig.ends.staged.get(timeout=10)
+
+
+def serve(rig, count=None):
+    """Pack what is asked for until the read has ended, or so many chunks; returns their numbers."""
+    numbers = []
+    while count is None or len(numbers) < count:
+        try:
+            transfer, source, stage = rig.ends.staged.get(timeout=0.01)
+        except queue.Empty:
+            if count is None and not rig.path._readings:
+                return numbers
+            continue
+        numbers.append(stage.number)
+        rig.path.do(ChunkStaged(transfer, source, stage.number, rig.senders[source].pack(stage, *TEN)))
+    return numbers
+
+
+def test_chunk_by_chunk(packed):
+    """A packed read asks for its chunks a few at a time, takes each once, and has the bytes; its slots are free again."""
+    transfer = packed.read(TEN, TO)
+    transfer_of, source, first = asked(packed)
+    assert (transfer_of, source, first.token, first.number) == (transfer, 0, transfer.ref.token, 0)
+    ahead = [first, *(asked(packed)[2] for _ in range(3))]
+    stays(packed.ends.staged.empty, for_s=0.1)
+    for stage in ahead:
+        address = packed.senders[0].pack(stage, *TEN)
+        for _ in range(2):  # said twice, it is taken once
+            packed.path.do(ChunkStaged(transfer, 0, stage.number, address))
+    rest = serve(packed)
+    assert packed.end() == (transfer, None)
+    assert [packed.block(i) for i in TO] == [packed.block(i, packed.source_cache) for i in TEN]
+    numbers = [number for _, taken in packed.ends.unstaged for number in taken]
+    assert sorted(numbers) == [*range(4), *rest] == list(range(10))
+
+
+def test_chunks_that_nobody_asked_for(packed):
+    """Chunks of another read, with another number, or that come when all is over change nothing."""
+    before = packed.block(20)
+    transfer = packed.read(TEN, TO)
+    _, _, stage = asked(packed)
+    address = packed.senders[0].pack(stage, *TEN)
+    for whose, number in ((packed.job().transfer, 0), (transfer, 77)):
+        packed.path.do(ChunkStaged(whose, 0, number, address))
+    packed.path.do(StopRead(packed.job().transfer, TransferFailedError("of another read")))
+    stays(lambda: not transfer.done and packed.block(20) == before, for_s=0.1)
+    packed.path.do(StopRead(transfer, LeaseEndedError("expired")))
+    assert isinstance(packed.end()[1], LeaseEndedError)
+    packed.path.do(ChunkStaged(transfer, 0, 0, address))
+    packed.path.do(StopRead(transfer, LeaseEndedError("expired")))
+    assert packed.block(20) == before
+
+
+@pytest.mark.parametrize("address", [0, 1 << 40, (1 << 63) - 1])
+def test_a_chunk_outside_the_peers_memory(packed, address):
+    """A chunk that lies nowhere fails the read by name."""
+    transfer = packed.read(TEN, TO)
+    _, _, stage = asked(packed)
+    packed.path.do(ChunkStaged(transfer, 0, stage.number, address))
+    assert isinstance(packed.end()[1], DescriptorError)
+
+
+def test_a_read_whose_bytes_are_all_under_way_is_not_stopped(packed):
+    """A source that packs no more ends reads that wait for a chunk, and no other: the lease's cell decides about that."""
+    packed.faults = packed.agents[0].faults = Faults(slow=ALWAYS, slow_s=0.2)
+    transfer = packed.read([1, 2], [4, 5])
+    for stage in (asked(packed)[2], asked(packed)[2]):
+        packed.path.do(ChunkStaged(transfer, 0, stage.number, packed.senders[0].pack(stage, 1, 2)))
+    eventually(lambda: len(packed.path._flying) == 2)
+    packed.path.do(StopRead(transfer, LeaseEndedError("expired")))
+    assert packed.end() == (transfer, None)
+    assert packed.block(4) == packed.block(1, packed.source_cache)
+
+
+def test_the_deadline_of_a_read_that_waits_for_a_chunk(packed):
+    """A source that never packs costs the read its time, and says so."""
+    packed.read(TEN, TO, timeout_s=0.2)
+    _, error = packed.end()
+    assert isinstance(error, TransferTimeoutError) and "chunks" in str(error) and packed.fences() == 0
+
+
+def test_a_packed_read_is_started_again_with_other_numbers(packed):
+    """When the agent is replaced under a packed read, what it had asked for is given back, and all is asked for anew."""
+    packed.faults = packed.agents[0].faults = Faults(hang=ALWAYS)
+    transfer, guilty = packed.read(TEN, TO), packed.job([1], [1], timeout_s=0.3)
+    numbers = serve(packed, 4)
+    eventually(lambda: packed.path._flying)
+    packed.path.do(guilty)
+    _, _, stage = asked(packed)
+    packed.faults = Faults()
+    packed.path.do(ChunkStaged(guilty.transfer, 0, stage.number, packed.senders[0].pack(stage, 1)))
+    assert packed.end()[0] is guilty.transfer
+    again = serve(packed)
+    assert packed.end() == (transfer, None) and packed.fences() == 1
+    assert [packed.block(i) for i in TO] == [packed.block(i, packed.source_cache) for i in TEN]
+    assert not set(numbers) & set(again) and len(again) == 10
+    assert {number for _, taken in packed.ends.unstaged for number in taken} >= {*numbers, *again}
+
+
+def chunk_of(cache):
+    """What a chunk of the first block looks like."""
+    images = Images(plan(cache.spec, cache.spec).parts[0], "source", 512)
+    return images.image(next(images.chunks([(0, 4)]))).source
+
+
+def test_a_chunk_that_waits_for_a_slot_gets_the_one_that_a_failed_read_gave_back():
+    """Slots of a read that failed go to the next chunk that is to be packed, at once and not when something else happens."""
+    rig = Rig(route=Route.TARGET_UNPACKED, slot=512)
+    rig.faults = Faults(hang=ALWAYS)
+    rig.path.start()
+    try:
+        rig.read(TEN, TO, timeout_s=0.3)
+        eventually(lambda: rig.path.arena.in_use == 4)
+        key, image = PackKey("f" * 32, 0), chunk_of(rig.cache)
+        for number in range(6):
+            rig.path.do(StartPack(key, number, image, (0, 4), [BlockTable([3])]))
+        assert isinstance(rig.end()[1], TransferTimeoutError)
+        packs = [rig.ends.packs.get(timeout=5) for _ in range(6)]
+        assert all(address is not None for _, _, address, _ in packs)
+        rig.path.do(EndPack(key))
+        eventually(lambda: rig.path.arena.in_use == 0)
     finally:
         rig.close()
