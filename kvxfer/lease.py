@@ -278,8 +278,10 @@ class LeaseTable:
         lease = self._live.get(token)
         if lease is None:
             before = self._ended.get(token)
-            settled = before is not None and before.state is LeaseState.SETTLED
-            return settled and before is not None and before.holders.get(holder.rank) == holder, None
+            # A rank that had settled hears the same again, also if others let it expire.
+            return before is not None and holder.rank in before.settled and before.holders.get(
+                holder.rank
+            ) == holder, None
         if not lease.admits(holder):
             return False, None
         lease.holders[holder.rank] = holder

@@ -222,6 +222,114 @@ def test_memory_of_ended_leases_is_bounded(table):
     assert len(table) == 0
 
 
+# -- consumers of several ranks -----------------------------------------------------------------------------------------
+
+RANKS = [Holder("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
+
+
+@pytest.fixture
+def offered(table):
+    """A lease that anybody may open."""
+    table.announce(T1, "r", 0)
+    return table.offer(T1, [b"1234"], 0, [8])
+
+
+def test_settled_when_every_rank_has_settled(table, board, offered):
+    """The lease stands, cell and blocks, until the last rank of its consumer is done; one rank that read is enough for read."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    assert table.settle(T1, RANKS[2], read=True) == (True, None)
+    assert table.settle(T1, RANKS[2], read=True) == (True, None)
+    assert table.settle(T1, RANKS[0], read=False) == (True, None)
+    assert offered.state is LeaseState.ACTIVE and cell(board, offered) == bytes.fromhex(T1)
+    assert offered.blocks == [b"1234"] and offered.waiting() == [RANKS[1]]
+    assert table.settle(T1, RANKS[1], read=False) == (True, offered)
+    assert offered.state is LeaseState.SETTLED and offered.read and free(board)
+    assert [table.settle(T1, rank, read=True) for rank in RANKS] == [(True, None)] * 3
+
+
+def test_ranks_may_settle_what_they_never_opened(table, offered):
+    """Ranks that do not need the blocks settle unread, and that counts as much."""
+    assert [table.settle(T1, rank, read=False)[1] for rank in RANKS] == [None, None, offered]
+    assert not offered.read
+
+
+def test_a_rank_that_settled_is_done(table, offered):
+    """It can neither open the lease again nor renew it, while the others can; and it holds nothing any more."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    assert table.held(T1, RANKS[0]) is offered
+    table.settle(T1, RANKS[0], read=True)
+    with pytest.raises(LeaseEndedError, match="rank 0 has settled"):
+        table.open(T1, RANKS[0], 1)
+    assert table.renew([T1], RANKS[0], 10) == [T1] and table.renew([T1], RANKS[1], 20) == []
+    assert table.held(T1, RANKS[0]) is None and table.held(T1, RANKS[1]) is offered
+    assert offered.deadline == 50
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        Holder("other", "epoch 1", 1, 3),  # another engine
+        Holder("engine", "epoch x", 0, 3),  # the same rank, started again
+        Holder("engine", "epoch 1", 1, 2),  # another number of ranks
+        Holder("engine", "epoch 0", 0, 1),
+    ],
+    ids=["engine", "epoch", "world", "alone"],
+)
+def test_strangers_of_a_lease_in_use(table, offered, stranger):
+    """Another engine, another process of the same rank and an engine of another size cannot open, renew, hold or settle it."""
+    table.open(T1, RANKS[0], 0)
+    with pytest.raises(LeaseError, match="another consumer"):
+        table.open(T1, stranger, 1)
+    assert table.renew([T1], stranger, 10) == [T1] and table.held(T1, stranger) is None
+    assert table.settle(T1, stranger, read=True) == (False, None)
+    assert offered.deadline == 30 and offered.holders == {0: RANKS[0]} and not offered.settled
+
+
+def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
+    """Nothing is free early because the others are done, and their settlements are answered as before."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    for rank in RANKS[:2]:
+        table.settle(T1, rank, read=True)
+    assert table.expire(29.9) == [] and not free(board)
+    assert table.expire(30) == [offered] and offered.state is LeaseState.EXPIRED and free(board)
+    assert table.settle(T1, RANKS[0], read=True) == (True, None)
+    assert table.settle(T1, RANKS[2], read=True) == (False, None)
+
+
+def test_any_rank_keeps_it_alive(table, offered):
+    """One rank that renews is enough: the others may be late."""
+    table.open(T1, RANKS[0], 0)
+    for now in range(10, 200, 20):
+        assert table.renew([T1], RANKS[0], now) == [] and table.expire(now) == []
+    assert table.open(T1, RANKS[2], 210) is offered
+
+
+def test_held_only_while_it_stands(table, offered):
+    """Blocks are there for a rank that opened the lease, from the offer to its end; not before, and not for others."""
+    assert table.held(T1, RANKS[0]) is None and table.held(T2, RANKS[0]) is None
+    table.announce(T2, "r", 0)
+    table.open(T2, RANKS[0], 0)
+    assert table.held(T2, RANKS[0]) is None
+    table.open(T1, RANKS[0], 0)
+    assert table.held(T1, RANKS[0]) is offered and table.held(T1, RANKS[1]) is None
+    table.revoke(T1)
+    assert table.held(T1, RANKS[0]) is None and table.get(T1) is None
+
+
+def test_some_ranks_settle_before_the_offer(table):
+    """A lease that some ranks do not need is still offered to the others, and ends with the last of them."""
+    table.announce(T1, "r", 0)
+    table.settle(T1, RANKS[0], read=False)
+    lease = table.offer(T1, [], 1)
+    assert lease.state is LeaseState.OPEN and lease.waiting() == []
+    table.open(T1, RANKS[1], 2)
+    table.settle(T1, RANKS[1], read=True)
+    assert table.settle(T1, RANKS[2], read=False) == (True, lease)
+
+
 # -- the reference that travels -----------------------------------------------------------------------------------------
 
 
