@@ -7,6 +7,7 @@ bfloat16 and float8 are types of the library ml_dtypes, which is imported when a
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
     Floats = npt.NDArray[np.float32]
 
+_NUMPY: Final = frozenset({"float16", "float32"})
+
 CASTABLE: Final = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
 """Any of these is cast to any of these."""
 
@@ -31,8 +34,9 @@ _FLOAT8_MAX: Final = 448.0
 
 
 def can_cast(source: str, target: str) -> bool:
-    """Elements of the one dtype can be cast to the other (whether ml_dtypes is installed is not asked)."""
-    return source in CASTABLE and target in CASTABLE
+    """Elements of the one dtype can be cast to the other here: where ml_dtypes is missing, only those that NumPy knows can."""
+    known = _NUMPY | (CASTABLE if find_spec("ml_dtypes") is not None else frozenset())
+    return source in known and target in known
 
 
 def caster(cast: Cast) -> Callable[[Bytes], Bytes]:

@@ -27,7 +27,7 @@ from kvxfer.fence import LeaseBoard
 from kvxfer.lease import LeaseRef, LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
-from kvxfer.plan import plan
+from kvxfer.plan import CASTABLE, plan
 from kvxfer.producer import Producer
 from kvxfer.route import Costs, Route, Router
 from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
@@ -115,7 +115,9 @@ class Endpoint:
             raise
         addressable = all(buffer.memory is not None for buffer in cache.buffers)
         slot_nbytes = self._data.arena.slot_nbytes
-        self._identity = Identity(self.name, self.epoch, adapter, agent_info, cache.spec, addressable, slot_nbytes)
+        self._identity = Identity(
+            self.name, self.epoch, adapter, agent_info, cache.spec, addressable, slot_nbytes, _casts(cache)
+        )
         table = LeaseTable(self.settings, board)
         self._producer = Producer(self._identity, table, self.settings, self.metrics, self._actions)
         self._consumer = Consumer(self._identity, self.settings, self.metrics, self._actions, self._routes)
@@ -304,6 +306,7 @@ class Endpoint:
                 self._costs,
                 slot_nbytes=min(peer.slot_nbytes, self._identity.slot_nbytes),
                 addressable=(peer.addressable, self._identity.addressable),
+                casts=(peer.casts, self._identity.casts),
                 only=self._route,
             )
             for peer, part in zip(peers, made.parts, strict=True)
@@ -462,6 +465,15 @@ def _checked(ref: LeaseRef) -> LeaseRef:
     if not isinstance(ref, LeaseRef):
         raise LeaseRefError(f"a lease is a LeaseRef, not {type(ref).__name__}")
     return LeaseRef.from_obj(ref.to_obj())
+
+
+def _casts(cache: KVCache) -> frozenset[str]:
+    """Dtypes that all devices of a cache turn into its own, and back."""
+    own = cache.spec.dtype
+    pairs = {dtype: ((own, dtype), (dtype, own)) for dtype in CASTABLE}
+    return frozenset(
+        dtype for dtype, both in pairs.items() if all(b.can_cast(*pair) for b in cache.buffers for pair in both)
+    )
 
 
 def _interval(tokens: Any) -> tuple[int, int | None]:

@@ -402,8 +402,10 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         for region in regions:
             if region.component not in OPAQUE_COMPONENTS and region.content_nbytes % itemsize:
                 raise LayoutError(f"content of {region.content_nbytes} bytes holds no whole number of {self.dtype}")
-            if region.element_nbytes not in (0, itemsize):
-                raise LayoutError(f"elements of {region.element_nbytes} bytes are no {self.dtype}")
+            opaque = region.component in OPAQUE_COMPONENTS
+            if region.element_nbytes not in (0, 1 if opaque else itemsize):
+                what = "opaque" if opaque else self.dtype
+                raise LayoutError(f"elements of {region.element_nbytes} bytes are no {what}")
         for group in self.groups:
             halved = {scale.layer for scale in group.scales if scale.component in ("k", "v")}
             for region in group.regions:

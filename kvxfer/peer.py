@@ -23,6 +23,7 @@ class Identity:
         agent: name of the transfer adapter; ``agent_info`` its description, replaced when the agent is.
         addressable: the cache's memory can be read and written in place.
         slot_nbytes: largest chunk that this side can stage; 0 if none.
+        casts: dtypes that its devices can turn into each other.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Identity:
     spec: CacheSpec
     addressable: bool = True
     slot_nbytes: int = 0
+    casts: frozenset[str] = frozenset()
 
 
 class PeerState(str, Enum):
@@ -51,7 +53,7 @@ class Peer:
         rank: that it is expected to be.
         name, epoch, agent_info: of the process met last; empty before.
         spec: of its cache; None before.
-        addressable, slot_nbytes: see `Identity`.
+        addressable, slot_nbytes, casts: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
     """
@@ -65,6 +67,7 @@ class Peer:
     spec: CacheSpec | None = None
     addressable: bool = True
     slot_nbytes: int = 0
+    casts: frozenset[str] = frozenset()
     error: HandshakeError | None = None
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
@@ -97,6 +100,7 @@ class Peer:
         before = self.epoch if self.epoch and self.epoch != message.epoch else None
         self.name, self.epoch, self.agent_info, self.met_at = message.name, message.epoch, message.agent_info, now
         self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
+        self.casts = frozenset(message.casts)
         self.error = self._check(me, message)
         self.state = PeerState.MET if self.error is None else PeerState.REFUSED
         return before

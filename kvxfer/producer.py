@@ -232,6 +232,7 @@ class Producer:
             spec=me.spec,
             addressable=me.addressable,
             slot_nbytes=me.slot_nbytes,
+            casts=sorted(me.casts),
         )
 
     def _introduce(self, connection: bytes, holder: Holder) -> None:

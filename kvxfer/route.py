@@ -25,6 +25,7 @@ from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.image import Images
 from kvxfer.layout import DTYPE_NBYTES
 from kvxfer.part import Match
+from kvxfer.plan import CASTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,6 +146,7 @@ class Router:
         costs: of the model.
         slot_nbytes: of one staging slot: the smaller of both sides'.
         addressable: whether the source's and the target's memory can be reached by the transfer engine.
+        casts: dtypes that the source's and the target's devices can turn into each other.
         in_flight: most chunks of one transfer that are staged at a time.
         only: take this route and no other.
 
@@ -159,6 +161,7 @@ class Router:
         *,
         slot_nbytes: int,
         addressable: tuple[bool, bool] = (True, True),
+        casts: tuple[frozenset[str], frozenset[str]] = (CASTABLE, CASTABLE),
         in_flight: int = 4,
         only: Route | None = None,
     ) -> None:
@@ -179,6 +182,13 @@ class Router:
                 self.barred[route] = "the source's memory has no address"
             elif needs_target and not target:
                 self.barred[route] = "the target's memory has no address"
+        dtypes = {part.source.dtype, part.target.dtype}
+        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+            converting = 0 if self._like(route) == "target" else 1
+            if part.converts and not dtypes <= casts[converting]:
+                who = ("source", "target")[converting]
+                what = " and ".join(sorted(dtypes))
+                self.barred.setdefault(route, f"the {who}'s device does not convert {what} (kvxfer[dtypes])")
         self._images: dict[Route, Images] = {}
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             if route not in self.barred:

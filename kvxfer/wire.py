@@ -85,6 +85,8 @@ class Welcome(_Message, frozen=True, kw_only=True):
     """The cache's memory can be read in place."""
     slot_nbytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
     """Largest chunk that can be staged; 0 if none can."""
+    casts: Annotated[list[Name], msgspec.Meta(max_length=64)] = []
+    """Dtypes that the cache's devices can turn into each other when they pack."""
 
 
 class Open(_Message, frozen=True, kw_only=True):

@@ -255,3 +255,24 @@ def test_settings_bound_the_arena():
     """An arena that could hold no slots is refused by name."""
     with pytest.raises(KvxferError, match="staging_nbytes must be a positive whole number from 32768"):
         replace(SMALL, staging_nbytes=1000)
+
+
+@pytest.mark.parametrize("who", ["source", "target"])
+def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monkeypatch, who):
+    """Where one side cannot convert, the other one does; where neither can, the pair is refused with both reasons."""
+    source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
+    arrays["kv"][...] = 1.5
+    target, taken = KVCache.allocate("NHD", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float16")
+    dull = [source, target] if who == "source" else [target, source]
+    monkeypatch.setattr(dull[0].buffers[0], "can_cast", lambda *_: False)
+    with Endpoint(source, "inproc", settings=SMALL) as producer:
+        with Endpoint(target, "inproc", settings=SMALL, convert=True) as consumer:
+            assert consumer.read(producer.lease([1]), [3]).wait(10)
+        np.testing.assert_array_equal(taken["kv"][:, 3], 1.5)
+    monkeypatch.setattr(dull[1].buffers[0], "can_cast", lambda *_: False)
+    with (
+        Endpoint(source, "inproc", settings=SMALL) as producer,
+        Endpoint(target, "inproc", settings=SMALL, convert=True) as consumer,
+        pytest.raises(IncompatibleError, match=r"the source's device does not convert .* the target's device does not"),
+    ):
+        consumer.read(producer.lease([1]), [3]).wait(10)
