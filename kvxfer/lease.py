@@ -173,8 +173,8 @@ class Lease:
 class LeaseTable:
     """All leases of one producer.
 
-    Times are ``now`` of the caller's monotonic clock. Leases that end are returned by the call that ends them, and remembered for a while so that repeats are answered
-    alike.
+    Times are ``now`` of the caller's monotonic clock. Leases that end are returned by the call that ends them, and
+    remembered for a while so that repeats are answered alike.
     """
 
     def __init__(self, settings: Settings, board: LeaseBoard) -> None:
@@ -279,9 +279,8 @@ class LeaseTable:
         if lease is None:
             before = self._ended.get(token)
             # A rank that had settled hears the same again, also if others let it expire.
-            return before is not None and holder.rank in before.settled and before.holders.get(
-                holder.rank
-            ) == holder, None
+            stood = before is not None and holder.rank in before.settled and before.holders[holder.rank] == holder
+            return stood, None
         if not lease.admits(holder):
             return False, None
         lease.holders[holder.rank] = holder

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 
 from kvxfer import wire
-from kvxfer.actions import Emit, Reply
+from kvxfer.actions import Emit, EndPack, PackKey, Reply, StartPack
 from kvxfer.config import Settings
-from kvxfer.producer import _MOST_CONNECTIONS
+from kvxfer.errors import IncompatibleError
+from kvxfer.producer import _MOST_CHUNKS, _MOST_CONNECTIONS
 from tests.core.virtual import CELLS, block_bytes
 
 A, B = b"connection-a", b"connection-b"
@@ -73,7 +74,13 @@ def test_the_whole_talk(producer, talk):
 
 @pytest.mark.parametrize(
     ("changes", "code"),
-    [({"protocol": 2}, "protocol"), ({"rank": 1}, "rank"), ({"agent": "other"}, "agent")],
+    [
+        ({"protocol": 2}, "protocol"),
+        ({"rank": 1}, "rank"),
+        ({"agent": "other"}, "agent"),
+        ({"reader": 1}, "rank"),
+        ({"reader": 5, "readers": 5}, "rank"),
+    ],
 )
 def test_a_hello_for_somebody_else(producer, talk, changes, code):
     """Another protocol, rank or agent is refused by its name and counted, and nobody was introduced."""
@@ -279,3 +286,290 @@ def test_time_is_kept_for_many_leases(world):
     assert node.producer.next_deadline() == world.now + 5
     node.producer.tick(world.now + 5)
     assert len(node.table) == 0 and node.producer.next_deadline() is None
+
+
+# -- consumers of several ranks ------------------------------------------------------------------------------------------
+
+
+def meet(node, talk, rank, ranks, *, name="c", epoch=None):
+    """Introduce one rank of a consumer; returns its connection."""
+    connection = f"{name}.{rank}.{epoch}".encode()
+    talk(hello(node, name=name, epoch=epoch or f"e{rank}", reader=rank, readers=ranks), connection)
+    return connection
+
+
+def test_one_event_when_all_ranks_have_settled(producer, talk):
+    """Each rank gets its grant and its answer; the engine gets its one event with the last settlement."""
+    token = offered(producer, 3)
+    ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
+    grants = [talk(wire.Open(to=producer.epoch, token=token), rank) for rank in ranks]
+    assert [kinds(grant) for grant in grants] == [["Grant"]] * 3
+    settle = wire.Settle(to=producer.epoch, token=token, read=True)
+    answered = wire.Settled(token=token, stood=True)
+    assert talk(settle, ranks[1]) == [answered] == talk(settle, ranks[1]) == talk(settle, ranks[0])
+    assert kinds(talk(settle, ranks[2])) == ["Settled", "LeaseSettled"]
+    assert talk(settle, ranks[0]) == [answered]
+    assert producer.metrics.value("kvxfer_leases_total", end="settled") == 1
+
+
+def test_all_ranks_that_wait_get_their_grant(producer, talk):
+    """When prefill ends, each rank that asked and has not settled is granted the lease, unasked."""
+    ref = producer.announce()
+    ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
+    for rank in ranks:
+        assert kinds(talk(wire.Open(to=producer.epoch, token=ref.token), rank)) == ["Pending"]
+    talk(wire.Settle(to=producer.epoch, token=ref.token, read=False), ranks[1])
+    producer.producer.offer(ref.token, block_bytes(9), producer.world.now, [8])
+    replies = [a for a in producer.out if isinstance(a, Reply)]
+    assert {reply.connection for reply in replies} == {ranks[0], ranks[2]}
+    assert all(reply.message.blocks == block_bytes(9) and reply.message.first_tokens == [8] for reply in replies)
+
+
+@pytest.mark.parametrize("end", ["revoke", "expire", "close"])
+def test_ranks_that_have_not_settled_are_told_the_end(producer, talk, end):
+    """A lease that the producer ends is told to those that still hold it, and the engine hears of it once."""
+    token = offered(producer, 1)
+    ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
+    for rank in ranks:
+        talk(wire.Open(to=producer.epoch, token=token), rank)
+    talk(wire.Settle(to=producer.epoch, token=token, read=True), ranks[0])
+    {
+        "revoke": lambda: producer.producer.revoke(token, "aborted"),
+        "expire": lambda: producer.producer.tick(producer.world.now + 30),
+        "close": producer.producer.close,
+    }[end]()
+    told = {a.connection for a in producer.out if isinstance(a, Reply) and isinstance(a.message, wire.Revoked)}
+    assert told == {ranks[1], ranks[2]}
+    assert len([a for a in producer.out if isinstance(a, Emit)]) == 1
+
+
+@pytest.mark.parametrize(
+    "who", [{"name": "other"}, {"epoch": "another"}, {"ranks": 3}], ids=["engine", "epoch", "ranks"]
+)
+def test_a_lease_in_use_is_taken(producer, talk, who):
+    """A rank of another engine, another process of the same rank and an engine of another size are refused and counted."""
+    token = offered(producer, 1)
+    talk(wire.Open(to=producer.epoch, token=token), meet(producer, talk, 0, 2))
+    stranger = meet(producer, talk, 0, **{"ranks": 2, **who})
+    (refused,) = talk(wire.Open(to=producer.epoch, token=token), stranger)
+    assert refused.code == "taken_lease" and refusals(producer, "taken_lease") == 1
+    assert talk(wire.Renew(to=producer.epoch, tokens=[token]), stranger) == [wire.Renewed(ended=[token])]
+    assert talk(wire.Settle(to=producer.epoch, token=token, read=True), stranger) == [
+        wire.Settled(token=token, stood=False)
+    ]
+    assert len(producer.table) == 1
+
+
+# -- chunks --------------------------------------------------------------------------------------------------------------
+
+
+class Stager:
+    """A consumer that holds a lease of blocks 3, 4 and asks for chunks of it."""
+
+    def __init__(self, node, ranks=1):
+        self.node = node
+        self.token = offered(node, 3, 4)
+        self.ranks = [meet(node, self.say, rank, ranks) for rank in range(ranks)]
+        for connection in self.ranks:
+            self.say(wire.Open(to=node.epoch, token=self.token), connection)
+
+    def say(self, message, connection=None):
+        """All actions that follow."""
+        self.node.producer.received(connection or self.ranks[0], message, self.node.world.now)
+        return self.acts()
+
+    def acts(self):
+        out, self.node.out[:] = list(self.node.out), []
+        return [a.message if isinstance(a, Reply) else a.event if isinstance(a, Emit) else a for a in out]
+
+    def stage(self, number=0, *, rank=0, token=None):
+        message = wire.Stage(
+            to=self.node.epoch, token=token or self.token, number=number, image=self.node.spec, tokens=(1, 7)
+        )
+        return self.say(message, self.ranks[rank])
+
+    def unstage(self, *numbers, rank=0):
+        return self.say(wire.Unstage(to=self.node.epoch, token=self.token, numbers=list(numbers)), self.ranks[rank])
+
+    def settle(self, rank=0):
+        return self.say(wire.Settle(to=self.node.epoch, token=self.token, read=True), self.ranks[rank])
+
+    def packed(self, number=0, address=4096, error=None, *, rank=0):
+        self.node.producer.packed(self.key(rank), number, address if error is None else None, error)
+        return self.acts()
+
+    def key(self, rank=0):
+        return PackKey(self.token, rank)
+
+
+@pytest.fixture
+def stager(producer):
+    return Stager(producer)
+
+
+def test_a_chunk_from_the_question_to_its_end(producer, stager):
+    """Asked for, packed, told where it lies, taken: once each, with the blocks of the lease."""
+    (start,) = stager.stage()
+    assert isinstance(start, StartPack) and (start.key, start.number, start.tokens) == (stager.key(), 0, (1, 7))
+    assert start.image == producer.spec
+    assert [(list(table.ids), table.first_token) for table in start.blocks] == [([3, 4], 0)]
+    assert stager.packed() == [wire.Staged(token=stager.token, number=0, address=4096)]
+    assert stager.unstage(0) == [EndPack(stager.key(), [0])]
+    assert stager.unstage(0) == []
+
+
+def test_first_tokens_go_with_the_blocks(producer, talk):
+    """Blocks that do not begin with the request's first token are packed as what they are."""
+    ref = producer.announce()
+    producer.producer.offer(ref.token, block_bytes(5), producer.world.now, [16])
+    producer.out.clear()
+    connection = meet(producer, talk, 0, 1)
+    (grant,) = talk(wire.Open(to=producer.epoch, token=ref.token), connection)
+    assert grant.first_tokens == [16]
+    stage = wire.Stage(to=producer.epoch, token=ref.token, number=0, image=producer.spec, tokens=(16, 20))
+    producer.producer.received(connection, stage, producer.world.now)
+    (start,) = producer.out
+    assert [(list(table.ids), table.first_token) for table in start.blocks] == [([5], 16)]
+
+
+def test_asked_again(stager):
+    """A repeated question starts nothing: before the chunk is there it is not answered, afterwards with the same address."""
+    stager.stage()
+    assert stager.stage() == []
+    staged = stager.packed(address=8192)
+    assert stager.stage() == staged == stager.stage()
+
+
+def test_a_question_that_comes_late(stager):
+    """After the chunk was taken a repeated question is ignored: nobody waits for the answer."""
+    stager.stage()
+    stager.packed()
+    stager.unstage(0)
+    assert stager.stage() == []
+
+
+def test_taken_before_it_was_there(stager):
+    """A chunk that is not wanted any more while it is packed is given back when it is, and told to nobody."""
+    stager.stage()
+    assert stager.unstage(0) == [EndPack(stager.key(), [0])]
+    assert stager.packed() == [EndPack(stager.key(), [0])]
+
+
+@pytest.mark.parametrize("why", ["unknown", "announced", "not opened", "settled", "revoked", "expired", "another's"])
+def test_no_chunk_of_a_lease_that_is_not_held(producer, talk, stager, why):
+    """Only who holds a lease now may have parts of it packed; others are refused by name and counted, and nothing is started."""
+    token = stager.token
+    if why == "unknown":
+        token = "e" * 32
+    elif why == "announced":
+        token = producer.announce().token
+        stager.say(wire.Open(to=producer.epoch, token=token))
+    elif why == "not opened":
+        token = offered(producer, 1)
+    elif why == "settled":
+        stager.settle()
+    elif why == "revoked":
+        producer.producer.revoke(token, "r")
+    elif why == "expired":
+        producer.producer.tick(producer.world.now + 30)
+    else:
+        stager.ranks[0] = meet(producer, talk, 0, 1, name="other")
+    stager.acts()
+    (refused,) = stager.stage(token=token)
+    assert (refused.code, refused.token) == ("unknown_lease", token) and refusals(producer, "unknown_lease") == 1
+
+
+def test_one_rank_that_settled_has_no_more_chunks(producer):
+    """The chunks of a rank end when it settles, and no others; from then on it is refused."""
+    stager = Stager(producer, ranks=2)
+    for rank in range(2):
+        stager.stage(rank=rank)
+        stager.packed(rank=rank)
+    assert stager.settle(0) == [wire.Settled(token=stager.token, stood=True), EndPack(stager.key(0))]
+    assert [a.code for a in stager.stage(1, rank=0)] == ["unknown_lease"]
+    assert kinds(stager.stage(1, rank=1)) == ["StartPack"]
+    assert kinds(stager.settle(1)) == ["Settled", "EndPack", "LeaseSettled"]
+
+
+def test_ranks_number_their_chunks_for_themselves(producer):
+    """The same number of two ranks names two chunks, each told to who asked for it."""
+    stager = Stager(producer, ranks=2)
+    assert [stager.stage(rank=rank)[0].key.rank for rank in range(2)] == [0, 1]
+    for rank in (1, 0):
+        producer.producer.packed(stager.key(rank), 0, 4096 + rank, None)
+        (reply,) = producer.out
+        assert (reply.connection, reply.message.address) == (stager.ranks[rank], 4096 + rank)
+        producer.out.clear()
+
+
+@pytest.mark.parametrize("end", ["settle", "expire", "revoke", "close"])
+@pytest.mark.parametrize("state", ["asked", "packed"])
+def test_chunks_end_with_the_lease(producer, stager, end, state):
+    """However a lease ends, all its chunks are given back, before the engine hears of it; one that ends later is given back then."""
+    stager.stage(0)
+    stager.stage(1)
+    stager.packed(0)
+    if state == "packed":
+        stager.packed(1)
+    if end == "settle":
+        acts = stager.settle()
+    else:
+        {
+            "expire": lambda: producer.producer.tick(producer.world.now + 30),
+            "revoke": lambda: producer.producer.revoke(stager.token, "r"),
+            "close": producer.producer.close,
+        }[end]()
+        acts = stager.acts()
+    ends = [a for a in acts if isinstance(a, EndPack)]
+    assert ends == [EndPack(stager.key())]
+    assert acts.index(ends[0]) < [hasattr(a, "request") for a in acts].index(True)
+    if state == "asked":
+        assert stager.packed(1) == [EndPack(stager.key(), [1])]
+        assert stager.packed(1, error=IncompatibleError("image", "no")) == [EndPack(stager.key(), [1])]
+    assert stager.unstage(0) == [] and not producer.producer._chunks
+
+
+def test_a_chunk_that_cannot_be_packed(producer, stager):
+    """Its reader hears the reason, once; it may ask again."""
+    stager.stage()
+    (refused,) = stager.packed(error=IncompatibleError("image", "the chunk is of another model"))
+    assert (refused.code, refused.token) == ("staging", stager.token) and "another model" in refused.reason
+    assert refusals(producer, "staging") == 1
+    assert kinds(stager.stage()) == ["StartPack"]
+
+
+def test_more_chunks_than_anybody_needs(producer, stager):
+    """A reader that asks for chunks without end is refused by name; what it takes makes room."""
+    for number in range(_MOST_CHUNKS):
+        assert kinds(stager.stage(number)) == ["StartPack"]
+    (refused,) = stager.stage(_MOST_CHUNKS)
+    assert refused.code == "staging" and refusals(producer, "staging") == 1
+    stager.unstage(7)
+    assert kinds(stager.stage(_MOST_CHUNKS)) == ["StartPack"]
+
+
+def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
+    """Only who asked for a chunk gives it back: neither a stranger nor another rank, nor with numbers never asked for."""
+    stager.stage()
+    stager.packed()
+    unstage = wire.Unstage(to=producer.epoch, token=stager.token, numbers=[0, 1])
+    for who in (meet(producer, talk, 0, 1, name="other"), meet(producer, talk, 0, 1, epoch="another")):
+        assert stager.say(unstage, who) == []
+    assert stager.unstage(1, 2) == []
+    assert stager.unstage(0, 1) == [EndPack(stager.key(), [0])]
+
+
+def test_a_reader_whose_connection_is_gone(producer, talk, stager):
+    """A chunk that is packed for a reader that reconnected is told when it asks again."""
+    stager.stage()
+    holder = producer.producer._holders.pop(stager.ranks[0])
+    del producer.producer._connections[holder]
+    assert stager.packed() == []
+    assert kinds(
+        talk(
+            wire.Stage(to=producer.epoch, token=stager.token, number=0, image=producer.spec, tokens=(1, 7)),
+            stager.ranks[0],
+        )
+    ) == ["Refused"]
+    meet(producer, talk, 0, 1)
+    assert stager.stage() == [wire.Staged(token=stager.token, number=0, address=4096)]
