@@ -149,6 +149,12 @@ def test_a_region_that_is_accepted_never_has_two_indices_on_one_byte(order, exte
         ({"layers": (0, 1, 1)}, "do not name 3 layers"),
         ({"layers": (0, 1, -1)}, "a layer number is out of range"),
         ({"buffer": -1}, "number of a buffer is out of range"),
+        ({"element_nbytes": 2}, "holds no elements of 2"),
+        ({"element_stride": 2}, "holds no elements of 0"),
+        ({"element_nbytes": 3, "element_stride": 8}, "content of 16 bytes holds no elements of 3"),
+        ({"element_nbytes": 32, "element_stride": 32}, "element_nbytes is out of range"),
+        ({"element_nbytes": 2, "element_stride": -8}, "element_stride is out of range"),
+        ({"element_nbytes": 2, "element_stride": 8}, "share bytes"),
     ],
 )
 def test_absurd_regions_are_refused(changes, reason):
@@ -243,6 +249,27 @@ def test_blocks_of_a_kernel_may_be_smaller_than_those_of_the_table():
     assert group(regions=(small,), block_tokens=16, num_blocks=1).table_tokens == 16
     large = region(layers=(3, 4, 5), extents=Axes(3, 2, 2, 8), strides=KVLayout.LBHNC.strides(Axes(3, 2, 2, 8), 16))
     assert group(regions=(small, large), block_tokens=8, num_blocks=2).layers == (0, 1, 2, 3, 4, 5)
+
+
+def transposed(component="kv", element_nbytes=2, tokens=4):
+    """A group in whose blocks the tokens of an element lie side by side."""
+    extents = Axes(3, 5, 2, tokens)
+    stride = element_nbytes * tokens
+    strides = msgspec.structs.replace(KVLayout.LBHNC.strides(extents, 16), token=element_nbytes)
+    turned = region(
+        component=component, extents=extents, strides=strides, element_nbytes=element_nbytes, element_stride=stride
+    )
+    return group(regions=(turned,), block_tokens=tokens)
+
+
+def test_elements_of_a_token_may_lie_apart():
+    """An element has the size of the dtype, or is a byte where nothing is known; its bytes stay together."""
+    made = spec(groups=(transposed(),))
+    assert made.regions[0].end - 4096 == 3 * 5 * 2 * 4 * 16
+    assert spec(groups=(transposed("scale", 1),)).regions[0].end - 4096 == 3 * 5 * 2 * 4 * 16
+    for wrong in (transposed("scale", 2), transposed("kv", 1), transposed("kv", 4)):
+        with pytest.raises(LayoutError, match="bytes are no"):
+            spec(groups=(wrong,))
 
 
 def scaled(*scales, component="kv", content_nbytes=16):
