@@ -150,7 +150,11 @@ class DeviceBuffer(ABC):
             copy.check(source_nbytes, target_nbytes)
             cast = copy.cast
             if cast is not None and not self.can_cast(cast.source, cast.target):
-                raise UnsupportedError(f"{self.device} cannot cast {cast.source} to {cast.target}")
+                raise UnsupportedError(self._why_no_cast(cast.source, cast.target))
+
+    def _why_no_cast(self, source: str, target: str) -> str:
+        """For the error: a device whose casts have to be installed says how."""
+        return f"{self.device} cannot cast {source} to {target}"
 
 
 class HostBuffer(DeviceBuffer):
@@ -197,6 +201,9 @@ class HostBuffer(DeviceBuffer):
     def can_cast(self, source: str, target: str) -> bool:
         """Between bfloat16, float16, float32 and float8_e4m3fn. All but float16 and float32 need ``kvxfer[dtypes]``."""
         return casting.can_cast(source, target)
+
+    def _why_no_cast(self, source: str, target: str) -> str:
+        return casting.why_not(source, target) or super()._why_no_cast(source, target)
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
         copy_runs(copies, self._bytes, out)

@@ -35,8 +35,17 @@ _FLOAT8_MAX: Final = 448.0
 
 def can_cast(source: str, target: str) -> bool:
     """Elements of the one dtype can be cast to the other here: where ml_dtypes is missing, only those that NumPy knows can."""
-    known = _NUMPY | (CASTABLE if find_spec("ml_dtypes") is not None else frozenset())
-    return source in known and target in known
+    return why_not(source, target) is None
+
+
+def why_not(source: str, target: str) -> str | None:
+    """None if there is such a cast here, or the reason and what to install."""
+    asked = {source, target}
+    if not asked <= CASTABLE:
+        return f"host memory does not cast {source} to {target}"
+    if not asked <= _NUMPY and find_spec("ml_dtypes") is None:
+        return f"a cast of {source} to {target} needs ml_dtypes: pip install 'kvxfer[dtypes]'"
+    return None
 
 
 def caster(cast: Cast) -> Callable[[Bytes], Bytes]:
@@ -45,8 +54,9 @@ def caster(cast: Cast) -> Callable[[Bytes], Bytes]:
     Raises:
         UnsupportedError: there is no such cast, or it needs ml_dtypes, which is not installed.
     """
-    if not can_cast(cast.source, cast.target):
-        raise UnsupportedError(f"host memory does not cast {cast.source} to {cast.target}")
+    why = why_not(cast.source, cast.target)
+    if why is not None:
+        raise UnsupportedError(why)
     read, written = _numpy_type(cast.source), _numpy_type(cast.target)
     factor = np.float32(cast.factor)
 
@@ -107,6 +117,6 @@ def _numpy_type(name: str) -> np.dtype[Any]:
     try:
         import ml_dtypes  # noqa: PLC0415 - an optional dependency, for casts only
     except ImportError as error:
-        raise UnsupportedError(f"casts of {name} need ml_dtypes: pip install 'kvxfer[dtypes]'") from error
+        raise UnsupportedError(f"casts of {name} need ml_dtypes, which is installed but broken: {error}") from error
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype

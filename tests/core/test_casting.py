@@ -144,15 +144,25 @@ def test_without_ml_dtypes_a_cast_says_what_to_install(monkeypatch):
     memory, out = np.full(64, 0x47, dtype=np.uint8), np.zeros(64, dtype=np.uint8)
     buffer = HostBuffer(memory)
     for source, target in (("bfloat16", "float32"), ("float32", "bfloat16"), ("float8_e4m3fn", "float16")):
-        assert buffer.can_cast(source, target)
+        assert not buffer.can_cast(source, target)
         copies = [right, Copy(zero, zero + 8, zero, zero, (), 4, Cast(source, target))]
         with pytest.raises(UnsupportedError, match=r"pip install 'kvxfer\[dtypes\]'"):
             buffer.pack(copies, out)
         with pytest.raises(UnsupportedError, match=r"pip install 'kvxfer\[dtypes\]'"):
             buffer.unpack(copies, out)
+        with pytest.raises(UnsupportedError, match=r"pip install 'kvxfer\[dtypes\]'"):
+            caster(Cast(source, target))
     assert not out.any() and (memory == 0x47).all()
     buffer.pack([Copy(zero, zero, zero, zero, (), 8, Cast("float32", "float16"))], out).wait()
     assert out[:4].any()
+
+
+def test_an_ml_dtypes_that_cannot_be_imported_is_an_unsupported_cast(monkeypatch):
+    """Installed but broken, it fails the cast by name and not with the error of another library."""
+    monkeypatch.setattr("kvxfer.casting.find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(UnsupportedError, match="installed but broken"):
+        caster(Cast("bfloat16", "float32"))
 
 
 def test_only_four_types_are_cast():
