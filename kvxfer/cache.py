@@ -314,10 +314,8 @@ def _zeros(order: KVLayout, extents: Axes, elements: int, dtype: str, padding: A
     memory = np.zeros(nbytes + _PAGE_NBYTES, dtype=np.uint8)
     shape = (extents.layer, extents.block, extents.head, extents.token, elements)
     steps = (strides.layer, strides.block, strides.head, strides.token, itemsize)
-    try:
-        storage = np.dtype(dtype)
-    except TypeError:
-        storage = np.dtype(f"u{itemsize}")
+    # Not np.dtype(dtype): whether NumPy knows bfloat16 depends on who has imported ml_dtypes.
+    storage = np.dtype(f"u{itemsize}" if dtype.startswith(("bfloat", "float8")) else dtype)
     offset = -memory.ctypes.data % _PAGE_NBYTES
     array: npt.NDArray[Any] = np.ndarray(shape, storage, buffer=memory, offset=offset, strides=steps)
     return array
