@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.actions import Source, StartRead
 from kvxfer.blocks import BlockTable, ids_from_wire, tables
-from kvxfer.errors import BlockError, KvxferError
+from kvxfer.errors import BlockError, HandshakeError, KvxferError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvxfer.lease import LeaseRef
     from kvxfer.peer import Peer
     from kvxfer.route import Router
+    from kvxfer.segment import Span
     from kvxfer.transfer import Transfer
     from kvxfer.wire import Grant, Stage
 
@@ -103,6 +104,19 @@ class Hold:
         """The claim at one rank, if it is this lease's."""
         return next((claim for claim in self.claims if claim.peer is peer), None)
 
+    def mistake(self, claim: Claim) -> HandshakeError | None:
+        """Why a peer that was met is not who the lease says that lives there."""
+        peer, ref, number = claim.peer, self.ref, self.claims.index(claim)
+        if peer.name != ref.owner:
+            return HandshakeError("identity", f"{peer.address} is {peer.name!r}, the lease is {ref.owner!r}'s")
+        if peer.rank != number:
+            why = f"{peer.address} is rank {peer.rank} of {peer.name!r}, and rank {number} for the lease"
+            return HandshakeError("rank", why)
+        if peer.spec is not None and peer.spec.world != len(ref.addresses):
+            why = f"{peer.name!r} has {peer.spec.world} ranks, the lease names {len(ref.addresses)}"
+            return HandshakeError("rank", why)
+        return None
+
     def job(self, transfer: Transfer) -> StartRead | None:
         """What the data thread needs to read it; None before it is granted.
 
@@ -112,11 +126,15 @@ class Hold:
         if self.routers is None or not self.granted:
             return None
         sources = []
+        spans: dict[int, Span] = {}
         for number, (claim, router) in enumerate(zip(self.claims, self.routers, strict=True)):
             grant = claim.grant
             if grant is None or not router.part.overlaps:
                 continue
             match = router.part.match_tables(_leased(claim.peer, grant), transfer.into, transfer.tokens)
+            for group in {each.target_group for each in router.part.overlaps}:
+                if match.tokens[group] != spans.setdefault(group, match.tokens[group]):
+                    raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
             sources.append(Source(number, claim.peer.agent_info, router, match, grant.cell))
         return StartRead(transfer, sources)
 

@@ -50,7 +50,7 @@ class Peer:
     """The endpoint at one control address. Survives restarts of the process there, whose ``epoch`` then changes.
 
     Attributes:
-        rank: that it is expected to be.
+        rank: that it is expected to be, by the lease that named it first or by its own word.
         name, epoch, agent_info: of the process met last; empty before.
         spec: of its cache; None before.
         addressable, slot_nbytes, casts: see `Identity`.

@@ -210,7 +210,7 @@ class Producer:
             self._refuse(connection, "protocol", why, counted=True)
         elif hello.rank != me.spec.rank:
             why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
-            self._refuse(connection, "rank", why, counted=True)
+            self._refuse(connection, "rank", why, counted=True, rank=me.spec.rank)
         elif hello.reader >= hello.readers:
             self._refuse(connection, "rank", f"no rank {hello.reader} of {hello.readers} reads", counted=True)
         elif hello.agent != me.agent:
@@ -317,10 +317,19 @@ class Producer:
     def _reply(self, connection: bytes, message: Message) -> None:
         self._out.append(Reply(connection, message))
 
-    def _refuse(self, connection: bytes, code: str, why: str, token: str = "", *, counted: bool = False) -> None:
+    def _refuse(
+        self,
+        connection: bytes,
+        code: str,
+        why: str,
+        token: str = "",
+        *,
+        counted: bool = False,
+        rank: int | None = None,
+    ) -> None:
         if counted:
             self._metrics.count("kvxfer_refused_messages_total", reason=code)
-        self._reply(connection, Refused(code=code, reason=why[:1024], epoch=self._me.epoch, token=token))
+        self._reply(connection, Refused(code=code, reason=why[:1024], epoch=self._me.epoch, token=token, rank=rank))
 
     def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
         self._metrics.count("kvxfer_leases_total", end=end)

@@ -186,6 +186,8 @@ class Refused(_Message, frozen=True, kw_only=True):
     epoch: Epoch
     token: Annotated[str, msgspec.Meta(max_length=32)] = ""
     """The lease concerned, if any."""
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)] | None = None
+    """The refuser's, if another one was meant."""
 
 
 Message = (

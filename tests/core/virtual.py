@@ -46,12 +46,14 @@ HEADS = 6
 _numbers = count(1)
 
 
-def small_cache(num_blocks: int = 32, *, heads: int = 2, fingerprint: str = "", seed: int = 0, **more: Any) -> KVCache:
+def small_cache(
+    num_blocks: int = 32, *, heads: int = 2, tokens: int = 4, fingerprint: str = "", seed: int = 0, **more: Any
+) -> KVCache:
     """Two layers of noise, a few KiB."""
     rng = np.random.default_rng(seed)
-    shape = (num_blocks, heads, 4, 16)
+    shape = (num_blocks, heads, tokens, 16)
     layers = {f"layer.{i}": rng.integers(0, 1 << 16, shape).astype(np.uint16) for i in range(2)}
-    return KVCache.from_layers(layers, block_tokens=4, fingerprint=fingerprint, **more)
+    return KVCache.from_layers(layers, block_tokens=tokens, fingerprint=fingerprint, **more)
 
 
 def block_bytes(*ids: int) -> list[bytes]:
@@ -157,6 +159,7 @@ class Node:
         self.memory: dict[int, list[int]] = {}
         """What they hold; an address that was given back is used again for the next one."""
         self.stopped: list[StopRead] = []
+        self.started: list[StartRead] = []
 
     def _routes(self, peers: Any) -> list[Router]:
         made = plan([peer.spec for peer in peers], self.spec)
@@ -273,6 +276,7 @@ class Node:
             elif isinstance(action, Reply):
                 self._post(action.connection.decode(), action.message, is_reply=True)
             elif isinstance(action, StartRead):
+                self.started.append(action)
                 self.world.readings.append(Reading(self, action, self.world.now + self.world.read_s))
             elif isinstance(action, Emit):
                 self.events.append(action.event)
