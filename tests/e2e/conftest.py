@@ -8,9 +8,11 @@ restart the producer with other settings come last.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -183,6 +185,26 @@ class Lab:
     def settle_metrics(self, server: VllmServer) -> None:
         """Make a server's engine take a step: its counters are shown with the next one."""
         assert server.ask([7, 8, 9], max_tokens=1).ok
+
+    @contextlib.contextmanager
+    def standstills(self):
+        """Yields a function: for how long, at the most, this machine ran nothing since then, as a thread that sleeps sees it."""
+        gaps, over = [0.0], threading.Event()
+
+        def watch() -> None:
+            before = time.monotonic()
+            while not over.wait(0.02):
+                now = time.monotonic()
+                gaps.append(now - before)
+                before = now
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield lambda: max(gaps)
+        finally:
+            over.set()
+            watcher.join()
 
     def together(self, calls) -> list:
         """Run calls at once, each in a thread; their results in order."""

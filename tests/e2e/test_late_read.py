@@ -86,14 +86,23 @@ def test_a_consumer_that_sleeps_through_the_end_of_its_lease(late_lab, policy, d
     lab.assert_works(consumer, attempts=3)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect, cause unknown: on a busy machine renewals of a 3 s lease sometimes stop for those 3 s in a vLLM "
-    "worker, and the prompt is computed again (tokens stay right); not seen between plain endpoints",
-)
 def test_a_consumer_that_waits_in_its_queue(late_lab):
-    """A request that waits longer than a lease for its turn keeps the lease: its read succeeds."""
+    """A request that waits longer than a lease for its turn keeps the lease: its read succeeds.
+
+    A virtual machine that stands still for the length of a lease ends it too, and no process can help that: where this one
+    was seen to stand still, another prompt is tried.
+    """
     lab = late_lab
+    for _ in range(4):
+        with lab.standstills() as longest:
+            read = wait_in_queue(lab)
+        if read or longest() < LEASE_S / 2:
+            break
+    assert read, f"the lease was lost, although this machine never stood still for more than {longest():.2f} s"
+
+
+def wait_in_queue(lab) -> bool:
+    """Ask a consumer that is busy for longer than a lease; whether it read the KV, and did not compute it again."""
     consumer = lab.consumer("recompute")  # it runs one request at a time, see conftest
     before = consumer.metric("vllm:kvxfer_transfer_seconds_count")
     failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
@@ -110,9 +119,9 @@ def test_a_consumer_that_waits_in_its_queue(late_lab):
     busy.join()
     assert answer.tokens == expected
     assert waited_s > 1.5 * LEASE_S, "the queue was too short to show anything"
-    assert lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == before + 1, 10)
-    assert consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
+    read = lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == before + 1, 10)
     lab.assert_no_blocks_in_use(lab.prefill, consumer)
+    return read and consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
 
 
 def test_a_producer_short_of_blocks(late_lab):
