@@ -171,11 +171,14 @@ class Consumer:
     def stage(self, transfer: Transfer, source: int, message: Stage, now: float) -> None:
         """A read needs a chunk packed by one of its sources: ask for it, again and again until it is there."""
         hold = self._reading(transfer)
-        if hold is not None:
-            peer = hold.claims[source].peer
-            hold.asked[source, message.number] = Asked(message, now, now + self._settings.retry_s)
-            self._send(peer.address, msgspec.structs.replace(message, to=peer.epoch))
-            self._pump(hold, now)
+        if hold is None:
+            # Dropped, or read a second time, in the moment in which `take` claimed it; or over by now.
+            self._out.append(StopRead(transfer, LeaseEndedError("the lease was dropped before it was read")))
+            return
+        peer = hold.claims[source].peer
+        hold.asked[source, message.number] = Asked(message, now, now + self._settings.retry_s)
+        self._send(peer.address, msgspec.structs.replace(message, to=peer.epoch))
+        self._pump(hold, now)
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         """A read has taken these chunks."""
@@ -429,7 +432,7 @@ class Consumer:
                     self._routers[key] = error
             routers = self._routers[key]
             if isinstance(routers, IncompatibleError):
-                self._fail(hold, routers, now)
+                self._fail(hold, IncompatibleError(routers.axis, str(routers)), now)  # each read raises its own
                 return
             hold.routers = routers
         if hold.granted:
@@ -578,7 +581,8 @@ class Consumer:
 
     def _reading(self, transfer: Transfer) -> Hold | None:
         hold = self._holds.get(transfer.ref.token)
-        return hold if hold is not None and hold.transfer is transfer else None
+        under_way = hold is not None and hold.transfer is transfer and hold.state is HoldState.READING
+        return hold if under_way else None
 
     def _mine(self, peer: Peer, token: str) -> tuple[Hold | None, Claim | None]:
         hold = self._holds.get(token)

@@ -393,6 +393,10 @@ def test_an_incompatible_cache(world, consumer, axis, cache):
     transfer = consumer.read(other.lease(1), 1)
     world.advance(1)
     assert transfer.error.axis == axis
+    again = consumer.read(other.lease(1), 1)
+    world.advance(1)
+    # Found out once; raised by each read for itself, or one traceback would grow with all of them.
+    assert again.error.axis == axis and again.error is not transfer.error
     assert consumer.metrics.value("kvxfer_handshakes_total", outcome="incompatible") == 1
     nothing_left(world, consumer)
 
