@@ -276,3 +276,37 @@ def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monke
         pytest.raises(IncompatibleError, match=r"the source's device does not convert .* the target's device does not"),
     ):
         consumer.read(producer.lease([1]), [3]).wait(10)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_very_long_requests(engines, route):
+    """131,072 tokens are read like any other number, through an arena of a hundredth of their size."""
+    tokens, shape = 131_072, {"layers": 1, "head_dim": 1, "blocks": 131_072 // 16 + 8}
+    source = engines("P", order="HND", **shape)
+    target = engines("D", order="NHD", route=route, **shape)
+    source.fill(1)
+    blocks, into = source.blocks_for(tokens, 3), target.blocks_for(tokens, 4)
+    assert target.ranks[0].endpoint.read(source.lease(blocks), into, timeout_s=100).wait(100)
+    np.testing.assert_array_equal(target.logical[:, into], source.logical[:, blocks])
+
+
+@pytest.mark.slow
+def test_sixty_four_transfers_through_sixteen_mebibytes(engines):
+    """64 reads of 2 MiB at once through arenas of 16 MiB end together, and both arenas are empty afterwards."""
+    shape = {"layers": 4, "head_dim": 64, "blocks": 512, "settings": replace(SMALL, staging_nbytes=16 << 20)}
+    source, target = engines("P", order="HND", **shape), engines("D", order="NHD", route="both", **shape)
+    source.fill(1)
+    parts = np.random.default_rng(5).permutation(512).reshape(64, 8)
+    refs = [source.lease(blocks) for blocks in parts]
+    for ref in refs:
+        target.ranks[0].endpoint.hold(ref)
+    assert eventually(lambda: all(target.ranks[0].endpoint.granted(ref) for ref in refs))
+    transfers = [
+        target.ranks[0].endpoint.read(ref, blocks, timeout_s=60) for ref, blocks in zip(refs, parts, strict=True)
+    ]
+    for transfer in transfers:
+        assert transfer.wait(60)
+    np.testing.assert_array_equal(target.logical, source.logical)
+    for rank in (source.ranks[0], target.ranks[0]):
+        assert rank.arena.slots * rank.arena.slot_nbytes <= 16 << 20
+        assert eventually(lambda rank=rank: rank.arena.in_use == 0)
