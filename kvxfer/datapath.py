@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.actions import ChunkStaged, EndPack, PackKey, StartPack, StartRead, StopRead
-from kvxfer.agent import AgentPeer, Flight, FlightState, Op, TransferAgent
+from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.packer import Packer
 from kvxfer.reading import Leg, Reading
 from kvxfer.staging import FairQueue, StagingArena, Use
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvxfer.actions import DataAction
+    from kvxfer.agent import TransferAgent
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.config import Settings
@@ -43,7 +45,6 @@ _log = logging.getLogger(__name__)
 
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
-_REMAKE_EVERY_S = 1.0
 
 
 class Ends(Protocol):
@@ -106,7 +107,6 @@ class DataPath:
         ends: Ends,
     ) -> None:
         self.cache: KVCache = cache
-        self._make_agent = make_agent
         self._board = board
         self._settings = settings
         self._metrics = metrics
@@ -116,16 +116,14 @@ class DataPath:
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
         self._thread = threading.Thread(target=self._run, name="kvxfer-data", daemon=True)
-        self._agent: TransferAgent | None = None
-        self._peers: dict[bytes, AgentPeer] = {}
-        self._proven: set[bytes] = set()
-        """Peers from which this agent has read something."""
+        memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
+        reachable = [memory for memory in memories if memory is not None]
+        self._life = AgentLifecycle(make_agent, reachable, metrics, ends.agent_replaced)
         self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
         self._copying: list[_Copying] = []
         self._for_scratch: FairQueue[_Waiting] = FairQueue()
         self._for_slot: FairQueue[_Waiting] = FairQueue()
-        self._remake_at = float("-inf")
         self._shut_down = False
 
     def start(self) -> tuple[str, bytes]:
@@ -153,10 +151,9 @@ class DataPath:
 
     def _run(self) -> None:
         try:
-            agent = self._new_agent()
-            described = agent.adapter, agent.describe()
+            described = self._life.first()
         except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
-            self._close_agent()
+            self._life.close()
             self._started.set_exception(error)
             return
         self._started.set_result(described)
@@ -195,17 +192,17 @@ class DataPath:
         elif isinstance(job, EndPack):
             self._packer.end(job.key, job.numbers)
         else:
-            self._forget(job.agent_info)
+            self._life.forget(job.agent_info)
 
     def _next_job(self, nap_s: float | None) -> DataAction | _Close | None:
         try:
             if nap_s is None:
                 return self._jobs.get_nowait()
             if self._flying or self._copying or self._packer.busy:
-                eager = self._agent is not None and self._agent.eager
+                eager = self._life.agent is not None and self._life.agent.eager
                 return self._jobs.get_nowait() if eager else self._jobs.get(timeout=nap_s)
             # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
-            wait_s = _REMAKE_EVERY_S if self._agent is None else None
+            wait_s = REMAKE_EVERY_S if self._life.agent is None else None
             if self._readings:
                 # Those wait for a chunk of a peer, or for each other.
                 first = min(reading.deadline for reading in self._readings.values()) - time.monotonic()
@@ -214,39 +211,15 @@ class DataPath:
         except queue.Empty:
             return None
 
-    def _new_agent(self) -> TransferAgent:
-        agent = self._make_agent()
-        memories = [buffer.memory for buffer in self.cache.buffers]
-        try:
-            for memory in (*memories, self._board.memory, self.arena.memory):
-                if memory is not None:
-                    agent.register(memory)
-        except BaseException:
-            agent.close()
-            raise
-        self._agent = agent
-        return agent
-
-    def _ensure_agent(self) -> TransferAgent:
-        if self._agent is not None:
-            return self._agent
-        agent = self._new_agent()
-        try:
-            self._ends.agent_replaced(agent.describe())
-        except BaseException:
-            self._close_agent()
-            raise
-        return agent
-
     def _turn(self) -> bool:
         """Poll until nothing more ends at once; True if anything did."""
         under_way = len(self._readings)
         moved = self._packer.turn()
-        if self._agent is None:
-            self._remake_agent()
-        while self._agent is not None and self._flying:
+        if self._life.agent is None:
+            self._life.remake()
+        while self._life.agent is not None and self._flying:
             try:
-                changed = self._agent.poll()
+                changed = self._life.agent.poll()
             except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
                 self._broken(_as_kvxfer(error))
                 break
@@ -270,11 +243,7 @@ class DataPath:
         """See `Carrier`. For a read that has failed nothing is started any more: nobody would wait for it."""
         if leg.reading.error is not None:
             return
-        agent = self._ensure_agent()
-        info = leg.source.agent_info
-        peer = self._peers.get(info)
-        if peer is None or not peer.connected:
-            peer = self._peers[info] = agent.connect(info)
+        agent, peer = self._life.ensure(), self._life.peer(leg.source.agent_info)
         flight = agent.submit(Op.READ, peer, spans, deadline=leg.reading.deadline)
         self._flying[flight] = _Flying(leg, then)
         leg.reading.pending += 1
@@ -320,11 +289,11 @@ class DataPath:
 
     def proven(self, agent_info: bytes) -> bool:
         """See `Carrier`."""
-        return agent_info in self._proven
+        return agent_info in self._life.proven
 
     def prove(self, agent_info: bytes) -> None:
         """See `Carrier`."""
-        self._proven.add(agent_info)
+        self._life.proven.add(agent_info)
 
     def stage(self, leg: Leg, message: Stage) -> None:
         """See `Carrier`."""
@@ -339,8 +308,7 @@ class DataPath:
         """See `Carrier`."""
         reading = leg.reading
         reading.ended_legs += 1
-        peer = self._peers.get(leg.source.agent_info)
-        reading.via = self._agent.explain(peer) if self._agent is not None and peer is not None else ""
+        reading.via = self._life.explain(leg.source.agent_info)
         if reading.ended_legs == len(reading.legs):
             self._end(reading)
 
@@ -454,9 +422,9 @@ class DataPath:
             self._fence()
             return
         rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]
-        if not rest or self._agent is None:
+        if not rest or self._life.agent is None:
             return
-        if self._agent.watching and now < min(rest) + self._settings.quarantine_s:
+        if self._life.agent.watching and now < min(rest) + self._settings.quarantine_s:
             return
         _log.warning("tearing the transfer agent down to stop %d abandoned read(s)", len(rest))
         self._fence()
@@ -470,7 +438,7 @@ class DataPath:
     def _fence(self) -> None:
         self._metrics.count("kvxfer_fences_total")
         flying, self._flying = self._flying, {}
-        self._close_agent()
+        self._life.close()
         touched = dict.fromkeys(each.leg.reading for each in flying.values())
         for each in flying.values():
             each.leg.reading.pending -= 1
@@ -493,39 +461,12 @@ class DataPath:
             for slot in reading.slots:
                 self.arena.give(slot)
             again.append(reading.restarted(self))
-        self._remake_agent()
+        self._life.remake()
         for reading in again:
             self._start(reading)
 
-    def _remake_agent(self) -> None:
-        if time.monotonic() < self._remake_at:
-            return
-        try:
-            self._ensure_agent()
-        except Exception:  # noqa: BLE001 - logged with its trace
-            # A read tries again at once, and fails by name if it still cannot be made.
-            _log.exception("the transfer agent cannot be made again; next try in %g s", _REMAKE_EVERY_S)
-            self._remake_at = time.monotonic() + _REMAKE_EVERY_S
-
-    def _forget(self, agent_info: bytes) -> None:
-        peer = self._peers.pop(agent_info, None)
-        if peer is not None and self._agent is not None and peer.connected:
-            self._agent.disconnect(peer)
-
-    def _close_agent(self) -> None:
-        agent, self._agent = self._agent, None
-        self._peers.clear()
-        self._proven.clear()
-        if agent is None:
-            return
-        try:
-            agent.close()
-        except Exception:  # noqa: BLE001 - logged with its trace
-            self._metrics.count("kvxfer_internal_errors_total", where="data")
-            _log.exception("the transfer agent raised while it was closed; its memory is taken to be quiet")
-
     def _shut(self) -> None:
-        self._close_agent()
+        self._life.close()
         self._packer.close()
         for each in self._copying:
             for copy in each.copies:

@@ -121,7 +121,7 @@ class Rig:
             self.ends,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
-            self.path._proven.update(sender.agent.describe() for sender in self.senders)
+            self.path._life.proven.update(sender.agent.describe() for sender in self.senders)
 
     def _make(self):
         if self.refuse_to_make is not None:
@@ -434,7 +434,7 @@ def test_an_agent_whose_poll_raises(rig):
         made[-1].broken = len(made) == 1
         return made[-1]
 
-    rig.path._make_agent = make
+    rig.path._life._make_agent = make
     rig.path.start()
     rig.read()
     assert isinstance(rig.end()[1], KvxferError)
@@ -451,7 +451,7 @@ class Unclosable(InprocAgent):
 
 def test_an_agent_whose_close_raises(rig):
     """A teardown that raises loses no read; it is counted as the fault that it is."""
-    rig.path._make_agent = lambda: FaultyAgent(Unclosable(f"unclosable-{time.monotonic_ns()}"), rig.faults)
+    rig.path._life._make_agent = lambda: FaultyAgent(Unclosable(f"unclosable-{time.monotonic_ns()}"), rig.faults)
     rig.faults = Faults(hang=range(1))
     rig.path.start()
     rig.read(timeout_s=0.05)
@@ -461,7 +461,7 @@ def test_an_agent_whose_close_raises(rig):
     assert rig.works()
     rig.path.close()
     assert rig.metrics.value("kvxfer_internal_errors_total", where="data") == 2
-    rig.metrics = rig.path._metrics = Metrics()
+    rig.metrics = rig.path._metrics = rig.path._life._metrics = Metrics()
 
 
 def test_close_ends_every_read(rig):

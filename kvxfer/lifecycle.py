@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of an endpoint's transfer agent: made with all memory registered, met with peers, torn down, made again.
+
+All of it on the data thread, which owns the agent. Closing an agent is the one thing that stops every engine we know from
+writing, so an agent has a successor whenever something had to be stopped; peers are told how that one is reached.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.agent import AgentPeer, TransferAgent
+    from kvxfer.memory import Memory
+    from kvxfer.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+REMAKE_EVERY_S = 1.0
+"""How long to wait before an agent that could not be made is tried again."""
+
+
+class AgentLifecycle:
+    """The agent that an endpoint has at present.
+
+    Args:
+        make_agent: each agent has another name.
+        memories: registered with every agent, and outlive them all.
+        replaced: called with the description of an agent that took the place of another one: what peers know of that is
+            of no use any more.
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable[[], TransferAgent],
+        memories: Sequence[Memory],
+        metrics: Metrics,
+        replaced: Callable[[bytes], object],
+    ) -> None:
+        self._make_agent = make_agent
+        self._memories = memories
+        self._metrics = metrics
+        self._replaced = replaced
+        self.agent: TransferAgent | None = None
+        """None before `first`, and after `close` until it is made again."""
+        self.proven: set[bytes] = set()
+        """Descriptions of the peers from which this agent has read something."""
+        self._peers: dict[bytes, AgentPeer] = {}
+        self._remake_at = float("-inf")
+
+    def first(self) -> tuple[str, bytes]:
+        """Make the first agent; its adapter's name, and how peers reach it.
+
+        Raises:
+            KvxferError: it cannot be made, or refuses the memory.
+        """
+        agent = self._new()
+        return agent.adapter, agent.describe()
+
+    def ensure(self) -> TransferAgent:
+        """The agent, made again if there is none. Raises KvxferError as `first`."""
+        if self.agent is not None:
+            return self.agent
+        agent = self._new()
+        try:
+            self._replaced(agent.describe())
+        except BaseException:
+            self.close()
+            raise
+        return agent
+
+    def remake(self) -> None:
+        """Try to have an agent again, not more often than each ``REMAKE_EVERY_S``."""
+        if time.monotonic() < self._remake_at:
+            return
+        try:
+            self.ensure()
+        except Exception:  # noqa: BLE001 - logged with its trace
+            # A read tries again at once, and fails by name if it still cannot be made.
+            _log.exception("the transfer agent cannot be made again; next try in %g s", REMAKE_EVERY_S)
+            self._remake_at = time.monotonic() + REMAKE_EVERY_S
+
+    def peer(self, agent_info: bytes) -> AgentPeer:
+        """The peer of this description, met if it was not. Raises KvxferError: it cannot be met, or there is no agent."""
+        agent = self.ensure()
+        peer = self._peers.get(agent_info)
+        if peer is None or not peer.connected:
+            peer = self._peers[agent_info] = agent.connect(agent_info)
+        return peer
+
+    def explain(self, agent_info: bytes) -> str:
+        """How bytes come from there, for people; empty if it was not met."""
+        peer = self._peers.get(agent_info)
+        return self.agent.explain(peer) if self.agent is not None and peer is not None else ""
+
+    def forget(self, agent_info: bytes) -> None:
+        """The peer of this description is gone for good."""
+        peer = self._peers.pop(agent_info, None)
+        if peer is not None and self.agent is not None and peer.connected:
+            self.agent.disconnect(peer)
+
+    def close(self) -> None:
+        """Tear the agent down: afterwards nothing that it started writes to memory. Raises nothing."""
+        agent, self.agent = self.agent, None
+        self._peers.clear()
+        self.proven.clear()
+        if agent is None:
+            return
+        try:
+            agent.close()
+        except Exception:  # noqa: BLE001 - logged with its trace
+            self._metrics.count("kvxfer_internal_errors_total", where="data")
+            _log.exception("the transfer agent raised while it was closed; its memory is taken to be quiet")
+
+    def _new(self) -> TransferAgent:
+        agent = self._make_agent()
+        try:
+            for memory in self._memories:
+                agent.register(memory)
+        except BaseException:
+            agent.close()
+            raise
+        self.agent = agent
+        return agent
