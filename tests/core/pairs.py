@@ -211,25 +211,31 @@ class Pair:
                 np.testing.assert_array_equal(memory, array, f"target rank {number}, allocation {allocation}")
 
     def _arrive(self, target: Rank, cell: Cell, tokens: np.ndarray) -> None:
-        group = cell[0]
-        part = next(part for part in self.groups[group].parts if part.name == cell[2])
-        mine = target.heads[group]
-        missing = set(range(*mine)) if len(tokens) else set()
+        missing = set(range(*target.heads[cell[0]])) if len(tokens) else set()
         for source in self.sources:
-            if cell not in source.parts or not len(tokens):
-                continue
-            theirs = source.heads[group]
-            for head in range(max(mine[0], theirs[0]), min(mine[1], theirs[1])):
-                value = source.read(cell, tokens)[:, head - theirs[0]]
-                if not part.opaque:
-                    factor = _factor(source, cell, head) / _factor(target, cell, head)
-                    value = converted(value, source.spec.dtype, target.spec.dtype, factor)
-                if head not in missing:
+            if cell in source.parts and len(tokens):
+                found = self.copy(source, target, cell, tokens)
+                for head in found.keys() - missing:
                     # Replicas are equal, or which one is read would matter.
-                    np.testing.assert_array_equal(target.read(cell, tokens)[:, head - mine[0]], value)
-                target.write(cell, tokens, (head, head + 1), value[:, None])
-                missing.discard(head)
+                    np.testing.assert_array_equal(found[head][0], found[head][1])
+                missing -= found.keys()
         assert not missing
+
+    def copy(
+        self, source: Rank, target: Rank, cell: Cell, tokens: np.ndarray
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Write what one rank has of a cell to another; for each of the heads what was there, and what is there now."""
+        theirs, mine = source.heads[cell[0]], target.heads[cell[0]]
+        opaque = next(part.opaque for part in self.groups[cell[0]].parts if part.name == cell[2])
+        found = {}
+        for head in range(max(mine[0], theirs[0]), min(mine[1], theirs[1])):
+            value = source.read(cell, tokens)[:, head - theirs[0]]
+            if not opaque:
+                factor = _factor(source, cell, head) / _factor(target, cell, head)
+                value = converted(value, source.spec.dtype, target.spec.dtype, factor)
+            found[head] = target.read(cell, tokens)[:, head - mine[0]], value
+            target.write(cell, tokens, (head, head + 1), value[:, None])
+        return found
 
 
 def _factor(rank: Rank, cell: Cell, head: int) -> float:
