@@ -220,7 +220,7 @@ class Consumer:
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
-        return self._timers.next_at()
+        return self._timers.next_at() if not self._renewals else float("-inf")
 
     def close(self) -> None:
         """End everything, and let producers have back what is held. The data path must have been closed before."""
@@ -570,6 +570,7 @@ class Consumer:
     def _retire(self, peer: Peer) -> None:
         if peer.address not in self._of_peer:
             del self._peers[peer.address]
+            self._renewals.pop(peer.address, None)
             self._forget_routers(peer)
             self._out.append(Hangup(peer.address))
             if peer.agent_info:

@@ -93,6 +93,18 @@ def test_many_holds_renew_together(world, producer, consumer):
     assert all(producer.ends(ref.token) == [] for ref in refs)
 
 
+def test_a_renewal_that_is_found_due_between_ticks_is_sent_at_once(world, producer, consumer):
+    """Whatever makes it known that a lease has to be renewed, it does not wait for something else to become due."""
+    consumer.hold(ref := producer.lease(1))
+    world.settle()
+    world.now += 15
+    consumer.consumer.read(consumer.transfer(ref, 1), world.now)
+    assert consumer.next_deadline() <= world.now and not said(consumer, wire.Renew)
+    consumer.tick()
+    assert [renew.tokens for renew in said(consumer, wire.Renew)] == [[ref.token]]
+    assert consumer.next_deadline() > world.now
+
+
 def test_a_hold_nobody_reads_is_dropped_after_hold_s(world, producer):
     """A forgotten hold gives the producer its blocks back after hold_s."""
     consumer = world.node("consumer", settings=Settings(hold_s=50.0))

@@ -316,12 +316,13 @@ class Node:
 class Engine:
     """All ranks of an engine, and what its scheduler has all of them do. Six KV heads are shared among them."""
 
-    def __init__(self, world: World, name: str, ranks: int, **more: Any) -> None:
+    def __init__(self, world: World, name: str, ranks: int, *, num_blocks: int = 32, **more: Any) -> None:
         self.world, self.name = world, name
         heads = HEADS // ranks
         self.nodes: list[Node] = []
         for rank in range(ranks):
-            cache = small_cache(heads=heads, heads_total=HEADS, head_start=heads * rank, rank=rank, world=ranks)
+            shard = {"heads": heads, "heads_total": HEADS, "head_start": heads * rank, "rank": rank, "world": ranks}
+            cache = small_cache(num_blocks, **shard)
             self.nodes.append(Node(world, name, f"tcp://{name}.{rank}:1", spec=cache.spec, **more))
 
     def mint(self, request: str = "request") -> LeaseRef:
