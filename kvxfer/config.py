@@ -44,7 +44,7 @@ class Settings:
     """A message that needs an answer is sent again after this long."""
     quarantine_s: float = 1.0
     """How long to wait for abandoned bytes to land by themselves before the agent is torn down to stop them."""
-    contact_s: float = 1.0
+    contact_s: float = 5.0
     """The first few bytes read from a peer must arrive within this, or the agent is made anew and the read starts again,
     each time with twice as long."""
     idle_peer_s: float = 300.0
