@@ -22,7 +22,7 @@ from kvxfer.actions import ChunkStaged, EndPack, PackKey, StartPack, StartRead, 
 from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
-from kvxfer.packer import Packer
+from kvxfer.packer import Packer, let_end
 from kvxfer.reading import Leg, Reading
 from kvxfer.staging import FairQueue, StagingArena, Use
 
@@ -446,8 +446,7 @@ class DataPath:
         for copying in [each for each in self._copying if each.leg.reading in touched]:
             self._copying.remove(copying)
             copying.leg.reading.pending -= 1
-            for copy in copying.copies:
-                copy.wait()
+            let_end(copying.copies)
         again = []
         for reading in touched:
             reading.quarantined_at = None
@@ -469,8 +468,7 @@ class DataPath:
         self._life.close()
         self._packer.close()
         for each in self._copying:
-            for copy in each.copies:
-                copy.wait()
+            let_end(each.copies)
         self._flying.clear()
         self._copying.clear()
         for reading in list(self._readings.values()):

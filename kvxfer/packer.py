@@ -8,6 +8,7 @@ whoever still reads from it then finds the lease's cell wiped, and throws away w
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -96,8 +97,7 @@ class Packer:
     def close(self) -> None:
         """Wait for the copies that run; the arena must not be used afterwards."""
         for _, _, copies in self._running:
-            for copy in copies:
-                copy.wait()
+            let_end(copies)
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:
@@ -179,6 +179,9 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
 
     Returns:
         when each is done.
+
+    Raises:
+        KvxferError: a device cannot do it. What others had begun has ended.
     """
     shares: dict[int, list[Copy]] = defaultdict(list)
     for source_buffer, target_buffer, copy in bound:
@@ -188,11 +191,22 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
             shares[number].append(replace(copy, source=copy.source - base))
         else:
             shares[number].append(replace(copy, target=copy.target - base))
-    started = []
-    for number, copies in shares.items():
-        buffer: DeviceBuffer = cache.buffers[number]
-        started.append(buffer.pack(copies, packed) if pack else buffer.unpack(copies, packed))
+    started: list[Completion] = []
+    try:
+        for number, copies in shares.items():
+            buffer: DeviceBuffer = cache.buffers[number]
+            started.append(buffer.pack(copies, packed) if pack else buffer.unpack(copies, packed))
+    except BaseException:
+        let_end(started)
+        raise
     return started
+
+
+def let_end(copies: Sequence[Completion]) -> None:
+    """Wait until copies have ended, well or not, so that nothing touches their memory any more."""
+    for copy in copies:
+        with contextlib.suppress(Exception):
+            copy.wait()
 
 
 def _base(memory: Memory | None) -> int:

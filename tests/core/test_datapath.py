@@ -13,6 +13,7 @@ import pytest
 
 from kvxfer.actions import ChunkStaged, EndPack, ForgetAgent, PackKey, Source, StartPack, StartRead, StopRead
 from kvxfer.blocks import BlockTable, tables
+from kvxfer.buffer import HostBuffer
 from kvxfer.config import Settings
 from kvxfer.datapath import DataPath
 from kvxfer.errors import (
@@ -774,3 +775,72 @@ def test_a_chunk_that_waits_for_a_slot_gets_the_one_that_a_failed_read_gave_back
         eventually(lambda: rig.path.arena.in_use == 0)
     finally:
         rig.close()
+
+
+# -- devices -------------------------------------------------------------------------------------------------------------
+
+
+class Copying:
+    """A copy of a device that has not ended until it is waited for, and fails then."""
+
+    done = False
+
+    def wait(self, timeout_s=None):
+        self.done = True
+        raise OSError("the device is gone")
+
+
+class SlowBuffer(HostBuffer):
+    """A device whose copies end late, and fail."""
+
+    def _unpack(self, copies, packed):
+        self.copying = [*getattr(self, "copying", ()), Copying()]
+        return self.copying[-1]
+
+
+@pytest.fixture
+def failing():
+    """A data path of whose ten chunks two come and are unpacked by a device that fails; the others never come."""
+    rig = Rig(route=Route.TARGET_UNPACKED, slot=512)
+    for buffer in rig.cache.buffers:
+        buffer.__class__ = SlowBuffer
+    rig.faults = Faults(hang=range(2, 1000))
+    rig.path.start()
+    yield rig
+    rig.close()
+    assert rig.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+def copies(rig):
+    return [copying for buffer in rig.cache.buffers for copying in getattr(buffer, "copying", ())]
+
+
+def test_a_device_that_fails_while_the_agent_is_torn_down(failing):
+    """Copies that run then are waited for, and that they fail stops neither the teardown nor the thread."""
+    failing.read(TEN, TO, timeout_s=0.3)
+    eventually(lambda: len(copies(failing)) == 2)
+    assert isinstance(failing.end()[1], TransferTimeoutError)
+    assert failing.fences() == 1 and all(copying.done for copying in copies(failing))
+
+
+def test_a_device_that_fails_while_the_endpoint_is_closed(failing):
+    """Closing waits for copies, and ends every read, also where they fail."""
+    transfers = {failing.read(TEN, TO), failing.read(TEN, TO)}
+    eventually(lambda: len(copies(failing)) == 2)
+    failing.path.close()
+    assert {failing.end()[0] for _ in transfers} == transfers
+    assert all(copying.done for copying in copies(failing))
+
+
+def test_a_device_that_fails_a_copy(failing):
+    """The read fails by name, when nothing of it is under way any more."""
+    failing.faults = failing.agents[0].faults = Faults()
+    transfer = failing.read(TEN, TO)
+
+    def ended():
+        for copying in copies(failing):
+            copying.done = True
+        return transfer.done
+
+    eventually(ended)
+    assert isinstance(failing.end()[1], TransferFailedError) and "the device is gone" in str(transfer.error)
