@@ -104,6 +104,19 @@ class Hold:
         """The claim at one rank, if it is this lease's."""
         return next((claim for claim in self.claims if claim.peer is peer), None)
 
+    def waits_for(self) -> list[tuple[Claim, float]]:
+        """Of which ranks a read wants something, and since when: to be met, a grant, a chunk."""
+        if self.transfer is None or self.state in (HoldState.SETTLING, HoldState.ENDED):
+            return []
+        if self.state is HoldState.READING:
+            since: dict[int, float] = {}
+            for (source, _), asked in self.asked.items():
+                since.setdefault(source, asked.since)
+            return [(self.claims[source], at) for source, at in since.items()]
+        waiting = self.state is HoldState.WAITING
+        started = self.transfer.started
+        return [(c, started) for c in self.claims if not c.peer.is_met or (waiting and c.grant is None)]
+
     def mistake(self, claim: Claim) -> HandshakeError | None:
         """Why a peer that was met is not who the lease says that lives there."""
         peer, ref, number = claim.peer, self.ref, self.claims.index(claim)

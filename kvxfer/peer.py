@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,7 @@ class Peer:
         spec: of its cache; None before.
         addressable, slot_nbytes, casts: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
+        needed_by: tokens of the leases for which it is known.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
     """
 
@@ -72,6 +73,7 @@ class Peer:
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
+    needed_by: set[str] = field(default_factory=set)
 
     @property
     def is_met(self) -> bool:

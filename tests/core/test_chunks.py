@@ -160,7 +160,7 @@ def test_a_silent_peer_that_owes_a_chunk(world, producer, consumer, met):
     _, transfer = waiting(world, producer, consumer, timeout_s=100)
     producer.frozen = True
     if not met:
-        for peer in consumer.consumer._peers.values():
+        for peer in consumer.peers.values():
             peer.greet(consumer.identity, world.now)
     world.advance(14.8)
     assert not transfer.done
@@ -181,7 +181,7 @@ def test_silence_counts_from_the_question(world, producer, consumer):
     """A peer that nothing was asked of for long is not silent in the moment in which a chunk is asked for."""
     consumer.hold(ref := producer.lease(1))
     world.advance(1)
-    consumer.consumer._peers[producer.address].heard_at = world.now - 1000
+    consumer.peers[producer.address].heard_at = world.now - 1000
     transfer = consumer.read(ref, 4, packed=True)
     world.advance(1)
     assert transfer.done and transfer.error is None
@@ -242,7 +242,7 @@ def test_nobody_spins_for_chunks(world, producer, consumer):
     world.advance(1)
     before = consumer.ticks
     world.advance(20)
-    assert consumer.ticks - before <= 20 * 8 and len(consumer.consumer._timers) <= 31
+    assert consumer.ticks - before <= 20 * 8 and len(consumer.consumer._holds._timers) <= 31
 
 
 def test_the_agent_is_replaced_under_a_packed_read(world, producer, consumer):
@@ -283,7 +283,7 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     ref, transfer = waiting(world, producer, consumer, timeout_s=5)
     producer.answers = False
     world.advance(6)
-    assert transfer.done and consumer.consumer._holds
+    assert transfer.done and consumer.holds
     stages, unstages = len(said(consumer, wire.Stage)), len(said(consumer, wire.Unstage))
     message = wire.Stage(token=ref.token, number=9, image=consumer.spec, tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)

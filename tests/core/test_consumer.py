@@ -27,10 +27,7 @@ def nothing_left(world, *nodes):
     """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
     world.advance(4000)
     for node in nodes:
-        consumer = node.consumer
-        assert not consumer._holds and not consumer._of_peer and not consumer._peers and not consumer._renewals
-        assert consumer.next_deadline() is None and len(node.table) == 0
-        assert len(node.board._free) == 64 and not node.board._array.any()
+        node.check_nothing_left()
 
 
 def said(node, kind):
@@ -299,9 +296,9 @@ def test_strangers_addresses_are_forgotten_at_once(world, producer, consumer):
     for i in range(50):
         consumer.read(LeaseRef.mint(owner="x", addresses=[f"tcp://nobody{i}:1"]), 2, timeout_s=5)
     world.advance(5 + consumer.settings.lease_s + 1)
-    assert set(consumer.consumer._peers) == {producer.address}
+    assert set(consumer.peers) == {producer.address}
     world.advance(consumer.settings.idle_peer_s)
-    assert not consumer.consumer._peers and consumer.forgotten == [producer.identity.agent_info]
+    assert not consumer.peers and consumer.forgotten == [producer.identity.agent_info]
 
 
 def test_a_peer_in_use_is_not_forgotten(world, producer, consumer):
@@ -309,7 +306,7 @@ def test_a_peer_in_use_is_not_forgotten(world, producer, consumer):
     for _ in range(8):
         consumer.read(producer.lease(1), 1)
         world.advance(200)
-        assert producer.address in consumer.consumer._peers
+        assert producer.address in consumer.peers
     assert len(said(consumer, wire.Hello)) == 1
 
 
@@ -345,15 +342,15 @@ def test_each_rank_is_met_at_its_address(world):
     world.advance(1)
     assert transfer.error is None and transfer.done
     assert [(hello.rank, hello.reader, hello.readers) for hello in said(me, wire.Hello)] == [(0, 1, 3), (1, 1, 3)]
-    peers = me.consumer._peers
-    assert [peers[node.address].rank for node in source.nodes] == [0, 1]
+    assert [me.peers[node.address].rank for node in source.nodes] == [0, 1]
 
 
 def test_the_plan_is_made_once(world, producer, consumer):
     """What a producer's KV is to this side is found out once for each process, however many leases and agents it has."""
     made = []
-    routes = consumer.consumer._routes
-    consumer.consumer._routes = lambda peers: (made.append([peer.epoch for peer in peers]), routes(peers))[1]
+    known = consumer.consumer._peers
+    routes = known._routes
+    known._routes = lambda peers: (made.append([peer.epoch for peer in peers]), routes(peers))[1]
     for _ in range(3):
         consumer.read(producer.lease(1), 1)
         world.advance(1)
@@ -466,7 +463,7 @@ def test_restarted_while_settling(world, producer, consumer):
     assert transfer.error is None
     world.restart(producer)
     world.advance(2)
-    assert not consumer.consumer._holds
+    assert not consumer.holds
 
 
 def test_a_stale_epoch_is_refused_by_name(world, producer, consumer):
@@ -477,7 +474,7 @@ def test_a_stale_epoch_is_refused_by_name(world, producer, consumer):
     again = world.restart(producer)
     world.advance(11)
     assert again.metrics.value("kvxfer_refused_messages_total", reason="stale_epoch") == 1
-    assert consumer.consumer._peers[producer.address].epoch == again.epoch
+    assert consumer.peers[producer.address].epoch == again.epoch
 
 
 def test_a_replaced_agent_is_used_for_the_next_read(world, producer, consumer):
@@ -636,7 +633,8 @@ def test_nobody_spins(world, producer, consumer, what):
     before = consumer.ticks
     world.advance(20)
     assert consumer.ticks - before <= 20 * 8
-    assert len(consumer.consumer._timers) <= 11 and len(consumer.consumer._timers._heap) < 100
+    timers = consumer.consumer._holds._timers
+    assert len(timers) <= 10 and len(timers._heap) < 100
 
 
 def test_timers_do_not_grow_with_reads(world, producer, consumer):
@@ -645,7 +643,7 @@ def test_timers_do_not_grow_with_reads(world, producer, consumer):
         consumer.read(producer.lease(i % 32), i % 32)
         world.advance(0.05)
     for node in (consumer, producer):
-        for timers in (node.consumer._timers, node.table._timers):
+        for timers in (node.consumer._holds._timers, node.consumer._peers._retirements, node.table._timers):
             assert len(timers) <= 2 and len(timers._heap) < 200
 
 

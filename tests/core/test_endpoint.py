@@ -354,7 +354,7 @@ def test_the_producers_agent_is_replaced(engines):
     with pytest.raises(TransferTimeoutError):
         both.endpoint.read(other.endpoint.lease([1]), [1], timeout_s=0.2).wait(5)
     eventually(
-        lambda: made[1:] and made[1].name.encode() in other.endpoint._consumer._peers[both.endpoint.address].agent_info
+        lambda: made[1:] and made[1].name.encode() in other.endpoint._consumer._peers.by_address[both.endpoint.address].agent_info
     )
     assert other.endpoint.read(both.endpoint.lease([3]), [3]).wait(5)
     assert other.blocks(3) == both.blocks(3)
@@ -461,7 +461,7 @@ def test_close_gives_producers_their_blocks_back(engines):
     source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
     ref = source.endpoint.lease([1])
     sink.endpoint.hold(ref)
-    eventually(lambda: (hold := sink.endpoint._consumer._holds.get(ref.token)) and hold.granted)
+    eventually(lambda: (hold := sink.endpoint._consumer._holds.by_token.get(ref.token)) and hold.granted)
     sink.endpoint.close()
     assert isinstance(source.end(ref), LeaseSettled)
 
@@ -503,7 +503,7 @@ def test_many_read_one_lease_at_once(engines):
     source, sink = engines(), engines()
     for _ in range(30):
         sink.endpoint.hold(ref := source.endpoint.lease([1]))
-        eventually(lambda ref=ref: ref.token in sink.endpoint._consumer._granted)
+        eventually(lambda ref=ref: ref.token in sink.endpoint._consumer._holds.granted)
         start, transfers = threading.Barrier(4), []
 
         def reader(target, start=start, ref=ref, transfers=transfers):
@@ -567,7 +567,7 @@ def test_threads_hammering(engines):
     ends = [e.transfer for sink in sinks for e in sink.poll() if isinstance(e, (Done, Failed))]
     assert len(ends) == len(transfers) == len(set(map(id, ends)))
     assert sum(t.error is None for t in transfers) > 50
-    eventually(lambda: not any(s.endpoint._consumer._holds for s in sinks), timeout_s=5)
+    eventually(lambda: not any(s.endpoint._consumer._holds.by_token for s in sinks), timeout_s=5)
     assert len(source.endpoint._data._board._free) == QUICK.max_leases
 
 
@@ -576,7 +576,7 @@ def test_an_idle_endpoint_sleeps(pair):
     source, sink = pair
     assert sink.endpoint.read(ref := source.endpoint.lease([1]), [1]).wait(5)
     assert source.end(ref)
-    eventually(lambda: not sink.endpoint._consumer._holds)
+    eventually(lambda: not sink.endpoint._consumer._holds.by_token)
     turns = []
     for engine in pair:
         original = engine.endpoint._turn

@@ -217,11 +217,7 @@ class Interleavings(RuleBasedStateMachine):
             for token in node.offered:
                 assert len(node.ends(token)) == 1, token
         for node in (*self.producer.nodes, *self.readers):
-            assert len(node.table) == 0 and len(node.table._timers) == 0
-            assert len(node.board._free) == 64 and not node.board._array.any()
-            assert not node.chunks and not node.memory and not node.packing and not node.producer._chunks
-            assert not node.consumer._holds and not node.consumer._of_peer and not node.consumer._peers
-            assert len(node.consumer._timers) == 0 and not node.consumer._renewals and not node.consumer._routers
+            node.check_nothing_left()
 
 
 class TwoToOne(Interleavings):

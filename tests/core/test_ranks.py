@@ -16,7 +16,7 @@ from kvxfer.errors import (
     LeaseUnknownError,
     PeerTimeoutError,
 )
-from tests.core.virtual import CELLS, HEADS, Node, small_cache
+from tests.core.virtual import HEADS, Node, small_cache
 
 RANKS = [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)]
 SEVERAL = [ranks for ranks in RANKS if ranks[0] > 1]
@@ -44,11 +44,7 @@ def nothing_left(world, *nodes):
     """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
     world.advance(4000)
     for node in nodes:
-        consumer = node.consumer
-        assert not consumer._holds and not consumer._of_peer and not consumer._peers and not consumer._routers
-        assert consumer.next_deadline() is None and len(node.table) == 0
-        assert len(node.board._free) == CELLS and not node.board._array.any()
-        assert not node.packing and not node.chunks and not node.memory and not node.producer._chunks
+        node.check_nothing_left()
 
 
 def said(node, kind):
@@ -265,18 +261,13 @@ def test_a_reference_with_another_number_of_ranks(world, count, held):
     bad = with_addresses(
         ref, *[node.address for node in source.nodes][:count], *(f"tcp://x{i}:1" for i in range(3, count))
     )
-    asked = []
-    sink.consumer._send, send = (
-        lambda address, message: (asked.append(address), send(address, message)),
-        sink.consumer._send,
-    )
     if held:
         sink.hold(bad)
         world.advance(1)
     transfer = sink.read(bad, 1)
     world.advance(1)
     assert isinstance(transfer.error, HandshakeError) and transfer.error.code == "rank"
-    assert set(asked) == set(sink.consumer._peers) == {source.nodes[0].address}
+    assert sink.addressed == set(sink.peers) == {source.nodes[0].address}
     assert source.nodes[0].ends(ref.token) == ["LeaseSettled"]
     world.advance(40)
     nothing_left(world, *source.nodes, sink)
@@ -289,11 +280,11 @@ def test_others_are_met_after_the_first(world):
     source.nodes[0].frozen = True
     sink.hold(ref)
     world.advance(5)
-    assert set(sink.consumer._peers) == {source.nodes[0].address}
+    assert set(sink.peers) == {source.nodes[0].address}
     stranger = msgspec.structs.replace(ref, owner="somebody else", token="e" * 32)
     sink.hold(with_addresses(stranger, *(node.address for node in reversed(source.nodes))))
     world.advance(5)
-    assert set(sink.consumer._peers) == {source.nodes[0].address, source.nodes[2].address}
+    assert set(sink.peers) == {source.nodes[0].address, source.nodes[2].address}
     source.nodes[0].frozen = False
     transfer = sink.read(ref, 1)
     world.advance(1)
@@ -391,7 +382,7 @@ def test_old_plans_are_forgotten(world):
         sink.read(source.lease(1), 1)
         world.advance(2)
         source.restart(i % 2)
-    assert len(sink.consumer._routers) == 1
+    assert len(sink.consumer._peers._routers) == 1
 
 
 # -- what does not belong together ---------------------------------------------------------------------------------------

@@ -160,10 +160,32 @@ class Node:
         """What they hold; an address that was given back is used again for the next one."""
         self.stopped: list[StopRead] = []
         self.started: list[StartRead] = []
+        self.addressed: set[str] = set()
+        """Every address it ever said anything to."""
 
     def _routes(self, peers: Any) -> list[Router]:
         made = plan([peer.spec for peer in peers], self.spec)
         return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.parts]
+
+    @property
+    def holds(self) -> Any:
+        """Leases that it holds, by token."""
+        return self.consumer._holds.by_token
+
+    @property
+    def peers(self) -> Any:
+        """Producers that it knows, by address."""
+        return self.consumer._peers.by_address
+
+    def check_nothing_left(self) -> None:
+        """No table holds anything, no memory is taken, and there is nothing to wake up for."""
+        assert not self.holds and not self.peers and not self.consumer._holds.granted
+        assert not self.consumer._holds._renewals and not self.consumer._peers._routers
+        assert self.next_deadline() is None
+        assert len(self.consumer._holds._timers) == len(self.consumer._peers._retirements) == 0
+        assert len(self.table) == 0 and len(self.table._timers) == 0
+        assert len(self.board._free) == CELLS and not self.board._array.any()
+        assert not self.packing and not self.chunks and not self.memory and not self.producer._chunks
 
     # -- the engine's calls
 
@@ -272,6 +294,7 @@ class Node:
         while self.out:
             action = self.out.pop(0)
             if isinstance(action, SendTo):
+                self.addressed.add(action.address)
                 self._post(action.address, action.message, is_reply=False)
             elif isinstance(action, Reply):
                 self._post(action.connection.decode(), action.message, is_reply=True)

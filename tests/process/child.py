@@ -104,7 +104,7 @@ class Engine:
         return self.endpoint.metrics.value(name, **labels)
 
     def granted(self) -> int:
-        return sum(hold.granted for hold in list(self.endpoint._consumer._holds.values()))
+        return sum(hold.granted for hold in list(self.endpoint._consumer._holds.by_token.values()))
 
     def restart(self) -> str:
         """Another endpoint at the same address."""

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producers that a consumer knows: handshakes, refusals, what their KV is to this side, and their retirement. Pure, no I/O.
+
+A peer is known as long as some lease needs it, and for a while after that. It is met before anything is asked of it, and met
+again when it was restarted, when a read from it failed, or when it says that it does not know us.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvxfer.actions import Action, ForgetAgent, Hangup, SendTo
+from kvxfer.errors import HandshakeError, IncompatibleError
+from kvxfer.peer import Peer, PeerState
+from kvxfer.timers import Timers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.config import Settings
+    from kvxfer.metrics import Metrics
+    from kvxfer.peer import Identity
+    from kvxfer.route import Router
+    from kvxfer.wire import Refused, Welcome
+
+    Routes = Callable[[Sequence[Peer]], Sequence[Router]]
+
+_log = logging.getLogger(__name__)
+
+
+class Welcomed(str, Enum):
+    """What a `Welcome` changed: NOTHING, the peer is MET now, or another process is, and the one before was LOST."""
+
+    NOTHING = "nothing"
+    MET = "met"
+    LOST = "lost"
+
+
+class Acquaintances:
+    """Peers by their control address.
+
+    Args:
+        routes: how KV travels from these peers, all ranks of one producer, to this side; raises IncompatibleError.
+    """
+
+    def __init__(
+        self, identity: Identity, settings: Settings, metrics: Metrics, out: list[Action], routes: Routes
+    ) -> None:
+        self._me = identity
+        self._settings = settings
+        self._metrics = metrics
+        self._out = out
+        self._routes = routes
+        self.by_address: dict[str, Peer] = {}
+        self._routers: dict[tuple[tuple[str, str], ...], Sequence[Router] | IncompatibleError] = {}
+        """By address and epoch of each rank."""
+        self._retirements = Timers()
+        """By address, of peers that no lease needs."""
+
+    def need(self, address: str, rank: int, token: str) -> Peer:
+        """The peer at an address, for a lease that expects this rank there."""
+        peer = self.by_address.setdefault(address, Peer(address, rank))
+        peer.needed_by.add(token)
+        self._retirements.cancel(address)
+        return peer
+
+    def need_no_more(self, peer: Peer, token: str, now: float) -> None:
+        """The lease is over: a peer that none needs is forgotten when it has been idle for long enough."""
+        peer.needed_by.discard(token)
+        if not peer.needed_by:
+            # A stranger's address that never became a peer is not worth keeping a socket for.
+            self._retirements.set(peer.address, now + (self._settings.idle_peer_s if peer.name else 0.0))
+
+    def tick(self, now: float) -> None:
+        """Forget peers whose time has come."""
+        for address in self._retirements.due(now):
+            peer = self.by_address.pop(address)
+            self._forget_routers(peer)
+            self._out.append(Hangup(address))
+            if peer.agent_info:
+                self._out.append(ForgetAgent(peer.agent_info))
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next; may be early, never late."""
+        return self._retirements.next_at()
+
+    # -- handshakes -------------------------------------------------------------------------------------------------
+
+    def greet(self, peer: Peer, now: float) -> None:
+        """Begin a handshake now."""
+        self._out.append(SendTo(peer.address, peer.greet(self._me, now)))
+
+    def meet(self, peer: Peer, now: float) -> None:
+        """Greet a peer that was not greeted a moment ago."""
+        if peer.state is not PeerState.GREETED or now >= peer.greeted_at + self._settings.retry_s:
+            self.greet(peer, now)
+
+    def welcomed(self, peer: Peer, message: Welcome, now: float) -> Welcomed:
+        """The peer introduced itself, asked or not."""
+        old_agent, repeated = peer.agent_info, peer.is_met
+        gone = peer.welcomed(self._me, message, now)
+        self._metrics.count("kvxfer_handshakes_total", outcome="met" if peer.error is None else peer.error.code)
+        if old_agent and old_agent != peer.agent_info:
+            self._out.append(ForgetAgent(old_agent))
+        if gone is not None:
+            _log.warning("%s at %s was restarted (epoch %s, before %s)", peer.name, peer.address, peer.epoch, gone)
+            self._forget_routers(peer)
+            return Welcomed.LOST
+        # A busy producer answers each Hello of a long wait: that must not multiply all questions.
+        return Welcomed.NOTHING if repeated and peer.is_met else Welcomed.MET
+
+    def refused(self, peer: Peer, message: Refused, now: float) -> bool:
+        """The peer refuses to be spoken to; True if it will not be met."""
+        code = message.code
+        if code in ("stale_epoch", "not_introduced"):
+            # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
+            if peer.is_met:
+                if now >= peer.greeted_at + self._settings.retry_s:
+                    self.greet(peer, now)
+                else:
+                    peer.state = PeerState.GREETED  # each lease greets again when it is due
+        elif code == "rank" and message.rank is not None:
+            # Some lease names it for another rank than its own. Leases that name it rightly ask again when they are due.
+            if peer.state is PeerState.GREETED:
+                peer.rank = message.rank
+        elif peer.state is PeerState.GREETED:
+            self._metrics.count("kvxfer_handshakes_total", outcome=code)
+            peer.refused(HandshakeError(code, f"{peer.address} refused: {message.reason}"))
+            return True
+        else:
+            _log.warning("%s refused a message: %s: %s", peer.address, code, message.reason)
+        return False
+
+    # -- what they have ---------------------------------------------------------------------------------------------
+
+    def routers(self, peers: Sequence[Peer]) -> Sequence[Router]:
+        """How the part of each of these peers travels, found out once for each set of processes.
+
+        Raises:
+            IncompatibleError: their caches cannot be read into ours.
+        """
+        key = tuple((peer.address, peer.epoch) for peer in peers)
+        known = self._routers.get(key)
+        if known is None:
+            try:
+                known = self._routes(peers)
+            except IncompatibleError as error:
+                self._metrics.count("kvxfer_handshakes_total", outcome="incompatible")
+                known = error
+            self._routers[key] = known
+        if isinstance(known, IncompatibleError):
+            raise IncompatibleError(known.axis, str(known))  # not the same one: its traceback would grow with each read
+        return known
+
+    def _forget_routers(self, peer: Peer) -> None:
+        for key in [key for key in self._routers if any(address == peer.address for address, _ in key)]:
+            del self._routers[key]
