@@ -94,6 +94,12 @@ class Consumer:
         except BlockError:
             return None  # `read` will find the same, and fail it
 
+    def knows(self, ref: object) -> bool:
+        """Any thread: ``ref`` is equal to one that was checked, and granted since."""
+        token = getattr(ref, "token", None)
+        hold = self._holds.granted.get(token) if isinstance(token, str) else None
+        return hold is not None and hold.ref == ref
+
     def granted(self, token: str) -> bool:
         """Any thread: `take` would find it."""
         return token in self._holds.granted

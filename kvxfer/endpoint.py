@@ -222,7 +222,8 @@ class Endpoint:
             ConfigError: ``timeout_s`` is no number of seconds.
             LeaseRefError: ``ref`` is none.
         """
-        ref = _checked(ref)
+        if not self._consumer.knows(ref):
+            ref = _checked(ref)
         if tokens is not None:
             tokens = _interval(tokens)
         targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)

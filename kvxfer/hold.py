@@ -49,6 +49,24 @@ class Claim:
     grant: Grant | None = None
     settled: bool = False
     ask_at: float = 0.0
+    tables: Sequence[Table] | None = field(default=None, repr=False)
+
+    def leased(self) -> Sequence[Table]:
+        """The block tables that the rank granted, checked once.
+
+        Raises:
+            BlockError: they are not blocks of its cache.
+        """
+        if self.tables is None:
+            grant, spec = self.grant, self.peer.spec
+            if grant is None or spec is None:
+                raise BlockError(f"{self.peer.address} has granted nothing")
+            firsts = grant.first_tokens or [0] * len(grant.blocks)
+            if len(firsts) != len(grant.blocks):
+                raise BlockError(f"{len(grant.blocks)} lists of leased blocks have {len(firsts)} beginnings")
+            given = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(grant.blocks, firsts, strict=True)]
+            self.tables = tables(spec, given, "leased")
+        return self.tables
 
     def renew_at(self, now: float) -> float:
         """Three renewals in the time a lease has: two may be lost. Not more often, whatever a producer grants."""
@@ -144,20 +162,9 @@ class Hold:
             grant = claim.grant
             if grant is None or not router.part.overlaps:
                 continue
-            match = router.part.match_tables(_leased(claim.peer, grant), transfer.into, transfer.tokens)
-            for group in {each.target_group for each in router.part.overlaps}:
+            match = router.part.match_tables(claim.leased(), transfer.into, transfer.tokens)
+            for group in router.part.target_groups:
                 if match.tokens[group] != spans.setdefault(group, match.tokens[group]):
                     raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
             sources.append(Source(number, claim.peer.agent_info, router, match, grant.cell))
         return StartRead(transfer, sources)
-
-
-def _leased(peer: Peer, grant: Grant) -> list[Table]:
-    """The block tables that a rank granted, checked."""
-    if peer.spec is None:
-        raise BlockError(f"{peer.address} was not met")
-    firsts = grant.first_tokens or [0] * len(grant.blocks)
-    if len(firsts) != len(grant.blocks):
-        raise BlockError(f"{len(grant.blocks)} lists of leased blocks have {len(firsts)} beginnings")
-    given = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(grant.blocks, firsts, strict=True)]
-    return tables(peer.spec, given, "leased")

@@ -14,6 +14,7 @@ each ``retry_s`` until it answers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -288,6 +289,9 @@ class Holds:
         if hold.granted:
             hold.state = HoldState.GRANTED
             if hold.transfer is None:
+                with contextlib.suppress(BlockError):  # the read will find it again, and fail
+                    for claim in hold.claims:
+                        claim.leased()  # here, where nobody waits for it
                 self.granted[hold.ref.token] = hold
 
     def _start(self, hold: Hold, transfer: Transfer, now: float) -> None:

@@ -60,12 +60,14 @@ class PlanPart:
         source, target: the two caches.
         overlaps: what is copied, on logical coordinates.
         converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
+        target_groups: numbers of the target's groups that get something.
     """
 
     source: CacheSpec
     target: CacheSpec
     overlaps: tuple[Overlap, ...]
     converts: bool = field(init=False)
+    target_groups: frozenset[int] = field(init=False)
     _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
     _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
 
@@ -75,6 +77,7 @@ class PlanPart:
             kernels = each.source.region.extents.token, each.target.region.extents.token
             channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
         object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
+        object.__setattr__(self, "target_groups", frozenset(channel.target_group for channel in channels))
         object.__setattr__(self, "_channels", dict(channels))
         object.__setattr__(self, "_nests", {})
 

@@ -3,7 +3,9 @@
 
 All servers run in float32: in bfloat16 two tensor parallel sizes differ by rounding, and greedy tokens drift apart.
 
-Idle vLLM workers wait by spinning, those of one tensor parallel group above all; so whoever has no part in a test is frozen.
+Two ranks on a machine with two cores make vLLM slow now and then: its workers wait for orders by spinning, and one that has gone
+to sleep may miss a wake-up and look again after 5 s only (`SHM_READER_RECHECK_INTERVAL_MS` of vLLM 0.32; steps of half a minute
+were seen). So whoever has no part in a test is frozen, and all that has a deadline has a long one.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from dataclasses import replace
 import pytest
 
 TWO_RANKS = ("--tensor-parallel-size", "2")
-PROMPT_TOKENS = (33, 100, 700)
+PROMPT_TOKENS = (33, 700)
 MAX_TOKENS = 12
+PATIENT = {"lease_seconds": 300, "read_timeout_seconds": 200, "peer_timeout_seconds": 100}
+ANSWER_TIMEOUT_S = 300
 
 PAIRS = [
     ("tp2 b32", "tp1 b32"),
@@ -47,7 +51,7 @@ class Unequal:
             server.thaw()
         try:
             for server in found:  # the first step after a pause is slow
-                assert server.ask([7, 8, 9], max_tokens=1).ok
+                assert server.ask([7, 8, 9], max_tokens=1, timeout_s=ANSWER_TIMEOUT_S).ok
             yield found
         finally:
             for server in found:
@@ -61,7 +65,7 @@ def unequal(started_lab):
 
     lab = started_lab
     lab.heal()
-    plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300)
+    plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300, connector_options=PATIENT)
     settings = {
         "tp1 b32": replace(plain, name="tp1-b32"),
         "tp1 b64": replace(plain, name="tp1-b64", block_tokens=64),
@@ -75,7 +79,7 @@ def unequal(started_lab):
     try:
         for server in made.servers.values():
             start_all(server, timeout_s=480)
-            assert server.ask(lab.prompt(40), max_tokens=2, timeout_s=400).ok  # kernels are compiled
+            assert server.ask(lab.prompt(40), max_tokens=2, timeout_s=ANSWER_TIMEOUT_S).ok  # kernels are compiled
             server.freeze()
         yield made
     finally:
@@ -93,21 +97,27 @@ def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hi
     with unequal.awake(source, target) as (producer, consumer):
         if hit == "hit":
             for prompt, _ in asked:
-                assert consumer.ask(prompt[: len(prompt) * 2 // 3], max_tokens=1).ok
+                part = prompt[: len(prompt) * 2 // 3]
+                assert consumer.ask(part, max_tokens=1, timeout_s=ANSWER_TIMEOUT_S).ok
         transfers = consumer.metric("vllm:kvxfer_transfer_seconds_count")
         failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
         refused = consumer.metric("vllm:kvxfer_refused_params_total")
         for prompt, expected in asked:
             handed = producer.prefill(prompt)
             assert handed.ok, handed.body
-            answer = consumer.ask(prompt, max_tokens=MAX_TOKENS, kv_transfer_params=handed.kv_transfer_params)
+            answer = consumer.ask(
+                prompt,
+                max_tokens=MAX_TOKENS,
+                kv_transfer_params=handed.kv_transfer_params,
+                timeout_s=ANSWER_TIMEOUT_S,
+            )
             assert answer.ok, answer.body
             assert answer.tokens == expected
         # Each rank of the consumer reads for itself.
         reads = len(asked) * (2 if "tp2" in target else 1)
         assert started_lab.eventually(
-            lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == transfers + reads, 20
+            lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == transfers + reads, 60
         )
         assert consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
         assert consumer.metric("vllm:kvxfer_refused_params_total") == refused
-        started_lab.assert_no_blocks_in_use(producer, consumer)
+        started_lab.assert_no_blocks_in_use(producer, consumer, timeout_s=120)
