@@ -45,9 +45,9 @@ class Sample:
     seconds: float
 
 
-def _cache(order: str, blocks: int) -> KVCache:
+def _cache(order: str, blocks: int, head_dim: int = _HEAD_DIM) -> KVCache:
     cache, arrays = KVCache.allocate(
-        order, layers=_LAYERS, blocks=blocks, heads=_HEADS, block_tokens=_BLOCK_TOKENS, head_dim=_HEAD_DIM
+        order, layers=_LAYERS, blocks=blocks, heads=_HEADS, block_tokens=_BLOCK_TOKENS, head_dim=head_dim
     )
     arrays["kv"].fill(1)  # the first touch of memory costs more than moving it
     return cache
@@ -169,26 +169,24 @@ def _both(costs: Costs, foretold: tuple[int, int]) -> tuple[float, float]:
 
 
 def _copying(blocks: int) -> tuple[float, float]:
-    """(seconds for each run, seconds for each byte) of a chunk after the other, packed from HND."""
-    cache = _cache("HND", blocks)
+    """(seconds for each run, seconds for each byte) of a chunk after the other, packed in runs of all lengths."""
     arena = StagingArena(32 << 20)
-    slot = arena.slot_nbytes
+    slot, address = arena.slot_nbytes, arena.memory.address
     facts, times = [], []
-    for order in ("HND", "NHD"):
-        part = plan(cache.spec, _cache(order, blocks).spec).parts[0]
+    for head_dim, order in ((_HEAD_DIM, "HND"), (_HEAD_DIM, "NHD"), (16, "NHD"), (8, "NHD")):
+        cache = _cache("HND", blocks, head_dim)
+        part = plan(cache.spec, _cache(order, blocks, head_dim).spec).parts[0]
         match = part.match(list(range(blocks)), list(range(blocks)))
         images = Images(part, "target", slot)
 
-        def pack(images: Images = images, match: Match = match) -> None:
+        def pack(cache: KVCache = cache, images: Images = images, match: Match = match) -> None:
             for chunk in images.chunks(match.tokens):
                 image = images.image(chunk)
                 bound = image.from_source.copies(Match(match.sources, [image.table(chunk)], [chunk.tokens]))
-                address = arena.memory.address
                 for copy in start_copies(cache, bound, arena.view(address, slot), pack=True):
                     copy.wait()
 
-        runs, nbytes = part.runs(match)
-        facts.append((runs, nbytes))
+        facts.append(part.runs(match))
         times.append(_median_s(pack))
     run_s, byte_s = _fit(facts, times)
     return run_s, byte_s
