@@ -269,6 +269,11 @@ class Node:
         times = [t for t in (self.producer.next_deadline(), self.consumer.next_deadline()) if t is not None]
         return min(times) if times else None
 
+    def shows(self, cell: int, token: str) -> bool:
+        """The token stands in the cell; one of a process that was here before is none of this one's."""
+        index = self.board._index(cell)
+        return 0 <= index < CELLS and self.board._array[index].tobytes() == bytes.fromhex(token)
+
     def pack(self) -> None:
         """End the copies that are due: what the blocks hold now lies in a chunk."""
         for (key, number), (at, job) in list(self.packing.items()):
@@ -502,8 +507,7 @@ class World:
                 self._end(reading, PeerLostError("the source died"))
                 return
             if leg.has_data:
-                cell = source.board._array[source.board._index(leg.source.cell)].tobytes()
-                if cell != bytes.fromhex(transfer.ref.token):
+                if not source.shows(leg.source.cell, transfer.ref.token):
                     self._end(reading, LeaseEndedError("wiped"))
                     return
                 leg.done, leg.at = True, math.inf

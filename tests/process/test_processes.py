@@ -17,6 +17,8 @@ _reason = NixlAgent.why_unavailable()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 SETTINGS = {"lease_s": 2.0, "peer_timeout_s": 3.0, "quarantine_s": 0.2}
+PATIENT = {**SETTINGS, "lease_s": 30.0}
+"""Where no lease has to run out, none should because this machine is busy."""
 TIMEOUT_S = 6.0
 MARGIN_S = 6.0
 """For a fence and a busy machine, after the deadline of a read."""
@@ -59,7 +61,7 @@ def ended_in_time(consumer, number, *, allowed=ENDS, timeout_s=TIMEOUT_S):
 
 def test_two_consumers_one_producer(child):
     """Both get the right bytes, the producer hears of each lease once, and all its cells are free again."""
-    producer, *consumers = child(1), child(2), child(3)
+    producer, *consumers = (child(seed, settings=PATIENT) for seed in (1, 2, 3))
     cells = producer.free_cells()
     refs = [producer.lease(BLOCKS) for _ in range(6)]
     for i, ref in enumerate(refs):
@@ -133,7 +135,7 @@ def test_the_producer_is_frozen_during_the_read(child):
 
 def test_frozen_over_tcp(child):
     """Where bytes need the peer's help, a frozen one costs the read and the agent, and nothing else."""
-    options = {"ucx": "TLS=tcp", "settings": SETTINGS}
+    options = {"ucx": "TLS=tcp", "settings": PATIENT}
     producer, other, consumer = child(1, **options), child(2, **options), child(3, **options)
     assert serves(producer, consumer) and serves(other, consumer, target=40)
     ref = producer.lease(BLOCKS)
