@@ -458,6 +458,48 @@ def test_strangers_are_served_or_refused_by_name(one, other, convert):
             assert (runs > 0) == (nbytes > 0) == bool(part.copies(match))
 
 
+@pytest.mark.parametrize(
+    ("kind", "first", "blocks", "tokens", "outcome"),
+    [
+        ("full_attention", 4, 3, None, 8),
+        ("full_attention", 4, 3, (4, 12), 8),
+        ("full_attention", 4, 3, (np.int64(7), np.uint8(9)), 2),
+        ("full_attention", 4, 3, (6, None), 6),
+        ("full_attention", 0, 3, None, 8),
+        ("full_attention", 4, 3, (7, 7), 0),
+        ("full_attention", 8, 1, None, "tokens 4 to 12 are not in the source's blocks.*which hold 8 to 12"),
+        ("full_attention", 4, 1, None, "tokens 4 to 8 fill 1 of 2 target blocks"),
+        ("full_attention", 0, 1, None, "tokens 4 to 12 are not in the source's blocks.*which hold 0 to 4"),
+        ("full_attention", 4, 1, (4, 12), "tokens 4 to 12 are not in the source's blocks.*which hold 4 to 8"),
+        ("full_attention", 0, 4, (3, 12), "tokens 3 to 12 are not in the target's blocks.*which hold 4 to 12"),
+        ("full_attention", 0, 4, (4, 13), "tokens 4 to 13 are not in the target's blocks.*which hold 4 to 12"),
+        ("full_attention", 0, 4, (4, 8), "tokens 4 to 8 fill 1 of 2 target blocks"),
+        ("full_attention", 0, 4, (8, 12), "tokens 8 to 12 fill 1 of 2 target blocks"),
+        ("full_attention", 0, 4, (8, 7), "tokens 8 to 7 are no interval"),
+        ("full_attention", 0, 4, (-1, None), "tokens -1 to the end are no interval"),
+        ("full_attention", 0, 4, (4, 1 << 50), "are no interval"),
+        ("full_attention", 0, 4, (4.0, 12), "no pair of whole numbers"),
+        ("full_attention", 0, 4, 12, "no pair of whole numbers"),
+        ("full_attention", 0, 4, (4, 8, 12), "no pair of whole numbers"),
+        ("sliding_window", 4, 3, (0, 12), 8),
+        ("sliding_window", 4, 3, (0, None), 8),
+        ("sliding_window", 4, 3, (0, 3), 0),
+        ("sliding_window", 8, 3, (0, 12), "tokens 4 to 12 are not in the source's blocks"),
+        ("sliding_window", 4, 3, (-4, 12), "tokens -4 to 12 are no interval"),
+    ],
+)
+def test_which_tokens_two_tables_can_move(kind, first, blocks, tokens, outcome):
+    """The target's table holds tokens 4 to 12; what the source's holds decides, and each refusal says which tokens."""
+    cache = KVCache.from_layers({"l.0": np.zeros((8, 1, 4, 1), np.uint8)}, kinds={"0": kind})
+    part = common(cache.spec, cache.spec)
+    arguments = BlockTable(range(blocks), first), BlockTable([5, 6], 4), tokens
+    if isinstance(outcome, int):
+        assert part.bind(*arguments).total_nbytes == outcome
+    else:
+        with pytest.raises(BlockError, match=outcome):
+            part.bind(*arguments)
+
+
 JUNK = st.recursive(
     st.none()
     | st.booleans()
