@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.actions import ChunkStaged, EndPack, PackKey, StartPack, StartRead, StopRead
@@ -24,7 +25,8 @@ from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, Transfe
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.packer import Packer, let_end
 from kvxfer.reading import Leg, Reading
-from kvxfer.staging import FairQueue, StagingArena, Use
+from kvxfer.staging import StagingArena, Use
+from kvxfer.supply import Supply
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,12 +85,6 @@ class _Copying:
     then: Callable[[], None]
 
 
-@dataclass(eq=False)
-class _Waiting:
-    leg: Leg
-    then: Callable[[int], None]
-
-
 class DataPath:
     """Runs the data thread; it is the `Carrier` of all reads.
 
@@ -122,8 +118,9 @@ class DataPath:
         self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
         self._copying: list[_Copying] = []
-        self._for_scratch: FairQueue[_Waiting] = FairQueue()
-        self._for_slot: FairQueue[_Waiting] = FairQueue()
+        self._scratches = Supply(board.take_scratch, board.give_scratch)
+        self._slots = Supply(lambda: self.arena.take(Use.LANDING), self.arena.give)
+        self._supplies = (self._scratches, self._slots)
         self._shut_down = False
 
     def start(self) -> tuple[str, bytes]:
@@ -259,14 +256,11 @@ class DataPath:
 
     def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
         """See `Carrier`."""
-        if leg.reading.error is None:
-            self._for_scratch.put(leg.reading, _Waiting(leg, then))
-            self._serve_waiting()
+        self._borrow(self._scratches, leg, then)
 
     def give_scratch(self, leg: Leg, scratch: int) -> None:
         """See `Carrier`."""
-        leg.reading.scratches.discard(scratch)
-        self._board.give_scratch(scratch)
+        self._scratches.give_back(leg, scratch)
 
     def read_scratch(self, scratch: int) -> bytes:
         """See `Carrier`."""
@@ -274,14 +268,11 @@ class DataPath:
 
     def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
         """See `Carrier`."""
-        if leg.reading.error is None:
-            self._for_slot.put(leg.reading, _Waiting(leg, then))
-            self._serve_waiting()
+        self._borrow(self._slots, leg, then)
 
     def give_slot(self, leg: Leg, slot: int) -> None:
         """See `Carrier`."""
-        leg.reading.slots.discard(slot)
-        self.arena.give(slot)
+        self._slots.give_back(leg, slot)
 
     def view_slot(self, slot: int, nbytes: int) -> Bytes:
         """See `Carrier`."""
@@ -324,21 +315,15 @@ class DataPath:
             if not reading.legs:
                 self._end(reading)
 
-    def _serve_waiting(self) -> None:
-        while len(self._for_scratch):
-            scratch = self._board.take_scratch()
-            if scratch is None:
-                break
-            self._serve(self._for_scratch.take(), scratch, lambda reading: reading.scratches)
-        while len(self._for_slot):
-            slot = self.arena.take(Use.LANDING)
-            if slot is None:
-                break
-            self._serve(self._for_slot.take(), slot, lambda reading: reading.slots)
+    def _borrow(self, supply: Supply, leg: Leg, then: Callable[[int], None]) -> None:
+        if leg.reading.error is None:
+            supply.ask(leg, then)
+            self._serve_waiting()
 
-    def _serve(self, waiting: _Waiting, got: int, held: Callable[[Reading], set[int]]) -> None:
-        held(waiting.leg.reading).add(got)
-        self._guarded(waiting.leg, lambda: waiting.then(got))
+    def _serve_waiting(self) -> None:
+        for supply in self._supplies:
+            for leg, then, place in supply.served():
+                self._guarded(leg, partial(then, place))
 
     def _changed(self, flight: Flight) -> None:
         flying = self._flying[flight]
@@ -378,8 +363,8 @@ class DataPath:
     def _fail(self, reading: Reading, error: KvxferError) -> None:
         """It fails, and is over when nothing of it is in flight."""
         reading.error = reading.error or error
-        self._for_slot.drop(reading)
-        self._for_scratch.drop(reading)
+        for supply in self._supplies:
+            supply.drop(reading)
         if not reading.pending:
             self._end(reading)
 
@@ -394,10 +379,8 @@ class DataPath:
         if self._readings.get(transfer) is not reading:
             return
         del self._readings[transfer]
-        for scratch in reading.scratches:
-            self._board.give_scratch(scratch)
-        for slot in reading.slots:
-            self.arena.give(slot)
+        for supply in self._supplies:
+            supply.release(reading)
         if error is None:
             transfer.end(None, nbytes=reading.nbytes, descriptors=reading.descriptors, via=reading.via)
         else:
@@ -453,12 +436,8 @@ class DataPath:
             if reading.error is not None:
                 self._fail(reading, reading.error)
                 continue
-            self._for_slot.drop(reading)
-            self._for_scratch.drop(reading)
-            for scratch in reading.scratches:
-                self._board.give_scratch(scratch)
-            for slot in reading.slots:
-                self.arena.give(slot)
+            for supply in self._supplies:
+                supply.release(reading)
             again.append(reading.restarted(self))
         self._life.remake()
         for reading in again:

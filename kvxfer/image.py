@@ -103,7 +103,7 @@ class Images:
         self.slot_nbytes = slot_nbytes
         self._like = like
         self._side = part.source if like == "source" else part.target
-        self.tiles = tuple(self._tiles())
+        self.tiles: tuple[Tile, ...] = tuple(self._tiles())
         self._made: dict[tuple[int, Span, int], Image] = {}
         for tile in self.tiles:
             if self._block_nbytes(tile) > slot_nbytes:

@@ -91,7 +91,6 @@ class Reading:
         error: why it failed; set once, and nothing new is started from then on.
         attempts: how often it was started again on a new agent because the first contact with a source hung. Each time is
             given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
-        scratches, slots: that it has, given back at its end.
         nbytes, descriptors: what went over the wire so far.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
@@ -103,8 +102,6 @@ class Reading:
         self.ended_legs = 0
         self.pending = 0
         self.error: KvxferError | None = None
-        self.scratches: set[int] = set()
-        self.slots: set[int] = set()
         self.nbytes = 0
         self.descriptors = 0
         self.via: str = ""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from kvxfer.cli.table import Progress
     from kvxfer.layout import CacheSpec
+    from kvxfer.part import PlanPart
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
@@ -57,7 +58,7 @@ class Source:
     """The producer's process: one cache in HND."""
 
     def __init__(self, agent: str, blocks: int) -> None:
-        self.endpoint = Endpoint(_cache("HND", blocks), agent)
+        self.endpoint: Endpoint = Endpoint(_cache("HND", blocks), agent)
         self._blocks = blocks
 
     def lease(self, blocks: Sequence[int]) -> str:
@@ -80,8 +81,8 @@ class Sink:
     def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
         self._source = source
         settings = replace(Settings.resolve(), staging_nbytes=staging_nbytes)
-        self.endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
-        self.part = plan(source.call("spec"), self.endpoint.cache.spec).parts[0]
+        self.endpoint: Endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
+        self.part: PlanPart = plan(source.call("spec"), self.endpoint.cache.spec).parts[0]
 
     def seconds(self, blocks: Sequence[int], into: Sequence[int], repeats: int) -> float:
         """The median time of reading these blocks."""

@@ -39,7 +39,8 @@ def test_what_makes_no_sense_is_refused(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"descriptor_s": 0}', '{"descriptor_s": "x"}', '{"nosuch": 1}', '{"run_s": NaN}', "[" * 9999]
+    "text",
+    ["", "[]", "{", '{"descriptor_s": 0}', '{"descriptor_s": "x"}', '{"nosuch": 1}', '{"run_s": NaN}', "[" * 9999],
 )
 def test_a_file_that_holds_no_costs_is_refused_by_name(tmp_path, text):
     """Whatever else lies in the file is one ConfigError."""

@@ -17,11 +17,7 @@ from kvxfer.errors import (
     TransferFailedError,
     TransferTimeoutError,
 )
-from tests.core.virtual import Reading
-
-
-def said(node, kind):
-    return [message for message in node.sent if isinstance(message, kind)]
+from tests.core.virtual import Reading, said
 
 
 def waiting(world, producer, consumer, **more):

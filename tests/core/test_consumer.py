@@ -20,18 +20,7 @@ from kvxfer.errors import (
     TransferError,
 )
 from kvxfer.lease import LeaseRef
-from tests.core.virtual import Reading, block_bytes, small_cache
-
-
-def nothing_left(world, *nodes):
-    """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
-    world.advance(4000)
-    for node in nodes:
-        node.check_nothing_left()
-
-
-def said(node, kind):
-    return [m for m in node.sent if isinstance(m, kind)]
+from tests.core.virtual import Reading, block_bytes, nothing_left, said, small_cache
 
 
 def test_a_read_from_end_to_end(world, producer, consumer):

@@ -219,7 +219,8 @@ def test_a_target_named_twice(pair):
 
 
 @pytest.mark.parametrize(
-    "tokens", [-1, 1.0, "1", (0,), (-1, None), (None, 4), (4, 0), (0, 1 << 60), (0, 4, 8), ("0", "4"), (float("nan"), None)]
+    "tokens",
+    [-1, 1.0, "1", (0,), (-1, None), (None, 4), (4, 0), (0, 1 << 60), (0, 4, 8), ("0", "4"), (float("nan"), None)],
 )
 def test_bad_intervals(pair, tokens):
     """Tokens that are no interval are refused by name."""
@@ -354,7 +355,10 @@ def test_the_producers_agent_is_replaced(engines):
     with pytest.raises(TransferTimeoutError):
         both.endpoint.read(other.endpoint.lease([1]), [1], timeout_s=0.2).wait(5)
     eventually(
-        lambda: made[1:] and made[1].name.encode() in other.endpoint._consumer._peers.by_address[both.endpoint.address].agent_info
+        lambda: (
+            made[1:]
+            and made[1].name.encode() in other.endpoint._consumer._peers.by_address[both.endpoint.address].agent_info
+        )
     )
     assert other.endpoint.read(both.endpoint.lease([3]), [3]).wait(5)
     assert other.blocks(3) == both.blocks(3)

@@ -420,7 +420,7 @@ def test_unequal_caches_are_refused_by_axis_with_both_values(target, axis, value
 @pytest.mark.parametrize(
     ("sources", "target", "axis", "why"),
     [
-        ([], lambda: other(), "ranks", "no ranks"),
+        ([], other, "ranks", "no ranks"),
         (
             [(0, 8, 16)],
             lambda: reshaped(heads=Interval(8, 16, 16)),

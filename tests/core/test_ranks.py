@@ -16,7 +16,7 @@ from kvxfer.errors import (
     LeaseUnknownError,
     PeerTimeoutError,
 )
-from tests.core.virtual import HEADS, Node, small_cache
+from tests.core.virtual import HEADS, Node, nothing_left, said, small_cache
 
 RANKS = [(1, 1), (2, 1), (1, 2), (2, 3), (3, 2)]
 SEVERAL = [ranks for ranks in RANKS if ranks[0] > 1]
@@ -38,17 +38,6 @@ def part(source, sink, *blocks):
     mine = sink.spec.groups[0].heads
     theirs = [(node, node.spec.groups[0].heads) for node in source.nodes]
     return [n.content[b] for n, h in theirs if h.start < mine.stop and mine.start < h.stop for b in blocks]
-
-
-def nothing_left(world, *nodes):
-    """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
-    world.advance(4000)
-    for node in nodes:
-        node.check_nothing_left()
-
-
-def said(node, kind):
-    return [message for message in node.sent if isinstance(message, kind)]
 
 
 @every

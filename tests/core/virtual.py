@@ -546,3 +546,14 @@ class World:
         assert transfer.end(error), "a transfer ended while its bytes were in flight"
         reading.node.consumer.read_ended(transfer, error, self.now)
         reading.node.perform()
+
+
+def nothing_left(world, *nodes):
+    """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
+    world.advance(4000)
+    for node in nodes:
+        node.check_nothing_left()
+
+
+def said(node, kind):
+    return [message for message in node.sent if isinstance(message, kind)]
