@@ -25,6 +25,8 @@ Tokens = tuple[int, "int | None"]
 
 
 _SAMPLE_TOKENS = 512
+_MOST_GRAINS = 1024
+"""Kept for the next request. Whole blocks need a handful; where requests begin and end in theirs makes some hundred more."""
 
 
 class Channel(NamedTuple):
@@ -147,6 +149,8 @@ class PlanPart:
                 key = channel, grain
                 nests = self._nests.get(key)
                 if nests is None:
+                    if len(self._nests) >= _MOST_GRAINS:
+                        self._nests.clear()
                     nests = self._nests[key] = nests_of(segments(overlaps, *grain))
                 bound += [(nest, pairs) for nest in nests]
         return Bound(self, match, bound)

@@ -479,3 +479,15 @@ def test_the_number_of_blocks_is_each_sides_own_affair():
 def test_layout_enum_and_test_orders_are_the_same():
     """The property tests cover every order there is."""
     assert sorted(ORDERS) == sorted(order.value for order in KVLayout)
+
+
+def test_a_part_keeps_a_bounded_number_of_grains(monkeypatch):
+    """However many ways there are to begin and end in a block, what is kept for the next request is bounded."""
+    monkeypatch.setattr("kvxfer.part._MOST_GRAINS", 8)
+    cache, _ = KVCache.allocate("HND", layers=1, blocks=4, heads=2, block_tokens=16, head_dim=8)
+    part = plan(cache.spec, cache.spec).parts[0]
+    for start in range(16):
+        for stop in range(start + 1, 17):
+            match = part.match([1], [2], tokens=(start, stop))
+            assert part.copies(match) and part.runs(match)[1] == 2 * 2 * (stop - start) * 8 * 2
+            assert len(part._nests) <= 8
