@@ -104,7 +104,8 @@ class Engine:
         return self.endpoint.metrics.value(name, **labels)
 
     def granted(self) -> int:
-        return sum(hold.granted for hold in list(self.endpoint._consumer._holds.by_token.values()))
+        """Leases that are held and could be read at once; not those that were read and are being settled."""
+        return len(self.endpoint._consumer._holds.granted)
 
     def restart(self) -> str:
         """Another endpoint at the same address."""

@@ -143,9 +143,9 @@ def test_frozen_over_tcp(child):
     eventually(lambda: consumer.granted() == 1)
     producer.signal(signal.SIGSTOP)
     number = consumer.read(ref, BLOCKS, 2.0)
-    assert ended_in_time(consumer, number, timeout_s=2.0) != "done"
+    assert (outcome := ended_in_time(consumer, number, timeout_s=2.0)) != "done"
     assert serves(other, consumer, target=50)
-    assert consumer.metric("kvxfer_fences_total") == 1
+    assert consumer.metric("kvxfer_fences_total") == 1, outcome
 
 
 def test_the_consumer_is_killed_while_it_holds(child):
