@@ -16,6 +16,7 @@ import numpy as np
 
 from kvxfer.cache import KVCache
 from kvxfer.cli import pattern
+from kvxfer.cli.forecast import unmerged
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError, PeerTimeoutError
@@ -159,14 +160,14 @@ class Consumer(_Party):
         finally:
             self.endpoint.poll()
         part = plan(spec, self.endpoint.cache.spec).parts[0]
-        runs = part.runs(part.match(wanted, into))[0]
+        runs = unmerged(part, part.match(wanted, into))
         rest = np.setdiff1d(np.arange(self.array.shape[1]), into)
         wrong = pattern.wrong_bytes(self.array, PREFILL_SEED, into, wanted)
         wrong += pattern.wrong_bytes(self.array, DECODE_SEED, rest)
         outcome = Outcome(
             seconds=transfer.seconds,
             nbytes=transfer.nbytes,
-            runs=runs or 0,
+            runs=runs,
             descriptors=transfer.descriptors,
             via=transfer.via,
             wrong_nbytes=wrong,
