@@ -402,7 +402,7 @@ def test_a_blocked_copy_blocks_nothing_else(engines):
         mine = sink.endpoint.lease([i % 32])
         sink.endpoint.revoke(mine)
         slowest = max(slowest, time.perf_counter() - begin)
-    assert slowest < 1.0
+    assert slowest < 5.0  # what waits for the copy waits 30 s; a busy machine may stand still for one
     queued = sink.endpoint.read(other.endpoint.announce(), [9])
     eventually(lambda: sink.endpoint.metrics.value("kvxfer_handshakes_total", outcome="met") == 2)
     deadline = time.monotonic() + 1.5 * patient.lease_s
