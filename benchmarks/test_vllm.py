@@ -37,7 +37,8 @@ class _Pair:
     def __init__(self, connector: str, model, folder) -> None:
         from kvxfer_vllm.local.pair import ServerSettings, VllmServer, start_all
 
-        common = {"model": model, "connector": connector}
+        # bf16 takes AMX attention, which dies of an illegal instruction where a virtual machine names AMX and bars it.
+        common = {"model": model, "connector": connector, "arguments": ("--dtype", "float16")}
         self.prefill = VllmServer(ServerSettings(name=f"prefill-{connector}", role="kv_producer", **common), folder)
         self.decode = VllmServer(ServerSettings(name=f"decode-{connector}", role="kv_consumer", **common), folder)
         self.servers = (self.prefill, self.decode)
