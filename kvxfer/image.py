@@ -20,6 +20,7 @@ import numpy as np
 from kvxfer.blocks import Table
 from kvxfer.errors import IncompatibleError
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.part import Match
 from kvxfer.plan import common
 from kvxfer.segment import Span, content_sizes, record_of
 
@@ -59,6 +60,14 @@ class Image:
     def table(self, chunk: Chunk) -> Table:
         """The block table of the image when it holds ``chunk``."""
         return image_table(self.source, chunk.tokens)
+
+    def filled(self, chunk: Chunk, request: Match) -> Match:
+        """The block tables of `from_source`, when it packs ``chunk`` of a request."""
+        return Match(request.sources, [self.table(chunk)], [chunk.tokens])
+
+    def emptied(self, chunk: Chunk, request: Match) -> Match:
+        """The block tables of `to_target`, when the target takes ``chunk`` of a request."""
+        return Match([self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets))
 
 
 def image_table(spec: CacheSpec, tokens: Span) -> Table:
@@ -116,17 +125,22 @@ class Images:
         Args:
             tokens: for each group of the target the tokens to move.
         """
-        for number, tile in enumerate(self.tiles):
-            start, stop = tokens[tile.group]
-            if start >= stop:
-                continue
-            block = self._block_tokens(tile)
-            base, end = start // block * block, -(-stop // block) * block
-            layers, step = self._shape(tile, end - base)
-            for first in range(0, len(tile.layers), layers):
-                span = first, min(first + layers, len(tile.layers))
-                for at in range(base, end, step):
-                    yield Chunk(number, span, (max(at, start), min(at + step, stop)))
+        for number in range(len(self.tiles)):
+            yield from self.chunks_of(number, tokens)
+
+    def chunks_of(self, number: int, tokens: Sequence[Span]) -> Iterator[Chunk]:
+        """Those of one tile, see `chunks`; none if nothing of its group is moved."""
+        tile = self.tiles[number]
+        start, stop = tokens[tile.group]
+        if start >= stop:
+            return
+        block = self._block_tokens(tile)
+        base, end = start // block * block, -(-stop // block) * block
+        layers, step = self._shape(tile, end - base)
+        for first in range(0, len(tile.layers), layers):
+            span = first, min(first + layers, len(tile.layers))
+            for at in range(base, end, step):
+                yield Chunk(number, span, (max(at, start), min(at + step, stop)))
 
     def image(self, chunk: Chunk) -> Image:
         """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""

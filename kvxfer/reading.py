@@ -23,7 +23,6 @@ from kvxfer.errors import KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.fence import CELL_NBYTES
 from kvxfer.memory import Descriptors
 from kvxfer.packer import start_copies
-from kvxfer.part import Match
 from kvxfer.route import Route
 from kvxfer.wire import Stage
 
@@ -274,9 +273,7 @@ class _Packed:
         if self._route is Route.BOTH:
             self._land(carrier, chunk, image, number, address)
             return
-        table = image.table(chunk)
-        tokens = [chunk.tokens] * len(self._match.targets)
-        spans = image.to_target.descriptors(Match([table], self._match.targets, tokens))
+        spans = image.to_target.descriptors(image.emptied(chunk, self._match))
         spans = Descriptors(spans.local, spans.remote + np.uint64(address), spans.nbytes)
         self._submit(carrier, spans, lambda: self._taken(carrier, number))
 
@@ -287,17 +284,16 @@ class _Packed:
             if address is not None:
                 spans = Descriptors.of(slot, address, image.nbytes)
             else:
-                match = Match(self._match.sources, [image.table(chunk)], [chunk.tokens])
-                gathered = image.from_source.descriptors(match)
+                gathered = image.from_source.descriptors(image.filled(chunk, self._match))
                 spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
             self._submit(carrier, spans, lambda: landed(slot))
 
         def landed(slot: int) -> None:
             if number is not None:
                 self._unstage(carrier, number)
-            match = Match([image.table(chunk)], self._match.targets, [chunk.tokens] * len(self._match.targets))
             packed = carrier.view_slot(slot, image.nbytes)
-            copies = start_copies(carrier.cache, image.to_target.copies(match), packed, pack=False)
+            bound = image.to_target.copies(image.emptied(chunk, self._match))
+            copies = start_copies(carrier.cache, bound, packed, pack=False)
             carrier.copying(self._leg, copies, lambda: unpacked(slot))
 
         def unpacked(slot: int) -> None:

@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.image import Images
 from kvxfer.layout import DTYPE_NBYTES
-from kvxfer.part import Match
 from kvxfer.plan import CASTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvxfer.part import Bound, PlanPart
+    from kvxfer.part import Bound, Match, PlanPart
 
 
 class Route(str, Enum):
@@ -239,17 +238,14 @@ class Router:
         pack_s = wire_s = unpack_s = 0.0
         chunks = 0.0
         for number, tile in enumerate(images.tiles):
-            start, stop = match.tokens[tile.group]
-            if start >= stop:
-                continue
             # One chunk stands for all of its tile.
-            chunk = next(each for each in images.chunks(match.tokens) if each.tile == number)
+            chunk = next(images.chunks_of(number, match.tokens), None)
+            if chunk is None:
+                continue
+            start, stop = match.tokens[tile.group]
             image = images.image(chunk)
-            table = image.table(chunk)
-            from_source = image.from_source.bound(Match(match.sources, [table], [chunk.tokens]))
-            packed, source_nbytes = from_source.likely_runs()
-            to_target = image.to_target.bound(Match([table], match.targets, [chunk.tokens] * len(match.targets)))
-            spread, image_nbytes = to_target.likely_runs()
+            packed, source_nbytes = image.from_source.bound(image.filled(chunk, match)).likely_runs()
+            spread, image_nbytes = image.to_target.bound(image.emptied(chunk, match)).likely_runs()
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
             times = len(tile.layers) * (stop - start) / cells
             chunks += times

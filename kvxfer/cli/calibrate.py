@@ -17,7 +17,6 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.image import Images
 from kvxfer.lease import LeaseRef
 from kvxfer.packer import start_copies
-from kvxfer.part import Match
 from kvxfer.plan import plan
 from kvxfer.route import Costs, Route
 from kvxfer.staging import StagingArena
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from kvxfer.cli.table import Progress
     from kvxfer.layout import CacheSpec
-    from kvxfer.part import PlanPart
+    from kvxfer.part import Match, PlanPart
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
@@ -183,7 +182,7 @@ def _copying(blocks: int) -> tuple[float, float]:
         def pack(cache: KVCache = cache, images: Images = images, match: Match = match) -> None:
             for chunk in images.chunks(match.tokens):
                 image = images.image(chunk)
-                bound = image.from_source.copies(Match(match.sources, [image.table(chunk)], [chunk.tokens]))
+                bound = image.from_source.copies(image.filled(chunk, match))
                 for copy in start_copies(cache, bound, arena.view(address, slot), pack=True):
                     copy.wait()
 
