@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvxfer.errors import IncompatibleError
 from kvxfer.layout import CacheSpec
 from kvxfer.part import PlanPart
-from kvxfer.segment import Box, Overlap, Span, boxes, overlap
+from kvxfer.segment import Box, Overlap, Span, boxes, overlap, stretches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -146,10 +146,8 @@ def _missing(held: list[_Cells], target: CacheSpec, group: CacheGroup, key: _Key
 
 def _ranges(layers: Sequence[str | int]) -> str:
     """Layers as a person writes them: ``0-15, 20``."""
-    numbers = sorted(n for n in layers if isinstance(n, int))
-    begins = [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n - 1]
-    ends = [n for i, n in enumerate(numbers) if i == len(numbers) - 1 or numbers[i + 1] != n + 1]
-    spans = [f"{a}-{b}" if a != b else str(a) for a, b in zip(begins, ends, strict=True)]
+    numbers = (n for n in layers if isinstance(n, int))
+    spans = [f"{a}-{b}" if a != b else str(a) for a, b in stretches(numbers)]
     return ", ".join([*spans, *(n for n in layers if isinstance(n, str))])
 
 

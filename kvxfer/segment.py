@@ -240,6 +240,17 @@ def fold(shape: Shape) -> Shape:
     return shape._replace(nbytes=nbytes, target_nbytes=target_nbytes, loops=tuple(reversed(kept)))
 
 
+def stretches(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Whole numbers as stretches in which each follows the one before: the first and the last of each, in order."""
+    found: list[tuple[int, int]] = []
+    for n in sorted(set(numbers)):
+        if found and n == found[-1][1] + 1:
+            found[-1] = found[-1][0], n
+        else:
+            found.append((n, n))
+    return found
+
+
 def content_sizes(group: CacheGroup) -> dict[tuple[int, str], int]:
     """Bytes of one token of one head, by layer and component."""
     return {(n, region.component): region.content_nbytes for region in group.regions for n in region.layers}

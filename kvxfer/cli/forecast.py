@@ -14,6 +14,7 @@ from kvxfer.errors import BlockError, ConfigError, IncompatibleError
 from kvxfer.part import PlanPart
 from kvxfer.plan import plan
 from kvxfer.route import Costs, Route, Router
+from kvxfer.segment import stretches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -279,12 +280,7 @@ def unmerged(part: PlanPart, match: Match) -> int:
 def ranges(numbers: Iterable[int]) -> str:
     """Numbers as a person writes them: ``0-15, 20``."""
     found = sorted(set(numbers))
-    spans: list[list[int]] = []
-    for n in found:
-        if spans and n == spans[-1][1] + 1:
-            spans[-1][1] = n
-        else:
-            spans.append([n, n])
+    spans = stretches(found)
     regular = _regular(found) if len(spans) > 3 else ""
     return regular or ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
