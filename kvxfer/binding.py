@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvxfer.blocks import repeats
 from kvxfer.copies import Copy
 from kvxfer.layout import MAX_REGIONS
 from kvxfer.memory import Descriptors
@@ -58,12 +58,11 @@ def kernel_blocks(table: Table, kernel_tokens: int) -> Table:
 def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tuple[Grain, BlockPairs]]:
     """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each."""
     p, d = source.tokens, target.tokens
-    repeated = repeats(source.ids)
     from_start, to_start = start - source.first_token, start - target.first_token
     if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
         number = (stop - start) // p
         ids = (table.ids[at // p : at // p + number] for table, at in ((source, from_start), (target, to_start)))
-        yield Grain(0, 0, p), BlockPairs.of(*ids, repeated=repeated)
+        yield Grain(0, 0, p), BlockPairs.of(*ids, repeated=source.repeats)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]
     for table in (source, target):
@@ -77,7 +76,7 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
-        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], repeated=repeated)
+        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], repeated=source.repeats)
         yield Grain(a, b, length), pairs
 
 
@@ -168,19 +167,64 @@ class Nest:
 
     def expand(self, pairs: BlockPairs) -> _Runs:
         """Each run, axes nested in the order of the source's memory."""
+        from_blocks, to_blocks, lengths = self._along_blocks(pairs)
+        shape = len(self.sources), len(from_blocks), len(self.inner_sources)
+        # One allocation: three of this size go back to the operating system each time, and are faulted in anew.
+        columns = np.empty((3, *shape), dtype=np.int64)
+        sides = (self.sources, from_blocks, self.inner_sources), (self.targets, to_blocks, self.inner_targets)
+        for column, (outside, along, inside) in zip(columns, sides, strict=False):
+            if len(inside) == 1:
+                np.add(outside[:, None], along, out=column[..., 0])
+            else:
+                np.add((outside[:, None] + along)[..., None], inside, out=column)
+        columns[2] = lengths[:, None]
+        return _Runs(*columns.reshape(3, -1))
+
+    def lane_of_runs(self, runs: _Runs) -> LaneArray:
+        """Of each run that `expand` made; one element if it is the same for all."""
+        if self.lane_of[0] == self.lane_of[-1]:
+            return self.lane_of[:1]
+        return np.repeat(self.lane_of, len(runs.source) // len(self.sources))
+
+    def apart(self, pairs: BlockPairs) -> bool:
+        """`expand` makes runs in the order of the source's memory of which no two are neighbours: descriptors as they are.
+
+        What lies between a run and the next depends on one axis, so that looking at each axis is enough.
+        """
+        from_blocks, to_blocks, lengths = self._along_blocks(pairs)
+        from_inside, to_inside = self.inner_sources, self.inner_targets
+        from_outside, to_outside = self._steps_outside
+        return (
+            _apart(_steps(from_inside), _steps(to_inside), lengths[:1])
+            and _apart(
+                _steps(from_blocks) - (from_inside[-1] - from_inside[0]),
+                _steps(to_blocks) - (to_inside[-1] - to_inside[0]),
+                lengths[: len(from_blocks) - 1],
+            )
+            and _apart(
+                from_outside - (from_blocks[-1] - from_blocks[0] + from_inside[-1] - from_inside[0]),
+                to_outside - (to_blocks[-1] - to_blocks[0] + to_inside[-1] - to_inside[0]),
+                lengths[-1:],
+            )
+        )
+
+    @cached_property
+    def _steps_outside(self) -> tuple[IntArray, IntArray]:
+        """From each of ``sources`` and ``targets`` to the next of its lane."""
+        one_lane = self.lane_of[1:] == self.lane_of[:-1]
+        return _steps(self.sources)[one_lane], _steps(self.targets)[one_lane]
+
+    def _along_blocks(self, pairs: BlockPairs) -> tuple[IntArray, IntArray, IntArray]:
+        """Where the runs of one segment begin, block by block, on either side; and their lengths, one if all are alike."""
         shape = self.shape
-        joined = shape.joins_blocks
-        from_blocks, to_blocks = (pairs.run_source, pairs.run_target) if joined else (pairs.source, pairs.target)
-        source = self.sources[:, None] + from_blocks * shape.source_block
-        target = self.targets[:, None] + to_blocks * shape.target_block
-        if len(self.inner_sources) > 1:
-            source = source[:, :, None] + self.inner_sources
-            target = target[:, :, None] + self.inner_targets
-        nbytes = np.empty(source.shape, dtype=np.int64)
-        nbytes[...] = pairs.run_blocks * shape.nbytes if joined else shape.nbytes
-        each = source.size // len(self.sources)
-        lane = np.repeat(self.lane_of, each) if self.lane_of[0] != self.lane_of[-1] else self.lane_of[:1]
-        return _Runs(source.reshape(-1), target.reshape(-1), nbytes.reshape(-1), lane)
+        if shape.joins_blocks:
+            return (
+                pairs.run_source * shape.source_block,
+                pairs.run_target * shape.target_block,
+                pairs.run_blocks * shape.nbytes,
+            )
+        lengths = np.array([shape.nbytes], dtype=np.int64)
+        return pairs.source * shape.source_block, pairs.target * shape.target_block, lengths
 
     def copies(self, pairs: BlockPairs) -> Iterator[tuple[Lane, Copy]]:
         """The same as loop nests, one for each lane."""
@@ -189,6 +233,18 @@ class Nest:
         for lane in sorted(set(self.lanes)):
             mine = np.array([each == lane for each in self.lanes])
             yield lane, Copy(self.sources[mine], self.targets[mine], *blocks, self.inner, shape.nbytes, shape.cast)
+
+
+def _steps(places: IntArray) -> IntArray:
+    steps: IntArray = places[1:] - places[:-1]
+    return steps
+
+
+def _apart(source_steps: IntArray, target_steps: IntArray, nbytes: IntArray) -> bool:
+    """Each run begins after the one before in the source's memory, and does not continue it on both sides."""
+    if not len(source_steps):
+        return True
+    return bool((source_steps > 0).all()) and not ((source_steps == nbytes) & (target_steps == nbytes)).any()
 
 
 def nests_of(segments: Iterable[Segment]) -> list[Nest]:
@@ -224,20 +280,15 @@ _NOTHING = np.empty(0, dtype=np.uint64)
 
 
 class _Runs(NamedTuple):
-    """Runs as columns; ``lane`` has one element if it is the same for all."""
+    """Runs as columns."""
 
     source: IntArray
     target: IntArray
     nbytes: IntArray
-    lane: LaneArray
 
-    def ascend(self) -> bool:
-        """Runs of one lane stand together, in the order of the source's memory."""
-        ascends = self.source[1:] > self.source[:-1]
-        if len(self.lane) > 1:
-            ascends |= self.lane[1:] > self.lane[:-1]
-            ascends &= self.lane[1:] >= self.lane[:-1]
-        return bool(ascends.all())
+    def descriptors(self) -> Descriptors:
+        """The same bytes, as the transfer engine takes them."""
+        return Descriptors(*(column.view(np.uint64) for column in (self.target, self.source, self.nbytes)))
 
 
 def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
@@ -245,27 +296,36 @@ def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
 
     Runs of one lane are in the order of the source's memory, and lanes are not mixed.
     """
-    parts = [nest.expand(pairs) for nest, pairs in bound if len(pairs)]
-    if not parts:
+    bound = [(nest, pairs) for nest, pairs in bound if len(pairs)]
+    if not bound:
         return Descriptors(_NOTHING, _NOTHING, _NOTHING)
-    runs = parts[0] if len(parts) == 1 else _joined(parts)
+    parts = [nest.expand(pairs) for nest, pairs in bound]
+    if len(bound) == 1 and (len(parts[0].source) == 1 or bound[0][0].apart(bound[0][1])):
+        return parts[0].descriptors()
+    lane = _lane_of_all([nest.lane_of_runs(part) for (nest, _), part in zip(bound, parts, strict=True)], parts)
+    runs = _Runs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     repeated = any(pairs.repeats_source for _, pairs in bound)
-    if repeated or not runs.ascend():
+    if repeated or not _ascend(runs.source, lane):
         # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
         keys = (runs.source, runs.target - runs.source) if repeated else (runs.source,)
-        one_lane = len(runs.lane) == 1
-        order = np.lexsort(keys if one_lane else (*keys, runs.lane))
-        lane = runs.lane if one_lane else runs.lane[order]
-        runs = _Runs(runs.source[order], runs.target[order], runs.nbytes[order], lane)
-    columns = (column.view(np.uint64) for column in (runs.target, runs.source, runs.nbytes))
-    return Descriptors(*columns).merged(runs.lane)
+        one_lane = len(lane) == 1
+        order = np.lexsort(keys if one_lane else (*keys, lane))
+        lane = lane if one_lane else lane[order]
+        runs = _Runs(*(column[order] for column in runs))
+    return runs.descriptors().merged(lane)
 
 
-def _joined(parts: Sequence[_Runs]) -> _Runs:
-    lanes = [part.lane for part in parts]
-    if any(len(lane) > 1 or lane[0] != lanes[0][0] for lane in lanes):
-        lanes = [np.broadcast_to(part.lane, part.source.shape) for part in parts]
-    else:
-        lanes = lanes[:1]
-    source, target, nbytes = (np.concatenate(column) for column in zip(*(part[:3] for part in parts), strict=True))
-    return _Runs(source, target, nbytes, np.concatenate(lanes))
+def _lane_of_all(lanes: Sequence[LaneArray], parts: Sequence[_Runs]) -> LaneArray:
+    """Of the runs of several nests, one after the other; one element if it is the same for all."""
+    if len(lanes) == 1 or all(len(lane) == 1 and lane[0] == lanes[0][0] for lane in lanes):
+        return lanes[0]
+    return np.concatenate([np.broadcast_to(lane, part.source.shape) for lane, part in zip(lanes, parts, strict=True)])
+
+
+def _ascend(source: IntArray, lane: LaneArray) -> bool:
+    """Runs of one lane stand together, in the order of the source's memory."""
+    ascends = source[1:] > source[:-1]
+    if len(lane) > 1:
+        ascends |= lane[1:] > lane[:-1]
+        ascends &= lane[1:] >= lane[:-1]
+    return bool(ascends.all())

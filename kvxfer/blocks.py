@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,14 @@ class Table:
         """First token after the last block's."""
         return self.first_token + len(self.ids) * self.tokens
 
+    @cached_property
+    def repeats(self) -> bool:
+        """Some id is given more than once."""
+        if (self.ids[1:] > self.ids[:-1]).all():
+            return False
+        ordered = np.sort(self.ids)
+        return bool((ordered[1:] == ordered[:-1]).any())
+
 
 def tables(
     spec: CacheSpec, blocks: Any, whose: str = "", *, first_token: int = 0, distinct: bool = False
@@ -79,9 +88,10 @@ def tables(
         where = f" of group {group.name!r}" if several else ""
         table = given if isinstance(given, BlockTable) else BlockTable(given, _begin(group, first_token))
         ids = _ids(table.ids, group.num_blocks, f"{whose} block".lstrip(), where)
-        if distinct and repeats(ids):
+        checked = Table(ids, _first(table.first_token, group, where), group.table_tokens)
+        if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
-        made.append(Table(ids, _first(table.first_token, group, where), group.table_tokens))
+        made.append(checked)
     return made
 
 
@@ -95,14 +105,6 @@ def ids_from_wire(raw: bytes) -> BlockIds:
     if len(raw) % 4:
         raise BlockError(f"a list of block ids has {len(raw)} bytes")
     return np.frombuffer(raw, dtype="<u4").astype(np.int64)
-
-
-def repeats(ids: BlockIds) -> bool:
-    """Some id is given more than once."""
-    if (ids[1:] > ids[:-1]).all():
-        return False
-    ordered = np.sort(ids)
-    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def _begin(group: CacheGroup, token: int) -> int:
@@ -140,7 +142,9 @@ def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:
         return np.empty(0, dtype=np.int64)
     if ids.dtype.kind not in "iu":
         raise BlockError(f"{block}s{where} are no integers but {ids.dtype}")
-    low, high = int(ids.min()) if ids.dtype.kind == "i" else 0, int(ids.max())
-    if low < 0 or high >= num_blocks:
+    checked = ids.astype(np.int64, copy=False)
+    # As unsigned numbers those below 0 are beyond any cache: one look finds both.
+    if int(np.maximum.reduce(checked.view(np.uint64))) >= num_blocks:
+        low, high = int(ids.min()), int(ids.max())
         raise BlockError(f"{block} {low if low < 0 else high}{where} is not one of {num_blocks}")
-    return ids.astype(np.int64, copy=False)
+    return checked

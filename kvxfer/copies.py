@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import numpy as np
 
 from kvxfer.errors import DescriptorError
@@ -30,8 +31,7 @@ _LIMIT: Final = 1 << 63
 _FACTORS: Final = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True)
-class Loop:
+class Loop(msgspec.Struct, frozen=True):
     """``count`` steps, each so many bytes further on either side (a stride may be negative)."""
 
     count: int

@@ -143,10 +143,16 @@ class Endpoint:
             the reference that travels with the request.
 
         Raises:
+            ConfigError: without ``ref`` on an engine of several ranks: one rank does not know the addresses of the others.
             LeaseRefError: ``ref`` is none, or a field is out of range.
         """
         if ref is not None:
             ref = _checked(ref)
+        elif self.cache.spec.world > 1:
+            raise ConfigError(
+                f"an engine of {self.cache.spec.world} ranks mints one lease for all of them: LeaseRef.mint with the address "
+                "of each, and every rank announces it"
+            )
         else:
             ref = LeaseRef.mint(
                 owner=self.name, addresses=[self.address], request=request, num_tokens=num_tokens, digest=digest

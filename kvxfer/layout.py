@@ -24,7 +24,9 @@ MAX_BLOCKS: Final = 1 << 31
 MAX_GROUPS: Final = 64
 MAX_REGIONS: Final = 4096
 MAX_SMALL_EXTENT: Final = 1 << 20
-"""Limit for layers, heads, tokens of a block, ranks: far above any model, far below what makes sums overflow."""
+"""Limit for layers, heads, tokens of a block: far above any model, far below what makes sums overflow."""
+MAX_RANKS: Final = 1024
+"""Of one engine: a lease names the address of each."""
 MAX_TEXT: Final = 256
 """Longest group name or fingerprint, in characters."""
 
@@ -385,7 +387,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         if self.dtype not in DTYPE_NBYTES:
             raise LayoutError(f"unknown dtype {self.dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
         _check_text("the fingerprint", self.fingerprint)
-        _check_int("world", self.world, 1, MAX_SMALL_EXTENT)
+        _check_int("world", self.world, 1, MAX_RANKS)
         _check_int("rank", self.rank, 0, self.world - 1)
         if not 0 < len(self.groups) <= MAX_GROUPS:
             raise LayoutError(f"{len(self.groups)} groups: there must be 1 to {MAX_GROUPS}")

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.layout import MAX_RANKS
 from kvxfer.timers import Timers
-from kvxfer.wire import MAX_RANKS, Name, Token
+from kvxfer.wire import Name, Token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -84,10 +85,10 @@ class Descriptors:
     def __len__(self) -> int:
         return len(self.nbytes)
 
-    @property
+    @cached_property
     def total_nbytes(self) -> int:
         """Sum of all spans."""
-        return int(self.nbytes.sum())
+        return int(np.add.reduce(self.nbytes))
 
     def merged(self, *partitions: npt.NDArray[Any]) -> Descriptors:
         """Neighbours that are adjacent on both sides become one span; order is kept.

@@ -200,8 +200,12 @@ def _holders(held: list[_Cells], group: CacheGroup) -> dict[_Key, dict[int, Span
     for rank, cells in enumerate(held):
         for key, (_, made) in cells.items():
             if key[0] == group.name:
-                holders[key][rank] = min(box.heads[0] for box in made), max(box.heads[1] for box in made)
-                places[key] = made[0].region.layers[made[0].position]
+                first, *others = made
+                heads = first.heads
+                for box in others:
+                    heads = min(heads[0], box.heads[0]), max(heads[1], box.heads[1])
+                holders[key][rank] = heads
+                places[key] = first.region.layers[first.position]
     return {key: holders[key] for key in sorted(holders, key=lambda key: (places[key], key[2]))}
 
 

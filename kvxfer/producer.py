@@ -48,10 +48,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Chunks:
-    """What one reader of one lease asked to have packed: the address of each chunk once it is, and what was taken."""
+    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or why it is nowhere.
 
-    asked: dict[int, int | None] = field(default_factory=dict)
-    taken: set[int] = field(default_factory=set)
+    A reader numbers its chunks upwards, so ``next_number`` tells those that it has taken from those that are new.
+    """
+
+    asked: dict[int, int | KvxferError | None] = field(default_factory=dict)
+    next_number: int = 0
 
 
 class Producer:
@@ -119,15 +122,10 @@ class Producer:
         if chunks is None or number not in chunks.asked or lease is None:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
+        chunks.asked[number] = error if address is None else address
         connection = self._connections.get(lease.holders[key.rank])
-        if address is not None:
-            chunks.asked[number] = address
-            if connection is not None:
-                self._reply(connection, Staged(token=key.token, number=number, address=address))
-        else:
-            del chunks.asked[number]
-            if connection is not None:
-                self._refuse(connection, "staging", str(error), key.token, counted=True)
+        if connection is not None:
+            self._tell_chunk(connection, key.token, number, chunks.asked[number])
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
@@ -275,19 +273,24 @@ class Producer:
             return
         key = PackKey(message.token, holder.rank)
         chunks = self._chunks.setdefault(key, _Chunks())
-        if message.number in chunks.taken:
-            return  # asked again before it was known to be there
         if message.number in chunks.asked:
-            address = chunks.asked[message.number]
-            if address is not None:
-                self._reply(connection, Staged(token=message.token, number=message.number, address=address))
+            self._tell_chunk(connection, message.token, message.number, chunks.asked[message.number])
+        elif message.number < chunks.next_number:
+            return  # asked again before it was known to be there, and taken by now
         elif len(chunks.asked) >= _MOST_CHUNKS:
             self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
         else:
             chunks.asked[message.number] = None
+            chunks.next_number = message.number + 1
             firsts = lease.first_tokens or [0] * len(lease.blocks)
             blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
             self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks))
+
+    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: int | KvxferError | None) -> None:
+        if isinstance(chunk, int):
+            self._reply(connection, Staged(token=token, number=number, address=chunk))
+        elif chunk is not None:
+            self._refuse(connection, "staging", str(chunk), token, counted=True)
 
     def _taken(self, key: PackKey, holder: Holder, numbers: Sequence[int]) -> None:
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
@@ -296,7 +299,6 @@ class Producer:
         taken = [number for number in numbers if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
-        chunks.taken.update(taken)
         if taken:
             self._out.append(EndPack(key, taken))
 

@@ -12,8 +12,9 @@ that it means the same on two sides of different dtypes.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
 
 from kvxfer.copies import Cast, Loop
 from kvxfer.layout import DTYPE_NBYTES, OPAQUE_COMPONENTS
@@ -119,12 +120,17 @@ def boxes(group: CacheGroup, dtype: str) -> dict[tuple[int, str], list[Box]]:
     scales = {(scale.layer, scale.component): scale.factors for scale in group.scales}
     made: dict[tuple[int, str], list[Box]] = defaultdict(list)
     for region in group.regions:
-        itemsize = 1 if region.component in OPAQUE_COMPONENTS else DTYPE_NBYTES[dtype]
+        component = region.component
+        record = record_of(component)
+        itemsize = 1 if component in OPAQUE_COMPONENTS else DTYPE_NBYTES[dtype]
         elements = region.content_nbytes // itemsize
         for position, layer in enumerate(region.layers):
-            begin = sizes[layer, "k"] // itemsize if region.component == "v" else 0
+            begin = sizes[layer, "k"] // itemsize if component == "v" else 0
             whole = Box(region, position, heads[0], begin, heads, (begin, begin + elements), itemsize, 1.0)
-            made[layer, record_of(region.component)].extend(_scaled(whole, layer, scales) if scales else [whole])
+            if scales:
+                made[layer, record].extend(_scaled(whole, layer, scales))
+            else:
+                made[layer, record].append(whole)
     return made
 
 
@@ -234,7 +240,7 @@ def fold(shape: Shape) -> Shape:
                 (loop.target_stride, kept[-1].target_stride),
             )
         ):
-            kept[-1] = replace(kept[-1], count=kept[-1].count * loop.count)
+            kept[-1] = msgspec.structs.replace(kept[-1], count=kept[-1].count * loop.count)
         else:
             kept.append(loop)
     return shape._replace(nbytes=nbytes, target_nbytes=target_nbytes, loops=tuple(reversed(kept)))

@@ -32,7 +32,7 @@ import msgspec
 from kvxfer.blocks import MAX_TOKENS
 from kvxfer.config import MAX_S
 from kvxfer.errors import WireError
-from kvxfer.layout import CacheSpec
+from kvxfer.layout import MAX_RANKS, CacheSpec
 
 PROTOCOL = 1
 """Raised when a message changes its meaning. A peer with another one is refused at the handshake."""
@@ -40,8 +40,6 @@ PROTOCOL = 1
 MAX_TOKENS_PER_RENEW = 4096
 
 MAX_NAME = 256
-MAX_RANKS = 1024
-"""Of one engine: a lease names the address of each."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Epoch = Annotated[str, msgspec.Meta(max_length=32)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvxfer.blocks import MAX_TOKENS, BlockTable, repeats, tables
+from kvxfer.blocks import MAX_TOKENS, BlockTable, tables
 from kvxfer.cache import KVCache
 from kvxfer.errors import BlockError
 from tests.core.virtual import small_cache
@@ -100,7 +100,7 @@ def test_a_state_has_no_first_token():
 def test_a_block_given_twice_is_refused_where_it_must_be_distinct(ids, twice):
     """A block can be read for several others, and written for one."""
     (table,) = tables(ONE, ids)
-    assert table.ids.tolist() == ids and repeats(table.ids) is twice
+    assert table.ids.tolist() == ids and table.repeats is twice
     if twice:
         with pytest.raises(BlockError, match=r"^a target block is given twice$"):
             tables(ONE, ids, "target", distinct=True)

@@ -259,6 +259,16 @@ def test_no_reference(pair, ref):
             call(ref)
 
 
+def test_one_rank_of_several_mints_no_lease(engines):
+    """A lease names every rank's address, of which one rank knows its own only: it says so instead of minting half a lease."""
+    engine = engines()
+    spec = msgspec.structs.replace(engine.cache.spec, rank=1, world=2)
+    with Endpoint(KVCache(spec, engine.cache.buffers), "inproc", settings=QUICK) as rank:
+        for mint in (rank.announce, lambda: rank.lease([1])):
+            with pytest.raises(ConfigError, match=r"2 ranks.*LeaseRef\.mint"):
+                mint()
+
+
 def test_a_reference_made_by_hand(pair):
     """A LeaseRef whose constructor checked nothing is checked at the door."""
     bad = LeaseRef(token="x", owner="o", addresses=())

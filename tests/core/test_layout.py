@@ -211,6 +211,7 @@ def test_groups_that_contradict_their_regions_are_refused(changes, reason):
         ({"layers": Interval(1, 3, 3)}, "has layers outside"),
         ({"rank": 1}, "rank is out of range"),
         ({"world": 0}, "world is out of range"),
+        ({"world": 1025}, "world is out of range"),
         ({"fingerprint": "\x1b[31m"}, "printable"),
         ({"fingerprint": b"x"}, "printable"),
         ({"layer_names": ("a", "b")}, "2 names do not name 3 layers"),

@@ -448,6 +448,17 @@ def test_a_question_that_comes_late(stager):
     assert stager.stage() == []
 
 
+def test_a_long_read_is_remembered_in_little(producer, stager):
+    """What was taken of a read of very many chunks leaves nothing behind but where it stands."""
+    for number in range(3 * _MOST_CHUNKS):
+        stager.stage(number)
+        stager.packed(number)
+        stager.unstage(number)
+    (chunks,) = producer.producer._chunks.values()
+    assert chunks.asked == {} and chunks.next_number == 3 * _MOST_CHUNKS
+    assert stager.stage(5) == []
+
+
 def test_taken_before_it_was_there(stager):
     """A chunk that is not wanted any more while it is packed is given back when it is, and told to nobody."""
     stager.stage()
@@ -530,12 +541,13 @@ def test_chunks_end_with_the_lease(producer, stager, end, state):
 
 
 def test_a_chunk_that_cannot_be_packed(producer, stager):
-    """Its reader hears the reason, once; it may ask again."""
+    """Its reader hears the reason, and hears it again when it asks again; other chunks are packed all the same."""
     stager.stage()
     (refused,) = stager.packed(error=IncompatibleError("image", "the chunk is of another model"))
     assert (refused.code, refused.token) == ("staging", stager.token) and "another model" in refused.reason
     assert refusals(producer, "staging") == 1
-    assert kinds(stager.stage()) == ["StartPack"]
+    assert stager.stage() == [refused]
+    assert kinds(stager.stage(1)) == ["StartPack"]
 
 
 def test_more_chunks_than_anybody_needs(producer, stager):
