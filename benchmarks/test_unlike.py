@@ -83,7 +83,7 @@ def _routes(pair, blocks) -> str:
     """The routes that the model chooses for each rank."""
     found = set()
     for made in pair.plan.parts:
-        choice = Router(made, Costs.load(), slot_nbytes=4 * MIB).choose(made.match(blocks, blocks))
+        choice = Router(made, Costs.load(), slot_nbytes=pair.endpoint.slot_nbytes).choose(made.match(blocks, blocks))
         found.add(choice.route.value)
     return ", ".join(sorted(found))
 
@@ -114,7 +114,7 @@ def test_the_model_chooses_well(benchmark, measuring, report):
         base = Geometry(layers=8, blocks=512 if measuring else 16, head_dim=head_dim)
         geometries = [Geometry(**{**vars(base), "order": order}) for order in (source, target)]
         with pair_of(*geometries, ranks=ranks) as pair:
-            routers = [Router(part, costs, slot_nbytes=4 * MIB) for part in pair.plan.parts]
+            routers = [Router(part, costs, slot_nbytes=pair.endpoint.slot_nbytes) for part in pair.plan.parts]
             for tokens, pattern in product(sizes, ("contiguous", "fragmented")):
                 blocks = _patterns(pair, tokens, pattern)
                 choices = [router.choose(router.part.match(blocks, blocks)) for router in routers]

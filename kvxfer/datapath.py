@@ -50,7 +50,10 @@ _LONGEST_NAP_S = 1e-3
 
 
 class Ends(Protocol):
-    """Whom the data thread tells what happened. Called on the data thread; must not block."""
+    """Whom the data thread tells what happened. Called on the data thread; must not block.
+
+    What is told may lie until `flush`: to wake a thread costs more than to tell it, so it is woken once for all.
+    """
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
         """A read is over, after its transfer was ended."""
@@ -66,6 +69,9 @@ class Ends(Protocol):
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
         """A read has taken chunks."""
+
+    def flush(self) -> object:
+        """There is nothing more to tell at this moment."""
 
 
 class _Close:
@@ -157,6 +163,7 @@ class DataPath:
         nap_s, moved = _SHORTEST_NAP_S, False
         while True:
             try:
+                self._ends.flush()
                 # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
                 job = self._next_job(None if moved else nap_s)
                 moved = False
@@ -212,6 +219,7 @@ class DataPath:
         """Poll until nothing more ends at once; True if anything did."""
         under_way = len(self._readings)
         moved = self._packer.turn()
+        self._ends.flush()
         if self._life.agent is None:
             self._life.remake()
         while self._life.agent is not None and self._flying:
@@ -222,6 +230,7 @@ class DataPath:
                 break
             for flight in changed:
                 self._changed(flight)
+            self._ends.flush()  # before the next poll, which may copy
             moved = moved or bool(changed)
             if not changed:
                 break
@@ -461,10 +470,11 @@ class DataPath:
             try:
                 job = self._jobs.get_nowait()
             except queue.Empty:
-                return
+                break
             if isinstance(job, StartRead):
                 job.transfer.end(ClosedError("the endpoint was closed"))
                 self._ends.read_ended(job.transfer, job.transfer.error)
+        self._ends.flush()
 
 
 def _as_kvxfer(error: Exception) -> KvxferError:

@@ -447,6 +447,7 @@ class _Reports:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._untold = False
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
         self._tell(lambda now: self._endpoint._consumer.read_ended(transfer, error, now))
@@ -463,8 +464,14 @@ class _Reports:
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         self._tell(lambda _: self._endpoint._consumer.unstage(transfer, source, numbers))
 
+    def flush(self) -> None:
+        if self._untold:
+            self._untold = False
+            self._endpoint._channel.wake()
+
     def _tell(self, command: Command) -> None:
-        self._endpoint._command(command)
+        if self._endpoint._command(command, wake=False):
+            self._untold = True
 
 
 def _checked(ref: LeaseRef) -> LeaseRef:

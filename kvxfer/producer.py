@@ -179,6 +179,7 @@ class Producer:
             ended = self._table.renew(message.tokens, holder, now)
             self._reply(connection, Renewed(ended=ended))
         elif isinstance(message, Stage):
+            self._taken(PackKey(message.token, holder.rank), holder, message.taken)
             self._stage(connection, holder, message)
         elif isinstance(message, Unstage):
             self._taken(PackKey(message.token, holder.rank), holder, message.numbers)

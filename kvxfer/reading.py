@@ -229,6 +229,7 @@ class _Packed:
         self._todo: Iterator[Chunk] = images.chunks(self._match.tokens)
         self._asked: dict[int, Chunk] = {}
         self._open: set[int] = set()
+        self._taken: list[int] = []
         self._busy = 0
         self._in_flight = leg.source.router.in_flight
         self._exhausted = False
@@ -259,7 +260,14 @@ class _Packed:
                 self._asked[number] = chunk
                 self._open.add(number)
                 token = self._leg.reading.job.transfer.ref.token
-                carrier.stage(self._leg, Stage(token=token, number=number, image=image.source, tokens=chunk.tokens))
+                taken, self._taken = self._taken, []
+                carrier.stage(
+                    self._leg,
+                    Stage(token=token, number=number, image=image.source, tokens=chunk.tokens, taken=taken),
+                )
+        if self._taken:
+            taken, self._taken = self._taken, []
+            carrier.unstage(self._leg, taken)
         if self._exhausted and not self._busy and not self._fenced:
             self._fenced = True
             self._leg.fence(carrier)
@@ -275,7 +283,7 @@ class _Packed:
             return
         spans = image.to_target.descriptors(image.emptied(chunk, self._match))
         spans = Descriptors(spans.local, spans.remote + np.uint64(address), spans.nbytes)
-        self._submit(carrier, spans, lambda: self._taken(carrier, number))
+        self._submit(carrier, spans, lambda: self._arrived(carrier, number))
 
     def _land(self, carrier: Carrier, chunk: Chunk, image: Image, number: int | None, address: int | None) -> None:
         """Fetch a chunk into a slot of this side: as it was packed, or run by run from the source's cache."""
@@ -290,7 +298,8 @@ class _Packed:
 
         def landed(slot: int) -> None:
             if number is not None:
-                self._unstage(carrier, number)
+                self._open.discard(number)
+                carrier.unstage(self._leg, [number])  # at once: to unpack takes a while
             packed = carrier.view_slot(slot, image.nbytes)
             bound = image.to_target.copies(image.emptied(chunk, self._match))
             copies = start_copies(carrier.cache, bound, packed, pack=False)
@@ -307,11 +316,8 @@ class _Packed:
         self._leg.count(spans)
         carrier.submit(self._leg, spans, then)
 
-    def _taken(self, carrier: Carrier, number: int) -> None:
-        self._unstage(carrier, number)
+    def _arrived(self, carrier: Carrier, number: int) -> None:
+        self._open.discard(number)
+        self._taken.append(number)
         self._busy -= 1
         self.go_on(carrier)
-
-    def _unstage(self, carrier: Carrier, number: int) -> None:
-        self._open.discard(number)
-        carrier.unstage(self._leg, [number])

@@ -49,17 +49,20 @@ class Costs:
         descriptor_s: what the transfer engine takes for one more descriptor.
         wire_nbytes_per_s: what it moves with long ones.
         run_s: what a device takes for one more run when it packs or unpacks.
-        copy_nbytes_per_s: what it copies in long runs.
-        chunk_s: what one more chunk costs, messages included, while others are under way.
+        pack_nbytes_per_s, unpack_nbytes_per_s: what it packs and unpacks in long runs.
+        land_s: what one more chunk costs that the target fetches alone.
+        chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
         ask_s: from asking for the first chunk until it is there, but for the packing itself.
     """
 
     descriptor_s: float = 1.6e-6
     wire_nbytes_per_s: float = 6e9
-    run_s: float = 15e-9
-    copy_nbytes_per_s: float = 8e9
-    chunk_s: float = 150e-6
-    ask_s: float = 500e-6
+    run_s: float = 1e-9
+    pack_nbytes_per_s: float = 8e9
+    unpack_nbytes_per_s: float = 6e9
+    land_s: float = 200e-6
+    chunk_s: float = 400e-6
+    ask_s: float = 900e-6
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -94,9 +97,13 @@ class Costs:
         """Seconds that the transfer engine takes."""
         return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
 
-    def copy_s(self, runs: float, nbytes: float) -> float:
-        """Seconds that a device takes to pack or unpack."""
-        return runs * self.run_s + nbytes / self.copy_nbytes_per_s
+    def pack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the source's device takes."""
+        return runs * self.run_s + nbytes / self.pack_nbytes_per_s
+
+    def unpack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the target's device takes."""
+        return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +217,7 @@ class Router:
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         # Nothing is faster than long runs: the shapes of chunks are not even looked at.
-        if not seconds or runs * costs.descriptor_s > costs.ask_s:
+        if not seconds or runs * costs.descriptor_s > min(costs.land_s, costs.ask_s):
             for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
                 if route not in self.barred:
                     seconds[route] = self._packed_s(route, match)
@@ -251,10 +258,10 @@ class Router:
             chunks += times
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
             wire_s += times * costs.wire_s(descriptors, image_nbytes)
-            pack_s += times * costs.copy_s(packed, source_nbytes)
-            unpack_s += times * costs.copy_s(spread, image_nbytes)
+            pack_s += times * costs.pack_s(packed, source_nbytes)
+            unpack_s += times * costs.unpack_s(spread, image_nbytes)
         if route is Route.TARGET_UNPACKED:
-            return wire_s + unpack_s
+            return wire_s + unpack_s + chunks * costs.land_s
         here_s = wire_s + chunks * costs.chunk_s + (unpack_s if route is Route.BOTH else 0.0)
         return costs.ask_s + max(pack_s, here_s) + min(pack_s, here_s) / max(1.0, chunks)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 _PAGE_NBYTES = 4096
-_LARGEST_SLOT_NBYTES = 4 << 20
+_LARGEST_SLOT_NBYTES = 8 << 20
 """Chunks stay in the caches of the processor between packing and the wire; longer ones would gain little."""
 _FEWEST_SLOTS = 8
 

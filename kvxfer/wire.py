@@ -124,6 +124,9 @@ class Renewed(_Message, frozen=True, kw_only=True):
     ended: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
 
 
+_Numbers = Annotated[list[int], msgspec.Meta(max_length=1024)]
+
+
 class Stage(_Message, frozen=True, kw_only=True):
     """Pack part of a lease's KV into a chunk of the staging arena. Idempotent: asked again until answered."""
 
@@ -134,6 +137,8 @@ class Stage(_Message, frozen=True, kw_only=True):
     """What the chunk looks like: a cache of one group in blocks 0, 1, ..., at addresses that count from the chunk's begin."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
+    taken: _Numbers = []
+    """As in `Unstage`: most chunks make room for the next one."""
 
 
 class Staged(_Message, frozen=True, kw_only=True):
@@ -148,7 +153,7 @@ class Unstage(_Message, frozen=True, kw_only=True):
     """These chunks were taken, their memory is yours. Not answered: what is lost is made up for by the lease's end."""
 
     token: Token
-    numbers: Annotated[list[int], msgspec.Meta(max_length=1024)]
+    numbers: _Numbers
 
 
 class Settle(_Message, frozen=True, kw_only=True):

@@ -145,49 +145,59 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
                 sink.endpoint.close()
         start_s, descriptor_s, wire = _fit([(1, s.runs, s.nbytes) for s in samples], [s.seconds for s in samples])
         with progress.step("packing and unpacking"):
-            run_s, copy = _copying(blocks)
-        costs = Costs(descriptor_s=descriptor_s, wire_nbytes_per_s=1 / wire, run_s=run_s, copy_nbytes_per_s=1 / copy)
+            run_s, pack = _copying(blocks, pack=True)
+            _, unpack = _copying(blocks, pack=False)
+        costs = Costs(
+            descriptor_s=descriptor_s,
+            wire_nbytes_per_s=1 / wire,
+            run_s=run_s,
+            pack_nbytes_per_s=1 / pack,
+            unpack_nbytes_per_s=1 / unpack,
+        )
         with progress.step("chunks"):
-            sink = Sink(source, agent, "NHD", blocks, Route.SOURCE_PACKED, _SMALL_ARENA_NBYTES)
-            try:
-                images = Images(sink.part, "target", sink.endpoint.slot_nbytes)
-                one, all_ = (sink.part.match(ids, ids) for ids in ([0], many))
-                chunks = [len(list(images.chunks(match.tokens))) for match in (one, all_)]
-                times = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
-            finally:
-                sink.endpoint.close()
-    packed = [_both(costs, sink.part.runs(match)) for match in (one, all_)]
-    ask_s = max(times[0] - sum(packed[0]), 1e-5)
-    chunk_s = max((times[1] - ask_s - max(packed[1])) / chunks[1], 1e-6)
-    return replace(costs, ask_s=ask_s, chunk_s=chunk_s), samples
+            times = {}
+            for route in (Route.TARGET_UNPACKED, Route.SOURCE_PACKED):
+                sink = Sink(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
+                try:
+                    times[route] = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
+                    images = Images(sink.part, "target", sink.endpoint.slot_nbytes)
+                    chunks = len(list(images.chunks([(0, blocks * _BLOCK_TOKENS)])))
+                finally:
+                    sink.endpoint.close()
+    one, all_ = (sink.part.runs(sink.part.match(ids, ids)) for ids in ([0], many))
+    land_s = times[Route.TARGET_UNPACKED][0] - costs.wire_s(1, one[1]) - costs.unpack_s(*one)
+    ask_s = times[Route.SOURCE_PACKED][0] - costs.wire_s(1, one[1]) - costs.pack_s(*one)
+    busier_s = max(costs.wire_s(1, all_[1]), costs.pack_s(*all_))
+    chunk_s = (times[Route.SOURCE_PACKED][1] - ask_s - busier_s) / chunks
+    return replace(costs, land_s=max(land_s, 1e-6), ask_s=max(ask_s, 1e-5), chunk_s=max(chunk_s, 1e-6)), samples
 
 
-def _both(costs: Costs, foretold: tuple[int, int]) -> tuple[float, float]:
-    """Seconds to pack so many runs, and to move the bytes in long ones."""
-    runs, nbytes = foretold
-    return costs.copy_s(runs, nbytes), costs.wire_s(1, nbytes)
-
-
-def _copying(blocks: int) -> tuple[float, float]:
-    """(seconds for each run, seconds for each byte) of a chunk after the other, packed in runs of all lengths."""
+def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
+    """(seconds for each run, seconds for each byte) of a chunk after the other, in runs of all lengths."""
     arena = StagingArena(32 << 20)
     slot, address = arena.slot_nbytes, arena.memory.address
     facts, times = [], []
     for head_dim, order in ((_HEAD_DIM, "HND"), (_HEAD_DIM, "NHD"), (16, "NHD"), (8, "NHD")):
         cache = _cache("HND", blocks, head_dim)
-        part = plan(cache.spec, _cache(order, blocks, head_dim).spec).parts[0]
+        target = _cache(order, blocks, head_dim)
+        part = plan(cache.spec, target.spec).parts[0]
         match = part.match(list(range(blocks)), list(range(blocks)))
-        images = Images(part, "target", slot)
+        # Packed as for a target of another order, or unpacked as from a source of one.
+        images = Images(part if pack else plan(target.spec, cache.spec).parts[0], "target" if pack else "source", slot)
 
-        def pack(cache: KVCache = cache, images: Images = images, match: Match = match) -> None:
+        def work(cache: KVCache = cache, images: Images = images, match: Match = match) -> None:
             for chunk in images.chunks(match.tokens):
                 image = images.image(chunk)
-                bound = image.from_source.copies(image.filled(chunk, match))
-                for copy in start_copies(cache, bound, arena.view(address, slot), pack=True):
+                bound = (
+                    image.from_source.copies(image.filled(chunk, match))
+                    if pack
+                    else image.to_target.copies(image.emptied(chunk, match))
+                )
+                for copy in start_copies(cache, bound, arena.view(address, slot), pack=pack):
                     copy.wait()
 
         facts.append(part.runs(match))
-        times.append(_median_s(pack))
+        times.append(_median_s(work))
     run_s, byte_s = _fit(facts, times)
     return run_s, byte_s
 
