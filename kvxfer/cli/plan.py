@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     route = parser.add_argument_group("the way")
     route.add_argument("--convert", action="store_true", help="elements may change their dtype on the way")
     route.add_argument("--route", choices=[each.value for each in Route], help="take this one, fast or not")
-    route.add_argument("--slot-mib", default="4", metavar="N", help="size of a staging slot; default %(default)s")
+    route.add_argument("--slot-mib", default="8", metavar="N", help="size of a staging slot; default %(default)s")
     route.add_argument(
         "--costs", metavar="FILE", help="measured costs (else KVXFER_COSTS, else those of a small machine)"
     )

@@ -62,6 +62,8 @@ class Ends:
         self.packs.put((key, number, address, error))
 
     def stage(self, transfer, source, message):
+        if message.taken:
+            self.unstage(transfer, source, message.taken)
         self.staged.put((transfer, source, message))
 
     def unstage(self, transfer, source, numbers):

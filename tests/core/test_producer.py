@@ -382,9 +382,14 @@ class Stager:
         out, self.node.out[:] = list(self.node.out), []
         return [a.message if isinstance(a, Reply) else a.event if isinstance(a, Emit) else a for a in out]
 
-    def stage(self, number=0, *, rank=0, token=None):
+    def stage(self, number=0, *, rank=0, token=None, taken=()):
         message = wire.Stage(
-            to=self.node.epoch, token=token or self.token, number=number, image=self.node.spec, tokens=(1, 7)
+            to=self.node.epoch,
+            token=token or self.token,
+            number=number,
+            image=self.node.spec,
+            tokens=(1, 7),
+            taken=list(taken),
         )
         return self.say(message, self.ranks[rank])
 
@@ -416,6 +421,16 @@ def test_a_chunk_from_the_question_to_its_end(producer, stager):
     assert stager.packed() == [wire.Staged(token=stager.token, number=0, address=4096)]
     assert stager.unstage(0) == [EndPack(stager.key(), [0])]
     assert stager.unstage(0) == []
+
+
+def test_the_next_question_tells_what_was_taken(producer, stager):
+    """A chunk that is given back with the question for the next one makes room before that is packed; said twice it is once."""
+    stager.stage()
+    stager.packed()
+    assert kinds(stager.stage(1, taken=[0])) == ["EndPack", "StartPack"]
+    assert stager.stage(1, taken=[0]) == []
+    (chunks,) = producer.producer._chunks.values()
+    assert list(chunks.asked) == [1]
 
 
 def test_first_tokens_go_with_the_blocks(producer, talk):

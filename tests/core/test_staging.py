@@ -24,10 +24,10 @@ def fill(arena, use):
 
 @pytest.mark.parametrize("nbytes", [LEAST, LEAST + 4095, 100_000, 1 << 20, 33 << 20, (1 << 26) + 12_345])
 def test_slots_are_pages_inside_the_limit(nbytes):
-    """Slots are whole pages of at most 4 MiB, do not overlap, lie in the registered memory, and are no more than the limit."""
+    """Slots are whole pages of at most 8 MiB, do not overlap, lie in the registered memory, and are no more than the limit."""
     arena = StagingArena(nbytes)
     assert arena.slots >= 8 and arena.slots * arena.slot_nbytes == arena.memory.nbytes <= nbytes
-    assert arena.slot_nbytes % 4096 == 0 and 4096 <= arena.slot_nbytes <= 4 << 20
+    assert arena.slot_nbytes % 4096 == 0 and 4096 <= arena.slot_nbytes <= 8 << 20
     slots = sorted([*fill(arena, Use.OUTGOING), *fill(arena, Use.LANDING)])
     assert slots == [arena.memory.address + i * arena.slot_nbytes for i in range(arena.slots)]
     assert arena.memory.address % 4096 == 0

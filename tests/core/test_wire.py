@@ -28,7 +28,7 @@ MESSAGES = [
     wire.Settled(token=TOKEN, stood=False),
     wire.Revoked(token=TOKEN, reason="because"),
     wire.Refused(code="garbage", reason="because", epoch="e"),
-    wire.Stage(to="e", token=TOKEN, number=(1 << 31) - 1, image=SPEC, tokens=(3, 1 << 40)),
+    wire.Stage(to="e", token=TOKEN, number=(1 << 31) - 1, image=SPEC, tokens=(3, 1 << 40), taken=[0, 7]),
     wire.Staged(token=TOKEN, number=0, address=(1 << 63) - 1),
     wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
     wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
