@@ -51,6 +51,7 @@ class Source:
         router: how its part of the plan travels.
         match: which of its blocks become which of ours.
         cell: address of the lease's cell on its board.
+        complete: the match is all there is to read; else it will grow (`MoreGranted`).
     """
 
     number: int
@@ -58,6 +59,7 @@ class Source:
     router: Router
     match: Match
     cell: int
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class StartRead:
 
     transfer: Transfer
     sources: Sequence[Source]
+
+
+@dataclass(frozen=True)
+class MoreGranted:
+    """More blocks of a source have become readable, while the read is under way; what was granted before is among them."""
+
+    transfer: Transfer
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class ChunkStaged:
 
 @dataclass(frozen=True)
 class StopRead:
-    """A source will stage no more: a read that needs that fails. One whose bytes are all on their way does not."""
+    """A source will grant and stage no more: a read that needs that fails. One whose bytes are all on their way does not."""
 
     transfer: Transfer
     error: KvxferError
@@ -126,7 +136,7 @@ class Emit:
     event: Event
 
 
-DataAction = StartRead | ChunkStaged | StopRead | StartPack | EndPack | ForgetAgent
+DataAction = StartRead | MoreGranted | ChunkStaged | StopRead | StartPack | EndPack | ForgetAgent
 """What the data thread does."""
 
 Action = SendTo | Reply | Hangup | Emit | DataAction

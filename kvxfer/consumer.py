@@ -111,7 +111,7 @@ class Consumer:
             hold.transfer, hold.deadline, hold.state = transfer, transfer.deadline, HoldState.READING
 
     def drop(self, ref: LeaseRef, now: float) -> None:
-        """The blocks will not be read: let the producer have them back. While they are being read: no effect."""
+        """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
         hold = self._holds.hold(ref, now)
         if hold.state in (HoldState.WAITING, HoldState.GRANTED):
             if hold.transfer is not None:
@@ -119,6 +119,8 @@ class Consumer:
             self._holds.settle(hold, now)
         elif hold.state is HoldState.ENDED:
             self._holds.settle(hold, now)
+        elif not hold.granted:
+            self._holds.stop_read(hold, LeaseError("dropped by this engine before all of it was there"))
 
     # -- the data thread --------------------------------------------------------------------------------------------
 
@@ -208,10 +210,14 @@ class Consumer:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | Staged | Settled, now: float) -> None:
-        if isinstance(message, Grant) and hold.state is HoldState.WAITING and claim.grant is None:
-            claim.grant = message
-            claim.ask_at = claim.renew_at(now)
-            self._holds.pump(hold, now)
+        if isinstance(message, Grant) and hold.state in (HoldState.WAITING, HoldState.READING):
+            if claim.granted(message):
+                if claim.complete:
+                    claim.ask_at = claim.renew_at(now)
+                if hold.state is HoldState.READING:
+                    self._holds.more_granted(hold, claim, now)
+                else:
+                    self._holds.pump(hold, now)
         elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
             source = hold.claims.index(claim)
             if hold.asked.pop((source, message.number), None) is not None:

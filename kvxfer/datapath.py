@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from kvxfer.actions import ChunkStaged, EndPack, PackKey, StartPack, StartRead, StopRead
+from kvxfer.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
 from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
@@ -182,14 +182,17 @@ class DataPath:
     def _do(self, job: DataAction) -> None:
         if isinstance(job, StartRead):
             self._start(Reading(job))
+        elif isinstance(job, MoreGranted):
+            leg = self._leg(job.transfer, job.source.number)
+            if leg is not None:
+                self._guarded(leg, partial(leg.granted, self, job.source))
         elif isinstance(job, ChunkStaged):
-            reading = self._readings.get(job.transfer)
-            if reading is not None and reading.error is None:
-                leg = next(leg for leg in reading.legs if leg.source.number == job.source)
-                self._guarded(leg, lambda: leg.staged(self, job.number, job.address))
+            leg = self._leg(job.transfer, job.source)
+            if leg is not None:
+                self._guarded(leg, partial(leg.staged, self, job.number, job.address))
         elif isinstance(job, StopRead):
             reading = self._readings.get(job.transfer)
-            if reading is not None and any(leg.asks for leg in reading.legs):
+            if reading is not None and any(leg.waits for leg in reading.legs):
                 self._fail(reading, job.error)
         elif isinstance(job, StartPack):
             self._packer.start(job)
@@ -197,6 +200,12 @@ class DataPath:
             self._packer.end(job.key, job.numbers)
         else:
             self._life.forget(job.agent_info)
+
+    def _leg(self, transfer: Transfer, source: int) -> Leg | None:
+        """The leg of a read that goes on."""
+        reading = self._readings.get(transfer)
+        legs = reading.legs if reading is not None and reading.error is None else []
+        return next((leg for leg in legs if leg.source.number == source), None)
 
     def _next_job(self, nap_s: float | None) -> DataAction | _Close | None:
         try:
@@ -380,7 +389,7 @@ class DataPath:
     def _give_up_late(self) -> None:
         now = time.monotonic()
         for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
-            waits = "for chunks of its source" if any(leg.asks for leg in reading.legs) else "for its turn"
+            waits = "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
             self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
 
     def _end(self, reading: Reading) -> None:
@@ -391,7 +400,13 @@ class DataPath:
         for supply in self._supplies:
             supply.release(reading)
         if error is None:
-            transfer.end(None, nbytes=reading.nbytes, descriptors=reading.descriptors, via=reading.via)
+            transfer.end(
+                None,
+                nbytes=reading.nbytes,
+                early_nbytes=reading.early_nbytes,
+                descriptors=reading.descriptors,
+                via=reading.via,
+            )
         else:
             transfer.end(error)
         self._ends.read_ended(transfer, error)

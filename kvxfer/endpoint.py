@@ -181,6 +181,25 @@ class Endpoint:
         if not self._command(lambda now: self._producer.offer(token, raw, now, firsts)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
+    def seal(self, ref: LeaseRef, blocks: Any) -> None:
+        """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
+
+        They must not change until the lease's end event, as if they were offered. To be called as often as there are more, and
+        then `offer`; an end before that is not told, for the blocks are in use anyway. What is partly filled is not sealed, and
+        neither are sliding windows and states, whose blocks change until the end: give no blocks of such groups.
+
+        Args:
+            blocks: as of `offer`: all that are complete by now, with those that were sealed before.
+
+        Raises:
+            BlockError: not blocks of this cache.
+            LeaseRefError: ``ref`` is none.
+        """
+        given = tables(self.cache.spec, blocks)
+        raw, firsts = [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
+        token = _checked(ref).token
+        self._command(lambda _: self._producer.seal(token, raw, firsts))
+
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `offer` in one: blocks that are complete already."""
         tables(self.cache.spec, blocks)  # a bad call announces nothing
@@ -357,6 +376,8 @@ class Endpoint:
         self.metrics.count("kvxfer_transfers_total", outcome=outcome)
         if error is None:
             self.metrics.count("kvxfer_bytes_total", transfer.nbytes)
+            if transfer.early_nbytes:
+                self.metrics.count("kvxfer_early_bytes_total", transfer.early_nbytes)
             self.metrics.observe("kvxfer_transfer_seconds", transfer.seconds)
             self.metrics.observe("kvxfer_transfer_nbytes", transfer.nbytes)
             self.metrics.observe("kvxfer_descriptors", transfer.descriptors)

@@ -40,7 +40,7 @@ class Claim:
     """A lease at one rank of its producer.
 
     Attributes:
-        grant: the blocks there, once they are readable.
+        grant: the blocks there that are readable, once some are.
         settled: nothing more is to be said to that rank.
         ask_at: when to say the next thing to it.
     """
@@ -50,6 +50,21 @@ class Claim:
     settled: bool = False
     ask_at: float = 0.0
     tables: Sequence[Table] | None = field(default=None, repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """All blocks that there will be are readable."""
+        return self.grant is not None and self.grant.complete
+
+    def granted(self, grant: Grant) -> bool:
+        """Take what its rank grants; False if that is nothing new."""
+        known = self.grant
+        if known is not None and (
+            known.complete or (not grant.complete and sum(map(len, grant.blocks)) <= sum(map(len, known.blocks)))
+        ):
+            return False
+        self.grant, self.tables = grant, None
+        return True
 
     def leased(self) -> Sequence[Table]:
         """The block tables that the rank granted, checked once.
@@ -102,6 +117,8 @@ class Hold:
     error: KvxferError | None = None
     read: bool = False
     asked: dict[tuple[int, int], Asked] = field(default_factory=dict)
+    _spans: dict[int, Span] = field(default_factory=dict, repr=False)
+    """By target group, the tokens that the ranks that have granted all will give."""
 
     @property
     def spread(self) -> bool:
@@ -115,8 +132,24 @@ class Hold:
 
     @property
     def granted(self) -> bool:
-        """Every rank of the producer has granted it."""
+        """Every rank of the producer has granted all of it."""
+        return self.spread and all(claim.complete for claim in self.claims)
+
+    @property
+    def readable(self) -> bool:
+        """Every rank of the producer has granted some of it."""
         return self.spread and all(claim.grant is not None for claim in self.claims)
+
+    @property
+    def may_begin(self) -> bool:
+        """A read of it could begin."""
+        unread = self.state in (HoldState.WAITING, HoldState.GRANTED)
+        return unread and self.readable and self.met and self.routers is not None
+
+    @property
+    def waits(self) -> bool:
+        """It is being read, and waits for a grant or a chunk."""
+        return self.state is HoldState.READING and (bool(self.asked) or not self.granted)
 
     def claim_at(self, peer: Peer) -> Claim | None:
         """The claim at one rank, if it is this lease's."""
@@ -127,13 +160,13 @@ class Hold:
         if self.transfer is None or self.state in (HoldState.SETTLING, HoldState.ENDED):
             return []
         if self.state is HoldState.READING:
-            since: dict[int, float] = {}
+            since = {i: self.transfer.started for i, claim in enumerate(self.claims) if not claim.complete}
             for (source, _), asked in self.asked.items():
                 since.setdefault(source, asked.since)
             return [(self.claims[source], at) for source, at in since.items()]
         waiting = self.state is HoldState.WAITING
         started = self.transfer.started
-        return [(c, started) for c in self.claims if not c.peer.is_met or (waiting and c.grant is None)]
+        return [(c, started) for c in self.claims if not c.peer.is_met or (waiting and not c.complete)]
 
     def mistake(self, claim: Claim) -> HandshakeError | None:
         """Why a peer that was met is not who the lease says that lives there."""
@@ -149,22 +182,30 @@ class Hold:
         return None
 
     def job(self, transfer: Transfer) -> StartRead | None:
-        """What the data thread needs to read it; None before it is granted.
+        """What the data thread needs to begin to read it; None before every rank has granted something.
 
         Raises:
             BlockError: the read does not fit the lease.
         """
-        if self.routers is None or not self.granted:
+        if not self.readable:
             return None
-        sources = []
-        spans: dict[int, Span] = {}
-        for number, (claim, router) in enumerate(zip(self.claims, self.routers, strict=True)):
-            grant = claim.grant
-            if grant is None or not router.part.overlaps:
-                continue
-            match = router.part.match_tables(claim.leased(), transfer.into, transfer.tokens)
+        sources = [self.source(number, transfer) for number in range(len(self.claims))]
+        return StartRead(transfer, [source for source in sources if source is not None])
+
+    def source(self, number: int, transfer: Transfer) -> Source | None:
+        """One rank, as a read needs it; None if it has nothing for it.
+
+        Raises:
+            BlockError: the read does not fit what the rank has leased, or another rank has leased other tokens.
+        """
+        claim = self.claims[number]
+        if claim.grant is None or self.routers is None or not self.routers[number].part.overlaps:
+            return None
+        router, complete = self.routers[number], claim.grant.complete
+        matched = router.part.match_tables if complete else router.part.sealed
+        match = matched(claim.leased(), transfer.into, transfer.tokens)
+        if complete:
             for group in router.part.target_groups:
-                if match.tokens[group] != spans.setdefault(group, match.tokens[group]):
+                if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
                     raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
-            sources.append(Source(number, claim.peer.agent_info, router, match, grant.cell))
-        return StartRead(transfer, sources)
+        return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, complete)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvxfer.actions import Action, SendTo, StopRead
+from kvxfer.actions import Action, MoreGranted, SendTo, StopRead
 from kvxfer.errors import (
     BlockError,
     ClosedError,
@@ -129,7 +129,10 @@ class Holds:
                 hold.routers = None  # they are of the memory of the one that is gone
             if hold.state in (HoldState.SETTLING, HoldState.ENDED):
                 self.done_with(hold, claim, now)
-            elif claim.grant is not None and hold.state is not HoldState.READING:
+            elif hold.state is HoldState.READING:
+                if not claim.complete:
+                    self.stop_read(hold, LeaseEndedError("the producer was restarted"))
+            elif claim.grant is not None:
                 self.fail(hold, LeaseEndedError("the producer was restarted"), now, claim)
 
     def ask_chunk(self, hold: Hold, source: int, message: Stage, now: float) -> None:
@@ -140,8 +143,8 @@ class Holds:
         self.pump(hold, now)
 
     def stop_read(self, hold: Hold, error: KvxferError) -> None:
-        """No more chunks will come: a read that waits for one ends. Of bytes in flight the lease board decides."""
-        if hold.state is HoldState.READING and hold.transfer is not None and hold.asked:
+        """No more grants and chunks will come: a read that waits for one ends. Of bytes in flight the lease board decides."""
+        if hold.waits and hold.transfer is not None:
             hold.asked.clear()
             self._out.append(StopRead(hold.transfer, error))
 
@@ -189,7 +192,7 @@ class Holds:
             self._plan(hold, now)
         if hold.ref.token not in self.by_token:
             return
-        if hold.state is HoldState.GRANTED and hold.transfer is not None and hold.met:
+        if hold.transfer is not None and hold.may_begin:
             self._start(hold, hold.transfer, now)
         if hold.ref.token in self.by_token:
             self._schedule(hold, now)
@@ -231,7 +234,7 @@ class Holds:
                 self._meet(hold, claim, now)
         elif hold.state in (HoldState.SETTLING, HoldState.ENDED):
             self._ask(claim, Settle(to=peer.epoch, token=hold.ref.token, read=hold.read), now)
-        elif claim.grant is None:
+        elif not claim.complete:
             self._ask_grant(hold, claim, now)
         elif now >= claim.ask_at:
             claim.ask_at = claim.renew_at(now)
@@ -243,7 +246,9 @@ class Holds:
         if peer.state is PeerState.REFUSED and peer.error is not None and peer.greeted_at >= hold.since:
             if hold.state is HoldState.SETTLING:
                 self.done_with(hold, claim, now)
-            elif hold.state is not HoldState.READING:
+            elif hold.state is HoldState.READING:
+                self.stop_read(hold, peer.error)
+            else:
                 self.fail(hold, peer.error, now, claim)
         else:
             self._peers.meet(peer, now)
@@ -251,7 +256,9 @@ class Holds:
     def _ask_grant(self, hold: Hold, claim: Claim, now: float) -> None:
         peer, mistake = claim.peer, hold.mistake(claim)
         if mistake is None:
-            self._ask(claim, Open(to=peer.epoch, token=hold.ref.token), now)
+            self._ask(claim, Open(to=peer.epoch, token=hold.ref.token, early=hold.ref.early), now)
+        elif hold.state is HoldState.READING:
+            self.stop_read(hold, mistake)
         elif peer.met_at >= hold.since:
             # An engine that the lease is of, if not with these ranks, may have the blocks back.
             self.fail(hold, mistake, now, claim if mistake.code == "identity" else None)
@@ -305,8 +312,22 @@ class Holds:
             return
         hold.state = HoldState.READING
         for claim in hold.claims:
-            claim.ask_at = claim.renew_at(now)
+            if claim.complete:
+                claim.ask_at = claim.renew_at(now)
         self._out.append(job)
+
+    def more_granted(self, hold: Hold, claim: Claim, now: float) -> None:
+        """A lease that is being read has more to read."""
+        if hold.transfer is None:
+            return
+        try:
+            source = hold.source(hold.claims.index(claim), hold.transfer)
+        except BlockError as error:
+            self._out.append(StopRead(hold.transfer, error))
+            return
+        if source is not None:
+            self._out.append(MoreGranted(hold.transfer, source))
+        self._schedule(hold, now)
 
     def _give_up(self, hold: Hold, now: float) -> None:
         if hold.state in (HoldState.SETTLING, HoldState.ENDED):

@@ -3,18 +3,21 @@
 
 ::
 
-    ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
-        |                 |               |
-        +-- withdraw -----+-- revoke -----+--------------> REVOKED
-        +-- announce_s ---+-- lease_s ----+--------------> EXPIRED
+    WANTED --announce--> ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
+       |                  |  (seal)            |               |
+       +------------------+-- withdraw --------+-- revoke -----+--------------> REVOKED
+       +-- announce_s ----+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
 
 A lease is announced when its token is handed out (before prefill has finished), offered when its blocks are complete
-(from then its time runs), and active once a consumer has opened it. It ends exactly once, and its cell on the lease
+(from then its time runs), and active once a consumer has opened it. While prefill runs, blocks may be sealed: they are
+complete and can be read already, and more follow. Where both sides can tell the token by themselves, the consumer may
+come before the producer has announced it: then it is wanted. A lease ends exactly once, and its cell on the lease
 board is wiped before anyone is told, so that no reader can mistake the blocks' next content for its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -41,6 +44,7 @@ _REMEMBERED = 16_384
 class LeaseState(str, Enum):
     """Where a lease is; the last three are ends."""
 
+    WANTED = "wanted"
     ANNOUNCED = "announced"
     OPEN = "open"
     ACTIVE = "active"
@@ -62,6 +66,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         request: the producer's name for the request, for logs.
         num_tokens: tokens whose KV the lease covers.
         digest: of what the KV depends on (prompt, adapters, images); made and compared by the engine, may be empty.
+        early: made by `shared`, so that its producer may come to know it after its consumer.
     """
 
     v: int = REF_VERSION
@@ -74,6 +79,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
     digest: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    early: bool = False
 
     @classmethod
     def mint(
@@ -86,6 +92,33 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         """
         token = secrets.token_hex(16)
         fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024]}
+        return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
+
+    @classmethod
+    def shared(
+        cls,
+        key: str,
+        *,
+        owner: str,
+        addresses: Sequence[str],
+        request: str = "",
+        num_tokens: int = 0,
+        digest: str = "",
+    ) -> LeaseRef:
+        """The reference that producer and consumer each make for themselves, when a request is sent to both at once.
+
+        Args:
+            key: what both were told of the request and nobody else was, such as a router's transfer id. Who knows it, and all
+                of the following, may read the request's KV.
+            owner, num_tokens, digest: as both know them; those of another prompt are another lease.
+            addresses, request: see `LeaseRef`; the two sides may differ in them.
+
+        Raises:
+            LeaseRefError: a field is out of range.
+        """
+        known = msgspec.json.encode([key, owner, num_tokens, digest])
+        token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
+        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "early": True}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 
     @classmethod
@@ -139,7 +172,7 @@ class Lease:
     settled.
 
     Attributes:
-        blocks: per cache group the ids as little-endian uint32.
+        blocks: per cache group the ids as little-endian uint32; before the offer, of what was sealed.
         first_tokens: per cache group the token with which the first block begins.
         holders: by rank, the processes of the consumer that have asked for it.
         settled: ranks that are done with it.
@@ -157,6 +190,16 @@ class Lease:
     holders: dict[int, Holder] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
     read: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """All of its blocks are readable."""
+        return self.state in (LeaseState.OPEN, LeaseState.ACTIVE)
+
+    @property
+    def readable(self) -> bool:
+        """Some of its blocks are."""
+        return self.complete or bool(self.blocks)
 
     def waiting(self) -> list[Holder]:
         """Those that have not settled it."""
@@ -184,16 +227,54 @@ class LeaseTable:
         self._live: dict[str, Lease] = {}
         self._ended: OrderedDict[str, Lease] = OrderedDict()
         self._timers = Timers()
+        self._wanted = 0
 
     def __len__(self) -> int:
         return len(self._live)
 
     def announce(self, token: str, request: str, now: float) -> None:
         """Make a token known before its blocks are. Known already: nothing changes."""
-        if token not in self._live and token not in self._ended:
-            lease = Lease(token, request, now + self._settings.announce_s)
-            self._live[token] = lease
+        lease = self._live.get(token)
+        if lease is not None and lease.state is LeaseState.WANTED:
+            self._wanted -= 1
+            lease.state, lease.request, lease.deadline = LeaseState.ANNOUNCED, request, now + self._settings.announce_s
             self._timers.set(token, lease.deadline)
+        elif lease is None and token not in self._ended:
+            self._add(Lease(token, request, now + self._settings.announce_s))
+
+    def want(self, token: str, now: float) -> None:
+        """A consumer came first: keep a place for it until the token is announced. Known already: nothing changes.
+
+        Raises:
+            LeaseUnknownError: ``max_leases`` are wanted already.
+        """
+        if token in self._live or token in self._ended:
+            return
+        if self._wanted >= self._settings.max_leases:
+            raise LeaseUnknownError(f"no lease {token} was announced, and {self._wanted} are waited for already")
+        self._wanted += 1
+        self._add(Lease(token, "", now + self._settings.announce_s, LeaseState.WANTED))
+
+    def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
+        """These blocks of an announced lease are complete and will not change; more follow, and `offer` has all.
+
+        Args:
+            blocks, first_tokens: see `Lease`; those sealed before among them.
+
+        Raises:
+            LeaseUnknownError: never announced.
+            LeaseEndedError: it ended before.
+            LeaseError: no cell is free; or it was offered before. Nothing changes.
+        """
+        lease = self._find(token)
+        if lease.state is LeaseState.WANTED:
+            raise LeaseUnknownError(f"no lease {token} was announced here")
+        if lease.offered:
+            raise LeaseError(f"the blocks of lease {token} were offered before")
+        if lease.cell is None:
+            lease.cell = self._board.post(bytes.fromhex(token))
+        lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
+        return lease
 
     def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
         """The blocks are complete and will not change: the lease's time runs from now.
@@ -206,19 +287,24 @@ class LeaseTable:
             LeaseEndedError: it ended before; the caller may reuse the blocks.
             LeaseError: no cell is free, and the lease is ended; or it was offered before (`offered`), and stands.
         """
-        if token not in self._live and token not in self._ended:
-            self._remember(Lease(token, "", now, LeaseState.REVOKED, offered=True))
+        lease = self._live.get(token) or self._ended.get(token)
+        if lease is None or lease.state is LeaseState.WANTED:
+            if lease is None:
+                self._remember(Lease(token, "", now, LeaseState.REVOKED, offered=True))
+            else:
+                lease.offered = True
+                self._end(lease, LeaseState.REVOKED)
             raise LeaseUnknownError(f"no lease {token} was announced here")
-        lease = self._live.get(token) or self._ended[token]
         before, lease.offered = lease.offered, True
         self._find(token)
         if before:
             raise LeaseError(f"the blocks of lease {token} were offered before")
-        try:
-            lease.cell = self._board.post(bytes.fromhex(token))
-        except LeaseError:
-            self._end(lease, LeaseState.REVOKED)
-            raise
+        if lease.cell is None:
+            try:
+                lease.cell = self._board.post(bytes.fromhex(token))
+            except LeaseError:
+                self._end(lease, LeaseState.REVOKED)
+                raise
         lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
         lease.state = LeaseState.OPEN
         lease.deadline = now + self._settings.lease_s
@@ -256,7 +342,7 @@ class LeaseTable:
     def held(self, token: str, holder: Holder) -> Lease | None:
         """The lease, if this process may read its blocks now."""
         lease = self._live.get(token)
-        stands = lease is not None and lease.state is LeaseState.ACTIVE and holder in lease.waiting()
+        stands = lease is not None and lease.readable and holder in lease.waiting()
         return lease if stands else None
 
     def renew(self, tokens: Sequence[str], holder: Holder, now: float) -> list[str]:
@@ -327,6 +413,10 @@ class LeaseTable:
             self._end(lease, LeaseState.REVOKED)
         return live
 
+    def _add(self, lease: Lease) -> None:
+        self._live[lease.token] = lease
+        self._timers.set(lease.token, lease.deadline)
+
     def _find(self, token: str) -> Lease:
         lease = self._live.get(token)
         if lease is not None:
@@ -344,6 +434,7 @@ class LeaseTable:
         if lease.cell is not None:
             self._board.wipe(lease.cell)
             lease.cell = None
+        self._wanted -= lease.state is LeaseState.WANTED
         lease.state, lease.blocks = state, []
         del self._live[lease.token]
         self._timers.cancel(lease.token)

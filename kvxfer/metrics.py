@@ -17,6 +17,7 @@ NBYTES_BUCKETS = tuple(float(4**i) for i in range(5, 19))
 COUNTERS = {
     "kvxfer_transfers_total": "Reads that ended, by outcome (done, or the error's name).",
     "kvxfer_bytes_total": "KV bytes read into this cache.",
+    "kvxfer_early_bytes_total": "Of these, those that were here before their prefill had ended.",
     "kvxfer_leases_total": "Leases of this producer that ended, by end (settled, expired, revoked, unread).",
     "kvxfer_refused_messages_total": "Control messages refused, by reason.",
     "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",

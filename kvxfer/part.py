@@ -111,6 +111,25 @@ class PlanPart:
             spans[number] = interval(group, source, targets[number], asked)
         return Match(sources, targets, spans)
 
+    def sealed(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
+        """As much of what `match_tables` will give as the source's blocks hold by now; it never refuses.
+
+        Only of full attention: the blocks of a window, and a state, are those of the moment in which prefill ends.
+        """
+        spans = [(0, 0)] * len(targets)
+        for channel in self._channels:
+            group, source, target = (
+                self.target.groups[channel.target_group],
+                sources[channel.source_group],
+                targets[channel.target_group],
+            )
+            if group.kind not in ("sliding_window", "state"):
+                start, stop = _asked(tokens) or (target.first_token, None)
+                stop = min(source.end_token, target.end_token if stop is None else min(stop, target.end_token))
+                if max(source.first_token, target.first_token) <= start < stop:
+                    spans[channel.target_group] = start, stop
+        return Match(sources, targets, spans)
+
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
         """The runs to copy for these blocks. Arguments as of `match`.
 

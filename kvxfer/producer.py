@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
-from kvxfer.lease import Holder, Lease, LeaseState, LeaseTable
+from kvxfer.lease import Holder, Lease, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
     PROTOCOL,
@@ -101,6 +101,15 @@ class Producer:
             self._table.open(token, holder, now)
         self._tell(lease, self._grant(lease))
 
+    def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> None:
+        """Some blocks of an announced lease are complete: who waits for them may begin to read."""
+        try:
+            lease = self._table.seal(token, blocks, first_tokens)
+        except LeaseError as error:
+            _log.debug("nobody is told of the sealed blocks, which are offered again at the end: %s", error)
+        else:
+            self._tell(lease, self._grant(lease))
+
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
         lease = self._table.revoke(token)
@@ -132,7 +141,8 @@ class Producer:
     def tick(self, now: float) -> None:
         """End what has expired."""
         for lease in self._table.expire(now):
-            self._tell(lease, Revoked(token=lease.token, reason="the lease expired"))
+            why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
+            self._tell(lease, Revoked(token=lease.token, reason=why))
             self._unstage(lease)
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
@@ -248,6 +258,8 @@ class Producer:
 
     def _open(self, connection: bytes, holder: Holder, message: Open, now: float) -> None:
         try:
+            if message.early:
+                self._table.want(message.token, now)
             lease = self._table.open(message.token, holder, now)
         except LeaseUnknownError as error:
             self._refuse(connection, "unknown_lease", str(error), message.token, counted=True)
@@ -256,14 +268,18 @@ class Producer:
         except LeaseError as error:
             self._refuse(connection, "taken_lease", str(error), message.token, counted=True)
         else:
-            announced = lease.state is LeaseState.ANNOUNCED
-            self._reply(connection, Pending(token=lease.token) if announced else self._grant(lease))
+            self._reply(connection, self._grant(lease) if lease.readable else Pending(token=lease.token))
 
     def _grant(self, lease: Lease) -> Grant:
         ttl_s = self._settings.lease_s
         first_tokens = lease.first_tokens if any(lease.first_tokens) else []
         return Grant(
-            token=lease.token, blocks=lease.blocks, cell=lease.cell or 0, ttl_s=ttl_s, first_tokens=first_tokens
+            token=lease.token,
+            blocks=lease.blocks,
+            cell=lease.cell or 0,
+            ttl_s=ttl_s,
+            first_tokens=first_tokens,
+            complete=lease.complete,
         )
 
     def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:

@@ -4,7 +4,9 @@
 ::
 
     leg:   contact --> move --> fence --> done
-             a cell     |         a cell
+             a cell     | ^       a cell
+                        | +-- again, for as long as its source has more to grant
+                        |
                         +-- direct: runs from cache to cache
                         +-- packed: chunks, several at a time: [ask, packed there] --> wire --> [unpack, here]
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.image import Chunk, Image, Images
+    from kvxfer.part import Match
     from kvxfer.route import Choice
     from kvxfer.staging import Bytes
 
@@ -91,6 +94,7 @@ class Reading:
         attempts: how often it was started again on a new agent because the first contact with a source hung. Each time is
             given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
         nbytes, descriptors: what went over the wire so far.
+        early_nbytes: what was here when the last source had granted all.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
 
@@ -102,6 +106,7 @@ class Reading:
         self.pending = 0
         self.error: KvxferError | None = None
         self.nbytes = 0
+        self.early_nbytes = 0
         self.descriptors = 0
         self.via: str = ""
         self.quarantined_at: float | None = None
@@ -134,6 +139,7 @@ class Leg:
     """What a read gets from one source.
 
     Attributes:
+        source: as far as it has granted its blocks.
         contacting_since: when the first thing was asked of an agent that is new to this one; None before and after.
         next_number: of the next chunk that is asked for.
     """
@@ -144,6 +150,11 @@ class Leg:
         self.contacting_since: float | None = None
         self.next_number = 0
         self._packed: _Packed | None = None
+        self._ready = False
+        self._moving = False
+        self._moved: dict[int, int] = {}
+        """By target group, the token up to which all is here."""
+        self._sent_nbytes = self._here_nbytes = 0
 
     def start(self, carrier: Carrier) -> None:
         """Move its bytes, after a first contact with a source that is new.
@@ -153,7 +164,8 @@ class Leg:
         can be short.
         """
         if carrier.proven(self.source.agent_info):
-            self._move(carrier)
+            self._ready = True
+            self._go_on(carrier)
         else:
             self.contacting_since = time.monotonic()
             self._read_cell(carrier, self._contacted)
@@ -161,24 +173,50 @@ class Leg:
     def _contacted(self, carrier: Carrier) -> None:
         self.contacting_since = None
         carrier.prove(self.source.agent_info)
-        self._move(carrier)
+        self._ready = True
+        self._go_on(carrier)
 
-    def _move(self, carrier: Carrier) -> None:
-        source = self.source
-        choice = source.router.choose(source.match)
+    def granted(self, carrier: Carrier, source: Source) -> None:
+        """Its source has more."""
+        if source.complete and not self.source.complete:
+            self.reading.early_nbytes += self._here_nbytes
+        self.source = source
+        self._go_on(carrier)
+
+    def _go_on(self, carrier: Carrier) -> None:
+        """Move what is granted and not here yet; when that was all, fence."""
+        if self._moving or not self._ready:
+            return
+        match = self.source.match
+        spans = [(max(start, self._moved.get(group, start)), stop) for group, (start, stop) in enumerate(match.tokens)]
+        if any(start < stop for start, stop in spans):
+            self._moving = True
+            self._move(carrier, match._replace(tokens=spans))
+        elif self.source.complete:
+            self._moving = True
+            self._read_cell(carrier, lambda carrier: carrier.leg_ended(self))
+
+    def _move(self, carrier: Carrier, match: Match) -> None:
+        def moved() -> None:
+            self._packed, self._moving, self._here_nbytes = None, False, self._sent_nbytes
+            self._moved.update({group: stop for group, (start, stop) in enumerate(match.tokens) if start < stop})
+            self._go_on(carrier)
+
+        choice = self.source.router.choose(match)
         if choice.route is not Route.DIRECT and choice.images is not None:
-            self._packed = _Packed(self, choice, choice.images)
+            self._packed = _Packed(self, match, choice, choice.images, moved)
             self._packed.go_on(carrier)
             return
         spans = choice.bound.descriptors()
         self.count(spans)
         if len(spans):
-            carrier.submit(self, spans, lambda: self.fence(carrier))
+            carrier.submit(self, spans, moved)
         else:
-            self.fence(carrier)
+            moved()
 
     def count(self, spans: Descriptors) -> None:
         """Add what goes over the wire to the read's figures."""
+        self._sent_nbytes += spans.total_nbytes
         self.reading.nbytes += spans.total_nbytes
         self.reading.descriptors += len(spans)
 
@@ -196,13 +234,9 @@ class Leg:
         return leg
 
     @property
-    def asks(self) -> bool:
-        """It waits for chunks that its source packs."""
-        return self._packed is not None and self._packed.asks
-
-    def fence(self, carrier: Carrier) -> None:
-        """The bytes are in place. Did the lease stand until now? Its cell on the producer's board tells."""
-        self._read_cell(carrier, lambda carrier: carrier.leg_ended(self))
+    def waits(self) -> bool:
+        """It waits for blocks that its source grants, or for chunks that it packs."""
+        return not self.source.complete or (self._packed is not None and self._packed.asks)
 
     def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None]) -> None:
         def read(scratch: int) -> None:
@@ -219,21 +253,22 @@ class Leg:
 
 
 class _Packed:
-    """The chunks of one leg: at most ``in_flight`` are asked for, on the wire or being unpacked at a time."""
+    """Tokens of one leg, in chunks: at most ``in_flight`` are asked for, on the wire or being unpacked at a time."""
 
-    def __init__(self, leg: Leg, choice: Choice, images: Images) -> None:
+    def __init__(self, leg: Leg, match: Match, choice: Choice, images: Images, then: Callable[[], None]) -> None:
         self._leg = leg
         self._images = images
         self._route = choice.route
-        self._match = leg.source.match
-        self._todo: Iterator[Chunk] = images.chunks(self._match.tokens)
+        self._match = match
+        self._then = then
+        self._todo: Iterator[Chunk] = images.chunks(match.tokens)
         self._asked: dict[int, Chunk] = {}
         self._open: set[int] = set()
         self._taken: list[int] = []
         self._busy = 0
         self._in_flight = leg.source.router.in_flight
         self._exhausted = False
-        self._fenced = False
+        self._over = False
 
     @property
     def asks(self) -> bool:
@@ -245,7 +280,7 @@ class _Packed:
             carrier.unstage(self._leg, sorted(self._open))
 
     def go_on(self, carrier: Carrier) -> None:
-        """Begin with further chunks; when all are done, fence."""
+        """Begin with further chunks, until all are done."""
         while not self._exhausted and self._busy < self._in_flight:
             chunk = next(self._todo, None)
             if chunk is None:
@@ -268,9 +303,9 @@ class _Packed:
         if self._taken:
             taken, self._taken = self._taken, []
             carrier.unstage(self._leg, taken)
-        if self._exhausted and not self._busy and not self._fenced:
-            self._fenced = True
-            self._leg.fence(carrier)
+        if self._exhausted and not self._busy and not self._over:
+            self._over = True
+            self._then()
 
     def staged(self, carrier: Carrier, number: int, address: int) -> None:
         """The source has packed a chunk at ``address``."""

@@ -50,6 +50,7 @@ class Transfer:
         into: the target's block tables, one per cache group.
         tokens: which of the request's tokens are read; None: all that ``into`` holds.
         nbytes, descriptors: what was moved over the wire; 0 until done.
+        early_nbytes: so many of these bytes were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
         via: how they travelled, in the words of the transfer agent; empty until done.
     """
@@ -69,6 +70,7 @@ class Transfer:
         self.started: float = time.monotonic()
         self.seconds: float = 0.0
         self.nbytes: int = 0
+        self.early_nbytes: int = 0
         self.descriptors: int = 0
         self.via: str = ""
         self._on_end = on_end
@@ -127,12 +129,21 @@ class Transfer:
         state = "running" if not self.done else f"failed: {self._error}" if self._error else "done"
         return f"<Transfer of {self.ref.request or self.ref.token!r} {state}>"
 
-    def end(self, error: KvxferError | None, *, nbytes: int = 0, descriptors: int = 0, via: str = "") -> bool:
+    def end(
+        self,
+        error: KvxferError | None,
+        *,
+        nbytes: int = 0,
+        early_nbytes: int = 0,
+        descriptors: int = 0,
+        via: str = "",
+    ) -> bool:
         """For the endpoint: end it once; False (and no change) if it had ended."""
         with self._lock:
             if self._ended.is_open:
                 return False
-            self._error, self.nbytes, self.descriptors, self.via = error, nbytes, descriptors, via
+            self._error, self.descriptors, self.via = error, descriptors, via
+            self.nbytes, self.early_nbytes = nbytes, early_nbytes
             self.seconds = time.monotonic() - self.started
             # The event is queued before waiters wake, so that whoever waited finds it in poll().
             self._on_end(self)

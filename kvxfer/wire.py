@@ -11,7 +11,7 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
     Hello      ->                    who I am, which rank I want, how I move bytes
                <- Welcome            who I am, my cache, how my agent is reached
     Open       ->                    I hold this lease's token
-               <- Pending | Grant    prefill still runs | these blocks, this cell of the lease board
+               <- Pending | Grant    no block is complete | these are, this is the lease's cell; again when there are more
     Renew      ->                    I still wait for these
                <- Renewed            these of them have ended
     Stage      ->                    pack these tokens of it into a chunk
@@ -91,16 +91,18 @@ class Open(_Message, frozen=True, kw_only=True):
     """May I have the blocks of this lease? Idempotent."""
 
     token: Token
+    early: bool = False
+    """Its producer may not know it yet, and keeps me a place until it does."""
 
 
 class Pending(_Message, frozen=True, kw_only=True):
-    """The lease is known, its blocks are not ready; a `Grant` follows when they are."""
+    """The lease is known, or waited for, and no block is ready; a `Grant` follows when some are."""
 
     token: Token
 
 
 class Grant(_Message, frozen=True, kw_only=True):
-    """The blocks are readable until ``ttl_s`` from now, or from the last `Renew`."""
+    """The blocks are readable: if they are all, until ``ttl_s`` from now, or from the last `Renew`."""
 
     token: Token
     blocks: Annotated[list[bytes], msgspec.Meta(max_length=1024)]
@@ -109,6 +111,8 @@ class Grant(_Message, frozen=True, kw_only=True):
     """Address of the lease's cell on the producer's board."""
     first_tokens: Annotated[list[TokenIndex], msgspec.Meta(max_length=1024)] = []
     """Per cache group the token with which the first block begins; empty where all begin with the first."""
+    complete: bool = True
+    """There will be no more. Otherwise further grants follow, each of which repeats what came before."""
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
 
 

@@ -8,12 +8,14 @@ shown with many more of them in test_any_pair.py.
 from __future__ import annotations
 
 import contextlib
+from itertools import cycle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxfer import registry
+from kvxfer.blocks import BlockTable
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import IncompatibleError
@@ -30,8 +32,16 @@ EAGER = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 ROUTES = [None, None, *Route]
 
 
-def move(pair, agent: str, route: Route | None) -> None:
+def sealed(rank, share: float) -> list[BlockTable]:
+    """The first blocks of each of a rank's tables."""
+    return [BlockTable(table.ids[: int(len(table.ids) * share)], table.first) for table in rank.tables.values()]
+
+
+def move(pair, agent: str, route: Route | None, seals: tuple[list[float], ...] = ([],)) -> None:
     """Read the pair's request into every target rank; what arrives is checked against the oracle.
+
+    With ``seals`` (for the first rank, and so on round) the ranks seal such shares of their blocks before they offer them all,
+    and the read begins before that.
 
     A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
     """
@@ -47,13 +57,24 @@ def move(pair, agent: str, route: Route | None) -> None:
         producers = endpoints("P", pair.sources)
         consumers = endpoints("D", pair.targets, route=route, convert=pair.convert)
         ref = LeaseRef.mint(owner="P", addresses=[endpoint.address for endpoint in producers], request="r")
-        for endpoint, rank in zip(producers, pair.sources, strict=True):
+        for endpoint in producers:
             endpoint.announce(ref)
-            endpoint.offer(ref, rank.blocks)
+
+        def offer() -> None:
+            for endpoint, rank, shares in zip(producers, pair.sources, cycle(seals)):
+                for share in shares:
+                    endpoint.seal(ref, sealed(rank, share))
+            for endpoint, rank in zip(producers, pair.sources, strict=True):
+                endpoint.offer(ref, rank.blocks)
+
+        if not any(seals):
+            offer()
         transfers = [
             endpoint.read(ref, rank.blocks, tokens=pair.tokens)
             for endpoint, rank in zip(consumers, pair.targets, strict=True)
         ]
+        if any(seals):
+            offer()
         refused = 0
         for transfer in transfers:
             try:
@@ -78,6 +99,17 @@ def move(pair, agent: str, route: Route | None) -> None:
 def test_any_cache_is_read_into_any_other(pair, route):
     """Through endpoints over the reference agent, on a route of choice or of the model's: the right bytes and no others."""
     move(pair, "inproc", route)
+
+
+@settings(max_examples=max(200, settings.default.max_examples // 4))
+@given(
+    pair_cases(),
+    st.sampled_from(ROUTES),
+    st.lists(st.lists(st.floats(0, 1), max_size=4).map(sorted), min_size=1, max_size=3),
+)
+def test_it_may_be_read_while_it_is_made(pair, route, seals):
+    """A read that begins before all blocks are complete, rank by rank at its own pace, brings the same bytes and no others."""
+    move(pair, "inproc", route, tuple(seals))
 
 
 @settings(max_examples=max(100, settings.default.max_examples // 10))

@@ -18,6 +18,7 @@ from kvxfer.actions import (
     EndPack,
     ForgetAgent,
     Hangup,
+    MoreGranted,
     PackKey,
     Reply,
     SendTo,
@@ -78,12 +79,14 @@ class Leg:
     Attributes:
         at: when it does the next thing; never while it waits for a chunk.
         chunks: spans of tokens still to be asked for, where the read is a packed one.
+        moved: the token up to which all was read, or is in ``chunks``.
         address: of the chunk that is being read.
     """
 
     source: Source
     at: float
     chunks: list[tuple[int, int]] | None = None
+    moved: int = 0
     number: int = -1
     asks: bool = False
     address: int | None = None
@@ -98,7 +101,7 @@ class Reading:
     def __init__(self, node: Node, job: StartRead, data_at: float) -> None:
         self.node, self.job = node, job
         packed = getattr(job.transfer, "packed", False)
-        self.legs = [Leg(source, data_at, _chunks(source) if packed else None) for source in job.sources]
+        self.legs = [Leg(source, data_at, [] if packed else None) for source in job.sources]
 
     @property
     def data_at(self) -> float:
@@ -106,9 +109,8 @@ class Reading:
         return min([self.job.transfer.deadline, *(leg.at for leg in self.legs)])
 
 
-def _chunks(source: Source) -> list[tuple[int, int]]:
+def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
     """One for each block."""
-    start, stop = source.match.tokens[0]
     return [(token, min(token + 4, stop)) for token in range(start, stop, 4)]
 
 
@@ -151,6 +153,7 @@ class Node:
         self.world.nodes[self.address] = self
         self.world.by_agent[self.identity.agent_info] = self
         self.offered: dict[str, tuple[int, ...]] = {}
+        self.sealed: dict[str, tuple[int, ...]] = {}
         self.content: dict[int, int] = {}
         """What each block holds: a number that changes whenever the engine reuses it."""
         self.packing: dict[tuple[PackKey, int], tuple[float, StartPack]] = {}
@@ -201,7 +204,7 @@ class Node:
         return ref
 
     def offer(self, ref: LeaseRef, *blocks: int) -> None:
-        for block in blocks:
+        for block in blocks[len(self.sealed.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
         self.offered[ref.token] = blocks
         self.producer.offer(ref.token, block_bytes(*blocks), self.world.now)
@@ -211,6 +214,13 @@ class Node:
         ref = self.announce()
         self.offer(ref, *blocks)
         return ref
+
+    def seal(self, ref: LeaseRef, *blocks: int) -> None:
+        for block in blocks[len(self.sealed.get(ref.token, ())) :]:
+            self.content[block] = next(_numbers)
+        self.sealed[ref.token] = blocks
+        self.producer.seal(ref.token, block_bytes(*blocks))
+        self.perform()
 
     def revoke(self, ref: LeaseRef) -> None:
         self.producer.revoke(ref.token, "revoked by a test")
@@ -319,6 +329,8 @@ class Node:
                 for key, number in [c for c in self.chunks if c[0] == action.key]:
                     if not action.numbers or number in action.numbers:
                         del self.memory[self.chunks.pop((key, number))]
+            elif isinstance(action, MoreGranted):
+                self.world.more_granted(action)
             elif isinstance(action, ChunkStaged):
                 self.world.staged(action)
             elif isinstance(action, StopRead):
@@ -366,6 +378,10 @@ class Engine:
     def offer(self, ref: LeaseRef, *blocks: int) -> None:
         for node in self.nodes:
             node.offer(ref, *blocks)
+
+    def seal(self, ref: LeaseRef, *blocks: int) -> None:
+        for node in self.nodes:
+            node.seal(ref, *blocks)
 
     def lease(self, *blocks: int) -> LeaseRef:
         ref = self.announce()
@@ -479,6 +495,15 @@ class World:
     def living(self) -> list[Node]:
         return [n for n in self.nodes.values() if not n.dead and not n.frozen]
 
+    def more_granted(self, action: MoreGranted) -> None:
+        """More is readable at a source of a read."""
+        for reading in self.readings:
+            for leg in reading.legs:
+                if reading.job.transfer is action.transfer and leg.source.number == action.source.number:
+                    leg.source = action.source
+                    if leg.at == math.inf and not leg.asks and not leg.done:
+                        leg.at = self.now + self.read_s
+
     def staged(self, action: ChunkStaged) -> None:
         """A chunk that a read waits for lies at its source."""
         for reading in self.readings:
@@ -493,7 +518,9 @@ class World:
     def stop(self, action: StopRead) -> None:
         """What a read waits for will not come."""
         for reading in list(self.readings):
-            if reading.job.transfer is action.transfer and any(leg.asks for leg in reading.legs):
+            if reading.job.transfer is action.transfer and any(
+                leg.asks or not leg.source.complete for leg in reading.legs
+            ):
                 self._end(reading, action.error)
 
     def _progress(self, reading: Reading) -> None:
@@ -520,10 +547,15 @@ class World:
         """First the bytes, or one chunk after the other, then, a moment later, the cell: as the data path does."""
         consumer, transfer = reading.node.consumer, reading.job.transfer
         match, number = leg.source.match, leg.source.number
+        start, stop = match.tokens[0]
+        span = (max(start, leg.moved), stop)
+        leg.moved = stop
         if leg.chunks is None:
             table = match.sources[0]
-            leg.content = [source.content.get(b, 0) for b in _blocks(table.ids, table.first_token, match.tokens[0])]
-        elif leg.address is not None:
+            leg.content += [source.content.get(b, 0) for b in _blocks(table.ids, table.first_token, span)]
+        else:
+            leg.chunks += _chunks(*span)
+        if leg.address is not None:
             leg.content += source.memory.get(leg.address, [-1])
             consumer.unstage(transfer, number, [leg.number])
             leg.address = None
@@ -533,8 +565,10 @@ class World:
                 token=transfer.ref.token, number=leg.number, image=reading.node.spec, tokens=leg.chunks.pop(0)
             )
             consumer.stage(transfer, number, stage, self.now)
-        else:
+        elif leg.source.complete:
             leg.has_data, leg.at = True, self.now + self.read_s
+        else:
+            leg.at = math.inf
         reading.node.perform()
 
     def _end(self, reading: Reading, error: KvxferError | None) -> None:

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that leave while their prefill still runs, and consumers that come before their producer knows: in virtual time."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvxfer import wire
+from kvxfer.config import Settings
+from kvxfer.errors import (
+    BlockError,
+    LeaseEndedError,
+    LeaseError,
+    LeaseRefError,
+    LeaseUnknownError,
+    PeerTimeoutError,
+    TransferError,
+    TransferTimeoutError,
+)
+from kvxfer.lease import LeaseRef, LeaseState
+from tests.core.virtual import nothing_left
+
+BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"])
+
+
+def shared(producer, key="transfer-1", **more):
+    """The reference that both sides make for themselves."""
+    return LeaseRef.shared(key, owner=producer.name, addresses=[producer.address], **more)
+
+
+def begun(world, producer, consumer, *, packed=False, **more):
+    """A read of four blocks of which two are sealed and have been read."""
+    ref = producer.announce()
+    transfer = consumer.read(ref, 11, 12, 13, 14, packed=packed, **more)
+    producer.seal(ref, 1, 2)
+    world.advance(1)
+    (reading,) = world.readings
+    assert reading.legs[0].content == [producer.content[1], producer.content[2]] and not transfer.done
+    return ref, transfer
+
+
+@BOTH
+def test_read_as_it_is_sealed(world, producer, consumer, packed):
+    """What is sealed is read while prefill goes on, each block once; the last ones come with the offer, then all is fenced."""
+    ref, transfer = begun(world, producer, consumer, packed=packed)
+    producer.seal(ref, 1, 2, 3)
+    world.advance(1)
+    (reading,) = world.readings
+    assert reading.legs[0].content == [producer.content[b] for b in (1, 2, 3)]
+    producer.offer(ref, 1, 2, 3, 4)
+    content = [producer.content[b] for b in (1, 2, 3, 4)]
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"] and transfer.content == content
+    assert producer.ends(ref.token) == ["LeaseSettled"] and producer.events[0].read
+    nothing_left(world, producer, consumer)
+
+
+@pytest.mark.parametrize("when", ["held", "not known"])
+def test_sealed_before_it_is_read(world, producer, consumer, when):
+    """Blocks sealed before the consumer has blocks of its own are there when it begins."""
+    ref = producer.announce()
+    producer.seal(ref, 1, 2)
+    if when == "held":
+        consumer.hold(ref)
+    world.advance(3)
+    assert consumer.consumer.take(consumer.transfer(ref, 11, 12, 13)) is None
+    transfer = consumer.read(ref, 11, 12, 13)
+    world.advance(1)
+    (reading,) = world.readings
+    assert reading.legs[0].content == [producer.content[1], producer.content[2]]
+    producer.offer(ref, 1, 2, 3)
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3
+
+
+def test_only_some_tokens_are_wanted(world, producer, consumer):
+    """A prefix that the consumer has already is not read, however early it is sealed."""
+    ref = producer.announce()
+    transfer = consumer.read(ref, 13, 14, tokens=(8, None))
+    producer.seal(ref, 1, 2)
+    world.advance(1)
+    producer.seal(ref, 1, 2, 3)
+    world.advance(1)
+    (reading,) = world.readings
+    assert reading.legs[0].content == [producer.content[3]]
+    producer.offer(ref, 1, 2, 3, 4)
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 2
+
+
+@pytest.mark.parametrize("lost", [wire.Grant, wire.Open])
+def test_grants_may_be_lost(world, producer, consumer, lost):
+    """The question is asked again until all is granted, so that no message is needed but one that arrives."""
+    world.perfect = False
+    ref = producer.announce()
+    transfer = consumer.read(ref, 11, 12, 13)
+    seen = 0
+    for step in range(400):
+        if step == 100:
+            producer.seal(ref, 1, 2)
+        if step == 200:
+            producer.offer(ref, 1, 2, 3)
+        while world.network:
+            if isinstance(wire.decode(world.network[0].data), lost):
+                seen += 1
+                if seen % 3:
+                    world.network.pop(0)
+                    continue
+            world.deliver()
+        world.advance(0.05)
+    assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3 and seen > 3
+
+
+def test_grants_may_overtake_each_other(world, producer, consumer):
+    """An older grant that comes late takes nothing back, and says nothing new."""
+    ref, transfer = begun(world, producer, consumer)
+    before = len(consumer.started)
+    for blocks in ((), (1,), (1, 2)):
+        raw = [bytes(4 * len(blocks))]
+        grant = wire.Grant(token=ref.token, blocks=raw, cell=1, complete=False, ttl_s=30)
+        consumer.consumer.received(producer.address, grant, world.now)
+        assert not consumer.out
+    producer.offer(ref, 1, 2, 3, 4)
+    world.advance(1)
+    late = wire.Grant(token=ref.token, blocks=[bytes(4)], cell=1, complete=False, ttl_s=30)
+    consumer.consumer.received(producer.address, late, world.now)
+    assert consumer.outcomes(transfer) == ["Done"] and len(consumer.started) == before
+
+
+@BOTH
+@pytest.mark.parametrize("end", ["revoked", "too slow", "restarted", "dead", "closed"])
+def test_a_prefill_that_does_not_end_well(world, consumer, packed, end):
+    """Who has read half of a request hears at once that the rest will not come, or after ``peer_timeout_s`` that nobody is there."""
+    producer = world.node("producer", settings=Settings(announce_s=60))
+    ref, transfer = begun(world, producer, consumer, packed=packed, timeout_s=1000)
+    if end == "revoked":
+        producer.revoke(ref)
+    elif end == "closed":
+        producer.producer.close()
+        producer.perform()
+    elif end == "restarted":
+        producer = world.restart(producer, name="producer")
+    elif end == "dead":
+        producer.dead = True
+    world.advance({"too slow": 70, "dead": 60}.get(end, 5))
+    assert consumer.outcomes(transfer) == ["Failed"]
+    assert isinstance(transfer.error, PeerTimeoutError if end == "dead" else (LeaseEndedError, LeaseUnknownError))
+    assert producer.ends(ref.token) == []  # nothing was offered: there is nothing to take back
+    if end != "dead":
+        nothing_left(world, producer, consumer)
+
+
+def test_what_is_offered_after_its_end_is_given_back(world, consumer):
+    """Prefill took longer than ``announce_s``: the engine gets its blocks back at once, and half a read was thrown away."""
+    producer = world.node("producer", settings=Settings(announce_s=60))
+    ref, transfer = begun(world, producer, consumer, timeout_s=1000)
+    world.advance(70)
+    producer.offer(ref, 1, 2, 3, 4)
+    assert producer.ends(ref.token) == ["LeaseRevoked"] and isinstance(transfer.error, LeaseEndedError)
+
+
+def test_blocks_reused_under_a_read(world, producer, consumer):
+    """The engine gives up and reuses sealed blocks while they are read: nothing of that is ever Done, whatever messages say."""
+    world.read_s = 1.0
+    ref = producer.announce()
+    transfer = consumer.read(ref, 11, 12)
+    producer.seal(ref, 1)
+    world.advance(0.5)
+    world.perfect = False  # no message arrives from here on but the one that claims that all is well
+    producer.revoke(ref)
+    world.network.clear()
+    producer.content[1] = 666
+    grant = wire.Grant(token=ref.token, blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0])], cell=1, ttl_s=30)
+    consumer.consumer.received(producer.address, grant, world.now)
+    consumer.perform()
+    world.advance(20)
+    assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
+
+
+@BOTH
+def test_the_consumer_gives_up(world, producer, consumer, packed):
+    """A drop ends a read that waits for more, and the producer's blocks are free when it offers them."""
+    ref, transfer = begun(world, producer, consumer, packed=packed)
+    consumer.drop(ref)
+    world.advance(1)
+    assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
+    producer.seal(ref, 1, 2, 3)
+    producer.offer(ref, 1, 2, 3, 4)
+    world.advance(1)
+    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    nothing_left(world, producer, consumer)
+
+
+def test_the_deadline_of_a_read_that_waits_for_more(world, producer, consumer):
+    """A read keeps its own deadline while it waits for its producer's engine."""
+    _, transfer = begun(world, producer, consumer, timeout_s=5)
+    world.advance(6)
+    assert isinstance(transfer.error, TransferTimeoutError) and consumer.outcomes(transfer) == ["Failed"]
+
+
+def test_a_source_that_dies_between_two_seals(world, producer, consumer):
+    """The next bytes that are asked of it fail the read by name."""
+    ref, transfer = begun(world, producer, consumer)
+    grant = wire.Grant(
+        token=ref.token, blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])], cell=1, ttl_s=30, complete=False
+    )
+    producer.dead = True
+    consumer.consumer.received(producer.address, grant, world.now)
+    consumer.perform()
+    world.advance(1)
+    assert isinstance(transfer.error, TransferError)
+
+
+def test_what_does_not_fit_in_the_end(world, producer, consumer):
+    """A request that turns out shorter than what was asked for fails by name when that is known."""
+    ref, transfer = begun(world, producer, consumer, tokens=(0, 16))
+    producer.offer(ref, 1, 2, 3)
+    world.advance(1)
+    assert isinstance(transfer.error, BlockError) and consumer.outcomes(transfer) == ["Failed"]
+
+
+def test_nothing_is_sealed_after_the_offer(world, producer, consumer):
+    """A seal that comes late, or of a lease that nobody announced, changes nothing."""
+    ref = producer.lease(1, 2)
+    producer.seal(ref, 1)
+    producer.seal(producer.mint(), 1)
+    transfer = consumer.read(ref, 11, 12)
+    world.advance(1)
+    assert len(transfer.content) == 2 and consumer.outcomes(transfer) == ["Done"]
+    producer.seal(ref, 1)
+    nothing_left(world, producer, consumer)
+
+
+def test_all_ranks_seal_at_their_own_pace(world):
+    """A read of three ranks begins when each has something, goes on with each, and ends when all are complete."""
+    source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
+    ref = source.announce()
+    transfer = sink.read(ref, 11, 12, 13)
+    for number, node in enumerate(source.nodes):
+        assert not world.readings
+        node.seal(ref, *range(1, 2 + number % 2))
+        world.advance(1)
+    (reading,) = world.readings
+    assert [len(leg.content) for leg in reading.legs] == [1, 2, 1]
+    for node in source.nodes:
+        world.advance(1)
+        assert not transfer.done
+        node.offer(ref, 1, 2, 3)
+    content = source.content(1, 2, 3)
+    world.advance(1)
+    assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
+    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+
+
+# -- consumers that come first -------------------------------------------------------------------------------------------
+
+
+def test_both_sides_make_the_same_reference(producer):
+    """The token follows from what both know; whoever knows another key, prompt or length has another lease."""
+    one = shared(producer, request="a", num_tokens=7, digest="d")
+    two = LeaseRef.shared(
+        "transfer-1", owner=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
+    )
+    assert one.token == two.token and one.early and LeaseRef.from_json(one.to_json()) == one
+    others = [shared(producer, "transfer-2", num_tokens=7, digest="d"), shared(producer, num_tokens=8, digest="d"),
+              shared(producer, num_tokens=7, digest="e"), shared(producer, "transfer-1\0", num_tokens=7, digest="d")]  # fmt: skip
+    assert len({ref.token for ref in (one, *others)}) == 5
+    with pytest.raises(LeaseRefError):
+        LeaseRef.shared("k", owner="P", addresses=[])
+
+
+@pytest.mark.parametrize("first", ["consumer", "producer"])
+def test_either_side_may_come_first(world, producer, consumer, first):
+    """A request that is sent to both at once is matched in whichever order they begin with it."""
+    ref = shared(producer)
+    transfer = None
+    if first == "consumer":
+        transfer = consumer.read(ref, 11, 12)
+        world.advance(3)
+        assert producer.table.get(ref.token).state is LeaseState.WANTED
+    producer.announce(ref)
+    producer.seal(ref, 1)
+    transfer = transfer or consumer.read(ref, 11, 12)
+    world.advance(1)
+    producer.offer(ref, 1, 2)
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseSettled"]
+    assert producer.events[0].request == ref.request
+    nothing_left(world, producer, consumer)
+
+
+def test_nobody_comes(world, consumer):
+    """A lease that is never announced keeps its place for ``announce_s``, and then its consumer hears of it."""
+    producer = world.node("producer", settings=Settings(announce_s=60))
+    transfer = consumer.read(shared(producer), 11, timeout_s=1000)
+    world.advance(50)
+    assert not transfer.done and len(producer.table) == 1
+    world.advance(20)
+    assert isinstance(transfer.error, LeaseError) and len(producer.table) == 0 and producer.events == []
+    nothing_left(world, producer, consumer)
+
+
+@pytest.mark.parametrize("end", ["drop", "deadline"])
+def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer, end):
+    """The blocks of a prefill whose consumer has left already are free when they are offered."""
+    ref = shared(producer)
+    transfer = consumer.read(ref, 11, timeout_s=5)
+    world.advance(1)
+    if end == "drop":
+        consumer.drop(ref)
+    world.advance(10)
+    assert transfer.done and transfer.error is not None and len(producer.table) == 0
+    producer.announce(ref)
+    producer.seal(ref, 1)
+    producer.offer(ref, 1)
+    world.advance(1)
+    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    nothing_left(world, producer, consumer)
+
+
+def test_only_what_is_early_is_waited_for(world, producer, consumer):
+    """A lease whose reference came from its producer must be known there: an unknown one fails at once."""
+    transfer = consumer.read(producer.mint(), 11)
+    world.advance(1)
+    assert isinstance(transfer.error, LeaseUnknownError) and len(producer.table) == 0
+
+
+def test_strangers_cannot_fill_the_memory_with_what_they_want(world, consumer):
+    """Not more leases are waited for than could be offered; the next one is refused by name, and those there come to their end."""
+    producer = world.node("producer", settings=Settings(max_leases=3))
+    transfers = [consumer.read(shared(producer, str(i)), 11 + i) for i in range(4)]
+    world.advance(1)
+    (refused,) = [t for t in transfers if t.done]
+    assert isinstance(refused.error, LeaseUnknownError) and len(producer.table) == 3
+    transfers.remove(refused)
+    producer.announce(transfers[0].ref)
+    late = consumer.read(shared(producer, "4"), 15)
+    world.advance(1)
+    assert not late.done  # one that was announced is no longer only waited for
+
+
+def test_offered_and_never_announced(world, producer, consumer):
+    """An engine that offers what it never announced gets its blocks back, once, also if somebody waits for them."""
+    ref = shared(producer)
+    transfer = consumer.read(ref, 11)
+    world.advance(1)
+    for _ in range(2):
+        producer.offer(ref, 1)
+    world.advance(3)
+    assert producer.ends(ref.token) == ["LeaseRevoked"] and isinstance(transfer.error, LeaseError)
+
+
+def test_another_consumer_cannot_take_a_place(world, producer, consumer):
+    """Who came first has the lease, also before it is announced."""
+    ref, thief = shared(producer), world.node("thief")
+    transfer = consumer.read(ref, 11)
+    world.advance(1)
+    stolen = thief.read(ref, 11)
+    world.advance(1)
+    assert type(stolen.error) is LeaseError
+    producer.announce(ref)
+    producer.offer(ref, 1)
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"]
