@@ -14,6 +14,8 @@ from collections import deque
 from operator import index
 from typing import TYPE_CHECKING, Any, Union
 
+import msgspec
+
 from kvxfer import registry
 from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
 from kvxfer.agent import TransferAgent
@@ -31,7 +33,7 @@ from kvxfer.plan import CASTABLE, plan
 from kvxfer.producer import Producer
 from kvxfer.route import Costs, Route, Router
 from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
-from kvxfer.wire import MAX_NAME
+from kvxfer.wire import MAX_NAME, Address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -181,6 +183,25 @@ class Endpoint:
         if not self._command(lambda now: self._producer.offer(token, raw, now, firsts)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
+    def join(self, addresses: Sequence[str]) -> None:
+        """Say where all ranks of this engine listen, for consumers that know the first one only (`LeaseRef.shared`).
+
+        To be called once, before anybody is told of this engine.
+
+        Args:
+            addresses: control addresses in rank order.
+
+        Raises:
+            ConfigError: they are not one for each rank.
+        """
+        try:
+            checked = msgspec.convert(list(addresses), list[Address])
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ConfigError(f"addresses of ranks: {error}") from error
+        if len(checked) != self.cache.spec.world:
+            raise ConfigError(f"{len(checked)} addresses for {self.cache.spec.world} ranks")
+        self._command(lambda _: self._producer.joined(checked))
+
     def seal(self, ref: LeaseRef, blocks: Any) -> None:
         """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
 
@@ -237,7 +258,8 @@ class Endpoint:
                 with the block in which the first token to be read lies; a `BlockTable` says so for itself.
             tokens: read only the request's tokens ``[start, stop)``, whose first ones this cache has already, say; stop
                 None means to the end. By default all that ``into`` holds and the lease has.
-            timeout_s: the transfer ends by then, well or not; ``read_timeout_s`` by default.
+            timeout_s: the transfer ends by then, well or not. By default in ``read_timeout_s``, and ``match_s`` and
+                ``announce_s`` later if ``ref`` was `LeaseRef.shared`, so that prefill has its time.
 
         Returns:
             a transfer that ends in Done or Failed. Until then the target blocks belong to kvxfer.
@@ -252,7 +274,11 @@ class Endpoint:
         if tokens is not None:
             tokens = _interval(tokens)
         targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
-        wait_s = self.settings.read_timeout_s if timeout_s is None else timeout_s
+        wait_s = timeout_s
+        if wait_s is None:
+            wait_s = self.settings.read_timeout_s
+            if ref.early:
+                wait_s = min(wait_s + self.settings.match_s + self.settings.announce_s, MAX_S)
         if not isinstance(wait_s, (int, float)) or not 0 <= wait_s <= MAX_S:
             raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
         deadline = time.monotonic() + wait_s

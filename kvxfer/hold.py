@@ -121,9 +121,17 @@ class Hold:
     """By target group, the tokens that the ranks that have granted all will give."""
 
     @property
+    def addresses(self) -> Sequence[str]:
+        """Of all ranks of the producer, as far as they are known."""
+        told = self.ref.addresses
+        if self.ref.early and len(told) == 1 and self.claims:
+            return self.claims[0].peer.addresses or told
+        return told
+
+    @property
     def spread(self) -> bool:
         """Every rank of the producer is known."""
-        return len(self.claims) == len(self.ref.addresses)
+        return len(self.claims) == len(self.addresses)
 
     @property
     def met(self) -> bool:
@@ -176,8 +184,8 @@ class Hold:
         if peer.rank != number:
             why = f"{peer.address} is rank {peer.rank} of {peer.name!r}, and rank {number} for the lease"
             return HandshakeError("rank", why)
-        if peer.spec is not None and peer.spec.world != len(ref.addresses):
-            why = f"{peer.name!r} has {peer.spec.world} ranks, the lease names {len(ref.addresses)}"
+        if peer.spec is not None and peer.spec.world != len(self.addresses):
+            why = f"{peer.name!r} has {peer.spec.world} ranks, the lease names {len(self.addresses)}"
             return HandshakeError("rank", why)
         return None
 

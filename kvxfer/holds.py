@@ -221,11 +221,11 @@ class Holds:
         """Once the first rank was met, claim the lease at the others: a stranger's reference opens one connection only."""
         first = hold.claims[0]
         if not hold.spread and first.peer.is_met and hold.mistake(first) is None:
-            for number in range(1, len(hold.ref.addresses)):
+            for number in range(1, len(hold.addresses)):
                 self._claim(hold, number)
 
     def _claim(self, hold: Hold, number: int) -> None:
-        hold.claims.append(Claim(self._peers.need(hold.ref.addresses[number], number, hold.ref.token)))
+        hold.claims.append(Claim(self._peers.need(hold.addresses[number], number, hold.ref.token)))
 
     def _pump_claim(self, hold: Hold, claim: Claim, now: float) -> None:
         peer = claim.peer

@@ -6,7 +6,7 @@
     WANTED --announce--> ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
        |                  |  (seal)            |               |
        +------------------+-- withdraw --------+-- revoke -----+--------------> REVOKED
-       +-- announce_s ----+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
+       +-- match_s -------+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
 
 A lease is announced when its token is handed out (before prefill has finished), offered when its blocks are complete
 (from then its time runs), and active once a consumer has opened it. While prefill runs, blocks may be sealed: they are
@@ -29,7 +29,7 @@ import msgspec
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
 from kvxfer.layout import MAX_RANKS
 from kvxfer.timers import Timers
-from kvxfer.wire import Name, Token
+from kvxfer.wire import Address, Name, Token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,10 +72,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     v: int = REF_VERSION
     token: Token
     owner: Name
-    addresses: Annotated[
-        tuple[Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")], ...],
-        msgspec.Meta(min_length=1, max_length=MAX_RANKS),
-    ]
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
     digest: Annotated[str, msgspec.Meta(max_length=128)] = ""
@@ -111,7 +108,8 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             key: what both were told of the request and nobody else was, such as a router's transfer id. Who knows it, and all
                 of the following, may read the request's KV.
             owner, num_tokens, digest: as both know them; those of another prompt are another lease.
-            addresses, request: see `LeaseRef`; the two sides may differ in them.
+            addresses, request: see `LeaseRef`; the two sides may differ in them. The consumer may know the address of the
+                first rank only, which then has to know the others (`Endpoint.join`).
 
         Raises:
             LeaseRefError: a field is out of range.
@@ -253,7 +251,7 @@ class LeaseTable:
         if self._wanted >= self._settings.max_leases:
             raise LeaseUnknownError(f"no lease {token} was announced, and {self._wanted} are waited for already")
         self._wanted += 1
-        self._add(Lease(token, "", now + self._settings.announce_s, LeaseState.WANTED))
+        self._add(Lease(token, "", now + self._settings.match_s, LeaseState.WANTED))
 
     def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
         """These blocks of an announced lease are complete and will not change; more follow, and `offer` has all.

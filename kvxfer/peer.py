@@ -24,6 +24,7 @@ class Identity:
         addressable: the cache's memory can be read and written in place.
         slot_nbytes: largest chunk that this side can stage; 0 if none.
         casts: dtypes that its devices can turn into each other.
+        addresses: of all ranks of its engine, in rank order; empty until they are known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Identity:
     addressable: bool = True
     slot_nbytes: int = 0
     casts: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
 
 
 class PeerState(str, Enum):
@@ -53,7 +55,7 @@ class Peer:
         rank: that it is expected to be, by the lease that named it first or by its own word.
         name, epoch, agent_info: of the process met last; empty before.
         spec: of its cache; None before.
-        addressable, slot_nbytes, casts: see `Identity`.
+        addressable, slot_nbytes, casts, addresses: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
         needed_by: tokens of the leases for which it is known.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
@@ -69,6 +71,7 @@ class Peer:
     addressable: bool = True
     slot_nbytes: int = 0
     casts: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
     error: HandshakeError | None = None
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
@@ -102,7 +105,7 @@ class Peer:
         before = self.epoch if self.epoch and self.epoch != message.epoch else None
         self.name, self.epoch, self.agent_info, self.met_at = message.name, message.epoch, message.agent_info, now
         self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
-        self.casts = frozenset(message.casts)
+        self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
         self.error = self._check(me, message)
         self.state = PeerState.MET if self.error is None else PeerState.REFUSED
         return before

@@ -125,6 +125,10 @@ class Producer:
         for connection in self._connections.values():
             self._reply(connection, self._welcome())
 
+    def joined(self, addresses: Sequence[str]) -> None:
+        """The ranks of this engine listen there."""
+        self._me.addresses = tuple(addresses)
+
     def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
         """The data thread has packed a chunk at ``address``, or cannot."""
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
@@ -242,6 +246,7 @@ class Producer:
             addressable=me.addressable,
             slot_nbytes=me.slot_nbytes,
             casts=sorted(me.casts),
+            addresses=list(me.addresses),
         )
 
     def _introduce(self, connection: bytes, holder: Holder) -> None:

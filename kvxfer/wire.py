@@ -49,6 +49,9 @@ TokenIndex = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
+Address = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")]
+
+
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
     to: Epoch = ""
 
@@ -85,6 +88,8 @@ class Welcome(_Message, frozen=True, kw_only=True):
     """Largest chunk that can be staged; 0 if none can."""
     casts: Annotated[list[Name], msgspec.Meta(max_length=64)] = []
     """Dtypes that the cache's devices can turn into each other when they pack."""
+    addresses: Annotated[list[Address], msgspec.Meta(max_length=MAX_RANKS)] = []
+    """Where the producer's ranks listen, in rank order, if this one was told."""
 
 
 class Open(_Message, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from kvxfer import wire
 from kvxfer.config import Settings
 from kvxfer.errors import (
     BlockError,
+    HandshakeError,
     LeaseEndedError,
     LeaseError,
     LeaseRefError,
@@ -290,8 +291,8 @@ def test_either_side_may_come_first(world, producer, consumer, first):
 
 
 def test_nobody_comes(world, consumer):
-    """A lease that is never announced keeps its place for ``announce_s``, and then its consumer hears of it."""
-    producer = world.node("producer", settings=Settings(announce_s=60))
+    """A lease that is never announced keeps its place for ``match_s``, and then its consumer hears of it."""
+    producer = world.node("producer", settings=Settings(match_s=60))
     transfer = consumer.read(shared(producer), 11, timeout_s=1000)
     world.advance(50)
     assert not transfer.done and len(producer.table) == 1
@@ -362,3 +363,38 @@ def test_another_consumer_cannot_take_a_place(world, producer, consumer):
     producer.offer(ref, 1)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
+
+
+# -- ranks that the consumer was not told of -----------------------------------------------------------------------------
+
+
+def first_rank(engine, key="transfer-1"):
+    """A reference by one who knows only where the first rank listens."""
+    return LeaseRef.shared(key, owner=engine.name, addresses=[engine.nodes[0].address])
+
+
+def test_the_first_rank_knows_the_others(world):
+    """A consumer that was told of one rank learns of the others from it, and reads from all."""
+    source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
+    source.nodes[0].producer.joined([node.address for node in source.nodes])
+    ref = first_rank(source)
+    transfer = sink.read(ref, 11, 12)
+    world.advance(1)
+    source.announce(ref)
+    source.seal(ref, 1)
+    world.advance(1)
+    source.offer(ref, 1, 2)
+    content = source.content(1, 2)
+    world.advance(1)
+    assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
+    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+
+
+@pytest.mark.parametrize("joined", [[], ["tcp://P.0:1"], ["tcp://P.0:1", "tcp://D:1", "tcp://nobody:1"]])
+def test_ranks_that_cannot_be_found(world, joined):
+    """A first rank that does not know the others, or knows wrong ones, fails the read by name and not by waiting for ever."""
+    source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
+    source.nodes[0].producer.joined(joined)
+    transfer = sink.read(first_rank(source), 11)
+    world.advance(60)
+    assert isinstance(transfer.error, (HandshakeError, PeerTimeoutError)) and sink.outcomes(transfer) == ["Failed"]
