@@ -34,7 +34,7 @@ class Settings:
     """Producer: how long offered blocks stay readable unless the holder renews (it does so every third of this)."""
     announce_s: float = 3600.0
     """Producer: how long an announced lease may wait for its blocks, i.e. for prefill to end."""
-    match_s: float = 120.0
+    match_s: float = 30.0
     """Producer: how long a consumer that comes first is kept a place until its lease is announced."""
     read_timeout_s: float = 30.0
     """Consumer: a read ends this long after it was asked for, whatever happens; one of a shared reference, which may begin

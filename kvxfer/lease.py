@@ -363,6 +363,9 @@ class LeaseTable:
         lease = self._live.get(token)
         if lease is None:
             before = self._ended.get(token)
+            if before is None:
+                # A consumer that came first and has left before it was known here: nobody will come for these blocks.
+                self._remember(Lease(token, "", 0.0, LeaseState.SETTLED))
             # A rank that had settled hears the same again, also if others let it expire.
             stood = before is not None and holder.rank in before.settled and before.holders[holder.rank] == holder
             return stood, None

@@ -75,7 +75,7 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
 
 
 class KvxferConnector(KVConnectorBase_V1):
-    """vLLM's KV connector over kvxfer, in pull mode.
+    """vLLM's KV connector over kvxfer.
 
     Args:
         vllm_config: of this server.
@@ -107,6 +107,7 @@ class KvxferConnector(KVConnectorBase_V1):
                     engine_id=transfer.engine_id,
                     is_producer=transfer.is_kv_producer,
                     is_consumer=transfer.is_kv_consumer,
+                    push=self._options.mode != "pull",
                 ),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 block_tokens=block_tokens(kv_cache_config),
@@ -135,9 +136,9 @@ class KvxferConnector(KVConnectorBase_V1):
         """See :meth:`KvxferScheduler.update_state_after_alloc`."""
         self._of_scheduler().update_state_after_alloc(request, blocks, num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """This step's orders to the workers."""
-        return self._of_scheduler().build_connector_meta()
+        return self._of_scheduler().build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Learn which loads are over, before vLLM acts on it."""
@@ -153,7 +154,7 @@ class KvxferConnector(KVConnectorBase_V1):
         self._of_scheduler().set_addresses(metadata)
 
     def has_pending_push_work(self) -> bool:
-        """Nothing is pushed; what vLLM waits for in pull mode keeps it stepping by itself."""
+        """None: what vLLM waits for, on either side, keeps it stepping by itself."""
         return False
 
     def _of_scheduler(self) -> KvxferScheduler:

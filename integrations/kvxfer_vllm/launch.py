@@ -122,7 +122,7 @@ def start_endpoint(
         ConfigError: the port is taken, or a setting cannot be.
         KvxferError: the transfer engine is not available, or the caches cannot be used.
     """
-    from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415 - needs vLLM's process groups
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group  # noqa: PLC0415 - needs process groups
 
     tp_rank = get_tensor_model_parallel_rank()
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
@@ -146,6 +146,13 @@ def start_endpoint(
         advertise=advertised(host),
         settings=settings,
     )
+    world = cache.spec.world
+    addresses: list[str] = [endpoint.address] * world
+    if world > 1:
+        from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch
+
+        all_gather_object(addresses, endpoint.address, group=get_tp_group().cpu_group)
+    endpoint.join(addresses)
     logger.info(
         "kvxfer: engine %s rank %d listens at %s; %s", engine_id, tp_rank, endpoint.address, settings.describe()
     )

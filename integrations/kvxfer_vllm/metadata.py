@@ -26,6 +26,14 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """When this step has been computed, these first blocks of a prefill that goes on are complete."""
+
+    lease: LeaseRef
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
 class Offer:
     """Prefill is done: these blocks belong to the lease until it ends, then ``request_id`` is reported as sent."""
 
@@ -40,6 +48,7 @@ class KvxferMetadata(KVConnectorMetadata):
 
     Attributes:
         announce: producer: leases whose tokens are about to be handed out.
+        seal: producer: what this step will have computed of prefills.
         offer: producer: finished prefills.
         withdraw: producer: leases that will never be offered.
         hold: consumer: leases to keep alive while their requests wait.
@@ -50,6 +59,7 @@ class KvxferMetadata(KVConnectorMetadata):
     """
 
     announce: list[LeaseRef] = field(default_factory=list)
+    seal: list[Seal] = field(default_factory=list)
     offer: list[Offer] = field(default_factory=list)
     withdraw: list[LeaseRef] = field(default_factory=list)
     hold: list[LeaseRef] = field(default_factory=list)

@@ -21,10 +21,18 @@ _FROM_NIXL = {
     "kv_lease_duration": "use lease_seconds",
     "kv_recompute_threshold": "transfers back to the prefill server are not supported",
     "num_threads": "use agent_options",
-    "push_registration_timeout": "push mode is not supported",
+    "push_registration_timeout": "use match_seconds",
 }
 
-_SECONDS = ("lease_seconds", "read_timeout_seconds", "peer_timeout_seconds", "hold_seconds", "announce_seconds")
+_MODES = ("auto", "push", "pull")
+_SECONDS = (
+    "lease_seconds",
+    "announce_seconds",
+    "match_seconds",
+    "read_timeout_seconds",
+    "peer_timeout_seconds",
+    "hold_seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,12 @@ class Options:
         agent: name of the transfer engine's adapter.
         backends: passed to the adapter as its option of that name, e.g. ``["UCX"]``.
         agent_options: further options of the adapter.
-        mode: only ``"pull"`` today.
+        mode: ``"auto"`` takes each request as it comes: sent to one server after the other, or to both at once, and then its
+            blocks leave while prefill runs. ``"push"`` means the same. ``"pull"`` knows the first way only.
+        granularity: how much is complete at a time while prefill runs: ``"chunk"``, what one engine step computes.
         lease_seconds: producer: how long finished blocks wait for a consumer that does not renew.
-        announce_seconds: producer: how long prefill may take from its first step to its last.
+        announce_seconds: producer: how long prefill may take, from the arrival of the request on.
+        match_seconds: producer: how long a decode server that comes first is kept a place.
         read_timeout_seconds: consumer: longest time from the start of a read to its end, of whatever kind.
         peer_timeout_seconds: consumer: how long a silent peer is waited for.
         hold_seconds: consumer: how long a waiting request renews its lease.
@@ -48,9 +59,11 @@ class Options:
     agent: str = "nixl"
     backends: tuple[str, ...] = ()
     agent_options: Mapping[str, Any] = field(default_factory=dict)
-    mode: str = "pull"
+    mode: str = "auto"
+    granularity: str = "chunk"
     lease_seconds: float | None = None
     announce_seconds: float | None = None
+    match_seconds: float | None = None
     read_timeout_seconds: float | None = None
     peer_timeout_seconds: float | None = None
     hold_seconds: float | None = None
@@ -70,11 +83,17 @@ class Options:
             if name not in known:
                 raise ConfigError(f"kv_connector_extra_config: unknown option {name!r}; known are {', '.join(known)}")
         values = dict(extra)
-        for name in ("agent", "mode", "model_fingerprint"):
+        for name in ("agent", "mode", "granularity", "model_fingerprint"):
             if not isinstance(values.get(name, ""), str):
                 raise ConfigError(f"kv_connector_extra_config: {name} must be a string, not {values[name]!r}")
-        if values.get("mode", "pull") != "pull":
-            raise ConfigError(f"kv_connector_extra_config: mode {values['mode']!r} is not supported; only 'pull' is")
+        if values.get("mode", "auto") not in _MODES:
+            raise ConfigError(
+                f"kv_connector_extra_config: mode {values['mode']!r} is unknown; known are {', '.join(_MODES)}"
+            )
+        if values.get("granularity", "chunk") != "chunk":
+            raise ConfigError(
+                f"kv_connector_extra_config: granularity {values['granularity']!r} is not supported; only 'chunk' is"
+            )
         backends = values.get("backends", ())
         if not isinstance(backends, (list, tuple)) or not all(isinstance(name, str) for name in backends):
             raise ConfigError(f"kv_connector_extra_config: backends must be a list of strings, not {backends!r}")
@@ -102,6 +121,7 @@ class Options:
             environ=environ,
             lease_s=self.lease_seconds,
             announce_s=self.announce_seconds,
+            match_s=self.match_seconds,
             read_timeout_s=self.read_timeout_seconds,
             peer_timeout_s=self.peer_timeout_seconds,
             hold_s=self.hold_seconds,

@@ -2,7 +2,7 @@
 """``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. Pure: no vLLM, no I/O, no state.
 
 Parameters come from clients, so every malformed input becomes a :class:`Refused` with a named reason, never an exception.
-The keys are NixlConnector's (pull mode), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
+The keys are NixlConnector's (of pull and push), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
 which holds the lease as a JSON object. Nothing that is read from NixlConnector's keys decides which bytes move: the
 producer's grant says so. They are checked because parameters that contradict themselves deserve no trust.
 """
@@ -11,16 +11,22 @@ from __future__ import annotations
 
 import array
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from kvxfer.errors import LeaseRefError
 from kvxfer.lease import LeaseRef
+from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.reasons import Refusal
 
 LEASE_KEY = "kvxfer"
 _MAX_BLOCK_ID = 2**31 - 1
+_MAX_KEY = 256
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
 
 # NixlConnector's keys that a consumer must find beside the lease, with the types they may have.
 _REQUIRED: dict[str, type] = {
@@ -42,7 +48,12 @@ class Refused:
 
 @dataclass(frozen=True)
 class Serve:
-    """The request is to be prefilled here for another server (``do_remote_decode``)."""
+    """The request is to be prefilled here for another server (``do_remote_decode``).
+
+    ``key`` is what the other server was told of it too (``transfer_id``); empty if nothing was said.
+    """
+
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,20 +64,36 @@ class Fetch:
 
 
 @dataclass(frozen=True)
+class Meet:
+    """The prompt is prefilled elsewhere at this moment, or will be: both servers were sent it at once (push).
+
+    Attributes:
+        owner, address: name and side channel of the prefill server.
+        key: see `Serve`.
+    """
+
+    owner: str
+    address: str
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class Role:
     """What parameters are judged against.
 
     Attributes:
         engine_id: of this server.
         is_producer, is_consumer: from vLLM's ``kv_role``.
+        push: requests may be sent to both servers at once.
     """
 
     engine_id: str
     is_producer: bool
     is_consumer: bool
+    push: bool = True
 
 
-def parse(params: object, role: Role) -> Serve | Fetch | Refused | None:
+def parse(params: object, role: Role) -> Serve | Fetch | Meet | Refused | None:
     """What a request asks for; None means nothing at all. Never raises on any input."""
     if params is None:
         return None
@@ -82,12 +109,51 @@ def parse(params: object, role: Role) -> Serve | Fetch | Refused | None:
     if decode:
         if not role.is_producer:
             return Refused(Refusal.NOT_A_PRODUCER, "do_remote_decode was sent to a consumer")
-        return Serve()
+        return _key(params, Serve)
     if prefill:
         if not role.is_consumer:
             return Refused(Refusal.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
+        if params.get(LEASE_KEY) is None and params.get("remote_engine_id") is not None:
+            return _meet(params, role)
         return _fetch(params, role)
     return None
+
+
+def _key(params: Mapping[str, Any], make: Callable[[str], Serve | Meet]) -> Serve | Meet | Refused:
+    key = params.get("transfer_id")
+    if key is None:
+        return make("")
+    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY:
+        return Refused(Refusal.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} characters")
+    return make(key)
+
+
+def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
+    """Without a lease, but with a prefill server: as NixlPushConnector's proxies send it to both servers at once."""
+    if params.get("remote_block_ids") is not None:
+        # A prefill server that has blocks to name would have given a lease.
+        return Refused(Refusal.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?")
+    if not role.push:
+        return Refused(Refusal.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here")
+    for name, kind in (("remote_engine_id", str), ("remote_host", str), ("remote_port", int)):
+        value = params.get(name)
+        if value is None:
+            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
+    if not 0 < params["remote_port"] < 2**16:
+        return Refused(Refusal.BAD_TYPE, "remote_port is no port")
+    for name in ("pp_size", "dcp_size"):
+        if params.get(name, 1) != 1:
+            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+    if params["remote_engine_id"] == role.engine_id:
+        return Refused(Refusal.OWN_ENGINE, "the prefill server is this engine")
+    owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
+    try:
+        LeaseRef.shared("", owner=owner, addresses=[address])
+    except LeaseRefError as error:
+        return Refused(Refusal.BAD_TYPE, f"no prefill server can be there: {error}")
+    return _key(params, lambda key: Meet(owner, address, key))
 
 
 def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
@@ -154,8 +220,14 @@ def response(lease: LeaseRef, block_ids: Sequence[int], *, host: str, port: int,
         "remote_num_tokens": lease.num_tokens,
         "remote_blocks_expiry_time": None,
         "transfer_mode": "pull",
-        LEASE_KEY: lease.to_obj(),
+        # Who gets this is told of a lease that is known here.
+        LEASE_KEY: msgspec.structs.replace(lease, early=False).to_obj(),
     }
+
+
+def shared_name(request_id: str) -> str:
+    """What two servers call a request that came with one ``X-Request-Id``: vLLM adds eight random hex digits on each."""
+    return _RANDOM_SUFFIX.sub("", request_id)
 
 
 def prompt_digest(

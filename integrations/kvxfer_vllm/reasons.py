@@ -32,7 +32,7 @@ class Refusal(str, enum.Enum):
     CONTRADICTION = "contradiction"
     """The lease and NixlConnector's keys speak of different engines, requests, ranks or token counts."""
     OTHER_MODE = "other_mode"
-    """The producer pushes; this server pulls."""
+    """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
     OWN_ENGINE = "own_engine"
     """The lease is this engine's own."""
     OTHER_PROMPT = "other_prompt"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The half of the connector that lives with vLLM's scheduler: translates its calls into orders for the workers.
 
-It does no I/O and knows no vendor. Producer: mints a lease's token when a request is first scheduled, and offers its blocks
-when it has finished. Consumer: has the lease held from the moment the request arrives, and read when blocks are allocated.
+It does no I/O and knows no vendor. Producer: announces a lease when a request arrives, seals the blocks of each step that
+computes some of it, and offers all when it has finished. The token is one that the consumer can make for itself where the
+request was sent to both at once, unless that may not be (pull), or was used before. Consumer: has the lease held from the moment the request arrives, and read when blocks are allocated.
 
 Per request a consumer is in one of two states, *waiting* (never allocated) or *loading* (vLLM waits until a worker reports
 it); vLLM calls `update_state_after_alloc` again after a load and after a preemption, which then means nothing.
@@ -19,9 +20,9 @@ from vllm.v1.request import RequestStatus
 
 from kvxfer.errors import ConfigError
 from kvxfer.lease import LeaseRef
-from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read
+from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.params import Fetch, Refused, Role, Serve, parse, prompt_digest, response
+from kvxfer_vllm.params import Fetch, Meet, Refused, Role, Serve, parse, prompt_digest, response, shared_name
 from kvxfer_vllm.reasons import Refusal
 from kvxfer_vllm.stats import KvxferStats
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -42,6 +44,20 @@ class _Fetching:
     lease: LeaseRef
     loading: bool = False
     """A worker was told to load, and vLLM waits for its report."""
+
+
+@dataclass
+class _Serving:
+    """A prefill for another server.
+
+    Attributes:
+        blocks: all that vLLM has given it so far.
+        sealed: how many of them were sealed.
+    """
+
+    lease: LeaseRef
+    blocks: list[int]
+    sealed: int = 0
 
 
 class KvxferScheduler:
@@ -64,8 +80,8 @@ class KvxferScheduler:
         self._host = host
         self._port = port
         self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port and tp_size == 1 else ()
-        self._to_serve: set[str] = set()
-        self._serving: dict[str, LeaseRef] = {}
+        self._serving: dict[str, _Serving] = {}
+        self._tokens_made: OrderedDict[str, None] = OrderedDict()
         self._fetching: dict[str, _Fetching] = {}
         self._leases_used: OrderedDict[str, None] = OrderedDict()
         self._step = KvxferMetadata()
@@ -107,12 +123,12 @@ class KvxferScheduler:
                 # vLLM 0.32 calls .get() on it right after this hook, and its engine would not survive that.
                 request.kv_transfer_params = None
         elif isinstance(asked, Serve):
-            self._to_serve.add(request.request_id)
+            lease = self._lease(request, asked.key)
+            self._serving[request.request_id] = _Serving(lease, [])
+            self._step.announce.append(lease)
         elif isinstance(asked, Fetch):
             self._fetching[request.request_id] = _Fetching(asked.lease)
-            self._leases_used[asked.lease.token] = None
-            if len(self._leases_used) > _LEASES_REMEMBERED:
-                self._leases_used.popitem(last=False)
+            _remember(self._leases_used, asked.lease.token)
             if not _aborted_already(request):
                 self._step.hold.append(asked.lease)
 
@@ -125,19 +141,8 @@ class KvxferScheduler:
         return (missing, True) if missing > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """A request was scheduled: hand out a producer's token, start a consumer's load or drop its lease."""
+        """A request was scheduled: start a consumer's load or drop its lease."""
         request_id = request.request_id
-        if request_id in self._to_serve:
-            self._to_serve.discard(request_id)
-            lease = LeaseRef.mint(
-                owner=self._role.engine_id,
-                addresses=self._addresses,
-                request=request_id,
-                num_tokens=request.num_prompt_tokens,
-                digest=_digest(request),
-            )
-            self._serving[request_id] = lease
-            self._step.announce.append(lease)
         fetching = self._fetching.get(request_id)
         if fetching is None or fetching.loading:
             return
@@ -156,8 +161,14 @@ class KvxferScheduler:
         self._step.read.append(Read(request_id, fetching.lease, target, skip * self._block_tokens))
         fetching.loading = True
 
-    def build_connector_meta(self) -> KvxferMetadata:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvxferMetadata:
         """This step's orders; afterwards there are none."""
+        try:
+            self._seal_step(scheduler_output)
+        except Exception:
+            # An exception here would end the engine. What is not sealed is offered at the end.
+            self.stats.count("hook_errors", label="build_connector_meta")
+            logger.exception("Cannot tell which blocks of this step will be complete")
         step, self._step = self._step, KvxferMetadata()
         return step
 
@@ -174,10 +185,10 @@ class KvxferScheduler:
             self._step.cancel.append(request_id)
         elif fetching is not None:
             self._step.drop.append(fetching.lease)
-        self._to_serve.discard(request_id)
-        lease = self._serving.pop(request_id, None)
-        if lease is None:
+        serving = self._serving.pop(request_id, None)
+        if serving is None:
             return False, None
+        lease = serving.lease
         offered = list(block_ids[: self._num_blocks(lease.num_tokens)])
         if (
             request.status not in _DELIVERED
@@ -204,19 +215,84 @@ class KvxferScheduler:
             self._step.drop.append(fetching.lease)
             if parked:
                 self._step.fail.append(request_id)
-        self._to_serve.discard(request_id)
-        lease = self._serving.pop(request_id, None)
-        if lease is not None:
-            self._step.withdraw.append(lease)
+        serving = self._serving.pop(request_id, None)
+        if serving is not None:
+            self._step.withdraw.append(serving.lease)
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    def _judge_prompt(self, request: Request, asked: Serve | Fetch) -> Serve | Fetch | Refused:
+    def _lease(self, request: Request, key: str) -> LeaseRef:
+        """The lease of a request that is to be prefilled here."""
+        if self._role.push:
+            lease = self._shared(request, key, owner=self._role.engine_id, addresses=self._addresses)
+            if lease.token not in self._tokens_made:
+                _remember(self._tokens_made, lease.token)
+                return lease
+        return LeaseRef.mint(
+            owner=self._role.engine_id,
+            addresses=self._addresses,
+            request=request.request_id,
+            num_tokens=request.num_prompt_tokens,
+            digest=_digest(request),
+        )
+
+    def _shared(self, request: Request, key: str, *, owner: str, addresses: Sequence[str]) -> LeaseRef:
+        """The lease of a request that both servers were sent, as both make it."""
+        return LeaseRef.shared(
+            key or shared_name(request.request_id),
+            owner=owner,
+            addresses=addresses,
+            request=request.request_id,
+            num_tokens=request.num_prompt_tokens,
+            digest=_digest(request),
+        )
+
+    def _seal_step(self, output: SchedulerOutput) -> None:
+        """Which blocks of which prefills will be complete when this step has been computed."""
+        if not self._serving or not self._role.push:
+            return
+        for new in output.scheduled_new_reqs:
+            self._seal(new.req_id, new.block_ids[0], new.num_computed_tokens, output, afresh=True)
+        cached = output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            blocks, resumed = cached.new_block_ids[i], request_id in cached.resumed_req_ids
+            self._seal(request_id, blocks[0] if blocks else (), cached.num_computed_tokens[i], output, afresh=resumed)
+
+    def _seal(
+        self, request_id: str, blocks: Sequence[int], num_computed: int, output: SchedulerOutput, *, afresh: bool
+    ) -> None:
+        serving = self._serving.get(request_id)
+        if serving is None:
+            return
+        if afresh and not serving.sealed:
+            serving.blocks = []
+        elif afresh:
+            # It was preempted: what was sealed is other requests' by now, and whoever has read it must not go on.
+            self._step.withdraw.append(serving.lease)
+            lease = LeaseRef.mint(
+                owner=serving.lease.owner,
+                addresses=serving.lease.addresses,
+                request=request_id,
+                num_tokens=serving.lease.num_tokens,
+                digest=serving.lease.digest,
+            )
+            serving = self._serving[request_id] = _Serving(lease, [])
+            self._step.announce.append(lease)
+        serving.blocks += blocks
+        num_tokens = min(num_computed + output.num_scheduled_tokens.get(request_id, 0), serving.lease.num_tokens)
+        complete = num_tokens // self._block_tokens
+        if serving.sealed < complete <= len(serving.blocks):
+            serving.sealed = complete
+            self._step.seal.append(Seal(serving.lease, serving.blocks[:complete]))
+
+    def _judge_prompt(self, request: Request, asked: Serve | Fetch | Meet) -> Serve | Fetch | Refused:
         """What only the request itself, and the other requests, can tell about its parameters."""
         if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
             return Refused(Refusal.NO_TOKEN_IDS, "the prompt is not a fixed list of token ids")
         if isinstance(asked, Serve):
             return asked
+        if isinstance(asked, Meet):
+            asked = Fetch(self._shared(request, asked.key, owner=asked.owner, addresses=[asked.address]))
         if asked.lease.token in self._leases_used:
             # A lease is read once, and the second request would lose by trying; computing, it may find the first's blocks.
             return Refused(Refusal.LEASE_USED, "another request on this server has, or had, the same lease")
@@ -229,6 +305,12 @@ class KvxferScheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
+
+
+def _remember(tokens: OrderedDict[str, None], token: str) -> None:
+    tokens[token] = None
+    if len(tokens) > _LEASES_REMEMBERED:
+        tokens.popitem(last=False)
 
 
 def _aborted_already(request: Request) -> bool:

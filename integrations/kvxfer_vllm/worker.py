@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvxfer.lease import LeaseRef
     from kvxfer.metrics import Metrics
     from kvxfer.transfer import Event, Transfer
-    from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
+    from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 _FORWARDED = {
     ("kvxfer_refused_messages_total", "reason"): "refused_messages",
     ("kvxfer_handshakes_total", "outcome"): "handshakes",
+    ("kvxfer_early_bytes_total", ""): "early_bytes",
     ("kvxfer_fences_total", ""): "fences",
     ("kvxfer_internal_errors_total", ""): "internal_errors",
 }
@@ -48,6 +49,9 @@ class EndpointLike(Protocol):
 
     def announce(self, ref: LeaseRef) -> object:
         """Make a token known."""
+
+    def seal(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+        """Give the blocks of an announced lease that are complete so far."""
 
     def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
         """Give the blocks of an announced lease."""
@@ -83,6 +87,7 @@ class KvxferWorker:
         self._loading: dict[str, Read] = {}
         self._transfers: dict[Transfer, str] = {}
         self._sending: dict[str, str] = {}
+        self._to_seal: Sequence[Seal] = ()
         self._failed_at_once: set[str] = set()
         self._sent_at_once: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -94,6 +99,8 @@ class KvxferWorker:
 
     def follow(self, step: KvxferMetadata) -> None:
         """Carry out one step's orders. Never raises: an order that fails ends its request's transfer."""
+        self._seal()
+        self._to_seal = step.seal
         self._each(step.announce, self._endpoint.announce, "announce")
         self._each(step.offer, self._offer, "offer")
         self._each(step.withdraw, self._endpoint.revoke, "withdraw")
@@ -114,6 +121,11 @@ class KvxferWorker:
             # Survived on purpose: an exception here would end the engine and every request on it.
             self.stats.count("hook_errors", label=name)
             logger.exception("Cannot %s %r", name, order)
+
+    def _seal(self) -> None:
+        """A step has been computed, so what it was to fill is complete: in host memory, which is all that is supported."""
+        seals, self._to_seal = self._to_seal, ()
+        self._each(seals, lambda seal: self._endpoint.seal(seal.lease, seal.blocks), "seal")
 
     def _offer(self, offer: Offer) -> None:
         try:
@@ -145,7 +157,11 @@ class KvxferWorker:
     # ------------------------------------------------------------------------------------------------- results out
 
     def results(self) -> KVConnectorTransferResults:
-        """What ended since the last call; each id once. A failed load is in both sets, as vLLM wants it."""
+        """What ended since the last call; each id once. A failed load is in both sets, as vLLM wants it.
+
+        Called when the step has been computed.
+        """
+        self._seal()
         results = KVConnectorTransferResults(
             finished_sending=self._sent_at_once,
             finished_recving=set(self._failed_at_once),

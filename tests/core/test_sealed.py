@@ -319,6 +319,21 @@ def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer
     nothing_left(world, producer, consumer)
 
 
+def test_a_consumer_that_was_never_heard_of_leaves(world, producer, consumer):
+    """Who gives a lease up before it could even ask for it has given it up: it is not kept for anybody when it is announced."""
+    ref = shared(producer)
+    producer.frozen = True
+    consumer.hold(ref)
+    consumer.drop(ref)
+    world.advance(3)
+    producer.frozen = False
+    world.advance(1)
+    assert [type(m).__name__ for m in consumer.sent if not isinstance(m, wire.Hello)] == ["Settle"]
+    producer.announce(ref)
+    producer.offer(ref, 1)
+    assert producer.ends(ref.token) == ["LeaseRevoked"] and len(producer.table) == 0
+
+
 def test_only_what_is_early_is_waited_for(world, producer, consumer):
     """A lease whose reference came from its producer must be known there: an unknown one fails at once."""
     transfer = consumer.read(producer.mint(), 11)

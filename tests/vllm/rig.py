@@ -189,12 +189,14 @@ class Engine:
         endpoint: Any = None,
         policy: str = "fail",
         multi: bool = False,
+        chunk: int = 2048,
         **extra: Any,
     ) -> None:
         self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
         if multi:
             self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
         self.config.cache_config.num_gpu_blocks = num_blocks
+        self.config.scheduler_config.max_num_batched_tokens = chunk
         self.cache_config = kv_cache_config(num_blocks)
         self.kv = {
             layer: torch.zeros(num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)

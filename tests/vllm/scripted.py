@@ -55,6 +55,12 @@ class ScriptedEndpoint:
     def announce(self, ref: LeaseRef) -> None:
         self._called("announce", ref.token)
 
+    def join(self, addresses: Sequence[str]) -> None:
+        self._called("join", addresses)
+
+    def seal(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+        self._called("seal", ref.token, list(blocks))
+
     def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
         token = ref.token
         self._called("offer", token, list(blocks))

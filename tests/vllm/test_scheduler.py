@@ -53,7 +53,7 @@ def test_tokens_equal_those_of_one_engine(pair, length):
 
 
 def test_order_of_the_producers_calls(pair):
-    """The token is announced when prefill starts, the blocks are offered when it ends, and stay until the lease ends."""
+    """Announced when the request comes, sealed by the step that fills the blocks, offered when all are complete; they stay."""
     producer, _ = pair
     prompt = prompt_of(100)
     producer.add("p", prompt, P_PARAMS)
@@ -62,7 +62,8 @@ def test_order_of_the_producers_calls(pair):
     producer.step()
     token = producer.answers["p"].kv_transfer_params["kvxfer"]["token"]
     assert announced == ("announce", token)
-    assert scripted(producer).names() == ["announce", "offer"]
+    assert scripted(producer).names() == ["announce", "seal", "offer"]
+    assert scripted(producer).calls[1][2] == scripted(producer).offered[token][:3]  # the fourth is not full
     assert len(scripted(producer).offered[token]) == producer.blocks_in_use == 4
     for _ in range(3):
         producer.step()
@@ -230,7 +231,10 @@ def test_prefill_client_gone(pair):
     producer.step()
     producer.abort("late")
     producer.run()
-    assert scripted(producer).names() == ["announce", "revoke"]
+    calls = scripted(producer).calls
+    (early, late), revoked = ([call[1] for call in calls if call[0] == name] for name in ("announce", "revoke"))
+    assert revoked == [early, late] and "offer" not in scripted(producer).names()
+    assert [call[1] for call in calls if call[0] == "seal"] == [late]
     assert producer.blocks_in_use == 0
 
 
@@ -250,7 +254,7 @@ def test_preempted_consumer_computes_the_rest_itself(pair):
 
 
 def test_preempted_producer_hands_over_once(pair):
-    """A prefill that is preempted and starts again keeps its one token."""
+    """A prefill that is preempted has a new lease when it starts again: what was sealed under the old one is not there any more."""
     producer, consumer = pair
     prompt = prompt_of(3000)
     producer.add("p", prompt, P_PARAMS)
@@ -262,8 +266,23 @@ def test_preempted_producer_hands_over_once(pair):
     producer.step()
     consumer.run()
     producer.run()
-    assert scripted(producer).names() == ["announce", "offer"]
+    assert scripted(producer).names() == ["announce", "seal", "announce", "revoke", "seal", "seal", "offer"]
+    calls = scripted(producer).calls
+    old, new = (call[1] for call in calls if call[0] == "announce")
+    assert old != new and calls[3] == ("revoke", old) and calls[-1][1] == params["kvxfer"]["token"] == new
     assert consumer.answers["d"].tokens == expected(prompt, 2)
+
+
+def test_in_pull_mode_nothing_leaves_before_the_end():
+    """With mode pull no block is sealed, so that a prefill that is preempted keeps its one token."""
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(), mode="pull")
+    producer.add("p", prompt_of(3000), P_PARAMS)
+    producer.step()
+    producer.scheduler.reset_prefix_cache(reset_running_requests=True)
+    producer.run_until_answered("p")
+    producer.step()
+    assert scripted(producer).names() == ["announce", "offer"]
+    producer.close()
 
 
 def test_a_lease_for_another_prompt_is_never_used(pair):

@@ -95,7 +95,10 @@ def test_unknown_name_in_the_package():
     [
         ({"agnet": "nixl"}, "unknown option 'agnet'; known are agent, agent_options, "),
         ({"kv_lease_duration": 30}, "NixlConnector's option: use lease_seconds"),
-        ({"mode": "push"}, "mode 'push' is not supported"),
+        ({"mode": "shove"}, "mode 'shove' is unknown; known are auto, push, pull"),
+        ({"granularity": "layer"}, "granularity 'layer' is not supported"),
+        ({"match_seconds": -1}, "match_seconds must be a positive number"),
+        ({"push_registration_timeout": 480}, "NixlConnector's option: use match_seconds"),
         ({"mode": None}, "mode must be a string"),
         ({"agent": 1}, "agent must be a string"),
         ({"backends": "UCX"}, "backends must be a list"),

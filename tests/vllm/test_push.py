@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that are sent to both servers at once: two of vLLM's schedulers, real endpoints, blocks that leave chunk by chunk."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from kvxfer import registry
+from kvxfer.testing import eventually
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Makes engines with an endpoint each on a free port; closes them."""
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: None)
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
+    made = []
+
+    def make(role, name, agent="inproc", **options):
+        engine = Engine(role, name=name, agent=agent, **options)
+        made.append(engine)
+        engine.worker.register_kv_caches(engine.kv)
+        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware(
+            {(0, 0): engine.worker.get_handshake_metadata()}
+        )
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+def pair_of(engines, agent="inproc", *, producer=(), consumer=()):
+    """A prefill server that computes 512 tokens a step, and a decode server."""
+    return (
+        engines("kv_producer", "P", agent, **{"chunk": 512, **dict(producer)}),
+        engines("kv_consumer", "D", agent, **dict(consumer)),
+    )
+
+
+def where(producer):
+    """NixlPushConnector's keys by which a router names a prefill server to the decode server."""
+    side = producer.scheduler.connector._scheduler
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": "P",
+        "remote_host": "127.0.0.1",
+        "remote_port": side._port,
+        "tp_size": 1,
+        "pp_size": 1,
+    }
+
+
+def loaded(consumer):
+    """Bytes that loads in flight have brought so far."""
+    return sum(reading.nbytes for reading in consumer.kvxfer._worker._endpoint._data._readings.values())
+
+
+BLOCK_NBYTES = 2 * 2 * BLOCK_TOKENS * 8 * 4  # layers, heads, tokens, content, float32
+
+
+@pytest.mark.parametrize("agent", ["inproc", "nixl"])
+@pytest.mark.parametrize("first", ["P", "D"])
+@pytest.mark.parametrize("length", [1, 33, 700, 3000])
+def test_tokens_equal_those_of_one_engine(engines, agent, first, length):
+    """Whichever server begins, and whatever the length, the tokens are those of KV computed here."""
+    if registry.why_unavailable(agent):
+        pytest.skip(registry.why_unavailable(agent))
+    producer, consumer = pair_of(engines, agent)
+    prompt, key = prompt_of(length), {"transfer_id": "t-1"}
+    for engine in (producer, consumer) if first == "P" else (consumer, producer):
+        if engine is producer:
+            producer.add("cmpl-p", prompt, P_PARAMS | key)
+        else:
+            consumer.add("cmpl-d", prompt, where(producer) | key, max_tokens=4)
+        engine.step()
+    while not producer.answers["cmpl-p"].finish_reason:
+        producer.step()
+        consumer.step()
+    producer.step()
+    consumer.run()
+    drain(producer, consumer)
+    assert consumer.answers["cmpl-d"].tokens == expected(prompt, 4)
+    assert consumer.computed_tokens == 4 and producer.stats["settled_leases"] == 1
+    assert consumer.stats["transfer_bytes"] == [-(-length // BLOCK_TOKENS) * BLOCK_NBYTES]
+
+
+def test_most_bytes_are_across_before_the_last_chunk(engines):
+    """At 3,000 tokens in chunks of 512 at least 80 % of the bytes are here before the last chunk is computed."""
+    producer, consumer = pair_of(engines)
+    prompt = prompt_of(3000)
+    producer.add("p-11111111", prompt, P_PARAMS)
+    consumer.add("p-22222222", prompt, where(producer), max_tokens=2)
+    consumer.step()
+    for done in range(512, 3000, 512):
+        producer.step()
+        eventually(lambda tokens=done: loaded(consumer) == tokens // BLOCK_TOKENS * BLOCK_NBYTES)
+    total = -(-3000 // BLOCK_TOKENS) * BLOCK_NBYTES
+    assert loaded(consumer) >= 0.8 * total
+    producer.run_until_answered("p-11111111")
+    producer.step()
+    consumer.run()
+    assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
+    assert consumer.stats["early_bytes"] >= 0.8 * total
+    drain(producer, consumer)
+
+
+def test_a_request_id_is_key_enough(engines):
+    """Without a transfer id two servers recognise a request by its id, less vLLM's random suffix, and its prompt."""
+    producer, consumer = pair_of(engines)
+    consumer.add("cmpl-abc-0-0a1b2c3d", prompt_of(100), where(producer), max_tokens=2)
+    consumer.add("cmpl-abc-0-aaaaaaaa", prompt_of(100, seed=4), where(producer), max_tokens=2)
+    consumer.step()
+    producer.add("cmpl-abc-0-ffffffff", prompt_of(100), P_PARAMS)
+    producer.add("cmpl-abc-0-99999999", prompt_of(100, seed=4), P_PARAMS)
+    while "cmpl-abc-0-99999999" in producer.scheduler.requests:
+        producer.step()
+        consumer.step()
+    drain(consumer, producer)
+    assert consumer.answers["cmpl-abc-0-0a1b2c3d"].tokens == expected(prompt_of(100), 2)
+    assert consumer.answers["cmpl-abc-0-aaaaaaaa"].tokens == expected(prompt_of(100, seed=4), 2)
+
+
+def test_one_after_the_other_works_in_every_mode(engines):
+    """A proxy that waits for the prefill server's answer is served as in pull mode, whatever the mode."""
+    for number, mode in enumerate(("auto", "push", "pull")):
+        producer = engines("kv_producer", f"P{number}", mode=mode)
+        consumer = engines("kv_consumer", f"D{number}", mode=mode)
+        params = handed_over(producer, "p", prompt_of(300))
+        consumer.add("d", prompt_of(300), params, max_tokens=2)
+        consumer.run()
+        drain(producer, consumer)
+        assert consumer.answers["d"].tokens == expected(prompt_of(300), 2) and consumer.computed_tokens == 2
+
+
+def test_pull_mode_computes_what_was_sent_to_both(engines):
+    """A decode server that only pulls says so by name and computes the prompt."""
+    producer, consumer = pair_of(engines, consumer={"mode": "pull"})
+    consumer.add("d", prompt_of(100), where(producer), max_tokens=2)
+    consumer.run()
+    assert consumer.answers["d"].tokens == expected(prompt_of(100), 2)
+    assert {k: v for k, v in consumer.stats["refused_params"].items() if v} == {"other_mode": 1}
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.parametrize("when", ["before its first step", "half way", "never comes"])
+def test_a_prefill_that_does_not_end_well(engines, policy, when):
+    """A prefill that is aborted, or never comes, costs its decode request one error or a recomputation, at once or in time."""
+    producer, consumer = pair_of(engines, producer={"match_seconds": 0.3}, consumer={"policy": policy})
+    prompt = prompt_of(2000)
+    if when != "never comes":
+        producer.add("p", prompt, P_PARAMS | {"transfer_id": "t"})
+    consumer.add("d", prompt, where(producer) | {"transfer_id": "t"}, max_tokens=2)
+    consumer.step()
+    if when == "half way":
+        producer.step()
+        producer.step()
+    if when != "never comes":
+        producer.abort("p")
+    producer.run()
+    drain(consumer, producer)
+    if policy == "fail":
+        assert (consumer.answers["d"].finish_reason, consumer.answers["d"].tokens) == ("error", [])
+    else:
+        assert consumer.answers["d"].tokens == expected(prompt, 2)
+    assert sum(consumer.stats["failed_transfers"].values()) == 1
+
+
+def test_preempted_while_it_leaves(engines):
+    """A prefill whose sealed blocks were taken away fails the load that had read some: never tokens made of others' KV."""
+    producer, consumer = pair_of(engines, consumer={"policy": "recompute"})
+    prompt = prompt_of(3000)
+    producer.add("p", prompt, P_PARAMS | {"transfer_id": "t"})
+    consumer.add("d", prompt, where(producer) | {"transfer_id": "t"}, max_tokens=2)
+    consumer.step()
+    producer.step()
+    eventually(lambda: loaded(consumer) > 0)
+    producer.scheduler.reset_prefix_cache(reset_running_requests=True)
+    producer.add("other", prompt_of(1500, seed=8), max_tokens=1)
+    producer.run_until_answered("p")
+    producer.step()
+    consumer.run()
+    assert consumer.answers["d"].tokens == expected(prompt, 2)
+    # Who asks by the prefill server's answer gets it all the same.
+    consumer.add("again", prompt, producer.answers["p"].kv_transfer_params, max_tokens=2)
+    drain(consumer, producer)
+    assert consumer.answers["again"].tokens == expected(prompt, 2)
+
+
+def test_the_decode_side_tells_that_it_needs_nothing(engines):
+    """A prompt that vLLM wants to compute itself frees the prefill server's blocks at once."""
+    producer, consumer = pair_of(engines)
+    producer.add("p", prompt_of(600), P_PARAMS | {"transfer_id": "t"})
+    request = consumer.add("d", prompt_of(600), where(producer) | {"transfer_id": "t"}, max_tokens=2)
+    request.skip_reading_prefix_cache = True
+    consumer.run()
+    assert consumer.stats["local_hits"] == 1
+    drain(producer)
+    assert consumer.answers["d"].tokens == expected(prompt_of(600), 2)
+    # Which of the two depends on whether it was told before the blocks were offered.
+    assert producer.stats.get("revoked_leases", 0) + producer.stats.get("unread_leases", 0) == 1
+
+
+def test_sent_twice(engines):
+    """The same request again, under the same id, is another lease: nothing is mixed up and nothing stays allocated."""
+    producer, consumer = pair_of(engines)
+    for name in ("p-11111111", "p-22222222"):
+        producer.add(name, prompt_of(200), P_PARAMS)
+        consumer.add(name.replace("p", "p", 1), prompt_of(200), where(producer), max_tokens=2)
+    producer.run_until_answered("p-22222222")
+    producer.step()
+    consumer.run()
+    for name in ("p-11111111", "p-22222222"):
+        assert consumer.answers[name].tokens == expected(prompt_of(200), 2)
+    assert consumer.stats["refused_params"]["lease_used"] == 1
+    scraps = producer.answers["p-22222222"].kv_transfer_params
+    consumer.add("late", prompt_of(200), scraps, max_tokens=2)
+    drain(consumer, producer)
+
+
+def test_a_consumer_that_aborts_at_any_moment(engines):
+    """500 seeded moments: no request on the decode server, before or after, ever has tokens made of foreign bytes."""
+    producer, consumer = pair_of(engines, producer={"chunk": 64, "num_blocks": 64}, consumer={"num_blocks": 32})
+    for seed in range(500):
+        rng = random.Random(seed)
+        length = rng.randrange(1, 400)
+        prompt, name = prompt_of(length, seed=seed + 2), f"r{seed}"
+        key = {"transfer_id": name}
+        left = [
+            lambda p=prompt, n=name, k=key: producer.add(f"p-{n}", p, P_PARAMS | k),
+            lambda p=prompt, n=name, k=key: consumer.add(f"d-{n}", p, where(producer) | k, max_tokens=2),
+        ]
+        rng.shuffle(left)
+        abort_at = rng.randrange(0, 14)
+        for moment in range(14):
+            if left and rng.random() < 0.7:
+                left.pop()()
+            rng.choice((producer, consumer)).step()
+            if moment == abort_at and f"d-{name}" in consumer.scheduler.requests:
+                consumer.abort(f"d-{name}")
+        other = prompt_of(rng.randrange(1, 700), seed=seed + 900)
+        consumer.add(f"o-{seed}", other, max_tokens=2)
+        for late in left:
+            late()
+        while producer.scheduler.has_requests() or consumer.scheduler.has_requests():
+            producer.step()
+            consumer.step()
+        assert consumer.answers[f"o-{seed}"].tokens == expected(other, 2)
+        got = consumer.answers[f"d-{name}"]
+        assert got.tokens == expected(prompt, 2)[: len(got.tokens)] and got.finish_reason in ("length", "abort", "")
+    assert producer.blocks_in_use == consumer.blocks_in_use == 0
+    assert not consumer.stats.get("hook_errors") and not producer.stats.get("hook_errors")
+
+
+def test_a_hook_that_meets_nonsense_kills_nobody():
+    """A step that vLLM describes in another way than this connector knows is survived; its blocks are offered at the end."""
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint())
+    side = producer.scheduler.connector._scheduler
+    side._seal = None
+    producer.add("p", prompt_of(100), P_PARAMS)
+    producer.run_until_answered("p")
+    producer.step()
+    assert scripted(producer).names() == ["announce", "offer"] and producer.answers["p"].kv_transfer_params
+    assert producer.stats["hook_errors"]["build_connector_meta"] >= 1
+    producer.close()
