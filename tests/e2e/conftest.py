@@ -36,6 +36,7 @@ _ORDER = (
     "test_unequal_pairs",
     "test_malformed_params",
     "test_side_channel",
+    "test_push",
     "test_clients_gone",
     "test_lost_peers",
     "test_late_read",
@@ -157,6 +158,17 @@ class Lab:
         handed = self.prefill.prefill(prompt)
         assert handed.ok and handed.kv_transfer_params, handed.body
         return (consumer or self.decode).ask(prompt, kv_transfer_params=handed.kv_transfer_params, **options)
+
+    def at_once(self, prefill: VllmServer, decode: VllmServer, prompt, transfer_id: str, **options) -> Answer:
+        """The answer of the decode server to a request that both were sent at the same time."""
+        asked = self.together(
+            [
+                lambda: prefill.prefill(prompt, transfer_id=transfer_id, timeout_s=options.get("timeout_s", 180.0)),
+                lambda: decode.ask(prompt, kv_transfer_params=prefill.told_at_once(transfer_id), **options),
+            ]
+        )
+        assert asked[0].ok, asked[0].body
+        return asked[1]
 
     def assert_works(self, consumer: VllmServer | None = None, num_tokens: int = 100, *, attempts: int = 1) -> None:
         """The pair serves a fresh prompt, and by a transfer, not by computing it again.

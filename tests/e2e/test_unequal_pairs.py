@@ -89,6 +89,22 @@ def unequal(started_lab):
             server.thaw()
 
 
+@pytest.mark.parametrize(("source", "target"), PAIRS[::2], ids=lambda name: name.replace(" ", "-"))
+def test_sent_to_both_at_once(started_lab, unequal, source, target):
+    """The same where blocks leave while prefill runs: the decode server was told of the first rank only."""
+    asked = unequal.asked[(source, target), "no hit"]
+    with unequal.awake(source, target) as servers:
+        for number, (prompt, expected) in enumerate(asked):
+            for server in servers:
+                server.reset_prefix_cache()
+            answer = started_lab.at_once(
+                *servers, prompt, f"{source}-{target}-{number}", max_tokens=MAX_TOKENS, timeout_s=ANSWER_TIMEOUT_S
+            )
+            assert answer.ok, answer.body
+            assert answer.tokens == expected
+        started_lab.assert_no_blocks_in_use(*servers, timeout_s=120)
+
+
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("hit", HITS)
 def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hit):

@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.request import RequestStatus
 
 from kvxfer.lease import LeaseRef
-from kvxfer_vllm.params import Fetch, Refused, Role, Serve, parse, prompt_digest, response
+from kvxfer_vllm.params import Fetch, Meet, Refused, Role, Serve, parse, prompt_digest, response
 from kvxfer_vllm.reasons import Refusal
 from tests.vllm.rig import P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
@@ -42,6 +42,21 @@ def good(**changes):
 def lease(**changes):
     """A lease as JSON, changed."""
     return good()["kvxfer"] | changes
+
+
+def both(**changes):
+    """Parameters as a proxy sends them to a decode server together with the prefill request, changed; ... removes a key."""
+    params = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": "P",
+        "remote_host": "127.0.0.1",
+        "remote_port": 5600,
+        "tp_size": 1,
+        "pp_size": 1,
+        "transfer_id": "t-1",
+    } | changes
+    return {key: value for key, value in params.items() if value is not ...}
 
 
 MALFORMED = {
@@ -98,6 +113,21 @@ MALFORMED = {
     "block of a boolean": (good(remote_block_ids=[[True]]), Refusal.BAD_BLOCKS),
     "huge list": (good(remote_block_ids=[list(range(1_000_000))]), Refusal.BAD_BLOCKS),
     "do_remote_decode at a consumer": (P_PARAMS, Refusal.NOT_A_PRODUCER),
+    "to both, engine id of a number": (both(remote_engine_id=7), Refusal.BAD_TYPE),
+    "to both, own engine": (both(remote_engine_id="D"), Refusal.OWN_ENGINE),
+    "to both, engine id without end": (both(remote_engine_id="P" * 10_000), Refusal.BAD_TYPE),
+    "to both, host missing": (both(remote_host=...), Refusal.MISSING_KEY),
+    "to both, host of a list": (both(remote_host=["a"]), Refusal.BAD_TYPE),
+    "to both, host with a path": (both(remote_host="a/b"), Refusal.BAD_TYPE),
+    "to both, host with two lines": (both(remote_host="a\nb"), Refusal.BAD_TYPE),
+    "to both, port null": (both(remote_port=None), Refusal.MISSING_KEY),
+    "to both, port of a boolean": (both(remote_port=True), Refusal.BAD_TYPE),
+    "to both, port out of range": (both(remote_port=0), Refusal.BAD_TYPE),
+    "to both, pipeline": (both(pp_size=2), Refusal.BAD_TYPE),
+    "to both, transfer id of a number": (both(transfer_id=5), Refusal.BAD_TYPE),
+    "to both, empty transfer id": (both(transfer_id=""), Refusal.BAD_TYPE),
+    "to both, transfer id without end": (both(transfer_id="x" * 100_000), Refusal.BAD_TYPE),
+    "to both, with blocks": (both(remote_block_ids=[[1]]), Refusal.NO_LEASE),
 }
 
 
@@ -144,6 +174,14 @@ def test_any_json_under_any_key(key, value):
     parse(good(**{key: value}), CONSUMER)
 
 
+@given(key=st.sampled_from(sorted(both())), value=json_values)
+def test_any_json_sent_to_both(key, value):
+    """No value of any key raises, on either side."""
+    for role in (CONSUMER, PRODUCER, BOTH):
+        parse(both(**{key: value}), role)
+        parse(P_PARAMS | {key: value}, role)
+
+
 @given(key=st.sampled_from(sorted(lease())), value=json_values)
 def test_any_json_inside_the_lease(key, value):
     """No value of any field of the lease raises."""
@@ -159,6 +197,10 @@ def test_nothing_asked():
 def test_good_ones():
     """What the router sends to a producer, and what the producer answers, are understood."""
     assert parse(P_PARAMS, PRODUCER) == Serve()
+    assert parse(P_PARAMS | {"transfer_id": "t-1"}, PRODUCER) == Serve("t-1")
+    assert parse(both(), CONSUMER) == Meet("P", "tcp://127.0.0.1:5600", "t-1")
+    assert parse(both(transfer_id=None, remote_request_id="p", remote_block_ids=None), CONSUMER).key == ""
+    assert parse(both(remote_host="::1"), CONSUMER).address == "tcp://[::1]:5600"
     params = good(remote_blocks_expiry_time=12.5, remote_prefill_cached_tokens=3, unknown={"a": 1})
     assert parse(params, CONSUMER) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
 

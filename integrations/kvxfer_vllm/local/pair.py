@@ -87,6 +87,7 @@ class ServerSettings:
             "kv_connector": self.connector,
             "kv_role": self.role,
             "kv_load_failure_policy": self.load_failure_policy,
+            "engine_id": self.name,
             **self.transfer_config,
         }
         if self.connector == "NixlConnector":
@@ -146,7 +147,7 @@ class VllmServer(ServerProcess):
         """:func:`kvxfer_vllm.local.client.ask` this server directly."""
         return ask(self.url, prompt, **options)
 
-    def prefill(self, prompt: Prompt, **options: Any) -> Answer:
+    def prefill(self, prompt: Prompt, *, transfer_id: str | None = None, **options: Any) -> Answer:
         """Ask as vllm-router asks a prefill server: one token, blocks kept; the answer says where they are."""
         wish = {
             "do_remote_decode": True,
@@ -156,7 +157,20 @@ class VllmServer(ServerProcess):
             "remote_host": None,
             "remote_port": None,
         }
+        if transfer_id is not None:
+            wish["transfer_id"] = transfer_id
         return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": wish, **options})
+
+    def told_at_once(self, transfer_id: str) -> dict[str, Any]:
+        """The decode request's ``kv_transfer_params`` when a proxy sends it together with the prefill request to this server."""
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self.settings.name,
+            "remote_host": _HOST,
+            "remote_port": self.side_channel_port,
+            "transfer_id": transfer_id,
+        }
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, so that the next prompt is computed or transferred as a whole."""
@@ -195,6 +209,31 @@ class VllmServer(ServerProcess):
         while (used := self.blocks_in_use()) > 0 and time.monotonic() < deadline:
             time.sleep(0.1)
         return used
+
+
+class PushProxy(ServerProcess):
+    """``examples/push_proxy.py`` of a source tree before one prefill and one decode server."""
+
+    def __init__(
+        self, script: Path, prefill: VllmServer, decode: VllmServer, folder: Path, *, order: str = "both"
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://{_HOST}:{self.port}"
+        command = [
+            *(sys.executable, str(script), "--host", _HOST, "--port", str(self.port), "--order", order),
+            *("--prefill", prefill.url, "--decode", decode.url, "--engine-id", prefill.settings.name),
+            *("--side-channel", f"{_HOST}:{prefill.side_channel_port}"),
+        ]
+        super().__init__(
+            f"proxy-{order}",
+            command,
+            log=folder / f"proxy-{order}.log",
+            healthy=lambda: get(self.url, "/health", timeout_s=2.0)[0] == 200,
+        )
+
+    def ask(self, prompt: Prompt, **options: Any) -> Answer:
+        """:func:`kvxfer_vllm.local.client.ask` through the proxy."""
+        return ask(self.url, prompt, **options)
 
 
 class Router(ServerProcess):
