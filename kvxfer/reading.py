@@ -180,7 +180,7 @@ class Leg:
         """Its source has more."""
         if source.complete and not self.source.complete:
             self.reading.early_nbytes += self._here_nbytes
-        self.source = source
+        self.source: Source = source
         self._go_on(carrier)
 
     def _go_on(self, carrier: Carrier) -> None:

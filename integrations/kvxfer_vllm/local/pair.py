@@ -149,7 +149,7 @@ class VllmServer(ServerProcess):
 
     def prefill(self, prompt: Prompt, *, transfer_id: str | None = None, **options: Any) -> Answer:
         """Ask as vllm-router asks a prefill server: one token, blocks kept; the answer says where they are."""
-        wish = {
+        wish: dict[str, Any] = {
             "do_remote_decode": True,
             "do_remote_prefill": False,
             "remote_engine_id": None,
