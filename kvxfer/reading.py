@@ -146,7 +146,7 @@ class Leg:
 
     def __init__(self, reading: Reading, source: Source) -> None:
         self.reading = reading
-        self.source = source
+        self.source: Source = source
         self.contacting_since: float | None = None
         self.next_number = 0
         self._packed: _Packed | None = None
@@ -180,7 +180,7 @@ class Leg:
         """Its source has more."""
         if source.complete and not self.source.complete:
             self.reading.early_nbytes += self._here_nbytes
-        self.source: Source = source
+        self.source = source
         self._go_on(carrier)
 
     def _go_on(self, carrier: Carrier) -> None:
