@@ -90,7 +90,7 @@ class ServerSettings:
             "engine_id": self.name,
             **self.transfer_config,
         }
-        if self.connector == "NixlConnector":
+        if self.connector.startswith("Nixl"):
             # vLLM's own connector assumes a GPU unless told.
             config.setdefault("kv_buffer_device", "cpu")
         if self.connector_options:
@@ -162,13 +162,18 @@ class VllmServer(ServerProcess):
         return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": wish, **options})
 
     def told_at_once(self, transfer_id: str) -> dict[str, Any]:
-        """The decode request's ``kv_transfer_params`` when a proxy sends it together with the prefill request to this server."""
+        """The decode request's ``kv_transfer_params`` when a proxy sends it together with the prefill request to this server.
+
+        ``tp_size`` is there for NixlPushConnector; kvxfer asks the server.
+        """
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
             "remote_engine_id": self.settings.name,
             "remote_host": _HOST,
             "remote_port": self.side_channel_port,
+            "tp_size": 1,
+            "pp_size": 1,
             "transfer_id": transfer_id,
         }
 
