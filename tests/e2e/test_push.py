@@ -6,6 +6,7 @@ The prefill server of these tests computes 512 tokens a step, so that prompts of
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from dataclasses import replace
@@ -68,6 +69,17 @@ class Push:
         early, all_ = (self.decode.metric(name) - old for name, old in zip(names, before, strict=True))
         assert all_ > 0
         return early / all_
+
+    @contextlib.contextmanager
+    def stopped_after(self, seconds: float):
+        """The prefill server stands still from then on, until the end of the block: whatever is asked meanwhile is half done."""
+        timer = threading.Timer(seconds, self.prefill.freeze)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
+            self.prefill.thaw()
 
     def assert_quiet(self) -> None:
         self.lab.assert_no_blocks_in_use(self.prefill, self.decode)
@@ -183,17 +195,19 @@ def test_a_prefill_that_never_comes(push):
 
 def test_a_client_that_leaves_while_blocks_arrive(push):
     """A decode request that is aborted half way gives the blocks back on both sides, and the next one is served."""
-    prompt, key = push.lab.prompt(3000), uuid.uuid4().hex
+    prompt, key = push.lab.prompt(3400), uuid.uuid4().hex
     prefilled = []
     prefill = threading.Thread(target=lambda: prefilled.append(push.prefill.prefill(prompt, transfer_id=key)))
     prefill.start()
-    with pytest.raises(TimeoutError):
-        push.decode.ask(prompt, kv_transfer_params=push.prefill.told_at_once(key), max_tokens=4, timeout_s=0.7)
+    with push.stopped_after(0.15), pytest.raises(TimeoutError):
+        push.decode.ask(prompt, kv_transfer_params=push.prefill.told_at_once(key), max_tokens=400, timeout_s=1)
     prefill.join(120)
     assert prefilled[0].ok
     push.assert_quiet()
     again = push.lab.prompt(300)
-    assert push.at_once(again, max_tokens=4).tokens == push.lab.expect(again, 4)
+    answer = push.at_once(again, max_tokens=4)
+    assert answer.ok, answer.body
+    assert answer.tokens == push.lab.expect(again, 4)
 
 
 def test_the_prefill_client_leaves(push):
@@ -206,11 +220,11 @@ def test_the_prefill_client_leaves(push):
         )
     )
     decode.start()
-    with pytest.raises(TimeoutError):
-        push.prefill.prefill(prompt, transfer_id=key, timeout_s=0.5)
+    # On a fast machine prefill has ended before its client leaves.
+    with push.stopped_after(0.15), contextlib.suppress(TimeoutError):
+        push.prefill.prefill(prompt, transfer_id=key, timeout_s=1)
     decode.join(push.lab.deadline_s)
     assert not decode.is_alive()
-    # On a fast machine prefill may have ended before its client left.
     assert decoded[0].status == 500 or decoded[0].tokens == push.lab.expect(prompt, 4)
     push.assert_quiet()
 
@@ -253,6 +267,12 @@ def test_the_prefill_server_goes(push, how):
         assert right or isinstance(answer, OSError) or answer.status == 500 or len(answer.tokens) == 1
     push.lab.assert_no_blocks_in_use(push.decode)
     push.heal()
-    again = push.lab.prompt(300)
-    assert push.at_once(again, max_tokens=4).tokens == push.lab.expect(again, 4)
+    # As in pull: the first contact after a process was killed may fail once.
+    for attempt in range(3):
+        again = push.lab.prompt(300)
+        answer = push.at_once(again, max_tokens=4)
+        assert answer.ok or (answer.status == 500 and attempt < 2), answer.body
+        if answer.ok:
+            assert answer.tokens == push.lab.expect(again, 4)
+            break
     push.assert_quiet()
