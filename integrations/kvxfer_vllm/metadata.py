@@ -56,6 +56,7 @@ class KvxferMetadata(KVConnectorMetadata):
         drop: consumer: leases that were never read and are not needed; their producer may have its blocks back.
         cancel: consumer: requests that are over while they load; they are still reported, once their blocks are quiet.
         fail: consumer: requests that vLLM waits for in vain, because reading could not even be asked for.
+        idle: this step computes nothing.
     """
 
     announce: list[LeaseRef] = field(default_factory=list)
@@ -67,6 +68,7 @@ class KvxferMetadata(KVConnectorMetadata):
     drop: list[LeaseRef] = field(default_factory=list)
     cancel: list[str] = field(default_factory=list)
     fail: list[str] = field(default_factory=list)
+    idle: bool = False
 
 
 @dataclass(frozen=True)

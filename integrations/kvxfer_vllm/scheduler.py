@@ -170,6 +170,7 @@ class KvxferScheduler:
             self.stats.count("hook_errors", label="build_connector_meta")
             logger.exception("Cannot tell which blocks of this step will be complete")
         step, self._step = self._step, KvxferMetadata()
+        step.idle = scheduler_output.total_num_scheduled_tokens == 0
         return step
 
     def loads_over(self, request_ids: Iterable[str]) -> None:

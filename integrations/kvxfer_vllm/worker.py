@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The half of the connector that lives in each worker: follows the scheduler's orders and reports how they ended.
 
-Everything here runs on the engine's thread. The endpoint's calls put work into a queue and return, so no step ever waits
-for the network; what happened meanwhile is collected once per step.
+Everything here runs on the engine's thread. The endpoint's calls put work into a queue and return, so no step that computes
+anything ever waits for the network; what happened meanwhile is collected once per step. vLLM steps without a pause while
+requests wait for a transfer, and takes a core for that; a step that has nothing to compute waits a moment for an event.
 
 vLLM's scheduler dies of an id that it does not expect, so every request is reported exactly once: a consumer's by the end
 of the one transfer that was started for it, a producer's by the end of the one lease that its blocks were offered under.
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+IDLE_WAIT_S = 0.005
+"""Longest wait of a step that computes nothing: a request that arrives meanwhile is scheduled so much later."""
 
 # Counters of the endpoint that are shown under the same label in vLLM: its name, its label -> our name.
 _FORWARDED = {
@@ -68,8 +72,8 @@ class EndpointLike(Protocol):
     def drop(self, ref: LeaseRef) -> None:
         """Give a lease back unread."""
 
-    def poll(self) -> Sequence[Event]:
-        """What happened."""
+    def poll(self, timeout_s: float = 0.0) -> Sequence[Event]:
+        """What happened; waits for the first event."""
 
     def close(self) -> None:
         """End threads and free the agent."""
@@ -88,6 +92,7 @@ class KvxferWorker:
         self._transfers: dict[Transfer, str] = {}
         self._sending: dict[str, str] = {}
         self._to_seal: Sequence[Seal] = ()
+        self._idle = False
         self._failed_at_once: set[str] = set()
         self._sent_at_once: set[str] = set()
         self._failed_blocks: set[int] = set()
@@ -101,6 +106,7 @@ class KvxferWorker:
         """Carry out one step's orders. Never raises: an order that fails ends its request's transfer."""
         self._seal()
         self._to_seal = step.seal
+        self._idle = step.idle
         self._each(step.announce, self._endpoint.announce, "announce")
         self._each(step.offer, self._offer, "offer")
         self._each(step.withdraw, self._endpoint.revoke, "withdraw")
@@ -168,7 +174,10 @@ class KvxferWorker:
             failed_recving=self._failed_at_once,
         )
         self._sent_at_once, self._failed_at_once = set(), set()
-        for event in self._poll():
+        told = results.finished_sending or results.finished_recving
+        waits = self._idle and not told and (self._transfers or self._sending)
+        self._idle = False
+        for event in self._poll(IDLE_WAIT_S if waits else 0.0):
             if isinstance(event, (Done, Failed)):
                 request_id = self._transfers.pop(event.transfer, None)
                 if request_id is None:
@@ -188,9 +197,9 @@ class KvxferWorker:
                 self._lease_ended(event, results)
         return results
 
-    def _poll(self) -> Sequence[Event]:
+    def _poll(self, timeout_s: float) -> Sequence[Event]:
         try:
-            return self._endpoint.poll()
+            return self._endpoint.poll(timeout_s)
         except Exception:
             self.stats.count("hook_errors", label="poll")
             logger.exception("Cannot learn what happened to transfers")

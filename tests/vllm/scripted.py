@@ -41,6 +41,7 @@ class ScriptedEndpoint:
         self.automatic = True
         self.raises: dict[str, Exception] = {}
         self.closed = 0
+        self.waited: list[float] = []
         self._events: list[Any] = []
 
     def _called(self, name: str, *args: Any) -> None:
@@ -87,7 +88,8 @@ class ScriptedEndpoint:
         if owner is not None and ref.token not in self.reading:
             owner.end(ref.token, read=False)
 
-    def poll(self) -> list[Any]:
+    def poll(self, timeout_s: float = 0.0) -> list[Any]:
+        self.waited.append(timeout_s)
         if "poll" in self.raises:
             raise self.raises["poll"]
         if self.automatic:

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import LeaseEndedError
 from kvxfer_vllm.plugin import register
+from kvxfer_vllm.worker import IDLE_WAIT_S
 from tests.vllm.rig import (
     BLOCK_TOKENS,
     P_PARAMS,
@@ -71,6 +72,26 @@ def test_order_of_the_producers_calls(pair):
     scripted(producer).end(token, read=True)
     producer.run()
     assert producer.blocks_in_use == 0
+
+
+def test_a_step_waits_only_if_it_computes_nothing(pair):
+    """While a transfer is waited for, steps without tokens wait a moment for it, and others do not wait at all."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(100))
+    scripted(consumer).automatic = False
+    consumer.add("d", prompt_of(100), params, max_tokens=2)
+    for _ in range(3):
+        consumer.step()
+    assert scripted(consumer).waited == [IDLE_WAIT_S] * 3
+    consumer.add("local", prompt_of(50, seed=3), max_tokens=3)
+    scripted(consumer).waited.clear()
+    consumer.step()
+    assert scripted(consumer).waited == [0.0]
+    scripted(consumer).automatic = True
+    drain(consumer, producer)
+    scripted(consumer).waited.clear()
+    consumer.step()
+    assert scripted(consumer).waited == [0.0]  # nothing is waited for
 
 
 def test_expired_lease_frees_the_producer(pair):
