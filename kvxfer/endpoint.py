@@ -177,8 +177,7 @@ class Endpoint:
             BlockError: not blocks of this cache.
             LeaseRefError: ``ref`` is none.
         """
-        given = tables(self.cache.spec, blocks)
-        raw, firsts = [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
+        raw, firsts = self._on_the_wire(blocks)
         token, request = _checked(ref).token, ref.request
         if not self._command(lambda now: self._producer.offer(token, raw, now, firsts)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
@@ -216,8 +215,7 @@ class Endpoint:
             BlockError: not blocks of this cache.
             LeaseRefError: ``ref`` is none.
         """
-        given = tables(self.cache.spec, blocks)
-        raw, firsts = [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
+        raw, firsts = self._on_the_wire(blocks)
         token = _checked(ref).token
         self._command(lambda _: self._producer.seal(token, raw, firsts))
 
@@ -349,6 +347,11 @@ class Endpoint:
         self.close()
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _on_the_wire(self, blocks: Any) -> tuple[list[bytes], list[int]]:
+        """Block tables of this cache as messages carry them: ids, and first tokens. Raises BlockError."""
+        given = tables(self.cache.spec, blocks)
+        return [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
 
     def _routes(self, peers: Sequence[Peer]) -> list[Router]:
         made = plan([peer.spec for peer in peers if peer.spec is not None], self.cache.spec, convert=self._convert)

@@ -269,9 +269,7 @@ class LeaseTable:
             raise LeaseUnknownError(f"no lease {token} was announced here")
         if lease.offered:
             raise LeaseError(f"the blocks of lease {token} were offered before")
-        if lease.cell is None:
-            lease.cell = self._board.post(bytes.fromhex(token))
-        lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
+        self._make_readable(lease, blocks, first_tokens)
         return lease
 
     def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
@@ -297,13 +295,11 @@ class LeaseTable:
         self._find(token)
         if before:
             raise LeaseError(f"the blocks of lease {token} were offered before")
-        if lease.cell is None:
-            try:
-                lease.cell = self._board.post(bytes.fromhex(token))
-            except LeaseError:
-                self._end(lease, LeaseState.REVOKED)
-                raise
-        lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
+        try:
+            self._make_readable(lease, blocks, first_tokens)
+        except LeaseError:
+            self._end(lease, LeaseState.REVOKED)
+            raise
         lease.state = LeaseState.OPEN
         lease.deadline = now + self._settings.lease_s
         self._timers.set(token, lease.deadline)
@@ -417,6 +413,12 @@ class LeaseTable:
     def _add(self, lease: Lease) -> None:
         self._live[lease.token] = lease
         self._timers.set(lease.token, lease.deadline)
+
+    def _make_readable(self, lease: Lease, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
+        """Its cell is on the board from the first blocks on. Raises LeaseError: no cell is free."""
+        if lease.cell is None:
+            lease.cell = self._board.post(bytes.fromhex(lease.token))
+        lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
 
     def _find(self, token: str) -> Lease:
         lease = self._live.get(token)

@@ -150,8 +150,8 @@ class Leg:
         self.contacting_since: float | None = None
         self.next_number = 0
         self._packed: _Packed | None = None
-        self._ready = False
-        self._moving = False
+        self._moving = True
+        """Something is under way, and before the first contact nothing may be."""
         self._moved: dict[int, int] = {}
         """By target group, the token up to which all is here."""
         self._sent_nbytes = self._here_nbytes = 0
@@ -164,7 +164,7 @@ class Leg:
         can be short.
         """
         if carrier.proven(self.source.agent_info):
-            self._ready = True
+            self._moving = False
             self._go_on(carrier)
         else:
             self.contacting_since = time.monotonic()
@@ -173,7 +173,7 @@ class Leg:
     def _contacted(self, carrier: Carrier) -> None:
         self.contacting_since = None
         carrier.prove(self.source.agent_info)
-        self._ready = True
+        self._moving = False
         self._go_on(carrier)
 
     def granted(self, carrier: Carrier, source: Source) -> None:
@@ -185,7 +185,7 @@ class Leg:
 
     def _go_on(self, carrier: Carrier) -> None:
         """Move what is granted and not here yet; when that was all, fence."""
-        if self._moving or not self._ready:
+        if self._moving:
             return
         match = self.source.match
         spans = [(max(start, self._moved.get(group, start)), stop) for group, (start, stop) in enumerate(match.tokens)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import array
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,9 @@ def parse(params: object, role: Role) -> Serve | Fetch | Meet | Refused | None:
     if prefill:
         if not role.is_consumer:
             return Refused(Refusal.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
-        if params.get(LEASE_KEY) is None and params.get("remote_engine_id") is not None:
+        told_at_once = params.get(LEASE_KEY) is None and params.get("remote_engine_id") is not None
+        # A prefill server that has blocks to name would have given a lease.
+        if told_at_once and params.get("remote_block_ids") is None:
             return _meet(params, role)
         return _fetch(params, role)
     return None
@@ -130,22 +132,11 @@ def _key(params: Mapping[str, Any], make: Callable[[str], Serve | Meet]) -> Serv
 
 def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
     """Without a lease, but with a prefill server: as NixlPushConnector's proxies send it to both servers at once."""
-    if params.get("remote_block_ids") is not None:
-        # A prefill server that has blocks to name would have given a lease.
-        return Refused(Refusal.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?")
     if not role.push:
         return Refused(Refusal.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here")
-    for name, kind in (("remote_engine_id", str), ("remote_host", str), ("remote_port", int)):
-        value = params.get(name)
-        if value is None:
-            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    if not 0 < params["remote_port"] < 2**16:
-        return Refused(Refusal.BAD_TYPE, "remote_port is no port")
-    for name in ("pp_size", "dcp_size"):
-        if params.get(name, 1) != 1:
-            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+    wrong = _checked_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _checked_sizes(params)
+    if wrong is not None:
+        return wrong
     if params["remote_engine_id"] == role.engine_id:
         return Refused(Refusal.OWN_ENGINE, "the prefill server is this engine")
     owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
@@ -167,20 +158,15 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
         return Refused(Refusal.BAD_LEASE, "the lease has no version")
     if not all(address.startswith("tcp://") for address in lease.addresses):
         return Refused(Refusal.BAD_LEASE, "an address of the lease is not tcp://")
-    for name, kind in _REQUIRED.items():
-        value = params.get(name)
-        if value is None:
-            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    if not 0 < params["remote_port"] < 2**16:
-        return Refused(Refusal.BAD_TYPE, "remote_port is no port")
+    wrong = _checked_keys(params, _REQUIRED)
+    if wrong is not None:
+        return wrong
     if params["tp_size"] != len(lease.addresses):
         ranks = f"tp_size is {params['tp_size']}, the lease names {len(lease.addresses)} ranks"
         return Refused(Refusal.CONTRADICTION, ranks)
-    for name in ("pp_size", "dcp_size"):
-        if params.get(name, 1) != 1:
-            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+    wrong = _checked_sizes(params)
+    if wrong is not None:
+        return wrong
     if params.get("transfer_mode", "pull") != "pull":
         return Refused(Refusal.OTHER_MODE, "transfer_mode is not 'pull'")
     if lease.owner == role.engine_id:
@@ -190,6 +176,25 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return Refused(Refusal.CONTRADICTION, "remote_num_tokens is not the lease's")
     return _checked_blocks(params.get("remote_block_ids"), lease) or Fetch(lease)
+
+
+def _checked_keys(params: Mapping[str, Any], names: Iterable[str]) -> Refused | None:
+    """NixlConnector's keys are there, of their types, and the port is one."""
+    for name in names:
+        value = params.get(name)
+        if value is None:
+            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
+        if not isinstance(value, _REQUIRED[name]) or isinstance(value, bool):
+            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
+    return None if 0 < params["remote_port"] < 2**16 else Refused(Refusal.BAD_TYPE, "remote_port is no port")
+
+
+def _checked_sizes(params: Mapping[str, Any]) -> Refused | None:
+    """Of parallelism that is not supported there is none."""
+    for name in ("pp_size", "dcp_size"):
+        if params.get(name, 1) != 1:
+            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+    return None
 
 
 def _checked_blocks(groups: object, lease: LeaseRef) -> Refused | None:

@@ -3,7 +3,8 @@
 
 It does no I/O and knows no vendor. Producer: announces a lease when a request arrives, seals the blocks of each step that
 computes some of it, and offers all when it has finished. The token is one that the consumer can make for itself where the
-request was sent to both at once, unless that may not be (pull), or was used before. Consumer: has the lease held from the moment the request arrives, and read when blocks are allocated.
+request was sent to both at once, unless that may not be (pull), or was used before. Consumer: has the lease held from the
+moment the request arrives, and read when blocks are allocated.
 
 Per request a consumer is in one of two states, *waiting* (never allocated) or *loading* (vLLM waits until a worker reports
 it); vLLM calls `update_state_after_alloc` again after a load and after a preemption, which then means nothing.
@@ -224,18 +225,11 @@ class KvxferScheduler:
 
     def _lease(self, request: Request, key: str) -> LeaseRef:
         """The lease of a request that is to be prefilled here."""
-        if self._role.push:
-            lease = self._shared(request, key, owner=self._role.engine_id, addresses=self._addresses)
-            if lease.token not in self._tokens_made:
-                _remember(self._tokens_made, lease.token)
-                return lease
-        return LeaseRef.mint(
-            owner=self._role.engine_id,
-            addresses=self._addresses,
-            request=request.request_id,
-            num_tokens=request.num_prompt_tokens,
-            digest=_digest(request),
-        )
+        lease = self._shared(request, key, owner=self._role.engine_id, addresses=self._addresses)
+        if not self._role.push or lease.token in self._tokens_made:
+            return _with_another_token(lease)
+        _remember(self._tokens_made, lease.token)
+        return lease
 
     def _shared(self, request: Request, key: str, *, owner: str, addresses: Sequence[str]) -> LeaseRef:
         """The lease of a request that both servers were sent, as both make it."""
@@ -270,13 +264,7 @@ class KvxferScheduler:
         elif afresh:
             # It was preempted: what was sealed is other requests' by now, and whoever has read it must not go on.
             self._step.withdraw.append(serving.lease)
-            lease = LeaseRef.mint(
-                owner=serving.lease.owner,
-                addresses=serving.lease.addresses,
-                request=request_id,
-                num_tokens=serving.lease.num_tokens,
-                digest=serving.lease.digest,
-            )
+            lease = _with_another_token(serving.lease)
             serving = self._serving[request_id] = _Serving(lease, [])
             self._step.announce.append(lease)
         serving.blocks += blocks
@@ -306,6 +294,17 @@ class KvxferScheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
+
+
+def _with_another_token(lease: LeaseRef) -> LeaseRef:
+    """A lease of the same KV that only its producer can make."""
+    return LeaseRef.mint(
+        owner=lease.owner,
+        addresses=lease.addresses,
+        request=lease.request,
+        num_tokens=lease.num_tokens,
+        digest=lease.digest,
+    )
 
 
 def _remember(tokens: OrderedDict[str, None], token: str) -> None:

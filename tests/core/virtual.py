@@ -430,6 +430,7 @@ class World:
         self.readings: list[Reading] = []
         self.read_s = 0.01
         self.pack_s = 0.01
+        self.losses = 0
         self.perfect = True
         """Messages arrive at once and in order. Otherwise only those that a test delivers."""
 
@@ -464,6 +465,16 @@ class World:
                 return
             self.deliver(moving[0])
         raise AssertionError("the nodes talk without end")
+
+    def settle_losing(self, kind: type) -> None:
+        """Deliver all that is under way; of messages of one kind only each third arrives. ``losses`` counts all of them."""
+        while self.network:
+            if isinstance(wire.decode(self.network[0].data), kind):
+                self.losses += 1
+                if self.losses % 3:
+                    self.network.pop(0)
+                    continue
+            self.deliver()
 
     def advance(self, seconds: float) -> None:
         """Let time pass: everything that is due happens, in order."""
