@@ -7,8 +7,33 @@ import importlib
 import importlib.util
 import warnings
 
+import pytest
+
 if importlib.util.find_spec("vllm") is not None:
     # Importing vLLM and torch warns of their own deprecations, which our tests would take for ours.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("vllm.v1.core.sched.scheduler")
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Makes engines with an endpoint each on a free port; closes them."""
+    from tests.vllm.rig import Engine
+
+    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
+    made = []
+
+    def make(role, name, **options):
+        engine = Engine(role, name=name, **options)
+        made.append(engine)
+        engine.worker.register_kv_caches(engine.kv)
+        told = engine.worker.get_handshake_metadata()
+        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close()

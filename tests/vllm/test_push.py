@@ -17,34 +17,11 @@ from tests.vllm.scripted import ScriptedEndpoint
 pytestmark = pytest.mark.vllm
 
 
-@pytest.fixture
-def engines(monkeypatch):
-    """Makes engines with an endpoint each on a free port; closes them."""
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: None)
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
-    made = []
-
-    def make(role, name, agent="inproc", **options):
-        engine = Engine(role, name=name, agent=agent, **options)
-        made.append(engine)
-        engine.worker.register_kv_caches(engine.kv)
-        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware(
-            {(0, 0): engine.worker.get_handshake_metadata()}
-        )
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
-
-
 def pair_of(engines, agent="inproc", *, producer=(), consumer=()):
     """A prefill server that computes 512 tokens a step, and a decode server."""
     return (
-        engines("kv_producer", "P", agent, **{"chunk": 512, **dict(producer)}),
-        engines("kv_consumer", "D", agent, **dict(consumer)),
+        engines("kv_producer", "P", agent=agent, **{"chunk": 512, **dict(producer)}),
+        engines("kv_consumer", "D", agent=agent, **dict(consumer)),
     )
 
 
@@ -135,8 +112,8 @@ def test_a_request_id_is_key_enough(engines):
 def test_one_after_the_other_works_in_every_mode(engines):
     """A proxy that waits for the prefill server's answer is served as in pull mode, whatever the mode."""
     for number, mode in enumerate(("auto", "push", "pull")):
-        producer = engines("kv_producer", f"P{number}", mode=mode)
-        consumer = engines("kv_consumer", f"D{number}", mode=mode)
+        producer = engines("kv_producer", f"P{number}", agent="inproc", mode=mode)
+        consumer = engines("kv_consumer", f"D{number}", agent="inproc", mode=mode)
         params = handed_over(producer, "p", prompt_of(300))
         consumer.add("d", prompt_of(300), params, max_tokens=2)
         consumer.run()

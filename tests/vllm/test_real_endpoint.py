@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import registry
 from kvxfer.errors import ConfigError, UnavailableError
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, prompt_of
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, expected, handed_over, prompt_of
 
 pytestmark = pytest.mark.vllm
 
@@ -23,27 +23,6 @@ def agent(request):
     if reason is not None:
         pytest.skip(reason)
     return request.param
-
-
-@pytest.fixture
-def engines(monkeypatch):
-    """Makes engines with an endpoint each on a free port; closes them."""
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
-    made = []
-
-    def make(role, name, **options):
-        engine = Engine(role, name=name, **options)
-        made.append(engine)
-        engine.worker.register_kv_caches(engine.kv)
-        told = engine.worker.get_handshake_metadata()
-        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
 
 
 @pytest.mark.parametrize("length", [1, 33, 1000])
