@@ -114,7 +114,10 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             LeaseRefError: a field is out of range.
         """
-        known = msgspec.json.encode([key, owner, num_tokens, digest])
+        try:
+            known = msgspec.json.encode([key, owner, num_tokens, digest])
+        except ValueError as error:  # as in `from_obj`
+            raise LeaseRefError(f"a shared lease cannot be made: {error}") from error
         token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
         fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "early": True}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
@@ -128,6 +131,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             ref = msgspec.convert(obj, cls)
+            msgspec.json.encode(ref)  # half of a surrogate pair passes the conversion, and no message can carry it
         except (msgspec.ValidationError, ValueError, RecursionError) as error:
             raise LeaseRefError(f"malformed lease: {error}") from error
         if ref.v != REF_VERSION:

@@ -125,8 +125,8 @@ def _key(params: Mapping[str, Any], make: Callable[[str], Serve | Meet]) -> Serv
     key = params.get("transfer_id")
     if key is None:
         return make("")
-    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY:
-        return Refused(Refusal.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} characters")
+    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not key.isprintable():
+        return Refused(Refusal.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters")
     return make(key)
 
 

@@ -261,6 +261,8 @@ def test_both_sides_make_the_same_reference(producer):
     assert len({ref.token for ref in (one, *others)}) == 5
     with pytest.raises(LeaseRefError):
         LeaseRef.shared("k", owner="P", addresses=[])
+    with pytest.raises(LeaseRefError):
+        shared(producer, "half a character \ud800")
 
 
 @pytest.mark.parametrize("first", ["consumer", "producer"])

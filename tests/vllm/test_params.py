@@ -79,6 +79,7 @@ MALFORMED = {
     "no address": (good(kvxfer=lease(addresses=[])), Refusal.BAD_LEASE),
     "address of a file": (good(kvxfer=lease(addresses=["ipc:///tmp/x"])), Refusal.BAD_LEASE),
     "address of a number": (good(kvxfer=lease(addresses=[1])), Refusal.BAD_LEASE),
+    "address with half a character": (good(kvxfer=lease(addresses=["tcp://a\ud800:1"])), Refusal.BAD_LEASE),
     "negative tokens": (good(kvxfer=lease(num_tokens=-1)), Refusal.BAD_LEASE),
     "absurd tokens": (good(kvxfer=lease(num_tokens=10**30)), Refusal.BAD_LEASE),
     "engine id missing": (good(remote_engine_id=...), Refusal.MISSING_KEY),
@@ -127,6 +128,9 @@ MALFORMED = {
     "to both, transfer id of a number": (both(transfer_id=5), Refusal.BAD_TYPE),
     "to both, empty transfer id": (both(transfer_id=""), Refusal.BAD_TYPE),
     "to both, transfer id without end": (both(transfer_id="x" * 100_000), Refusal.BAD_TYPE),
+    "to both, half a character as transfer id": (both(transfer_id="t\ud800"), Refusal.BAD_TYPE),
+    "to both, half a character as engine id": (both(remote_engine_id="P\ud800"), Refusal.BAD_TYPE),
+    "to both, half a character as host": (both(remote_host="a\ud800"), Refusal.BAD_TYPE),
     "to both, with blocks": (both(remote_block_ids=[[1]]), Refusal.NO_LEASE),
 }
 
