@@ -268,7 +268,8 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
     """Layers that share one block table.
 
     Attributes:
-        name: how the engine calls the group; the two sides pair groups by it.
+        name: how the engine calls the group; the two sides pair groups by it. ``full/2`` is a part of the group ``full``:
+            some of its layers, whose blocks become complete by themselves (`whole`).
         kind: one of `GROUP_KINDS`.
         block_tokens: tokens of one block of the block table. The blocks of a region may be smaller (those of an attention
             kernel): block b is then the region's blocks b*r to b*r + r - 1.
@@ -344,6 +345,12 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
             scaled |= parts
 
     @property
+    def whole(self) -> str:
+        """The group that this is, or is a part of: its name up to a slash. However a side splits it, all parts hold the same
+        tokens of a request, of different layers, and pair with those layers of the other side."""
+        return self.name.partition("/")[0]
+
+    @property
     def table_tokens(self) -> int:
         """Tokens for which one entry of the block table stands: 1 for a state, which has none inside and is copied whole."""
         return 1 if self.kind == "state" else self.block_tokens
@@ -396,6 +403,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             raise LayoutError(f"{len(regions)} regions are more than {MAX_REGIONS}")
         if len({group.name for group in self.groups}) != len(self.groups):
             raise LayoutError("two groups have the same name")
+        self._check_parts()
         if self.layer_names and not len(set(self.layer_names)) == len(self.layer_names) == len(self.layers):
             raise LayoutError(f"{len(self.layer_names)} names do not name {len(self.layers)} layers")
         for name in self.layer_names:
@@ -416,6 +424,14 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         for group in self.groups:
             if not self.layers.start <= group.layers[0] <= group.layers[-1] < self.layers.stop:
                 raise LayoutError(f"group {group.name!r} has layers outside {self.layers}")
+
+    def _check_parts(self) -> None:
+        held: dict[tuple[str, int], str] = {}
+        for group in self.groups:
+            for layer in group.layers:
+                other = held.setdefault((group.whole, layer), group.name)
+                if other != group.name:
+                    raise LayoutError(f"groups {other!r} and {group.name!r} both have layer {layer} of {group.whole!r}")
 
     @property
     def regions(self) -> tuple[CacheRegion, ...]:

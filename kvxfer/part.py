@@ -104,31 +104,28 @@ class PlanPart:
     def match_tables(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
         """`match` for tables that were checked. Raises BlockError: they do not fit each other."""
         asked = _asked(tokens)
-        spans = [(0, 0)] * len(targets)
+        spans: dict[int, Span] = {}
         for channel in self._channels:
             number = channel.target_group
-            group, source = self.target.groups[number], sources[channel.source_group]
-            spans[number] = interval(group, source, targets[number], asked)
-        return Match(sources, targets, spans)
+            group = self.target.groups[number]
+            span = interval(group, sources[channel.source_group], targets[number], asked)
+            if span != spans.setdefault(number, span):
+                raise BlockError(f"the parts of group {group.whole!r} have leased different tokens")
+        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))])
 
     def sealed(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
         """As much of what `match_tables` will give as the source's blocks hold by now; it never refuses.
 
-        Only of full attention: the blocks of a window, and a state, are those of the moment in which prefill ends.
+        Only of full attention: the blocks of a window, and a state, are those of the moment in which prefill ends. Where
+        several parts of the source make a group of the target, what all of them hold.
         """
-        spans = [(0, 0)] * len(targets)
+        asked = _asked(tokens)
+        spans: dict[int, Span] = {}
         for channel in self._channels:
-            group, source, target = (
-                self.target.groups[channel.target_group],
-                sources[channel.source_group],
-                targets[channel.target_group],
-            )
-            if group.kind not in ("sliding_window", "state"):
-                start, stop = _asked(tokens) or (target.first_token, None)
-                stop = min(source.end_token, target.end_token if stop is None else min(stop, target.end_token))
-                if max(source.first_token, target.first_token) <= start < stop:
-                    spans[channel.target_group] = start, stop
-        return Match(sources, targets, spans)
+            number = channel.target_group
+            span = sealed_interval(self.target.groups[number], sources[channel.source_group], targets[number], asked)
+            spans[number] = min(span, spans.get(number, span), key=lambda span: span[1])
+        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))])
 
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
         """The runs to copy for these blocks. Arguments as of `match`.
@@ -249,6 +246,14 @@ def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | N
         number = -(-(stop - target.first_token) // target.tokens) - (start - target.first_token) // target.tokens
         raise BlockError(f"tokens {start} to {stop} fill {number} of {len(target.ids)} target blocks{where}")
     return start, stop
+
+
+def sealed_interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
+    """As much of `interval` as one block table of the source holds while it grows; (0, 0) if that is nothing."""
+    start, stop = tokens or (target.first_token, None)
+    stop = min(source.end_token, target.end_token if stop is None else min(stop, target.end_token))
+    whole = group.kind not in ("sliding_window", "state")
+    return (start, stop) if whole and max(source.first_token, target.first_token) <= start < stop else (0, 0)
 
 
 def _asked(tokens: Any) -> Tokens | None:

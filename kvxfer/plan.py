@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import IncompatibleError
@@ -67,7 +67,7 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
     for number, group in enumerate(target.groups):
         made = boxes(group, target.dtype)
         wanted = {
-            (group.name, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
+            (group.whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
             for layer, record in sorted(made)
         }
         for key, there in wanted.items():
@@ -94,7 +94,7 @@ def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
     found = []
     for number, group in enumerate(target.groups):
         for (layer, record), there in boxes(group, target.dtype).items():
-            key = (group.name, _layer_key(target, layer, by_name=by_name), record)
+            key = (group.whole, _layer_key(target, layer, by_name=by_name), record)
             if key not in held:
                 continue
             number_here, here = held[key]
@@ -108,18 +108,18 @@ def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
 # -- inside -------------------------------------------------------------------------------------------------------------
 
 _Key = tuple[str, "str | int", str]
-"""(group, layer, record)."""
+"""(group, whole; layer; record)."""
 
 _Cells = dict[_Key, tuple[int, list[Box]]]
 """The group's number, and the boxes."""
 
 
 def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
-    wanted = {group.name for group in target.groups}
+    wanted = {group.whole for group in target.groups}
     return {
-        (group.name, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
+        (group.whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
         for number, group in enumerate(spec.groups)
-        if group.name in wanted
+        if group.whole in wanted
         for (layer, record), cells in boxes(group, spec.dtype).items()
     }
 
@@ -128,17 +128,17 @@ def _missing(held: list[_Cells], target: CacheSpec, group: CacheGroup, key: _Key
     _, layer, record = key
     has = {key for cells in held for key in cells}
     names = sorted({name for name, _, _ in has})
-    if group.name not in names:
+    if group.whole not in names:
         return IncompatibleError(
-            "groups", f"no rank of the source has group {group.name!r}, only {', '.join(names) or 'none'}"
+            "groups", f"no rank of the source has group {group.whole!r}, only {', '.join(names) or 'none'}"
         )
-    others = sorted({r for name, number, r in has if (name, number) == (group.name, layer)})
+    others = sorted({r for name, number, r in has if (name, number) == (group.whole, layer)})
     if others:
         what = (
             f"{' and '.join(map(_named, others))} of layer {layer!r}{_of(target, group)}, the target {_named(record)}"
         )
         return IncompatibleError("components", f"components must be equal: the source has {what}")
-    layers = _ranges(sorted({number for name, number, _ in has if name == group.name}, key=str))
+    layers = _ranges(sorted({number for name, number, _ in has if name == group.whole}, key=str))
     return IncompatibleError(
         "layers", f"no rank of the source has layer {layer!r}{_of(target, group)}: they have {layers}"
     )
@@ -199,7 +199,7 @@ def _holders(held: list[_Cells], group: CacheGroup) -> dict[_Key, dict[int, Span
     places: dict[_Key, int] = {}
     for rank, cells in enumerate(held):
         for key, (_, made) in cells.items():
-            if key[0] == group.name:
+            if key[0] == group.whole:
                 first, *others = made
                 heads = first.heads
                 for box in others:
@@ -217,10 +217,8 @@ def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_na
         raise IncompatibleError("dtype", f"{source.dtype} cannot be converted to {target.dtype}")
     if not by_name:
         _require_equal("layers", f"{source.layers.total} in the model", f"{target.layers.total} in the model")
-    theirs = {group.name: group for group in source.groups}
-    for b in target.groups:
-        a = theirs.get(b.name)
-        if a is None:
+    for a, b in product(source.groups, target.groups):
+        if a.whole != b.whole:
             continue
         where = _of(target, b)
         _require_equal("kind", a.kind, b.kind, where)
