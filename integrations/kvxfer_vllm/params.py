@@ -3,8 +3,10 @@
 
 Parameters come from clients, so every malformed input becomes a :class:`Refused` with a named reason, never an exception.
 The keys are NixlConnector's (of pull and push), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
-which holds the lease as a JSON object. Nothing that is read from NixlConnector's keys decides which bytes move: the
-producer's grant says so. They are checked because parameters that contradict themselves deserve no trust.
+which holds the lease as a JSON object. vllm-router sends to both servers at once in its MoRI-IO mode only, and names the prefill
+server in the request's id there, by what `kvxfer_vllm.register` has registered it as. Nothing that is read from any of these
+decides which bytes move: the producer's grant says so. They are checked because parameters that contradict themselves deserve no
+trust.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from kvxfer_vllm.reasons import Refusal
 LEASE_KEY = "kvxfer"
 _MAX_BLOCK_ID = 2**31 - 1
 _MAX_KEY = 256
+_PREFILL, _DECODE = "___prefill_addr_", "___decode_addr_"  # vllm-router's marks in a request's id
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
 
 # NixlConnector's keys that a consumer must find beside the lease, with the types they may have.
@@ -93,8 +96,11 @@ class Role:
     push: bool = True
 
 
-def parse(params: object, role: Role) -> Serve | Fetch | Meet | Refused | None:
-    """What a request asks for; None means nothing at all. Never raises on any input."""
+def parse(params: object, role: Role, request_id: str = "") -> Serve | Fetch | Meet | Refused | None:
+    """What a request asks for; None means nothing at all. Never raises on any input.
+
+    ``request_id`` may name the prefill server, where the parameters have a ``transfer_id`` and name none.
+    """
     if params is None:
         return None
     if not isinstance(params, Mapping):
@@ -113,7 +119,10 @@ def parse(params: object, role: Role) -> Serve | Fetch | Meet | Refused | None:
     if prefill:
         if not role.is_consumer:
             return Refused(Refusal.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
-        told_at_once = params.get(LEASE_KEY) is None and params.get("remote_engine_id") is not None
+        no_lease = params.get(LEASE_KEY) is None
+        if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
+            params = {**params, **_named_in(request_id)}
+        told_at_once = no_lease and params.get("remote_engine_id") is not None
         # A prefill server that has blocks to name would have given a lease.
         if told_at_once and params.get("remote_block_ids") is None:
             return _meet(params, role)
@@ -128,6 +137,17 @@ def _key(params: Mapping[str, Any], make: Callable[[str], Serve | Meet]) -> Serv
     if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not key.isprintable():
         return Refused(Refusal.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters")
     return make(key)
+
+
+def _named_in(request_id: str) -> dict[str, Any]:
+    """NixlConnector's keys for the ``engine-id@host:port`` that vllm-router has put into a request's id; none if it has not."""
+    _, _, rest = request_id.partition(_PREFILL)
+    place, marked, _ = rest.partition(_DECODE)
+    owner, _, address = place.rpartition("@")
+    host, _, port = address.rpartition(":")
+    if not (marked and owner and host and re.fullmatch(r"[0-9]{1,5}", port)):
+        return {}
+    return {"remote_engine_id": owner, "remote_host": host, "remote_port": int(port)}
 
 
 def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:

@@ -109,7 +109,7 @@ class KvxferScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Judge a request's parameters once; a consumer's lease is held from here on."""
-        asked = parse(request.kv_transfer_params, self._role)
+        asked = parse(request.kv_transfer_params, self._role, request.request_id)
         if asked is not None and not isinstance(asked, Refused):
             asked = self._judge_prompt(request, asked)
         if isinstance(asked, Refused):

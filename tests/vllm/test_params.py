@@ -209,6 +209,61 @@ def test_good_ones():
     assert parse(params, CONSUMER) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
 
 
+def at_once_by_vllm_router(**changes):
+    """Parameters as vllm-router sends them to a decode server in its MoRI-IO mode, changed."""
+    keys = dict.fromkeys(("remote_engine_id", "remote_block_ids"))
+    return {"do_remote_prefill": True, "do_remote_decode": False, **keys, "transfer_id": "tx-1"} | changes
+
+
+def routed_id(place):
+    """A request's id as vLLM makes it of vllm-router's, which names the prefill server's place and the decode server's."""
+    return f"cmpl-___prefill_addr_{place}___decode_addr_-_{'0' * 32}-0-1a2b3c4d"
+
+
+@pytest.mark.parametrize(
+    ("place", "owner", "address"),
+    [
+        ("P@127.0.0.1:5600", "P", "tcp://127.0.0.1:5600"),
+        ("P@::1:5600", "P", "tcp://[::1]:5600"),
+        ("a@b@host.example:1", "a@b", "tcp://host.example:1"),
+    ],
+)
+def test_a_prefill_server_named_by_vllm_router(place, owner, address):
+    """Where the parameters name no prefill server, the request's id may; it counts for nothing where they do."""
+    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)) == Meet(owner, address, "tx-1")
+    assert parse(both(), CONSUMER, routed_id("Q@127.0.0.9:1")) == Meet("P", "tcp://127.0.0.1:5600", "t-1")
+    params = good(transfer_id="tx-1")
+    assert parse(params, CONSUMER, routed_id("Q@127.0.0.9:1")) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("127.0.0.1:8100", Refusal.NO_LEASE),  # the router's --kv-connector nixl
+        ("host:127.0.0.1,handshake:6301,notify:61005", Refusal.NO_LEASE),  # MoRIIOConnector
+        ("", Refusal.NO_LEASE),
+        ("@127.0.0.1:5600", Refusal.NO_LEASE),
+        ("P@:5600", Refusal.NO_LEASE),
+        ("P@127.0.0.1:", Refusal.NO_LEASE),
+        ("P@127.0.0.1:" + "9" * 10_000, Refusal.NO_LEASE),
+        ("P@127.0.0.1:99999", Refusal.BAD_TYPE),
+        ("P@a/b:1", Refusal.BAD_TYPE),
+        ("D@127.0.0.1:5600", Refusal.OWN_ENGINE),
+        ("P" * 100_000 + "@127.0.0.1:5600", Refusal.BAD_TYPE),
+        ("@:" * 100_000, Refusal.NO_LEASE),
+    ],
+)
+def test_a_request_id_that_names_no_prefill_server(place, reason):
+    """What cannot be an engine id and a side channel is refused by name."""
+    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)).reason is reason
+
+
+@given(request_id=st.text() | st.text().map(routed_id))
+def test_any_request_id(request_id):
+    """No request's id raises."""
+    parse(at_once_by_vllm_router(), CONSUMER, request_id)
+
+
 def test_every_key_of_nixl_connector():
     """The response has exactly the keys of vLLM's own NixlConnector, with values of the same types, and the lease."""
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
