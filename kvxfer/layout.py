@@ -346,8 +346,11 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def whole(self) -> str:
-        """The group that this is, or is a part of: its name up to a slash. However a side splits it, all parts hold the same
-        tokens of a request, of different layers, and pair with those layers of the other side."""
+        """The group that this is, or is a part of: its name up to a slash.
+
+        However a side splits a group, all parts hold the same tokens of a request, of different layers, and pair with those
+        layers of the other side.
+        """
         return self.name.partition("/")[0]
 
     @property

@@ -265,6 +265,32 @@ def encoded(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(np.clip(values, -largest, largest).astype(numpy_dtype(dtype))).view(np.uint8)
 
 
+def in_parts(rank: Rank, part_of: dict[str, list[int]]) -> Rank:
+    """The same rank with groups split: for each group the number of the part that each of its layers is in."""
+    groups, blocks = [], []
+    for group, table in zip(rank.spec.groups, rank.tables.values(), strict=True):
+        numbers = dict(zip(group.layers, part_of.get(group.name, ()), strict=False))
+        for part in sorted({numbers.get(layer, 0) for layer in group.layers}):
+            held = {layer for layer in group.layers if numbers.get(layer, 0) == part}
+            regions = [
+                msgspec.structs.replace(
+                    region,
+                    layers=(layer,),
+                    address=region.address + i * region.strides.layer,
+                    extents=msgspec.structs.replace(region.extents, layer=1),
+                )
+                for region in group.regions
+                for i, layer in enumerate(region.layers)
+                if layer in held
+            ]
+            scales = tuple(scale for scale in group.scales if scale.layer in held)
+            name = f"{group.name}/{part}" if numbers else group.name
+            groups.append(msgspec.structs.replace(group, name=name, regions=tuple(regions), scales=scales))
+            blocks.append(BlockTable(table.ids, table.first))
+    spec = msgspec.structs.replace(rank.spec, groups=tuple(groups))
+    return replace(rank, cache=KVCache(spec, rank.cache.buffers), blocks=blocks)
+
+
 # -- drawing the model --------------------------------------------------------------------------------------------------
 
 
@@ -763,6 +789,16 @@ def pair_cases(draw, *, convert: bool = False, repeats: bool = False) -> Pair:
     pair = Pair({group.name: group for group in groups}, sources, targets, tokens, spans, convert)
     _fill(pair, rng, repeats=repeats)
     return pair
+
+
+@st.composite
+def pairs_in_parts(draw) -> Pair:
+    """A pair of `pair_cases` whose ranks may have their groups in parts, each its own way."""
+    pair = draw(pair_cases())
+    numbers = st.lists(st.integers(0, 2), min_size=MAX_LAYERS, max_size=MAX_LAYERS)
+    split = st.dictionaries(st.sampled_from(sorted(pair.groups)), numbers)
+    sources, targets = ([in_parts(rank, draw(split)) for rank in side] for side in (pair.sources, pair.targets))
+    return replace(pair, sources=sources, targets=targets)
 
 
 def _subset(draw: Any, groups: list[Group]) -> list[Group]:

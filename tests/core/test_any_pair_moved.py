@@ -21,7 +21,7 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import IncompatibleError
 from kvxfer.lease import LeaseRef
 from kvxfer.route import Costs, Route
-from tests.core.pairs import pair_cases
+from tests.core.pairs import pair_cases, pairs_in_parts
 
 MANY = settings(max_examples=max(500, settings.default.max_examples))
 SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
@@ -33,8 +33,11 @@ ROUTES = [None, None, *Route]
 
 
 def sealed(rank, share: float) -> list[BlockTable]:
-    """The first blocks of each of a rank's tables."""
-    return [BlockTable(table.ids[: int(len(table.ids) * share)], table.first) for table in rank.tables.values()]
+    """The first blocks of each of a rank's tables, of each fewer than of the one before."""
+    number = len(rank.spec.groups)
+    shares = [share ** (1 + i / number) for i in range(number)]
+    tables = [rank.tables[group.whole] for group in rank.spec.groups]
+    return [BlockTable(t.ids[: int(len(t.ids) * s)], t.first) for t, s in zip(tables, shares, strict=True)]
 
 
 def move(pair, agent: str, route: Route | None, seals: tuple[list[float], ...] = ([],)) -> None:
@@ -103,13 +106,20 @@ def test_any_cache_is_read_into_any_other(pair, route):
 
 @settings(max_examples=max(200, settings.default.max_examples // 4))
 @given(
-    pair_cases(),
+    pairs_in_parts(),
     st.sampled_from(ROUTES),
     st.lists(st.lists(st.floats(0, 1), max_size=4).map(sorted), min_size=1, max_size=3),
 )
 def test_it_may_be_read_while_it_is_made(pair, route, seals):
-    """A read that begins before all blocks are complete, rank by rank at its own pace, brings the same bytes and no others."""
+    """A read that begins before all blocks are complete, rank by rank and part by part at its own pace, brings the same bytes and no others."""
     move(pair, "inproc", route, tuple(seals))
+
+
+@settings(max_examples=max(200, settings.default.max_examples // 4))
+@given(pairs_in_parts(), st.sampled_from(ROUTES))
+def test_groups_may_be_split(pair, route):
+    """How a rank splits its groups into parts is its own affair: what arrives is what arrives between whole groups."""
+    move(pair, "inproc", route)
 
 
 @settings(max_examples=max(100, settings.default.max_examples // 10))

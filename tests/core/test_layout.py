@@ -204,6 +204,7 @@ def test_groups_that_contradict_their_regions_are_refused(changes, reason):
     [
         ({"groups": ()}, "there must be 1 to 64"),
         ({"groups": (group(), group())}, "same name"),
+        ({"groups": (group(name="0/a"), group(name="0/b"))}, "'0/a' and '0/b' both have layer 0 of '0'"),
         ({"groups": tuple(group(name=str(i)) for i in range(65))}, "there must be 1 to 64"),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"dtype": "float32", "groups": (group(regions=(region(content_nbytes=14),)),)}, "no whole number of float32"),

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvxfer.blocks import tables
 from kvxfer.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
@@ -491,3 +492,35 @@ def test_a_part_keeps_a_bounded_number_of_grains(monkeypatch):
             match = part.match([1], [2], tokens=(start, stop))
             assert part.copies(match) and part.runs(match)[1] == 2 * 2 * (stop - start) * 8 * 2
             assert len(part._nests) <= 8
+
+
+def test_parts_of_a_group_lease_the_same_tokens():
+    """While prefill runs, a whole group gets what all parts of it hold; when all is leased, parts that differ are refused."""
+    cache, _ = KVCache.allocate("HND", layers=2, blocks=4, heads=1, block_tokens=4, head_dim=8)
+    (whole,) = cache.spec.groups
+    (region,) = whole.regions
+    parts = tuple(
+        msgspec.structs.replace(
+            whole,
+            name=f"{whole.name}/{layer}",
+            regions=(
+                msgspec.structs.replace(
+                    region,
+                    layers=(layer,),
+                    address=region.address + layer * region.strides.layer,
+                    extents=msgspec.structs.replace(region.extents, layer=1),
+                ),
+            ),
+        )
+        for layer in (0, 1)
+    )
+    (part,) = plan(msgspec.structs.replace(cache.spec, groups=parts), cache.spec).parts
+    source, target = tables(part.source, [[0, 1, 2], [0]]), tables(part.target, [0, 1, 2])
+    assert part.sealed(source, target).tokens == [(0, 4)]
+    assert part.sealed(source[::-1], target).tokens == [(0, 4)]
+    assert part.sealed(tables(part.source, [[0, 1], []]), target).tokens == [(0, 0)]
+    assert part.match([[0, 1, 2]] * 2, [0, 1, 2]).tokens == [(0, 12)]
+    larger, _ = KVCache.allocate("HND", layers=2, blocks=2, heads=1, block_tokens=8, head_dim=8)
+    (part,) = plan(part.source, larger.spec).parts
+    with pytest.raises(BlockError, match="the parts of group '0' have leased different tokens"):
+        part.match([[0, 1, 2, 3], [0, 1, 2]], [0, 1])
