@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, Protocol, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 
+@runtime_checkable
 class Completion(Protocol):
-    """A copy that may still be running. Any thread may ask."""
+    """Something that a device may still be doing, such as a copy or a kernel. Any thread may ask."""
 
     @property
     def done(self) -> bool:
-        """The copy has ended; its bytes are in place unless `wait` raises."""
+        """It has ended; its bytes are in place unless `wait` raises."""
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until it has ended, at most ``timeout_s``; returns `done`. Raises what made the copy fail."""
+        """Block until it has ended, at most ``timeout_s``; returns `done`. Raises what made it fail."""
 
 
 class _Finished:

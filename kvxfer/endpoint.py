@@ -20,6 +20,7 @@ from kvxfer import registry
 from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
 from kvxfer.agent import TransferAgent
 from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
+from kvxfer.buffer import Completion
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.control import ControlChannel
@@ -163,7 +164,7 @@ class Endpoint:
         self._command(lambda now: self._producer.announce(token, request, now))
         return ref
 
-    def offer(self, ref: LeaseRef, blocks: Any) -> None:
+    def offer(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
         """The announced lease's blocks are complete. They must not change until the lease's end event.
 
         Exactly one of LeaseSettled, LeaseExpired, LeaseRevoked follows, ``lease_s`` from now at the latest unless a
@@ -172,14 +173,18 @@ class Endpoint:
         Args:
             blocks: block ids per cache group in token order, or a `BlockTable` where they do not begin with the first
                 token; the plain sequence or table for a cache of one group.
+            after: what devices are still doing to these blocks (`Completion`, such as an event that was recorded behind
+                the kernels): nobody may read them before it has ended, and if it fails the lease is revoked. Asked by
+                kvxfer's own thread, every millisecond at first. By default the blocks are complete now.
 
         Raises:
             BlockError: not blocks of this cache.
+            ConfigError: something in ``after`` is no `Completion`.
             LeaseRefError: ``ref`` is none.
         """
         raw, firsts = self._on_the_wire(blocks)
-        token, request = _checked(ref).token, ref.request
-        if not self._command(lambda now: self._producer.offer(token, raw, now, firsts)):
+        token, request, ends = _checked(ref).token, ref.request, _completions(after)
+        if not self._command(lambda now: self._producer.offer(token, raw, now, firsts, ends)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def join(self, addresses: Sequence[str]) -> None:
@@ -201,7 +206,7 @@ class Endpoint:
             raise ConfigError(f"{len(checked)} addresses for {self.cache.spec.world} ranks")
         self._command(lambda _: self._producer.joined(checked))
 
-    def seal(self, ref: LeaseRef, blocks: Any) -> None:
+    def seal(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
         """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
 
         They must not change until the lease's end event, as if they were offered. To be called as often as there are more, and
@@ -210,14 +215,16 @@ class Endpoint:
 
         Args:
             blocks: as of `offer`: all that are complete by now, with those that were sealed before.
+            after: as of `offer`; what is sealed later, and the offer, count after it too.
 
         Raises:
             BlockError: not blocks of this cache.
+            ConfigError: something in ``after`` is no `Completion`.
             LeaseRefError: ``ref`` is none.
         """
         raw, firsts = self._on_the_wire(blocks)
-        token = _checked(ref).token
-        self._command(lambda _: self._producer.seal(token, raw, firsts))
+        token, ends = _checked(ref).token, _completions(after)
+        self._command(lambda now: self._producer.seal(token, raw, now, firsts, ends))
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `offer` in one: blocks that are complete already."""
@@ -529,6 +536,17 @@ def _checked(ref: LeaseRef) -> LeaseRef:
     if not isinstance(ref, LeaseRef):
         raise LeaseRefError(f"a lease is a LeaseRef, not {type(ref).__name__}")
     return LeaseRef.from_obj(ref.to_obj())
+
+
+def _completions(after: Any) -> tuple[Completion, ...]:
+    try:
+        ends = tuple(after)
+    except TypeError:
+        ends = (after,)
+    for each in ends:
+        if not isinstance(each, Completion):
+            raise ConfigError(f"what blocks are complete after must be able to say done and wait: {each!r:.200}")
+    return ends
 
 
 def _casts(cache: KVCache) -> frozenset[str]:

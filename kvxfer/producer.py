@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
+from kvxfer.gate import Gate
 from kvxfer.lease import Holder, Lease, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
@@ -35,6 +36,7 @@ from kvxfer.wire import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvxfer.buffer import Completion
     from kvxfer.config import Settings
     from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
@@ -79,6 +81,7 @@ class Producer:
         self._holders: OrderedDict[bytes, Holder] = OrderedDict()
         self._connections: dict[Holder, bytes] = {}
         self._chunks: dict[PackKey, _Chunks] = {}
+        self._gate = Gate(lambda token, why: self.revoke(token, why[:1024]))
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
@@ -86,8 +89,18 @@ class Producer:
         """See `LeaseTable.announce`."""
         self._table.announce(token, request, now)
 
-    def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> None:
-        """Blocks of an announced lease are complete; a consumer that waits for them gets its grant."""
+    def offer(
+        self,
+        token: str,
+        blocks: Sequence[bytes],
+        now: float,
+        first_tokens: Sequence[int] = (),
+        after: Sequence[Completion] = (),
+    ) -> None:
+        """Blocks of an announced lease are complete after that; a consumer that waits for them gets its grant."""
+        self._gate.then(token, after, lambda now: self._offer(token, blocks, now, first_tokens), now)
+
+    def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
         twice = self._table.offered(token)
         try:
             lease = self._table.offer(token, blocks, now, first_tokens)
@@ -101,8 +114,18 @@ class Producer:
             self._table.open(token, holder, now)
         self._tell(lease, self._grant(lease))
 
-    def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> None:
-        """Some blocks of an announced lease are complete: who waits for them may begin to read."""
+    def seal(
+        self,
+        token: str,
+        blocks: Sequence[bytes],
+        now: float,
+        first_tokens: Sequence[int] = (),
+        after: Sequence[Completion] = (),
+    ) -> None:
+        """Some blocks of an announced lease are complete after that: who waits for them may begin to read."""
+        self._gate.then(token, after, lambda _: self._seal(token, blocks, first_tokens), now)
+
+    def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
         try:
             lease = self._table.seal(token, blocks, first_tokens)
         except LeaseError as error:
@@ -143,7 +166,8 @@ class Producer:
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """End what has expired."""
+        """End what has expired, and learn what devices have written."""
+        self._gate.tick(now)
         for lease in self._table.expire(now):
             why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
             self._tell(lease, Revoked(token=lease.token, reason=why))
@@ -153,7 +177,8 @@ class Producer:
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
-        return self._table.next_deadline()
+        times = [at for at in (self._gate.next_deadline(), self._table.next_deadline()) if at is not None]
+        return min(times, default=None)
 
     def close(self) -> None:
         """End every lease; consumers that hold one are told."""
@@ -162,6 +187,7 @@ class Producer:
             self._unstage(lease)
             if lease.offered:
                 self._end(LeaseRevoked(lease.token, lease.request), "revoked")
+        self._gate.close()
 
     # -- consumers --------------------------------------------------------------------------------------------------
 

@@ -276,6 +276,58 @@ def test_blocks_arrive_while_prefill_runs(pair):
     assert sink.endpoint.metrics.value("kvxfer_early_bytes_total") == early
 
 
+class Writing(threading.Thread):
+    """Work that goes on beside the engine, as a device's does; says done when all is written."""
+
+    def __init__(self, write):
+        super().__init__(daemon=True)
+        self.write, self.ended = write, threading.Event()
+        self.start()
+
+    def run(self):
+        self.write()
+        self.ended.set()
+
+    @property
+    def done(self):
+        return self.ended.is_set()
+
+    def wait(self, timeout_s=None):
+        return self.ended.wait(timeout_s)
+
+
+def test_blocks_arrive_as_a_device_has_written_them(pair):
+    """Blocks that are sealed and offered while something still writes them are read as it leaves them."""
+    source, sink = pair
+    ref = source.endpoint.announce()
+    transfer = sink.endpoint.read(ref, [7, 8])
+    hold = threading.Event()
+
+    def write(block, value):
+        for layer in source.layers.values():
+            layer[block] = 0
+        hold.wait(10)
+        for layer in source.layers.values():
+            layer[block] = value
+
+    source.endpoint.seal(ref, [1], after=[Writing(lambda: write(1, 11))])
+    source.endpoint.offer(ref, [1, 2], after=Writing(lambda: write(2, 22)))
+    assert not transfer.wait(0.3)
+    hold.set()
+    assert transfer.wait(5)
+    assert [set(layer[block].ravel()) for layer in sink.layers.values() for block in (7, 8)] == [{11}, {22}] * 2
+
+
+@pytest.mark.parametrize("after", [[None], "now", 3, [object()]])
+def test_what_blocks_are_complete_after_is_checked(pair, after):
+    """Something that cannot say when it has ended is the caller's mistake, and neither sealed nor offered behind."""
+    source, _ = pair
+    ref = source.endpoint.announce()
+    for call in (source.endpoint.seal, source.endpoint.offer):
+        with pytest.raises(ConfigError, match="able to say done and wait"):
+            call(ref, [1], after=after)
+
+
 def test_a_request_that_both_were_told_of(pair):
     """The consumer reads by a reference of its own making, before the producer has made the same one."""
     source, sink = pair

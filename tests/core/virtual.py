@@ -203,11 +203,11 @@ class Node:
         self.perform()
         return ref
 
-    def offer(self, ref: LeaseRef, *blocks: int) -> None:
+    def offer(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
         for block in blocks[len(self.sealed.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
         self.offered[ref.token] = blocks
-        self.producer.offer(ref.token, block_bytes(*blocks), self.world.now)
+        self.producer.offer(ref.token, block_bytes(*blocks), self.world.now, after=after)
         self.perform()
 
     def lease(self, *blocks: int) -> LeaseRef:
@@ -215,11 +215,11 @@ class Node:
         self.offer(ref, *blocks)
         return ref
 
-    def seal(self, ref: LeaseRef, *blocks: int) -> None:
+    def seal(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
         for block in blocks[len(self.sealed.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
         self.sealed[ref.token] = blocks
-        self.producer.seal(ref.token, block_bytes(*blocks))
+        self.producer.seal(ref.token, block_bytes(*blocks), self.world.now, after=after)
         self.perform()
 
     def revoke(self, ref: LeaseRef) -> None:
