@@ -87,8 +87,9 @@ def test_a_client_that_leaves(routed):
 
 
 def test_what_the_servers_refuse(routed):
-    """A prompt that is too long is an error, and the next request is served."""
-    assert routed.router.ask(routed.lab.prompt(4200), max_tokens=4, timeout_s=60).status == 500
+    """A prompt that is too long is the client's error, in the server's words, and the next request is served."""
+    answer = routed.router.ask(routed.lab.prompt(4200), max_tokens=4, timeout_s=60)
+    assert answer.status == 400 and "maximum context length" in answer.body
     prompt = routed.lab.prompt(100)
     assert routed.router.ask(prompt, max_tokens=4).tokens == routed.lab.expect(prompt, 4)
 
