@@ -52,7 +52,8 @@ class Gate:
         """Do what has waited long enough."""
         if now < self._ask_at:
             return
-        if any([self._turn(token, now) for token in list(self._waiting)]):
+        moved = [self._turn(token, now) for token in list(self._waiting)]
+        if any(moved):
             self._since = now
         self._ask_at = now + min(max((now - self._since) * _SHARE, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 

@@ -92,7 +92,7 @@ class KvxferConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
         self._options = Options.parse(transfer.kv_connector_extra_config)
-        refuse_unsupported(vllm_config, kv_cache_config)
+        refuse_unsupported(vllm_config, kv_cache_config, layer_by_layer=self._options.granularity == "layer")
         if not transfer.engine_id:
             raise ConfigError("KvxferConnector needs an engine_id")
         # vLLM adds layers that share another's cache to the groups later; only owners are transferred.
@@ -170,7 +170,7 @@ class KvxferConnector(KVConnectorBase_V1):
         from kvxfer_vllm.launch import start_endpoint  # noqa: PLC0415
 
         endpoint = start_endpoint(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
-        self._worker = KvxferWorker(endpoint)
+        self._worker = KvxferWorker(endpoint, self._options.parts(self._layer_names))
         self._handshake = KvxferHandshake(endpoint.address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -195,11 +195,18 @@ class KvxferConnector(KVConnectorBase_V1):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request is scheduled only after its whole prompt was loaded."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: object, **kwargs: Any) -> None:
-        """Nothing: consumers read the blocks where they are."""
+    def save_kv_layer(self, layer_name: str, *_: object, **kwargs: Any) -> None:  # noqa: ARG002
+        """Nothing is saved: with granularity "layer" consumers may read a part of the layers when its last one was computed."""
+        if self._worker is not None:
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing: see :meth:`save_kv_layer`."""
+        """Nothing: consumers read the blocks where they are."""
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """With granularity "layer": a graph of the whole model would be replayed without :meth:`save_kv_layer`."""
+        return Options.parse(extra_config).granularity == "layer"
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
         """See :meth:`KvxferWorker.results`."""

@@ -34,6 +34,7 @@ def describe_cache(
     tp_rank: int,
     fingerprint: str,
     instruction_set: str = "",
+    parts: Sequence[Sequence[str]] = (),
 ) -> KVCache:
     """The cache of one rank as kvxfer sees it; nothing is copied.
 
@@ -46,6 +47,7 @@ def describe_cache(
         fingerprint: see :func:`kvxfer_vllm.support.model_fingerprint`.
         instruction_set: of vLLM's CPU attention. Those whose order within a block is not known here make it part of the
             fingerprint, with the block size: blocks are then moved whole, between two servers that agree.
+        parts: of the layers, if there are several that become complete one after the other; each gets a block table.
 
     Raises:
         ConfigError: the tensors do not hold the blocks of the block table.
@@ -59,10 +61,10 @@ def describe_cache(
                 f"{name} has {tensor.shape[0]} blocks of {tensor.shape[2]} tokens, the block table"
                 f" {kv_cache_config.num_blocks} of {block_tokens(kv_cache_config)}"
             )
-    parts: Mapping[str, Any] = layers
+    arrays: Mapping[str, Any] = layers
     components: tuple[str, ...] = ("kv",)
     if instruction_set == "vec":
-        parts = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
+        arrays = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
         components = ("k", "v")
     elif instruction_set:
         fingerprint += f" stored for {instruction_set} in blocks of {block_tokens(kv_cache_config)}"
@@ -73,9 +75,10 @@ def describe_cache(
         # Fewer heads than ranks: consecutive ranks hold copies of the same head.
         start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
     return KVCache.from_layers(
-        parts,
+        arrays,
         block_tokens=block_tokens(kv_cache_config),
         components=components,
+        groups={f"0/{number}": names for number, names in enumerate(parts)} if len(parts) > 1 else None,
         heads_total=total,
         head_start=start,
         fingerprint=fingerprint,
@@ -135,6 +138,7 @@ def start_endpoint(
         tp_rank=tp_rank,
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
         instruction_set=_instruction_set(vllm_config, kv_cache_config),
+        parts=options.parts(layer_names),
     )
     engine_id = vllm_config.kv_transfer_config.engine_id
     endpoint = Endpoint(

@@ -27,10 +27,11 @@ class Read:
 
 @dataclass(frozen=True)
 class Seal:
-    """When this step has been computed, these first blocks of a prefill that goes on are complete."""
+    """When this step has been computed, these first blocks of a prefill that goes on are complete; ``before`` of them are now."""
 
     lease: LeaseRef
     blocks: list[int]
+    before: int
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from kvxfer.config import Settings
@@ -25,6 +26,9 @@ _FROM_NIXL = {
 }
 
 _MODES = ("auto", "push", "pull")
+_GRANULARITIES = ("chunk", "layer")
+_MOST_PARTS = 8
+"""Into which layers are split: each part costs a message in each step that computes some of a prefill."""
 _SECONDS = (
     "lease_seconds",
     "announce_seconds",
@@ -45,7 +49,9 @@ class Options:
         agent_options: further options of the adapter.
         mode: ``"auto"`` takes each request as it comes: sent to one server after the other, or to both at once, and then its
             blocks leave while prefill runs. ``"push"`` means the same. ``"pull"`` knows the first way only.
-        granularity: how much is complete at a time while prefill runs: ``"chunk"``, what one engine step computes.
+        granularity: how much is complete at a time while prefill runs: ``"chunk"``, what one engine step computes; or
+            ``"layer"``, and of that an eighth of the layers after the other while the step runs. To be set on both servers:
+            a decode server that is not told reads as with ``"chunk"``.
         lease_seconds: producer: how long finished blocks wait for a consumer that does not renew.
         announce_seconds: producer: how long prefill may take, from the arrival of the request on.
         match_seconds: producer: how long a decode server that comes first is kept a place.
@@ -90,10 +96,13 @@ class Options:
             raise ConfigError(
                 f"kv_connector_extra_config: mode {values['mode']!r} is unknown; known are {', '.join(_MODES)}"
             )
-        if values.get("granularity", "chunk") != "chunk":
+        granularity = values.get("granularity", "chunk")
+        if granularity not in _GRANULARITIES:
             raise ConfigError(
-                f"kv_connector_extra_config: granularity {values['granularity']!r} is not supported; only 'chunk' is"
+                f"kv_connector_extra_config: granularity {granularity!r} is unknown; known are {', '.join(_GRANULARITIES)}"
             )
+        if granularity == "layer" and values.get("mode") == "pull":
+            raise ConfigError("kv_connector_extra_config: granularity 'layer' is for mode 'auto' or 'push', not 'pull'")
         backends = values.get("backends", ())
         if not isinstance(backends, (list, tuple)) or not all(isinstance(name, str) for name in backends):
             raise ConfigError(f"kv_connector_extra_config: backends must be a list of strings, not {backends!r}")
@@ -106,6 +115,12 @@ class Options:
             if seconds is not None and not (number and math.isfinite(seconds) and seconds > 0):
                 raise ConfigError(f"kv_connector_extra_config: {name} must be a positive number, not {seconds!r}")
         return cls(**values)
+
+    def parts(self, layer_names: Sequence[str]) -> list[list[str]]:
+        """Layers as they become complete together: neighbours, all parts of nearly equal size."""
+        number = min(len(layer_names), _MOST_PARTS) if self.granularity == "layer" else 1
+        bounds = [len(layer_names) * i // number for i in range(number + 1)]
+        return [list(layer_names[start:stop]) for start, stop in pairwise(bounds)]
 
     def for_agent(self) -> dict[str, Any]:
         """Options of the adapter, ``backends`` among them where it was given."""

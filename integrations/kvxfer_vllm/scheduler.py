@@ -271,8 +271,8 @@ class KvxferScheduler:
         num_tokens = min(num_computed + output.num_scheduled_tokens.get(request_id, 0), serving.lease.num_tokens)
         complete = num_tokens // self._block_tokens
         if serving.sealed < complete <= len(serving.blocks):
+            self._step.seal.append(Seal(serving.lease, serving.blocks[:complete], serving.sealed))
             serving.sealed = complete
-            self._step.seal.append(Seal(serving.lease, serving.blocks[:complete]))
 
     def _judge_prompt(self, request: Request, asked: Serve | Fetch | Meet) -> Serve | Fetch | Refused:
         """What only the request itself, and the other requests, can tell about its parameters."""

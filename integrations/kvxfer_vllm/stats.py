@@ -25,6 +25,7 @@ COUNTERS = {
     "revoked_leases": "Leases of this producer that were taken back, e.g. because the client had gone.",
     "unread_leases": "Leases of this producer that their holder gave back unread, e.g. after a local prefix hit.",
     "early_bytes": "Bytes of finished reads that were here before their prefill had ended.",
+    "early_seals": "Times that blocks were made readable while the step that computes them went on (granularity layer).",
     "fences": "Times the transfer agent was torn down to stop late writes.",
     "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
     "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",

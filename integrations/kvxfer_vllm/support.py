@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
-def refuse_unsupported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def refuse_unsupported(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, layer_by_layer: bool = False
+) -> None:
     """Check everything that can be known before the caches are allocated.
+
+    Args:
+        layer_by_layer: layers are to be told complete while a step runs, for which vLLM has to call a hook in each.
 
     Raises:
         ConfigError: this server's configuration is not supported; the message says what and what would be.
     """
-    for reason in _reasons(vllm_config, kv_cache_config):
+    reasons = _reasons(vllm_config, kv_cache_config)
+    for reason in (*reasons, *(_no_layers(vllm_config) if layer_by_layer else ())):
         raise ConfigError(f"KvxferConnector does not support {reason}")
 
 
@@ -53,6 +59,15 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         for spec in _specs(group.kv_cache_spec):
             if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
                 yield f"layers with {type(spec).__name__} yet, only full attention and MLA"
+
+
+def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
+    # vLLM takes PIECEWISE where requires_piecewise_for_cudagraph says so, but not for a mode that is set after that.
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.has_full_cudagraphs():
+        yield f"granularity 'layer' with cudagraph_mode {mode.name}, whose graphs call no hook; use PIECEWISE or 'chunk'"
+    if vllm_config.parallel_config.use_ubatching:
+        yield "granularity 'layer' with micro-batches, which compute each layer several times in a step; use 'chunk'"
 
 
 def _specs(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:

@@ -54,10 +54,10 @@ class EndpointLike(Protocol):
     def announce(self, ref: LeaseRef) -> object:
         """Make a token known."""
 
-    def seal(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+    def seal(self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]]) -> None:
         """Give the blocks of an announced lease that are complete so far."""
 
-    def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+    def offer(self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]]) -> None:
         """Give the blocks of an announced lease."""
 
     def revoke(self, ref: LeaseRef) -> None:
@@ -66,7 +66,9 @@ class EndpointLike(Protocol):
     def hold(self, ref: LeaseRef) -> None:
         """Open a lease and renew it."""
 
-    def read(self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None]) -> Transfer:
+    def read(
+        self, ref: LeaseRef, into: Sequence[int] | Sequence[Sequence[int]], *, tokens: tuple[int, int | None]
+    ) -> Transfer:
         """Start reading a lease."""
 
     def drop(self, ref: LeaseRef) -> None:
@@ -84,10 +86,15 @@ class KvxferWorker:
 
     Args:
         endpoint: of this rank. Closed by :meth:`shutdown`.
+        parts: names of layers, as the groups of the endpoint's cache hold them; one part for all by default.
     """
 
-    def __init__(self, endpoint: EndpointLike) -> None:
+    def __init__(self, endpoint: EndpointLike, parts: Sequence[Sequence[str]] = ()) -> None:
         self._endpoint = endpoint
+        self._parts: Sequence[Sequence[str]] = parts or [()]
+        self._part_of = {name: number for number, names in enumerate(self._parts) for name in names}
+        self._to_compute: list[set[str]] = []
+        """Of each part, the layers that this step has not computed yet."""
         self._loading: dict[str, Read] = {}
         self._transfers: dict[Transfer, str] = {}
         self._sending: dict[str, str] = {}
@@ -106,6 +113,7 @@ class KvxferWorker:
         """Carry out one step's orders. Never raises: an order that fails ends its request's transfer."""
         self._seal()
         self._to_seal = step.seal
+        self._to_compute = [set(names) for names in self._parts] if len(self._parts) > 1 and step.seal else []
         self._idle = step.idle
         self._each(step.announce, self._endpoint.announce, "announce")
         self._each(step.offer, self._offer, "offer")
@@ -128,14 +136,35 @@ class KvxferWorker:
             self.stats.count("hook_errors", label=name)
             logger.exception("Cannot %s %r", name, order)
 
+    def layer_computed(self, name: str) -> None:
+        """A step has computed a layer, in host memory, which is all that is supported. Never raises."""
+        if not self._to_compute:
+            return
+        part = self._part_of.get(name)
+        if part is None or name not in self._to_compute[part]:
+            return  # one that shares the cache of another, or a layer that is computed again
+        left = self._to_compute[part]
+        left.remove(name)
+        if not left and any(self._to_compute):
+            self._each(self._to_seal, self._seal_parts, "seal")
+
+    def _seal_parts(self, seal: Seal) -> None:
+        tables = [seal.blocks[: seal.before] if left else seal.blocks for left in self._to_compute]
+        self._endpoint.seal(seal.lease, tables)
+        self.stats.count("early_seals")
+
     def _seal(self) -> None:
         """A step has been computed, so what it was to fill is complete: in host memory, which is all that is supported."""
-        seals, self._to_seal = self._to_seal, ()
-        self._each(seals, lambda seal: self._endpoint.seal(seal.lease, seal.blocks), "seal")
+        seals, self._to_seal, self._to_compute = self._to_seal, (), []
+        self._each(seals, lambda seal: self._endpoint.seal(seal.lease, self._tables(seal.blocks)), "seal")
+
+    def _tables(self, blocks: list[int]) -> Sequence[int] | Sequence[Sequence[int]]:
+        """The same blocks for each part of the layers."""
+        return blocks if len(self._parts) == 1 else [blocks] * len(self._parts)
 
     def _offer(self, offer: Offer) -> None:
         try:
-            self._endpoint.offer(offer.lease, offer.blocks)
+            self._endpoint.offer(offer.lease, self._tables(offer.blocks))
         except BaseException:
             self._sent_at_once.add(offer.request_id)
             raise
@@ -143,7 +172,7 @@ class KvxferWorker:
 
     def _read(self, read: Read) -> None:
         try:
-            transfer = self._endpoint.read(read.lease, read.blocks, tokens=(read.first_token, None))
+            transfer = self._endpoint.read(read.lease, self._tables(read.blocks), tokens=(read.first_token, None))
         except BaseException as error:
             self._fail(read, type(error).__name__)
             self._failed_at_once.add(read.request_id)

@@ -48,7 +48,7 @@ from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from kvxfer_vllm.connector import KvxferConnector
@@ -214,10 +214,13 @@ class Engine:
             self.worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.cache_config)
         if endpoint is not None:
             endpoint.kv = list(self.kv.values())
-            self.kvxfer._worker = KvxferWorker(endpoint)
+            options = self.kvxfer._options
+            self.kvxfer._worker = KvxferWorker(endpoint, options.parts(self.kvxfer._layer_names))
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.stats: dict[str, Any] = {}
         self.computed_tokens = 0
+        self.after_layer: Callable[[str], object] = lambda _: None
+        """Called in each step that computes something, after each layer."""
         self._connector_class = type(self.worker)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
 
@@ -284,8 +287,8 @@ class Engine:
         """Schedule, compute, report; returns the number of tokens computed."""
         scheduled = self.scheduler.schedule()
         self.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
-        sampled = self._forward(scheduled.num_scheduled_tokens)
         self.worker.start_load_kv(None)
+        sampled = self._forward(scheduled.num_scheduled_tokens)
         self.worker.wait_for_save()
         results = self.worker.get_transfer_results(scheduled.finished_req_ids)
         said = KVConnectorOutput(
@@ -319,23 +322,32 @@ class Engine:
 
     def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
         sampled = {}
+        for depth, name in enumerate(self.kv if scheduled else ()):
+            self.worker.wait_for_layer_load(name)
+            for request_id, count in scheduled.items():
+                self._compute(depth, self.kv[name], self.scheduler.requests[request_id], count)
+            self.worker.save_kv_layer(name, self.kv[name], None)
+            self.after_layer(name)
         for request_id, count in scheduled.items():
             request = self.scheduler.requests[request_id]
             (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
-            stop = request.num_computed_tokens  # vLLM has advanced it already
-            tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop], dtype=torch.float32)
-            positions = torch.arange(stop - count, stop)
-            rows = torch.tensor(blocks)[positions // BLOCK_TOKENS]
-            salt = float(request.lora_request.lora_int_id) if request.lora_request else 0.0
-            for depth, layer in enumerate(self.kv.values()):
-                values = tokens * 8192 + positions + depth * 0.25 + salt * 0.5
-                layer[rows, :, positions % BLOCK_TOKENS, :] = values[:, None, None]
+            stop = request.num_computed_tokens
             self.computed_tokens += count
             if stop >= request.num_tokens:
                 sampled[request_id] = [self._sample(blocks, stop)]
             else:
                 sampled[request_id] = []
         return sampled
+
+    def _compute(self, depth: int, layer: torch.Tensor, request: Request, count: int) -> None:
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        stop = request.num_computed_tokens  # vLLM has advanced it already
+        tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop], dtype=torch.float32)
+        positions = torch.arange(stop - count, stop)
+        rows = torch.tensor(blocks)[positions // BLOCK_TOKENS]
+        salt = float(request.lora_request.lora_int_id) if request.lora_request else 0.0
+        values = tokens * 8192 + positions + depth * 0.25 + salt * 0.5
+        layer[rows, :, positions % BLOCK_TOKENS, :] = values[:, None, None]
 
     def _sample(self, blocks: list[int], num_tokens: int) -> int:
         used = blocks[: -(-num_tokens // BLOCK_TOKENS)]

@@ -10,7 +10,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import registry
+from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
+from kvxfer_vllm.metadata import KvxferMetadata, Seal
+from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -44,17 +47,22 @@ def loaded(consumer):
     return sum(reading.nbytes for reading in consumer.kvxfer._worker._endpoint._data._readings.values())
 
 
+LAYER = {"granularity": "layer"}
 BLOCK_NBYTES = 2 * 2 * BLOCK_TOKENS * 8 * 4  # layers, heads, tokens, content, float32
 
 
 @pytest.mark.parametrize("agent", ["inproc", "nixl"])
 @pytest.mark.parametrize("first", ["P", "D"])
 @pytest.mark.parametrize("length", [1, 33, 700, 3000])
-def test_tokens_equal_those_of_one_engine(engines, agent, first, length):
-    """Whichever server begins, and whatever the length, the tokens are those of KV computed here."""
+@pytest.mark.parametrize(
+    "granularity", [("chunk", "chunk"), ("layer", "layer"), ("layer", "chunk"), ("chunk", "layer")]
+)
+def test_tokens_equal_those_of_one_engine(engines, agent, first, length, granularity):
+    """Whichever server begins, however long the prompt, and whatever each side tells at a time: tokens as of one engine."""
     if registry.why_unavailable(agent):
         pytest.skip(registry.why_unavailable(agent))
-    producer, consumer = pair_of(engines, agent)
+    theirs, mine = ({"granularity": each} for each in granularity)
+    producer, consumer = pair_of(engines, agent, producer=theirs, consumer=mine)
     prompt, key = prompt_of(length), {"transfer_id": "t-1"}
     for engine in (producer, consumer) if first == "P" else (consumer, producer):
         if engine is producer:
@@ -91,6 +99,64 @@ def test_most_bytes_are_across_before_the_last_chunk(engines):
     assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
     assert consumer.stats["early_bytes"] >= 0.8 * total
     drain(producer, consumer)
+
+
+def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
+    """With granularity "layer" blocks leave while the step that computes them goes on, and no layer before its time."""
+    producer, consumer = pair_of(engines, producer=LAYER, consumer=LAYER)
+    prompt, arrived = prompt_of(1000), []
+    producer.add("p-11111111", prompt, P_PARAMS)
+    consumer.add("p-22222222", prompt, where(producer), max_tokens=2)
+    consumer.step()
+    half = BLOCK_NBYTES // 2
+    first, last = producer.kv
+
+    def after_layer(name):
+        before = 512 // BLOCK_TOKENS if arrived else 0
+        now = (1000 if arrived else 512) // BLOCK_TOKENS
+        if name == first:
+            eventually(lambda: loaded(consumer) == (before + now) * half)
+        else:
+            assert loaded(consumer) == (before + now) * half  # the step is not over yet
+            arrived.append(name)
+
+    producer.after_layer = after_layer
+    producer.step()
+    eventually(lambda: loaded(consumer) == 512 // BLOCK_TOKENS * BLOCK_NBYTES)
+    producer.run_until_answered("p-11111111")
+    assert arrived == [last, last] and producer.kvxfer._worker.stats.is_empty()
+    producer.step()
+    consumer.run()
+    assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
+    assert producer.stats["early_seals"] == 2
+    drain(producer, consumer)
+
+
+def test_layers_in_any_order_and_again():
+    """A part is told complete when the last of its layers is, whichever that is; what is no layer of ours changes nothing."""
+    endpoint = ScriptedEndpoint()
+    worker = KvxferWorker(endpoint, [["a", "b"], ["c"]])
+    lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
+
+    def step(*names):
+        worker.follow(KvxferMetadata(seal=[Seal(lease, [7, 8, 9], 1)]))
+        for name in names:
+            worker.layer_computed(name)
+        sealed = [blocks for _, _, blocks in endpoint.calls]
+        worker.results()
+        assert endpoint.calls[-1] == ("seal", lease.token, [[7, 8, 9]] * 2)
+        endpoint.calls.clear()
+        return sealed
+
+    assert step("b", "b", "shares", "a", "c") == [[[7, 8, 9], [7]]]
+    assert step("c", "a", "b") == [[[7], [7, 8, 9]]]
+    assert step("a") == step() == []
+    worker.layer_computed("c")
+    assert endpoint.calls == []
+    endpoint.raises["seal"] = RuntimeError("on purpose")
+    worker.follow(KvxferMetadata(seal=[Seal(lease, [7], 0)]))
+    worker.layer_computed("c")
+    assert worker.stats.data["hook_errors"] == {"seal": 1}
 
 
 def test_a_request_id_is_key_enough(engines):
@@ -154,9 +220,11 @@ def test_a_prefill_that_does_not_end_well(engines, policy, when):
     assert sum(consumer.stats["failed_transfers"].values()) == 1
 
 
-def test_preempted_while_it_leaves(engines):
+@pytest.mark.parametrize("granularity", ["chunk", "layer"])
+def test_preempted_while_it_leaves(engines, granularity):
     """A prefill whose sealed blocks were taken away fails the load that had read some: never tokens made of others' KV."""
-    producer, consumer = pair_of(engines, consumer={"policy": "recompute"})
+    told = {"granularity": granularity}
+    producer, consumer = pair_of(engines, producer=told, consumer={"policy": "recompute", **told})
     prompt = prompt_of(3000)
     producer.add("p", prompt, P_PARAMS | {"transfer_id": "t"})
     consumer.add("d", prompt, where(producer) | {"transfer_id": "t"}, max_tokens=2)
@@ -206,10 +274,14 @@ def test_sent_twice(engines):
     drain(consumer, producer)
 
 
-def test_a_consumer_that_aborts_at_any_moment(engines):
-    """500 seeded moments: no request on the decode server, before or after, ever has tokens made of foreign bytes."""
-    producer, consumer = pair_of(engines, producer={"chunk": 64, "num_blocks": 64}, consumer={"num_blocks": 32})
-    for seed in range(500):
+@pytest.mark.parametrize(("granularity", "moments"), [("chunk", 500), ("layer", 200)])
+def test_a_consumer_that_aborts_at_any_moment(engines, granularity, moments):
+    """Seeded moments: no request on the decode server, before or after, ever has tokens made of foreign bytes."""
+    told = {"granularity": granularity}
+    producer, consumer = pair_of(
+        engines, producer={"chunk": 64, "num_blocks": 64, **told}, consumer={"num_blocks": 32, **told}
+    )
+    for seed in range(moments):
         rng = random.Random(seed)
         length = rng.randrange(1, 400)
         prompt, name = prompt_of(length, seed=seed + 2), f"r{seed}"

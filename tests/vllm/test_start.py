@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import torch
-from vllm.config import KVTransferConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, SlidingWindowSpec
@@ -96,7 +96,8 @@ def test_unknown_name_in_the_package():
         ({"agnet": "nixl"}, "unknown option 'agnet'; known are agent, agent_options, "),
         ({"kv_lease_duration": 30}, "NixlConnector's option: use lease_seconds"),
         ({"mode": "shove"}, "mode 'shove' is unknown; known are auto, push, pull"),
-        ({"granularity": "layer"}, "granularity 'layer' is not supported"),
+        ({"granularity": "token"}, "granularity 'token' is unknown; known are chunk, layer"),
+        ({"granularity": "layer", "mode": "pull"}, "granularity 'layer' is for mode 'auto' or 'push'"),
         ({"match_seconds": -1}, "match_seconds must be a positive number"),
         ({"push_registration_timeout": 480}, "NixlConnector's option: use match_seconds"),
         ({"mode": None}, "mode must be a string"),
@@ -173,6 +174,39 @@ def test_unsupported_configuration(path, value, message):
     _with(config, path, value)
     with pytest.raises(ConfigError, match=f"does not support .*{message}"):
         refuse_unsupported(config, kv_cache_config())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("compilation_config.cudagraph_mode", CUDAGraphMode.FULL, "cudagraph_mode FULL"),
+        ("compilation_config.cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE, "cudagraph_mode FULL_AND_PIECEWISE"),
+        ("parallel_config.enable_dbo", True, "micro-batches"),
+    ],
+)
+def test_layer_by_layer_only_where_vllm_calls_a_hook_in_each(path, value, message):
+    """Granularity "layer" is refused where layers are computed without a hook, or more than once; "chunk" is not."""
+    config = vllm_config()
+    refuse_unsupported(config, kv_cache_config(), layer_by_layer=True)
+    _with(config, path, value)
+    refuse_unsupported(config, kv_cache_config())
+    with pytest.raises(ConfigError, match=f"granularity 'layer' with .*{message}|granularity 'layer' with {message}"):
+        refuse_unsupported(config, kv_cache_config(), layer_by_layer=True)
+
+
+def test_vllm_is_asked_for_graphs_with_hooks():
+    """vLLM itself takes piecewise graphs instead of full ones where granularity is "layer"."""
+    assert KvxferConnector.requires_piecewise_for_cudagraph({"granularity": "layer"})
+    assert not KvxferConnector.requires_piecewise_for_cudagraph({})
+
+
+@pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (7, [1] * 7), (8, [1] * 8), (30, [3, 4, 4, 4, 3, 4, 4, 4])])
+def test_parts_of_layers(layers, sizes):
+    """Neighbouring layers, in at most 8 parts of nearly equal size; with granularity "chunk" in one."""
+    names = [f"model.layers.{i}" for i in range(layers)]
+    parts = Options.parse({"granularity": "layer"}).parts(names)
+    assert [len(part) for part in parts] == sizes and [name for part in parts for name in part] == names
+    assert Options.parse({}).parts(names) == [names]
 
 
 def test_unsupported_caches():
