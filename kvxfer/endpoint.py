@@ -10,14 +10,12 @@ import socket
 import threading
 import time
 import weakref
-from collections import deque
 from operator import index
 from typing import TYPE_CHECKING, Any, Union
 
 import msgspec
 
 from kvxfer import registry
-from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
 from kvxfer.agent import TransferAgent
 from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
 from kvxfer.buffer import Completion
@@ -25,6 +23,7 @@ from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.control import ControlChannel
 from kvxfer.datapath import DataPath
+from kvxfer.driver import Driver
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError
 from kvxfer.fence import LeaseBoard
 from kvxfer.lease import LeaseRef, LeaseTable
@@ -41,11 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from kvxfer.cache import KVCache
-    from kvxfer.errors import KvxferError
     from kvxfer.peer import Peer
-    from kvxfer.wire import Stage
-
-    Command = Callable[[float], object]
 
 _log = logging.getLogger(__name__)
 
@@ -98,23 +93,20 @@ class Endpoint:
             raise ConfigError(f"name must have 1 to {MAX_NAME} characters, not {len(self.name)}")
         self.cache: KVCache = cache
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._commands: deque[Command] = deque()
-        self._command_lock = threading.Lock()
-        self._accepting = True
-        self._actions: list[Action] = []
-        self._closing = threading.Event()
         self._close_lock = threading.Lock()
+        self._closed = False
         self._convert = convert
         self._costs = costs if costs is not None else Costs.load()
         self._route = None if route is None else _route(route)
         board = LeaseBoard(self.settings.max_leases)
-        self._channel = ControlChannel(bind, self.settings, self.metrics, advertise)
+        channel = ControlChannel(bind, self.settings, self.metrics, advertise)
+        self._driver = driver = Driver(channel, self.metrics, self._events.put)
         try:
             maker = self._agent_maker(agent, dict(agent_options or {}))
-            self._data = DataPath(maker, cache, board, self.settings, self.metrics, _Reports(self))
+            self._data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports)
             adapter, agent_info = self._data.start()
         except BaseException:
-            self._channel.close()
+            channel.close()
             raise
         addressable = all(buffer.memory is not None for buffer in cache.buffers)
         slot_nbytes = self._data.arena.slot_nbytes
@@ -122,14 +114,13 @@ class Endpoint:
             self.name, self.epoch, adapter, agent_info, cache.spec, addressable, slot_nbytes, _casts(cache)
         )
         table = LeaseTable(self.settings, board)
-        self._producer = Producer(self._identity, table, self.settings, self.metrics, self._actions)
-        self._consumer = Consumer(self._identity, self.settings, self.metrics, self._actions, self._routes)
-        self.address: str = self._channel.address
+        self._producer = Producer(self._identity, table, self.settings, self.metrics, driver.actions)
+        self._consumer = Consumer(self._identity, self.settings, self.metrics, driver.actions, self._routes)
+        self.address: str = channel.address
         """Where peers find this endpoint, for `LeaseRef.addresses`."""
-        self._thread = threading.Thread(target=self._run, name="kvxfer-control", daemon=True)
-        self._thread.start()
+        driver.start(self._producer, self._consumer, self._data)
         # Daemon threads inside vendor code at interpreter exit crash; an engine that forgets close() is forgiven.
-        self._finalizer = weakref.finalize(self, _forgotten, self._channel, self._closing, self._thread)
+        self._finalizer = weakref.finalize(self, driver.close, timeout_s=10)
         _log.info("kvxfer endpoint %s at %s by %s: %s", self.name, self.address, adapter, self.settings.describe())
 
     # -- producer ---------------------------------------------------------------------------------------------------
@@ -161,7 +152,7 @@ class Endpoint:
                 owner=self.name, addresses=[self.address], request=request, num_tokens=num_tokens, digest=digest
             )
         token, request = ref.token, ref.request
-        self._command(lambda now: self._producer.announce(token, request, now))
+        self._driver.command(lambda now: self._producer.announce(token, request, now))
         return ref
 
     def offer(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
@@ -184,7 +175,7 @@ class Endpoint:
         """
         raw, firsts = self._on_the_wire(blocks)
         token, request, ends = _checked(ref).token, ref.request, _completions(after)
-        if not self._command(lambda now: self._producer.offer(token, raw, now, firsts, ends)):
+        if not self._driver.command(lambda now: self._producer.offer(token, raw, now, firsts, ends)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def join(self, addresses: Sequence[str]) -> None:
@@ -204,7 +195,7 @@ class Endpoint:
             raise ConfigError(f"addresses of ranks: {error}") from error
         if len(checked) != self.cache.spec.world:
             raise ConfigError(f"{len(checked)} addresses for {self.cache.spec.world} ranks")
-        self._command(lambda _: self._producer.joined(checked))
+        self._driver.command(lambda _: self._producer.joined(checked))
 
     def seal(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
         """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
@@ -224,7 +215,7 @@ class Endpoint:
         """
         raw, firsts = self._on_the_wire(blocks)
         token, ends = _checked(ref).token, _completions(after)
-        self._command(lambda now: self._producer.seal(token, raw, now, firsts, ends))
+        self._driver.command(lambda now: self._producer.seal(token, raw, now, firsts, ends))
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `offer` in one: blocks that are complete already."""
@@ -240,7 +231,7 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         token = _checked(ref).token
-        self._command(lambda _: self._producer.revoke(token, reason[:1024]))
+        self._driver.command(lambda _: self._producer.revoke(token, reason[:1024]))
 
     # -- consumer ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +242,7 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         ref = _checked(ref)
-        self._command(lambda now: self._consumer.hold(ref, now))
+        self._driver.command(lambda now: self._consumer.hold(ref, now))
 
     def read(
         self, ref: LeaseRef, into: Any, *, tokens: tuple[int, int | None] | None = None, timeout_s: float | None = None
@@ -291,9 +282,9 @@ class Endpoint:
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         job = self._consumer.take(transfer)
         if job is None:
-            accepted = self._command(lambda now: self._consumer.read(transfer, now))
+            accepted = self._driver.command(lambda now: self._consumer.read(transfer, now))
         else:
-            accepted = self._command(lambda _: self._consumer.reading(transfer), wake=False)
+            accepted = self._driver.command(lambda _: self._consumer.reading(transfer), wake=False)
         if not accepted:
             transfer.end(ClosedError("the endpoint was closed"))
         elif job is not None:
@@ -315,7 +306,7 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         ref = _checked(ref)
-        self._command(lambda now: self._consumer.drop(ref, now))
+        self._driver.command(lambda now: self._consumer.drop(ref, now))
 
     @property
     def slot_nbytes(self) -> int:
@@ -338,12 +329,10 @@ class Endpoint:
     def close(self) -> None:
         """End everything, quietly for all memory. Consumers of offered blocks are told; idempotent."""
         with self._close_lock:
-            if self._closing.is_set():
-                return
-            self._closing.set()
-            self._channel.wake()
-            self._thread.join()
-            self._finalizer.detach()
+            if not self._closed:
+                self._closed = True
+                self._driver.close()
+                self._finalizer.detach()
 
     def __enter__(self) -> Endpoint:
         return self
@@ -396,16 +385,6 @@ class Endpoint:
 
         return make_next
 
-    def _command(self, command: Command, *, wake: bool = True) -> bool:
-        """Have the control thread run it, when it next has something to do or at once; False if it has run its last."""
-        with self._command_lock:
-            if not self._accepting:
-                return False
-            self._commands.append(command)
-        if wake:
-            self._channel.wake()
-        return True
-
     def _ended(self, transfer: Transfer) -> None:
         error = transfer.error
         outcome = "done" if error is None else type(error).__name__
@@ -420,115 +399,6 @@ class Endpoint:
             self._events.put(Done(transfer))
         else:
             self._events.put(Failed(transfer, error))
-
-    # -- the control thread -----------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            self._guarded(self._turn)
-        # Consumers are told before a copy that still runs is waited for.
-        for step in (self._run_commands, self._producer.close, self._perform, self._data.close):
-            self._guarded(step)
-        with self._command_lock:
-            self._accepting = False
-        # The last commands: among them the reads that the data thread ended just now. Then everything has ended.
-        for step in (self._run_commands, self._producer.close, self._consumer.close, self._perform):
-            self._guarded(step)
-        self._channel.close()
-
-    def _turn(self) -> None:
-        self._run_commands()
-        now = time.monotonic()
-        self._guarded(lambda: self._producer.tick(now))
-        self._guarded(lambda: self._consumer.tick(now))
-        self._perform()
-        if self._commands:
-            return
-        deadlines = [d for d in (self._producer.next_deadline(), self._consumer.next_deadline()) if d is not None]
-        timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        for inbound in self._channel.receive(timeout_s):
-            # A peer may know of a lease through the engine's own channels before this thread has seen the command.
-            self._run_commands()
-            self._guarded(lambda: self._take(inbound.source, inbound))  # noqa: B023 - runs before the next one
-            self._perform()
-
-    def _take(self, source: bytes | str, inbound: Any) -> None:
-        now = time.monotonic()
-        if isinstance(source, bytes):
-            if inbound.message is None:
-                self._producer.garbage(source, inbound.reason, inbound.why)
-            else:
-                self._producer.received(source, inbound.message, now)
-        elif inbound.message is None:
-            self._consumer.garbage(source, inbound.why)
-        else:
-            self._consumer.received(source, inbound.message, now)
-
-    def _run_commands(self) -> None:
-        while self._commands:
-            command = self._commands.popleft()
-            self._guarded(lambda: command(time.monotonic()))  # noqa: B023 - runs before the next one
-
-    def _perform(self) -> None:
-        while self._actions:  # an address that cannot be connected to adds to them
-            actions, self._actions[:] = list(self._actions), []
-            for action in actions:
-                self._guarded(lambda: self._do(action))  # noqa: B023 - runs before the next one
-
-    def _do(self, action: Action) -> None:
-        if isinstance(action, SendTo):
-            try:
-                self._channel.send(action.address, action.message)
-            except ConfigError as error:
-                self._consumer.unreachable(action.address, str(error), time.monotonic())
-        elif isinstance(action, Reply):
-            self._channel.reply(action.connection, action.message)
-        elif isinstance(action, Hangup):
-            self._channel.hangup(action.address)
-        elif isinstance(action, Emit):
-            self._events.put(action.event)
-        else:
-            self._data.do(action)
-
-    def _guarded(self, step: Callable[[], object]) -> None:
-        """No fault of ours, and nothing a peer can send, ends this thread."""
-        try:
-            step()
-        except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
-            self.metrics.count("kvxfer_internal_errors_total", where="control")
-            _log.exception("fault in the control thread; it goes on")
-
-
-class _Reports:
-    """What the data thread tells, see `kvxfer.datapath.Ends`: each becomes a command of the control thread."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._untold = False
-
-    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
-        self._tell(lambda now: self._endpoint._consumer.read_ended(transfer, error, now))
-
-    def agent_replaced(self, agent_info: bytes) -> None:
-        self._tell(lambda _: self._endpoint._producer.agent_replaced(agent_info))
-
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        self._tell(lambda _: self._endpoint._producer.packed(key, number, address, error))
-
-    def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
-        self._tell(lambda now: self._endpoint._consumer.stage(transfer, source, message, now))
-
-    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
-        self._tell(lambda _: self._endpoint._consumer.unstage(transfer, source, numbers))
-
-    def flush(self) -> None:
-        if self._untold:
-            self._untold = False
-            self._endpoint._channel.wake()
-
-    def _tell(self, command: Command) -> None:
-        if self._endpoint._command(command, wake=False):
-            self._untold = True
 
 
 def _checked(ref: LeaseRef) -> LeaseRef:
@@ -574,10 +444,3 @@ def _route(route: Route | str) -> Route:
         return Route(route)
     except ValueError:
         raise ConfigError(f"unknown route {route!r}; known are {', '.join(each.value for each in Route)}") from None
-
-
-def _forgotten(channel: ControlChannel, closing: threading.Event, thread: threading.Thread) -> None:
-    closing.set()
-    channel.wake()
-    if thread is not threading.current_thread():
-        thread.join(timeout=10)

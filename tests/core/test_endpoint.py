@@ -692,7 +692,7 @@ def test_an_idle_endpoint_sleeps(pair):
     eventually(lambda: not sink.endpoint._consumer._holds.by_token)
     turns = []
     for engine in pair:
-        original = engine.endpoint._turn
-        engine.endpoint._turn = lambda original=original: (turns.append(1), original())[1]
+        original = engine.endpoint._driver._turn
+        engine.endpoint._driver._turn = lambda original=original: (turns.append(1), original())[1]
     time.sleep(0.5)  # nothing must happen: there is no condition to wait for
     assert len(turns) <= 2

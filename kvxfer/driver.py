@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control thread of an endpoint, which drives both halves of the protocol.
+
+Commands of the engine, reports of the data thread, messages and the clock go in; what the halves ask for is done. It never
+blocks on a copy, and no fault ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
+from kvxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.consumer import Consumer
+    from kvxfer.control import ControlChannel, Inbound
+    from kvxfer.datapath import DataPath, Ends
+    from kvxfer.errors import KvxferError
+    from kvxfer.metrics import Metrics
+    from kvxfer.producer import Producer
+    from kvxfer.transfer import Event, Transfer
+    from kvxfer.wire import Stage
+
+    Command = Callable[[float], object]
+
+_log = logging.getLogger(__name__)
+
+
+class Driver:
+    """Runs the control thread. What it is given to drive is used by that thread only, unless it says otherwise.
+
+    Args:
+        channel: closed at the end.
+        emit: takes events for the engine; any thread.
+
+    Attributes:
+        actions: what producer and consumer add to.
+        reports: whom the data path tells what happened.
+        producer, consumer, data: what it drives, from `start` on.
+    """
+
+    def __init__(self, channel: ControlChannel, metrics: Metrics, emit: Callable[[Event], object]) -> None:
+        self._channel = channel
+        self._metrics = metrics
+        self._emit = emit
+        self._commands: deque[Command] = deque()
+        self._command_lock = threading.Lock()
+        self._accepting = True
+        self.actions: list[Action] = []
+        self.reports: Ends = _Reports(self)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvxfer-control", daemon=True)
+
+    def start(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
+        """Start the thread. The data path runs already."""
+        self.producer: Producer = producer
+        self.consumer: Consumer = consumer
+        self.data: DataPath = data
+        self._thread.start()
+
+    def command(self, command: Command, *, wake: bool = True) -> bool:
+        """Have the thread run it, when it next has something to do or at once; False if it has run its last. Any thread.
+
+        Args:
+            command: gets the time.
+            wake: at once.
+        """
+        with self._command_lock:
+            if not self._accepting:
+                return False
+            self._commands.append(command)
+        if wake:
+            self._channel.wake()
+        return True
+
+    def wake(self) -> None:
+        """Have the thread run its commands now. Any thread."""
+        self._channel.wake()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End everything, and wait for it for at most ``timeout_s``, unless it is the thread itself that asks."""
+        self._closing.set()
+        self._channel.wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._guarded(self._turn)
+        # Consumers are told before a copy that still runs is waited for.
+        for step in (self._run_commands, self.producer.close, self._perform, self.data.close):
+            self._guarded(step)
+        with self._command_lock:
+            self._accepting = False
+        # The last commands: among them the reads that the data thread ended just now. Then everything has ended.
+        for step in (self._run_commands, self.producer.close, self.consumer.close, self._perform):
+            self._guarded(step)
+        self._channel.close()
+
+    def _turn(self) -> None:
+        self._run_commands()
+        now = time.monotonic()
+        self._guarded(lambda: self.producer.tick(now))
+        self._guarded(lambda: self.consumer.tick(now))
+        self._perform()
+        if self._commands:
+            return
+        deadlines = [d for d in (self.producer.next_deadline(), self.consumer.next_deadline()) if d is not None]
+        timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        for inbound in self._channel.receive(timeout_s):
+            # A peer may know of a lease through the engine's own channels before this thread has seen the command.
+            self._run_commands()
+            self._guarded(lambda: self._take(inbound.source, inbound))  # noqa: B023 - runs before the next one
+            self._perform()
+
+    def _take(self, source: bytes | str, inbound: Inbound) -> None:
+        now = time.monotonic()
+        if isinstance(source, bytes):
+            if inbound.message is None:
+                self.producer.garbage(source, inbound.reason, inbound.why)
+            else:
+                self.producer.received(source, inbound.message, now)
+        elif inbound.message is None:
+            self.consumer.garbage(source, inbound.why)
+        else:
+            self.consumer.received(source, inbound.message, now)
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            self._guarded(lambda: command(time.monotonic()))  # noqa: B023 - runs before the next one
+
+    def _perform(self) -> None:
+        while self.actions:  # an address that cannot be connected to adds to them
+            actions, self.actions[:] = list(self.actions), []
+            for action in actions:
+                self._guarded(lambda: self._do(action))  # noqa: B023 - runs before the next one
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, SendTo):
+            try:
+                self._channel.send(action.address, action.message)
+            except ConfigError as error:
+                self.consumer.unreachable(action.address, str(error), time.monotonic())
+        elif isinstance(action, Reply):
+            self._channel.reply(action.connection, action.message)
+        elif isinstance(action, Hangup):
+            self._channel.hangup(action.address)
+        elif isinstance(action, Emit):
+            self._emit(action.event)
+        else:
+            self.data.do(action)
+
+    def _guarded(self, step: Callable[[], object]) -> None:
+        """No fault of ours, and nothing a peer can send, ends this thread."""
+        try:
+            step()
+        except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
+            self._metrics.count("kvxfer_internal_errors_total", where="control")
+            _log.exception("fault in the control thread; it goes on")
+
+
+class _Reports:
+    """What the data thread tells, see `kvxfer.datapath.Ends`: each becomes a command of the control thread."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._untold = False
+
+    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
+        self._tell(lambda now: self._driver.consumer.read_ended(transfer, error, now))
+
+    def agent_replaced(self, agent_info: bytes) -> None:
+        self._tell(lambda _: self._driver.producer.agent_replaced(agent_info))
+
+    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
+        self._tell(lambda _: self._driver.producer.packed(key, number, address, error))
+
+    def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
+        self._tell(lambda now: self._driver.consumer.stage(transfer, source, message, now))
+
+    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
+        self._tell(lambda _: self._driver.consumer.unstage(transfer, source, numbers))
+
+    def flush(self) -> None:
+        if self._untold:
+            self._untold = False
+            self._driver.wake()
+
+    def _tell(self, command: Command) -> None:
+        if self._driver.command(command, wake=False):
+            self._untold = True
