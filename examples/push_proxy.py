@@ -141,7 +141,8 @@ def main() -> None:
     app.router.add_get("/health", proxy.health)
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.router.add_post(path, proxy.generate)
-    web.run_app(app, host=options.host, port=options.port, print=None)
+    # A handler whose client has gone is cancelled, and so tells both servers; aiohttp leaves it running otherwise.
+    web.run_app(app, host=options.host, port=options.port, print=None, handler_cancellation=True)
 
 
 if __name__ == "__main__":
