@@ -4,17 +4,23 @@
 Starting a vLLM server costs half a minute of both cores of a small machine, so there are few: a *reference* without a
 connector, one producer, and two consumers, one for each ``kv_load_failure_policy``. Tests are sorted so that those that
 restart the producer with other settings come last.
+
+A request reaches both servers in one of several ways, and what holds for one has to hold for all. Tests that talk to what stands
+in front of the servers take the fixture ``front``: vllm-router, or the example's proxy in either order of dispatch. Tests that talk
+to the servers themselves take ``way``: "pull", one after the other, or "push", both at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +33,7 @@ _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if not _MISSING:
     from kvxfer_vllm.local.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
     from kvxfer_vllm.local.model import SMALL, make_model
-    from kvxfer_vllm.local.pair import Router, ServerSettings, VllmServer, start_all
+    from kvxfer_vllm.local.pair import PushProxy, Router, ServerSettings, VllmServer, start_all
 
 # In this order: what needs a pair as it starts first, what kills and restarts later, what wants another producer last.
 _ORDER = (
@@ -37,6 +43,7 @@ _ORDER = (
     "test_malformed_params",
     "test_side_channel",
     "test_push",
+    "test_routers",
     "test_clients_gone",
     "test_lost_peers",
     "test_late_read",
@@ -47,8 +54,18 @@ _TEST_TIMEOUT_S = 600
 # Below the defaults, so that tests of what happens at a deadline do not take minutes; the rest is as shipped.
 PEER_TIMEOUT_S = 12.0
 READ_TIMEOUT_S = 20.0
+MATCH_S = 10.0
 # What an answer that waits for such a deadline may take in all, on a machine whose cores are all busy.
 DEADLINE_S = READ_TIMEOUT_S + 20.0
+
+# Prompts of a few thousand tokens are computed in several steps, and leave in as many pieces where they may.
+CHUNK_TOKENS = 512
+_CHUNKED = ("--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-chunked-prefill")
+
+PROXY = _HERE.parents[1] / "examples" / "push_proxy.py"
+PROXY_ORDERS = ("both", "prefill-first")
+FRONTS = ("router", *PROXY_ORDERS)
+WAYS = ("pull", "push")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,45 +94,55 @@ class Lab:
         self.folder = folder
         self.random = random.Random(2026)
         self.reference = VllmServer(ServerSettings(name="reference", model=model, num_blocks=2000), folder)
-        producer = ServerSettings(name="prefill", model=model, role="kv_producer", num_blocks=2000)
-        consumer = ServerSettings(
-            name="decode-fail",
+        producer = ServerSettings(
+            name="prefill",
             model=model,
-            role="kv_consumer",
+            role="kv_producer",
             num_blocks=2000,
-            connector_options={"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S},
+            connector_options={"match_seconds": MATCH_S},
+            arguments=_CHUNKED,
+        )
+        patience = {"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}
+        consumer = ServerSettings(
+            name="decode-fail", model=model, role="kv_consumer", num_blocks=2000, connector_options=patience
+        )
+        # One request at a time: a test can make the next one wait as long as it likes.
+        one_by_one = replace(
+            consumer,
+            name="decode-recompute",
+            load_failure_policy="recompute",
+            connector_options={**patience, "mode": "push"},
+            arguments=("--max-num-seqs", "1"),
         )
         self.prefill = VllmServer(producer, folder)
         self.decode = VllmServer(consumer, folder)
-        # One request at a time: a test can make the next one wait as long as it likes.
-        one_by_one = replace(consumer, name="decode-recompute", arguments=("--max-num-seqs", "1"))
-        self.recompute = VllmServer(replace(one_by_one, load_failure_policy="recompute"), folder)
-        self.router = Router(self.prefill, self.decode, folder)
+        self.recompute = VllmServer(one_by_one, folder)
+        self.fronts = {"router": Router(self.prefill, self.decode, folder), **self._proxies()}
+        self.threads = ThreadPoolExecutor(64)
         self.first_answer: Answer | None = None
         self.first_expected: Answer | None = None
-        self.first_s = 0.0
         self.eventually = eventually
         self.deadline_s = DEADLINE_S
         self._tokens: dict[tuple[object, int], tuple[int, ...]] = {}
 
     # ---------------------------------------------------------------------------------------------------- life
 
+    def _proxies(self) -> dict[str, PushProxy]:
+        return {order: PushProxy(PROXY, self.prefill, self.decode, self.folder, order=order) for order in PROXY_ORDERS}
+
     def start(self) -> None:
-        """Bring up the reference, one pair and its router, and put the first request through the cold pair."""
+        """Bring up the reference, one pair and what stands before it, and put the first request through the cold pair."""
         start_all(self.reference, self.prefill, self.decode, timeout_s=480)
-        start_all(self.router)
+        start_all(*self.fronts.values())
         prompt = self.prompt(200)
-        begin = time.monotonic()
-        self.first_answer = self.router.ask(prompt, max_tokens=16, timeout_s=300)
-        self.first_s = time.monotonic() - begin
+        self.first_answer = self.fronts["router"].ask(prompt, max_tokens=16, timeout_s=300)
         self.first_expected = self.reference.ask(prompt, max_tokens=16)
 
     def heal(self) -> None:
         """Start again whatever is not running."""
         down = [server for server in (self.reference, self.prefill, self.decode) if not server.alive]
         start_all(*down, timeout_s=480)
-        if not self.router.alive:
-            start_all(self.router)
+        start_all(*[front for front in self.fronts.values() if not front.alive])
 
     def consumer(self, policy: str) -> VllmServer:
         """The consumer with this ``kv_load_failure_policy``, running."""
@@ -131,11 +158,27 @@ class Lab:
             settings, self.folder, port=self.prefill.port, side_channel_port=self.prefill.side_channel_port
         )
         start_all(self.prefill, timeout_s=480)
+        for order in PROXY_ORDERS:  # they name the producer
+            self.fronts[order].kill()
+        self.fronts |= self._proxies()
+        self.heal()
+
+    @contextlib.contextmanager
+    def stopped_after(self, seconds: float):
+        """The producer stands still from then on, until the end of the block: whatever is asked meanwhile is half done."""
+        timer = threading.Timer(seconds, self.prefill.freeze)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
+            self.prefill.thaw()
 
     def stop(self) -> None:
         """Kill every server."""
-        for server in (self.router, self.decode, self.recompute, self.prefill, self.reference):
+        for server in (*self.fronts.values(), self.decode, self.recompute, self.prefill, self.reference):
             server.kill()
+        self.threads.shutdown()
 
     # ----------------------------------------------------------------------------------------------- questions
 
@@ -153,42 +196,52 @@ class Lab:
             self._tokens[key] = answer.tokens
         return self._tokens[key]
 
-    def through_both(self, prompt, consumer: VllmServer | None = None, **options) -> Answer:
-        """What vllm-router does, without it: prefill here, decode there."""
-        handed = self.prefill.prefill(prompt)
-        assert handed.ok and handed.kv_transfer_params, handed.body
-        return (consumer or self.decode).ask(prompt, kv_transfer_params=handed.kv_transfer_params, **options)
+    def begin(self, way: str, prompt, producer: VllmServer | None = None, **options) -> tuple[dict, Future]:
+        """The first half of a request: what the decode server is to be told, and the prefill's answer.
 
-    def at_once(self, prefill: VllmServer, decode: VllmServer, prompt, transfer_id: str, **options) -> Answer:
-        """The answer of the decode server to a request that both were sent at the same time."""
-        asked = self.together(
-            [
-                lambda: prefill.prefill(prompt, transfer_id=transfer_id, timeout_s=options.get("timeout_s", 180.0)),
-                lambda: decode.ask(prompt, kv_transfer_params=prefill.told_at_once(transfer_id), **options),
-            ]
-        )
-        assert asked[0].ok, asked[0].body
-        return asked[1]
+        Pull returns when that is there: without it there is nothing to tell. Push returns at once.
+        """
+        producer = producer or self.prefill
+        if way == "push":
+            key = uuid.uuid4().hex
+            answer = self.threads.submit(producer.prefill, prompt, transfer_id=key, **options)
+            return producer.told_at_once(key), answer
+        answer = Future()
+        answer.set_result(producer.prefill(prompt, **options))
+        assert answer.result().ok and answer.result().kv_transfer_params, answer.result().body
+        return answer.result().kv_transfer_params, answer
+
+    def send(
+        self, way: str, prompt, consumer: VllmServer | None = None, producer: VllmServer | None = None, **options
+    ) -> Answer:
+        """What a router does, without one: prefill here, decode there."""
+        params, prefilled = self.begin(way, prompt, producer, timeout_s=options.get("timeout_s", 180.0))
+        answer = (consumer or self.decode).ask(prompt, kv_transfer_params=params, **options)
+        assert prefilled.result().ok, prefilled.result().body
+        return answer
 
     def assert_works(self, consumer: VllmServer | None = None, num_tokens: int = 100, *, attempts: int = 1) -> None:
-        """The pair serves a fresh prompt, and by a transfer, not by computing it again.
+        """The pair serves a fresh prompt in each way, and by a transfer, not by computing it again.
 
         Args:
-            consumer: of the pair; by default the one behind the router.
+            consumer: of the pair; by default the one behind the fronts.
             num_tokens: of the prompt.
             attempts: how many prompts it may take. More than one where a lease is as short as a busy machine's pauses, or
                 right after a process was killed. Tokens are right in each of them, or there are none.
         """
         consumer = consumer or self.decode
-        before = consumer.metric("vllm:kvxfer_transfer_seconds_count")
-        for attempt in range(1, attempts + 1):
-            prompt = self.prompt(num_tokens)
-            answer = self.through_both(prompt, consumer, max_tokens=8)
-            assert answer.ok or attempt < attempts, answer.body
-            assert answer.tokens == self.expect(prompt, 8) or not answer.ok
-            if eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") > before, 10):
-                return
-        pytest.fail("nothing was transferred")
+        for way in reversed(WAYS):  # after a restart the first contact is a push
+            before = consumer.metric("vllm:kvxfer_transfer_seconds_count")
+            for attempt in range(1, attempts + 1):
+                prompt = self.prompt(num_tokens)
+                answer = self.send(way, prompt, consumer, max_tokens=8)
+                assert answer.ok or attempt < attempts, answer.body
+                assert answer.tokens == self.expect(prompt, 8) or not answer.ok
+                moved = functools.partial(consumer.metric, "vllm:kvxfer_transfer_seconds_count")
+                if eventually(lambda moved=moved, before=before: moved() > before, 10):
+                    break
+            else:
+                pytest.fail(f"nothing was transferred ({way})")
 
     def assert_no_blocks_in_use(self, *servers: VllmServer, timeout_s: float = 60.0) -> None:
         for server in servers or (self.prefill, self.decode):
@@ -259,6 +312,18 @@ def started_lab(_bare_environment, tmp_path_factory):
 
 @pytest.fixture
 def lab(started_lab):
-    """The laboratory with the reference, the producer, the consumer that fails and the router running."""
+    """The laboratory with the reference, the producer, the consumer that fails and the fronts running."""
     started_lab.heal()
     return started_lab
+
+
+@pytest.fixture(params=FRONTS)
+def front(request, lab):
+    """What clients talk to: vllm-router, or the proxy that sends a request to both servers at once or to prefill first."""
+    return lab.fronts[request.param]
+
+
+@pytest.fixture(params=WAYS)
+def way(request) -> str:
+    """How a request is sent to the two servers, see `Lab.begin`."""
+    return request.param

@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+WAYS = ("pull", "push")
 
-def leave_after(url: str, body: dict, delay_s: float) -> None:
-    """Send a request and close the connection after a while, whatever came by then."""
+
+@contextlib.contextmanager
+def leaving(url: str, body: dict):
+    """Send a request, and close the connection at the end of the block, whatever came by then."""
     parts = urlsplit(url)
     payload = json.dumps(body).encode()
     head = (
@@ -22,9 +25,15 @@ def leave_after(url: str, body: dict, delay_s: float) -> None:
     )
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as client:
         client.sendall(head.encode() + payload)
-        time.sleep(delay_s)
+        yield
         # A reset, as of a process that died, not a polite end.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+
+
+def leave_after(url: str, body: dict, delay_s: float) -> None:
+    """Send a request and leave after a while."""
+    with leaving(url, body):
+        time.sleep(delay_s)
 
 
 def body_of(prompt, **extra) -> dict:
@@ -32,44 +41,95 @@ def body_of(prompt, **extra) -> dict:
     return {"model": "kvxfer", "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, **extra}
 
 
-def test_clients_that_leave_the_router(lab):
-    """30 clients that leave after 0 to 300 ms, in prefill, between the servers or in decode, leave nothing behind."""
-    bodies = [body_of(lab.prompt(600), stream=bool(i % 2)) for i in range(30)]
+def test_clients_that_leave_while_they_are_served(lab):
+    """30 clients of each front that leave after 0 to 300 ms, wherever their request is by then, leave nothing behind."""
+    fronts = list(lab.fronts.values()) * 30
+    bodies = [body_of(lab.prompt(600), stream=bool(i % 2)) for i in range(len(fronts))]
     lab.together(
-        (lambda body=body, delay_s=0.01 * i: leave_after(lab.router.url, body, delay_s))
-        for i, body in enumerate(bodies)
+        (lambda front=front, body=body, delay_s=0.01 * (i // 3): leave_after(front.url, body, delay_s))
+        for i, (front, body) in enumerate(zip(fronts, bodies, strict=True))
     )
     # Who left between the servers is found out by the lease alone: 30 s by default.
     lab.assert_no_blocks_in_use(timeout_s=60)
     lab.assert_works()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("order", ["both", "prefill-first"])
+def test_the_proxy_tells_both_servers(lab, order, stream):
+    """A client that leaves the example's proxy ends its request on both servers: long before it would have ended itself."""
+    body = body_of(lab.prompt(600), max_tokens=3000, stream=stream)
+    lab.settle_metrics(lab.decode)
+    assert lab.eventually(lambda: lab.decode.metric("vllm:num_requests_running") == 0)
+    with leaving(lab.fronts[order].url, body):
+        assert lab.eventually(lambda: lab.decode.metric("vllm:num_requests_running") > 0)
+    lab.assert_no_blocks_in_use(timeout_s=5)
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.005, 0.02, 0.05, 0.1, 0.3])
-def test_a_client_that_leaves_decode(lab, delay_s):
+def test_a_client_that_leaves_decode(lab, way, delay_s):
     """A client of the decode server that leaves before, during or after its read frees the blocks of both sides."""
     prompt = lab.prompt(2000)
-    handed = lab.prefill.prefill(prompt)
-    leave_after(lab.decode.url, body_of(prompt, kv_transfer_params=handed.kv_transfer_params), delay_s)
+    params, prefilled = lab.begin(way, prompt)
+    leave_after(lab.decode.url, body_of(prompt, kv_transfer_params=params), delay_s)
+    assert prefilled.result().ok
     lab.assert_no_blocks_in_use(timeout_s=60)
+    lab.assert_works()
+
+
+def test_a_client_that_leaves_decode_while_blocks_arrive(lab):
+    """Where some blocks have arrived and prefill still computes the others, both sides get theirs back as well."""
+    prompt = lab.prompt(3400)
+    params, prefilled = lab.begin("push", prompt)
+    with lab.stopped_after(0.15), pytest.raises(TimeoutError):
+        lab.decode.ask(prompt, kv_transfer_params=params, max_tokens=400, timeout_s=1)
+    assert prefilled.result().ok
+    lab.assert_no_blocks_in_use()
     lab.assert_works()
 
 
 def test_a_client_that_never_goes_to_decode(lab):
     """Blocks of a prefill that nobody fetches are freed when the lease ends, and the end is counted."""
     before = lab.prefill.metric("vllm:kvxfer_expired_leases_total")
-    assert lab.prefill.prefill(lab.prompt(300)).ok
+    for way in WAYS:
+        _, prefilled = lab.begin(way, lab.prompt(300))
+        assert prefilled.result().ok
     assert lab.prefill.blocks_in_use() > 0
     lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
     lab.settle_metrics(lab.prefill)
-    assert lab.prefill.metric("vllm:kvxfer_expired_leases_total") > before
+    assert lab.prefill.metric("vllm:kvxfer_expired_leases_total") == before + len(WAYS)
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_a_prefill_that_never_comes(lab, policy):
+    """A decode request whose prefill request got lost has a place kept for it for a while, and then its policy's answer."""
+    consumer, prompt = lab.consumer(policy), lab.prompt(200)
+    params = lab.prefill.told_at_once(f"nobody comes: {policy}")
+    answer = consumer.ask(prompt, max_tokens=8, kv_transfer_params=params, timeout_s=lab.deadline_s)
+    assert answer.status == 500 if policy == "fail" else answer.tokens == lab.expect(prompt, 8)
+    lab.assert_no_blocks_in_use(lab.prefill, consumer)
 
 
 def test_a_prefill_client_that_leaves(lab):
     """A client that leaves the prefill server during its prefill leaves no block in use there."""
-    for delay_s in (0.0, 0.02, 0.1):
-        wish = {"do_remote_decode": True, "do_remote_prefill": False}
+    for i, delay_s in enumerate((0.0, 0.02, 0.1, 0.1)):
+        wish = {"do_remote_decode": True, "do_remote_prefill": False} | ({"transfer_id": "left"} if i % 2 else {})
         body = body_of(lab.prompt(3000), kv_transfer_params=wish)
         with contextlib.suppress(OSError):
             leave_after(lab.prefill.url, body | {"max_tokens": 1}, delay_s)
     lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
+    lab.assert_works()
+
+
+def test_a_prefill_client_that_leaves_its_decode_request(lab):
+    """A prefill that is aborted half way ends the decode request that waits for it at once, in an error."""
+    prompt, key = lab.prompt(3400), "the prefill leaves"
+    params = lab.prefill.told_at_once(key)
+    decoded = lab.threads.submit(lab.decode.ask, prompt, kv_transfer_params=params, max_tokens=4)
+    # On a fast machine prefill has ended before its client leaves.
+    with lab.stopped_after(0.15), contextlib.suppress(TimeoutError):
+        lab.prefill.prefill(prompt, transfer_id=key, timeout_s=1)
+    answer = decoded.result(lab.deadline_s)
+    assert answer.status == 500 or answer.tokens == lab.expect(prompt, 4)
+    lab.assert_no_blocks_in_use()
     lab.assert_works()

@@ -1,50 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that dies or freezes: every request ends in right tokens or an error in time, and the pair works again."""
+"""A server that dies or freezes: every request ends in right tokens or an error in time, and the pair works again.
+
+Restarting a server takes half a minute, so each test loses its server for requests of both ways at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 
 import pytest
 
 POLICIES = ("fail", "recompute")
+WAYS = ("pull", "push")
 
 
-def ask_all(lab, handed, deadline_s, **options):
-    """Ask each policy's consumer to go on with its prompt, at once; the answers, checked against the bar."""
+class Begun:
+    """One request of each way for each policy's consumer, of which the producer was asked and the consumer not yet."""
 
-    def one(policy, prompt, params):
-        begin = time.monotonic()
-        answer = lab.consumer(policy).ask(
-            prompt, max_tokens=8, kv_transfer_params=params, timeout_s=deadline_s, **options
+    def __init__(self, lab, num_tokens: int = 700, ways=WAYS, *, prefilled: bool = False) -> None:
+        self.lab = lab
+        for policy in POLICIES:
+            lab.consumer(policy)
+        self.prompts = {key: lab.prompt(num_tokens) for key in itertools.product(POLICIES, ways)}
+        self.told, self.prefills = {}, {}
+        for (policy, way), prompt in self.prompts.items():
+            self.told[policy, way], self.prefills[policy, way] = lab.begin(way, prompt)
+        if prefilled:
+            assert all(prefill.result().ok for prefill in self.prefills.values())
+
+    def ask_all(self) -> dict:
+        """The consumers' answers, asked for at once and checked against the bar."""
+        lab = self.lab
+        answers = dict(
+            zip(self.told, lab.together((lambda key=key: self._ask(*key)) for key in self.told), strict=True)
+        )
+        for key, answer in answers.items():
+            expected = lab.expect(self.prompts[key], 8)
+            assert answer.tokens == expected if answer.ok else 500 <= answer.status < 600, (key, answer)
+        return answers
+
+    def _ask(self, policy, way):
+        begin, deadline_s = time.monotonic(), self.lab.deadline_s
+        answer = self.lab.consumer(policy).ask(
+            self.prompts[policy, way],
+            max_tokens=8,
+            kv_transfer_params=self.told[policy, way],
+            timeout_s=deadline_s,
         )
         assert time.monotonic() - begin < deadline_s
         return answer
 
-    answers = dict(
-        zip(
-            handed,
-            lab.together(
-                (lambda policy=policy, prompt=prompt, params=params: one(policy, prompt, params))
-                for policy, (prompt, params) in handed.items()
-            ),
-            strict=True,
-        )
-    )
-    for policy, answer in answers.items():
-        expected = lab.expect(handed[policy][0], 8)
-        assert answer.tokens == expected if answer.ok else 500 <= answer.status < 600, (policy, answer)
-    return answers
+    def over(self) -> None:
+        """Wait until the producer has answered or is gone."""
+        for prefill in self.prefills.values():
+            with contextlib.suppress(OSError):
+                prefill.result()
 
 
-def prefill_all(lab, num_tokens=700):
-    """For each policy a prompt and what the producer handed out for it."""
-    for policy in POLICIES:
-        lab.consumer(policy)
-    prompts = {policy: lab.prompt(num_tokens) for policy in POLICIES}
-    return {policy: (prompt, lab.prefill.prefill(prompt).kv_transfer_params) for policy, prompt in prompts.items()}
+def of(policy, answers) -> list[bool]:
+    """Which answers of this policy's consumer are whole."""
+    return [answer.ok for (whose, _), answer in answers.items() if whose == policy]
 
 
 def assert_all_work(lab, timeout_s=60.0):
@@ -57,75 +75,92 @@ def assert_all_work(lab, timeout_s=60.0):
 
 def test_a_producer_killed_before_the_read_and_restarted(lab):
     """Its death ends in the policy's answer; restarted on its address it is met afresh by consumers that ran on."""
-    handed = prefill_all(lab)
-    stale = prefill_all(lab)
+    begun, stale = Begun(lab, prefilled=True), Begun(lab, prefilled=True)
     lab.prefill.kill()
-    answers = ask_all(lab, handed, lab.deadline_s)
-    assert not answers["fail"].ok
-    assert answers["recompute"].ok
+    answers = begun.ask_all()
+    assert not any(of("fail", answers))
+    assert all(of("recompute", answers))
     for policy in POLICIES:
         lab.assert_no_blocks_in_use(lab.consumer(policy))
     lab.prefill.restart()
-    answers = ask_all(lab, stale, lab.deadline_s)
-    assert answers["recompute"].ok
+    answers = stale.ask_all()
+    assert not any(of("fail", answers))
+    assert all(of("recompute", answers))
     assert_all_work(lab)
 
 
 def test_a_producer_killed_while_clients_are_served_and_busy_when_it_is_back(lab):
     """Clients served while it dies get right tokens or an error in time; a new one that is busy for 7 s is waited for."""
-    prompts = [lab.prompt(900) for _ in range(8)]
+    prompts = [lab.prompt(900) for _ in range(9)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]
     killer = threading.Timer(0.5, lab.prefill.kill)
     killer.start()
     answers = lab.together(
-        (lambda prompt=prompt: lab.router.ask(prompt, max_tokens=8, timeout_s=lab.deadline_s)) for prompt in prompts
+        (lambda front=front, prompt=prompt: front.ask(prompt, max_tokens=8, timeout_s=lab.deadline_s))
+        for front, prompt in zip(itertools.cycle(lab.fronts.values()), prompts, strict=False)
     )
     killer.join()
     assert all(answer.tokens == tokens for answer, tokens in zip(answers, expected, strict=True) if answer.ok)
+    assert all(answer.ok or answer.status >= 500 or answer.broken for answer in answers), answers
     lab.assert_no_blocks_in_use(lab.decode)
     lab.prefill.restart()
-    handed = prefill_all(lab)
+    pulled = Begun(lab, ways=["pull"])
     lab.prefill.freeze()
     thaw = threading.Timer(7.0, lab.prefill.thaw)
     thaw.start()
-    answers = ask_all(lab, handed, lab.deadline_s)
+    begun = [pulled, Begun(lab, ways=["push"])]
+    answers = lab.together(each.ask_all for each in begun)
     thaw.join()
-    assert all(answer.ok for answer in answers.values())
+    assert all(answer.ok for each in answers for answer in each.values()), answers
     assert_all_work(lab)
 
 
-@pytest.mark.parametrize("delay_s", [None, 0.01, 0.05])
+@pytest.mark.parametrize("delay_s", [None, 0.05, 0.3])
 def test_a_producer_that_freezes(lab, delay_s):
     """A producer that stops answering costs its consumers at most their deadline; when it goes on, it serves again."""
-    handed = prefill_all(lab, num_tokens=3000)
+    pulled = Begun(lab, num_tokens=3000, ways=["pull"])
+    if delay_s is None:
+        lab.prefill.freeze()
+    begun = [pulled, Begun(lab, num_tokens=3000, ways=["push"])]
     freezer = threading.Timer(delay_s or 0.0, lab.prefill.freeze)
     try:
         freezer.start()
-        if delay_s is None:
-            freezer.join()
-        answers = ask_all(lab, handed, lab.deadline_s)
-        if delay_s is None:
-            assert not answers["fail"].ok
-        assert answers["recompute"].ok
+        for answers in lab.together(each.ask_all for each in begun):
+            assert delay_s is not None or not any(of("fail", answers))
+            assert all(of("recompute", answers))
     finally:
         freezer.join()
         lab.prefill.thaw()
+    for each in begun:
+        each.over()
     # Leases whose consumer gave up run for their 30 s.
     assert_all_work(lab, timeout_s=90)
 
 
-def test_a_consumer_killed_after_prefill(lab):
-    """Blocks lent to a consumer that died are freed by the lease; the producer lives and serves the restarted one."""
+def test_a_consumer_killed(lab):
+    """Blocks lent or promised to a consumer that died are freed in time; the producer lives and serves the restarted one.
+
+    It dies while it reads what was prefilled, while blocks of a prefill arrive, and before a prefill that it waits for begins.
+    """
     consumer = lab.consumer("recompute")
     lab.assert_works(consumer, attempts=3)
-    prompts = [lab.prompt(2000) for _ in range(4)]
-    handed = [lab.prefill.prefill(prompt).kv_transfer_params for prompt in prompts]
-    killer = threading.Timer(0.05, consumer.kill)
+    prompts = [lab.prompt(2000) for _ in range(7)]
+    told, prefills = zip(
+        *(lab.begin("push" if i > 3 else "pull", prompt) for i, prompt in enumerate(prompts)), strict=True
+    )
+    lost_key, lost_prompt = "its consumer dies first", lab.prompt(700)
+    killer = threading.Timer(0.3, consumer.kill)
     killer.start()
-    for prompt, params in zip(prompts, handed, strict=True):
+
+    def ask(prompt, params) -> None:
         with contextlib.suppress(OSError):  # it is dead, as intended
             consumer.ask(prompt, kv_transfer_params=params, timeout_s=30)
+
+    asked = zip([*prompts, lost_prompt], [*told, lab.prefill.told_at_once(lost_key)], strict=True)
+    lab.together((lambda prompt=prompt, params=params: ask(prompt, params)) for prompt, params in asked)
     killer.join()
+    assert lab.prefill.prefill(lost_prompt, transfer_id=lost_key).ok
+    assert all(prefill.result().ok for prefill in prefills)
     assert lab.prefill.alive
     lab.assert_works(lab.decode, attempts=3)
     # Starting the consumer again takes about as long as the leases last.

@@ -64,6 +64,36 @@ LEASE_REPLACEMENTS = {
     "request": [DELETE, None, "", "another request", 5],
     "num_tokens": [DELETE, None, 0, -1, 1, 10**18, "70", 1.5, True],
     "digest": [DELETE, None, "", "0" * 32, 5, "\ud800"],
+    "early": [DELETE, True, None, 1, "yes", []],
+}
+
+# And where a request was sent to both servers at once: what the decode server was told.
+TOLD_REPLACEMENTS = {
+    "do_remote_prefill": REPLACEMENTS["do_remote_prefill"],
+    "do_remote_decode": REPLACEMENTS["do_remote_decode"],
+    "remote_engine_id": REPLACEMENTS["remote_engine_id"],
+    "remote_host": REPLACEMENTS["remote_host"],
+    "remote_port": REPLACEMENTS["remote_port"],
+    "remote_block_ids": [[], [[1, 2, 3]], "0,1,2", _DEEP],
+    "tp_size": REPLACEMENTS["tp_size"],
+    "pp_size": REPLACEMENTS["pp_size"],
+    "dcp_size": REPLACEMENTS["dcp_size"],
+    "transfer_id": [
+        DELETE,
+        None,
+        5,
+        "",
+        "another",
+        ["a"],
+        {},
+        True,
+        "x" * 257,
+        "x" * 1_000_000,
+        "\ud800",
+        "a\x00b",
+        _DEEP,
+    ],
+    "kvxfer": ["", "{}", 5, [], {}, _DEEP, {"v": 1}],
 }
 
 # Not even an edited answer.
@@ -105,7 +135,10 @@ HARMLESS = {
     "transfer_mode": [None],
     "remote_blocks_expiry_time": REPLACEMENTS["remote_blocks_expiry_time"],
     "v": [DELETE],
+    "early": [DELETE, True],
 }
+# No part of what both servers make the same lease from; kvxfer asks the prefill server itself.
+HARMLESS_AT_ONCE = {"tp_size": REPLACEMENTS["tp_size"], "pp_size": [None], "dcp_size": [None]}
 
 
 @dataclass
@@ -127,10 +160,10 @@ def _edited(obj: dict, key: str, value) -> dict:
     return edited
 
 
-def _counts(key: str, value) -> bool:
+def _counts(key: str, value, harmless) -> bool:
     # vLLM's front end cannot pass half a character on to the engine and answers 500 itself.
     return "\\ud800" not in ascii(value) and not any(
-        value is known or value == known for known in HARMLESS.get(key, ())
+        value is known or value == known for known in harmless.get(key, ())
     )
 
 
@@ -139,13 +172,14 @@ def _short(value) -> str:
     return text if len(text) < 40 else f"{text[:30]}...{len(text)}"
 
 
-def _from_a_producer(lab, key, values, edit) -> list:
-    """An attempt for each value, each made of parameters of its own from the producer."""
+def _from_a_producer(lab, key, values, edit, way: str = "pull") -> list:
+    """An attempt for each value, each made of parameters of its own that the producer would honour."""
+    harmless = HARMLESS_AT_ONCE if way == "push" else HARMLESS
     prompts = [lab.prompt(70) for _ in values]
-    handed = lab.together(lambda prompt=prompt: lab.prefill.prefill(prompt) for prompt in prompts)
+    begun = lab.together(lambda prompt=prompt: lab.begin(way, prompt) for prompt in prompts)
     return [
-        Attempt(f"{key}: {_short(value)}", edit(answer.kv_transfer_params, key, value), prompt, _counts(key, value))
-        for value, prompt, answer in zip(values, prompts, handed, strict=True)
+        Attempt(f"{key}: {_short(value)}", edit(params, key, value), prompt, _counts(key, value, harmless))
+        for value, prompt, (params, _) in zip(values, prompts, begun, strict=True)
     ]
 
 
@@ -200,6 +234,26 @@ def test_edited_lease_at_decode(lab, key):
     assert_survives(lab, lab.decode, _from_a_producer(lab, key, LEASE_REPLACEMENTS[key], edit))
 
 
+@pytest.mark.parametrize("key", TOLD_REPLACEMENTS)
+def test_edited_params_of_a_request_sent_to_both_at_once(lab, key):
+    """The same where the decode server is told of the prefill server: what does not meet its prefill ends in time."""
+    assert_survives(lab, lab.decode, _from_a_producer(lab, key, TOLD_REPLACEMENTS[key], _edited, way="push"))
+
+
+def test_edited_transfer_id_at_prefill(lab):
+    """A prefill request whose transfer id is none is computed, answered and counted."""
+    values = [value for value in TOLD_REPLACEMENTS["transfer_id"] if value not in (DELETE, None, "another")]
+    wish = {"do_remote_decode": True, "do_remote_prefill": False}
+    assert_survives(
+        lab,
+        lab.prefill,
+        [
+            Attempt(_short(value), wish | {"transfer_id": value}, lab.prompt(70), _counts("", value, {}))
+            for value in values
+        ],
+    )
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_foreign_params(lab, role):
     """Parameters that no producer ever made are answered on either server."""
@@ -215,6 +269,7 @@ def test_answers_of_a_producer_at_a_producer(lab):
         for key in ("remote_block_ids", "remote_engine_id", "remote_port", "kvxfer", "do_remote_decode")
         for attempt in _from_a_producer(lab, key, REPLACEMENTS[key][:6], _edited)
     ]
+    attempts += _from_a_producer(lab, "transfer_id", [DELETE, "another"], _edited, way="push")
     assert_survives(lab, lab.prefill, attempts)
 
 
@@ -230,26 +285,48 @@ def test_params_that_are_no_object(lab, role):
     assert server.ask(prompt, max_tokens=4).tokens == lab.expect(prompt, 4)
 
 
-def test_another_prompts_lease(lab):
+def test_another_prompts_lease(lab, way):
     """A lease of another prompt of the same length never yields that prompt's tokens."""
     mine, other = lab.prompt(70), lab.prompt(70)
-    params = lab.prefill.prefill(other).kv_transfer_params
+    params, _ = lab.begin(way, other)
     assert_survives(lab, lab.decode, [Attempt("another prompt's", params, mine)])
 
 
-def test_the_same_params_twice(lab):
+def test_a_lease_that_was_never_announced(lab):
+    """A client that makes up a lease, and says that its prefill is still to come, is kept waiting for a while and no longer."""
+    prompt = lab.prompt(70)
+    params, _ = lab.begin("pull", prompt)
+    made_up = params["kvxfer"] | {"token": "a" * 32, "early": True}
+    assert_survives(lab, lab.decode, [Attempt("made up", params | {"kvxfer": made_up}, prompt)])
+
+
+def test_the_same_params_twice(lab, way):
     """Parameters that were used before give a right answer or an error, and their blocks are not freed twice."""
     prompt = lab.prompt(200)
-    params = lab.prefill.prefill(prompt).kv_transfer_params
+    params, _ = lab.begin(way, prompt)
     assert lab.decode.ask(prompt, max_tokens=6, kv_transfer_params=params).tokens == lab.expect(prompt, 6)
     lab.decode.reset_prefix_cache()
     assert_survives(lab, lab.decode, [Attempt("used before", params, prompt)])
 
 
-def test_the_same_params_at_once(lab):
+def test_the_same_transfer_id_twice_at_prefill(lab):
+    """Two prefills of one prompt that came with one transfer id: the decode server is given either's blocks, and none stay."""
+    prompt, key = lab.prompt(200), "twice"
+    twice = lab.together([lambda: lab.prefill.prefill(prompt, transfer_id=key)] * 2)
+    assert all(answer.ok for answer in twice)
+    assert_survives(lab, lab.decode, [Attempt("told at once", lab.prefill.told_at_once(key), prompt, counts=False)])
+    # The other one is handed on as an answer.
+    leases = {answer.kv_transfer_params["kvxfer"]["token"]: answer.kv_transfer_params for answer in twice}
+    assert len(leases) == 2
+    lab.decode.reset_prefix_cache()
+    answers = [lab.decode.ask(prompt, max_tokens=6, kv_transfer_params=params) for params in leases.values()]
+    assert [answer.tokens for answer in answers] == [lab.expect(prompt, 6)] * 2
+
+
+def test_the_same_params_at_once(lab, way):
     """The same parameters in four requests at once give right answers or errors."""
     prompt = lab.prompt(700)
-    params = lab.prefill.prefill(prompt).kv_transfer_params
+    params, _ = lab.begin(way, prompt)
     answers = lab.together([lambda: lab.decode.ask(prompt, max_tokens=6, kv_transfer_params=params)] * 4)
     expected = lab.expect(prompt, 6)
     assert all(answer.tokens == expected for answer in answers if answer.ok)
@@ -258,19 +335,19 @@ def test_the_same_params_at_once(lab):
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_params_of_a_request_that_vllm_refuses(lab, role):
+def test_params_of_a_request_that_vllm_refuses(lab, way, role):
     """A request that vLLM itself refuses (too long) with parameters that are in order leaves no block in use."""
     prompt = lab.prompt(100)
-    params = lab.prefill.prefill(prompt).kv_transfer_params
+    params, _ = lab.begin(way, prompt)
     answer = getattr(lab, role).ask(lab.prompt(5000), max_tokens=6, kv_transfer_params=params)
     assert 400 <= answer.status < 500
     lab.assert_works()
 
 
-def test_garbage_through_the_router(lab):
-    """A client's own parameters, sent to the router, do not reach the transfer."""
+def test_garbage_through_what_stands_in_front(lab, front):
+    """A client's own parameters, sent to the router or the proxy, do not reach the transfer."""
     prompt = lab.prompt(70)
-    answer = lab.router.ask(prompt, max_tokens=6, kv_transfer_params={"do_remote_prefill": True, "kvxfer": "no"})
+    answer = front.ask(prompt, max_tokens=6, kv_transfer_params={"do_remote_prefill": True, "kvxfer": "no"})
     assert answer.tokens == lab.expect(prompt, 6)
 
 

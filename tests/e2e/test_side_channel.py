@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import threading
 import uuid
 
 import pytest
@@ -122,6 +123,49 @@ def test_raw_garbage_is_counted(lab):
         assert lab.eventually(lambda: refused_messages(lab, lab.prefill) > before, 20)
 
 
+def send_garbage_until(over: threading.Event, servers) -> int:
+    """All that is not ours and not huge, to each of the servers, again and again; how many of them were sent."""
+    sent = 0
+    messages = [frames for frames in MESSAGES.values() if sum(map(len, frames)) < 1 << 20]
+    with zmq.Context() as context:
+        dealers = [_dealer(context, server.side_channel_port) for server in servers]
+        while not over.is_set():
+            for server, dealer in zip(servers, dealers, strict=True):
+                for frames in messages:
+                    with contextlib.suppress(zmq.Again):  # it drops more than it can take
+                        dealer.send_multipart(frames, zmq.NOBLOCK)
+                for raw in RAW.values():
+                    with (
+                        contextlib.suppress(ConnectionError),
+                        socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as stranger,
+                    ):
+                        stranger.sendall(raw)
+                sent += len(messages) + len(RAW)
+        for dealer in dealers:
+            dealer.close()
+    return sent
+
+
+def test_garbage_during_requests(lab, front):
+    """While strangers send all of that to both servers without a pause, requests are served, and by a transfer."""
+    prompts = [lab.prompt(n) for n in (33, 700, 3000)]
+    expected = [lab.expect(prompt, 8) for prompt in prompts]
+    moved = lab.decode.metric("vllm:kvxfer_transfer_seconds_count")
+    over = threading.Event()
+    garbage = lab.threads.submit(send_garbage_until, over, [lab.prefill, lab.decode])
+    try:
+        answers = lab.together((lambda prompt=prompt: front.ask(prompt, max_tokens=8)) for prompt in prompts)
+    finally:
+        over.set()
+    assert [answer.tokens for answer in answers] == expected
+    assert garbage.result() > 0
+    transfers = lab.eventually(
+        lambda: lab.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + len(prompts), 20
+    )
+    assert transfers
+    lab.assert_no_blocks_in_use()
+
+
 def test_many_connections_that_say_nothing(lab):
     """200 silent connections keep nobody from being served."""
     strangers = [socket.create_connection(("127.0.0.1", lab.prefill.side_channel_port), timeout=10) for _ in range(200)]
@@ -141,10 +185,10 @@ def test_a_flood_of_garbage(lab):
         lab.assert_works()
 
 
-def test_strangers_cannot_end_a_lease(lab):
+def test_strangers_cannot_end_a_lease(lab, way):
     """Whoever does not know a lease's token, or is not its holder, cannot settle it."""
     prompt = lab.prompt(300)
-    params = lab.prefill.prefill(prompt).kv_transfer_params
+    params, _ = lab.begin(way, prompt)
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
         dealer.send(_HELLO)
         epoch = wire.decode(dealer.recv()).epoch
@@ -154,8 +198,23 @@ def test_strangers_cannot_end_a_lease(lab):
     assert answer.tokens == lab.expect(prompt, 8)
 
 
+def test_strangers_that_wait_for_leases(lab):
+    """Somebody who says that he waits for 20,000 leases, none of which will ever be, keeps nobody else from theirs."""
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+        dealer.setsockopt(zmq.SNDHWM, 0)
+        dealer.send(_HELLO)
+        epoch = wire.decode(dealer.recv()).epoch
+        for _ in range(20_000):
+            dealer.send(wire.encode(wire.Open(to=epoch, token=uuid.uuid4().hex, early=True)))
+        assert isinstance(wire.decode(dealer.recv()), wire.Pending)
+        lab.assert_works()
+
+
 def test_the_next_peer_is_met(lab):
-    """A consumer that starts after all of that meets this producer and transfers."""
-    consumer = lab.consumer("recompute")
+    """A consumer that starts after all of that meets this producer, with a request that was sent to both at once, and transfers."""
+    lab.recompute.kill()
+    consumer, prompt = lab.consumer("recompute"), lab.prompt(200)
+    assert lab.send("push", prompt, consumer, max_tokens=8).tokens == lab.expect(prompt, 8)
+    assert lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == 1, 20)
     lab.assert_works(consumer)
     lab.assert_no_blocks_in_use(lab.prefill, lab.decode, consumer)

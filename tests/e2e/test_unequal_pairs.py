@@ -18,7 +18,7 @@ import pytest
 TWO_RANKS = ("--tensor-parallel-size", "2")
 PROMPT_TOKENS = (33, 700)
 MAX_TOKENS = 12
-PATIENT = {"lease_seconds": 300, "read_timeout_seconds": 200, "peer_timeout_seconds": 100}
+PATIENT = {"lease_seconds": 300, "match_seconds": 200, "read_timeout_seconds": 200, "peer_timeout_seconds": 100}
 ANSWER_TIMEOUT_S = 300
 
 PAIRS = [
@@ -31,6 +31,7 @@ PAIRS = [
     ("tp2 b32", "tp1 b64"),
 ]
 HITS = ["no hit", "hit"]
+WAYS = ("pull", "push")
 
 
 class Unequal:
@@ -38,9 +39,14 @@ class Unequal:
 
     def __init__(self, lab, servers) -> None:
         self.servers = servers
-        prompts = {(pair, hit): [lab.prompt(tokens) for tokens in PROMPT_TOKENS] for pair in PAIRS for hit in HITS}
+        prompts = {
+            (pair, hit): [(way, lab.prompt(tokens)) for way in WAYS for tokens in PROMPT_TOKENS]
+            for pair in PAIRS
+            for hit in HITS
+        }
         self.asked = {
-            key: [(prompt, lab.expect(prompt, MAX_TOKENS)) for prompt in each] for key, each in prompts.items()
+            key: [(way, prompt, lab.expect(prompt, MAX_TOKENS)) for way, prompt in each]
+            for key, each in prompts.items()
         }
 
     @contextlib.contextmanager
@@ -66,11 +72,12 @@ def unequal(started_lab):
     lab = started_lab
     lab.heal()
     plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300, connector_options=PATIENT)
+    two_ranks = (*plain.arguments, *TWO_RANKS)
     settings = {
         "tp1 b32": replace(plain, name="tp1-b32"),
         "tp1 b64": replace(plain, name="tp1-b64", block_tokens=64),
-        "tp2 b32": replace(plain, name="tp2-b32", arguments=TWO_RANKS),
-        "tp2 b64": replace(plain, name="tp2-b64", block_tokens=64, arguments=TWO_RANKS),
+        "tp2 b32": replace(plain, name="tp2-b32", arguments=two_ranks),
+        "tp2 b64": replace(plain, name="tp2-b64", block_tokens=64, arguments=two_ranks),
     }
     made = Unequal(lab, {name: VllmServer(each, lab.folder) for name, each in settings.items()})
     own = [server for server in (lab.reference, lab.prefill, lab.decode, lab.recompute) if server.alive]
@@ -89,43 +96,25 @@ def unequal(started_lab):
             server.thaw()
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS[::2], ids=lambda name: name.replace(" ", "-"))
-def test_sent_to_both_at_once(started_lab, unequal, source, target):
-    """The same where blocks leave while prefill runs: the decode server was told of the first rank only."""
-    asked = unequal.asked[(source, target), "no hit"]
-    with unequal.awake(source, target) as servers:
-        for number, (prompt, expected) in enumerate(asked):
-            for server in servers:
-                server.reset_prefix_cache()
-            answer = started_lab.at_once(
-                *servers, prompt, f"{source}-{target}-{number}", max_tokens=MAX_TOKENS, timeout_s=ANSWER_TIMEOUT_S
-            )
-            assert answer.ok, answer.body
-            assert answer.tokens == expected
-        started_lab.assert_no_blocks_in_use(*servers, timeout_s=120)
-
-
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("hit", HITS)
 def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hit):
-    """Whatever the two sides look like, prefilled here and decoded there is the same; also where a prefix is there already."""
+    """Whatever the two sides look like, prefilled here and decoded there is the same; also where a prefix is there already.
+
+    Sent to both at once, the decode server is told of the first rank only, and blocks leave while prefill runs.
+    """
     asked = unequal.asked[(source, target), hit]
     with unequal.awake(source, target) as (producer, consumer):
         if hit == "hit":
-            for prompt, _ in asked:
+            for _, prompt, _ in asked:
                 part = prompt[: len(prompt) * 2 // 3]
                 assert consumer.ask(part, max_tokens=1, timeout_s=ANSWER_TIMEOUT_S).ok
         transfers = consumer.metric("vllm:kvxfer_transfer_seconds_count")
         failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
         refused = consumer.metric("vllm:kvxfer_refused_params_total")
-        for prompt, expected in asked:
-            handed = producer.prefill(prompt)
-            assert handed.ok, handed.body
-            answer = consumer.ask(
-                prompt,
-                max_tokens=MAX_TOKENS,
-                kv_transfer_params=handed.kv_transfer_params,
-                timeout_s=ANSWER_TIMEOUT_S,
+        for way, prompt, expected in asked:
+            answer = started_lab.send(
+                way, prompt, consumer, producer, max_tokens=MAX_TOKENS, timeout_s=ANSWER_TIMEOUT_S
             )
             assert answer.ok, answer.body
             assert answer.tokens == expected
