@@ -42,11 +42,18 @@ pytestmark = [
 class _Pair:
     """A prefill and a decode server with one connector, frozen between its turns."""
 
-    def __init__(self, connector: str, model, folder, *arguments: str, cores: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, connector: str, model, folder, *arguments: str, cores: tuple[int, ...] = (), **options: str
+    ) -> None:
         from kvxfer_vllm.local.pair import ServerSettings, VllmServer, start_all
 
         # bf16 takes AMX attention, which dies of an illegal instruction where a virtual machine names AMX and bars it.
-        common = {"model": model, "connector": connector, "arguments": ("--dtype", "float16", *arguments)}
+        common = {
+            "model": model,
+            "connector": connector,
+            "connector_options": options,
+            "arguments": ("--dtype", "float16", *arguments),
+        }
         self.prefill = VllmServer(ServerSettings(name=f"prefill-{connector}", role="kv_producer", **common), folder)
         self.decode = VllmServer(ServerSettings(name=f"decode-{connector}", role="kv_consumer", **common), folder)
         self.servers = (self.prefill, self.decode)
@@ -106,14 +113,15 @@ class _Pair:
 
 
 @pytest.mark.parametrize(
-    ("connector", "ways"),
+    ("connector", "ways", "options"),
     [
-        ("KvxferConnector", ("alone", "pull", "push")),
-        ("NixlConnector", ("alone", "pull")),
-        ("NixlPushConnector", ("alone", "push")),
+        ("KvxferConnector", ("alone", "pull", "push"), {}),
+        ("KvxferConnector", ("alone", "push"), {"granularity": "layer"}),
+        ("NixlConnector", ("alone", "pull"), {}),
+        ("NixlPushConnector", ("alone", "push"), {}),
     ],
 )
-def test_client(benchmark, measuring, report, tmp_path, connector, ways):
+def test_client(benchmark, measuring, report, tmp_path, connector, ways, options):
     """Sent to both at once, a request's transfer is hidden behind its prefill: goal 80 % of what it costs in pull.
 
     One pair of servers at a time: six would not fit a small machine. ``alone`` is the prefill server's own first token, and
@@ -127,7 +135,8 @@ def test_client(benchmark, measuring, report, tmp_path, connector, ways):
 
     numbers, times = random.Random(8), defaultdict(list)
     cores = sorted(os.sched_getaffinity(0))[:2]
-    pair = _Pair(connector, make_model(KV_HEAVY), tmp_path, "--max-num-batched-tokens", "512", cores=tuple(cores))
+    chunked = ("--max-num-batched-tokens", "512")
+    pair = _Pair(connector, make_model(KV_HEAVY), tmp_path, *chunked, cores=tuple(cores), **options)
     try:
         with pair:
             for round_number in range(-1, CLIENT_ROUNDS):  # the first one is for kernels and first touches
@@ -154,7 +163,7 @@ def test_client(benchmark, measuring, report, tmp_path, connector, ways):
         benchmark.extra_info[f"{tokens} tokens"] = {way: times[way, tokens] for way in ways}
         report(
             f"The client's first token, 512 tokens a step, seconds; medians of {CLIENT_ROUNDS}",
-            connector=connector,
+            connector=" ".join((connector, *options.values())),
             tokens=f"{tokens:,}",
             alone=f"{medians['alone']:.3f}",
             KV_is_here=f"{here:.3f}",

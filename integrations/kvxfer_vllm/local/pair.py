@@ -164,7 +164,7 @@ class VllmServer(ServerProcess):
     def told_at_once(self, transfer_id: str) -> dict[str, Any]:
         """The decode request's ``kv_transfer_params`` when a proxy sends it together with the prefill request to this server.
 
-        ``tp_size`` is there for NixlPushConnector; kvxfer asks the server.
+        The sizes and ``remote_request_id`` are there for NixlPushConnector, whose engine dies without them (vLLM 0.32).
         """
         return {
             "do_remote_prefill": True,
@@ -174,6 +174,7 @@ class VllmServer(ServerProcess):
             "remote_port": self.side_channel_port,
             "tp_size": 1,
             "pp_size": 1,
+            "remote_request_id": transfer_id,
             "transfer_id": transfer_id,
         }
 
