@@ -54,7 +54,8 @@ _TEST_TIMEOUT_S = 600
 # Below the defaults, so that tests of what happens at a deadline do not take minutes; the rest is as shipped.
 PEER_TIMEOUT_S = 12.0
 READ_TIMEOUT_S = 20.0
-MATCH_S = 10.0
+MATCH_S = 6.0
+LEASE_S = 15.0
 # What an answer that waits for such a deadline may take in all, on a machine whose cores are all busy.
 DEADLINE_S = READ_TIMEOUT_S + 20.0
 
@@ -99,7 +100,7 @@ class Lab:
             model=model,
             role="kv_producer",
             num_blocks=2000,
-            connector_options={"match_seconds": MATCH_S},
+            connector_options={"match_seconds": MATCH_S, "lease_seconds": LEASE_S},
             arguments=_CHUNKED,
         )
         patience = {"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}

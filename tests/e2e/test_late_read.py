@@ -7,6 +7,7 @@ vLLM's NixlConnector, with this very lease of 3 s, this producer of 400 blocks a
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 
 LEASE_S = 3.0
 POLICIES = ("fail", "recompute")
+WAYS = ("pull", "push")
 
 
 @pytest.fixture(scope="module")
@@ -41,57 +43,66 @@ def overwrite(lab) -> None:
         assert lab.prefill.ask(lab.prompt(3000), max_tokens=1).ok
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_reads_after_the_lease_ended(late_lab, way, policy):
+def assert_all_work(lab) -> None:
+    """Every consumer transfers, and nobody holds a block."""
+    consumers = [lab.consumer(policy) for policy in POLICIES]
+    lab.assert_no_blocks_in_use(lab.prefill, *consumers)
+    for consumer in consumers:
+        lab.assert_works(consumer, attempts=3)
+
+
+def test_reads_after_the_lease_ended(late_lab, way):
     """Three prompts fetched after their blocks were given to others: an error, or right tokens computed locally."""
     lab = late_lab
-    prompts = [lab.prompt(2500 if i == 0 else 600) for i in range(3)]
     handed = []
-    for prompt in prompts:
+    for policy, num_tokens in itertools.product(POLICIES, (2500, 600, 600)):
+        prompt = lab.prompt(num_tokens)
         params, prefilled = lab.begin(way, prompt)
         assert prefilled.result().ok
-        handed.append(params)
+        handed.append((policy, prompt, params))
     time.sleep(LEASE_S)  # the case itself: nobody comes for the blocks
     lab.assert_no_blocks_in_use(lab.prefill, timeout_s=30)
     overwrite(lab)
-    for prompt, params in zip(prompts, handed, strict=True):
+    for policy, prompt, params in handed:
         answer = lab.consumer(policy).ask(prompt, max_tokens=24, kv_transfer_params=params, timeout_s=lab.deadline_s)
         if policy == "recompute":
             assert answer.ok
             assert answer.tokens == lab.expect(prompt, 24)
         else:
             assert answer.status == 500, answer.body
-    lab.assert_no_blocks_in_use(lab.prefill, lab.consumer(policy))
-    lab.assert_works(lab.consumer(policy), attempts=3)
+    assert_all_work(lab)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(
-    ("way", "delay_s"),
-    [("pull", 0.0), ("pull", 0.01), ("pull", 0.03), ("pull", 0.1), ("push", 0.0), ("push", 0.1), ("push", 0.3)],
-)
-def test_a_consumer_that_sleeps_through_the_end_of_its_lease(late_lab, policy, way, delay_s):
-    """A consumer frozen somewhere in its request until its blocks were overwritten answers rightly or with an error."""
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.1, 0.3])
+def test_consumers_that_sleep_through_the_end_of_their_leases(late_lab, delay_s):
+    """Consumers frozen somewhere in their requests until their blocks were overwritten answer rightly or with an error."""
     lab = late_lab
-    consumer = lab.consumer(policy)
-    prompt = lab.prompt(3000)
-    params, prefilled = lab.begin(way, prompt)
-    asking = lab.threads.submit(
-        consumer.ask, prompt, max_tokens=24, kv_transfer_params=params, timeout_s=lab.deadline_s + 60
-    )
-    time.sleep(delay_s)  # the case itself: somewhere in the request
-    consumer.freeze()
+    begun = []
+    for way, policy in itertools.product(
+        WAYS, POLICIES
+    ):  # what is pushed is still computed when the consumers are asked
+        prompt = lab.prompt(2500)
+        begun.append((lab.consumer(policy), prompt, *lab.begin(way, prompt)))
+    asked = [
+        lab.threads.submit(
+            consumer.ask, prompt, max_tokens=24, kv_transfer_params=params, timeout_s=lab.deadline_s + 60
+        )
+        for consumer, prompt, params, _ in begun
+    ]
+    time.sleep(delay_s)  # the case itself: somewhere in the requests
+    for policy in POLICIES:
+        lab.consumer(policy).freeze()
     try:
-        assert prefilled.result().ok
+        assert all(prefilled.result().ok for *_, prefilled in begun)
         time.sleep(LEASE_S)
         lab.assert_no_blocks_in_use(lab.prefill, timeout_s=30)
         overwrite(lab)
     finally:
-        consumer.thaw()
-    answer = asking.result()
-    assert answer.tokens == lab.expect(prompt, 24) if answer.ok else answer.status == 500, answer
-    lab.assert_no_blocks_in_use(lab.prefill, consumer)
-    lab.assert_works(consumer, attempts=3)
+        for policy in POLICIES:
+            lab.consumer(policy).thaw()
+    for (_, prompt, *_), answer in zip(begun, [each.result() for each in asked], strict=True):
+        assert answer.tokens == lab.expect(prompt, 24) if answer.ok else answer.status == 500, answer
+    assert_all_work(lab)
 
 
 def test_a_consumer_that_waits_in_its_queue(late_lab, way):

@@ -133,7 +133,7 @@ def test_a_producer_that_freezes(lab, delay_s):
         lab.prefill.thaw()
     for each in begun:
         each.over()
-    # Leases whose consumer gave up run for their 30 s.
+    # Leases whose consumer gave up run for their time.
     assert_all_work(lab, timeout_s=90)
 
 
