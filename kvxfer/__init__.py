@@ -13,6 +13,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.memory import Descriptors, Memory, MemoryKind
 from kvxfer.plan import TransferPlan, plan
 from kvxfer.route import Costs, Route
+from kvxfer.secret import Secret
 from kvxfer.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Memory",
     "MemoryKind",
     "Route",
+    "Secret",
     "Settings",
     "Transfer",
     "TransferAgent",

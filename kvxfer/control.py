@@ -3,17 +3,23 @@
 
 A ROUTER takes what other endpoints say to this one; a DEALER per peer carries what this one asks. ZeroMQ reconnects
 by itself and keeps a queue meanwhile, so a peer that is not up yet, or is restarted, costs nobody else anything.
-Whatever strangers send to the port ends as a counted refusal.
+Whatever strangers send to the port ends as a counted refusal. With a secret every connection is authenticated both ways and
+encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never reaches a message.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
+import ipaddress
+import logging
 import socket
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import zmq
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from kvxfer import wire
@@ -24,10 +30,16 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
+    from kvxfer.secret import Secret
+
+_log = logging.getLogger(__name__)
 
 _STRANGERS = (
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
 )
+
+_ZAP = "inproc://zeromq.zap.01"
+"""Where ZeroMQ asks who may connect (https://rfc.zeromq.org/spec/27)."""
 
 _MOST_PER_TURN = 256
 """Messages taken from one socket before the others and the timers get their turn."""
@@ -58,19 +70,33 @@ class ControlChannel:
     Args:
         bind: ``tcp://host:port``; port 0 takes a free one. A host name is resolved.
         advertise: host by which peers reach it, if that differs (bound to all interfaces, NAT).
+        secret: of all endpoints that may talk to each other.
+        allow_unauthenticated: an address that other machines reach may be bound without one.
 
     Raises:
-        ConfigError: the address cannot be bound; the message says why.
+        ConfigError: the address cannot be bound, or not without a secret; the message says why.
     """
 
-    def __init__(self, bind: str, settings: Settings, metrics: Metrics, advertise: str | None = None) -> None:
+    def __init__(
+        self,
+        bind: str,
+        settings: Settings,
+        metrics: Metrics,
+        advertise: str | None = None,
+        *,
+        secret: Secret | None = None,
+        allow_unauthenticated: bool = False,
+    ) -> None:
         self._limit = settings.max_message_nbytes
         self._metrics = metrics
+        self._secret = secret
+        self._warned = False
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._heard: set[int] = set()
         """File descriptors of connections that said something, so that those which said nothing can be counted."""
-        self._strangers_gone = 0
+        self._strangers_gone: deque[str] = deque()
+        """Why connections were refused whose end has not been told yet."""
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._addresses: dict[zmq.Socket[bytes], str] = {}
         self._wake_in, self._wake_out = socket.socketpair()
@@ -78,16 +104,27 @@ class ControlChannel:
         self._wake_out.setblocking(False)
         try:
             resolved = _resolved(bind)
+            if secret is None and not allow_unauthenticated:
+                _refuse_strangers(bind, resolved)
             self._configure(self._router, ipv6="[" in resolved)
+            self._zap = self._context.socket(zmq.REP)
+            if secret is not None:
+                self._zap.bind(_ZAP)  # before anybody can connect
+                self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvxfer")
+                self._router.setsockopt(zmq.CURVE_SERVER, 1)
+                self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._router.bind(resolved)
             bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
             self._monitor = self._router.get_monitor_socket(_STRANGERS | zmq.Event.DISCONNECTED)
+        except ConfigError:
+            self.close()
+            raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             self.close()
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
         self.address: str = _advertised(bound, advertise)
         self._poller = zmq.Poller()
-        for readable in (self._router, self._monitor, self._wake_in):
+        for readable in (self._router, self._monitor, self._zap, self._wake_in):
             self._poller.register(readable, zmq.POLLIN)
 
     def wake(self) -> None:
@@ -107,6 +144,10 @@ class ControlChannel:
             try:
                 dealer = self._context.socket(zmq.DEALER)  # fails when this process is out of sockets
                 self._configure(dealer)
+                if self._secret is not None:
+                    dealer.setsockopt(zmq.CURVE_SERVERKEY, self._secret.listener.public)
+                    dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._secret.caller.public)
+                    dealer.setsockopt(zmq.CURVE_SECRETKEY, self._secret.caller.private)
                 dealer.connect(address)
             except (zmq.ZMQError, ValueError, TypeError) as error:
                 if dealer is not None:
@@ -139,6 +180,8 @@ class ControlChannel:
                 yield from self._drain(self._router, None)
             elif readable is self._monitor:
                 self._count_strangers()
+            elif readable is self._zap:
+                self._admit()
             elif readable in self._addresses:
                 yield from self._drain(readable, self._addresses[readable])
             else:
@@ -192,6 +235,20 @@ class ControlChannel:
         except WireError as error:
             return Inbound(source, None, "garbage", str(error))
 
+    def _admit(self) -> None:
+        """Answer ZeroMQ's questions who may connect: whoever proved to have the key of those that connect."""
+        for _ in range(_MOST_PER_TURN):
+            try:
+                version, question, _domain, _address, _identity, mechanism, *keys = self._zap.recv_multipart(
+                    zmq.NOBLOCK
+                )
+            except zmq.ZMQError:
+                return
+            known = z85.decode(self._secret.caller.public) if self._secret is not None else b""
+            good = mechanism == b"CURVE" and len(keys) == 1 and hmac.compare_digest(keys[0], known)
+            status = (b"200", b"OK") if good else (b"400", b"not one of us")
+            self._zap.send_multipart([version, question, *status, b"", b""])
+
     def _count_strangers(self) -> None:
         """Connections that ended without one whole message: no ZeroMQ, or cut off, or dropped for what they sent."""
         for _ in range(_MOST_PER_TURN):
@@ -200,13 +257,24 @@ class ControlChannel:
             except zmq.ZMQError:
                 return
             if event["event"] & _STRANGERS:
-                self._strangers_gone += 1  # its disconnection comes next
+                self._strangers_gone.append(self._stranger(event["value"]))  # its end comes next
             elif event["value"] in self._heard:
                 self._heard.discard(event["value"])
             else:
-                reason = "not_zmtp" if self._strangers_gone else "no_message"
-                self._strangers_gone -= bool(self._strangers_gone)
+                reason = self._strangers_gone.popleft() if self._strangers_gone else "no_message"
                 self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+
+    def _stranger(self, value: int) -> str:
+        # With a secret it does not matter what else is wrong with who does not have it.
+        if self._secret is None and value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            return "not_zmtp"
+        if not self._warned:
+            self._warned = True
+            other = (
+                "has another secret, or none" if self._secret is not None else "has a secret, and this side has none"
+            )
+            _log.warning("%s: somebody who tries to connect %s; further ones are only counted", self.address, other)
+        return "unauthenticated"
 
 
 def _resolved(bind: str) -> str:
@@ -222,6 +290,16 @@ def _resolved(bind: str) -> str:
     family, *_, sockaddr = min(found, key=lambda f: f[0] != socket.AF_INET)
     literal = f"[{sockaddr[0]}]" if family == socket.AF_INET6 else str(sockaddr[0])
     return f"tcp://{literal}:{port}"
+
+
+def _refuse_strangers(bind: str, resolved: str) -> None:
+    host = resolved.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "*" or not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        raise ConfigError(
+            f"{bind} can be reached from other machines, and without a secret whoever reaches it may ask for KV: set "
+            "KVXFER_SECRET_FILE to a file that holds the same secret on all servers, or allow_unauthenticated "
+            "(KVXFER_ALLOW_UNAUTHENTICATED=1) in a network where everybody may"
+        )
 
 
 def _advertised(bound: str, advertise: str | None) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import secrets
 import socket
@@ -32,6 +33,7 @@ from kvxfer.peer import Identity
 from kvxfer.plan import CASTABLE, plan
 from kvxfer.producer import Producer
 from kvxfer.route import Costs, Route, Router
+from kvxfer.secret import Secret
 from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
 from kvxfer.wire import MAX_NAME, Address
 
@@ -64,9 +66,13 @@ class Endpoint:
         convert: elements of other dtypes may be converted on the way into this cache; else such a producer is refused.
         costs: by which routes are chosen; by default as ``kvxfer bench calibrate`` measured them, see `Costs.load`.
         route: take this route and no other, for measuring and for tests.
+        secret: of all endpoints that may talk to each other, whose control channel it then authenticates and encrypts; by default
+            from the environment, see `Secret.resolve`.
+        allow_unauthenticated: without a secret, ``bind`` may be an address that other machines reach. By default if
+            ``KVXFER_ALLOW_UNAUTHENTICATED`` is 1.
 
     Raises:
-        ConfigError: an option is wrong, or the address cannot be bound.
+        ConfigError: an option is wrong, or the address cannot be bound, or not without a secret.
         UnavailableError: the adapter cannot run here.
         RegistrationError: the transfer engine refuses the cache's memory.
     """
@@ -84,6 +90,8 @@ class Endpoint:
         convert: bool = False,
         costs: Costs | None = None,
         route: Route | str | None = None,
+        secret: Secret | None = None,
+        allow_unauthenticated: bool | None = None,
     ) -> None:
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
@@ -99,7 +107,16 @@ class Endpoint:
         self._costs = costs if costs is not None else Costs.load()
         self._route = None if route is None else _route(route)
         board = LeaseBoard(self.settings.max_leases)
-        channel = ControlChannel(bind, self.settings, self.metrics, advertise)
+        if allow_unauthenticated is None:
+            allow_unauthenticated = os.environ.get("KVXFER_ALLOW_UNAUTHENTICATED") == "1"
+        channel = ControlChannel(
+            bind,
+            self.settings,
+            self.metrics,
+            advertise,
+            secret=secret if secret is not None else Secret.resolve(),
+            allow_unauthenticated=allow_unauthenticated,
+        )
         self._driver = driver = Driver(channel, self.metrics, self._events.put)
         try:
             maker = self._agent_maker(agent, dict(agent_options or {}))

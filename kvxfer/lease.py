@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.fence import LeaseBoard
+    from kvxfer.secret import Secret
 
 REF_VERSION = 1
 _REMEMBERED = 16_384
@@ -101,15 +102,17 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         request: str = "",
         num_tokens: int = 0,
         digest: str = "",
+        secret: Secret | None = None,
     ) -> LeaseRef:
         """The reference that producer and consumer each make for themselves, when a request is sent to both at once.
 
         Args:
-            key: what both were told of the request and nobody else was, such as a router's transfer id. Who knows it, and all
-                of the following, may read the request's KV.
+            key: what both were told of the request and nobody else was, such as a router's transfer id. Without a secret, who
+                knows it and all of the following may read the request's KV.
             owner, num_tokens, digest: as both know them; those of another prompt are another lease.
             addresses, request: see `LeaseRef`; the two sides may differ in them. The consumer may know the address of the
                 first rank only, which then has to know the others (`Endpoint.join`).
+            secret: of both sides; without it nobody can tell the token from the rest.
 
         Raises:
             LeaseRefError: a field is out of range.
@@ -118,7 +121,10 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             known = msgspec.json.encode([key, owner, num_tokens, digest])
         except ValueError as error:  # as in `from_obj`
             raise LeaseRefError(f"a shared lease cannot be made: {error}") from error
-        token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
+        if secret is not None:
+            token = secret.digest(known).hex()
+        else:
+            token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
         fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "early": True}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 

@@ -26,6 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvxfer.errors import ConfigError
+from kvxfer.secret import Secret
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
 from kvxfer_vllm.options import Options, advertised, side_channel
 from kvxfer_vllm.params import Role
@@ -113,6 +114,7 @@ class KvxferConnector(KVConnectorBase_V1):
                 block_tokens=block_tokens(kv_cache_config),
                 host=advertised(host),
                 port=port,
+                secret=Secret.resolve(file=self._options.secret_file),
             )
 
     # -------------------------------------------------------------------------------------------- scheduler's half

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
+from kvxfer.secret import Secret
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
 from kvxfer_vllm.support import block_tokens, is_mla, model_fingerprint
 
@@ -149,6 +150,8 @@ def start_endpoint(
         agent_options=options.for_agent(),
         advertise=advertised(host),
         settings=settings,
+        secret=Secret.resolve(file=options.secret_file),
+        allow_unauthenticated=options.allow_unauthenticated,
     )
     world = cache.spec.world
     addresses: list[str] = [endpoint.address] * world

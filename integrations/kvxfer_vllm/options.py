@@ -58,6 +58,8 @@ class Options:
         read_timeout_seconds: consumer: longest time from the start of a read to its end, of whatever kind.
         peer_timeout_seconds: consumer: how long a silent peer is waited for.
         hold_seconds: consumer: how long a waiting request renews its lease.
+        secret_file: holds the secret of all servers of a fleet, see `kvxfer.Secret`; by default the environment says.
+        allow_unauthenticated: a side channel that other machines reach may do without.
         model_fingerprint: replaces what is derived from the model's name and configuration; equal on servers that load
             the same weights from different paths.
     """
@@ -73,6 +75,8 @@ class Options:
     read_timeout_seconds: float | None = None
     peer_timeout_seconds: float | None = None
     hold_seconds: float | None = None
+    secret_file: str | None = None
+    allow_unauthenticated: bool | None = None
     model_fingerprint: str = ""
 
     @classmethod
@@ -89,7 +93,9 @@ class Options:
             if name not in known:
                 raise ConfigError(f"kv_connector_extra_config: unknown option {name!r}; known are {', '.join(known)}")
         values = dict(extra)
-        for name in ("agent", "mode", "granularity", "model_fingerprint"):
+        if not isinstance(values.get("allow_unauthenticated"), (bool, type(None))):
+            raise ConfigError("kv_connector_extra_config: allow_unauthenticated must be true or false")
+        for name in ("agent", "mode", "granularity", "model_fingerprint", "secret_file"):
             if not isinstance(values.get(name, ""), str):
                 raise ConfigError(f"kv_connector_extra_config: {name} must be a string, not {values[name]!r}")
         if values.get("mode", "auto") not in _MODES:

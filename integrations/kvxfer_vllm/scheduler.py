@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from kvxfer.secret import Secret
+
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _LEASES_REMEMBERED = 65_536
@@ -72,10 +74,14 @@ class KvxferScheduler:
         tp_size: tensor parallel size of this server.
         block_tokens: tokens of one KV cache block.
         host, port: of the side channel of rank 0, for NixlConnector's keys; port 0 until `set_addresses`.
+        secret: of all servers, if they have one: nobody else can tell the token of a request that was sent to both.
     """
 
-    def __init__(self, role: Role, *, tp_size: int, block_tokens: int, host: str, port: int) -> None:
+    def __init__(
+        self, role: Role, *, tp_size: int, block_tokens: int, host: str, port: int, secret: Secret | None = None
+    ) -> None:
         self._role = role
+        self._secret = secret
         self._tp_size = tp_size
         self._block_tokens = block_tokens
         self._host = host
@@ -240,6 +246,7 @@ class KvxferScheduler:
             request=request.request_id,
             num_tokens=request.num_prompt_tokens,
             digest=_digest(request),
+            secret=self._secret,
         )
 
     def _seal_step(self, output: SchedulerOutput) -> None:

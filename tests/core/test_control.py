@@ -17,6 +17,7 @@ from kvxfer.config import Settings
 from kvxfer.control import ControlChannel, _advertised
 from kvxfer.errors import ConfigError
 from kvxfer.metrics import Metrics
+from kvxfer.secret import Secret
 from kvxfer.testing import eventually
 from tests.core.test_endpoint import QUICK, Engine
 
@@ -24,10 +25,14 @@ GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0")
 READY = b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
 
 
-@pytest.fixture(scope="module")
-def victim():
+SECRET = Secret(b"sixteen bytes at least, and here are more")
+
+
+@pytest.fixture(scope="module", params=[None, SECRET], ids=["open", "with a secret"])
+def victim(request):
     """A producer that all of this file's garbage is thrown at, and that serves every test's reads in between."""
-    engine = Engine(1)
+    engine = Engine(1, secret=request.param)
+    engine.secret = request.param
     yield engine
     assert engine.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
     engine.endpoint.close()
@@ -43,7 +48,7 @@ def refused(victim):
 
 
 def with_a_fresh_consumer(victim):
-    sink = Engine(2)
+    sink = Engine(2, secret=victim.secret)
     try:
         assert sink.endpoint.read(victim.endpoint.lease([1]), [1]).wait(5)
         assert sink.blocks(1) == victim.blocks(1)
@@ -67,11 +72,20 @@ def raw(victim, data, *, close=True):
     return sock
 
 
+def introduce(sock, listener, caller):
+    """Give a socket keys."""
+    sock.setsockopt(zmq.CURVE_SERVERKEY, listener)
+    sock.setsockopt(zmq.CURVE_PUBLICKEY, caller.public)
+    sock.setsockopt(zmq.CURVE_SECRETKEY, caller.private)
+
+
 @pytest.fixture
 def dealer(victim):
     """A proper ZeroMQ peer that says improper things."""
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
+    if victim.secret is not None:
+        introduce(sock, victim.secret.listener.public, victim.secret.caller)
     sock.connect(victim.endpoint.address)
 
     def ask(*frames):
@@ -225,7 +239,7 @@ def test_names_are_resolved_and_advertised():
         channel = ControlChannel(bind, QUICK, Metrics())
         assert channel.address.startswith(f"tcp://{host}:")
         channel.close()
-    channel = ControlChannel("tcp://*:0", QUICK, Metrics())
+    channel = ControlChannel("tcp://*:0", QUICK, Metrics(), allow_unauthenticated=True)
     assert "*" not in channel.address and "0.0.0.0" not in channel.address
     channel.close()
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics(), "example.org")

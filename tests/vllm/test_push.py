@@ -312,6 +312,29 @@ def test_a_consumer_that_aborts_at_any_moment(engines, granularity, moments):
     assert not consumer.stats.get("hook_errors") and not producer.stats.get("hook_errors")
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_with_a_secret(engines, monkeypatch, tmp_path, same):
+    """Servers with the same secret find each other's request and move it; with another one a request is computed here."""
+    names = ("one", "one" if same else "two")
+    for name in names:
+        (tmp_path / name).write_text(f"the secret of servers of kind {name}")
+        (tmp_path / name).chmod(0o600)
+    theirs, mine = ({"secret_file": str(tmp_path / name)} for name in names)
+    brief = {"policy": "recompute", "peer_timeout_seconds": 1.0}
+    producer, consumer = pair_of(engines, producer=theirs | {"lease_seconds": 1.5}, consumer=mine | brief)
+    prompt, key = prompt_of(300), {"transfer_id": "t-1"}
+    producer.add("p", prompt, P_PARAMS | key)
+    consumer.add("d", prompt, where(producer) | key, max_tokens=2)
+    consumer.step()
+    producer.run_until_answered("p")
+    producer.step()
+    consumer.run()
+    assert consumer.answers["d"].tokens == expected(prompt, 2)
+    assert consumer.computed_tokens == (2 if same else 301)
+    assert consumer.stats.get("failed_transfers", {}) == ({} if same else {"PeerTimeoutError": 1})
+    drain(producer, consumer)
+
+
 def test_a_hook_that_meets_nonsense_kills_nobody():
     """A step that vLLM describes in another way than this connector knows is survived; its blocks are offered at the end."""
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint())
