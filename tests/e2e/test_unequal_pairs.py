@@ -71,13 +71,15 @@ def unequal(started_lab):
 
     lab = started_lab
     lab.heal()
-    plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300, connector_options=PATIENT)
+    secret = {"KVXFER_SECRET": "what these four servers know and no other does"}
+    plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300, connector_options=PATIENT, environment=secret)
+    layers = {**PATIENT, "granularity": "layer"}
     two_ranks = (*plain.arguments, *TWO_RANKS)
     settings = {
-        "tp1 b32": replace(plain, name="tp1-b32"),
+        "tp1 b32": replace(plain, name="tp1-b32", connector_options=layers),
         "tp1 b64": replace(plain, name="tp1-b64", block_tokens=64),
         "tp2 b32": replace(plain, name="tp2-b32", arguments=two_ranks),
-        "tp2 b64": replace(plain, name="tp2-b64", block_tokens=64, arguments=two_ranks),
+        "tp2 b64": replace(plain, name="tp2-b64", block_tokens=64, arguments=two_ranks, connector_options=layers),
     }
     made = Unequal(lab, {name: VllmServer(each, lab.folder) for name, each in settings.items()})
     own = [server for server in (lab.reference, lab.prefill, lab.decode, lab.recompute) if server.alive]
@@ -101,7 +103,8 @@ def unequal(started_lab):
 def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hit):
     """Whatever the two sides look like, prefilled here and decoded there is the same; also where a prefix is there already.
 
-    Sent to both at once, the decode server is told of the first rank only, and blocks leave while prefill runs.
+    Sent to both at once, the decode server is told of the first rank only, and blocks leave while prefill runs: of some servers
+    layer by layer, whatever the other side does. All of them talk by a secret of theirs.
     """
     asked = unequal.asked[(source, target), hit]
     with unequal.awake(source, target) as (producer, consumer):
@@ -112,6 +115,7 @@ def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hi
         transfers = consumer.metric("vllm:kvxfer_transfer_seconds_count")
         failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
         refused = consumer.metric("vllm:kvxfer_refused_params_total")
+        early = producer.metric("vllm:kvxfer_early_seals_total")
         for way, prompt, expected in asked:
             answer = started_lab.send(
                 way, prompt, consumer, producer, max_tokens=MAX_TOKENS, timeout_s=ANSWER_TIMEOUT_S
@@ -125,4 +129,6 @@ def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hi
         )
         assert consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
         assert consumer.metric("vllm:kvxfer_refused_params_total") == refused
+        by_layer = producer.settings.connector_options.get("granularity") == "layer"
+        assert (producer.metric("vllm:kvxfer_early_seals_total") > early) == by_layer
         started_lab.assert_no_blocks_in_use(producer, consumer, timeout_s=120)
