@@ -62,13 +62,13 @@ class Acquaintances:
     def need(self, address: str, rank: int, token: str) -> Peer:
         """The peer at an address, for a lease that expects this rank there."""
         peer = self.by_address.setdefault(address, Peer(address, rank))
-        peer.needed_by.add(token)
+        peer.needed_by[token] = None
         self._retirements.cancel(address)
         return peer
 
     def need_no_more(self, peer: Peer, token: str, now: float) -> None:
         """The lease is over: a peer that none needs is forgotten when it has been idle for long enough."""
-        peer.needed_by.discard(token)
+        peer.needed_by.pop(token, None)
         if not peer.needed_by:
             # A stranger's address that never became a peer is not worth keeping a socket for.
             self._retirements.set(peer.address, now + (self._settings.idle_peer_s if peer.name else 0.0))

@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import msgspec
 import numpy as np
@@ -34,6 +34,9 @@ from kvxfer.errors import (
     UnsupportedError,
 )
 from kvxfer.memory import Descriptors, Memory, MemoryKind, RegionTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Op(str, Enum):
@@ -155,6 +158,8 @@ class TransferAgent(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.now: Callable[[], float] = time.monotonic
+        """The clock of deadlines."""
         self._thread = threading.get_ident()
         self._closed = False
         self._registrations: list[Registration] = []
@@ -328,7 +333,7 @@ class TransferAgent(ABC):
             op: READ copies remote to local.
             peer: from `connect` of this agent.
             spans: addresses in each owner's space; all of one side in memory of one kind and device.
-            deadline: on `time.monotonic`; a transfer still running then is given up and may be quarantined.
+            deadline: on `now`; a transfer still running then is given up and may be quarantined.
 
         Returns:
             a flight that `poll` will return when it ends. Local memory belongs to the engine until it is ``finished``.
@@ -367,7 +372,7 @@ class TransferAgent(ABC):
         """
         self._check()
         self._progress()
-        now = time.monotonic()
+        now = self.now()
         for flight in self._flights:
             if flight.state is FlightState.PENDING:
                 self._advance(flight)
@@ -443,7 +448,7 @@ class TransferAgent(ABC):
                 if not flight._parts:
                     flight.state = FlightState.DONE
                     return
-                if handed_over or not time.monotonic() < flight.deadline:
+                if handed_over or not self.now() < flight.deadline:
                     return
                 handed_over = True
                 part, local, remote = flight._parts.pop()

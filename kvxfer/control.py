@@ -16,7 +16,7 @@ import logging
 import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import zmq
 from zmq.utils import z85
@@ -26,7 +26,7 @@ from kvxfer import wire
 from kvxfer.errors import ConfigError, WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
@@ -62,6 +62,30 @@ class Inbound:
     message: wire.Message | None
     reason: str = ""
     why: str = ""
+
+
+class Channel(Protocol):
+    """What an endpoint needs of its control channel. One thread owns it; only `wake` and ``address`` are for others."""
+
+    address: str
+
+    def wake(self) -> None:
+        """Make `receive` return soon."""
+
+    def send(self, address: str, message: wire.Message) -> None:
+        """Queue a message to the peer at ``address``. Raises ConfigError: it cannot be connected to."""
+
+    def reply(self, connection: bytes, message: wire.Message) -> None:
+        """Queue a message on a connection that came in."""
+
+    def hangup(self, address: str) -> None:
+        """Close the connection to a peer, if there is one."""
+
+    def receive(self, timeout_s: float | None) -> Iterable[Inbound]:
+        """What arrives within ``timeout_s``."""
+
+    def close(self) -> None:
+        """End it."""
 
 
 class ControlChannel:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from kvxfer.cache import KVCache
     from kvxfer.config import Settings
     from kvxfer.fence import LeaseBoard
+    from kvxfer.host import Host, Running
     from kvxfer.memory import Descriptors
     from kvxfer.metrics import Metrics
     from kvxfer.staging import Bytes
@@ -107,7 +106,10 @@ class DataPath:
         settings: Settings,
         metrics: Metrics,
         ends: Ends,
+        host: Host,
     ) -> None:
+        self._host = host
+        self.now: Callable[[], float] = host.now
         self.cache: KVCache = cache
         self._board = board
         self._settings = settings
@@ -117,10 +119,12 @@ class DataPath:
         self._packer = Packer(cache, self.arena, ends.packed)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
-        self._thread = threading.Thread(target=self._run, name="kvxfer-data", daemon=True)
+        self._running: Running | None = None
+        self._nap_s = _SHORTEST_NAP_S
+        self._moved = self._over = False
         memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
         reachable = [memory for memory in memories if memory is not None]
-        self._life = AgentLifecycle(make_agent, reachable, metrics, ends.agent_replaced)
+        self._life = AgentLifecycle(make_agent, reachable, metrics, ends.agent_replaced, host.now)
         self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
         self._copying: list[_Copying] = []
@@ -135,7 +139,7 @@ class DataPath:
         Raises:
             KvxferError: the agent cannot be made, or refuses the memory.
         """
-        self._thread.start()
+        self._running = self._host.run("kvxfer-data", self)
         return self._started.result()
 
     def do(self, job: DataAction) -> None:
@@ -147,37 +151,64 @@ class DataPath:
     def close(self) -> None:
         """End every read and tear the agent down; afterwards all memory is quiet. Blocks until a running copy ends."""
         self._jobs.put(_Close())
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._running is not None:
+            self._running.join()
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def begin(self) -> None:
+        """See `kvxfer.host.Loop`."""
         try:
             described = self._life.first()
         except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
             self._life.close()
+            self._over = True
             self._started.set_exception(error)
-            return
-        self._started.set_result(described)
-        nap_s, moved = _SHORTEST_NAP_S, False
-        while True:
-            try:
-                self._ends.flush()
-                # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
-                job = self._next_job(None if moved else nap_s)
-                moved = False
-                if isinstance(job, _Close):
-                    break
-                moved = job is not None
-                if job is not None:
-                    self._do(job)
-                moved = self._turn() or moved
-                nap_s = _SHORTEST_NAP_S if moved else min(nap_s * 1.5, _LONGEST_NAP_S)
-            except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
-                self._metrics.count("kvxfer_internal_errors_total", where="data")
-                _log.exception("fault in the data thread; it goes on")
-        self._shut()
+        else:
+            self._started.set_result(described)
+
+    def turn(self, longest_s: float | None) -> None:
+        """See `kvxfer.host.Loop`."""
+        try:
+            self._ends.flush()
+            # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
+            job = self._next_job(longest_s)
+            self._moved = False
+            if isinstance(job, _Close):
+                self._over = True
+                return
+            self._moved = job is not None
+            if job is not None:
+                self._do(job)
+            self._moved = self._turn() or self._moved
+            self._nap_s = _SHORTEST_NAP_S if self._moved else min(self._nap_s * 1.5, _LONGEST_NAP_S)
+        except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
+            self._metrics.count("kvxfer_internal_errors_total", where="data")
+            _log.exception("fault in the data thread; it goes on")
+
+    @property
+    def over(self) -> bool:
+        """See `kvxfer.host.Loop`."""
+        return self._over
+
+    def end(self) -> None:
+        """See `kvxfer.host.Loop`."""
+        if self._started.exception() is None:
+            self._shut()
+
+    def due_s(self) -> float | None:
+        """See `kvxfer.host.Loop`."""
+        if self._moved or not self._jobs.empty():
+            return 0.0
+        if self._flying or self._copying or self._packer.busy:
+            return 0.0 if self._life.agent is not None and self._life.agent.eager else self._nap_s
+        # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
+        wait_s = REMAKE_EVERY_S if self._life.agent is None else None
+        if self._readings:
+            # Those wait for a chunk of a peer, or for each other.
+            first = max(0.0, min(reading.deadline for reading in self._readings.values()) - self.now())
+            wait_s = first if wait_s is None else min(first, wait_s)
+        return wait_s
 
     def _do(self, job: DataAction) -> None:
         if isinstance(job, StartRead):
@@ -207,20 +238,12 @@ class DataPath:
         legs = reading.legs if reading is not None and reading.error is None else []
         return next((leg for leg in legs if leg.source.number == source), None)
 
-    def _next_job(self, nap_s: float | None) -> DataAction | _Close | None:
+    def _next_job(self, longest_s: float | None) -> DataAction | _Close | None:
+        wait_s = self.due_s()
+        if longest_s is not None:
+            wait_s = longest_s if wait_s is None else min(wait_s, longest_s)
         try:
-            if nap_s is None:
-                return self._jobs.get_nowait()
-            if self._flying or self._copying or self._packer.busy:
-                eager = self._life.agent is not None and self._life.agent.eager
-                return self._jobs.get_nowait() if eager else self._jobs.get(timeout=nap_s)
-            # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
-            wait_s = REMAKE_EVERY_S if self._life.agent is None else None
-            if self._readings:
-                # Those wait for a chunk of a peer, or for each other.
-                first = min(reading.deadline for reading in self._readings.values()) - time.monotonic()
-                wait_s = max(0.0, first if wait_s is None else min(first, wait_s))
-            return self._jobs.get(timeout=wait_s)
+            return self._jobs.get_nowait() if wait_s == 0.0 else self._jobs.get(timeout=wait_s)
         except queue.Empty:
             return None
 
@@ -347,7 +370,7 @@ class DataPath:
         flying = self._flying[flight]
         reading = flying.leg.reading
         if flight.state is FlightState.QUARANTINED:
-            reading.quarantined_at = time.monotonic()
+            reading.quarantined_at = self.now()
             reading.error = reading.error or flight.error
             return
         del self._flying[flight]
@@ -387,7 +410,7 @@ class DataPath:
             self._end(reading)
 
     def _give_up_late(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
             waits = "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
             self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
@@ -414,7 +437,7 @@ class DataPath:
     # -- making memory quiet ----------------------------------------------------------------------------------------
 
     def _fence_if_due(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         stuck = [
             r
             for r in self._readings.values()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvxfer.consumer import Consumer
-    from kvxfer.control import ControlChannel, Inbound
+    from kvxfer.control import Channel, Inbound
     from kvxfer.datapath import DataPath, Ends
     from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
@@ -46,8 +45,11 @@ class Driver:
         producer, consumer, data: what it drives, from `start` on.
     """
 
-    def __init__(self, channel: ControlChannel, metrics: Metrics, emit: Callable[[Event], object]) -> None:
+    def __init__(
+        self, channel: Channel, metrics: Metrics, emit: Callable[[Event], object], now: Callable[[], float]
+    ) -> None:
         self._channel = channel
+        self._now = now
         self._metrics = metrics
         self._emit = emit
         self._commands: deque[Command] = deque()
@@ -56,14 +58,12 @@ class Driver:
         self.actions: list[Action] = []
         self.reports: Ends = _Reports(self)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvxfer-control", daemon=True)
 
-    def start(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
-        """Start the thread. The data path runs already."""
+    def drive(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
+        """Say what is to be driven, before the first turn. The data path runs already."""
         self.producer: Producer = producer
         self.consumer: Consumer = consumer
         self.data: DataPath = data
-        self._thread.start()
 
     def command(self, command: Command, *, wake: bool = True) -> bool:
         """Have the thread run it, when it next has something to do or at once; False if it has run its last. Any thread.
@@ -84,18 +84,23 @@ class Driver:
         """Have the thread run its commands now. Any thread."""
         self._channel.wake()
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """End everything, and wait for it for at most ``timeout_s``, unless it is the thread itself that asks."""
+    def close(self) -> None:
+        """Make this turn the last. Any thread."""
         self._closing.set()
         self._channel.wake()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            self._guarded(self._turn)
+    def begin(self) -> None:
+        """See `kvxfer.host.Loop`."""
+
+    @property
+    def over(self) -> bool:
+        """See `kvxfer.host.Loop`."""
+        return self._closing.is_set()
+
+    def end(self) -> None:
+        """See `kvxfer.host.Loop`."""
         # Consumers are told before a copy that still runs is waited for.
         for step in (self._run_commands, self.producer.close, self._perform, self.data.close):
             self._guarded(step)
@@ -106,24 +111,35 @@ class Driver:
             self._guarded(step)
         self._channel.close()
 
-    def _turn(self) -> None:
+    def turn(self, longest_s: float | None) -> None:
+        """See `kvxfer.host.Loop`."""
+        self._guarded(lambda: self._turn(longest_s))
+
+    def due_s(self) -> float | None:
+        """See `kvxfer.host.Loop`."""
+        if self._commands:
+            return 0.0
+        deadlines = [d for d in (self.producer.next_deadline(), self.consumer.next_deadline()) if d is not None]
+        return max(0.0, min(deadlines) - self._now()) if deadlines else None
+
+    def _turn(self, longest_s: float | None) -> None:
         self._run_commands()
-        now = time.monotonic()
+        now = self._now()
         self._guarded(lambda: self.producer.tick(now))
         self._guarded(lambda: self.consumer.tick(now))
         self._perform()
         if self._commands:
             return
-        deadlines = [d for d in (self.producer.next_deadline(), self.consumer.next_deadline()) if d is not None]
-        timeout_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-        for inbound in self._channel.receive(timeout_s):
+        due_s = self.due_s()
+        timeout_s = due_s if longest_s is None or due_s is None else min(due_s, longest_s)
+        for inbound in self._channel.receive(longest_s if due_s is None else timeout_s):
             # A peer may know of a lease through the engine's own channels before this thread has seen the command.
             self._run_commands()
             self._guarded(lambda: self._take(inbound.source, inbound))  # noqa: B023 - runs before the next one
             self._perform()
 
     def _take(self, source: bytes | str, inbound: Inbound) -> None:
-        now = time.monotonic()
+        now = self._now()
         if isinstance(source, bytes):
             if inbound.message is None:
                 self.producer.garbage(source, inbound.reason, inbound.why)
@@ -137,7 +153,7 @@ class Driver:
     def _run_commands(self) -> None:
         while self._commands:
             command = self._commands.popleft()
-            self._guarded(lambda: command(time.monotonic()))  # noqa: B023 - runs before the next one
+            self._guarded(lambda: command(self._now()))  # noqa: B023 - runs before the next one
 
     def _perform(self) -> None:
         while self.actions:  # an address that cannot be connected to adds to them
@@ -150,7 +166,7 @@ class Driver:
             try:
                 self._channel.send(action.address, action.message)
             except ConfigError as error:
-                self.consumer.unreachable(action.address, str(error), time.monotonic())
+                self.consumer.unreachable(action.address, str(error), self._now())
         elif isinstance(action, Reply):
             self._channel.reply(action.connection, action.message)
         elif isinstance(action, Hangup):

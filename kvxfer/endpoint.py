@@ -9,7 +9,6 @@ import queue
 import secrets
 import socket
 import threading
-import time
 import weakref
 from operator import index
 from typing import TYPE_CHECKING, Any, Union
@@ -22,11 +21,11 @@ from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
 from kvxfer.buffer import Completion
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
-from kvxfer.control import ControlChannel
 from kvxfer.datapath import DataPath
 from kvxfer.driver import Driver
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError
 from kvxfer.fence import LeaseBoard
+from kvxfer.host import REAL
 from kvxfer.lease import LeaseRef, LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from kvxfer.cache import KVCache
+    from kvxfer.host import Host, Running
     from kvxfer.peer import Peer
 
 _log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class Endpoint:
             from the environment, see `Secret.resolve`.
         allow_unauthenticated: without a secret, ``bind`` may be an address that other machines reach. By default if
             ``KVXFER_ALLOW_UNAUTHENTICATED`` is 1.
+        host: clock, channel and threads; another one for simulators only.
 
     Raises:
         ConfigError: an option is wrong, or the address cannot be bound, or not without a secret.
@@ -92,7 +93,9 @@ class Endpoint:
         route: Route | str | None = None,
         secret: Secret | None = None,
         allow_unauthenticated: bool | None = None,
+        host: Host = REAL,
     ) -> None:
+        self._now = host.now
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
         self.epoch: str = secrets.token_hex(8)
@@ -109,18 +112,18 @@ class Endpoint:
         board = LeaseBoard(self.settings.max_leases)
         if allow_unauthenticated is None:
             allow_unauthenticated = os.environ.get("KVXFER_ALLOW_UNAUTHENTICATED") == "1"
-        channel = ControlChannel(
+        channel = host.channel(
             bind,
-            self.settings,
-            self.metrics,
-            advertise,
+            settings=self.settings,
+            metrics=self.metrics,
+            advertise=advertise,
             secret=secret if secret is not None else Secret.resolve(),
             allow_unauthenticated=allow_unauthenticated,
         )
-        self._driver = driver = Driver(channel, self.metrics, self._events.put)
+        self._driver = driver = Driver(channel, self.metrics, self._events.put, host.now)
         try:
             maker = self._agent_maker(agent, dict(agent_options or {}))
-            self._data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports)
+            self._data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports, host)
             adapter, agent_info = self._data.start()
         except BaseException:
             channel.close()
@@ -135,9 +138,10 @@ class Endpoint:
         self._consumer = Consumer(self._identity, self.settings, self.metrics, driver.actions, self._routes)
         self.address: str = channel.address
         """Where peers find this endpoint, for `LeaseRef.addresses`."""
-        driver.start(self._producer, self._consumer, self._data)
+        driver.drive(self._producer, self._consumer, self._data)
+        self._running = host.run("kvxfer-control", driver)
         # Daemon threads inside vendor code at interpreter exit crash; an engine that forgets close() is forgiven.
-        self._finalizer = weakref.finalize(self, driver.close, timeout_s=10)
+        self._finalizer = weakref.finalize(self, _forgotten, driver, self._running)
         _log.info("kvxfer endpoint %s at %s by %s: %s", self.name, self.address, adapter, self.settings.describe())
 
     # -- producer ---------------------------------------------------------------------------------------------------
@@ -294,8 +298,8 @@ class Endpoint:
                 wait_s = min(wait_s + self.settings.match_s + self.settings.announce_s, MAX_S)
         if not isinstance(wait_s, (int, float)) or not 0 <= wait_s <= MAX_S:
             raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
-        deadline = time.monotonic() + wait_s
-        transfer = Transfer(ref, targets, tokens, deadline, self._ended)
+        deadline = self._now() + wait_s
+        transfer = Transfer(ref, targets, tokens, deadline, self._ended, self._now)
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         job = self._consumer.take(transfer)
         if job is None:
@@ -349,6 +353,7 @@ class Endpoint:
             if not self._closed:
                 self._closed = True
                 self._driver.close()
+                self._running.join()
                 self._finalizer.detach()
 
     def __enter__(self) -> Endpoint:
@@ -461,3 +466,8 @@ def _route(route: Route | str) -> Route:
         return Route(route)
     except ValueError:
         raise ConfigError(f"unknown route {route!r}; known are {', '.join(each.value for each in Route)}") from None
+
+
+def _forgotten(driver: Driver, running: Running) -> None:
+    driver.close()
+    running.join(10)

@@ -107,7 +107,7 @@ class Holds:
             for claim in hold.claims:
                 if claim.peer.is_met and not claim.settled:
                     self._send(claim.peer, Settle(to=claim.peer.epoch, token=hold.ref.token, read=hold.read))
-                claim.peer.needed_by.discard(hold.ref.token)
+                claim.peer.needed_by.pop(hold.ref.token, None)
             self._timers.cancel(hold.ref.token)
         self.by_token.clear()
         self.granted.clear()
@@ -352,7 +352,7 @@ class Holds:
                 self._peers.need_no_more(claim.peer, token, now)
 
     def _of(self, peer: Peer) -> list[tuple[Hold, Claim]]:
-        return [found for token in peer.needed_by if (found := self.at(peer, token)) is not None]
+        return [found for token in list(peer.needed_by) if (found := self.at(peer, token)) is not None]
 
     def _send(self, peer: Peer, message: Message) -> None:
         self._out.append(SendTo(peer.address, message))

@@ -8,7 +8,6 @@ writing, so an agent has a successor whenever something had to be stopped; peers
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ class AgentLifecycle:
         memories: registered with every agent, and outlive them all.
         replaced: called with the description of an agent that took the place of another one: what peers know of that is
             of no use any more.
+        now: the clock.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class AgentLifecycle:
         memories: Sequence[Memory],
         metrics: Metrics,
         replaced: Callable[[bytes], object],
+        now: Callable[[], float],
     ) -> None:
+        self._now = now
         self._make_agent = make_agent
         self._memories = memories
         self._metrics = metrics
@@ -75,14 +77,14 @@ class AgentLifecycle:
 
     def remake(self) -> None:
         """Try to have an agent again, not more often than each ``REMAKE_EVERY_S``."""
-        if time.monotonic() < self._remake_at:
+        if self._now() < self._remake_at:
             return
         try:
             self.ensure()
         except Exception:  # noqa: BLE001 - logged with its trace
             # A read tries again at once, and fails by name if it still cannot be made.
             _log.exception("the transfer agent cannot be made again; next try in %g s", REMAKE_EVERY_S)
-            self._remake_at = time.monotonic() + REMAKE_EVERY_S
+            self._remake_at = self._now() + REMAKE_EVERY_S
 
     def peer(self, agent_info: bytes) -> AgentPeer:
         """The peer of this description, met if it was not. Raises KvxferError: it cannot be met, or there is no agent."""
@@ -118,6 +120,7 @@ class AgentLifecycle:
 
     def _new(self) -> TransferAgent:
         agent = self._make_agent()
+        agent.now = self._now
         try:
             for memory in self._memories:
                 agent.register(memory)

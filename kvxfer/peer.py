@@ -57,7 +57,7 @@ class Peer:
         spec: of its cache; None before.
         addressable, slot_nbytes, casts, addresses: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
-        needed_by: tokens of the leases for which it is known.
+        needed_by: tokens of the leases for which it is known, in the order in which they came.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
     """
 
@@ -76,7 +76,7 @@ class Peer:
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
-    needed_by: set[str] = field(default_factory=set)
+    needed_by: dict[str, None] = field(default_factory=dict)
 
     @property
     def is_met(self) -> bool:

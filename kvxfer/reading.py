@@ -16,7 +16,6 @@ way of a `Carrier`.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -44,6 +43,9 @@ class Carrier(Protocol):
     """What a read needs of the data thread."""
 
     cache: KVCache
+
+    def now(self) -> float:
+        """The clock."""
 
     def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
         """Move bytes from the leg's source; ``then`` when they are in place. Raises KvxferError: nothing was started."""
@@ -123,7 +125,7 @@ class Reading:
 
     def start(self, carrier: Carrier) -> None:
         """Begin with all legs. Raises KvxferError: what is under way has to be waited for."""
-        if time.monotonic() >= self.deadline:
+        if carrier.now() >= self.deadline:
             raise TransferTimeoutError("the deadline passed before the read could start")
         for leg in self.legs:
             leg.start(carrier)
@@ -167,7 +169,7 @@ class Leg:
             self._moving = False
             self._go_on(carrier)
         else:
-            self.contacting_since = time.monotonic()
+            self.contacting_since = carrier.now()
             self._read_cell(carrier, self._contacted)
 
     def _contacted(self, carrier: Carrier) -> None:

@@ -62,12 +62,14 @@ class Transfer:
         tokens: Tokens | None,
         deadline: float,
         on_end: Callable[[Transfer], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._now = now
         self.ref = ref
         self.into = into
         self.tokens = tokens
         self.deadline = deadline
-        self.started: float = time.monotonic()
+        self.started: float = now()
         self.seconds: float = 0.0
         self.nbytes: int = 0
         self.early_nbytes: int = 0
@@ -144,7 +146,7 @@ class Transfer:
                 return False
             self._error, self.descriptors, self.via = error, descriptors, via
             self.nbytes, self.early_nbytes = nbytes, early_nbytes
-            self.seconds = time.monotonic() - self.started
+            self.seconds = self._now() - self.started
             # The event is queued before waiters wake, so that whoever waited finds it in poll().
             self._on_end(self)
             self._ended.open()
