@@ -155,6 +155,10 @@ class Consumer:
                 claim.peer.state = PeerState.UNKNOWN
         self._holds.settle(hold, now)
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {"holds": len(self._holds.by_token), "peers": len(self._peers.by_address)}
+
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:

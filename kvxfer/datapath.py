@@ -148,6 +148,10 @@ class DataPath:
         if self._shut_down:
             self._refuse_jobs()
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {"reads": len(self._readings), "flights": len(self._flying), "slots": self.arena.in_use}
+
     def close(self) -> None:
         """End every read and tear the agent down; afterwards all memory is quiet. Blocks until a running copy ends."""
         self._jobs.put(_Close())

@@ -347,6 +347,16 @@ class Endpoint:
         except queue.Empty:
             return events
 
+    def in_use(self) -> dict[str, int]:
+        """How much of what is in use at this moment; all 0 when nothing is under way. Any thread.
+
+        Returns:
+            numbers of ``leases`` of this engine, ``chunks`` packed for others (per reader), ``holds`` (leases of other engines),
+            ``peers`` that it knows and will forget when nothing was asked of them for ``idle_peer_s``,
+            ``reads``, ``flights`` of the transfer agent and ``slots`` of the arena.
+        """
+        return self._producer.in_use() | self._consumer.in_use() | self._data.in_use()
+
     def close(self) -> None:
         """End everything, quietly for all memory. Consumers of offered blocks are told; idempotent."""
         with self._close_lock:

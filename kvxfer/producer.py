@@ -163,6 +163,10 @@ class Producer:
         if connection is not None:
             self._tell_chunk(connection, key.token, number, chunks.asked[number])
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {"leases": len(self._table), "chunks": len(self._chunks)}
+
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "demo": "two processes move a request's KV cache; every byte is checked, a table tells how fast",
     "plan": "say what a transfer between two caches would do: bytes, descriptors, route and time; needs no device",
     "bench": "measure this machine: the constants by which routes are chosen",
+    "sim": "run real endpoints in a simulated world in which things go wrong, and check what must hold",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
 }
 

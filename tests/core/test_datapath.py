@@ -27,6 +27,7 @@ from kvxfer.errors import (
     TransferTimeoutError,
 )
 from kvxfer.fence import LeaseBoard
+from kvxfer.host import REAL
 from kvxfer.image import Images
 from kvxfer.inproc import InprocAgent
 from kvxfer.lease import LeaseRef
@@ -125,6 +126,7 @@ class Rig:
             Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=1 << 15),
             self.metrics,
             self.ends,
+            REAL,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
             self.path._life.proven.update(sender.agent.describe() for sender in self.senders)
@@ -478,7 +480,7 @@ def test_close_ends_every_read(rig):
     eventually(lambda: len(rig.path._flying) == 4)
     rig.path.close()
     assert {type(rig.end()[1]) for _ in transfers} == {ClosedError}
-    assert not rig.path._thread.is_alive()
+    assert not rig.path._running._thread.is_alive()
     late = rig.read(1, 1)
     assert isinstance(late.error, ClosedError)
 
@@ -501,7 +503,7 @@ def test_idle_means_asleep(rig):
     get = rig.path._jobs.get
 
     class Counting:
-        put, get_nowait = rig.path._jobs.put, rig.path._jobs.get_nowait
+        put, get_nowait, empty = rig.path._jobs.put, rig.path._jobs.get_nowait, rig.path._jobs.empty
 
         def get(self, timeout=None):
             waits.append(timeout)
@@ -517,7 +519,7 @@ def test_idle_means_asleep(rig):
 def test_start_is_called_on_its_own_thread(rig):
     """The agent is made by the thread that uses it."""
     rig.path.start()
-    assert rig.agents[0]._thread == rig.path._thread.ident != threading.get_ident()
+    assert rig.agents[0]._thread == rig.path._running._thread.ident != threading.get_ident()
 
 
 def test_a_first_contact_that_hangs_is_begun_again():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from kvxfer.agent import Capabilities, Op, Reach, TransferAgent
@@ -13,15 +14,16 @@ from kvxfer.memory import Descriptors, Memory, MemoryKind
 if TYPE_CHECKING:
     from kvxfer.testing.sim.world import Process
 
+_AFTERWARDS_S = 0.3
 _PIECES = 4
 """Into which a copy is cut, so that it can be torn: lost, broken or overtaken half way."""
 
 
 class _Copy:
-    __slots__ = ("done", "error", "left", "lost")
+    __slots__ = ("done", "error", "left")
 
     def __init__(self) -> None:
-        self.done = self.lost = False
+        self.done = False
         self.error: Exception | None = None
         self.left = 0
 
@@ -87,16 +89,17 @@ class VirtualAgent(TransferAgent):
         longest_s = 40.0 if late else profile.copy_s
         times = sorted(world.random.uniform(1e-5, longest_s) for _ in pieces)
         stop_at = world.random.randrange(len(pieces)) if lost or broken else len(pieces)
-        copy.left, copy.lost = len(pieces), lost
+        copy.left = len(pieces)
         for number, (at, piece) in enumerate(zip(times, pieces, strict=True)):
-            if number < stop_at:
-                world.after(at, lambda piece=piece: self._move(copy, str(peer), piece))
+            if number < stop_at or broken:
+                # What an engine says has failed may land all the same, for a while.
+                world.after(at if number < stop_at else at + _AFTERWARDS_S, partial(self._move, copy, str(peer), piece))
         if broken:
             world.after(times[stop_at], lambda: self._break(copy, TransferFailedError("broken off by the simulator")))
         return copy
 
     def _move(self, copy: _Copy, peer: str, piece: list[tuple[int, int, int]]) -> None:
-        if not self.reachable or copy.error is not None:
+        if not self.reachable:
             return
         owner = self._agents.get(peer)
         if owner is None or not owner.reachable:

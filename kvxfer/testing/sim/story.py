@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -13,20 +14,23 @@ import numpy as np
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.lease import LeaseRef
 from kvxfer.layout import KVLayout
+from kvxfer.lease import LeaseRef
 from kvxfer.route import Costs
 from kvxfer.testing.sim.agent import VirtualAgent
 from kvxfer.testing.sim.world import Process, Profile, World
 from kvxfer.transfer import Done, Failed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvxfer.transfer import Transfer
 
 PROFILES: dict[str, Profile] = {
     "calm": Profile(),
     "lossy": Profile(lost=0.2, repeated=0.1, delay_s=0.3, cuts=2),
     "slow": Profile(delay_s=1.0, copy_s=1.0, copy_late=0.05, drift=0.2),
+    "stuck": Profile(delay_s=0.02, copy_lost=0.02, copy_late=0.08, copy_broken=0.03),
     "crashy": Profile(crashes=3, freezes=3, copy_broken=0.05, delay_s=0.02),
     "all": Profile(0.1, 0.05, 0.4, 0.5, 0.02, 0.03, 0.03, 2, 2, 1, 0.1),
 }
@@ -81,7 +85,18 @@ class _Serving:
     ref: LeaseRef
     blocks: list[int]
     content: np.ndarray[Any, Any]
+    written: int = 0
     offered: bool = False
+
+
+class _Kernel:
+    """A device that writes blocks: what it was told to comes to be there when it ends."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002
+        return self.done
 
 
 @dataclass(eq=False)
@@ -125,6 +140,7 @@ class _Engine:
         self.shadow = {block: self.held([block]) for block in self.free}
         self.serving.clear()
         self.fetching.clear()
+        self.aborted: set[str] = set()
         self.endpoint = Endpoint(
             self.cache,
             lambda name: VirtualAgent(name, self.process, story.agents),
@@ -220,16 +236,7 @@ class _Engine:
     def check_over(self) -> None:
         """Everything has come to its end, and nothing is left."""
         endpoint, name = self.endpoint, self.process.name
-        left = {
-            "leases": len(endpoint._producer._table),
-            "holds": len(endpoint._consumer._holds.by_token),
-            "reads": len(endpoint._data._readings),
-            "flights": len(endpoint._data._flying),
-            "slots of the arena": endpoint._data.arena.in_use,
-            "chunks": len(endpoint._producer._chunks),
-            "requests served": len(self.serving),
-            "requests fetched": len(self.fetching),
-        }
+        left = {**endpoint.in_use(), "requests served": len(self.serving), "requests fetched": len(self.fetching)}
         for what, number in left.items():
             if number:
                 self.story.fail(f"{name} is left with {number} {what}")
@@ -256,7 +263,7 @@ class Story:
         """For the trace."""
         self.world.say(text)
 
-    def fail(self, what: str) -> None:
+    def fail(self, what: str) -> NoReturn:
         """Raises SimulationError."""
         story = "\n".join(self.world.trace)
         raise SimulationError(f"seed {self.report.seed}, {self.world.now:.3f} s: {what}\n{story}")
@@ -272,7 +279,7 @@ class Story:
             ("cut", world.profile.cuts),
         ):
             for _ in range(number):
-                world.after(random.uniform(1, BUSY_S), lambda kind=kind: self._disturb(kind))
+                world.after(random.uniform(1, BUSY_S), partial(self._disturb, kind))
         self._steps()
         world.run(BUSY_S)
         world.calm = True
@@ -319,25 +326,37 @@ class Story:
         self.report.requests += 1
         key = f"r{self.report.requests}"
         both = random.random() < 0.5
-        mint = {"owner": source.endpoint.name, "addresses": [source.address], "request": key}
+        mint: dict[str, Any] = {"owner": source.endpoint.name, "addresses": [source.address], "request": key}
         # A token made of the seed's chance: the same in every run.
         minted = msgspec.structs.replace(LeaseRef.mint(**mint), token=f"{random.getrandbits(128):032x}")
         ref = LeaseRef.shared(key, **mint) if both else minted
         serving = _Serving(ref, blocks, source.noise(blocks))
+        source.noise(blocks)  # until prefill has got there, they hold something else
         process = source.process
         begin = random.uniform(0, 3) if both else 0.0
         end = begin + random.uniform(0.1, 4)
+        if both and random.random() < 0.1:
+            source.give(blocks)  # the prefill request never comes; the decode request does
+            self._later(sink, sink.process, lambda: self._read(sink, serving, hold=False))
+            return
         self.world.after(begin, lambda: self._announce(source, process, serving))
         for share in sorted(random.random() for _ in range(random.randint(0, 3))):
-            self.world.after(
-                begin + share * (end - begin), lambda share=share: self._seal(source, process, serving, share)
-            )
+            self.world.after(begin + share * (end - begin), partial(self._seal, source, process, serving, share))
         self.world.after(end, lambda: self._offer(source, process, serving))
         asked = random.uniform(0, 3) if both else end + random.expovariate(1.0)
         self.world.after(asked, lambda: self._read(sink, serving, hold=random.random() < 0.5))
 
     def _live(self, engine: _Engine, process: Process) -> bool:
         return engine.process is process and process.alive and not process.frozen
+
+    def _later(self, engine: _Engine, process: Process, act: Callable[[], object]) -> None:
+        """Within two seconds, if the process lives then."""
+
+        def if_it_lives() -> None:
+            if self._live(engine, process):
+                act()
+
+        self.world.after(self.world.random.uniform(0, 2), if_it_lives)
 
     def _announce(self, engine: _Engine, process: Process, serving: _Serving) -> None:
         if self._live(engine, process):
@@ -347,7 +366,27 @@ class Story:
 
     def _seal(self, engine: _Engine, process: Process, serving: _Serving, share: float) -> None:
         if self._live(engine, process) and not serving.offered:
-            engine.endpoint.seal(serving.ref, serving.blocks[: int(len(serving.blocks) * share)])
+            number = int(len(serving.blocks) * share)
+            after = self._prefill(engine, process, serving, number)
+            engine.endpoint.seal(serving.ref, serving.blocks[:number], after=after)
+
+    def _prefill(self, engine: _Engine, process: Process, serving: _Serving, number: int) -> list[_Kernel]:
+        """The first blocks get what they are to hold: now, or when a device that was told so has done it."""
+        new = range(serving.written, number)
+        serving.written = max(serving.written, number)
+        kernel = _Kernel()
+
+        def write() -> None:
+            if engine.process is process and serving.ref.token not in engine.aborted:
+                engine.write([serving.blocks[i] for i in new], serving.content[:, list(new)])
+            kernel.done = True
+            process.wake()
+
+        if self.world.random.random() < 0.5:
+            write()
+            return []
+        self.world.after(self.world.random.uniform(0, 0.5), write)
+        return [kernel]
 
     def _offer(self, engine: _Engine, process: Process, serving: _Serving) -> None:
         if not self._live(engine, process):
@@ -356,18 +395,17 @@ class Story:
             return
         if self.world.random.random() < 0.1:
             self.say(f"{process.name} aborts {serving.ref.request}")
+            engine.aborted.add(serving.ref.token)
             engine.endpoint.revoke(serving.ref)
             engine.give(serving.blocks)
             return
         self.say(f"{process.name} offers {serving.ref.request}: {len(serving.blocks)} blocks")
         serving.offered = True
         engine.serving[serving.ref.token] = serving
-        engine.endpoint.offer(serving.ref, serving.blocks)
+        after = self._prefill(engine, process, serving, len(serving.blocks))
+        engine.endpoint.offer(serving.ref, serving.blocks, after=after)
         if self.world.random.random() < 0.1:
-            self.world.after(
-                self.world.random.uniform(0, 2),
-                lambda: self._live(engine, process) and engine.endpoint.revoke(serving.ref),
-            )
+            self._later(engine, process, lambda: engine.endpoint.revoke(serving.ref))
 
     def _read(self, engine: _Engine, serving: _Serving, *, hold: bool) -> None:
         process, random = engine.process, self.world.random
@@ -375,8 +413,7 @@ class Story:
             return
         if hold:
             engine.endpoint.hold(serving.ref)
-            again = random.uniform(0, 2)
-            self.world.after(again, lambda: self._live(engine, process) and self._read(engine, serving, hold=False))
+            self._later(engine, process, lambda: self._read(engine, serving, hold=False))
             return
         skip = random.randrange(len(serving.blocks)) if random.random() < 0.3 else 0
         blocks = engine.take(len(serving.blocks) - skip)
@@ -391,9 +428,7 @@ class Story:
         ends = self.world.now + (transfer.deadline - process.now()) * 1.5 + 60
         engine.fetching[transfer] = _Fetching(transfer, blocks, serving.content[:, skip:], ends)
         if random.random() < 0.15:
-            self.world.after(
-                random.uniform(0, 2), lambda: self._live(engine, process) and engine.endpoint.drop(serving.ref)
-            )
+            self._later(engine, process, lambda: engine.endpoint.drop(serving.ref))
 
 
 def run(seed: int, profile: Profile | None = None) -> Report:

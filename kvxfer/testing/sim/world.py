@@ -62,7 +62,7 @@ class World:
     """
 
     def __init__(self, seed: int, profile: Profile) -> None:
-        self.random = random.Random(seed)
+        self.random = random.Random(seed)  # noqa: S311 - the same chance in every run is the point
         self.profile = profile
         self.now = 0.0
         self.calm = False
@@ -196,50 +196,47 @@ class VirtualChannel:
 
     def __init__(self, process: Process) -> None:
         self.address: str = process.address
-        self._process = process
+        self.process = process
         self._inbox: deque[Inbound] = deque()
-        self._callers: dict[bytes, VirtualChannel] = {}
-        self._made: dict[str, bytes] = {}
+        self.callers: dict[bytes, VirtualChannel] = {}
+        self.made: dict[str, bytes] = {}
         self._numbers = itertools.count()
         process.world.channels[self.address] = self
 
     def wake(self) -> None:
         """See `Channel`."""
-        self._process.wake()
+        self.process.wake()
 
     def send(self, address: str, message: wire.Message) -> None:
         """See `Channel`."""
         if not address.startswith("tcp://"):
             raise ConfigError(f"cannot connect to {address!r}")
-        data, world = wire.encode(message), self._process.world
+        data, world = wire.encode(message), self.process.world
 
         def deliver(data: bytes) -> None:
             target = world.channels.get(address)
-            if target is not None and target._process.alive:
-                connection = f"{self.address}>{address}#{self._made.setdefault(address, b'%d' % next(self._numbers))!r}"
-                target._callers[connection.encode()] = self
-                target._take(connection.encode(), data)
+            if target is not None and target.process.alive:
+                connection = f"{self.address}>{address}#{self.made.setdefault(address, b'%d' % next(self._numbers))!r}"
+                target.callers[connection.encode()] = self
+                target.take(connection.encode(), data)
 
         world.carry(self.address, address, data, deliver)
 
     def reply(self, connection: bytes, message: wire.Message) -> None:
         """See `Channel`."""
-        caller = self._callers.get(connection)
+        caller = self.callers.get(connection)
         if caller is not None:
-            data, world = wire.encode(message), self._process.world
+            data, world = wire.encode(message), self.process.world
 
             def deliver(data: bytes) -> None:
-                if (
-                    caller._process.alive
-                    and connection.split(b"#")[-1] == repr(caller._made.get(self.address)).encode()
-                ):
-                    caller._take(self.address, data)
+                if caller.process.alive and connection.split(b"#")[-1] == repr(caller.made.get(self.address)).encode():
+                    caller.take(self.address, data)
 
             world.carry(self.address, caller.address, data, deliver)
 
     def hangup(self, address: str) -> None:
         """See `Channel`."""
-        self._made.pop(address, None)
+        self.made.pop(address, None)
 
     def receive(self, timeout_s: float | None) -> list[Inbound]:  # noqa: ARG002
         """See `Channel`."""
@@ -248,9 +245,10 @@ class VirtualChannel:
 
     def close(self) -> None:
         """See `Channel`."""
-        if self._process.world.channels.get(self.address) is self:
-            del self._process.world.channels[self.address]
+        if self.process.world.channels.get(self.address) is self:
+            del self.process.world.channels[self.address]
 
-    def _take(self, source: bytes | str, data: bytes) -> None:
+    def take(self, source: bytes | str, data: bytes) -> None:
+        """A message has arrived."""
         self._inbox.append(Inbound(source, wire.decode(data)))
-        self._process.wake()
+        self.process.wake()

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: ARG005
+"""Bugs to plant: each takes one line of care out of the product. All of them must be found by the simulator."""
+
+from __future__ import annotations
+
+from kvxfer import (
+    acquaintance,
+    datapath,
+    driver,
+    fence,
+    gate,
+    hold,
+    holds,
+    lease,
+    lifecycle,
+    packer,
+    part,
+    producer,
+    reading,
+    staging,
+)
+from kvxfer.actions import Emit
+from kvxfer.agent import FlightState, TransferAgent
+from kvxfer.testing.sim import agent as virtual
+from kvxfer.transfer import LeaseExpired
+
+_BUGS = {}
+
+
+def bug(function):
+    """Note a function that plants a bug, under its first sentence."""
+    _BUGS[function.__name__] = function
+    return function
+
+
+BUGS = _BUGS
+
+
+@bug
+def fence_left_out(patch):
+    """Nobody looks whether the lease stood when the bytes were in place."""
+    patch(reading.Leg, "_read_cell", lambda self, carrier, then: then(carrier))
+
+
+@bug
+def fence_before_the_bytes(patch):
+    """The lease is looked at when the read begins, and not when it ends."""
+    go_on, read_cell = reading.Leg._go_on, reading.Leg._read_cell
+
+    def ended(self, carrier, then):
+        if self.source.complete and self._moved:
+            then(carrier)
+        else:
+            read_cell(self, carrier, then)
+
+    patch(reading.Leg, "_read_cell", ended)
+    patch(reading.Leg, "_go_on", go_on)
+
+
+@bug
+def abandoned_is_quiet(patch):
+    """A copy that was given up is taken to have stopped."""
+    patch(virtual.VirtualAgent, "_abandon", lambda self, handle: True)
+
+
+@bug
+def failed_is_quiet(patch):
+    """A copy of which the engine says that it failed is taken to have stopped."""
+    fail = TransferAgent._fail
+
+    def failed(self, flight, error):
+        fail(self, flight, error)
+        flight.state = FlightState.FAILED
+
+    patch(TransferAgent, "_fail", failed)
+
+
+@bug
+def agent_left_alive(patch):
+    """The agent that was to be torn down goes on writing."""
+
+    def close(self):
+        self.agent = None
+        self._peers.clear()
+        self.proven.clear()
+
+    patch(lifecycle.AgentLifecycle, "close", close)
+
+
+@bug
+def told_before_it_is_quiet(patch):
+    """A read that fails is told at once, whatever is in flight."""
+    fail = datapath.DataPath._fail
+
+    def failed(self, reading, error):
+        reading.pending = 0
+        fail(self, reading, error)
+
+    patch(datapath.DataPath, "_fail", failed)
+
+
+@bug
+def quarantine_is_the_end(patch):
+    """A flight in quarantine is told as if it had ended."""
+    changed = datapath.DataPath._changed
+
+    def told(self, flight):
+        if flight.state is FlightState.QUARANTINED:
+            flight.state = FlightState.FAILED
+        changed(self, flight)
+
+    patch(datapath.DataPath, "_changed", told)
+
+
+@bug
+def copy_not_waited_for(patch):
+    """What is to be done when bytes are in place is done at once."""
+    submit = datapath.DataPath.submit
+
+    def hasty(self, leg, spans, then):
+        if spans.total_nbytes == fence.CELL_NBYTES:
+            submit(self, leg, spans, then)
+        else:
+            submit(self, leg, spans, lambda: None)
+            then()
+
+    patch(datapath.DataPath, "submit", hasty)
+
+
+@bug
+def read_deadline_dropped(patch):
+    """A read whose blocks never come waits for ever."""
+    patch(holds.Holds, "_give_up", lambda self, hold, now: setattr(hold, "deadline", now + 1e9))
+
+
+@bug
+def staged_read_deadline_dropped(patch):
+    """A read that waits for a chunk or a grant waits for ever."""
+    patch(datapath.DataPath, "_give_up_late", lambda self: None)
+    patch(holds.Holds, "stop_read", lambda self, hold, error: None)
+
+
+@bug
+def lease_never_expires(patch):
+    """Blocks that nobody comes for are never given back."""
+    patch(lease.LeaseTable, "expire", lambda self, now: [])
+
+
+@bug
+def place_kept_for_ever(patch):
+    """A consumer that comes first and never again leaves a lease behind."""
+    want = lease.LeaseTable.want
+
+    def wanted(self, token, now):
+        known = token in self._live
+        want(self, token, now)
+        if not known and token in self._live:
+            self._timers.cancel(token)
+
+    patch(lease.LeaseTable, "want", wanted)
+
+
+@bug
+def end_told_twice(patch):
+    """The engine is told twice that its blocks are its own again."""
+    end = producer.Producer._end
+
+    def twice(self, event, how):
+        end(self, event, how)
+        end(self, event, how)
+
+    patch(producer.Producer, "_end", twice)
+
+
+@bug
+def expiry_not_told(patch):
+    """The engine is not told that a lease has run out."""
+    do = driver.Driver._do
+
+    def silent(self, action):
+        if not (isinstance(action, Emit) and isinstance(action.event, LeaseExpired)):
+            do(self, action)
+
+    patch(driver.Driver, "_do", silent)
+
+
+@bug
+def device_not_waited_for(patch):
+    """Blocks count as complete before the device has written them."""
+    patch(gate.Gate, "then", lambda self, token, after, act, now: act(now))
+
+
+@bug
+def sealed_one_block_too_many(patch):
+    """While prefill runs, one block more is read than is complete."""
+    sealed = part.sealed_interval
+
+    def more(group, source, target, tokens):
+        start, stop = sealed(group, source, target, tokens)
+        return (start, stop + group.table_tokens) if 0 < stop < target.end_token else (start, stop)
+
+    patch(part, "sealed_interval", more)
+
+
+@bug
+def moved_before_it_is_there(patch):
+    """What is granted while a read is under way is taken to be here."""
+    granted = reading.Leg.granted
+
+    def skip(self, carrier, source):
+        self._moved.update({group: stop for group, (_, stop) in enumerate(source.match.tokens)})
+        granted(self, carrier, source)
+
+    patch(reading.Leg, "granted", skip)
+
+
+@bug
+def chunks_not_given_back(patch):
+    """Chunks that were taken keep their slot."""
+    patch(packer.Packer, "end", lambda self, key, numbers: None)
+
+
+@bug
+def chunks_outlive_their_lease(patch):
+    """The end of a lease ends no chunk."""
+    patch(producer.Producer, "_unstage", lambda self, lease: None)
+
+
+@bug
+def chunk_told_before_it_is_packed(patch):
+    """A chunk is given another reader's slot while it is on the wire."""
+    taken = producer.Producer._taken
+
+    def early(self, key, holder, numbers):
+        chunks = self._chunks.get(key)
+        taken(self, key, holder, list(chunks.asked) if chunks is not None else numbers)
+
+    patch(producer.Producer, "_taken", early)
+
+
+@bug
+def slot_lent_twice(patch):
+    """A slot that was given back once is free twice."""
+    give = staging.StagingArena.give
+
+    def twice(self, address):
+        give(self, address)
+        self._free.append(self._free[-1])
+
+    patch(staging.StagingArena, "give", twice)
+
+
+@bug
+def restarted_producer_not_noticed(patch):
+    """Grants of a process that is gone are taken for those of the one in its place."""
+    patch(holds.Holds, "lost", lambda self, peer, now: None)
+    patch(hold.Hold, "mistake", lambda self, claim: None)
+    patch(reading.Leg, "_read_cell", lambda self, carrier, then: then(carrier))
+
+
+@bug
+def peers_never_forgotten(patch):
+    """Whom nothing is asked of any more is remembered for ever."""
+    patch(acquaintance.Acquaintances, "tick", lambda self, now: None)
+    patch(acquaintance.Acquaintances, "next_deadline", lambda self: None)
+
+
+@bug
+def settling_not_repeated(patch):
+    """Who does not hear that a lease is settled is not told again, and waits for its end."""
+    patch(holds.Holds, "_ask_all", lambda self, hold, now: None)
+
+
+@bug
+def fault_in_the_control_thread(patch):
+    """A fault of ours is survived, and nobody would know."""
+    pump = holds.Holds.pump
+
+    def faulty(self, hold, now):
+        if len(self.by_token) > 3:
+            raise RuntimeError("planted")
+        pump(self, hold, now)
+
+    patch(holds.Holds, "pump", faulty)
+
+
+@bug
+def hold_never_ends(patch):
+    """A lease that is held and never read is renewed for ever."""
+    begin = holds.Holds.hold
+
+    def for_ever(self, ref, now):
+        held = begin(self, ref, now)
+        if held.transfer is None and held.state is hold.HoldState.WAITING:
+            held.deadline = now + 1e9
+        return held
+
+    patch(holds.Holds, "hold", for_ever)
+
+
+@bug
+def restarted_reads_number_anew(patch):
+    """A read that is started again uses the numbers of chunks that it had asked for before."""
+    again = reading.Leg.again
+
+    def anew(self, carrier, reading):
+        leg = again(self, carrier, reading)
+        leg.next_number = 0
+        return leg
+
+    patch(reading.Leg, "again", anew)
