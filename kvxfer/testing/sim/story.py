@@ -253,11 +253,11 @@ class Story:
     """One run. Use `run`."""
 
     def __init__(self, seed: int, profile: Profile) -> None:
-        self.report = Report(seed)
-        self.world = World(seed, profile)
-        self.noise = np.random.default_rng(seed)
+        self.report: Report = Report(seed)
+        self.world: World = World(seed, profile)
+        self.noise: np.random.Generator = np.random.default_rng(seed)
         self.agents: dict[str, VirtualAgent] = {}
-        self.engines = [_Engine(self, name) for name in ("a", "b", "c")]
+        self.engines: list[_Engine] = [_Engine(self, name) for name in ("a", "b", "c")]
 
     def say(self, text: str) -> None:
         """For the trace."""

@@ -62,11 +62,11 @@ class World:
     """
 
     def __init__(self, seed: int, profile: Profile) -> None:
-        self.random = random.Random(seed)  # noqa: S311 - the same chance in every run is the point
+        self.random: random.Random = random.Random(seed)  # noqa: S311 - the same chance in every run is the point
         self.profile = profile
-        self.now = 0.0
-        self.calm = False
-        self.digest = 0
+        self.now: float = 0.0
+        self.calm: bool = False
+        self.digest: int = 0
         self.faults: Counter[str] = Counter()
         self.trace: deque[str] = deque(maxlen=60)
         self.channels: dict[str, VirtualChannel] = {}
@@ -118,8 +118,8 @@ class Process:
         self.world = world
         self.name = name
         self.address = address
-        self.alive = True
-        self.frozen = False
+        self.alive: bool = True
+        self.frozen: bool = False
         self._pace = 1.0 + world.random.uniform(-1, 1) * world.profile.drift
         self._loops: list[Loop] = []
         self._scheduled: float | None = None
