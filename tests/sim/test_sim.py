@@ -22,7 +22,7 @@ SEEDS = 20
 FOUND_BY = {
     "failed_is_quiet": ("crashy", 3),
     "agent_left_alive": ("all", 8),
-    "told_before_it_is_quiet": ("all", 5),
+    "told_before_it_is_quiet": ("stuck", 36),
     "copy_not_waited_for": ("calm", 0),
     "read_deadline_dropped": ("crashy", 6),
     "staged_read_deadline_dropped": ("calm", 0),

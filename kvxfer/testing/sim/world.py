@@ -143,7 +143,7 @@ class Process:
         """See `Running`: a loop that was told to end does so now."""
         for loop in list(self._loops):
             for _ in range(_MOST_TURNS):
-                if loop.over or loop not in self._loops or not self._ending(loop):
+                if loop.over or loop.due_s() != 0.0:
                     break
                 loop.turn(0.0)
             if loop.over and loop in self._loops:
@@ -186,10 +186,6 @@ class Process:
         if waits:
             self.wake(min(waits) / self._pace + 1e-6)
 
-    @staticmethod
-    def _ending(loop: Loop) -> bool:
-        return loop.due_s() == 0.0
-
 
 class VirtualChannel:
     """`kvxfer.control.Channel` through the world's network. What goes over it is what would go over TCP: bytes."""
@@ -200,6 +196,7 @@ class VirtualChannel:
         self._inbox: deque[Inbound] = deque()
         self.callers: dict[bytes, VirtualChannel] = {}
         self.made: dict[str, bytes] = {}
+        """Its connections by the address that they lead to, each under a name of its own."""
         self._numbers = itertools.count()
         process.world.channels[self.address] = self
 
@@ -216,9 +213,9 @@ class VirtualChannel:
         def deliver(data: bytes) -> None:
             target = world.channels.get(address)
             if target is not None and target.process.alive:
-                connection = f"{self.address}>{address}#{self.made.setdefault(address, b'%d' % next(self._numbers))!r}"
-                target.callers[connection.encode()] = self
-                target.take(connection.encode(), data)
+                connection = self.made.setdefault(address, f"{self.process.name}#{next(self._numbers)}".encode())
+                target.callers[connection] = self
+                target.take(connection, data)
 
         world.carry(self.address, address, data, deliver)
 
@@ -229,7 +226,7 @@ class VirtualChannel:
             data, world = wire.encode(message), self.process.world
 
             def deliver(data: bytes) -> None:
-                if caller.process.alive and connection.split(b"#")[-1] == repr(caller.made.get(self.address)).encode():
+                if caller.process.alive and caller.made.get(self.address) == connection:
                     caller.take(self.address, data)
 
             world.carry(self.address, caller.address, data, deliver)
