@@ -243,9 +243,7 @@ class DataPath:
         return next((leg for leg in legs if leg.source.number == source), None)
 
     def _next_job(self, longest_s: float | None) -> DataAction | _Close | None:
-        wait_s = self.due_s()
-        if longest_s is not None:
-            wait_s = longest_s if wait_s is None else min(wait_s, longest_s)
+        wait_s = min((wait_s for wait_s in (self.due_s(), longest_s) if wait_s is not None), default=None)
         try:
             return self._jobs.get_nowait() if wait_s == 0.0 else self._jobs.get(timeout=wait_s)
         except queue.Empty:

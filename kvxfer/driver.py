@@ -42,7 +42,7 @@ class Driver:
     Attributes:
         actions: what producer and consumer add to.
         reports: whom the data path tells what happened.
-        producer, consumer, data: what it drives, from `start` on.
+        producer, consumer, data: what it drives, from `drive` on.
     """
 
     def __init__(
@@ -130,9 +130,8 @@ class Driver:
         self._perform()
         if self._commands:
             return
-        due_s = self.due_s()
-        timeout_s = due_s if longest_s is None or due_s is None else min(due_s, longest_s)
-        for inbound in self._channel.receive(longest_s if due_s is None else timeout_s):
+        waits = [wait_s for wait_s in (self.due_s(), longest_s) if wait_s is not None]
+        for inbound in self._channel.receive(min(waits, default=None)):
             # A peer may know of a lease through the engine's own channels before this thread has seen the command.
             self._run_commands()
             self._guarded(lambda: self._take(inbound.source, inbound))  # noqa: B023 - runs before the next one

@@ -66,8 +66,9 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
     held = [_held(spec, target, by_name=by_name) for spec in sources]
     for number, group in enumerate(target.groups):
         made = boxes(group, target.dtype)
+        whole = group.whole
         wanted = {
-            (group.whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
+            (whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
             for layer, record in sorted(made)
         }
         for key, there in wanted.items():
@@ -117,9 +118,9 @@ _Cells = dict[_Key, tuple[int, list[Box]]]
 def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
     wanted = {group.whole for group in target.groups}
     return {
-        (group.whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
+        (whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
         for number, group in enumerate(spec.groups)
-        if group.whole in wanted
+        if (whole := group.whole) in wanted
         for (layer, record), cells in boxes(group, spec.dtype).items()
     }
 
@@ -197,9 +198,10 @@ def _holders(held: list[_Cells], group: CacheGroup) -> dict[_Key, dict[int, Span
     """Of all that the source has of a group, in the order of its layers, which ranks have which heads."""
     holders: dict[_Key, dict[int, Span]] = defaultdict(dict)
     places: dict[_Key, int] = {}
+    whole = group.whole
     for rank, cells in enumerate(held):
         for key, (_, made) in cells.items():
-            if key[0] == group.whole:
+            if key[0] == whole:
                 first, *others = made
                 heads = first.heads
                 for box in others:

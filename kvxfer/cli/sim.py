@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.table import size, table
+from kvxfer.cli.table import Progress, size, table
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import argparse
 
 _ALL = "every"
+_TOLD_EVERY = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,23 +40,25 @@ def run(options: argparse.Namespace) -> int:
     if options.profile not in (*PROFILES, _ALL):
         raise ConfigError(f"unknown profile {options.profile!r}; known are {', '.join(PROFILES)}")
     logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # a simulated peer's misfortunes are no news
-    rows, faults = [], Counter[str]()
+    rows, faults, progress = [], Counter[str](), Progress()
     for name, profile in PROFILES.items():
         if options.profile not in (name, _ALL):
             continue
         begin, told = time.monotonic(), Counter[str]()
-        for seed in range(options.first, options.first + options.seeds):
-            try:
-                report = run(seed, profile)
-            except SimulationError as error:
-                print(f"\nprofile {name}, {error}\n\nagain: kvxfer sim --profile {name} --seeds 1 --from {seed}")
-                return 1
-            told += report.ends
-            told["requests"] += report.requests
-            told["nbytes"] += report.nbytes
-            faults += report.faults
-            _progress(f"{name}: {seed + 1 - options.first} of {options.seeds} seeds")
-        _progress("")
+        with progress.step(f"{name}, {options.seeds:,} seeds"):
+            for number in range(options.seeds):
+                seed = options.first + number
+                try:
+                    report = run(seed, profile)
+                except SimulationError as error:
+                    print(f"\nprofile {name}, {error}\n\nagain: kvxfer sim --profile {name} --seeds 1 --from {seed}")
+                    return 1
+                told += report.ends
+                told["requests"] += report.requests
+                told["nbytes"] += report.nbytes
+                faults += report.faults
+                if number and number % _TOLD_EVERY == 0:
+                    progress.tell(f"{name}, {number:,} of {options.seeds:,} seeds")
         counts = [
             f"{told[key]:,}" for key in ("requests", "Done", "Failed", "LeaseSettled", "LeaseExpired", "LeaseRevoked")
         ]
@@ -66,9 +68,3 @@ def run(options: argparse.Namespace) -> int:
     print("\nwent wrong: " + (", ".join(f"{kind} {number:,}" for kind, number in faults.most_common()) or "nothing"))
     print("wrong bytes 0, blocks reused too early 0, ends missed or told twice 0, things left behind 0")
     return 0
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{text}")
-        sys.stderr.flush()

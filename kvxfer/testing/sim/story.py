@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 import numpy as np
 
-from kvxfer.cache import KVCache
-from kvxfer.config import Settings
-from kvxfer.endpoint import Endpoint
-from kvxfer.layout import KVLayout
 from kvxfer.lease import LeaseRef
-from kvxfer.route import Costs
-from kvxfer.testing.sim.agent import VirtualAgent
+from kvxfer.testing.sim.engine import TOKENS, Engine, Fetching, Kernel, Serving
 from kvxfer.testing.sim.world import Process, Profile, World
-from kvxfer.transfer import Done, Failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.transfer import Transfer
+    from kvxfer.testing.sim.agent import VirtualAgent
 
 PROFILES: dict[str, Profile] = {
     "calm": Profile(),
@@ -35,23 +29,6 @@ PROFILES: dict[str, Profile] = {
     "all": Profile(0.1, 0.05, 0.4, 0.5, 0.02, 0.03, 0.03, 2, 2, 1, 0.1),
 }
 
-SETTINGS = Settings(
-    lease_s=6.0,
-    announce_s=20.0,
-    match_s=5.0,
-    read_timeout_s=10.0,
-    peer_timeout_s=4.0,
-    hold_s=15.0,
-    idle_peer_s=30.0,
-    quarantine_s=0.5,
-    contact_s=2.0,
-    max_leases=64,
-    staging_nbytes=1 << 15,
-)
-COSTS = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
-"""By which packing pays at once, so that small caches take every route."""
-
-BLOCKS, LAYERS, HEADS, TOKENS, DIM = 24, 2, 2, 4, 8
 BUSY_S, QUIET_S = 40.0, 400.0
 """How long things go wrong, and how long afterwards everything may take to come to its end."""
 
@@ -78,177 +55,6 @@ class Report:
     digest: int = 0
 
 
-@dataclass(eq=False)
-class _Serving:
-    """A request at its producer: blocks, and what they hold."""
-
-    ref: LeaseRef
-    blocks: list[int]
-    content: np.ndarray[Any, Any]
-    written: int = 0
-    offered: bool = False
-
-
-class _Kernel:
-    """A device that writes blocks: what it was told to comes to be there when it ends."""
-
-    def __init__(self) -> None:
-        self.done = False
-
-    def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002
-        return self.done
-
-
-@dataclass(eq=False)
-class _Fetching:
-    """A request at its consumer."""
-
-    transfer: Transfer
-    blocks: list[int]
-    content: np.ndarray[Any, Any]
-    deadline: float
-
-
-class _Engine:
-    """One process that uses an endpoint: a cache whose blocks it gives to requests and takes back, and rewrites when it may."""
-
-    def __init__(self, story: Story, name: str) -> None:
-        self.story, self.name = story, name
-        self.address = f"tcp://{name}:1"
-        self.lives = 0
-        self.serving: dict[str, _Serving] = {}
-        self.fetching: dict[Any, _Fetching] = {}
-        self.begin()
-
-    def begin(self) -> None:
-        """Come to life, as a process that knows nothing of the one before."""
-        story, random = self.story, self.story.world.random
-        self.lives += 1
-        self.process = Process(story.world, f"{self.name}.{self.lives}", self.address)
-        order = random.choice(list(KVLayout))
-        self.cache, arrays = KVCache.allocate(
-            order,
-            layers=LAYERS,
-            blocks=BLOCKS,
-            heads=HEADS,
-            block_tokens=TOKENS,
-            head_dim=DIM,
-            apart=random.random() < 0.5,
-        )
-        self.arrays = list(arrays.values())
-        self.free = list(range(BLOCKS))
-        self.shadow = {block: self.held([block]) for block in self.free}
-        self.serving.clear()
-        self.fetching.clear()
-        self.aborted: set[str] = set()
-        self.endpoint = Endpoint(
-            self.cache,
-            lambda name: VirtualAgent(name, self.process, story.agents),
-            bind=self.address,
-            name=f"{self.name}.{self.lives}",
-            settings=SETTINGS,
-            costs=COSTS,
-            host=self.process,
-        )
-        story.say(f"{self.process.name} begins, {order.value}")
-
-    # -- blocks: [layer, block, head, token, K then V], whatever they look like
-
-    def held(self, blocks: list[int]) -> np.ndarray[Any, Any]:
-        """What these blocks hold."""
-        return np.concatenate([array[:, blocks] for array in self.arrays], axis=-1)
-
-    def write(self, blocks: list[int], content: np.ndarray[Any, Any]) -> None:
-        """Let them hold that."""
-        at = 0
-        for array in self.arrays:
-            array[:, blocks] = content[..., at : at + array.shape[-1]]
-            at += array.shape[-1]
-
-    def noise(self, blocks: list[int]) -> np.ndarray[Any, Any]:
-        """Fill them with what no other block ever held."""
-        shape = (LAYERS, len(blocks), HEADS, TOKENS, 2 * DIM)
-        content = self.story.noise.integers(0, 1 << 16, shape).astype(np.uint16)
-        self.write(blocks, content)
-        return content
-
-    def take(self, number: int) -> list[int] | None:
-        """Blocks for a request. They must hold what they held when they were given back."""
-        if len(self.free) < number:
-            return None
-        taken = [self.free.pop(self.story.world.random.randrange(len(self.free))) for _ in range(number)]
-        for block in taken:
-            self.check_quiet(block)
-        return taken
-
-    def give(self, blocks: list[int]) -> None:
-        """They are nobody's; the engine writes to them at once, as it would for the next request."""
-        self.noise(blocks)
-        self.free += blocks
-        self.shadow.update({block: self.held([block]) for block in blocks})
-
-    def check_quiet(self, block: int) -> None:
-        """Nobody has written to a block that was free."""
-        if not np.array_equal(self.held([block]), self.shadow[block]):
-            self.story.fail(f"block {block} of {self.process.name} was written to while it was free")
-
-    def poll(self) -> None:
-        """Take what the endpoint has to say, as an engine does with each step."""
-        if not self.process.alive or self.process.frozen:
-            return
-        for event in self.endpoint.poll():
-            self.story.report.ends[type(event).__name__] += 1
-            if isinstance(event, (Done, Failed)):
-                self._read_ended(event)
-            else:
-                serving = self.serving.pop(event.token, None)
-                if serving is None or not serving.offered:
-                    self.story.fail(f"{self.process.name} was told {event}, which it does not wait for")
-                self.give(serving.blocks)
-
-    def _read_ended(self, event: Done | Failed) -> None:
-        fetching = self.fetching.pop(event.transfer, None)
-        if fetching is None:
-            self.story.fail(f"{self.process.name} was told {event} twice")
-        if isinstance(event, Done):
-            if not np.array_equal(self.held(fetching.blocks), fetching.content):
-                self.story.fail(f"{self.process.name}: wrong bytes were delivered as good")
-            self.story.report.nbytes += event.transfer.nbytes
-        else:
-            self.story.report.ends[f"Failed {type(event.error).__name__}"] += 1
-        self.give(fetching.blocks)
-
-    # -- life
-
-    def crash(self) -> None:
-        """The process dies; another one begins at the same address."""
-        self.story.say(f"{self.process.name} crashes")
-        self.process.die()
-        self.begin()
-
-    def freeze(self, seconds: float) -> None:
-        """No turns for a while; its memory can be read all the same."""
-        process = self.process
-        self.story.say(f"{process.name} is frozen for {seconds:.1f} s")
-        process.freeze(frozen=True)
-        self.story.world.after(seconds, lambda: process.freeze(frozen=False))
-
-    def check_over(self) -> None:
-        """Everything has come to its end, and nothing is left."""
-        endpoint, name = self.endpoint, self.process.name
-        left = {**endpoint.in_use(), "requests served": len(self.serving), "requests fetched": len(self.fetching)}
-        for what, number in left.items():
-            if number:
-                self.story.fail(f"{name} is left with {number} {what}")
-        for block in self.free:
-            self.check_quiet(block)
-        if len(self.free) != BLOCKS:
-            self.story.fail(f"{name} is left with {BLOCKS - len(self.free)} blocks in use")
-        faults = endpoint.metrics.value("kvxfer_internal_errors_total")
-        if faults:
-            self.story.fail(f"{faults} faults were survived inside {name}")
-
-
 class Story:
     """One run. Use `run`."""
 
@@ -257,7 +63,7 @@ class Story:
         self.world: World = World(seed, profile)
         self.noise: np.random.Generator = np.random.default_rng(seed)
         self.agents: dict[str, VirtualAgent] = {}
-        self.engines: list[_Engine] = [_Engine(self, name) for name in ("a", "b", "c")]
+        self.engines: list[Engine] = [Engine(self, name) for name in ("a", "b", "c")]
 
     def say(self, text: str) -> None:
         """For the trace."""
@@ -330,7 +136,7 @@ class Story:
         # A token made of the seed's chance: the same in every run.
         minted = msgspec.structs.replace(LeaseRef.mint(**mint), token=f"{random.getrandbits(128):032x}")
         ref = LeaseRef.shared(key, **mint) if both else minted
-        serving = _Serving(ref, blocks, source.noise(blocks))
+        serving = Serving(ref, blocks, source.noise(blocks))
         source.noise(blocks)  # until prefill has got there, they hold something else
         process = source.process
         begin = random.uniform(0, 3) if both else 0.0
@@ -346,10 +152,10 @@ class Story:
         asked = random.uniform(0, 3) if both else end + random.expovariate(1.0)
         self.world.after(asked, lambda: self._read(sink, serving, hold=random.random() < 0.5))
 
-    def _live(self, engine: _Engine, process: Process) -> bool:
+    def _live(self, engine: Engine, process: Process) -> bool:
         return engine.process is process and process.alive and not process.frozen
 
-    def _later(self, engine: _Engine, process: Process, act: Callable[[], object]) -> None:
+    def _later(self, engine: Engine, process: Process, act: Callable[[], object]) -> None:
         """Within two seconds, if the process lives then."""
 
         def if_it_lives() -> None:
@@ -358,23 +164,23 @@ class Story:
 
         self.world.after(self.world.random.uniform(0, 2), if_it_lives)
 
-    def _announce(self, engine: _Engine, process: Process, serving: _Serving) -> None:
+    def _announce(self, engine: Engine, process: Process, serving: Serving) -> None:
         if self._live(engine, process):
             engine.endpoint.announce(serving.ref)
         elif engine.process is process:
             self.world.after(0.1, lambda: self._announce(engine, process, serving))
 
-    def _seal(self, engine: _Engine, process: Process, serving: _Serving, share: float) -> None:
+    def _seal(self, engine: Engine, process: Process, serving: Serving, share: float) -> None:
         if self._live(engine, process) and not serving.offered:
             number = int(len(serving.blocks) * share)
             after = self._prefill(engine, process, serving, number)
             engine.endpoint.seal(serving.ref, serving.blocks[:number], after=after)
 
-    def _prefill(self, engine: _Engine, process: Process, serving: _Serving, number: int) -> list[_Kernel]:
+    def _prefill(self, engine: Engine, process: Process, serving: Serving, number: int) -> list[Kernel]:
         """The first blocks get what they are to hold: now, or when a device that was told so has done it."""
         new = range(serving.written, number)
         serving.written = max(serving.written, number)
-        kernel = _Kernel()
+        kernel = Kernel()
 
         def write() -> None:
             if engine.process is process and serving.ref.token not in engine.aborted:
@@ -388,7 +194,7 @@ class Story:
         self.world.after(self.world.random.uniform(0, 0.5), write)
         return [kernel]
 
-    def _offer(self, engine: _Engine, process: Process, serving: _Serving) -> None:
+    def _offer(self, engine: Engine, process: Process, serving: Serving) -> None:
         if not self._live(engine, process):
             if engine.process is process:  # frozen: it goes on where it was
                 self.world.after(0.1, lambda: self._offer(engine, process, serving))
@@ -407,7 +213,7 @@ class Story:
         if self.world.random.random() < 0.1:
             self._later(engine, process, lambda: engine.endpoint.revoke(serving.ref))
 
-    def _read(self, engine: _Engine, serving: _Serving, *, hold: bool) -> None:
+    def _read(self, engine: Engine, serving: Serving, *, hold: bool) -> None:
         process, random = engine.process, self.world.random
         if process.frozen:
             return
@@ -426,7 +232,7 @@ class Story:
         self.say(f"{process.name} reads {serving.ref.request}")
         # A read has its own deadline; what was given up may take as long again to become quiet.
         ends = self.world.now + (transfer.deadline - process.now()) * 1.5 + 60
-        engine.fetching[transfer] = _Fetching(transfer, blocks, serving.content[:, skip:], ends)
+        engine.fetching[transfer] = Fetching(transfer, blocks, serving.content[:, skip:], ends)
         if random.random() < 0.15:
             self._later(engine, process, lambda: engine.endpoint.drop(serving.ref))
 
