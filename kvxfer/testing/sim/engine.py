@@ -10,7 +10,6 @@ import numpy as np
 
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.errors import LeaseError
 from kvxfer.layout import KVLayout
 from kvxfer.route import Costs
 from kvxfer.testing.sim.agent import VirtualAgent
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvxfer.lease import LeaseRef
+    from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
     from kvxfer.transfer import Event, Transfer
 
@@ -81,6 +81,7 @@ class Fetching:
         ended: ranks whose reads have.
     """
 
+    request: Request
     blocks: list[int]
     content: Array
     first: int
@@ -197,7 +198,8 @@ class Engine:
             dtype="float32" if world.chooses(f"{who} stores float32", 0.3) else "float16",
             hidden=world.chooses(f"{who} has no addresses", 0.2),
         )
-        limits = {"max_leases": FEW_LEASES} if world.chooses(f"{who} has cells for few leases", 0.1) else {}
+        self.has_few_leases: bool = world.chooses(f"{who} has cells for few leases", 0.1)
+        limits = {"max_leases": FEW_LEASES} if self.has_few_leases else {}
         settings = Settings.resolve(environ={}, **(SETTINGS | limits))
         costs = PACKED if world.chooses(f"{who} finds packing cheap", 0.6) else DIRECT
         self.free: list[int] = list(range(self.shape.blocks))
@@ -286,7 +288,7 @@ class Engine:
         else:
             story.report.ends[f"Failed {type(event.error).__name__}"] += 1
             story.say(f"{who} is told Failed {request}: {event.error}")
-            if not story.world.faults and not isinstance(event.error, LeaseError):
+            if story.world.kind and fetching.request.blameless:
                 story.fail("failed for nothing", f"{who}: {request} failed, and nothing had gone wrong: {event.error}")
         fetching.ended.add(rank.number)
         if len(fetching.ended) == len(self.ranks):

@@ -27,21 +27,31 @@ class Request:
     Args:
         story: that it is part of.
         name: see `World.happened`.
+
+    Attributes:
+        blameless: if nothing goes wrong, all of it is read.
     """
 
     def __init__(self, story: Story, name: str) -> None:
         self.story: Story = story
         self.name: str = name
+        self.blameless: bool = True
         self._world = world = story.world
         self._chance = world.draw(name)
         source, sink, other = self._chance.sample(story.engines, 3)
         self._source: Engine = source
-        self._sinks: list[Engine] = [sink, other] if self._is("is read by two engines", 0.04) else [sink]
+        self._sinks: list[Engine] = [sink, other] if self._ends_badly("is read by two engines", 0.04) else [sink]
         self._tokens = self._chance.randint(1, _MOST_TOKENS)
         self._both = self._is("goes to both at once", 0.5)
 
     def _is(self, what: str, probability: float) -> bool:
         return self._world.chooses(f"{self.name} {what}", probability)
+
+    def _ends_badly(self, what: str, probability: float) -> bool:
+        """As `_is`, of what may make its reads fail though nothing goes wrong."""
+        happens = self._is(what, probability)
+        self.blameless = self.blameless and not happens
+        return happens
 
     def begin(self) -> None:
         """The router sends it."""
@@ -49,7 +59,7 @@ class Request:
         begin = chance.uniform(0, 3) if self._both else 0.0
         end = begin + chance.uniform(0.1, 4)
         asked = chance.uniform(0, 3) if self._both else end + chance.expovariate(1.0)
-        if self._is("is asked for late", 0.05):
+        if self._ends_badly("is asked for late", 0.05):
             asked += SETTINGS["lease_s"] * chance.uniform(0.8, 2)
         shares = [chance.random() for _ in range(3) if self._is(f"is sealed after {_ + 1}", 0.4)]
         spread = [chance.uniform(0, 0.3) for _ in range(2)]
@@ -62,9 +72,10 @@ class Request:
         for rank in source.ranks:
             rank.memory.write(blocks, source.noise(self._tokens))
         world.requests[serving.ref.token] = self.name
+        self.blameless = self.blameless and not source.has_few_leases
         what = f"{self._tokens} tokens, from {source.name} to {' and '.join(sink.name for sink in self._sinks)}"
         world.say(f"{self.name}: {what}{', at once' if self._both else ''}")
-        if self._both and self._is("never comes to its producer", 0.08):
+        if self._both and self._ends_badly("never comes to its producer", 0.08):
             source.give(blocks)
         else:
             source.serving[serving.ref.token] = serving
@@ -90,10 +101,10 @@ class Request:
 
     def _prefill(self, serving: Serving, begin: float, end: float, shares: list[float], spread: list[float]) -> None:
         source, world = self._source, self._world
-        aborted = self._is("is aborted before its end", 0.08)
+        aborted = self._ends_badly("is aborted before its end", 0.08)
         if aborted:
             world.after(end, lambda: self._revoke(serving))
-        elif self._is("is revoked", 0.08):
+        elif self._ends_badly("is revoked", 0.08):
             world.after(end + self._chance.uniform(0, 2), lambda: self._revoke(serving))
         for rank, late_s in zip(source.ranks, spread, strict=False):
             rank.do(lambda rank=rank: rank.endpoint.announce(serving.ref), begin)  # type: ignore[misc]
@@ -152,10 +163,10 @@ class Request:
             return
         chance, who = self._world.draw(f"{self.name} at {sink.name}"), f"by {sink.name}"
         ref = serving.ref
-        if self._is(f"is asked for {who} under another token", 0.02):
+        if self._ends_badly(f"is asked for {who} under another token", 0.02):
             ref = msgspec.structs.replace(ref, token=f"{chance.getrandbits(128):032x}")
-        wait_s = chance.uniform(0, 2)
         held = self._is(f"is held {who}", 0.5)
+        wait_s = chance.uniform(5, 12) if self._is(f"is held for long {who}", 0.1) else chance.uniform(0, 2)
         if held:
             for rank in sink.ranks:
                 rank.do(lambda rank=rank: rank.endpoint.hold(ref))  # type: ignore[misc]
@@ -174,8 +185,8 @@ class Request:
             self._world.say(f"{sink.name} has no room for {self.name}")
             self._each(sink, lambda rank: rank.endpoint.drop(ref))
             return
-        fetching = Fetching(blocks, serving.content[:, skip:], skip - begin)
-        again, drops = self._is(f"is read twice {who}", 0.04), self._is(f"is dropped {who} as it is read", 0.1)
+        fetching = Fetching(self, blocks, serving.content[:, skip:], skip - begin)
+        again, drops = self._ends_badly(f"is read twice {who}", 0.04), self._ends_badly(f"is dropped {who} as it is read", 0.1)
 
         def read(rank: Rank) -> None:
             self._world.say(f"{rank.process.name} reads {self.name}: into blocks {blocks}, from token {skip} on")
@@ -187,7 +198,7 @@ class Request:
             if blocks is not None:
                 transfer = rank.endpoint.read(ref, blocks, tokens=(skip, None) if skip else None)
                 ended = {each.number for each in sink.ranks if each is not rank}
-                rank.reads[transfer] = Overdue(Fetching(blocks, fetching.content, fetching.first, ended))
+                rank.reads[transfer] = Overdue(Fetching(self, blocks, fetching.content, fetching.first, ended))
 
         for rank in sink.ranks:
             rank.do(lambda rank=rank: read(rank), chance.uniform(0, 0.05))  # type: ignore[misc]

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Set
 
+_SOON_S = 0.1
+"""What takes no longer than this is no reason for anything to fail."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -97,6 +100,11 @@ class World:
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._hurried = not self.chooses("messages and copies take their time", 1.0)
+
+    @property
+    def kind(self) -> bool:
+        """Nothing has gone wrong, and nothing takes long."""
+        return not self.faults and max(self.profile.delay_s, self.profile.copy_s) < _SOON_S
 
     def say(self, text: str) -> None:
         """Note something for the trace."""
