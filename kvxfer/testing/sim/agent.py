@@ -50,6 +50,7 @@ class VirtualAgent(TransferAgent):
 
     Attributes:
         at_once: it copies while it is told to.
+        met: names of the agents that it knows.
     """
 
     adapter: ClassVar[str] = "virtual"
@@ -72,6 +73,7 @@ class VirtualAgent(TransferAgent):
             raise UnavailableError(f"{which} cannot be made: so the simulator says")
         self.process: Process = process
         self.at_once: bool = world.chooses(f"{process.name} copies at once", 0.3)
+        self.met: set[str] = set()
         self._agents = agents
         self._open = True
         self._under_way: dict[_Copy, None] = {}
@@ -90,10 +92,11 @@ class VirtualAgent(TransferAgent):
     def _connect(self, name: str, native: bytes) -> str:
         if native != name.encode():
             raise PeerInfoError(f"{name!r} is not described by {native!r}")
+        self.met.add(name)
         return name
 
     def _disconnect(self, peer: object) -> None:
-        pass
+        self.met.discard(str(peer))
 
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> _Copy:  # noqa: ARG002
         world, profile, owner = self.process.world, self.process.world.profile, self._agents[str(peer)]

@@ -15,7 +15,7 @@ from kvxfer.route import Costs
 from kvxfer.testing.sim.agent import VirtualAgent
 from kvxfer.testing.sim.cache import RankMemory, Shape, noise
 from kvxfer.testing.sim.process import Process
-from kvxfer.transfer import Done, Failed
+from kvxfer.transfer import Done, Failed, LeaseExpired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,6 +62,7 @@ class Serving:
         over: it was aborted.
     """
 
+    request: Request
     ref: LeaseRef
     blocks: list[int]
     content: Array
@@ -108,9 +109,14 @@ class Rank:
         self.memory: RankMemory = RankMemory(self.process, engine.shape, number)
         self.shadow: Array = self.memory.read(range(engine.shape.blocks))
         self.reads: dict[Transfer, Overdue] = {}
+
+        def make_agent(name: str) -> VirtualAgent:
+            self._agent = VirtualAgent(name, self.process, story.agents)
+            return self._agent
+
         self.endpoint: Endpoint = Endpoint(
             self.memory.cache,
-            lambda name: VirtualAgent(name, self.process, story.agents),
+            make_agent,
             bind=self.process.address,
             name=f"{engine.name}.{engine.lives}",
             settings=settings,
@@ -162,7 +168,13 @@ class Rank:
 
     def left(self) -> dict[str, int]:
         """What is in use of it."""
-        return {**self.endpoint.in_use(), "requests fetched": len(self.reads)}
+        connections = self.process.network.channels[self.process.address].made
+        return {
+            **self.endpoint.in_use(),
+            "requests fetched": len(self.reads),
+            "connections": len(connections),
+            "agents met": len(self._agent.met),
+        }
 
     def _of(self, content: Array, blocks: Sequence[int]) -> Array:
         tokens = self.engine.shape.block_tokens
@@ -257,6 +269,8 @@ class Engine:
         serving = self.serving.get(event.token)
         if serving is None or rank.number not in serving.offered - serving.told:
             self.story.fail("told in vain", f"{rank.process.name} was told {event}, which it does not wait for")
+        if isinstance(event, LeaseExpired):
+            serving.request.expired(rank.process.name)
         share = serving.content[rank.memory.share]
         held = rank.memory.read(serving.blocks)[:, : share.shape[1]]
         if serving.there.get(rank.number) == share.shape[1] and not np.array_equal(held, share):
@@ -288,8 +302,7 @@ class Engine:
         else:
             story.report.ends[f"Failed {type(event.error).__name__}"] += 1
             story.say(f"{who} is told Failed {request}: {event.error}")
-            if story.world.kind and fetching.request.blameless:
-                story.fail("failed for nothing", f"{who}: {request} failed, and nothing had gone wrong: {event.error}")
+            fetching.request.failed(event.error, who)
         fetching.ended.add(rank.number)
         if len(fetching.ended) == len(self.ranks):
             self.give(fetching.blocks)

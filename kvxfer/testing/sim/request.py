@@ -14,6 +14,7 @@ from kvxfer.testing.sim.engine import SETTINGS, Fetching, Overdue, Serving
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvxfer.errors import KvxferError
     from kvxfer.testing.sim.engine import Engine, Rank
     from kvxfer.testing.sim.story import Story
 
@@ -27,30 +28,54 @@ class Request:
     Args:
         story: that it is part of.
         name: see `World.happened`.
-
-    Attributes:
-        blameless: if nothing goes wrong, all of it is read.
+        plain: from and to which engine it goes, and then nothing about it is special.
+        tries: how often it may be sent.
     """
 
-    def __init__(self, story: Story, name: str) -> None:
+    def __init__(
+        self, story: Story, name: str, plain: tuple[Engine, Engine] | None = None, *, tries: int = 1
+    ) -> None:
         self.story: Story = story
         self.name: str = name
-        self.blameless: bool = True
+        self._plain = plain
+        self._tries = tries
+        self._blameless = True
         self._world = world = story.world
         self._chance = world.draw(name)
-        source, sink, other = self._chance.sample(story.engines, 3)
+        source, sink, other = self._chance.sample(story.engines, 3) if plain is None else (*plain, plain[0])
         self._source: Engine = source
         self._sinks: list[Engine] = [sink, other] if self._ends_badly("is read by two engines", 0.04) else [sink]
         self._tokens = self._chance.randint(1, _MOST_TOKENS)
         self._both = self._is("goes to both at once", 0.5)
 
+    @property
+    def must_be_read(self) -> bool:
+        """Nothing that happened is a reason for its reads to fail."""
+        return self._blameless and (self._plain is not None or self._world.kind)
+
+    def failed(self, error: KvxferError, who: str) -> None:
+        """A read of it did. What says that the same may succeed later is tried again."""
+        if not self.must_be_read:
+            return
+        if error.retryable and self._tries > 1:
+            again = Request(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
+            self._tries = 0  # its other ranks need not fail too
+            again.begin()
+        elif self._tries:
+            self.story.fail("failed for nothing", f"{who}: {self.name} failed without a reason: {error}")
+
+    def expired(self, who: str) -> None:
+        """Its lease did."""
+        if self.must_be_read:
+            self.story.fail("failed for nothing", f"{who}: the lease of {self.name} has run out without a reason")
+
     def _is(self, what: str, probability: float) -> bool:
-        return self._world.chooses(f"{self.name} {what}", probability)
+        return self._plain is None and self._world.chooses(f"{self.name} {what}", probability)
 
     def _ends_badly(self, what: str, probability: float) -> bool:
         """As `_is`, of what may make its reads fail though nothing goes wrong."""
         happens = self._is(what, probability)
-        self.blameless = self.blameless and not happens
+        self._blameless = self._blameless and not happens
         return happens
 
     def begin(self) -> None:
@@ -67,12 +92,12 @@ class Request:
             world.say(f"{self.name} is turned away by {source.name}")
             return
         self.story.report.requests += 1
-        serving = Serving(self._reference(), blocks, source.noise(self._tokens))
+        serving = Serving(self, self._reference(), blocks, source.noise(self._tokens))
         # Until prefill has got there, the blocks hold something else.
         for rank in source.ranks:
             rank.memory.write(blocks, source.noise(self._tokens))
         world.requests[serving.ref.token] = self.name
-        self.blameless = self.blameless and not source.has_few_leases
+        self._blameless = self._blameless and (self._plain is not None or not source.has_few_leases)
         what = f"{self._tokens} tokens, from {source.name} to {' and '.join(sink.name for sink in self._sinks)}"
         world.say(f"{self.name}: {what}{', at once' if self._both else ''}")
         if self._both and self._ends_badly("never comes to its producer", 0.08):
@@ -170,7 +195,7 @@ class Request:
         if held:
             for rank in sink.ranks:
                 rank.do(lambda rank=rank: rank.endpoint.hold(ref))  # type: ignore[misc]
-        if held and self._is(f"is never read {who}", 0.08):
+        if held and self._ends_badly(f"is never read {who}", 0.08):
             if self._is(f"is dropped {who}", 0.7):
                 self._each(sink, lambda rank: rank.endpoint.drop(ref), wait_s)
             return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
 from collections import Counter
@@ -67,7 +68,10 @@ PROFILES: dict[str, Profile] = {
 REQUESTS = 30
 BUSY_S = 40.0
 """How long things go wrong."""
-LANDING_S, QUIET_S = 45.0, 180.0
+PROBES_S = (20.0, 50.0)
+"""From when and until when afterwards each engine has to serve each other one, whatever they went through. One that was told in
+vain where another one's agent is may fail once, and has to succeed when it tries again."""
+LANDING_S, QUIET_S = 60.0, 180.0
 """How long afterwards copies that were given up may still land, and how long at most everything may take to come to its end."""
 _STEP_S, _QUIET_STEP_S = 0.05, 0.25
 _LAST_LINES = 40
@@ -171,6 +175,10 @@ class Story:
         world.calm = True
         self.network.cut.clear()
         self.say("nothing goes wrong any more")
+        for pair in itertools.permutations(self.engines, 2):
+            name = f"probe from {pair[0].name} to {pair[1].name}"
+            if world.chooses(name, 1.0):
+                world.after(world.draw(name).uniform(*PROBES_S), Request(self, name, pair, tries=2).begin)
         over = BUSY_S + QUIET_S
         world.run(BUSY_S + LANDING_S)
         while world.now < over and not all(engine.idle for engine in self.engines):
@@ -219,7 +227,7 @@ class Story:
                 self.say(f"connections of {engine.name} and {other.name} are made anew")
                 self.network.reconnect(engine.name, other.name)
             elif kind == "cut" and strikes(f"{engine.name} to {other.name}{'' if one_way else ' and back'}"):
-                self._cut(set(ways[:1] if one_way else ways), chance.uniform(0.5, 8))
+                self._cut(set(ways[:1] if one_way else ways), chance.uniform(0.5, 15))
         elif not engine.alive:
             return
         elif kind == "crash" and strikes(engine.name):
@@ -227,7 +235,7 @@ class Story:
         elif kind == "close" and strikes(engine.name):
             engine.close()
         elif kind == "freeze" and not rank.process.frozen and strikes(rank.process.label):
-            stands, seconds = chance.random() < 0.5, chance.uniform(0.1, 12)
+            stands, seconds = chance.random() < 0.5, chance.uniform(0.1, 18)
             self.say(f"{rank.process.name} is frozen for {seconds:.1f} s{', and its clock' if stands else ''}")
             rank.process.freeze(clock_stands=stands)
             world.after(seconds, rank.process.thaw)

@@ -138,7 +138,7 @@ class World:
 
     def delay_s(self, chance: random.Random, longest_s: float) -> float:
         """How long a message or a copy takes."""
-        return 1e-4 if self._hurried else chance.uniform(1e-5, longest_s)
+        return 1e-4 if self._hurried else chance.uniform(1e-5, min(longest_s, _SOON_S) if self.calm else longest_s)
 
     def chooses(self, name: str, probability: float) -> bool:
         """Whether something is so that need not be so, and is no fault."""
