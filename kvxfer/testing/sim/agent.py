@@ -24,6 +24,8 @@ _LATE_S = 40.0
 _PIECES = 4
 """Into which a copy is cut, so that it can be torn: lost, broken or overtaken half way."""
 _AGAIN_S = 0.2
+_AT_ONCE_S = 0.1
+"""For so long may a copy keep the thread that asked for it, at most."""
 
 
 class _Copy:
@@ -49,7 +51,7 @@ class VirtualAgent(TransferAgent):
         UnavailableError: it is one that cannot be made at this moment.
 
     Attributes:
-        at_once: it copies while it is told to.
+        at_once: it copies while it is told to, and keeps who told it so for as long as that takes.
         met: names of the agents that it knows.
     """
 
@@ -118,6 +120,8 @@ class VirtualAgent(TransferAgent):
         stop_at = chance.randrange(len(pieces)) if lost or broken else len(pieces)
         copy.left = len(pieces)
         self._under_way[copy] = None
+        if self.at_once and not fate:
+            self.process.block(world.delay_s(chance, min(profile.copy_s, _AT_ONCE_S)))
         for number, (at, piece) in enumerate(zip(times, pieces, strict=True)):
             if not fate and self.at_once:
                 self._move(copy, piece)

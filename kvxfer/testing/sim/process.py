@@ -51,8 +51,10 @@ class Process:
         self._shown = chance.uniform(1e3, 1e6)
         self._since = world.now
         self._stands = False
-        self._slice_s = 10 ** chance.uniform(-3, -1.5)
+        self._slice_s = 10 ** chance.uniform(-2.5, -1.3)
         self._loops: list[Loop] = []
+        self._turning: Loop | None = None
+        self._busy_until: dict[Loop, float] = {}
         self._scheduled: float | None = None
 
     # -- its clock
@@ -90,6 +92,12 @@ class Process:
                 self._loops.remove(loop)
                 loop.end()
 
+    def block(self, seconds: float) -> None:
+        """The loop whose turn it is does not come back from it for so long; the others go on."""
+        if self._turning is not None:
+            begin = max(self._busy_until.get(self._turning, 0.0), self.world.now)
+            self._busy_until[self._turning] = begin + seconds
+
     def wake(self, seconds: float = 0.0) -> None:
         """Give the loops their turns that much later, or earlier if that is due."""
         at = self.world.now + seconds
@@ -125,14 +133,20 @@ class Process:
         if not self.alive or self.frozen:
             return
         for _ in range(_MOST_TURNS):
-            ready = [loop for loop in self._loops if loop.due_s() == 0.0]
-            for loop in ready or self._loops:
-                loop.turn(0.0)
-            if not ready and all(loop.due_s() != 0.0 for loop in self._loops):
+            for loop in list(self._loops):
+                if self._busy_s(loop) <= 0.0:
+                    self._turning = loop
+                    loop.turn(0.0)
+                    self._turning = None
+            dues = [busy_s if (busy_s := self._busy_s(loop)) > 0.0 else loop.due_s() for loop in self._loops]
+            if 0.0 not in dues:
                 break
         else:
             raise SpinsError(f"a loop of {self.name} spins")
-        waits = [due_s for loop in self._loops if (due_s := loop.due_s()) is not None]
+        waits = [due_s for due_s in dues if due_s is not None]
         if waits:
             # Who sleeps for a moment is woken by a busy system when it suits it; who is told something, at once.
             self.wake(max(min(waits) / self._pace, self._slice_s) + 1e-6)
+
+    def _busy_s(self, loop: Loop) -> float:
+        return self._busy_until.get(loop, 0.0) - self.world.now
