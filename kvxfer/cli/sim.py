@@ -97,7 +97,9 @@ def _explain(error: SimulationError, name: str, profile: Profile, most_runs: int
 
         shrunk = shrink(error, profile, most_runs=most_runs, tell=tell)
         error = shrunk.error
-        print(f"\nmade smaller in {shrunk.runs} runs: of {before} things that need not have happened, {len(error.happened)} are left:")
+        print(
+            f"\nmade smaller in {shrunk.runs} runs: of {before} things that need not have happened, {len(error.happened)} are left:"
+        )
         print("\n".join(f"  {what}" for what in error.happened))
         print(f"\nthere it is: {error.what}")
     if len(error.trace) > _MOST_LINES:

@@ -53,6 +53,7 @@ class VirtualAgent(TransferAgent):
     Attributes:
         at_once: it copies while it is told to, and keeps who told it so for as long as that takes.
         met: names of the agents that it knows.
+        is_open: it was not torn down, and its process lives.
     """
 
     adapter: ClassVar[str] = "virtual"
@@ -77,7 +78,7 @@ class VirtualAgent(TransferAgent):
         self.at_once: bool = world.chooses(f"{process.name} copies at once", 0.3)
         self.met: set[str] = set()
         self._agents = agents
-        self._open = True
+        self.is_open: bool = True
         self._under_way: dict[_Copy, None] = {}
         agents[name] = self
         process.deaths.append(self._ended)
@@ -133,7 +134,7 @@ class VirtualAgent(TransferAgent):
         return copy
 
     def _move(self, copy: _Copy, piece: list[tuple[int, int, int]]) -> None:
-        if not self._open or not self.process.alive:
+        if not self.is_open or not self.process.alive:
             return
         owner, world = self._agents[copy.owner], self.process.world
         if self.process.network.stalled(self.process.label, owner.process.label):
@@ -141,7 +142,7 @@ class VirtualAgent(TransferAgent):
         elif not owner.process.alive:
             if not world.strikes("death not noticed", copy.what, world.profile.copy_lost):
                 self._break(copy, PeerLostError(f"{copy.owner!r} is gone"))
-        elif not owner._open and not world.strikes("withdrawn memory read", copy.what, world.profile.unguarded):
+        elif not owner.is_open and not world.strikes("withdrawn memory read", copy.what, world.profile.unguarded):
             self._break(copy, PeerLostError(f"{copy.owner!r} has withdrawn its memory"))
         else:
             for here, there, nbytes in piece:
@@ -153,7 +154,7 @@ class VirtualAgent(TransferAgent):
                 self.process.wake()
 
     def _break(self, copy: _Copy, error: Exception) -> None:
-        if copy.error is None and self._open and self.process.alive:
+        if copy.error is None and self.is_open and self.process.alive:
             self.process.world.say(f"{copy.what}: {error}")
             copy.error = error
             self.process.wake()
@@ -170,9 +171,9 @@ class VirtualAgent(TransferAgent):
 
     def _ended(self) -> None:
         """Torn down, or dead with its process: over some lanes the owners of what it was reading do not survive that."""
-        if not self._open:
+        if not self.is_open:
             return
-        self._open = False
+        self.is_open = False
         world = self.process.world
         for copy in self._under_way:
             owner = self._agents[copy.owner].process

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from kvxfer.buffer import Completion
     from kvxfer.copies import Copy
+    from kvxfer.layout import CacheSpec
     from kvxfer.memory import Memory
     from kvxfer.testing.sim.process import Process
 
@@ -150,7 +151,7 @@ class VirtualBuffer(DeviceBuffer):
         world.seen["converts"] += any(copy.cast is not None for copy in copies)
         chance = world.draw(what)
         seconds = world.delay_s(chance, world.profile.device_s) if self._is_late else 0.0
-        world.say(f"{what}{seconds and f', for {seconds:.4f} s' or ''}")
+        world.say(f"{what}, for {seconds:.4f} s")
         return Work(self._process, what, seconds, act)
 
 
@@ -204,7 +205,8 @@ class RankMemory:
         """What these blocks hold, of what is here."""
         held = np.concatenate([array[:, blocks] for array in self._arrays], axis=-1)
         layers, number, heads, tokens, content = held.shape
-        return held.transpose(0, 1, 3, 2, 4).reshape(layers, number * tokens, heads, content)
+        by_token: Array = held.transpose(0, 1, 3, 2, 4).reshape(layers, number * tokens, heads, content)
+        return by_token
 
     def write(self, blocks: Sequence[int], content: Array, first: int = 0) -> None:
         """Let these blocks hold that, of all layers and heads, from their ``first`` token on."""
@@ -219,7 +221,7 @@ class RankMemory:
             at += array.shape[-1]
 
 
-def _without_addresses(made: KVCache) -> Any:
+def _without_addresses(made: KVCache) -> CacheSpec:
     """A cache's spec with places that count from the beginning of each buffer."""
     bases = [buffer.memory.address for buffer in made.buffers if buffer.memory is not None]
     return msgspec.structs.replace(
@@ -240,4 +242,5 @@ def _without_addresses(made: KVCache) -> Any:
 def noise(generator: np.random.Generator, tokens: int) -> Array:
     """Content that no other block ever held, of numbers that every dtype of a run has: they survive any conversion."""
     bits = generator.integers(0, 1 << 16, (LAYERS, tokens, HEADS, 2 * DIM)).astype(np.uint16)
-    return (bits & np.uint16(0xBFFF)).view(np.float16)
+    finite: Array = (bits & np.uint16(0xBFFF)).view(np.float16)
+    return finite

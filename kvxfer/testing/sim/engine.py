@@ -341,11 +341,15 @@ class Engine:
             rank.endpoint.close()
             rank.poll(0.0)
             if rank.reads:
-                self.story.fail("left behind", f"{rank.process.name} was closed and {len(rank.reads)} reads did not end")
+                self.story.fail(
+                    "left behind", f"{rank.process.name} was closed and {len(rank.reads)} reads did not end"
+                )
             rank.process.die()
         for serving in self.serving.values():
             if serving.offered != serving.told:
-                self.story.fail("left behind", f"{self.name} was closed and was not told how {serving.ref.request} ended")
+                self.story.fail(
+                    "left behind", f"{self.name} was closed and was not told how {serving.ref.request} ended"
+                )
 
     @property
     def idle(self) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from kvxfer.host import Loop
     from kvxfer.testing.sim.network import Network
+    from kvxfer.testing.sim.world import World
 
 _MOST_TURNS = 100_000
 """Of one loop in one moment: more means that it spins."""
@@ -36,7 +37,8 @@ class Process:
 
     def __init__(self, network: Network, label: str, life: int) -> None:
         self.network: Network = network
-        self.world = world = network.world
+        self.world: World = network.world
+        world = self.world
         self.label: str = label
         self.name: str = f"{label}.{life}"
         self.address: str = network.address(label)

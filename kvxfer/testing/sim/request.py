@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,9 +33,7 @@ class Request:
         tries: how often it may be sent.
     """
 
-    def __init__(
-        self, story: Story, name: str, plain: tuple[Engine, Engine] | None = None, *, tries: int = 1
-    ) -> None:
+    def __init__(self, story: Story, name: str, plain: tuple[Engine, Engine] | None = None, *, tries: int = 1) -> None:
         self.story: Story = story
         self.name: str = name
         self._plain = plain
@@ -86,7 +85,7 @@ class Request:
         asked = chance.uniform(0, 3) if self._both else end + chance.expovariate(1.0)
         if self._ends_badly("is asked for late", 0.05):
             asked += SETTINGS["lease_s"] * chance.uniform(0.8, 2)
-        shares = [chance.random() for _ in range(3) if self._is(f"is sealed after {_ + 1}", 0.4)]
+        shares = [chance.random() for number in range(3) if self._is(f"is sealed, {number + 1}", 0.4)]
         spread = [chance.uniform(0, 0.3) for _ in range(2)]
         if not source.alive or (blocks := source.take(self._tokens)) is None:
             world.say(f"{self.name} is turned away by {source.name}")
@@ -106,7 +105,7 @@ class Request:
             source.serving[serving.ref.token] = serving
             self._prefill(serving, begin, end, sorted(shares), spread)
         for sink in self._sinks:
-            world.after(asked, lambda sink=sink: self._ask(sink, serving))  # type: ignore[misc]
+            world.after(asked, partial(self._ask, sink, serving))
 
     def _reference(self) -> LeaseRef:
         source = self._source
@@ -132,13 +131,13 @@ class Request:
         elif self._ends_badly("is revoked", 0.08):
             world.after(end + self._chance.uniform(0, 2), lambda: self._revoke(serving))
         for rank, late_s in zip(source.ranks, spread, strict=False):
-            rank.do(lambda rank=rank: rank.endpoint.announce(serving.ref), begin)  # type: ignore[misc]
+            rank.do(partial(rank.endpoint.announce, serving.ref), begin)
             for share in shares:
                 tokens = int(self._tokens * share) // source.shape.block_tokens * source.shape.block_tokens
                 at = begin + share * (end - begin)
-                rank.do(lambda rank=rank, tokens=tokens: self._seal(rank, serving, tokens), at + late_s)  # type: ignore[misc]
+                rank.do(partial(self._seal, rank, serving, tokens), at + late_s)
             if not aborted:
-                rank.do(lambda rank=rank: self._offer(rank, serving), end + late_s)  # type: ignore[misc]
+                rank.do(partial(self._offer, rank, serving), end + late_s)
 
     def _seal(self, rank: Rank, serving: Serving, tokens: int) -> None:
         if serving.over or rank.number in serving.offered or tokens <= serving.begun.get(rank.number, 0):
@@ -176,8 +175,7 @@ class Request:
             return
         self._world.say(f"{self.name} is ended by {self._source.name}")
         serving.over = True
-        for rank in self._source.ranks:
-            rank.do(lambda rank=rank: rank.endpoint.revoke(serving.ref))  # type: ignore[misc]
+        _each(self._source, lambda rank: rank.endpoint.revoke(serving.ref))
         self._source.maybe_over(serving)
 
     # -- decode
@@ -193,25 +191,23 @@ class Request:
         held = self._is(f"is held {who}", 0.5)
         wait_s = chance.uniform(5, 12) if self._is(f"is held for long {who}", 0.1) else chance.uniform(0, 2)
         if held:
-            for rank in sink.ranks:
-                rank.do(lambda rank=rank: rank.endpoint.hold(ref))  # type: ignore[misc]
+            _each(sink, lambda rank: rank.endpoint.hold(ref))
         if held and self._ends_badly(f"is never read {who}", 0.08):
             if self._is(f"is dropped {who}", 0.7):
-                self._each(sink, lambda rank: rank.endpoint.drop(ref), wait_s)
+                _each(sink, lambda rank: rank.endpoint.drop(ref), wait_s)
             return
         sink.ranks[0].do(lambda: self._read(sink, ref, serving), wait_s if held else 0.0)
 
     def _read(self, sink: Engine, ref: LeaseRef, serving: Serving) -> None:
-        chance, size, who = self._world.draw(f"{self.name} into {sink.name}"), sink.shape.block_tokens, f"by {sink.name}"
+        chance, who = self._world.draw(f"{self.name} into {sink.name}"), f"by {sink.name}"
         skip = chance.randrange(self._tokens) if self._is(f"is read in part {who}", 0.3) else 0
-        begin = skip // size * size
+        begin = skip // sink.shape.block_tokens * sink.shape.block_tokens
         blocks = sink.take(self._tokens - begin)
         if blocks is None:
             self._world.say(f"{sink.name} has no room for {self.name}")
-            self._each(sink, lambda rank: rank.endpoint.drop(ref))
+            _each(sink, lambda rank: rank.endpoint.drop(ref))
             return
         fetching = Fetching(self, blocks, serving.content[:, skip:], skip - begin)
-        again, drops = self._ends_badly(f"is read twice {who}", 0.04), self._ends_badly(f"is dropped {who} as it is read", 0.1)
 
         def read(rank: Rank) -> None:
             self._world.say(f"{rank.process.name} reads {self.name}: into blocks {blocks}, from token {skip} on")
@@ -226,12 +222,14 @@ class Request:
                 rank.reads[transfer] = Overdue(Fetching(self, blocks, fetching.content, fetching.first, ended))
 
         for rank in sink.ranks:
-            rank.do(lambda rank=rank: read(rank), chance.uniform(0, 0.05))  # type: ignore[misc]
-        if again:
-            self._each(sink, read_again, chance.uniform(0, 2))
-        if drops:
-            self._each(sink, lambda rank: rank.endpoint.drop(ref), chance.uniform(0, 2))
+            rank.do(partial(read, rank), chance.uniform(0, 0.05))
+        if self._ends_badly(f"is read twice {who}", 0.04):
+            _each(sink, read_again, chance.uniform(0, 2))
+        if self._ends_badly(f"is dropped {who} as it is read", 0.1):
+            _each(sink, lambda rank: rank.endpoint.drop(ref), chance.uniform(0, 2))
 
-    def _each(self, engine: Engine, act: Callable[[Rank], object], after_s: float = 0.0) -> None:
-        for rank in engine.ranks:
-            rank.do(lambda rank=rank: act(rank), after_s)  # type: ignore[misc]
+
+def _each(engine: Engine, act: Callable[[Rank], object], after_s: float = 0.0) -> None:
+    """Have each rank of an engine do something."""
+    for rank in engine.ranks:
+        rank.do(partial(act, rank), after_s)

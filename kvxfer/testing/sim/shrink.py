@@ -35,7 +35,9 @@ class Shrunk:
     runs: int
 
 
-def shrink(found: SimulationError, profile: Profile, *, most_runs: int = 400, tell: Callable[[str], object] | None = None) -> Shrunk:
+def shrink(
+    found: SimulationError, profile: Profile, *, most_runs: int = 400, tell: Callable[[str], object] | None = None
+) -> Shrunk:
     """Make a failing run small.
 
     Args:

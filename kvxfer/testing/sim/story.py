@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -20,9 +21,11 @@ from kvxfer.testing.sim.world import Profile, World
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterator, Sequence, Set
+    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from kvxfer.testing.sim.agent import VirtualAgent
+    from kvxfer.testing.sim.process import Process
 
 PROFILES: dict[str, Profile] = {
     "calm": Profile(),
@@ -120,10 +123,22 @@ class Report:
     digest: int = 0
 
 
+class _Listener(logging.Handler):
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        where = traceback.extract_tb(error.__traceback__)[-1] if error is not None else None
+        place = f" ({type(error).__name__}: {error}, {where.name}:{where.lineno})" if where else ""
+        self._say(f"log: {record.getMessage()}{place}")
+
+
 class Story:
     """One run. Use `run`."""
 
-    def __init__(self, seed: int, profile: Profile, only: Set[str] | None = None) -> None:
+    def __init__(self, seed: int, profile: Profile, only: AbstractSet[str] | None = None) -> None:
         self.report: Report = Report(seed)
         self.world: World = World(seed, profile, only)
         self.network: Network = Network(self.world)
@@ -213,36 +228,37 @@ class Story:
             for i in range(number):
                 chance = self.world.draw(f"{kind} {i + 1}")
                 at = chance.uniform(1, BUSY_S)
-                self.world.after(at, lambda k=kind, i=i, c=chance: self._disturb(k, i + 1, c))  # type: ignore[misc]
+                self.world.after(at, partial(self._disturb, kind, i + 1, chance))
 
     def _disturb(self, kind: str, number: int, chance: random.Random) -> None:
-        world = self.world
         engine, other = chance.sample(self.engines, 2)
         rank = chance.choice(engine.ranks)
-        strikes = lambda what: world.strikes(kind, f"{number}, {what}", 1.0)  # noqa: E731
-        if kind in ("cut", "reconnect"):
+        one_way, seconds = chance.random() < 0.4, chance.uniform(0.1, 18)
+        between = f"{engine.name} and {other.name}"
+
+        def strikes(what: str) -> bool:
+            return self.world.strikes(kind, f"{number}, {what}", 1.0)
+
+        if kind == "reconnect" and strikes(between):
+            self.say(f"connections of {between} are made anew")
+            self.network.reconnect(engine.name, other.name)
+        elif kind == "cut" and strikes(f"{engine.name} to {other.name}" if one_way else between):
             ways = [(engine.name, other.name), (other.name, engine.name)]
-            one_way = chance.random() < 0.4
-            if kind == "reconnect" and strikes(f"{engine.name} and {other.name}"):
-                self.say(f"connections of {engine.name} and {other.name} are made anew")
-                self.network.reconnect(engine.name, other.name)
-            elif kind == "cut" and strikes(f"{engine.name} to {other.name}{'' if one_way else ' and back'}"):
-                self._cut(set(ways[:1] if one_way else ways), chance.uniform(0.5, 15))
-        elif not engine.alive:
-            return
-        elif kind == "crash" and strikes(engine.name):
+            self._cut(set(ways[:1] if one_way else ways), seconds)
+        elif kind == "crash" and engine.alive and strikes(engine.name):
             engine.crash()
-        elif kind == "close" and strikes(engine.name):
+        elif kind == "close" and engine.alive and strikes(engine.name):
             engine.close()
-        elif kind == "freeze" and not rank.process.frozen and strikes(rank.process.label):
-            stands, seconds = chance.random() < 0.5, chance.uniform(0.1, 18)
-            self.say(f"{rank.process.name} is frozen for {seconds:.1f} s{', and its clock' if stands else ''}")
-            rank.process.freeze(clock_stands=stands)
-            world.after(seconds, rank.process.thaw)
-        elif kind == "clock jump" and strikes(rank.process.label):
-            seconds = chance.uniform(0.1, 12)
+        elif kind == "freeze" and engine.alive and not rank.process.frozen and strikes(rank.process.label):
+            self._freeze(rank.process, seconds, clock_stands=one_way)
+        elif kind == "clock jump" and engine.alive and strikes(rank.process.label):
             self.say(f"the clock of {rank.process.name} jumps by {seconds:.1f} s")
             rank.process.jump(seconds)
+
+    def _freeze(self, process: Process, seconds: float, *, clock_stands: bool) -> None:
+        self.say(f"{process.name} is frozen for {seconds:.1f} s{', and its clock' if clock_stands else ''}")
+        process.freeze(clock_stands=clock_stands)
+        self.world.after(seconds, process.thaw)
 
     def _cut(self, ways: set[tuple[str, str]], seconds: float) -> None:
         self.say(f"cut for {seconds:.1f} s: {', '.join(f'{a} to {b}' for a, b in sorted(ways))}")
@@ -256,16 +272,8 @@ class Story:
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """What endpoints log as errors is part of the trace, and of nothing else: a simulated misfortune is no news."""
-        logger, world = logging.getLogger("kvxfer"), self.world
-
-        class Listener(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                error = record.exc_info[1] if record.exc_info else None
-                where = traceback.extract_tb(error.__traceback__)[-1] if error is not None else None
-                place = f" ({type(error).__name__}: {error}, {where.name}:{where.lineno})" if where else ""
-                world.say(f"log: {record.getMessage()}{place}")
-
-        listener, before, propagates = Listener(), logger.level, logger.propagate
+        logger, listener = logging.getLogger("kvxfer"), _Listener(self.say)
+        before, propagates = logger.level, logger.propagate
         logger.addHandler(listener)
         logger.setLevel(logging.ERROR)
         logger.propagate = False
@@ -277,7 +285,7 @@ class Story:
             logger.propagate = propagates
 
 
-def run(seed: int, profile: Profile | None = None, *, only: Set[str] | None = None) -> Report:
+def run(seed: int, profile: Profile | None = None, *, only: AbstractSet[str] | None = None) -> Report:
     """One run from beginning to end.
 
     Args:

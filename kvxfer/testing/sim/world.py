@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Set
+    from collections.abc import Callable
+    from collections.abc import Set as AbstractSet
 
 _SOON_S = 0.1
 """What takes no longer than this is no reason for anything to fail."""
@@ -84,7 +85,7 @@ class World:
         requests: names of requests, by the tokens of their leases.
     """
 
-    def __init__(self, seed: int, profile: Profile, only: Set[str] | None = None) -> None:
+    def __init__(self, seed: int, profile: Profile, only: AbstractSet[str] | None = None) -> None:
         self.seed: int = seed
         self.profile: Profile = profile
         self.now: float = 0.0
