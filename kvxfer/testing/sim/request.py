@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kvxfer.errors import LeaseError
 from kvxfer.lease import LeaseRef
 from kvxfer.testing.sim.cache import Work
 from kvxfer.testing.sim.engine import SETTINGS, Fetching, Overdue, Serving
@@ -54,13 +55,12 @@ class Request:
 
     def failed(self, error: KvxferError, who: str) -> None:
         """A read of it did. What says that the same may succeed later is tried again."""
-        if not self.must_be_read:
-            return
-        if error.retryable and self._tries > 1:
+        if self.must_be_read and error.retryable and self._tries > 1:
             again = Request(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
             self._tries = 0  # its other ranks need not fail too
             again.begin()
-        elif self._tries:
+        elif self._tries and (self.must_be_read or (self._world.kind and not isinstance(error, LeaseError))):
+            # Whatever its engines and clients do to it is about its lease, and its errors are too.
             self.story.fail("failed for nothing", f"{who}: {self.name} failed without a reason: {error}")
 
     def expired(self, who: str) -> None:

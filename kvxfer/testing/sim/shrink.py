@@ -12,13 +12,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvxfer.testing.sim.story import SimulationError, run
+from kvxfer.testing.sim.story import BUSY_S, LANDING_S, SimulationError, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvxfer.testing.sim.world import Profile
 
+_LATER_S = 20.0
 _REQUEST = re.compile(r"r\d+")
 
 
@@ -60,6 +61,8 @@ class _Search:
     def __init__(self, found: SimulationError, profile: Profile, most_runs: int, tell: Callable[[str], object]) -> None:
         self.error = found
         self.runs = 0
+        # What has not failed long after the first one did will not; one that failed when all was over has to be run to its end.
+        self._until = found.at + _LATER_S if found.at + _LATER_S < BUSY_S + LANDING_S else float("inf")
         self._profile = profile
         self._most_runs = most_runs
         self._tell = tell
@@ -87,7 +90,8 @@ class _Search:
         self.runs += 1
         self._tell(f"{len(self.error.happened)} things, {self.runs} runs")
         try:
-            run(self.error.seed, self._profile, only=set(self.error.happened) - set(left_out))
+            only = set(self.error.happened) - set(left_out)
+            run(self.error.seed, self._profile, only=only, until=self._until)
         except SimulationError as error:
             # One that fails otherwise is another bug, or what is left of this one: it would lead astray.
             if error.finding == self.error.finding:

@@ -84,6 +84,7 @@ class SimulationError(AssertionError):
     """Something that must hold did not: says the seed, what, and what happened before.
 
     Attributes:
+        at: seconds since the beginning.
         finding: in two or three words, the same for all findings of the kind.
         what: in one sentence.
         happened: names of all that happened and need not have; see `World.happened`.
@@ -92,6 +93,7 @@ class SimulationError(AssertionError):
 
     def __init__(self, seed: int, at: float, finding: str, what: str, world: World) -> None:
         self.seed: int = seed
+        self.at: float = at
         self.finding: str = finding
         self.what: str = what
         self.happened: list[str] = list(world.happened)
@@ -138,8 +140,15 @@ class _Listener(logging.Handler):
 class Story:
     """One run. Use `run`."""
 
-    def __init__(self, seed: int, profile: Profile, only: AbstractSet[str] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        profile: Profile,
+        only: AbstractSet[str] | None = None,
+        until: float = float("inf"),
+    ) -> None:
         self.report: Report = Report(seed)
+        self._until = until
         self.world: World = World(seed, profile, only)
         self.network: Network = Network(self.world)
         self.chance: random.Random = self.world.draw("story")
@@ -186,7 +195,12 @@ class Story:
                 world.after(at, Request(self, name).begin)
         self._plan_disturbances()
         self._steps()
-        world.run(BUSY_S)
+        world.run(min(BUSY_S, self._until))
+        if world.now < self._until:
+            self._come_to_an_end()
+
+    def _come_to_an_end(self) -> None:
+        world = self.world
         world.calm = True
         self.network.cut.clear()
         self.say("nothing goes wrong any more")
@@ -195,13 +209,14 @@ class Story:
             if world.chooses(name, 1.0):
                 world.after(world.draw(name).uniform(*PROBES_S), Request(self, name, pair, tries=2).begin)
         over = BUSY_S + QUIET_S
-        world.run(BUSY_S + LANDING_S)
-        while world.now < over and not all(engine.idle for engine in self.engines):
+        world.run(min(BUSY_S + LANDING_S, self._until))
+        while world.now < min(over, self._until) and not all(engine.idle for engine in self.engines):
             world.run(min(world.now + 5.0, over))
-        for engine in self.engines:
-            engine.check_over()
-        for engine in self.engines:
-            engine.check_closed()
+        if world.now < self._until:
+            for engine in self.engines:
+                engine.check_over()
+            for engine in self.engines:
+                engine.check_closed()
 
     def _steps(self) -> None:
         world = self.world
@@ -285,15 +300,22 @@ class Story:
             logger.propagate = propagates
 
 
-def run(seed: int, profile: Profile | None = None, *, only: AbstractSet[str] | None = None) -> Report:
+def run(
+    seed: int,
+    profile: Profile | None = None,
+    *,
+    only: AbstractSet[str] | None = None,
+    until: float = float("inf"),
+) -> Report:
     """One run from beginning to end.
 
     Args:
         seed: of all chance.
         profile: what goes wrong; everything by default.
         only: names of what may happen (`World.happened`): the same run without the rest.
+        until: stop there, in seconds since the beginning, and do not ask what is left.
 
     Raises:
         SimulationError: something that must hold did not.
     """
-    return Story(seed, profile if profile is not None else PROFILES["all"], only).tell()
+    return Story(seed, profile if profile is not None else PROFILES["all"], only, until).tell()
