@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
     Array = npt.NDArray[Any]
 
-LAYERS, HEADS, DIM = 2, 2, 8
+LAYERS, HEADS, DIM = 2, 2, 16
 """Of the model, which all engines of a run serve."""
 CAPACITY = 160
 """Tokens that an engine has room for."""

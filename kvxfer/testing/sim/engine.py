@@ -41,6 +41,8 @@ SETTINGS: dict[str, float] = {
     "staging_nbytes": 1 << 15,
 }
 FEW_LEASES = 4
+_MOST_SLOTS = 7
+"""Of the eight of such an arena: so many are lent for one use."""
 
 PACKED = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 """By which packing pays at once, so that small caches take every route."""
@@ -139,6 +141,7 @@ class Rank:
 
     def poll(self, passed_s: float) -> None:
         """Take what the endpoint has to say, as an engine does with each step."""
+        self.process.world.seen["arena full"] += self.endpoint.in_use()["slots"] >= _MOST_SLOTS
         for event in self.endpoint.poll():
             self.engine.told(self, event)
         faults = self.endpoint.metrics.value("kvxfer_internal_errors_total")
