@@ -82,7 +82,7 @@ class Request:
         source, world, chance = self._source, self._world, self._chance
         begin = chance.uniform(0, 3) if self._both else 0.0
         end = begin + chance.uniform(0.1, 4)
-        asked = chance.uniform(0, 3) if self._both else end + chance.expovariate(1.0)
+        asked = chance.uniform(0, 3) if self._both else end + min(chance.expovariate(1.0), 3.0)
         if self._ends_badly("is asked for late", 0.05):
             asked += SETTINGS["lease_s"] * chance.uniform(0.8, 2)
         shares = [chance.random() for number in range(3) if self._is(f"is sealed, {number + 1}", 0.4)]
