@@ -52,8 +52,7 @@ _log = logging.getLogger(__name__)
 class _Chunks:
     """What one reader of one lease asked to have packed and has not taken: where each chunk is, or why it is nowhere.
 
-    A reader numbers its chunks upwards, so ``next_number`` tells those that it has taken from those that are new: all below it
-    but ``missed``, which were never asked for. Their first question was lost or overtaken.
+    They are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
     asked: dict[int, int | KvxferError | None] = field(default_factory=dict)
@@ -61,11 +60,9 @@ class _Chunks:
     next_number: int = 0
 
     def is_taken(self, number: int) -> bool:
-        """It was asked for before, and is no longer."""
         return number < self.next_number and number not in self.missed and number not in self.asked
 
     def ask(self, number: int) -> None:
-        """One that was not asked for before is now."""
         self.asked[number] = None
         self.missed.discard(number)
         self.missed.update(range(self.next_number, number))
