@@ -151,9 +151,9 @@ def _pattern(seed: int, layer: int, blocks: Any) -> Any:
     return ((seed * 7919 + layer * 131 + blocks + 1) & 0xFFFF).astype(np.uint16)[:, None, None, None]
 
 
-def _serve(conn: Any, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+def _serve(conn: Any, kind: type, seed: int, shape: Any, options: dict[str, Any]) -> None:
     try:
-        engine = Engine(seed, shape, options)
+        engine = kind(seed, shape, options)
         conn.send((True, None))
     except BaseException as error:  # noqa: BLE001 - told to the test
         conn.send((False, repr(error)))
@@ -174,11 +174,11 @@ def _serve(conn: Any, seed: int, shape: tuple[int, ...], options: dict[str, Any]
 class Child:
     """The process as the test sees it. Orders are its methods: ``child.lease([1])``."""
 
-    def __init__(self, seed: int, shape: tuple[int, ...] = SMALL, **options: Any) -> None:
+    def __init__(self, seed: int, shape: Any = SMALL, kind: type = Engine, **options: Any) -> None:
         context = mp.get_context("spawn")
         self.conn, theirs = context.Pipe()
         self.seed = seed
-        self.process = context.Process(target=_serve, args=(theirs, seed, shape, options), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, kind, seed, shape, options), daemon=True)
         self.process.start()
         theirs.close()
         self.started = False
