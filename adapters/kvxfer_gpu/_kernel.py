@@ -23,17 +23,19 @@ _LONGEST_ROW_WORDS: Final = 1024
 _SHORTEST_EVEN_WORDS: Final = 16
 """Rows that end with their run need no mask for their words, without which loads are wide. Shorter ones are not worth it."""
 
-_NUMBERS: Final = ["runs", "words", "segments", "rows", "number"] + [f"{x}{i}" for i in range(MOST_LOOPS) for x in "cst"]
+_NUMBERS: Final = ["runs", "words", "segments", "rows", "number"] + [
+    f"{x}{i}" for i in range(MOST_LOOPS) for x in "cst"
+]
 
 
 @triton.jit(do_not_specialize=_NUMBERS)  # a number that is new must not compile anything
-def _move(  # type: ignore[no-untyped-def]
+def _move(
     source, target, starts, factor,
     words, segments, rows, number,
     c0, s0, t0, c1, s1, t1, c2, s2, t2, c3, s3, t3,
     LOOPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
     CAST: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, ANN202, N803
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     segment = row % segments
@@ -80,7 +82,7 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(target + (written[:, None] + word[None, :]), values, mask=mask)
 
 
-def launch(task: Task, source: Any, target: Any, starts: Any, largest: float) -> None:
+def move(task: Task, source: Any, target: Any, starts: Any, largest: float) -> None:
     """Put a task on the current stream.
 
     Args:

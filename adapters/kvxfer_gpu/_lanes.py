@@ -9,10 +9,12 @@ offered, and nobody uses those that are unpacked before he is told so.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
 from kvxfer_gpu._task import tasks
 from kvxfer_gpu.completion import EventCompletion
@@ -169,10 +171,6 @@ def _bounds(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def _in_place(copy: Copy, low: int) -> Copy:
     """From where a copy's target runs lie to there."""
-    from dataclasses import replace
-
-    from kvxfer.copies import Loop
-
     loops = tuple(Loop(loop.count, loop.target_stride, loop.target_stride) for loop in copy.loops)
     at = copy.target - low
     return replace(

@@ -52,7 +52,7 @@ class Task(NamedTuple):
     @property
     def runs(self) -> int:
         """How many there are."""
-        return self.starts.shape[1] * math.prod(count for count, _, _ in self.loops)
+        return int(self.starts.shape[1]) * math.prod(count for count, _, _ in self.loops)
 
 
 class Detour(NamedTuple):
@@ -116,7 +116,8 @@ def _task(runs: Runs, cast: Cast | None) -> Task:
     starts = np.stack([sums([axis.indices(side, 1) for axis in outer]) + runs.at[side] for side in (SOURCE, TARGET)])
     starts //= np.array(sizes, dtype=np.int64)[:, None]
     loops = tuple(
-        (axis.count, axis.stride(SOURCE) // sizes[SOURCE], axis.stride(TARGET) // sizes[TARGET]) for axis in regular[cut:]
+        (axis.count, axis.stride(SOURCE) // sizes[SOURCE], axis.stride(TARGET) // sizes[TARGET])
+        for axis in regular[cut:]
     )
     return Task(starts, loops, runs.nbytes[SOURCE] // sizes[SOURCE], sizes, width, cast)
 
@@ -143,7 +144,7 @@ def _in_line(runs: Runs, side: int) -> Runs:
 
 def _unit(runs: Runs, side: int) -> int:
     """The largest power of 2 up to 16 that divides every place of a run on one side, and its length."""
-    numbers = [runs.at[side], runs.nbytes[side]]
-    for axis in runs.axes:
-        numbers.append(int(np.gcd.reduce(axis.offsets[side])) if axis.offsets is not None else axis.stride(side))
-    return math.gcd(*numbers, _WIDEST_NBYTES)
+    steps = [
+        int(np.gcd.reduce(axis.offsets[side])) if axis.offsets is not None else axis.stride(side) for axis in runs.axes
+    ]
+    return math.gcd(runs.at[side], runs.nbytes[side], *steps, _WIDEST_NBYTES)

@@ -77,6 +77,11 @@ class GpuBuffer(DeviceBuffer):
         return read_array(array, cls.devices)
 
     @property
+    def array(self) -> Any:
+        """The tensor that it was made of; the first, if of several."""
+        return self._tensor
+
+    @property
     def memory(self) -> Memory | None:
         """VRAM, or None where `registrable` is False."""
         return self._span if self.registrable else None

@@ -10,7 +10,6 @@ import ctypes
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kvxfer.errors import TransferFailedError
@@ -20,6 +19,7 @@ from kvxfer_gpu._task import Detour
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import numpy as np
     import numpy.typing as npt
 
     from kvxfer.copies import Cast
@@ -111,10 +111,7 @@ class Runtime:
             kernel = self._kernel if self.casts_on_kernel(*names) else None
         starts = torch.from_numpy(task.starts).to(self.device, non_blocking=True)
         ends = [_typed(tensor, dtype) for tensor, dtype in zip((source, target), types, strict=True)]
-        if kernel is not None:
-            kernel.launch(task, *ends, starts, largest)
-        else:
-            _rows.move(task, *ends, starts, largest)
+        (kernel or _rows).move(task, *ends, starts, largest)
 
     def _move_around(self, detour: Detour, source: Any, target: Any) -> None:
         elements, cast = detour.elements, detour.cast

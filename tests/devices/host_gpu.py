@@ -15,6 +15,7 @@ from functools import cache
 
 from kvxfer_gpu import GpuBuffer
 from kvxfer_gpu.runtime import Runtime
+from kvxfer_rocm import RocmBuffer
 
 
 class Ended:
@@ -44,7 +45,7 @@ class HostGpu(Runtime):
         return Ended()
 
     @classmethod
-    def pin(cls, memory):
+    def pin(cls, memory):  # noqa: ARG003
         return lambda: None
 
     def casts_on_kernel(self, source, target):
@@ -84,6 +85,18 @@ class RowsBuffer(GpuBuffer):
     devices = ("cpu",)
     runtime = HostGpu
     registrable = False
+
+
+class RocmStandIn(RocmBuffer):
+    """An AMD GPU's buffer, whose memory is the host's."""
+
+    devices = ("cpu",)
+    runtime = HostGpu
+    registrable = False
+
+    @classmethod
+    def why_unavailable(cls):
+        return None
 
 
 class KernelBuffer(RowsBuffer):

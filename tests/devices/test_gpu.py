@@ -39,7 +39,9 @@ class TestOperations(BufferSuite):
     make_buffer = made_of(RowsBuffer, "cpu")
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter: overflow and NaN are part of a cast
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy's, of the interpreter: overflow and NaN are part of a cast
 class TestKernel(BufferSuite):
     make_buffer = made_of(KernelBuffer, "cpu")
 
