@@ -105,9 +105,10 @@ def test_kernel(benchmark, memory, report, kind, direction):
     make, goal = KINDS[kind]
     copy = make(total)
     packs = direction == "pack"
-    runtime = StagedCudaBuffer(cache)._lanes._runtime
+    runtime = StagedCudaBuffer.runtime(cache.device)
     (task,) = tasks([((0, 0), [copy if packs else turned(copy)])])
-    ends = (cache, image) if packs else (image, cache)
+    tables = [torch.from_numpy(table).cuda() for table in task.tables()]
+    ends = (*((cache, image) if packs else (image, cache)), tables)
     benchmark.pedantic(lambda: (runtime.move(task, *ends), torch.cuda.synchronize()), rounds=3, warmup_rounds=1)
     before = image.clone() if packs else None
     plain = seconds(lambda: image.copy_(cache[: len(image)]))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel that moves runs, in Triton: one launch for all runs of a task, whichever layers they are of.
 
-A program moves a tile of rows, each of which is a piece of one run. Where a row lies is computed once for all its words, and
-words are as wide as the places of the runs allow: 16 bytes for each load of each thread where they are multiples of 16.
+A program moves a tile of rows, each of which is a run or a piece of one. Where a row lies is computed once for all its
+words, and words are as wide as the places of the runs allow: 16 bytes for each load of each thread where they are multiples
+of 16. All numbers of a task are in its table, so that no request compiles anything that another one of its kind has.
 """
 
 from __future__ import annotations
@@ -12,59 +13,48 @@ from typing import TYPE_CHECKING, Any, Final
 import triton
 import triton.language as tl
 
-from kvxfer_gpu._task import MOST_LOOPS
+from kvxfer_gpu._task import HEADER
 
 if TYPE_CHECKING:
     from kvxfer_gpu._task import Task
 
 _TILE_WORDS: Final = 2048
-"""Of a program: 16 KiB, so that each thread of 4 warps has 8 loads under way."""
-_LONGEST_ROW_WORDS: Final = 1024
-_SHORTEST_EVEN_WORDS: Final = 16
-"""Rows that end with their run need no mask for their words, without which loads are wide. Shorter ones are not worth it."""
-
-_NUMBERS: Final = ["runs", "words", "segments", "rows", "number"] + [
-    f"{x}{i}" for i in range(MOST_LOOPS) for x in "cst"
-]
+_WARPS: Final = 4
+"""A program moves 16 KiB, so that each thread of 4 warps has 8 loads under way."""
 
 
-@triton.jit(do_not_specialize=_NUMBERS)  # a number that is new must not compile anything
+@triton.jit
 def _move(
-    source, target, starts, factor,
-    words, segments, rows, number,
-    c0, s0, t0, c1, s1, t1, c2, s2, t2, c3, s3, t3,
+    source, target, table, factor,
     LOOPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, WIDTH: tl.constexpr,
-    CAST: tl.constexpr, LARGEST: tl.constexpr,
+    CAST: tl.constexpr, LARGEST: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
+    rows = tl.load(table).to(tl.int32)
+    pieces = tl.load(table + 1).to(tl.int32)
+    words = tl.load(table + 2)
+    bases = tl.load(table + 3).to(tl.int32)
+    blocks = tl.load(table + 4).to(tl.int32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < rows
-    segment = row % segments
-    run = row // segments
-    begin = segment.to(tl.int64) * COLS
+    run = row // pieces
+    begin = ((row - run * pieces) * COLS).to(tl.int64)
     read = begin
     written = begin
-    if LOOPS > 0:
-        i = (run % c0).to(tl.int64)
-        run = run // c0
-        read += i * s0
-        written += i * t0
-    if LOOPS > 1:
-        i = (run % c1).to(tl.int64)
-        run = run // c1
-        read += i * s1
-        written += i * t1
-    if LOOPS > 2:
-        i = (run % c2).to(tl.int64)
-        run = run // c2
-        read += i * s2
-        written += i * t2
-    if LOOPS > 3:
-        i = (run % c3).to(tl.int64)
-        run = run // c3
-        read += i * s3
-        written += i * t3
-    read += tl.load(starts + run, mask=there, other=0)
-    written += tl.load(starts + number + run, mask=there, other=0)
+    for i in tl.static_range(LOOPS):
+        count = tl.load(table + 5 + 3 * i).to(tl.int32)
+        outer = run // count
+        step = (run - outer * count).to(tl.int64)
+        run = outer
+        read += step * tl.load(table + 6 + 3 * i)
+        written += step * tl.load(table + 7 + 3 * i)
+    base = run // blocks
+    block = run - base * blocks
+    at = table + FIRST
+    read += tl.load(at + base, mask=there, other=0)
+    written += tl.load(at + bases + base, mask=there, other=0)
+    at += 2 * bases
+    read += tl.load(at + block, mask=there, other=0)
+    written += tl.load(at + blocks + block, mask=there, other=0)
     # Known from how words were chosen, and not to be seen from here.
     read = tl.multiple_of(read, WIDTH)
     written = tl.multiple_of(written, WIDTH)
@@ -82,26 +72,18 @@ def _move(
     tl.store(target + (written[:, None] + word[None, :]), values, mask=mask)
 
 
-def move(task: Task, source: Any, target: Any, starts: Any, largest: float) -> None:
+def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> None:
     """Put a task on the current stream.
 
     Args:
         source, target: tensors that begin where the task counts from, of the words' or the elements' type.
-        starts: the task's, on the device.
+        table: the task's, on the device.
         largest: finite number of the target's type, 0 where nothing is clamped.
     """
-    even = task.words & -task.words
-    cols = min(even, _LONGEST_ROW_WORDS)
-    if cols < min(task.words, _SHORTEST_EVEN_WORDS):
-        cols = min(triton.next_power_of_2(task.words), _LONGEST_ROW_WORDS)
-    segments = -(-task.words // cols)
-    rows = task.runs * segments
+    cols = task.row_words
     tile = max(1, _TILE_WORDS // cols)
-    inner = [number for loop in reversed(task.loops) for number in loop]
-    inner += [1, 0, 0] * (MOST_LOOPS - len(task.loops))
-    _move[(-(-rows // tile),)](
-        source, target, starts, task.cast.factor if task.cast is not None else 1.0,
-        task.words, segments, rows, task.starts.shape[1], *inner,
+    _move[(-(-task.rows // tile),)](
+        source, target, table, 1.0 if task.cast is None else task.cast.factor,
         LOOPS=len(task.loops), ROWS=tile, COLS=cols, EVEN=task.words % cols == 0, WIDTH=task.width,
-        CAST=task.cast is not None, LARGEST=largest,
+        CAST=task.cast is not None, LARGEST=largest, FIRST=HEADER, num_warps=_WARPS,
     )  # fmt: skip

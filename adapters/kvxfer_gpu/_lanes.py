@@ -8,11 +8,14 @@ offered, and nobody uses those that are unpacked before he is told so.
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
 from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
@@ -26,14 +29,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvxfer.copies import Copy
+    from kvxfer_gpu._task import Detour, Task
     from kvxfer_gpu.runtime import Runtime
 
     Bytes = npt.NDArray[np.uint8]
 
-_LANES: Final = 4
-"""As many as a transfer has chunks under way."""
-_STEP_NBYTES: Final = 1 << 20
-"""Scratch memory grows in such steps."""
+_log = logging.getLogger("kvxfer.gpu")
+
+_MOST_LANES: Final = 8
+"""As many as the staging arena has slots."""
+_STEP_NBYTES: Final = 1 << 16
+"""Memory is taken in such steps."""
 
 
 class Pinned:
@@ -59,6 +65,15 @@ class Pinned:
         return any(low <= begin and begin + len(memory) <= high for low, high in list(self._spans.items()))
 
 
+def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callable[[], object] | None:
+    """Pin memory; returns how to undo it, or None if it cannot be: the GPU copies to and from it all the same, more slowly."""
+    try:
+        return runtime.pin(memory)
+    except Exception:  # noqa: BLE001 - a vendor's, of any kind
+        _log.warning("%s cannot be pinned: copies of them are slower (ulimit -l?)", what, exc_info=True)
+        return None
+
+
 class Share:
     """What one buffer has to do: its storage as a tensor, where in it the buffer begins, and copies.
 
@@ -72,27 +87,64 @@ class Share:
 
 
 class _Lane:
+    """A stream, and memory of its own, which it lends to one piece of work at a time.
+
+    Attributes:
+        last: the work that has it, or had.
+    """
+
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self.stream = runtime.stream()
-        self.scratch: Any = None
-        self.bounce: Bytes = np.empty(0, np.uint8)
-        self._unpin: Callable[[], object] | None = None
+        self.stream: Any = runtime.stream()
         self.last: EventCompletion | None = None
+        self.scratch: Any = None
+        self.bounce = _PinnedMemory(runtime)
+        self._numbers = _PinnedMemory(runtime)
+        self._on_device: Any = None
 
-    def need(self, nbytes: int, *, bounce: bool) -> None:
-        """Have so much scratch memory, and pinned host memory if asked for, which nothing uses any more."""
-        size = -(-nbytes // _STEP_NBYTES) * _STEP_NBYTES
+    def begin(self, nbytes: int) -> None:
+        """Have so much scratch memory, when the work before has ended."""
+        if self.last is not None:
+            self.last.wait()
         if self.scratch is None or len(self.scratch) < nbytes:
-            self.scratch = self._runtime.scratch(size)
-        if bounce:
-            if self.last is not None:
-                self.last.wait()
-            if len(self.bounce) < nbytes:
-                if self._unpin is not None:
-                    self._unpin()
-                self.bounce = np.empty(size, np.uint8)
-                self._unpin = self._runtime.pin(self.bounce)
+            self.scratch = self._runtime.scratch(_rounded(nbytes))
+
+    def put(self, tables: Sequence[npt.NDArray[np.int64]]) -> list[Any]:
+        """Bring numbers to the device, once for each piece of work.
+
+        By way of pinned memory: for any other the driver would first wait for all that is on the stream.
+        """
+        sizes = [len(table) for table in tables]
+        near = self._numbers.need(8 * sum(sizes)).view(np.int64)
+        np.concatenate(tables, out=near)
+        if self._on_device is None or len(self._on_device) < 8 * sum(sizes):
+            self._on_device = self._runtime.scratch(_rounded(8 * sum(sizes)))
+        there = self._on_device[: 8 * sum(sizes)]
+        there.copy_(host_tensor(near.view(np.uint8)), non_blocking=True)
+        return list(there.view(torch.int64).split(sizes))
+
+
+class _PinnedMemory:
+    """Host memory that the GPU reaches by itself; it grows, and forgets what it held."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.memory: Bytes = np.empty(0, np.uint8)
+        self._undo: Callable[[], object] | None = None
+
+    def need(self, nbytes: int) -> Bytes:
+        """So much of it."""
+        if len(self.memory) < nbytes:
+            self.free()
+            self.memory = np.empty(_rounded(nbytes), np.uint8)
+            self._undo = pinned(self._runtime, self.memory, "chunks that are not in the arena")
+        return self.memory[:nbytes]
+
+    def free(self) -> None:
+        """Let go of it."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
 
 
 class Lanes:
@@ -102,8 +154,7 @@ class Lanes:
         self._runtime = runtime
         self._pinned = pinned
         self._lock = threading.Lock()
-        self._lanes = [_Lane(runtime) for _ in range(_LANES)]
-        self._next = 0
+        self._lanes: deque[_Lane] = deque()
 
     def pack(self, shares: Sequence[Share], out: Bytes) -> EventCompletion:
         """Gather what these copies say into ``out``."""
@@ -112,10 +163,11 @@ class Lanes:
         whole = sum(copy.runs * copy.target_nbytes for copy in copies) == high - low
         straight = whole and self._pinned.holds(out[low:high])
         with self._lock:
-            lane = self._turn(high - low, bounce=not straight)
-            landing = out[low:high] if straight else lane.bounce[: high - low]
+            lane = self._turn()
             with self._runtime.on(lane.stream):
-                self._move(shares, lane.scratch, -low, pack=True)
+                lane.begin(high - low)
+                landing = out[low:high] if straight else lane.bounce.need(high - low)
+                self._move(lane, shares, -low, pack=True)
                 host_tensor(landing).copy_(lane.scratch[: high - low], non_blocking=True)
                 event = self._runtime.record(lane.stream)
 
@@ -131,38 +183,50 @@ class Lanes:
     def unpack(self, shares: Sequence[Share], packed: Bytes) -> EventCompletion:
         """Scatter ``packed`` as these copies say."""
         low, high = _bounds([copy.source_bounds() for share in shares for copy in share.copies])
-        straight = self._pinned.holds(packed[low:high])
+        leaving = packed[low:high]
         with self._lock:
-            lane = self._turn(high - low, bounce=not straight)
-            leaving = packed[low:high]
-            if not straight:
-                lane.bounce[: high - low] = leaving
-                leaving = lane.bounce[: high - low]
+            lane = self._turn()
             with self._runtime.on(lane.stream):
+                lane.begin(high - low)
+                if not self._pinned.holds(leaving):
+                    bounce = lane.bounce.need(high - low)
+                    bounce[:] = leaving
+                    leaving = bounce
                 lane.scratch[: high - low].copy_(host_tensor(leaving), non_blocking=True)
-                self._move(shares, lane.scratch, -low, pack=False)
+                self._move(lane, shares, -low, pack=False)
                 event = self._runtime.record(lane.stream)
             lane.last = EventCompletion(event)
             return lane.last
 
-    def _turn(self, nbytes: int, *, bounce: bool) -> _Lane:
-        lane = self._lanes[self._next]
-        self._next = (self._next + 1) % len(self._lanes)
-        with self._runtime.on(lane.stream):
-            lane.need(nbytes, bounce=bounce)
+    def _turn(self) -> _Lane:
+        """A lane that is free, as long as there are not too many, or the one that will be free first."""
+        first = self._lanes[0] if self._lanes else None
+        if first is None or (first.last is not None and not first.last.done and len(self._lanes) < _MOST_LANES):
+            lane = _Lane(self._runtime)
+        else:
+            lane = self._lanes.popleft()
+        self._lanes.append(lane)
         return lane
 
-    def _move(self, shares: Sequence[Share], scratch: Any, to: int, *, pack: bool) -> None:
+    def _move(self, lane: _Lane, shares: Sequence[Share], to: int, *, pack: bool) -> None:
         together = self._runtime.carries(copy.cast for share in shares for copy in share.copies)
+        work: list[tuple[Any, Task | Detour]] = []
         for group in [shares] if together else [[share] for share in shares]:
             first = group[0]
             placed = []
             for share in group:
                 near = share.place - first.place + share.offset
                 placed.append(((near, to) if pack else (to, near), share.copies))
-            for task in tasks(placed):
-                ends = (first.tensor, scratch) if pack else (scratch, first.tensor)
-                self._runtime.move(task, *ends)
+            work += [(first.tensor, task) for task in tasks(placed)]
+        tables = [task.tables() for _, task in work]
+        there = iter(lane.put([table for each in tables for table in each]))
+        for (tensor, task), each in zip(work, tables, strict=True):
+            ends = (tensor, lane.scratch) if pack else (lane.scratch, tensor)
+            self._runtime.move(task, *ends, [next(there) for _ in each])
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _STEP_NBYTES) * _STEP_NBYTES
 
 
 def _bounds(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -7,23 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvxfer_gpu._task import HEADER
+
 if TYPE_CHECKING:
     from kvxfer.copies import Cast
     from kvxfer_gpu._task import Task
 
 
-def move(task: Task, source: Any, target: Any, starts: Any, largest: float) -> None:
+def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> None:
     """Put a task on the current stream.
 
     Args:
         source, target: one-dimensional tensors of the words' or the elements' type, which begin where the task counts from
             and hold all of its runs.
-        starts: the task's, on the device.
+        table: the task's, on the device.
         largest: finite number of the target's type, 0 where nothing is clamped.
     """
     places = []
+    bases, blocks = task.bases.shape[1], task.blocks.shape[1]
     for side in (0, 1):
-        at = starts[side]
+        first = table[HEADER + side * bases :][:bases]
+        others = table[HEADER + 2 * bases + side * blocks :][:blocks]
+        at = (first[:, None] + others).reshape(-1)
         for count, *strides in task.loops:
             at = (at[:, None] + torch.arange(count, device=at.device) * strides[side]).reshape(-1)
         places.append(at)

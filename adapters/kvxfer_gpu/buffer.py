@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,7 +12,7 @@ from kvxfer.casting import CASTABLE
 from kvxfer.dlpack import ArrayView, allocations, read_array
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory import Memory, MemoryKind
-from kvxfer_gpu._lanes import Lanes, Pinned, Share
+from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
 from kvxfer_gpu.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-_log = logging.getLogger("kvxfer.gpu")
-
 _pinned = Pinned()
 _lanes: dict[tuple[type[Runtime], str], Lanes] = {}
 
@@ -36,8 +33,8 @@ _lanes: dict[tuple[type[Runtime], str], Lanes] = {}
 class GpuBuffer(DeviceBuffer):
     """Covers everything from the first to the last byte of its arrays, gaps included, and keeps them alive.
 
-    Packing and unpacking takes up to 4 pieces of scratch memory on the GPU for all buffers of a process, each as large as the
-    largest chunk so far (8 MiB with the default staging arena).
+    Packing and unpacking takes scratch memory on each GPU, for all buffers of a process together as many pieces as there were
+    chunks under way at a time, 8 at the most, each as large as a chunk (8 MiB with the default staging arena).
 
     Args:
         arrays: one array, or several views of one allocation (the layers of a cache): tensors, or anything with DLPack.
@@ -108,11 +105,8 @@ class GpuBuffer(DeviceBuffer):
         """Pin it, exactly so much: the GPU then copies to and from it by itself."""
         if _pinned.holds(memory):
             return None
-        try:
-            return _pinned.add(memory, cls.runtime.pin(memory))
-        except Exception:  # noqa: BLE001 - a vendor's, of any kind
-            _log.warning("the staging arena cannot be pinned: each chunk is copied once more", exc_info=True)
-            return None
+        undo = pinned(cls.runtime, memory, "the staging arena")
+        return None if undo is None else _pinned.add(memory, undo)
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
         return self._lanes.pack([self._share(copies)], out)

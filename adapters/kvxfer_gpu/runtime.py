@@ -17,7 +17,7 @@ from kvxfer_gpu import _rows
 from kvxfer_gpu._task import Detour
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -96,10 +96,14 @@ class Runtime:
             return False
         return all(cast is None or (self.casts_on_kernel(cast.source, cast.target)) for cast in casts)
 
-    def move(self, task: Task | Detour, source: Any, target: Any) -> None:
-        """Put a task on the current stream. Places count from the first byte of the storages of the two tensors."""
+    def move(self, task: Task | Detour, source: Any, target: Any, tables: Sequence[Any]) -> None:
+        """Put a task on the current stream. Places count from the first byte of the storages of the two tensors.
+
+        Args:
+            tables: of the task, on the device.
+        """
         if isinstance(task, Detour):
-            self._move_around(task, source, target)
+            self._move_around(task, source, target, tables)
             return
         if task.cast is None:
             types = [_WORDS[nbytes] for nbytes in task.word_nbytes]
@@ -109,16 +113,15 @@ class Runtime:
             types = [getattr(torch, name) for name in names]
             largest = _LARGEST.get(task.cast.target, 0.0)
             kernel = self._kernel if self.casts_on_kernel(*names) else None
-        starts = torch.from_numpy(task.starts).to(self.device, non_blocking=True)
         ends = [_typed(tensor, dtype) for tensor, dtype in zip((source, target), types, strict=True)]
-        (kernel or _rows).move(task, *ends, starts, largest)
+        (kernel or _rows).move(task, *ends, tables[0], largest)
 
-    def _move_around(self, detour: Detour, source: Any, target: Any) -> None:
+    def _move_around(self, detour: Detour, source: Any, target: Any, tables: Sequence[Any]) -> None:
         elements, cast = detour.elements, detour.cast
         read = torch.empty(elements, dtype=getattr(torch, cast.source), device=self.device)
-        self.move(detour.gather, source, read.view(torch.uint8))
+        self.move(detour.gather, source, read.view(torch.uint8), tables[:1])
         written = _rows.converted(read, cast, getattr(torch, cast.target), _LARGEST.get(cast.target, 0.0))
-        self.move(detour.scatter, written.view(torch.uint8), target)
+        self.move(detour.scatter, written.view(torch.uint8), target, tables[1:])
 
 
 def _typed(tensor: Any, dtype: Any) -> Any:

@@ -29,7 +29,9 @@ def tensors(order: str, device: str, fill: int | None = None):
         whole = torch.randint(0, 1 << 14, shape, dtype=torch.int16, device=device)
         if fill is not None:
             whole.fill_(fill)
-        found[f"layers.{layer}"] = whole.view(torch.float16) if order == "HND" else whole.view(torch.float16).transpose(1, 2)
+        found[f"layers.{layer}"] = (
+            whole.view(torch.float16) if order == "HND" else whole.view(torch.float16).transpose(1, 2)
+        )
     torch.cuda.synchronize()
     return found
 
@@ -49,7 +51,8 @@ def test_the_layers_of_an_engine(target):
         ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
         producer.announce(ref)
         producer.offer(ref, blocks)
-        consumer.read(ref, into).result(30)
+        transfer = consumer.read(ref, into)
+        assert transfer.wait(30) and transfer.error is None
     torch.cuda.synchronize()
     for name, tensor in mine.items():
         before[name][into] = theirs[name][blocks]
@@ -75,7 +78,7 @@ def test_blocks_are_read_when_the_gpu_has_written_them():
         for known in (1, 2, 3):
             producer.seal(ref, [5, 6, 7, 8][:known], after=[EventCompletion(events[known - 1])])
         producer.offer(ref, [5, 6, 7, 8], after=[EventCompletion(events[-1])])
-        transfer.result(30)
+        assert transfer.wait(30) and transfer.error is None
     for name, tensor in mine.items():
         for block, value in itertools.zip_longest([0, 1, 2, 3], range(10, 14)):
             assert (tensor[block].contiguous().view(torch.int16) == value).all(), (name, block)
