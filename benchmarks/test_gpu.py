@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Tr
 
 from kvxfer_cuda import StagedCudaBuffer  # noqa: E402
 from kvxfer_gpu._task import tasks  # noqa: E402
+from kvxfer_gpu.runtime import Flat  # noqa: E402
 
 _reason = StagedCudaBuffer.why_unavailable()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -107,8 +108,9 @@ def test_kernel(benchmark, memory, report, kind, direction):
     packs = direction == "pack"
     runtime = StagedCudaBuffer.runtime(cache.device)
     (task,) = tasks([((0, 0), [copy if packs else turned(copy)])])
-    tables = [torch.from_numpy(table).cuda() for table in task.tables()]
-    ends = (*((cache, image) if packs else (image, cache)), tables)
+    tables = [torch.from_numpy(table).cuda() for table in task.tables]
+    near, far = Flat(cache), Flat(image)
+    ends = (*((near, far) if packs else (far, near)), tables)
     benchmark.pedantic(lambda: (runtime.move(task, *ends), torch.cuda.synchronize()), rounds=3, warmup_rounds=1)
     before = image.clone() if packs else None
     plain = seconds(lambda: image.copy_(cache[: len(image)]))

@@ -84,6 +84,6 @@ def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> No
     tile = max(1, _TILE_WORDS // cols)
     _move[(-(-task.rows // tile),)](
         source, target, table, 1.0 if task.cast is None else task.cast.factor,
-        LOOPS=len(task.loops), ROWS=tile, COLS=cols, EVEN=task.words % cols == 0, WIDTH=task.width,
+        LOOPS=task.loops, ROWS=tile, COLS=cols, EVEN=task.words % cols == 0, WIDTH=task.width,
         CAST=task.cast is not None, LARGEST=largest, FIRST=HEADER, num_warps=_WARPS,
     )  # fmt: skip

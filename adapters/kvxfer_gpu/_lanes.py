@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
 from kvxfer_gpu._task import tasks
 from kvxfer_gpu.completion import EventCompletion
-from kvxfer_gpu.runtime import host_tensor
+from kvxfer_gpu.runtime import Flat, host_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +38,7 @@ _log = logging.getLogger("kvxfer.gpu")
 
 _MOST_LANES: Final = 8
 """As many as the staging arena has slots."""
+_PAGE_NBYTES: Final = 1 << 12
 _STEP_NBYTES: Final = 1 << 16
 """Memory is taken in such steps."""
 
@@ -46,12 +47,12 @@ class Pinned:
     """Host memory that GPUs were told of. Any thread."""
 
     def __init__(self) -> None:
-        self._spans: dict[int, int] = {}
+        self._spans: dict[int, tuple[int, Any]] = {}
 
     def add(self, memory: Bytes, undo: Callable[[], object]) -> Callable[[], object]:
         """Remember it; returns how to forget it, which also undoes."""
         begin = int(memory.ctypes.data)
-        self._spans[begin] = begin + len(memory)
+        self._spans[begin] = begin + len(memory), host_tensor(memory)
 
         def forget() -> None:
             if self._spans.pop(begin, None) is not None:
@@ -59,10 +60,14 @@ class Pinned:
 
         return forget
 
-    def holds(self, memory: Bytes) -> bool:
-        """All of it is pinned."""
+    def find(self, memory: Bytes) -> Any:
+        """A tensor of this memory, or None if not all of it is pinned."""
         begin = int(memory.ctypes.data)
-        return any(low <= begin and begin + len(memory) <= high for low, high in list(self._spans.items()))
+        end = begin + len(memory)
+        for low, (high, tensor) in list(self._spans.items()):
+            if low <= begin and end <= high:
+                return tensor[begin - low : end - low]
+        return None
 
 
 def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callable[[], object] | None:
@@ -74,16 +79,12 @@ def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callab
         return None
 
 
-class Share:
-    """What one buffer has to do: its storage as a tensor, where in it the buffer begins, and copies.
+class Share(NamedTuple):
+    """What one buffer has to do: copies, and where in which storage the buffer begins."""
 
-    Attributes:
-        place: address of the storage's first byte.
-    """
-
-    def __init__(self, tensor: Any, offset: int, copies: Sequence[Copy]) -> None:
-        self.tensor, self.offset, self.copies = tensor, offset, copies
-        self.place = int(tensor.untyped_storage().data_ptr())
+    flat: Flat
+    offset: int
+    copies: Sequence[Copy]
 
 
 class _Lane:
@@ -97,17 +98,18 @@ class _Lane:
         self._runtime = runtime
         self.stream: Any = runtime.stream()
         self.last: EventCompletion | None = None
-        self.scratch: Any = None
+        self.scratch: Flat | None = None
         self.bounce = _PinnedMemory(runtime)
         self._numbers = _PinnedMemory(runtime)
         self._on_device: Any = None
 
-    def begin(self, nbytes: int) -> None:
-        """Have so much scratch memory, when the work before has ended."""
+    def begin(self, nbytes: int) -> Flat:
+        """So much scratch memory, when the work before has ended."""
         if self.last is not None:
             self.last.wait()
-        if self.scratch is None or len(self.scratch) < nbytes:
-            self.scratch = self._runtime.scratch(_rounded(nbytes))
+        if self.scratch is None or self.scratch.nbytes < nbytes:
+            self.scratch = Flat(self._runtime.scratch(_rounded(nbytes)))
+        return self.scratch
 
     def put(self, tables: Sequence[npt.NDArray[np.int64]]) -> list[Any]:
         """Bring numbers to the device, once for each piece of work.
@@ -121,11 +123,12 @@ class _Lane:
             self._on_device = self._runtime.scratch(_rounded(8 * sum(sizes)))
         there = self._on_device[: 8 * sum(sizes)]
         there.copy_(host_tensor(near.view(np.uint8)), non_blocking=True)
-        return list(there.view(torch.int64).split(sizes))
+        numbers = there.view(torch.int64)
+        return [numbers] if len(sizes) == 1 else list(numbers.split(sizes))
 
 
 class _PinnedMemory:
-    """Host memory that the GPU reaches by itself; it grows, and forgets what it held."""
+    """Host memory that the GPU reaches by itself; it grows, and forgets what it held. Whole pages: none is pinned twice."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -136,7 +139,8 @@ class _PinnedMemory:
         """So much of it."""
         if len(self.memory) < nbytes:
             self.free()
-            self.memory = np.empty(_rounded(nbytes), np.uint8)
+            whole = np.empty(_rounded(nbytes) + _PAGE_NBYTES, np.uint8)
+            self.memory = whole[-int(whole.ctypes.data) % _PAGE_NBYTES :][: _rounded(nbytes)]
             self._undo = pinned(self._runtime, self.memory, "chunks that are not in the arena")
         return self.memory[:nbytes]
 
@@ -161,14 +165,15 @@ class Lanes:
         copies = [copy for share in shares for copy in share.copies]
         low, high = _bounds([copy.target_bounds() for copy in copies])
         whole = sum(copy.runs * copy.target_nbytes for copy in copies) == high - low
-        straight = whole and self._pinned.holds(out[low:high])
+        straight = self._pinned.find(out[low:high]) if whole else None
         with self._lock:
             lane = self._turn()
             with self._runtime.on(lane.stream):
-                lane.begin(high - low)
-                landing = out[low:high] if straight else lane.bounce.need(high - low)
-                self._move(lane, shares, -low, pack=True)
-                host_tensor(landing).copy_(lane.scratch[: high - low], non_blocking=True)
+                scratch = lane.begin(high - low)
+                landing = lane.bounce.need(high - low) if straight is None else out[low:high]
+                self._move(lane, scratch, shares, -low, pack=True)
+                ashore = host_tensor(landing) if straight is None else straight
+                ashore.copy_(scratch.tensor[: high - low], non_blocking=True)
                 event = self._runtime.record(lane.stream)
 
             def finish() -> None:
@@ -177,23 +182,23 @@ class Lanes:
                 else:  # between the runs are bytes that are not ours
                     copy_runs([_in_place(copy, low) for copy in copies], landing, out[low:high])
 
-            lane.last = EventCompletion(event, None if straight else finish)
+            lane.last = EventCompletion(event, finish if straight is None else None)
             return lane.last
 
     def unpack(self, shares: Sequence[Share], packed: Bytes) -> EventCompletion:
         """Scatter ``packed`` as these copies say."""
         low, high = _bounds([copy.source_bounds() for share in shares for copy in share.copies])
-        leaving = packed[low:high]
+        leaving = self._pinned.find(packed[low:high])
         with self._lock:
             lane = self._turn()
             with self._runtime.on(lane.stream):
-                lane.begin(high - low)
-                if not self._pinned.holds(leaving):
+                scratch = lane.begin(high - low)
+                if leaving is None:
                     bounce = lane.bounce.need(high - low)
-                    bounce[:] = leaving
-                    leaving = bounce
-                lane.scratch[: high - low].copy_(host_tensor(leaving), non_blocking=True)
-                self._move(lane, shares, -low, pack=False)
+                    bounce[:] = packed[low:high]
+                    leaving = host_tensor(bounce)
+                scratch.tensor[: high - low].copy_(leaving, non_blocking=True)
+                self._move(lane, scratch, shares, -low, pack=False)
                 event = self._runtime.record(lane.stream)
             lane.last = EventCompletion(event)
             return lane.last
@@ -208,21 +213,20 @@ class Lanes:
         self._lanes.append(lane)
         return lane
 
-    def _move(self, lane: _Lane, shares: Sequence[Share], to: int, *, pack: bool) -> None:
+    def _move(self, lane: _Lane, scratch: Flat, shares: Sequence[Share], to: int, *, pack: bool) -> None:
         together = self._runtime.carries(copy.cast for share in shares for copy in share.copies)
-        work: list[tuple[Any, Task | Detour]] = []
+        work: list[tuple[Flat, Task | Detour]] = []
         for group in [shares] if together else [[share] for share in shares]:
-            first = group[0]
-            placed = []
-            for share in group:
-                near = share.place - first.place + share.offset
-                placed.append(((near, to) if pack else (to, near), share.copies))
-            work += [(first.tensor, task) for task in tasks(placed)]
-        tables = [task.tables() for _, task in work]
-        there = iter(lane.put([table for each in tables for table in each]))
-        for (tensor, task), each in zip(work, tables, strict=True):
-            ends = (tensor, lane.scratch) if pack else (lane.scratch, tensor)
-            self._runtime.move(task, *ends, [next(there) for _ in each])
+            first = group[0].flat
+            nears = (share.flat.address - first.address + share.offset for share in group)
+            placed = [
+                ((near, to) if pack else (to, near), share.copies) for near, share in zip(nears, group, strict=True)
+            ]
+            work += [(first, task) for task in tasks(placed)]
+        there = iter(lane.put([table for _, task in work for table in task.tables]))
+        for flat, task in work:
+            ends = (flat, scratch) if pack else (scratch, flat)
+            self._runtime.move(task, *ends, [next(there) for _ in task.tables])
 
 
 def _rounded(nbytes: int) -> int:

@@ -24,13 +24,15 @@ def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> No
         largest: finite number of the target's type, 0 where nothing is clamped.
     """
     places = []
-    bases, blocks = task.bases.shape[1], task.blocks.shape[1]
+    numbers = task.table
+    bases, blocks = int(numbers[3]), int(numbers[4])
     for side in (0, 1):
         first = table[HEADER + side * bases :][:bases]
         others = table[HEADER + 2 * bases + side * blocks :][:blocks]
         at = (first[:, None] + others).reshape(-1)
-        for count, *strides in task.loops:
-            at = (at[:, None] + torch.arange(count, device=at.device) * strides[side]).reshape(-1)
+        for i in reversed(range(task.loops)):
+            count, stride = int(numbers[5 + 3 * i]), int(numbers[6 + 3 * i + side])
+            at = (at[:, None] + torch.arange(count, device=at.device) * stride).reshape(-1)
         places.append(at)
     # An element for each place where a run may begin: they overlap, and the runs that are picked do not.
     rows = [side.as_strided((len(side) - task.words + 1, task.words), (1, 1)) for side in (source, target)]

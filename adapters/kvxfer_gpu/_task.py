@@ -43,56 +43,37 @@ class Task:
     """For each base, block and step of each loop a run of ``words``. Places are counted in words of their side.
 
     Attributes:
-        bases, blocks: int64 of shape (2, n): in the source, in the target.
-        loops: (count, source stride, target stride), outermost first, at most 4.
+        table: all that differs from task to task of a kind, int64: ``[rows, rows of a run, words, bases, blocks, (count, source
+            stride, target stride) of the innermost loop, ...]``, then bases of the source and of the target, then blocks of the
+            source and of the target.
+        runs: how many there are.
+        loops: how many there are, at most 4.
         words: length of a run.
+        row_words: what a kernel takes at a time is a row: a run, or a part of one. A power of 2; the last of a run may be
+            shorter.
         word_nbytes: of a word of the source and of the target: equal powers of 2 up to 8, or those of the dtypes of a cast.
         width: all places are multiples of so many words: a power of 2, so that words of up to 16 bytes can be loaded at once.
         cast: see `Copy`.
     """
 
-    bases: IntArray
-    blocks: IntArray
-    loops: tuple[tuple[int, int, int], ...]
+    table: IntArray
+    runs: int
+    loops: int
     words: int
+    row_words: int
     word_nbytes: tuple[int, int]
     width: int
     cast: Cast | None
-
-    @property
-    def runs(self) -> int:
-        """How many there are."""
-        return int(self.bases.shape[1] * self.blocks.shape[1]) * math.prod(count for count, _, _ in self.loops)
-
-    @property
-    def row_words(self) -> int:
-        """What a kernel takes at a time is a row: a run, or a part of one. A power of 2; the last of a run may be shorter."""
-        even = min(self.words & -self.words, _LONGEST_ROW_WORDS)
-        if even >= min(self.words, _SHORTEST_EVEN_WORDS):
-            return even
-        return min(1 << (self.words - 1).bit_length(), _LONGEST_ROW_WORDS)
 
     @property
     def rows(self) -> int:
         """How many there are."""
         return self.runs * -(-self.words // self.row_words)
 
-    def table(self) -> IntArray:
-        """All that differs from task to task of a kind.
-
-        ``[rows, rows of a run, words, bases, blocks, (count, source stride, target stride) of the innermost loop, ...]``, then
-        bases of the source and of the target, then blocks of the source and of the target.
-        """
-        loops = [number for loop in reversed(self.loops) for number in loop]
-        loops += [1, 0, 0] * (MOST_LOOPS - len(self.loops))
-        numbers = [self.rows, -(-self.words // self.row_words), self.words, self.bases.shape[1], self.blocks.shape[1]]
-        return np.concatenate(
-            (np.array(numbers + loops, dtype=np.int64), self.bases.reshape(-1), self.blocks.reshape(-1))
-        )
-
+    @property
     def tables(self) -> list[IntArray]:
         """The one that it has."""
-        return [self.table()]
+        return [self.table]
 
 
 class Detour(NamedTuple):
@@ -110,9 +91,10 @@ class Detour(NamedTuple):
     cast: Cast
     scatter: Task
 
+    @property
     def tables(self) -> list[IntArray]:
         """Those of both tasks."""
-        return [self.gather.table(), self.scatter.table()]
+        return [self.gather.table, self.scatter.table]
 
 
 def tasks(shares: Iterable[tuple[tuple[int, int], Sequence[Copy]]]) -> list[Task | Detour]:
@@ -127,82 +109,108 @@ def tasks(shares: Iterable[tuple[tuple[int, int], Sequence[Copy]]]) -> list[Task
             # Copies that a plan made for several layers share these arrays, whatever they hold.
             key = id(copy.source_blocks), id(copy.target_blocks), copy.loops, copy.nbytes, copy.cast
             alike.setdefault(key, []).append((bases, copy))
-    return [_task(_joined(same)) for same in alike.values()]
+    return [_task(_few_loops(same[0][1]) if len(same) == 1 else _joined(same), _base(same)) for same in alike.values()]
+
+
+def _base(same: Sequence[tuple[tuple[int, int], Copy]]) -> tuple[int, int]:
+    """What is still to be added."""
+    return same[0][0] if len(same) == 1 else (0, 0)
 
 
 def _joined(same: Sequence[tuple[tuple[int, int], Copy]]) -> Copy:
     """One copy with the bases of all."""
     sources = np.concatenate([copy.source + bases[0] for bases, copy in same])
     targets = np.concatenate([copy.target + bases[1] for bases, copy in same])
-    joined = replace(same[0][1], source=sources, target=targets)
-    while len(joined.loops) > MOST_LOOPS:
-        outer, *inner = joined.loops
+    return _few_loops(replace(same[0][1], source=sources, target=targets))
+
+
+def _few_loops(copy: Copy) -> Copy:
+    """The same, of which loops that are too many have become bases."""
+    while len(copy.loops) > MOST_LOOPS:
+        outer, *inner = copy.loops
         steps = np.arange(outer.count, dtype=np.int64)
-        sources = np.add.outer(joined.source, steps * outer.source_stride).reshape(-1)
-        targets = np.add.outer(joined.target, steps * outer.target_stride).reshape(-1)
-        joined = replace(joined, source=sources, target=targets, loops=tuple(inner))
-    return joined
+        sources = np.add.outer(copy.source, steps * outer.source_stride).reshape(-1)
+        targets = np.add.outer(copy.target, steps * outer.target_stride).reshape(-1)
+        copy = replace(copy, source=sources, target=targets, loops=tuple(inner))
+    return copy
 
 
-def _task(copy: Copy) -> Task | Detour:
-    units = _units(copy)
-    if copy.cast is None:
-        word = min(*units, _WIDEST_WORD_NBYTES)
-        sizes = word, word
+def _task(copy: Copy, base: tuple[int, int]) -> Task | Detour:
+    bases, blocks, cast = len(copy.source), len(copy.source_blocks), copy.cast
+    table = np.empty(HEADER + 2 * (bases + blocks), dtype=np.int64)
+    at = HEADER
+    for part in (copy.source, copy.target, copy.source_blocks, copy.target_blocks):
+        table[at : at + len(part)] = part
+        at += len(part)
+    ends = (HEADER, HEADER + bases), (HEADER + bases, HEADER + 2 * bases)
+    for (begin, end), more in zip(ends, base, strict=True):
+        if more:
+            table[begin:end] += more
+    if cast is None:
+        unit = _unit(table[HEADER:], copy.loops, (1, 2), copy.nbytes)
+        word = min(unit, _WIDEST_WORD_NBYTES)
+        sizes, width = (word, word), unit // word
     else:
-        sizes = DTYPE_NBYTES[copy.cast.source], DTYPE_NBYTES[copy.cast.target]
-        if units[0] < sizes[0] or units[1] < sizes[1]:
-            return _detour(copy, copy.cast)
-    each = np.array(sizes, dtype=np.int64)[:, None]
-    return Task(
-        bases=np.stack((copy.source, copy.target)) // each,
-        blocks=np.stack((copy.source_blocks, copy.target_blocks)) // each,
-        loops=tuple((n.count, n.source_stride // sizes[0], n.target_stride // sizes[1]) for n in copy.loops),
-        words=copy.nbytes // sizes[0],
-        word_nbytes=sizes,
-        width=min(units[0] // sizes[0], units[1] // sizes[1]),
-        cast=copy.cast,
-    )
+        sizes = DTYPE_NBYTES[cast.source], DTYPE_NBYTES[cast.target]
+        middle = HEADER + 2 * bases + blocks
+        places = np.concatenate((table[HEADER : HEADER + bases], table[HEADER + 2 * bases : middle]))
+        near = _unit(places, copy.loops, (1,), copy.nbytes)
+        places = np.concatenate((table[HEADER + bases : HEADER + 2 * bases], table[middle:]))
+        far = _unit(places, copy.loops, (2,), copy.target_nbytes)
+        if near < sizes[0] or far < sizes[1]:
+            return _detour(copy, base, cast)
+        width = min(near // sizes[0], far // sizes[1])
+    if sizes[0] == sizes[1]:
+        table[HEADER:] //= sizes[0]
+    else:
+        for side, size in enumerate(sizes):
+            table[ends[side][0] : ends[side][1]] //= size
+            begin = HEADER + 2 * bases + side * blocks
+            table[begin : begin + blocks] //= size
+    words = copy.nbytes // sizes[0]
+    row_words = _row_words(words)
+    runs = bases * blocks
+    head = [0, -(-words // row_words), words, bases, blocks]
+    for loop in reversed(copy.loops):
+        runs *= loop.count
+        head += (loop.count, loop.source_stride // sizes[0], loop.target_stride // sizes[1])
+    head[0] = runs * head[1]
+    table[: len(head)] = head
+    return Task(table, runs, len(copy.loops), words, row_words, sizes, width, cast)
 
 
-def _detour(copy: Copy, cast: Cast) -> Detour:
+def _detour(copy: Copy, base: tuple[int, int], cast: Cast) -> Detour:
     counts = [len(copy.source), len(copy.source_blocks), *(loop.count for loop in copy.loops)]
-    lined = []
-    for nbytes in (copy.nbytes, copy.target_nbytes):
-        # One run after the other, in the order of bases, blocks and loops.
+
+    def in_line(nbytes: int) -> tuple[IntArray, IntArray, list[int]]:
+        """Bases, blocks and strides of one run after the other, in the order of bases, blocks and loops."""
         steps = [nbytes * math.prod(counts[i + 1 :]) for i in range(len(counts))]
-        bases, blocks = (
-            np.arange(count, dtype=np.int64) * step for count, step in zip(counts[:2], steps[:2], strict=True)
-        )
-        lined.append((bases, blocks, steps[2:]))
-    (bases, blocks, steps), loops = lined[0], copy.loops
-    gather = replace(
-        copy, target=bases, target_blocks=blocks, cast=None,
-        loops=tuple(Loop(n.count, n.source_stride, step) for n, step in zip(loops, steps, strict=True)),
-    )  # fmt: skip
-    bases, blocks, steps = lined[1]
-    scatter = replace(
-        copy, source=bases, source_blocks=blocks, cast=None, nbytes=copy.target_nbytes,
-        loops=tuple(Loop(n.count, step, n.target_stride) for n, step in zip(loops, steps, strict=True)),
-    )  # fmt: skip
-    tasks_of = [_task(gather), _task(scatter)]
-    first, last = (task for task in tasks_of if isinstance(task, Task))
-    return Detour(first, copy.runs * copy.nbytes // DTYPE_NBYTES[cast.source], cast, last)
+        bases, blocks = (np.arange(counts[i], dtype=np.int64) * steps[i] for i in (0, 1))
+        return bases, blocks, steps[2:]
+
+    bases, blocks, steps = in_line(copy.nbytes)
+    loops = tuple(Loop(n.count, n.source_stride, step) for n, step in zip(copy.loops, steps, strict=True))
+    gather = _task(replace(copy, target=bases, target_blocks=blocks, cast=None, loops=loops), (base[0], 0))
+    bases, blocks, steps = in_line(copy.target_nbytes)
+    loops = tuple(Loop(n.count, step, n.target_stride) for n, step in zip(copy.loops, steps, strict=True))
+    lined = replace(copy, source=bases, source_blocks=blocks, cast=None, loops=loops, nbytes=copy.target_nbytes)
+    scatter = _task(lined, (0, base[1]))
+    if not isinstance(gather, Task) or not isinstance(scatter, Task):  # which have no cast
+        raise TypeError
+    return Detour(gather, copy.runs * copy.nbytes // DTYPE_NBYTES[cast.source], cast, scatter)
 
 
-def _units(copy: Copy) -> tuple[int, int]:
-    """For each side the largest power of 2 up to 16 that divides every place of a run, and its length."""
-    found = []
-    for side, nbytes in ((0, copy.nbytes), (1, copy.target_nbytes)):
-        places = (copy.source, copy.source_blocks) if side == 0 else (copy.target, copy.target_blocks)
-        steps = [loop[1 + side] for loop in map(_as_tuple, copy.loops)]
-        # The lowest bit that is set in any of them.
-        bits = int(np.bitwise_or.reduce(places[0]) | np.bitwise_or.reduce(places[1]))
-        for step in (*steps, nbytes):
-            bits |= step
-        found.append(min(bits & -bits, _WIDEST_NBYTES) or _WIDEST_NBYTES)
-    return found[0], found[1]
+def _unit(places: IntArray, loops: Sequence[Loop], sides: Sequence[int], nbytes: int) -> int:
+    """The largest power of 2 up to 16 that divides every place of a run, and its length."""
+    bits = int(np.bitwise_or.reduce(places)) | nbytes | _WIDEST_NBYTES
+    for loop in loops:
+        for side in sides:
+            bits |= loop.source_stride if side == 1 else loop.target_stride
+    return bits & -bits
 
 
-def _as_tuple(loop: Loop) -> tuple[int, int, int]:
-    return loop.count, loop.source_stride, loop.target_stride
+def _row_words(words: int) -> int:
+    even = min(words & -words, _LONGEST_ROW_WORDS)
+    if even >= min(words, _SHORTEST_EVEN_WORDS):
+        return even
+    return min(1 << (words - 1).bit_length(), _LONGEST_ROW_WORDS)

@@ -13,7 +13,7 @@ from kvxfer.dlpack import ArrayView, allocations, read_array
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
-from kvxfer_gpu.runtime import Runtime
+from kvxfer_gpu.runtime import Flat, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +62,8 @@ class GpuBuffer(DeviceBuffer):
         self._tensor = _tensor_of(views[0])
         index = self._tensor.device.index or 0
         self._span = Memory(low, high - low, MemoryKind.VRAM, index)
-        self._offset = low - int(self._tensor.untyped_storage().data_ptr())
+        self._flat = Flat(self._tensor)
+        self._offset = low - self._flat.address
         key = self.runtime, str(self._tensor.device)
         if key not in _lanes:
             _lanes[key] = Lanes(self.runtime(self._tensor.device), _pinned)
@@ -103,7 +104,7 @@ class GpuBuffer(DeviceBuffer):
     @classmethod
     def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:
         """Pin it, exactly so much: the GPU then copies to and from it by itself."""
-        if _pinned.holds(memory):
+        if _pinned.find(memory) is not None:
             return None
         undo = pinned(cls.runtime, memory, "the staging arena")
         return None if undo is None else _pinned.add(memory, undo)
@@ -123,7 +124,7 @@ class GpuBuffer(DeviceBuffer):
         return [lanes.unpack(mine, packed) for lanes, mine in _by_gpu(shares)]
 
     def _share(self, copies: Sequence[Copy]) -> Share:
-        return Share(self._tensor, self._offset, copies)
+        return Share(self._flat, self._offset, copies)
 
 
 def _by_gpu(shares: Sequence[tuple[GpuBuffer, Sequence[Copy]]]) -> list[tuple[Lanes, list[Share]]]:

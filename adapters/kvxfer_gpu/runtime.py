@@ -96,8 +96,8 @@ class Runtime:
             return False
         return all(cast is None or (self.casts_on_kernel(cast.source, cast.target)) for cast in casts)
 
-    def move(self, task: Task | Detour, source: Any, target: Any, tables: Sequence[Any]) -> None:
-        """Put a task on the current stream. Places count from the first byte of the storages of the two tensors.
+    def move(self, task: Task | Detour, source: Flat, target: Flat, tables: Sequence[Any]) -> None:
+        """Put a task on the current stream. Places count from the first byte of either side.
 
         Args:
             tables: of the task, on the device.
@@ -113,22 +113,34 @@ class Runtime:
             types = [getattr(torch, name) for name in names]
             largest = _LARGEST.get(task.cast.target, 0.0)
             kernel = self._kernel if self.casts_on_kernel(*names) else None
-        ends = [_typed(tensor, dtype) for tensor, dtype in zip((source, target), types, strict=True)]
-        (kernel or _rows).move(task, *ends, tables[0], largest)
+        (kernel or _rows).move(task, source.of(types[0]), target.of(types[1]), tables[0], largest)
 
-    def _move_around(self, detour: Detour, source: Any, target: Any, tables: Sequence[Any]) -> None:
+    def _move_around(self, detour: Detour, source: Flat, target: Flat, tables: Sequence[Any]) -> None:
         elements, cast = detour.elements, detour.cast
         read = torch.empty(elements, dtype=getattr(torch, cast.source), device=self.device)
-        self.move(detour.gather, source, read.view(torch.uint8), tables[:1])
+        self.move(detour.gather, source, Flat(read), tables[:1])
         written = _rows.converted(read, cast, getattr(torch, cast.target), _LARGEST.get(cast.target, 0.0))
-        self.move(detour.scatter, written.view(torch.uint8), target, tables[1:])
+        self.move(detour.scatter, Flat(written), target, tables[1:])
 
 
-def _typed(tensor: Any, dtype: Any) -> Any:
-    """All of a tensor's storage as whole elements of another type."""
-    storage = tensor.untyped_storage()
-    elements = torch.empty(0, dtype=dtype, device=tensor.device)
-    return elements.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
+class Flat:
+    """All of a tensor's storage, as whole words of any type. Keeps it alive."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+        storage = tensor.untyped_storage()
+        self.address: int = storage.data_ptr()
+        self.nbytes: int = storage.nbytes()
+        self._typed: dict[Any, Any] = {}
+
+    def of(self, dtype: Any) -> Any:
+        """As elements of this type. Remembered: to make a tensor costs as much as to launch a kernel."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            empty = torch.empty(0, dtype=dtype, device=self.tensor.device)
+            storage = self.tensor.untyped_storage()
+            typed = self._typed[dtype] = empty.set_(storage, 0, (self.nbytes // dtype.itemsize,), (1,))
+        return typed
 
 
 def host_tensor(memory: Bytes) -> Any:
