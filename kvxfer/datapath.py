@@ -116,7 +116,9 @@ class DataPath:
         self._settings = settings
         self._metrics = metrics
         self._ends = ends
-        self.arena: StagingArena = StagingArena(settings.staging_nbytes)
+        self._kinds = {type(buffer) for buffer in cache.buffers}
+        longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
+        self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
         self._packer = Packer(cache, self.arena, ends.packed)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()

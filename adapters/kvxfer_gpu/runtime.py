@@ -65,11 +65,9 @@ class Runtime:
         """A context in which work is put on a stream of this device."""
         return torch.cuda.stream(stream)
 
-    def record(self, stream: Any) -> Any:
-        """An event after all that was put on a stream."""
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
+    def event(self) -> Any:
+        """A new event, to be recorded on streams of this device."""
+        return torch.cuda.Event()
 
     @classmethod
     def pin(cls, memory: Bytes) -> Callable[[], object]:
