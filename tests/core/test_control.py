@@ -22,7 +22,7 @@ from kvxfer.testing import eventually
 from tests.core.test_endpoint import QUICK, Engine
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
-READY = b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
 
 
 SECRET = Secret(b"sixteen bytes at least, and here are more")
