@@ -128,7 +128,9 @@ class Places:
         elif connection in self._cut:
             return
         else:
-            place = self._heard[connection] = self._silent.pop(connection, None) or _Place()
+            place = self._heard[connection] = self._silent.get(connection, _Place())
+            if connection in self._silent:
+                del self._silent[connection]
         place.taken = True
 
     def unfinished_nbytes(self, connection: int, received_nbytes: int) -> int:
@@ -146,7 +148,8 @@ class Places:
 
     def cut(self, connection: int) -> None:
         """It is hung up on, and takes no place any more."""
-        if self._silent.pop(connection, None) or self._heard.pop(connection, None):
+        if connection in self._silent or connection in self._heard:
+            self.gone(connection)
             self._cut.add(connection)
 
     def gone(self, connection: int) -> bool:
@@ -154,5 +157,8 @@ class Places:
         if connection in self._cut:
             self._cut.discard(connection)
             return True
-        self._silent.pop(connection, None)
-        return self._heard.pop(connection, None) is not None
+        stranger = connection not in self._heard
+        for places in (self._silent, self._heard):
+            if connection in places:
+                del places[connection]
+        return not stranger

@@ -52,8 +52,11 @@ _ZAP = "inproc://zeromq.zap.01"
 _MOST_PER_TURN = 256
 """Messages taken from one socket before the others and the timers get their turn."""
 
-_HIGH_WATER = 256
-"""Messages of one connection that wait in ZeroMQ, each way. A peer that sends more waits; what it does not take is dropped."""
+_MOST_WAITING = 64
+"""Messages of one connection that wait to be taken. A peer that sends more waits."""
+
+_MOST_REPLIES = 512
+"""Replies that wait for one peer to take them. What is more is dropped."""
 
 _HANDSHAKE_MS = 10_000
 """A connection that has not proved itself by then is closed by ZeroMQ."""
@@ -77,8 +80,11 @@ _RECEIVED = struct.Struct("=128xQ")
 _LONGEST_WAIT_S = 3600.0
 _LAST_PORT = 65_535
 
-_HARD_LIMIT = 4
+_HARD_LIMIT = 2
 """Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+
+_LEAST_HARD_LIMIT_NBYTES = 1 << 16
+"""What a handshake needs, and more."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class ControlChannel:
                 _refuse_strangers(bind, resolved)
             self._configure(self._router, ipv6="[" in resolved)
             self._router.setsockopt(zmq.BACKLOG, 1024)
+            self._router.setsockopt(zmq.SNDHWM, _MOST_REPLIES)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that is dropped is counted
             self._zap = self._context.socket(zmq.REP)
             if secret is not None:
@@ -266,9 +273,8 @@ class ControlChannel:
     def _configure(self, sock: zmq.Socket[bytes], *, ipv6: bool = True) -> None:
         # A listener with it would call its IPv4 addresses [::ffff:1.2.3.4].
         sock.setsockopt(zmq.IPV6, int(ipv6))
-        sock.setsockopt(zmq.MAXMSGSIZE, _HARD_LIMIT * self._limit)
-        sock.setsockopt(zmq.RCVHWM, _HIGH_WATER)
-        sock.setsockopt(zmq.SNDHWM, _HIGH_WATER)
+        sock.setsockopt(zmq.MAXMSGSIZE, max(_HARD_LIMIT * self._limit, _LEAST_HARD_LIMIT_NBYTES))
+        sock.setsockopt(zmq.RCVHWM, _MOST_WAITING)
         sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         for option, value in _KEEPALIVE.items():
             sock.setsockopt(option, value)

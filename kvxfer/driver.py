@@ -145,7 +145,7 @@ class Driver:
             else:
                 self.producer.received(source, inbound.message, now)
         elif inbound.message is None:
-            self.consumer.garbage(source, inbound.why)
+            self.consumer.garbage(source, inbound.why, now)
         else:
             self.consumer.received(source, inbound.message, now)
 
