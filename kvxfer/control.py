@@ -4,7 +4,7 @@
 A ROUTER takes what other endpoints say to this one; a DEALER per peer carries what this one asks. ZeroMQ reconnects
 by itself and keeps a queue meanwhile, so a peer that is not up yet, or is restarted, costs nobody else anything.
 Whatever strangers send to the port ends as a counted refusal, and none has more of this endpoint than `kvxfer.admission` lets
-it: ZeroMQ has no bound on connections, so those that are too many are shut down by their file descriptor. With a secret every connection is authenticated both ways and
+it. With a secret every connection is authenticated both ways and
 encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never reaches a message.
 """
 
@@ -13,38 +13,25 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
-import logging
-import os
-import resource
 import socket
-import stat
-import struct
 import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
 from kvxfer import wire
-from kvxfer.admission import MOST_UNFINISHED_NBYTES, Buckets, Places, Verdict
+from kvxfer.admission import Buckets, Verdict
 from kvxfer.errors import ConfigError, WireError
+from kvxfer.incoming import Incoming, most_connections
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
     from kvxfer.secret import Secret
-
-_log = logging.getLogger(__name__)
-
-_STRANGERS = (
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
-)
 
 _ZAP = "inproc://zeromq.zap.01"
 """Where ZeroMQ asks who may connect (https://rfc.zeromq.org/spec/27)."""
@@ -63,19 +50,6 @@ _HANDSHAKE_MS = 10_000
 
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 15, zmq.TCP_KEEPALIVE_CNT: 4}
 """Connections of hosts that are gone end after two minutes; a frozen process keeps its own."""
-
-_LOOK_S = 1.0
-"""How often connections are looked at, as long as there are some."""
-
-_CUT = {
-    "connections": "there were more than max_connections or a quarter of `ulimit -n` allow",
-    "flood": "it went on to say more than max_messages_per_s",
-    "oversized": "it sends a message without end",
-}
-"""Why somebody is hung up on, by the word that it is counted by."""
-
-_RECEIVED = struct.Struct("=128xQ")
-"""``tcpi_bytes_received`` in Linux' ``struct tcp_info`` (linux/tcp.h), since 4.1."""
 
 _LONGEST_WAIT_S = 3600.0
 _LAST_PORT = 65_535
@@ -150,17 +124,11 @@ class ControlChannel:
         self._limit = settings.max_message_nbytes
         self._metrics = metrics
         self._secret = secret
-        self._warned: set[str] = set()
         self._context = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, _most_connections(settings) + 16)
+        self._context.set(zmq.MAX_SOCKETS, most_connections(settings) + 16)
         self._router = self._context.socket(zmq.ROUTER)
-        self._places = Places(_most_connections(settings))
-        """Connections that came in, by their file descriptors."""
         self._buckets = Buckets(settings.max_messages_per_s)
         """By file descriptor of a connection that came in, or address of a peer."""
-        self._look_at = float("inf")
-        self._strangers_gone: deque[str] = deque()
-        """Why connections were refused whose end has not been told yet."""
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._addresses: dict[zmq.Socket[bytes], str] = {}
         self._wake_in, self._wake_out = socket.socketpair()
@@ -180,12 +148,9 @@ class ControlChannel:
                 self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvxfer")
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
+            self._incoming = Incoming(self._router, settings, metrics, self._buckets.forget, secret=secret is not None)
             self._router.bind(resolved)
-            bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-            self._port = int(bound.rpartition(":")[2])
-            self._monitor = self._router.get_monitor_socket(
-                _STRANGERS | zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED | zmq.Event.ACCEPT_FAILED
-            )
+            self._incoming.address = bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         except ConfigError:
             self.close()
             raise
@@ -194,7 +159,7 @@ class ControlChannel:
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
         self.address: str = _advertised(bound, advertise)
         self._poller = zmq.Poller()
-        for readable in (self._router, self._monitor, self._zap, self._wake_in):
+        for readable in (self._router, self._incoming.monitor, self._zap, self._wake_in):
             self._poller.register(readable, zmq.POLLIN)
 
     def wake(self) -> None:
@@ -246,14 +211,13 @@ class ControlChannel:
         Returns earlier with nothing where ``timeout_s`` is longer than anybody needs.
         """
         timeout_s = _LONGEST_WAIT_S if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)
-        if self._places:
-            timeout_s = min(timeout_s, self._look())
+        timeout_s = min(timeout_s, self._incoming.look())
         timeout_ms = max(0, int(timeout_s * 1000) + 1)
         for readable, _ in self._poller.poll(timeout_ms):
             if readable is self._router:
                 yield from self._drain(self._router, None)
-            elif readable is self._monitor:
-                self._follow()
+            elif readable is self._incoming.monitor:
+                self._incoming.follow()
             elif readable is self._zap:
                 self._admit()
             elif readable in self._addresses:
@@ -297,12 +261,12 @@ class ControlChannel:
                 return
             connection = _descriptor(received[-1]) if address is None else -1
             if connection >= 0:
-                self._places.heard(connection)
+                self._incoming.places.heard(connection)
             verdict = self._buckets.take(address or connection, sum(map(len, received)), time.monotonic())
             if verdict is not Verdict.TAKE:
                 self._refused("rate")
                 if verdict is Verdict.CUT:
-                    self._cut(connection if address is None else address, "flood")
+                    self._cut(connection if address is None else address)
             else:
                 frames = [frame.bytes for frame in received]
                 source: bytes | str = frames.pop(0) if address is None else address
@@ -334,80 +298,16 @@ class ControlChannel:
             status = (b"200", b"OK") if good else (b"400", b"not one of us")
             self._zap.send_multipart([version, question, *status, b"", b""])
 
-    def _follow(self) -> None:
-        """What became of connections that came in."""
-        for _ in range(_MOST_PER_TURN):
-            try:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return
-            kind, connection = event["event"], event["value"]
-            if kind & _STRANGERS:
-                self._strangers_gone.append(self._stranger(connection))  # its end comes next
-            elif kind == zmq.Event.ACCEPT_FAILED:
-                self._refused("no_descriptor")
-            elif kind == zmq.Event.ACCEPTED:
-                if not self._places:
-                    self._look_at = time.monotonic() + _LOOK_S
-                one_too_many = self._places.accepted(connection)
-                if one_too_many is not None:
-                    self._cut(one_too_many, "connections")
-            else:
-                self._buckets.forget(connection)
-                # Without one whole message: no ZeroMQ, or cut off, or dropped for what it sent.
-                reason = self._strangers_gone.popleft() if self._strangers_gone else "no_message"
-                if not self._places.gone(connection):
-                    self._refused(reason)
-
-    def _look(self) -> float:
-        """Cut connections by which a message comes that does not end. Returns for how long they need not be looked at again."""
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_S
-            for connection in self._places:
-                with _ours(connection, self._port) as sock:
-                    received_nbytes = _received_nbytes(sock) if sock is not None else 0
-                if self._places.unfinished_nbytes(connection, received_nbytes) > MOST_UNFINISHED_NBYTES:
-                    self._cut(connection, "oversized")
-        return self._look_at - now
-
-    def _cut(self, peer: int | str, reason: str) -> None:
-        """Hang up on somebody, whom ZeroMQ connects again if it is a peer's."""
-        self._refused(reason)
-        if reason not in self._warned:
-            self._warned.add(reason)
-            _log.warning("%s: hung up on a connection: %s; further ones are only counted", self.address, _CUT[reason])
-        if isinstance(peer, str):
-            self.hangup(peer)
+    def _cut(self, peer: int | str) -> None:
+        """Hang up on somebody who says too much."""
+        if isinstance(peer, int):
+            self._incoming.cut(peer, "flood")
             return
-        self._places.cut(peer)
-        with _ours(peer, self._port) as sock:
-            if sock is None:
-                self._places.gone(peer)
-            else:
-                with contextlib.suppress(OSError):  # it has hung up itself
-                    sock.shutdown(socket.SHUT_RDWR)
+        self._refused("flood")
+        self.hangup(peer)
 
     def _refused(self, reason: str) -> None:
         self._metrics.count("kvxfer_refused_messages_total", reason=reason)
-
-    def _stranger(self, value: int) -> str:
-        # With a secret it does not matter what else is wrong with who does not have it.
-        if self._secret is None and value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return "not_zmtp"
-        if "unauthenticated" not in self._warned:
-            self._warned.add("unauthenticated")
-            other = (
-                "has another secret, or none" if self._secret is not None else "has a secret, and this side has none"
-            )
-            _log.warning("%s: somebody who tries to connect %s; further ones are only counted", self.address, other)
-        return "unauthenticated"
-
-
-def _most_connections(settings: Settings) -> int:
-    """A process without file descriptors can do nothing at all. One that goes out takes two."""
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return settings.max_connections if descriptors < 0 else min(settings.max_connections, max(8, descriptors // 4))
 
 
 def _descriptor(frame: zmq.Frame) -> int:
@@ -415,35 +315,6 @@ def _descriptor(frame: zmq.Frame) -> int:
         return int(frame.get(zmq.SRCFD))
     except zmq.ZMQError:  # a peer of ZeroMQ's first protocol has none
         return -1
-
-
-@contextlib.contextmanager
-def _ours(descriptor: int, port: int) -> Iterator[socket.socket | None]:
-    """A connection that came in by ``port``, by its descriptor; None if that was closed meanwhile, and may be anything by now.
-
-    It is duplicated before it is looked at, so that ZeroMQ's thread cannot close what was found to be ours.
-    """
-    with contextlib.ExitStack() as stack:
-        ours: socket.socket | None = None
-        with contextlib.suppress(OSError, IndexError):
-            duplicate = os.dup(descriptor)
-            stack.callback(os.close, duplicate)
-            if stat.S_ISSOCK(os.fstat(duplicate).st_mode):
-                sock = socket.socket(fileno=duplicate)
-                stack.pop_all()
-                stack.enter_context(sock)
-                if sock.type == socket.SOCK_STREAM and sock.getsockname()[1] == port:
-                    ours = sock
-        yield ours
-
-
-def _received_nbytes(sock: socket.socket) -> int:
-    """Bytes that arrived by a TCP connection since it was made; 0 where the system does not say."""
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        return int(_RECEIVED.unpack_from(info)[0])
-    except (OSError, struct.error, AttributeError):
-        return 0
 
 
 def _resolved(bind: str) -> str:

@@ -348,7 +348,7 @@ class Producer:
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
             return
-        taken = [number for number in numbers if number in chunks.asked]
+        taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
         if taken:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from kvxfer import LeaseSettled, wire
 from kvxfer.admission import MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Places, Verdict
 from kvxfer.config import Settings
-from kvxfer.control import ControlChannel, _ours
+from kvxfer.control import ControlChannel
+from kvxfer.incoming import _ours
 from kvxfer.metrics import Metrics
 from kvxfer.testing import eventually
 from tests.core.test_control import GREETING, READY, SECRET, raw
@@ -304,8 +305,8 @@ def test_a_message_without_end(engines, caplog):
                 sock.sendall(frame)
                 sent += len(frame)
                 time.sleep(0.005)  # a slow network, of 200 MB/s
-    assert refused(source, "oversized") == 1 and "without end" in caplog.text
-    assert sent < 10 * MOST_UNFINISHED_NBYTES
+    assert refused(source, "oversized") == 1, source.endpoint.metrics.counters()["kvxfer_refused_messages_total"]
+    assert "without end" in caplog.text and sent < 10 * MOST_UNFINISHED_NBYTES
     eventually(lambda: psutil.Process().memory_info().rss - rss < 2 * MOST_UNFINISHED_NBYTES)
     assert sink.endpoint.read(source.endpoint.lease([1]), [1]).wait(5)
 
@@ -314,14 +315,15 @@ def test_a_descriptor_that_is_another_s_by_now():
     """Nothing is hung up on but a connection that came in by this port, whatever its number stands for now."""
     with socket.create_server(("127.0.0.1", 0)) as server, Path(os.devnull).open() as file:
         port = server.getsockname()[1]
+        address = f"tcp://127.0.0.1:{port}"
         with socket.create_connection(("127.0.0.1", port)) as there, server.accept()[0] as here:
             before = psutil.Process().num_fds()
             found = []
-            for descriptor, at in [(here.fileno(), port), (there.fileno(), port), (file.fileno(), port), (9999, port)]:
-                with _ours(descriptor, at) as sock:
+            for descriptor in (here.fileno(), there.fileno(), file.fileno(), 9999):
+                with _ours(descriptor, address) as sock:
                     found.append(sock is not None)
             one, other = socket.socketpair()
-            with one, other, _ours(one.fileno(), port) as sock:
+            with one, other, _ours(one.fileno(), address) as sock:
                 found.append(sock is not None)
             assert found == [True, False, False, False, False]
             assert psutil.Process().num_fds() == before
@@ -370,5 +372,5 @@ def test_few_descriptors(monkeypatch):
     """Where a process may open few files, fewer connections are let in."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(), Metrics())
-    assert channel._places.most == 25
+    assert channel._incoming.places.most == 25
     channel.close()
