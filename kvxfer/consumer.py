@@ -227,7 +227,7 @@ class Consumer:
         elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
             source = hold.claims.index(claim)
             if hold.asked.pop((source, message.number), None) is not None:
-                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address))
+                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address, message.digest))
         elif isinstance(message, Settled) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
             self._holds.done_with(hold, claim, now)
 

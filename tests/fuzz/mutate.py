@@ -141,5 +141,5 @@ def _bytes_changed(random: Random, data: bytes, others: Sequence[bytes]) -> byte
             changed[at:] = other[random.randrange(len(other) + 1) :]
         else:
             end = min(len(changed), at + 1 + random.randrange(32))
-            changed[at:at] = changed[at:end] * random.choice((1, 2, 20))
+            changed[at:at] = changed[at:end] * random.choice((1, 2, 20, 2000 // max(1, end - at)))
     return bytes(changed[: 1 << 16])
