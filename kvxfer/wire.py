@@ -15,7 +15,7 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
     Renew      ->                    I still wait for these
                <- Renewed            these of them have ended
     Stage      ->                    pack these tokens of it into a chunk
-               <- Staged             the chunk lies there
+               <- Staged             the chunk lies there | its digest is this
     Unstage    ->                    these chunks were taken
     Settle     ->                    I am done with it, its blocks are yours
                <- Settled            it stood / it had ended before

@@ -24,10 +24,29 @@ def names() -> list[str]:
     return re.findall(r'^    Target\("([a-z_]+)"', (Path(__file__).parent / "targets.py").read_text(), re.MULTILINE)
 
 
-MOST_KEPT_NBYTES = 1024
+MOST_KEPT_NBYTES, LONGEST_KEPT_NBYTES = 16 << 10, 1 << 10
+CORPUS = Path(__file__).parent / "corpus"
 
 
-def one(name: str, seconds: int, *, keep: bool) -> None:
+def keep(name: str) -> int:
+    """Add the shortest inputs that were learnt to the corpus of a target, as long as that stays small; how many there are then.
+
+    libFuzzer keeps an input only if it reached what none before it did, so none of them is for nothing.
+    """
+    kept = CORPUS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    total = sum(path.stat().st_size for path in kept.iterdir())
+    for path in sorted((FOUND / name).iterdir(), key=lambda path: path.stat().st_size):
+        nbytes = path.stat().st_size
+        if nbytes > LONGEST_KEPT_NBYTES or total + nbytes > MOST_KEPT_NBYTES:
+            break
+        if not path.name.startswith("seed-") and not (kept / path.name[:16]).exists():
+            (kept / path.name[:16]).write_bytes(path.read_bytes())
+            total += nbytes
+    return len(list(kept.iterdir()))
+
+
+def one(name: str, seconds: int) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     import atheris
 
@@ -50,14 +69,10 @@ def one(name: str, seconds: int, *, keep: bool) -> None:
             return bytes(atheris.Mutate(data, most))
         return mutated(random, data, target.form, [random.choice(pool)])[:most]
 
-    kept = Path(__file__).parent / "corpus" / name
-    arguments = [sys.argv[0], f"-artifact_prefix={FOUND}/{name}-", "-timeout=10", "-rss_limit_mb=4096", "-verbosity=0"]
-    if keep:
-        kept.mkdir(parents=True, exist_ok=True)
-        arguments += [str(kept), str(mine), "-merge=1", f"-max_len={MOST_KEPT_NBYTES}"]
-    else:
-        arguments += [str(mine), *([str(kept)] if kept.is_dir() else [])]
-        arguments += [f"-max_total_time={seconds}", "-max_len=16384", "-print_final_stats=1"]
+    kept = CORPUS / name
+    arguments = [sys.argv[0], str(mine), *([str(kept)] if kept.is_dir() else [])]
+    arguments += [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=16384"]
+    arguments += [f"-artifact_prefix={FOUND}/{name}-", "-print_final_stats=1", "-verbosity=0"]
     atheris.Setup(arguments, lambda data: target.run(data) and None, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -71,12 +86,16 @@ def main() -> int:
     options.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.here:
-        one(asked.only, asked.seconds, keep=asked.keep)
+        one(asked.only, asked.seconds)
+        return 0
+    chosen = [asked.only] if asked.only else names()
+    if asked.keep:
+        for name in chosen:
+            print(f"{name:12} {keep(name):6,} kept")
         return 0
     failed, total = [], 0
-    for name in [asked.only] if asked.only else names():
+    for name in chosen:
         command = [sys.executable, "-m", "tests.fuzz.long", "--here", "--only", name, "--seconds", str(asked.seconds)]
-        command += ["--keep"] if asked.keep else []
         child = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
         told = re.search(r"stat::number_of_executed_units:\s+(\d+)", child.stderr)
         executions = int(told.group(1)) if told else 0
