@@ -65,6 +65,9 @@ class Engine:
     def announce(self) -> str:
         return self.endpoint.announce().to_json()
 
+    def offer(self, ref: str, blocks: list[int]) -> None:
+        self.endpoint.offer(LeaseRef.from_json(ref), blocks)
+
     def hold(self, ref: str) -> None:
         self.endpoint.hold(LeaseRef.from_json(ref))
 
@@ -216,6 +219,12 @@ class Child:
             # Each thread stops when it is scheduled next: on a busy machine one may still answer a message first.
             tasks = Path(f"/proc/{self.process.pid}/task")
             eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), what="every thread has stopped")
+
+    def freeze(self, seconds: float) -> None:
+        """It stands still for so long, with all its threads."""
+        self.signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
