@@ -14,7 +14,8 @@ from kvxfer.testing.soak.memory import CONTENT, HEADS, LAYERS, Blocks, content
 from kvxfer.testing.soak.report import Usage
 from kvxfer_nixl import NixlAgent
 
-SECONDS = 120.0
+SECONDS = 100.0
+"""Of churn; three calm moments come on top."""
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
 
 _reason = NixlAgent.why_unavailable()
@@ -25,7 +26,7 @@ needs_nixl = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 @pytest.mark.timeout(SECONDS * 2 + 240)
 def test_churn():
     """Two engines prefill for two others over NIXL while processes die, freeze and restart: right bytes, nothing left, nothing grows."""
-    report = run(SECONDS, agent_options=LOOPBACK, seed=7, calm_every_s=SECONDS / 4)
+    report = run(SECONDS, agent_options=LOOPBACK, seed=7, calm_every_s=SECONDS / 3)
     assert report.wrong_nbytes == report.leaked == 0
     assert report.faults.keys() == {"kill", "freeze", "restart", "abort"}  # a fault that never happens proves nothing
     assert report.decoded["done"] > SECONDS / 2 and report.prefilled["expired"] and report.prefilled["revoked"]

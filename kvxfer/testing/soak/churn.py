@@ -64,9 +64,10 @@ class Churn:
         """All of it. Raises SoakError."""
         try:
             wait_up(self._members)
-            until = time.monotonic() + seconds
-            while (now := time.monotonic()) < until:
-                self._churn(min(until, now + calm_every_s))
+            left_s = seconds
+            while left_s > 0:
+                self._churn(min(left_s, calm_every_s))
+                left_s -= calm_every_s
                 self._calm()
             self._close()
         finally:
@@ -78,7 +79,8 @@ class Churn:
 
     # -- what happens
 
-    def _churn(self, until: float) -> None:
+    def _churn(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             self._listen(0.01)
             self._disturb()
@@ -188,9 +190,9 @@ class Churn:
                 getattr(self, f"_told_{what}")(member, *told)
         for member in self._members:
             if not member.alive:
-                self.fail(f"{member.label} died by itself, with exit code {member.exitcode}")
+                self.fail(f"{member.label} died by itself, with exit code {member.exitcode}:\n{member.last_words}")
             if member.stuck:
-                self.fail(f"{member.label} does not come up")
+                self.fail(f"{member.label} does not come up:\n{member.last_words}")
 
     def _told_up(self, member: Member, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
@@ -359,7 +361,7 @@ def run(
     """Two engines prefill for two others, for so long, while things go wrong.
 
     Args:
-        seconds: of churn; it ends some seconds later, when everything has come to its end.
+        seconds: of churn, without the calm moments, which take some ten seconds each.
         agent, agent_options: of the endpoints.
         seed: of what is asked for and what goes wrong. Real processes are not the same twice, all the same.
         calm_every_s: so often all is let come to its end, and what is in use is counted.

@@ -7,7 +7,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from kvxfer.testing.soak.resident import Geometry
 
 _UP_S = 60.0
+_LAST_WORDS = 40
+"""Lines."""
 
 
 class Member:
@@ -54,6 +58,7 @@ class Member:
         self.frozen_s: float = 0.0
         self._frozen_at = 0.0
         self.ready: bool = False
+        self._log = tempfile.NamedTemporaryFile(prefix="kvxfer-soak-")  # noqa: SIM115 - closed by `end`
         self.begin()
 
     def begin(self) -> None:
@@ -61,7 +66,7 @@ class Member:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         bind = self.address or "tcp://127.0.0.1:0"
-        arguments = (theirs, self._agent, self._agent_options, self.geometry, bind)
+        arguments = (theirs, self._log.name, self._agent, self._agent_options, self.geometry, bind)
         self._process = spawn.Process(target=resident.live, args=arguments, name=f"soak {self.label}", daemon=True)
         self._process.start()
         theirs.close()
@@ -88,6 +93,12 @@ class Member:
     def exitcode(self) -> int | None:
         """Of the process; None while it runs."""
         return self._process.exitcode
+
+    @property
+    def last_words(self) -> str:
+        """The last of what its processes printed."""
+        lines = Path(self._log.name).read_text(errors="replace").splitlines()
+        return "\n".join(lines[-_LAST_WORDS:])
 
     @property
     def pid(self) -> int:
@@ -146,6 +157,7 @@ class Member:
             self._process.kill()
             self._process.join()
         self.pipe.close()
+        self._log.close()
         return self._process.exitcode
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import heapq
 import itertools
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -284,8 +286,12 @@ class Resident:
         self._later.clear()
 
 
-def live(pipe: Connection, *arguments: Any) -> None:
-    """Body of the process."""
+def live(pipe: Connection, log: str, *arguments: Any) -> None:
+    """Body of the process. All that it prints, and what it crashed of if it did, goes to the file ``log``."""
+    with open(log, "ab") as sink:  # noqa: PTH123 - a descriptor is all that is wanted
+        for printed in (1, 2):
+            os.dup2(sink.fileno(), printed)
+    faulthandler.enable()
     logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # misfortunes of peers that are killed are no news
     with pipe:
         try:
