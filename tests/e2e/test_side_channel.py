@@ -128,10 +128,10 @@ def test_messages_that_are_not_ours(lab, role, name):
     with zmq.Context() as context, _dealer(context, server.side_channel_port, lab.secret) as dealer:
         dealer.send_multipart(MESSAGES[name])
         assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
+            # It was looked at: what strangers say is counted as theirs, whatever it is.
+            assert lab.eventually(lambda: (refused(lab, server) - before).keys() - {STRANGER}, 20)
     assert server.alive
-    if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
-        assert lab.eventually(lambda: (refused(lab, server) - before).total() > 0, 20)
-        assert refused(lab, server)[STRANGER] == before[STRANGER]
 
 
 @pytest.mark.parametrize("whose", ["no secret", "another secret"])

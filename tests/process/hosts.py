@@ -15,6 +15,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvxfer.testing import eventually
+
 _CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000
 _MS_REC, _MS_PRIVATE, _MNT_DETACH = 1 << 14, 1 << 18, 2
 _numbers = itertools.count()
@@ -78,6 +80,10 @@ class TwoHosts:
             with contextlib.suppress(subprocess.CalledProcessError):  # there is nothing to take away
                 _in(end, "tc", "qdisc", "del", "dev", end.device, "root")
             _in(end, "ip", "link", "set", end.device, "up")
+        # The kernel says by and by that there is a carrier; before that UCX sees no device.
+        eventually(
+            lambda: all("state UP" in _in(end, "ip", "link", "show", end.device) for end in self.ends), interval_s=0.02
+        )
 
     def close(self) -> None:
         """Take everything away. Processes inside have to have ended."""
@@ -132,9 +138,9 @@ def why_not() -> str | None:
     return None
 
 
-def _in(end: Host, tool: str, *arguments: str) -> None:
-    _run(tool, "-n", end.namespace, *arguments)
+def _in(end: Host, tool: str, *arguments: str) -> str:
+    return _run(tool, "-n", end.namespace, *arguments)
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout

@@ -195,11 +195,11 @@ def test_the_consumer_is_killed_while_it_holds(child):
 
 def test_a_producer_restarted_on_its_port(child):
     """Killed and started again at the same address it is met afresh, without a restart of the consumer."""
-    producer, consumer = child(1), child(3)
+    producer, consumer = child(1, settings=PATIENT), child(3)
     assert serves(producer, consumer)
     address, old = producer.address(), producer.lease(BLOCKS)
     producer.kill()
-    again = child(2, bind=address)
+    again = child(2, bind=address, settings=PATIENT)
     assert again.address() == address
     assert serves(again, consumer, target=30)
     outcome, seconds = consumer.read_and_wait(old, BLOCKS, TIMEOUT_S)
