@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
                 agent=options.agent,
                 agent_options=_agent_options(options.agent_options),
                 seed=seed,
-                calm_every_s=min(_CALM_EVERY_S, seconds / 3),
+                calm_every_s=min(_CALM_EVERY_S, seconds / 2),
                 tell=progress.tell,
             )
         except SoakError as error:
@@ -80,8 +80,8 @@ def _told(report: Report) -> str:
         ("agents made anew", f"{report.fences:,}"),
     ]
     for who, usages in report.calm.items():
-        first, last = usages[0], usages[-1]
-        what = f"{len(usages)} calm moments, {report.losses[who]} connections lost between the first and the last: "
+        first, last = report.compared(who)
+        what = f"{len(usages)} calm moments, from number {len(usages) // 4 + 1} to the last: "
         what += f"{size(first.rss_nbytes)} to {size(last.rss_nbytes)}, {first.files} to {last.files} files, "
         rows.append((who, what + f"{first.threads} to {last.threads} threads"))
     width = max(len(name) for name, _ in rows)

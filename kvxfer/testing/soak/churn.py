@@ -29,7 +29,7 @@ GEOMETRIES = {
 _MOST_AT_ONCE = 6
 """Requests of one consumer."""
 _PEERS = 2
-"""That each engine has, and forgets in a calm moment."""
+"""That each engine has, and forgets in each calm moment."""
 _MARGIN_S = 15.0
 """For a fence and a busy machine, after the time in which something has to end."""
 _QUIET_S = 60.0
@@ -155,6 +155,7 @@ class Churn:
         for other in self._members:
             self._lost[other.label] += other is not member
         if kind == "restart":
+            self._lost[member.label] = 0  # what its agent had left open goes with it
             member.restart()
             return
         if self._random.random() < 0.3:  # also what stands still is killed
@@ -286,11 +287,9 @@ class Churn:
             self.fail(f"{_QUIET_S:g} s after the last request this is in use: {left}")
         for member in self._members:
             if member.elder:
+                self._lost[member.label] += _PEERS
                 self.report.calm.setdefault(member.label, []).append(member.usage())
-                first = len(self.report.calm[member.label]) == 1
-                before = self.report.losses.get(member.label, 0)
-                self.report.losses[member.label] = 0 if first else before + self._lost[member.label] + _PEERS
-        self._lost.clear()
+                self.report.losses[member.label] = self._lost[member.label]
         told = {label: usages[-1] for label, usages in self.report.calm.items()}
         self._tell(
             f"{self.report.requests:,} requests; "
@@ -335,8 +334,9 @@ class Churn:
 
     def _check_flat(self) -> None:
         """Engines that lived all the time are no larger than they were."""
-        for label, usages in self.report.calm.items():
-            grown = usages[-1].grown(usages[0], self.report.losses[label])
+        for label, losses in self.report.losses.items():
+            first, last = self.report.compared(label)
+            grown = last.grown(first, losses)
             if grown:
                 self.fail(f"{label}: {grown}")
 

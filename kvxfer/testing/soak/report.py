@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvxfer.testing.soak.resident import Job
 
 FLAT_RSS_NBYTES = 32 << 20
-"""By so much the allocator may play."""
+"""By so much the allocator may play, and tables may fill that are bounded (a producer remembers 16,384 leases)."""
 FLAT_FILES_PER_LOSS = 2
 """UCX leaves a file descriptor open on either side of each connection that was lost (docs/nixl.md)."""
 
@@ -29,7 +29,7 @@ class Usage:
         """What has grown since then that must not; empty if nothing has.
 
         Args:
-            losses: connections to peers that were lost since.
+            losses: connections to peers that were lost since its agent was made.
         """
         files = before.files + FLAT_FILES_PER_LOSS * losses
         if self.threads > before.threads:
@@ -71,7 +71,7 @@ class Report:
         decoded, prefilled: requests by how each half ended.
         faults: what was done to processes and requests.
         calm: for each engine that was never killed, its usage at each calm moment.
-        losses: for each of these, the connections to peers that were lost from the first calm moment to the last.
+        losses: for each of these, the connections to peers that were lost since its own agent was made last.
     """
 
     seconds: float = 0.0
@@ -86,3 +86,8 @@ class Report:
     fences: int = 0
     calm: dict[str, list[Usage]] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
+
+    def compared(self, label: str) -> tuple[Usage, Usage]:
+        """An engine's usage when the first quarter of the calm moments was over, with which it was warm, and at the last one."""
+        usages = self.calm[label]
+        return usages[len(usages) // 4], usages[-1]
