@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit e2e sim search fuzz bench benchvllm clean demo-env full-env fuzz-env lint format types imports api
+.PHONY: help demo serve test check unit e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
@@ -34,6 +34,9 @@ e2e: full-env ## Tests through real vLLM servers and the router
 
 sim: full-env ## Real endpoints in a simulated world for hours, looking for a seed that fails (make sim ARGS="--profile all --seeds 20000")
 	$(dir $(FULL))kvxfer sim --seeds 2000 $(ARGS)
+
+soak: full-env ## Engines in real processes for an hour, killed, frozen and restarted; every byte checked, nothing may grow (make soak ARGS="--minutes 10")
+	$(dir $(FULL))kvxfer soak $(ARGS)
 
 search: full-env ## Random pairs of caches for an hour or so, looking for one that fails (CI runs a fixed few thousand)
 	HYPOTHESIS_PROFILE=search $(PYTEST) tests/core/test_any_pair.py tests/core/test_any_pair_moved.py tests/core/test_plan.py tests/core/test_strided.py --timeout=0 $(ARGS)

@@ -82,6 +82,11 @@ class Acquaintances:
             if peer.agent_info:
                 self._out.append(ForgetAgent(peer.agent_info))
 
+    def stood_still(self, now: float) -> None:
+        """Whether a peer is silent can be told from now on only."""
+        for peer in self.by_address.values():
+            peer.heard_at = now
+
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
         return self._retirements.next_at()

@@ -166,6 +166,10 @@ class Consumer:
         self._holds.tick(now)
         self._peers.tick(now)
 
+    def stood_still(self, now: float) -> None:
+        """This process ran nothing for a while: it asked nobody anything, and has not read what they said. That is no silence."""
+        self._peers.stood_still(now)
+
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
         times = [at for at in (self._holds.next_deadline(), self._peers.next_deadline()) if at is not None]

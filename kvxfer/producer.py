@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 _MOST_CONNECTIONS = 4096
 _MOST_CHUNKS = 256
 """Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+_CATCH_UP_RETRIES = 4
+"""For so many times that a consumer asks again, a lease is spared after this process stood still: some have to connect first."""
 _log = logging.getLogger(__name__)
 
 
@@ -178,6 +180,10 @@ class Producer:
             self._unstage(lease)
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
+
+    def stood_still(self, now: float) -> None:
+        """This process ran nothing for a while: consumers that renewed meanwhile have to be heard before their leases end."""
+        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""

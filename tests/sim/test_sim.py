@@ -46,7 +46,7 @@ FOUND_BY = {
     "quarantine_is_the_end": ("stuck", 0),
     "slot_lent_twice": ("slow", 0),
     "restarted_producer_not_noticed": ("stuck", 11),
-    "restarted_reads_number_anew": ("slow", 10),
+    "restarted_reads_number_anew": ("stuck", 10),
 }
 
 
