@@ -54,11 +54,21 @@ _log = logging.getLogger(__name__)
 class _Chunks:
     """What one reader of one lease asked to have packed and has not taken: where each chunk is, or its digest, or why there is none.
 
-    A reader numbers its chunks upwards, so ``next_number`` tells those that it has taken from those that are new.
+    They are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
     asked: dict[int, Packed | KvxferError | None] = field(default_factory=dict)
+    missed: set[int] = field(default_factory=set)
     next_number: int = 0
+
+    def is_taken(self, number: int) -> bool:
+        return number < self.next_number and number not in self.missed and number not in self.asked
+
+    def ask(self, number: int) -> None:
+        self.asked[number] = None
+        self.missed.discard(number)
+        self.missed.update(range(self.next_number, number))
+        self.next_number = max(self.next_number, number + 1)
 
 
 class Producer:
@@ -333,13 +343,12 @@ class Producer:
         chunks = self._chunks.setdefault(key, _Chunks())
         if message.number in chunks.asked:
             self._tell_chunk(connection, message.token, message.number, chunks.asked[message.number])
-        elif message.number < chunks.next_number:
+        elif chunks.is_taken(message.number):
             return  # asked again before it was known to be there, and taken by now
-        elif len(chunks.asked) >= _MOST_CHUNKS:
+        elif len(chunks.asked) + len(chunks.missed) + message.number - chunks.next_number >= _MOST_CHUNKS:
             self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
         else:
-            chunks.asked[message.number] = None
-            chunks.next_number = message.number + 1
+            chunks.ask(message.number)
             firsts = lease.first_tokens or [0] * len(lease.blocks)
             blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
             self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
@@ -359,6 +368,7 @@ class Producer:
         taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
+        chunks.missed.difference_update(numbers)  # given up before the question was here
         if taken:
             self._out.append(EndPack(key, taken))
 
