@@ -244,7 +244,11 @@ class DataPath:
         elif isinstance(job, EndPack):
             self._packer.end(job.key, job.numbers)
         else:
-            self._life.forget(job.agent_info)
+            self._life.forget(job.agent_info, needed=self._needs(job.agent_info))
+
+    def _needs(self, agent_info: bytes) -> bool:
+        """Some read has a source there."""
+        return any(leg.source.agent_info == agent_info for reading in self._readings.values() for leg in reading.legs)
 
     def _leg(self, transfer: Transfer, source: int) -> Leg | None:
         """The leg of a read that goes on."""
@@ -435,6 +439,8 @@ class DataPath:
         del self._readings[transfer]
         for supply in self._supplies:
             supply.release(reading)
+        for agent_info in [each for each in self._life.parting if not self._needs(each)]:
+            self._life.forget(agent_info)
         if error is None:
             transfer.end(
                 None,
