@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
 from kvxfer.agent import Flight, FlightState, Op
+from kvxfer.buffer import let_end
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
-from kvxfer.packer import Packer, let_end
+from kvxfer.packer import Packer
 from kvxfer.reading import Leg, Reading
 from kvxfer.staging import StagingArena, Use
 from kvxfer.supply import Supply
@@ -131,6 +132,8 @@ class DataPath:
         self._scratches = Supply(board.take_scratch, board.give_scratch)
         self._slots = Supply(lambda: self.arena.take(Use.LANDING), self.arena.give)
         self._supplies = (self._scratches, self._slots)
+        self._undo: list[Callable[[], object]] = []
+        """How devices take back what they did to the arena."""
         self._shut_down = False
 
     def start(self) -> tuple[str, bytes]:
@@ -164,6 +167,10 @@ class DataPath:
         """See `kvxfer.host.Loop`."""
         try:
             described = self._life.first()
+            prepared = [
+                kind.prepare_staging(self.arena.bytes) for kind in {type(buffer) for buffer in self.cache.buffers}
+            ]
+            self._undo = [undo for undo in prepared if undo is not None]
         except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
             self._life.close()
             self._over = True
@@ -502,6 +509,8 @@ class DataPath:
         for reading in list(self._readings.values()):
             reading.pending = 0
             self._fail(reading, ClosedError("the endpoint was closed"))
+        for undo in self._undo:
+            undo()
         self._shut_down = True
         self._refuse_jobs()
 

@@ -8,12 +8,12 @@ whoever still reads from it then finds the lease's cell wiped, and throws away w
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvxfer.blocks import tables
+from kvxfer.buffer import let_end, pack_all, unpack_all
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
 from kvxfer.image import image_table
 from kvxfer.part import Match
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvxfer.actions import PackKey, StartPack
-    from kvxfer.buffer import Completion, DeviceBuffer
+    from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.copies import Copy
     from kvxfer.layout import CacheSpec
@@ -191,22 +191,8 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
             shares[number].append(replace(copy, source=copy.source - base))
         else:
             shares[number].append(replace(copy, target=copy.target - base))
-    started: list[Completion] = []
-    try:
-        for number, copies in shares.items():
-            buffer: DeviceBuffer = cache.buffers[number]
-            started.append(buffer.pack(copies, packed) if pack else buffer.unpack(copies, packed))
-    except BaseException:
-        let_end(started)
-        raise
-    return started
-
-
-def let_end(copies: Sequence[Completion]) -> None:
-    """Wait until copies have ended, well or not, so that nothing touches their memory any more."""
-    for copy in copies:
-        with contextlib.suppress(Exception):
-            copy.wait()
+    mine = [(cache.buffers[number], copies) for number, copies in shares.items()]
+    return pack_all(mine, packed) if pack else unpack_all(mine, packed)
 
 
 def _base(memory: Memory | None) -> int:

@@ -65,6 +65,11 @@ class StagingArena:
         return Memory(self._base, len(self._bytes))
 
     @property
+    def bytes(self) -> Bytes:
+        """All of it."""
+        return self._bytes
+
+    @property
     def in_use(self) -> int:
         """Slots in use now."""
         return len(self._taken)
