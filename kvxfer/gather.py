@@ -11,12 +11,13 @@ what a request looks like changes no shape.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from math import gcd, prod
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
-from kvxfer.errors import UnsupportedError
+from kvxfer.errors import UnsupportedBufferError, UnsupportedError
 from kvxfer.layout import DTYPE_NBYTES
 from kvxfer.runs import SOURCE, TARGET, Axis, Runs, runs_of, sums
 from kvxfer.strided import carry
@@ -73,6 +74,42 @@ def units_of(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     nbytes = prod(shape) * itemsize
     few = [unit for unit in found if nbytes // unit <= _MOST_UNITS]
     return tuple(sorted(set(few or [nbytes]), reverse=True))
+
+
+def paged(shape: Sequence[int], itemsize: int, order: str, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape, strides in bytes) of an engine's array seen as ``[block, head, token, content]``.
+
+    Args:
+        shape: of the array: ``[block, token, ...]`` in the order ``NHD``, where all that follows holds ``heads`` heads one
+            after the other, or ``[block, head, token, ...]`` in the order ``HND``.
+        itemsize: bytes of an element.
+
+    Raises:
+        UnsupportedBufferError: it is no such array.
+    """
+    leading = {"NHD": 2, "HND": 3}.get(order)
+    if leading is None:
+        raise UnsupportedBufferError(f"an order of arrays is NHD or HND, not {order!r}")
+    content, rest = prod(shape[leading:]), 0
+    if order == "NHD":
+        content, rest = divmod(content, heads)
+    if len(shape) <= leading or rest or (order == "HND" and shape[1] != heads):
+        raise UnsupportedBufferError(f"an array of shape {tuple(shape)} does not hold {heads} heads in the order {order}")
+    if order == "NHD":
+        blocks, tokens = shape[:2]
+        strides = (tokens * heads * content, content, heads * content, 1)
+    else:
+        blocks, _, tokens = shape[:3]
+        strides = (heads * tokens * content, tokens * content, content, 1)
+    return (blocks, heads, tokens, content), tuple(stride * itemsize for stride in strides)
+
+
+_stand_ins = count(1 << 40, 1 << 40)
+
+
+def stand_in() -> int:
+    """What stands for the address of an allocation that has none, where kvxfer tells allocations apart by address."""
+    return next(_stand_ins)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import jax
 
 from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
+from kvxfer.gather import paged, stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Arrays:
             if not isinstance(array, jax.Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
         self._facts = [_facts(array) for array in self._arrays]
-        self._bases = _bases(self._arrays)
+        self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
         self._check(self._arrays)
 
     def __len__(self) -> int:
@@ -186,15 +187,7 @@ class Place:
 
     def paged(self, order: str, heads: int) -> ArrayView:
         """As ``[block, head, token, content]``."""
-        split = {"NHD": 2, "HND": 3}[order]
-        content = prod(self.shape[split:])
-        if order == "NHD":
-            blocks, tokens, content = *self.shape[:2], content // heads
-            strides = (tokens * heads * content, content, heads * content, 1)
-        else:
-            blocks, _, tokens = self.shape[:3]
-            strides = (heads * tokens * content, tokens * content, content, 1)
-        shape, steps = (blocks, heads, tokens, content), tuple(stride * self.dtype.itemsize for stride in strides)
+        shape, steps = paged(self.shape, self.dtype.itemsize, order, heads)
         allocation = (self.base, self.base + self.nbytes)
         return ArrayView(self.base, shape, steps, self.dtype.itemsize, str(self.dtype), allocation, self, self.device)
 
@@ -239,42 +232,18 @@ def _facts(array: jax.Array) -> tuple[Any, ...]:
     return array.shape, str(array.dtype), array.sharding
 
 
-_next_base = 1 << 40
-_bases_lock = threading.Lock()
-
-
-def _bases(arrays: Sequence[jax.Array]) -> list[list[int]]:
-    """For each part of each array a span of numbers that no other part in this process has."""
-    global _next_base  # noqa: PLW0603 - one counter for the process
-    found = []
-    with _bases_lock:
-        for array in arrays:
-            mine = []
-            for part in array.addressable_shards:
-                mine.append(_next_base)
-                _next_base += part.data.nbytes + 1
-            found.append(mine)
-    return found
-
-
 def _ranks(array: jax.Array, order: str, heads: int | None) -> list[tuple[int, int, int]]:
     """For each part (first head, end, heads in all)."""
-    axis = {"NHD": 2, "HND": 1}.get(order)
-    if axis is None:
-        raise UnsupportedBufferError(f"an order of arrays is NHD or HND, not {order!r}")
-    if array.ndim < axis + 2:
-        raise UnsupportedBufferError(f"an array of shape {array.shape} is no cache in the order {order}")
-    total = array.shape[axis] if heads is None else heads
-    whole = array.shape[axis]
+    axis = 1 if order == "HND" else 2
+    whole = array.shape[axis] if axis < array.ndim else 1
+    total = whole if heads is None else heads
+    paged(array.shape, array.dtype.itemsize, order, total)
     found = []
     for part in array.addressable_shards:
-        spans = [part_slice.indices(extent)[:2] for part_slice, extent in zip(part.index, array.shape, strict=True)]
-        if any(span != (0, extent) for i, (span, extent) in enumerate(zip(spans, array.shape, strict=True)) if i != axis):
-            raise UnsupportedBufferError(f"an array sharded along another axis than the heads': {array.sharding}")
-        start, stop = spans[axis]
-        if start * total % whole or stop * total % whole or (order == "HND" and total != whole):
-            raise UnsupportedBufferError(f"an array of shape {array.shape}, sharded so, does not hold {total} heads")
+        spans = [each.indices(extent)[:2] for each, extent in zip(part.index, array.shape, strict=True)]
+        start, stop = spans.pop(axis)
+        others = array.shape[:axis] + array.shape[axis + 1 :]
+        if spans != [(0, extent) for extent in others] or start * total % whole or stop * total % whole:
+            raise UnsupportedBufferError(f"an array sharded otherwise than between heads: {array.sharding}")
         found.append((start * total // whole, stop * total // whole, total))
-    if order == "NHD" and prod(array.shape[2:]) % total:
-        raise UnsupportedBufferError(f"an array of shape {array.shape} does not hold {total} heads")
     return found
