@@ -83,6 +83,11 @@ class DeviceBuffer(ABC):
         """Where it lies, as a person writes it: ``cpu``, ``cuda:0``."""
 
     @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None if such buffers can be made in this process, else the reason in one sentence, with what to do."""
+        return None
+
+    @classmethod
     def view_of(cls, array: Any) -> ArrayView:  # noqa: ARG003 - for those who override it
         """Shape and place of an array that buffers of this class are made of. Raises UnsupportedBufferError."""
         raise UnsupportedBufferError(f"{cls.__name__} reads no arrays: make its buffers and the CacheSpec by hand")

@@ -19,8 +19,19 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRODUCT = ["kvxfer", "adapters", "integrations"]
 MAX_LINES = 400
 OPEN_TO_ADAPTERS = {
-    *("agent", "background", "buffer", "casting", "config", "copies", "dlpack", "errors", "gather", "layout", "memory"),
-    *("runs", "strided"),
+    "agent",
+    "background",
+    "buffer",
+    "casting",
+    "config",
+    "copies",
+    "dlpack",
+    "errors",
+    "gather",
+    "layout",
+    "memory",
+    "runs",
+    "strided",
 }
 
 

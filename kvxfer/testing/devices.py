@@ -87,4 +87,5 @@ def on_device(cache: KVCache, arrays: Sequence[Array], device: Device) -> KVCach
 
 def in_memory_order(array: Array) -> Array:
     """The same array with its axes as they lie in memory, outermost first."""
-    return array.transpose(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
+    ordered: Array = array.transpose(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
+    return ordered

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVIDIA GPUs: memory of CUDA tensors, reached in place or by way of pinned host memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvxfer_gpu import EventCompletion, GpuBuffer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["CudaBuffer", "EventCompletion", "StagedCudaBuffer"]
+
+
+class CudaBuffer(GpuBuffer):
+    """VRAM that transfer engines read and write in place (NIXL with UCX: GPUDirect, CUDA IPC).
+
+    Arguments and errors are those of `kvxfer_gpu.GpuBuffer`.
+    """
+
+    devices: ClassVar[Sequence[str]] = ("cuda",)
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None if this process has a CUDA GPU."""
+        if torch.version.cuda is None:
+            return "this PyTorch was built without CUDA: install torch for CUDA"
+        return None if torch.cuda.is_available() else "PyTorch finds no CUDA GPU here (nvidia-smi)"
+
+
+class StagedCudaBuffer(CudaBuffer):
+    """The same, for engines and fabrics that reach host memory only: every chunk is staged in the pinned arena."""
+
+    registrable: ClassVar[bool] = False
