@@ -30,7 +30,7 @@ unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make 
 	$(PYTEST) --ignore=tests/e2e $(ARGS)
 
 test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
-	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices $(ARGS)
+	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(ARGS)
 
 e2e: full-env ## Tests through real vLLM servers and the router
 	$(PYTEST) tests/e2e $(ARGS)

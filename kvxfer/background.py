@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of a device that blocks, on threads of its own, so that whoever asks for it goes on."""
+"""Work of a device that blocks, on threads of its own, so that whoever asks for it goes on; and whose turn it is."""
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from typing import TYPE_CHECKING
@@ -47,3 +49,43 @@ class Job:
                 return False
             raise
         return True
+
+
+class Turn:
+    """A lock that serves in the order of arrival: whoever takes it again and again lets those go first who wait."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()
+        self._taken = False
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *error: object) -> None:
+        self.give()
+
+    def take(self, timeout_s: float | None = None) -> bool:
+        """Wait for it, at most so long; False if it was not to be had in time."""
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return True
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        if gate.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            return True
+        with self._guard:
+            if gate in self._waiting:
+                self._waiting.remove(gate)
+                return False
+        return True  # it was handed over just now
+
+    def give(self) -> None:
+        """Hand it to who has waited longest. Any thread."""
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False

@@ -94,7 +94,9 @@ def paged(shape: Sequence[int], itemsize: int, order: str, heads: int) -> tuple[
     if order == "NHD":
         content, rest = divmod(content, heads)
     if len(shape) <= leading or rest or (order == "HND" and shape[1] != heads):
-        raise UnsupportedBufferError(f"an array of shape {tuple(shape)} does not hold {heads} heads in the order {order}")
+        raise UnsupportedBufferError(
+            f"an array of shape {tuple(shape)} does not hold {heads} heads in the order {order}"
+        )
     if order == "NHD":
         blocks, tokens = shape[:2]
         strides = (tokens * heads * content, content, heads * content, 1)

@@ -48,7 +48,7 @@ def pack(work: Work, out: Bytes) -> None:
         tasks = list(_tasks(work, SOURCE))
         steps = [[_programs.gather(program) for program in task.programs] for task in tasks]
         with work[0][0].arrays.turn() as arrays:
-            started = [_gather(task, step, task.place.part_of(arrays)) for task, step in zip(tasks, steps, strict=True)]
+            started = [_gather(task, step, arrays) for task, step in zip(tasks, steps, strict=True)]
         for task, found in zip(tasks, started, strict=True):
             place = task.picked.place_in(out)
             dense = np.empty(task.picked.nbytes, np.uint8) if place is None else place
@@ -60,8 +60,8 @@ def pack(work: Work, out: Bytes) -> None:
         raise TransferFailedError(f"the device cannot pack: {error}") from error
 
 
-def _gather(task: _Task, steps: list[Callable[..., Any]], array: jax.Array) -> list[jax.Array]:
-    started = []
+def _gather(task: _Task, steps: list[Callable[..., Any]], arrays: list[jax.Array]) -> list[jax.Array]:
+    array, started = task.place.parts_of(arrays)[task.place.shard], []
     for piece, step in zip(task.pieces, steps, strict=True):
         found = step(array, piece.indices, task.factor)
         found.copy_to_host_async()
@@ -88,13 +88,14 @@ def unpack(work: Work, packed: Bytes) -> None:
 def _scatter(
     task: _Task, steps: list[Callable[..., Any]], values: list[np.ndarray[Any, Any]], arrays: list[jax.Array]
 ) -> list[jax.Array]:
-    part, started = task.place.part_of(arrays), []
+    # Before one is donated: afterwards the whole tells nothing of its parts any more.
+    parts, shard, started = task.place.parts_of(arrays), task.place.shard, []
     try:
         for piece, step, each in zip(task.pieces, steps, values, strict=True):
-            part, signal = step(part, piece.indices, task.factor, each)
+            parts[shard], signal = step(parts[shard], piece.indices, task.factor, each)
             started.append(signal)
     finally:
-        task.place.put_into(arrays, part)
+        task.place.put_together(arrays, parts)
     return started
 
 

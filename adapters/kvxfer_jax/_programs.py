@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -37,43 +37,39 @@ class Program(NamedTuple):
     cast: tuple[str, str] | None
 
 
-@lru_cache(maxsize=None)
+@cache
 def gather(program: Program) -> Callable[..., jax.Array]:
     """(array, indices, factor) -> the units, one after the other."""
 
     def run(array: jax.Array, indices: jax.Array, factor: jax.Array) -> jax.Array:
-        found = _rows(_bits(array), program.unit_nbytes).at[indices].get(mode="clip").reshape(-1)
+        found = _rows(array, program.unit_nbytes).at[indices].get(mode="clip").reshape(-1)
         return found if program.cast is None else _cast(found, program.cast, factor)
 
     return _compiled(run, program, [])
 
 
-@lru_cache(maxsize=None)
+@cache
 def scatter(program: Program) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """(array, indices, factor, values) -> (the array, in the memory of the one before; something to wait for)."""
 
-    def run(
-        array: jax.Array, indices: jax.Array, factor: jax.Array, values: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def run(array: jax.Array, indices: jax.Array, factor: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         if program.cast is not None:
             values = _cast(values, program.cast, factor)
-        bits = _bits(array)
+        bits = as_dtype(array, _BITS[array.dtype.itemsize]) if _widens(program) else array
         rows = _rows(bits, program.unit_nbytes)
         values = as_dtype(values, rows.dtype).reshape(-1, *rows.shape[1:])
         rows = rows.at[indices].set(values, mode="drop", unique_indices=True)
-        written = as_dtype(rows.reshape(-1), bits.dtype).reshape(array.shape)
-        return jax.lax.bitcast_convert_type(written, array.dtype), indices[0]
+        return as_dtype(rows, array.dtype).reshape(array.shape), indices[0]
 
     values = jax.ShapeDtypeStruct((value_count(program),), value_dtype(program))
     return _compiled(run, program, [values])
 
 
 def value_dtype(program: Program) -> np.dtype[Any]:
-    """What a scatter takes: of the cast's source, else unsigned integers as wide as elements, or bytes."""
+    """What a scatter takes: elements of the cast's source, else of the array, or bytes where units hold no whole ones."""
     if program.cast is not None:
         return numpy_dtype(program.cast[0])
-    bits: np.dtype[Any] = np.dtype(f"u{1 if program.unit_nbytes % program.dtype.itemsize else program.dtype.itemsize}")
-    return bits
+    return np.dtype(np.uint8) if program.unit_nbytes % program.dtype.itemsize else program.dtype
 
 
 def value_count(program: Program) -> int:
@@ -87,34 +83,41 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def as_dtype(flat: jax.Array, dtype: Any) -> jax.Array:
-    """The same bits as elements of another type."""
-    mine, other = flat.dtype.itemsize, np.dtype(dtype).itemsize
-    if mine < other:
-        flat = flat.reshape(-1, other // mine)
+def as_dtype(array: jax.Array, dtype: Any) -> jax.Array:
+    """The same bits as elements of another type; flat, if that has another size."""
+    mine, other = array.dtype.itemsize, np.dtype(dtype).itemsize
+    if array.dtype == dtype:
+        return array
+    if mine == other:
+        return jax.lax.bitcast_convert_type(array, dtype)
+    flat = array.reshape(-1, other // mine) if mine < other else array.reshape(-1)
     return jax.lax.bitcast_convert_type(flat, dtype).reshape(-1)
 
 
-def _bits(array: jax.Array) -> jax.Array:
-    """As integers: compilers compute with floats, and may make one NaN of another."""
-    return jax.lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize])
+def _widens(program: Program) -> bool:
+    """A scatter into small floats is computed in wider ones, which may make one NaN of another: so XLA 0.10 on the CPU.
+
+    As integers every bit stays; but that, too, takes a temporary copy of the whole array. Accelerators do neither.
+    """
+    (device,) = program.sharding.device_set
+    return device.platform == "cpu" and str(program.dtype).startswith(("bfloat16", "float8"))
 
 
-def _rows(bits: jax.Array, unit_nbytes: int) -> jax.Array:
+def _rows(array: jax.Array, unit_nbytes: int) -> jax.Array:
     """One row for each unit: a collapse of leading axes where it can be, which moves nothing on any device."""
-    itemsize = bits.dtype.itemsize
-    for axis in range(1, bits.ndim):
-        if prod(bits.shape[axis:]) * itemsize == unit_nbytes:
-            return bits.reshape(-1, *bits.shape[axis:])
+    itemsize = array.dtype.itemsize
+    for axis in range(1, array.ndim):
+        if prod(array.shape[axis:]) * itemsize == unit_nbytes:
+            return array.reshape(-1, *array.shape[axis:])
     if unit_nbytes % itemsize:
-        return as_dtype(bits.reshape(-1), jnp.uint8).reshape(-1, unit_nbytes)
-    return bits.reshape(-1, unit_nbytes // itemsize)
+        return as_dtype(array, jnp.uint8).reshape(-1, unit_nbytes)
+    return array.reshape(-1, unit_nbytes // itemsize)
 
 
 def _cast(elements: jax.Array, cast: tuple[str, str], factor: jax.Array) -> jax.Array:
     """See `kvxfer.copies.Cast`."""
     source, target = (numpy_dtype(name) for name in cast)
-    values = as_dtype(elements.reshape(-1), source).astype(jnp.float32) * factor
+    values = as_dtype(elements, source).astype(jnp.float32) * factor
     largest = _LARGEST.get(cast[1])
     if largest is not None:
         values = jnp.clip(values, -largest, largest)
@@ -126,7 +129,5 @@ def _compiled(run: Callable[..., Any], program: Program, more: list[Any]) -> Cal
     indices = jax.ShapeDtypeStruct((program.size,), jnp.int32)
     factor = jax.ShapeDtypeStruct((), jnp.float32)
     donated = (0,) if more else ()
-    compiled: Callable[..., Any] = (
-        jax.jit(run, donate_argnums=donated).lower(array, indices, factor, *more).compile()
-    )
+    compiled: Callable[..., Any] = jax.jit(run, donate_argnums=donated).lower(array, indices, factor, *more).compile()
     return compiled

@@ -8,24 +8,23 @@ there is one place where the present arrays are, and whoever wants to use them t
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+from kvxfer.background import Turn
 from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.gather import paged, stand_in
+from kvxfer.layout import DTYPE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
-
-_SUPPORTED_NBYTES: Final = (1, 2, 4, 8)
 
 
 class Arrays:
@@ -49,7 +48,7 @@ class Arrays:
 
     def __init__(self, arrays: Iterable[jax.Array]) -> None:
         self._arrays = list(arrays)
-        self._turn = threading.Lock()
+        self._turn = Turn()
         for array in self._arrays:
             if not isinstance(array, jax.Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
@@ -79,7 +78,7 @@ class Arrays:
         Raises:
             TimeoutError: the present turn was not over in time.
         """
-        if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
+        if not self._turn.take(timeout_s):
             raise TimeoutError("somebody else has had the arrays of this cache for too long")
         return list(self._arrays)
 
@@ -94,7 +93,7 @@ class Arrays:
             self._check(arrays)
             self._arrays = list(arrays)
         finally:
-            self._turn.release()
+            self._turn.give()
 
     def _check(self, arrays: Sequence[jax.Array]) -> None:
         if len(arrays) != len(self._facts):
@@ -123,7 +122,9 @@ class Arrays:
                 all in the same way.
         """
         if len(names) * components != len(self._arrays):
-            raise UnsupportedBufferError(f"{len(self._arrays)} arrays are not {components} for each of {len(names)} layers")
+            raise UnsupportedBufferError(
+                f"{len(self._arrays)} arrays are not {components} for each of {len(names)} layers"
+            )
         with self.turn() as arrays:
             ranks = [_ranks(array, order, heads) for array in arrays]
         if any(each != ranks[0] for each in ranks):
@@ -140,8 +141,8 @@ class Arrays:
         """One device's part of one array: ``shard`` counts those that this process has."""
         with self.turn() as arrays:
             part = _parts(arrays[number])[shard]
-            if part.dtype.itemsize * part.size != part.nbytes or part.dtype.itemsize not in _SUPPORTED_NBYTES:
-                raise UnsupportedBufferError(f"elements of {part.dtype} do not have 1, 2, 4 or 8 bytes")
+            if str(part.dtype) not in DTYPE_NBYTES or not part.size:
+                raise UnsupportedBufferError(f"an array of shape {part.shape} and {part.dtype} is no cache")
             (device,) = part.devices()
             base = self._bases[number][shard]
             return Place(self, number, shard, part.shape, part.dtype, part.sharding, f"jax:{device.id}", base)
@@ -172,18 +173,17 @@ class Place:
         """Of the part."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def part_of(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        """The part, in a turn: an array on one device, that shares its memory with the whole."""
-        return _parts(arrays[self.number])[self.shard]
+    def parts_of(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """All parts of the array that this process has, in a turn: arrays that share their memory with the whole."""
+        return _parts(arrays[self.number])
 
-    def put_into(self, arrays: list[jax.Array], part: jax.Array) -> None:
-        """The part was donated, in a turn, and became another."""
+    def put_together(self, arrays: list[jax.Array], parts: list[jax.Array]) -> None:
+        """Some of the parts were donated, in a turn, and became others."""
         whole = arrays[self.number]
-        if whole.sharding == part.sharding:  # it is the whole: the one before is gone, and tells nothing more
-            arrays[self.number] = part
-            return
-        every = [part if i == self.shard else other.data for i, other in enumerate(whole.addressable_shards)]
-        arrays[self.number] = jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, every)
+        if isinstance(whole.sharding, jax.sharding.SingleDeviceSharding):
+            (arrays[self.number],) = parts
+        else:
+            arrays[self.number] = jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, parts)
 
     def paged(self, order: str, heads: int) -> ArrayView:
         """As ``[block, head, token, content]``."""

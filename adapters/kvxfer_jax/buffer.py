@@ -63,7 +63,7 @@ class JaxBuffer(DeviceBuffer):
     def array(self) -> jax.Array:
         """What the array is now: of this device alone. Not to be kept, see `Arrays`."""
         with self.arrays.turn() as arrays:
-            return self.place.part_of(arrays)
+            return self.place.parts_of(arrays)[self.place.shard]
 
     @property
     def arrays(self) -> Arrays:
@@ -117,7 +117,9 @@ def _place_of(place: Any) -> Place:
         place = place.owner
     if isinstance(place, jax.Array):
         if len(place.sharding.device_set) != 1:
-            raise UnsupportedBufferError("an array of several devices is a buffer for each: see kvxfer_jax.Arrays.shares")
+            raise UnsupportedBufferError(
+                "an array of several devices is a buffer for each: see kvxfer_jax.Arrays.shares"
+            )
         place = Arrays([place]).place(0)
     if not isinstance(place, Place):
         raise UnsupportedBufferError(f"a {type(place).__name__} is no jax.Array")

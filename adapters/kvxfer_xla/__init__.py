@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from kvxfer_xla.buffer import XlaBuffer
+from kvxfer_xla.buffer import TURN, XlaBuffer
 
-__all__ = ["XlaBuffer"]
+__all__ = ["TURN", "XlaBuffer"]

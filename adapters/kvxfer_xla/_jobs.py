@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from kvxfer.errors import TransferFailedError
@@ -17,10 +18,10 @@ from kvxfer.runs import SOURCE, TARGET
 from kvxfer_xla import _programs
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator, Sequence
     from typing import TypeAlias
 
+    from kvxfer.background import Turn
     from kvxfer.buffer import Bytes
     from kvxfer.copies import Copy
     from kvxfer.gather import Picked, Piece
@@ -47,7 +48,7 @@ class _Task:
         return _programs.cast(elements, cast.source, cast.target, self.on_device(np.array(cast.factor, np.float32)))
 
 
-def pack(work: Work, out: Bytes, turn: threading.Lock) -> None:
+def pack(work: Work, out: Bytes, turn: Turn) -> None:
     """Copy from tensors to ``out``."""
     try:
         tasks = list(_tasks(work, SOURCE))
@@ -70,32 +71,28 @@ def _gather(task: _Task, piece: Piece) -> torch.Tensor:
     return found
 
 
-def unpack(work: Work, packed: Bytes, turn: threading.Lock) -> None:
+def unpack(work: Work, packed: Bytes, turn: Turn) -> None:
     """Copy from ``packed`` to tensors, in place."""
     try:
         tasks = list(_tasks(work, TARGET))
         values = [_values(task, packed) for task in tasks]
         with turn:
-            signals = [
-                _scatter(task, piece, each)
-                for task, mine in zip(tasks, values, strict=True)
-                for piece, each in zip(task.pieces, mine, strict=True)
-            ]
-        for signal in signals:
-            signal.cpu()
+            for task, mine in zip(tasks, values, strict=True):
+                for piece, each in zip(task.pieces, mine, strict=True):
+                    _scatter(task, piece, each)
+        # Of all that runs on the device by now: the tensors themselves are the engine's again.
+        xm.wait_device_ops()
     except RuntimeError as error:
         raise TransferFailedError(f"the device cannot unpack: {error}") from error
 
 
-def _scatter(task: _Task, piece: Piece, values: np.ndarray) -> torch.Tensor:
-    """Returns something to wait for: the tensor itself is the engine's again."""
-    indices = task.on_device(piece.indices)
-    _programs.scatter(task.tensor, task.picked.unit_nbytes, indices, task.cast(task.on_device(values)))
-    signal = indices[:1] + 1
+def _scatter(task: _Task, piece: Piece, values: np.ndarray) -> None:
+    indices, elements = task.on_device(piece.indices), task.cast(task.on_device(values))
     with alias_with_buffer_donor_config():
+        # Before anything is recorded: it marks the memory that the tensor has at this moment.
         torch.ops.xla.dynamo_set_buffer_donor_(task.tensor, True)
-        _programs.sync([task.tensor, signal])
-    return signal
+        _programs.scatter(task.tensor, task.picked.unit_nbytes, indices, elements)
+        _programs.sync([task.tensor])
 
 
 def _values(task: _Task, packed: Bytes) -> list[np.ndarray]:

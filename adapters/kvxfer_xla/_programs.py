@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 import torch_xla
+import torch_xla.runtime as xr
 
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LARGEST: Final = {"float16": 65504.0, "float8_e4m3fn": 448.0}
@@ -15,7 +16,8 @@ _LARGEST: Final = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 
 def gathered(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor) -> torch.Tensor:
     """The units, one after the other, as integers."""
-    return rows_of(tensor, unit_nbytes).index_select(0, indices).reshape(-1)
+    found = rows_of(tensor, unit_nbytes).index_select(0, indices).reshape(-1)
+    return as_dtype(found, _BITS[found.element_size()])
 
 
 def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -25,11 +27,16 @@ def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, value
 
 
 def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
-    """One row for each unit, as integers: compilers compute with floats, and may make one NaN of another."""
+    """One row for each unit.
+
+    Small floats are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The price is
+    that a scatter then moves the tensor to new memory.
+    """
     itemsize = tensor.element_size()
     if unit_nbytes % itemsize:
         return tensor.view(-1).view(torch.uint8).view(-1, unit_nbytes)
-    bits = tensor.view(_BITS[itemsize])
+    widens = tensor.is_floating_point() and itemsize < 4 and xr.device_type() == "CPU"
+    bits = tensor.view(_BITS[itemsize]) if widens else tensor
     for axis in range(1, tensor.dim()):
         if prod(tensor.shape[axis:]) * itemsize == unit_nbytes:
             return bits.view(-1, *tensor.shape[axis:])

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from kvxfer.background import Background
+from kvxfer.background import Background, Turn
 from kvxfer.buffer import DeviceBuffer
 from kvxfer.casting import CASTABLE
 from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.gather import paged, stand_in
+from kvxfer.layout import DTYPE_NBYTES
 from kvxfer_xla import _jobs
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvxfer.buffer import Bytes, Completion, Shares
     from kvxfer.copies import Copy
 
-TURN: Final = threading.Lock()
+TURN: Final = Turn()
 """Held by whoever uses tensors of caches: torch_xla records what is done to tensors, for all threads of a process in common,
 and `torch_xla.sync` carries out whatever is recorded by then."""
 
@@ -76,9 +76,7 @@ class XlaBuffer(DeviceBuffer):
             heads = tensor.shape[axis] if axis < tensor.dim() else 1
         shape, strides = paged(tensor.shape, itemsize, order, heads)
         base, name = stand_in(), str(tensor.dtype).removeprefix("torch.")
-        return ArrayView(
-            base, shape, strides, itemsize, name, (base, base + tensor.nbytes), tensor, str(tensor.device)
-        )
+        return ArrayView(base, shape, strides, itemsize, name, (base, base + tensor.nbytes), tensor, str(tensor.device))
 
     @classmethod
     def view_of(cls, array: Any) -> ArrayView:
@@ -126,6 +124,6 @@ def _checked(tensor: Any) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "xla":
         where = f"on {tensor.device}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
         raise UnsupportedBufferError(f"a buffer of torch_xla is made of a tensor on an XLA device, not {where}")
-    if not tensor.numel() or tensor.is_complex():
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPE_NBYTES or not tensor.numel():
         raise UnsupportedBufferError(f"a tensor of shape {tuple(tensor.shape)} and {tensor.dtype} is no cache")
     return tensor

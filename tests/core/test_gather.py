@@ -104,7 +104,9 @@ def one(offset, nbytes):
     return Copy(*(np.array([n], np.int64) for n in (offset, 0, 0, 0)), (), nbytes)
 
 
-@pytest.mark.parametrize(("offset", "nbytes", "unit"), [(0, 65536, 16384), (16384, 17408, 1024), (2048, 768, 256), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("offset", "nbytes", "unit"), [(0, 65536, 16384), (16384, 17408, 1024), (2048, 768, 256), (1, 2, 1)]
+)
 def test_largest_unit(offset, nbytes, unit):
     """Units are as large as the copies allow: what is moved in whole blocks takes an index for each block."""
     (picked,) = pick([one(offset, nbytes)], SOURCE, units_of((100, 16, 4, 128), 2))
