@@ -3,18 +3,19 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env lint format types imports api
+.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
 FULL := .venv/full/bin/python
 FUZZ := .venv/fuzz/bin/python
+XLA := .venv/xla/bin/python
 
 # Names of this project that somebody's shell may have set must not steer its own tests.
 PYTEST := $(FULL) -m pytest
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte is checked; a table tells how fast
 	@$(dir $(DEMO))kvxfer demo $(ARGS)
@@ -22,12 +23,15 @@ demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte 
 serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them
 	@$(FULL) -m kvxfer_vllm.local $(ARGS)
 
-test: check unit e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
+test: check unit test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
 
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
 unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
 	$(PYTEST) --ignore=tests/e2e $(ARGS)
+
+test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
+	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(ARGS)
 
 e2e: full-env ## Tests through real vLLM servers and the router
 	$(PYTEST) tests/e2e $(ARGS)
@@ -62,6 +66,9 @@ full-env:
 
 fuzz-env:
 	@$(BOOTSTRAP) fuzz
+
+xla-env:
+	@$(BOOTSTRAP) xla
 
 lint: full-env
 	$(FULL) -m ruff check .

@@ -62,13 +62,19 @@ def copy_runs(copies: Iterable[Copy], source: Bytes, target: Bytes) -> None:
         if copy.cast is not None:
             for part in _in_pieces(runs, copy.cast):
                 _indexed(part, source, target, convert)
-        elif runs.starts is None:
-            _strided(runs, source, target)
-        elif _each_start_is_a_batch(runs):
-            for one in runs.each_start():
-                _strided(one, source, target)
         else:
-            _indexed(runs, source, target, None)
+            carry(runs, source, target)
+
+
+def carry(runs: Runs, source: Bytes, target: Bytes) -> None:
+    """Carry out the runs of one copy without a cast, as `copy_runs`."""
+    if runs.starts is None:
+        _strided(runs, source, target)
+    elif _each_start_is_a_batch(runs):
+        for one in runs.each_start():
+            _strided(one, source, target)
+    else:
+        _indexed(runs, source, target, None)
 
 
 def _each_start_is_a_batch(runs: Runs) -> bool:

@@ -20,12 +20,14 @@ PRODUCT = ["kvxfer", "adapters", "integrations"]
 MAX_LINES = 400
 OPEN_TO_ADAPTERS = {
     "agent",
+    "background",
     "buffer",
     "casting",
     "config",
     "copies",
     "dlpack",
     "errors",
+    "gather",
     "layout",
     "memory",
     "runs",
