@@ -403,6 +403,7 @@ class Endpoint:
                 slot_nbytes=min(peer.slot_nbytes, self._identity.slot_nbytes),
                 addressable=(peer.addressable, self._identity.addressable),
                 casts=(peer.casts, self._identity.casts),
+                in_flight=self.settings.chunks_in_flight,
                 only=self._route,
             )
             for peer, part in zip(peers, made.parts, strict=True)
