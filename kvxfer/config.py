@@ -66,7 +66,7 @@ class Settings:
     max_connections: int = 4096
     """Most control connections at once that came in, and as many that go out; at most a quarter of the process's
     file descriptors (``ulimit -n``)."""
-    max_messages_per_s: int = 10_000
+    max_messages_per_s: int = 5_000
     """Most control messages of one connection; each 4 KiB of one count. What is more is dropped, and much more ends it."""
     staging_nbytes: int = 64 << 20
     """Host memory for chunks of packed transfers, in both directions together: a hard limit."""

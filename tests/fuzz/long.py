@@ -104,7 +104,7 @@ def main() -> int:
         if child.returncode:
             failed.append(name)
             print(child.stderr[-6000:], file=sys.stderr)
-    print(f"{'all':12} {total:12,} run, findings in {FOUND}: {', '.join(failed) or 'none'}")
+    print(f"{'all':12} {total:12,} run, findings in {FOUND.name}: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 
