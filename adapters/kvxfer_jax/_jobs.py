@@ -37,9 +37,8 @@ class _Task:
     programs: list[Program]
 
     @property
-    def factor(self) -> np.float32:
-        cast = self.picked.cast
-        return np.float32(1.0 if cast is None else cast.factor)
+    def factor(self) -> np.ndarray[Any, Any]:
+        return np.array(1.0 if self.picked.cast is None else self.picked.cast.factor, np.float32)
 
 
 def pack(work: Work, out: Bytes) -> None:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from kvxfer.background import Turn
 from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
@@ -24,6 +22,7 @@ from kvxfer.layout import DTYPE_NBYTES
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    import jax
     import numpy as np
 
 
@@ -50,7 +49,7 @@ class Arrays:
         self._arrays = list(arrays)
         self._turn = Turn()
         for array in self._arrays:
-            if not isinstance(array, jax.Array):
+            if not isinstance(array, _jax().Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
         self._facts = [_facts(array) for array in self._arrays]
         self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
@@ -180,10 +179,10 @@ class Place:
     def put_together(self, arrays: list[jax.Array], parts: list[jax.Array]) -> None:
         """Some of the parts were donated, in a turn, and became others."""
         whole = arrays[self.number]
-        if isinstance(whole.sharding, jax.sharding.SingleDeviceSharding):
+        if isinstance(whole.sharding, _jax().sharding.SingleDeviceSharding):
             (arrays[self.number],) = parts
         else:
-            arrays[self.number] = jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, parts)
+            arrays[self.number] = _jax().make_array_from_single_device_arrays(whole.shape, whole.sharding, parts)
 
     def paged(self, order: str, heads: int) -> ArrayView:
         """As ``[block, head, token, content]``."""
@@ -219,11 +218,18 @@ class Share:
         }
 
 
+def _jax() -> Any:
+    """The library, which is not imported before somebody has an array of it."""
+    import jax  # noqa: PLC0415
+
+    return jax
+
+
 def _parts(array: jax.Array) -> list[jax.Array]:
     """The parts of an array that this process has, each on one device."""
     if array.is_deleted():
         raise UnsupportedBufferError("the array was deleted: something donated it and did not give back what it became")
-    if isinstance(array.sharding, jax.sharding.SingleDeviceSharding):
+    if isinstance(array.sharding, _jax().sharding.SingleDeviceSharding):
         return [array]
     return [part.data for part in array.addressable_shards]
 

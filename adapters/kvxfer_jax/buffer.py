@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
-
-import jax
 
 from kvxfer.background import Background
 from kvxfer.buffer import DeviceBuffer
 from kvxfer.casting import CASTABLE
 from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer_jax import _jobs
 from kvxfer_jax.arrays import Arrays, Place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import jax
 
     from kvxfer.buffer import Bytes, Completion, Shares
     from kvxfer.copies import Copy
@@ -51,6 +51,11 @@ class JaxBuffer(DeviceBuffer):
         if any((each.arrays, each.number, each.shard) != (first.arrays, first.number, first.shard) for each in found):
             raise UnsupportedBufferError("the views are not of one array: make one buffer for each")
         self.place: Place = first
+
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None, or that JAX is not installed."""
+        return None if find_spec("jax") else "jax is not installed: pip install 'kvxfer[jax]'"
 
     @classmethod
     def view_of(cls, array: Any) -> ArrayView:
@@ -89,21 +94,21 @@ class JaxBuffer(DeviceBuffer):
         return source in CASTABLE and target in CASTABLE
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
-        return _background.start(partial(_jobs.pack, [(self.place, copies)], out))
+        return _background.start(partial(_jobs().pack, [(self.place, copies)], out))
 
     def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
-        return _background.start(partial(_jobs.unpack, [(self.place, copies)], packed))
+        return _background.start(partial(_jobs().unpack, [(self.place, copies)], packed))
 
     @classmethod
     def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
-        return [_background.start(partial(_jobs.pack, mine, out)) for mine in _by_turn(shares)]
+        return [_background.start(partial(_jobs().pack, mine, out)) for mine in _by_turn(shares)]
 
     @classmethod
     def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
-        return [_background.start(partial(_jobs.unpack, mine, packed)) for mine in _by_turn(shares)]
+        return [_background.start(partial(_jobs().unpack, mine, packed)) for mine in _by_turn(shares)]
 
 
-def _by_turn(shares: Shares) -> Iterable[_jobs.Work]:
+def _by_turn(shares: Shares) -> Iterable[list[tuple[Place, Sequence[Copy]]]]:
     """What can be done in one turn."""
     found: dict[Arrays, list[tuple[Place, Sequence[Copy]]]] = defaultdict(list)
     for buffer, copies in shares:
@@ -115,12 +120,16 @@ def _by_turn(shares: Shares) -> Iterable[_jobs.Work]:
 def _place_of(place: Any) -> Place:
     if isinstance(place, ArrayView):
         place = place.owner
-    if isinstance(place, jax.Array):
-        if len(place.sharding.device_set) != 1:
-            raise UnsupportedBufferError(
-                "an array of several devices is a buffer for each: see kvxfer_jax.Arrays.shares"
-            )
-        place = Arrays([place]).place(0)
-    if not isinstance(place, Place):
-        raise UnsupportedBufferError(f"a {type(place).__name__} is no jax.Array")
-    return place
+    if isinstance(place, Place):
+        return place
+    arrays = Arrays([place])
+    if len(place.sharding.device_set) != 1:
+        raise UnsupportedBufferError("an array of several devices is a buffer for each: see kvxfer_jax.Arrays.shares")
+    return arrays.place(0)
+
+
+def _jobs() -> Any:
+    """What needs JAX, for those who have it."""
+    from kvxfer_jax import _jobs  # noqa: PLC0415
+
+    return _jobs

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
-
-import torch
 
 from kvxfer.background import Background, Turn
 from kvxfer.buffer import DeviceBuffer
@@ -15,10 +14,11 @@ from kvxfer.dlpack import ArrayView
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.gather import paged, stand_in
 from kvxfer.layout import DTYPE_NBYTES
-from kvxfer_xla import _jobs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import torch
 
     from kvxfer.buffer import Bytes, Completion, Shares
     from kvxfer.copies import Copy
@@ -58,6 +58,11 @@ class XlaBuffer(DeviceBuffer):
         """The engine's own."""
 
     @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None, or that torch_xla is not installed."""
+        return None if find_spec("torch_xla") else "torch_xla is not installed: pip install 'kvxfer[xla]'"
+
+    @classmethod
     def layer(cls, tensor: torch.Tensor, *, order: str = "NHD", heads: int | None = None) -> ArrayView:
         """What `kvxfer.KVCache.from_layers` takes for a layer, or for one component of it.
 
@@ -90,7 +95,7 @@ class XlaBuffer(DeviceBuffer):
     @property
     def nbytes(self) -> int:
         """Of the tensor."""
-        return self.tensor.nbytes
+        return int(self.tensor.nbytes)
 
     @property
     def device(self) -> str:
@@ -102,25 +107,34 @@ class XlaBuffer(DeviceBuffer):
         return source in CASTABLE and target in CASTABLE
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
-        return _background.start(partial(_jobs.pack, [(self.tensor, copies)], out, TURN))
+        return _background.start(partial(_jobs().pack, [(self.tensor, copies)], out, TURN))
 
     def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
-        return _background.start(partial(_jobs.unpack, [(self.tensor, copies)], packed, TURN))
+        return _background.start(partial(_jobs().unpack, [(self.tensor, copies)], packed, TURN))
 
     @classmethod
     def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
-        return [_background.start(partial(_jobs.pack, _work(shares), out, TURN))]
+        return [_background.start(partial(_jobs().pack, _work(shares), out, TURN))]
 
     @classmethod
     def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
-        return [_background.start(partial(_jobs.unpack, _work(shares), packed, TURN))]
+        return [_background.start(partial(_jobs().unpack, _work(shares), packed, TURN))]
 
 
 def _work(shares: Shares) -> list[tuple[torch.Tensor, Sequence[Copy]]]:
     return [(buffer.tensor, copies) for buffer, copies in shares if isinstance(buffer, XlaBuffer)]
 
 
+def _jobs() -> Any:
+    """What needs torch_xla, for those who have it."""
+    from kvxfer_xla import _jobs  # noqa: PLC0415
+
+    return _jobs
+
+
 def _checked(tensor: Any) -> torch.Tensor:
+    import torch  # noqa: PLC0415 - by now somebody has a tensor, or none
+
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "xla":
         where = f"on {tensor.device}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
         raise UnsupportedBufferError(f"a buffer of torch_xla is made of a tensor on an XLA device, not {where}")
