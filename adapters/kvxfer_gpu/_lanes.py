@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-import torch
 
 from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
 from kvxfer_gpu._task import tasks
+from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, host_tensor
 

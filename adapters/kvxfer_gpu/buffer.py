@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from kvxfer.buffer import DeviceBuffer
 from kvxfer.casting import CASTABLE
 from kvxfer.dlpack import ArrayView, allocations, read_array
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
+from kvxfer_gpu._torch import torch
 from kvxfer_gpu.runtime import Flat, Runtime
 
 if TYPE_CHECKING:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -205,3 +207,13 @@ def test_a_machine_without_such_a_gpu(name, what):
         return
     with pytest.raises(UnavailableError, match=what):
         registry.load(name, "buffers")
+
+
+def test_without_pytorch():
+    """Where PyTorch is not installed the adapters can be asked for, and say that it is what is missing."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from kvxfer import registry;"
+        "print([registry.why_unavailable(name, 'buffers') for name in ('cuda', 'rocm')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.count("PyTorch is not installed") == 2
