@@ -3,17 +3,19 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit e2e sim search bench benchvllm clean demo-env full-env lint format types imports api
+.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
 FULL := .venv/full/bin/python
+FUZZ := .venv/fuzz/bin/python
+XLA := .venv/xla/bin/python
 
 # Names of this project that somebody's shell may have set must not steer its own tests.
 PYTEST := $(FULL) -m pytest
 
 help: ## Say what there is
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte is checked; a table tells how fast
 	@$(dir $(DEMO))kvxfer demo $(ARGS)
@@ -21,12 +23,15 @@ demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte 
 serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them
 	@$(FULL) -m kvxfer_vllm.local $(ARGS)
 
-test: check unit e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
+test: check unit test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
 
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
 unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
 	$(PYTEST) --ignore=tests/e2e $(ARGS)
+
+test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
+	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(ARGS)
 
 e2e: full-env ## Tests through real vLLM servers and the router
 	$(PYTEST) tests/e2e $(ARGS)
@@ -34,8 +39,14 @@ e2e: full-env ## Tests through real vLLM servers and the router
 sim: full-env ## Real endpoints in a simulated world for hours, looking for a seed that fails (make sim ARGS="--profile all --seeds 20000")
 	$(dir $(FULL))kvxfer sim --seeds 2000 $(ARGS)
 
+soak: full-env ## Engines in real processes for an hour, killed, frozen and restarted; every byte checked, nothing may grow (make soak ARGS="--minutes 10")
+	$(dir $(FULL))kvxfer soak $(ARGS)
+
 search: full-env ## Random pairs of caches for an hour or so, looking for one that fails (CI runs a fixed few thousand)
 	HYPOTHESIS_PROFILE=search $(PYTEST) tests/core/test_any_pair.py tests/core/test_any_pair_moved.py tests/core/test_plan.py tests/core/test_strided.py --timeout=0 $(ARGS)
+
+fuzz: fuzz-env ## Everything that reads what others wrote, five minutes for each reader, guided by coverage (make fuzz ARGS="--seconds 3600")
+	$(FUZZ) -m tests.fuzz.long $(ARGS)
 
 bench: full-env ## Measure: reads beside raw NIXL in one run, binding, handshake, idle
 	$(PYTEST) benchmarks --ignore=benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
@@ -44,7 +55,7 @@ benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector i
 	$(PYTEST) benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
 
 clean: ## Remove what was made here: environments, caches, builds
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
+	rm -rf .venv .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-env:
@@ -52,6 +63,12 @@ demo-env:
 
 full-env:
 	@$(BOOTSTRAP) full
+
+fuzz-env:
+	@$(BOOTSTRAP) fuzz
+
+xla-env:
+	@$(BOOTSTRAP) xla
 
 lint: full-env
 	$(FULL) -m ruff check .

@@ -7,9 +7,10 @@ chosen bytes gathered into host memory, in another order and perhaps as another 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias, final, runtime_checkable
 
 import numpy as np
 
@@ -21,11 +22,13 @@ from kvxfer.memory import Memory
 from kvxfer.strided import copy_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
-    Bytes = npt.NDArray[np.uint8]
+    Bytes: TypeAlias = npt.NDArray[np.uint8]
+    Shares: TypeAlias = "Sequence[tuple[DeviceBuffer, Sequence[Copy]]]"
+    Start: TypeAlias = Callable[["DeviceBuffer", Sequence[Copy]], "Completion"]
 
 
 @runtime_checkable
@@ -57,11 +60,16 @@ class DeviceBuffer(ABC):
     """One allocation on one device, holding all or part of a cache.
 
     An adapter implements three properties and two methods, and `can_cast` if it casts; arguments are checked here, once for
-    all devices. Places are given as byte offsets from the start of the buffer, so a buffer without an address is used like
+    all devices. It may also do the work of several buffers at once (`_pack_all`, `_unpack_all`) and prepare the memory that
+    chunks are staged in (`prepare_staging`). Places are given as byte offsets from the start of the buffer, so a buffer without an address is used like
     any other.
 
     Thread: one at a time; which one does not matter.
     """
+
+    longest_chunk_nbytes: ClassVar[int] = 8 << 20
+    """Chunks are as long as the staging arena allows and no longer than this. Host memory: so long they stay in the processor's
+    caches between packing and the wire."""
 
     @property
     @abstractmethod
@@ -78,6 +86,16 @@ class DeviceBuffer(ABC):
     def device(self) -> str:
         """Where it lies, as a person writes it: ``cpu``, ``cuda:0``."""
 
+    @classmethod
+    def why_unavailable(cls) -> str | None:
+        """None if such buffers can be made in this process, else the reason in one sentence, with what to do."""
+        return None
+
+    @classmethod
+    def view_of(cls, array: Any) -> ArrayView:  # noqa: ARG003 - for those who override it
+        """Shape and place of an array that buffers of this class are made of. Raises UnsupportedBufferError."""
+        raise UnsupportedBufferError(f"{cls.__name__} reads no arrays: make its buffers and the CacheSpec by hand")
+
     @abstractmethod
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
         """Start copying from this buffer to ``out``. Arguments are checked, and at least one copy is given."""
@@ -85,6 +103,29 @@ class DeviceBuffer(ABC):
     @abstractmethod
     def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
         """Start copying from ``packed`` to this buffer. Arguments are checked, and at least one copy is given."""
+
+    @classmethod
+    def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
+        """`_pack` for several buffers of this class: for devices on which many small beginnings cost more than one."""
+        return _begin_each(shares, lambda buffer, copies: buffer._pack(copies, out))  # noqa: SLF001 - of this class
+
+    @classmethod
+    def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
+        """`_unpack` for several buffers of this class."""
+        return _begin_each(shares, lambda buffer, copies: buffer._unpack(copies, packed))  # noqa: SLF001 - of this class
+
+    @classmethod
+    def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:  # noqa: ARG003 - for those who override it
+        """Host memory in which chunks will lie, for a device that reads and writes faster what it was told of.
+
+        Args:
+            memory: stays where it is until what this returns was called. Other devices may be told of it too.
+
+        Returns:
+            how to take it back, or None if there is nothing to take back. Raises nothing: a device that cannot prepare it
+            says so in the log, and copies all the same.
+        """
+        return None
 
     def can_cast(self, source: str, target: str) -> bool:  # noqa: ARG002 - for those who override it
         """Whether `pack` and `unpack` take a `Cast` from one dtype (of `kvxfer.layout.DTYPE_NBYTES`) to the other.
@@ -109,10 +150,7 @@ class DeviceBuffer(ABC):
             DescriptorError: a copy is not as documented or leaves the buffer or ``out``, or ``out`` is not as above.
             UnsupportedError: a copy has a cast that this device cannot do. After either, nothing was copied.
         """
-        self._check_host(out)
-        if not out.flags.writeable:
-            raise DescriptorError("the bytes to pack into are read-only")
-        self._check(copies, self.nbytes, len(out))
+        self._check_pack(copies, out)
         return self._pack(copies, out) if len(copies) else FINISHED
 
     @final
@@ -131,9 +169,18 @@ class DeviceBuffer(ABC):
             DescriptorError: a copy is not as documented or leaves ``packed`` or the buffer, or ``packed`` is not as above.
             UnsupportedError: a copy has a cast that this device cannot do. After either, nothing was copied.
         """
+        self._check_unpack(copies, packed)
+        return self._unpack(copies, packed) if len(copies) else FINISHED
+
+    def _check_pack(self, copies: Sequence[Copy], out: Bytes) -> None:
+        self._check_host(out)
+        if not out.flags.writeable:
+            raise DescriptorError("the bytes to pack into are read-only")
+        self._check(copies, self.nbytes, len(out))
+
+    def _check_unpack(self, copies: Sequence[Copy], packed: Bytes) -> None:
         self._check_host(packed)
         self._check(copies, len(packed), self.nbytes)
-        return self._unpack(copies, packed) if len(copies) else FINISHED
 
     @staticmethod
     def _check_host(memory: Bytes) -> None:
@@ -158,6 +205,57 @@ class DeviceBuffer(ABC):
         return f"{self.device} cannot cast {source} to {target}"
 
 
+def pack_all(shares: Shares, out: Bytes) -> list[Completion]:
+    """`DeviceBuffer.pack` of several buffers into the same memory; those of one class begin together.
+
+    Raises:
+        KvxferError: as of `DeviceBuffer.pack`, or what a device raised. What had begun has ended.
+    """
+    for buffer, copies in shares:
+        buffer._check_pack(copies, out)  # noqa: SLF001 - this module
+    return _begin_all(shares, lambda kind, mine: kind._pack_all(mine, out))  # noqa: SLF001 - this module
+
+
+def unpack_all(shares: Shares, packed: Bytes) -> list[Completion]:
+    """`DeviceBuffer.unpack` of several buffers from the same memory; those of one class begin together. Raises as `pack_all`."""
+    for buffer, copies in shares:
+        buffer._check_unpack(copies, packed)  # noqa: SLF001 - this module
+    return _begin_all(shares, lambda kind, mine: kind._unpack_all(mine, packed))  # noqa: SLF001 - this module
+
+
+def _begin_all(shares: Shares, begin: Callable[[type[DeviceBuffer], Shares], list[Completion]]) -> list[Completion]:
+    kinds: dict[type[DeviceBuffer], list[tuple[DeviceBuffer, Sequence[Copy]]]] = {}
+    for share in shares:
+        if len(share[1]):
+            kinds.setdefault(type(share[0]), []).append(share)
+    begun: list[Completion] = []
+    try:
+        for kind, mine in kinds.items():
+            begun += begin(kind, mine)
+    except BaseException:
+        let_end(begun)
+        raise
+    return begun
+
+
+def _begin_each(shares: Shares, start: Start) -> list[Completion]:
+    begun: list[Completion] = []
+    try:
+        for buffer, copies in shares:
+            begun.append(start(buffer, copies))
+    except BaseException:
+        let_end(begun)
+        raise
+    return begun
+
+
+def let_end(copies: Sequence[Completion]) -> None:
+    """Wait until copies have ended, well or not, so that nothing touches their memory any more."""
+    for copy in copies:
+        with contextlib.suppress(Exception):
+            copy.wait()
+
+
 class HostBuffer(DeviceBuffer):
     """Host memory of NumPy arrays, or of anything with ``__array_interface__`` or DLPack: PyTorch's CPU tensors too.
 
@@ -171,7 +269,7 @@ class HostBuffer(DeviceBuffer):
     """
 
     def __init__(self, *arrays: Any) -> None:
-        views = [array if isinstance(array, ArrayView) else read_array(array) for array in arrays]
+        views = [array if isinstance(array, ArrayView) else self.view_of(array) for array in arrays]
         if not views:
             raise UnsupportedBufferError("a buffer needs at least one array")
         if max(allocations(views)) > 0:
@@ -180,6 +278,11 @@ class HostBuffer(DeviceBuffer):
         low = min(view.address for view in views)
         self._memory = Memory(low, max(view.end for view in views) - low)
         self._bytes: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self._memory.nbytes).from_address(low))
+
+    @classmethod
+    def view_of(cls, array: Any) -> ArrayView:
+        """See `kvxfer.dlpack.read_array`."""
+        return read_array(array)
 
     @property
     def memory(self) -> Memory:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kvxfer.buffer import HostBuffer
-from kvxfer.dlpack import ArrayView, allocations, read_array
+from kvxfer.dlpack import allocations
 from kvxfer.errors import LayoutError
 from kvxfer.layout import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 
@@ -18,8 +18,19 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvxfer.buffer import DeviceBuffer
+    from kvxfer.dlpack import ArrayView
 
 _PAGE_NBYTES = 4096
+
+
+class BufferMaker(Protocol):
+    """A class of `DeviceBuffer`s that are made of arrays."""
+
+    def view_of(self, array: Any, /) -> ArrayView:
+        """See `DeviceBuffer.view_of`."""
+
+    def __call__(self, *arrays: Any) -> DeviceBuffer:
+        """The buffer of all these views of one allocation."""
 
 
 class KVCache:
@@ -70,6 +81,7 @@ class KVCache:
         dtype: str | None = None,
         rank: int = 0,
         world: int = 1,
+        buffers: BufferMaker = HostBuffer,
     ) -> KVCache:
         """Describe the arrays of an engine; nothing is copied.
 
@@ -77,7 +89,7 @@ class KVCache:
         earlier one of its group (layers that share their KV) is left out.
 
         Args:
-            layers: for each layer's name a writable array in host memory, seen as ``[block, head, token, content]``
+            layers: for each layer's name a writable array, seen as ``[block, head, token, content]``
                 whatever its strides, or several of them, one per component. A layer's number is the only number among
                 the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
                 otherwise its position in the mapping after ``layer_start``.
@@ -98,6 +110,7 @@ class KVCache:
             rank: this rank.
             world: number of ranks.
             dtype: element type, if the arrays have another of storage (bytes or integers that stand for bfloat16).
+            buffers: class of the buffers of the device that the arrays are on; called with the views of one allocation.
 
         Raises:
             LayoutError: the arrays do not make a cache.
@@ -105,10 +118,15 @@ class KVCache:
         """
         if not layers:
             raise LayoutError("a cache has at least one layer")
-        views = {name: _views_of(name, arrays, components) for name, arrays in layers.items()}
+        views = {name: _views_of(name, arrays, components, buffers) for name, arrays in layers.items()}
         flat = [view for parts in views.values() for view in parts.values()]
         numbers = _layer_numbers(list(layers), layer_start)
         placed = dict(zip(map(id, flat), allocations(flat), strict=True))
+        in_buffer: dict[int, list[ArrayView]] = {}
+        for view in flat:
+            in_buffer.setdefault(placed[id(view)], []).append(view)
+        made_buffers = [buffers(*in_buffer[number]) for number in sorted(in_buffer)]
+        bases = [_base(made_buffers[number], in_buffer[number]) for number in sorted(in_buffer)]
         if groups is None:
             groups = {"0": list(layers)}
         elif sorted(name for names in groups.values() for name in names) != sorted(layers):
@@ -116,7 +134,7 @@ class KVCache:
         made = []
         for group_name, names in groups.items():
             cells = [
-                _Cell(component, numbers[name], view, placed[id(view)])
+                _Cell(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
                 for name in names
                 for component, view in views[name].items()
             ]
@@ -154,10 +172,7 @@ class KVCache:
             world=world,
             layer_names=tuple(sorted(layers, key=lambda name: numbers[name])) if name_layers else (),
         )
-        in_buffer: dict[int, list[ArrayView]] = {}
-        for view in flat:
-            in_buffer.setdefault(placed[id(view)], []).append(view)
-        return cls(spec, [HostBuffer(*in_buffer[number]) for number in sorted(in_buffer)])
+        return cls(spec, made_buffers)
 
     @classmethod
     def allocate(
@@ -208,8 +223,8 @@ class KVCache:
 class _Cell:
     """One component of one layer: a region without a layer axis yet."""
 
-    def __init__(self, component: str, layer: int, view: ArrayView, buffer: int) -> None:
-        self.component, self.layer, self.address, self.buffer = component, layer, view.address, buffer
+    def __init__(self, component: str, layer: int, view: ArrayView, buffer: int, base: int) -> None:
+        self.component, self.layer, self.address, self.buffer = component, layer, view.address - base, buffer
         blocks, heads, tokens, content = view.shape
         self.extents = Axes(1, blocks, heads, tokens)
         self.content_nbytes = content * view.itemsize
@@ -225,13 +240,18 @@ class _Cell:
         return self.component, self.buffer, self.extents, self.strides, self.content_nbytes, self.element
 
 
-def _views_of(name: str, arrays: Any, components: Sequence[str] | None) -> dict[str, ArrayView]:
+def _base(buffer: DeviceBuffer, views: Sequence[ArrayView]) -> int:
+    """What the addresses of its regions count from: 0, or its first byte if its memory is not reached by address."""
+    return 0 if buffer.memory is not None else min(view.address for view in views)
+
+
+def _views_of(name: str, arrays: Any, components: Sequence[str] | None, buffers: BufferMaker) -> dict[str, ArrayView]:
     parts = list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
     if components is None:
         components = {1: ("kv",), 2: ("k", "v")}.get(len(parts), ())
     if len(parts) != len(components) or not parts:
         raise LayoutError(f"layer {name!r} has {len(parts)} arrays for {len(components)} components")
-    views = [read_array(part) for part in parts]
+    views = [buffers.view_of(part) for part in parts]
     for view in views:
         if len(view.shape) != 4:
             raise LayoutError(f"layer {name!r} has shape {view.shape}, not [blocks, heads, tokens, content]")

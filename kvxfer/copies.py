@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -109,11 +110,19 @@ class Copy:
 
     def source_bounds(self) -> tuple[int, int]:
         """First byte, and first byte after the last, of all that is read."""
-        loops = [(loop.count, loop.source_stride) for loop in self.loops]
-        return _bounds(self.source, self.source_blocks, loops, self.nbytes)
+        return self._source_bounds
 
     def target_bounds(self) -> tuple[int, int]:
         """First byte, and first byte after the last, of all that is written."""
+        return self._target_bounds
+
+    @cached_property
+    def _source_bounds(self) -> tuple[int, int]:
+        loops = [(loop.count, loop.source_stride) for loop in self.loops]
+        return _bounds(self.source, self.source_blocks, loops, self.nbytes)
+
+    @cached_property
+    def _target_bounds(self) -> tuple[int, int]:
         loops = [(loop.count, loop.target_stride) for loop in self.loops]
         return _bounds(self.target, self.target_blocks, loops, self.target_nbytes)
 

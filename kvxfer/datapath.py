@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
 from kvxfer.agent import Flight, FlightState, Op
+from kvxfer.buffer import let_end
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.integrity import verdict
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
-from kvxfer.packer import Packer, let_end
+from kvxfer.packer import Packer
 from kvxfer.reading import Leg, Reading
 from kvxfer.staging import StagingArena, Use
 from kvxfer.supply import Supply
@@ -29,7 +31,7 @@ from kvxfer.supply import Supply
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.actions import DataAction
+    from kvxfer.actions import DataAction, Packed
     from kvxfer.agent import TransferAgent
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
@@ -60,8 +62,8 @@ class Ends(Protocol):
     def agent_replaced(self, agent_info: bytes) -> object:
         """A new agent took the place of the old one: what peers know of that is of no use any more."""
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> object:
-        """A chunk lies at ``address``, or cannot be packed."""
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
+        """A chunk was packed, or cannot be."""
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> object:
         """A read needs a chunk of one of its sources."""
@@ -115,7 +117,9 @@ class DataPath:
         self._settings = settings
         self._metrics = metrics
         self._ends = ends
-        self.arena: StagingArena = StagingArena(settings.staging_nbytes)
+        self._kinds = {type(buffer) for buffer in cache.buffers}
+        longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
+        self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
         self._packer = Packer(cache, self.arena, ends.packed)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
@@ -131,6 +135,8 @@ class DataPath:
         self._scratches = Supply(board.take_scratch, board.give_scratch)
         self._slots = Supply(lambda: self.arena.take(Use.LANDING), self.arena.give)
         self._supplies = (self._scratches, self._slots)
+        self._undo: list[Callable[[], object]] = []
+        """How devices take back what they did to the arena."""
         self._shut_down = False
 
     def start(self) -> tuple[str, bytes]:
@@ -164,6 +170,10 @@ class DataPath:
         """See `kvxfer.host.Loop`."""
         try:
             described = self._life.first()
+            prepared = [
+                kind.prepare_staging(self.arena.bytes) for kind in {type(buffer) for buffer in self.cache.buffers}
+            ]
+            self._undo = [undo for undo in prepared if undo is not None]
         except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
             self._life.close()
             self._over = True
@@ -224,7 +234,7 @@ class DataPath:
         elif isinstance(job, ChunkStaged):
             leg = self._leg(job.transfer, job.source)
             if leg is not None:
-                self._guarded(leg, partial(leg.staged, self, job.number, job.address))
+                self._guarded(leg, partial(leg.staged, self, job.number, job.address, job.digest))
         elif isinstance(job, StopRead):
             reading = self._readings.get(job.transfer)
             if reading is not None and any(leg.waits for leg in reading.legs):
@@ -348,6 +358,7 @@ class DataPath:
         reading.ended_legs += 1
         reading.via = self._life.explain(leg.source.agent_info)
         if reading.ended_legs == len(reading.legs):
+            reading.error = verdict(reading.differences)
             self._end(reading)
 
     # -- reads: what happens to them --------------------------------------------------------------------------------
@@ -508,6 +519,8 @@ class DataPath:
         for reading in list(self._readings.values()):
             reading.pending = 0
             self._fail(reading, ClosedError("the endpoint was closed"))
+        for undo in self._undo:
+            undo()
         self._shut_down = True
         self._refuse_jobs()
 

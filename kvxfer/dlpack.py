@@ -18,9 +18,8 @@ from kvxfer.errors import UnsupportedBufferError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_CPU_DEVICES: Final = frozenset({1, 3, 11})
-"""kDLCPU, and the pinned host memory of CUDA (3) and ROCm (11), which the CPU reads like any other."""
 _DEVICE_NAMES: Final = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 11: "cpu"}
+"""3 and 11 are the pinned host memory of CUDA and ROCm, which the CPU reads like any other."""
 _READ_ONLY: Final = 1
 _DTYPES: Final = {
     (0, 8): "int8",
@@ -46,15 +45,16 @@ _DTYPES: Final = {
 
 @dataclass(frozen=True, eq=False)
 class ArrayView:
-    """A strided array in host memory.
+    """A strided array.
 
     Attributes:
-        address: of element (0, ..., 0).
+        address: of element (0, ..., 0), in its device's memory; for a device that tells none, an offset in its allocation.
         shape, strides: strides in bytes, never negative.
         itemsize: bytes of one element.
         dtype: name of the element type.
         allocation: ``[lo, hi)`` of the memory it was cut from, as far as its library tells; at least its own span.
         owner: keeps the memory alive as long as this view is referenced.
+        device: where it lies: ``cpu`` for host memory, else such as ``cuda:0``.
     """
 
     address: int
@@ -64,6 +64,7 @@ class ArrayView:
     dtype: str
     allocation: tuple[int, int]
     owner: object = field(repr=False)
+    device: str = "cpu"
 
     @property
     def end(self) -> int:
@@ -71,20 +72,21 @@ class ArrayView:
         return _span_end(self.address, self.shape, self.strides, self.itemsize)
 
 
-def read_array(array: Any) -> ArrayView:
-    """Where ``array`` lies. It must be writable host memory that nothing moves.
+def read_array(array: Any, devices: Sequence[str] = ("cpu",)) -> ArrayView:
+    """Where ``array`` lies. It must be writable memory that nothing moves.
 
     Args:
         array: has ``__array_interface__`` or ``__dlpack__``.
+        devices: kinds of device that it may be on: ``cpu``, ``cuda``, ``rocm``, whose memory has addresses.
 
     Raises:
-        UnsupportedBufferError: it lies on another device, is read-only, empty, broadcast, runs backwards, or holds
-            Python objects.
+        UnsupportedBufferError: it lies on another device, is read-only, empty, broadcast, runs backwards, or
+            holds Python objects.
     """
     if hasattr(type(array), "__array_interface__"):
         view = _from_array_interface(array)
     elif hasattr(type(array), "__dlpack__"):
-        view = _from_dlpack(array)
+        view = _from_dlpack(array, devices)
     else:
         raise UnsupportedBufferError(
             f"{type(array).__name__} is no array: it has neither __array_interface__ nor __dlpack__"
@@ -100,16 +102,16 @@ def read_array(array: Any) -> ArrayView:
 
 
 def allocations(views: Sequence[ArrayView]) -> list[int]:
-    """Which allocation each view was cut from, numbered from 0 in order of address.
+    """Which allocation each view was cut from, numbered from 0 in order of device and address.
 
     Views whose allocations overlap have one in common: that is all that libraries tell about views of views.
     """
     numbers = [0] * len(views)
-    number, reach = -1, -1
-    for index in sorted(range(len(views)), key=lambda i: views[i].allocation):
+    number, reach, device = -1, -1, ""
+    for index in sorted(range(len(views)), key=lambda i: (views[i].device, views[i].allocation)):
         low, high = views[index].allocation
-        if low >= reach:
-            number += 1
+        if low >= reach or views[index].device != device:
+            number, reach, device = number + 1, -1, views[index].device
         reach = max(reach, high)
         numbers[index] = number
     return numbers
@@ -197,12 +199,14 @@ _capsule_is = ctypes.pythonapi.PyCapsule_IsValid
 _capsule_is.restype, _capsule_is.argtypes = ctypes.c_int, [ctypes.py_object, ctypes.c_char_p]
 
 
-def _from_dlpack(array: Any) -> ArrayView:
+def _from_dlpack(array: Any, devices: Sequence[str]) -> ArrayView:
     try:
         device_type, device_id = (int(part) for part in array.__dlpack_device__())
-        if device_type not in _CPU_DEVICES:
-            name = f"{_DEVICE_NAMES.get(device_type, f'DLPack device {device_type}')}:{device_id}"
-            raise UnsupportedBufferError(f"the array is on {name}, not in host memory")
+        device = _DEVICE_NAMES.get(device_type, f"DLPack device {device_type}")
+        expected, device = device in devices, device if device == "cpu" else f"{device}:{device_id}"
+        if not expected:
+            where = " or ".join("host" if each == "cpu" else each for each in devices)
+            raise UnsupportedBufferError(f"the array is on {device}, not in {where} memory")
         try:
             capsule = array.__dlpack__(max_version=(1, 1))
         except TypeError:  # a library from before DLPack 1.0
@@ -239,4 +243,4 @@ def _from_dlpack(array: Any) -> ArrayView:
     if storage is not None:
         allocation = storage()
         low, high = min(low, allocation.data_ptr()), max(high, allocation.data_ptr() + allocation.nbytes())
-    return ArrayView(address, shape, strides, itemsize, dtype, (low, high), (array, capsule))
+    return ArrayView(address, shape, strides, itemsize, dtype, (low, high), (array, capsule), device)

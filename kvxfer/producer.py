@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
+from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
 from kvxfer.gate import Gate
@@ -45,17 +45,19 @@ if TYPE_CHECKING:
 _MOST_CONNECTIONS = 4096
 _MOST_CHUNKS = 256
 """Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+_CATCH_UP_RETRIES = 4
+"""For so many times that a consumer asks again, a lease is spared after this process stood still: some have to connect first."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Chunks:
-    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or why it is nowhere.
+    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or its digest, or why there is none.
 
     They are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
-    asked: dict[int, int | KvxferError | None] = field(default_factory=dict)
+    asked: dict[int, Packed | KvxferError | None] = field(default_factory=dict)
     missed: set[int] = field(default_factory=set)
     next_number: int = 0
 
@@ -162,13 +164,13 @@ class Producer:
         """The ranks of this engine listen there."""
         self._me.addresses = tuple(addresses)
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        """The data thread has packed a chunk at ``address``, or cannot."""
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+        """The data thread has packed a chunk, or cannot."""
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or number not in chunks.asked or lease is None:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
-        chunks.asked[number] = error if address is None else address
+        chunks.asked[number] = error if chunk is None else chunk
         connection = self._connections.get(lease.holders[key.rank])
         if connection is not None:
             self._tell_chunk(connection, key.token, number, chunks.asked[number])
@@ -188,6 +190,10 @@ class Producer:
             self._unstage(lease)
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
+
+    def stood_still(self, now: float) -> None:
+        """This process ran nothing for a while: consumers that renewed meanwhile have to be heard before their leases end."""
+        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
@@ -345,10 +351,12 @@ class Producer:
             chunks.ask(message.number)
             firsts = lease.first_tokens or [0] * len(lease.blocks)
             blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
-            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks))
+            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
 
-    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: int | KvxferError | None) -> None:
-        if isinstance(chunk, int):
+    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
+        if isinstance(chunk, bytes):
+            self._reply(connection, Staged(token=token, number=number, address=0, digest=chunk))
+        elif isinstance(chunk, int):
             self._reply(connection, Staged(token=token, number=number, address=chunk))
         elif chunk is not None:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
@@ -357,7 +365,7 @@ class Producer:
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
             return
-        taken = [number for number in numbers if number in chunks.asked]
+        taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
         chunks.missed.difference_update(numbers)  # given up before the question was here

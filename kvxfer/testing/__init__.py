@@ -22,6 +22,7 @@ pytest.register_assert_rewrite(
             "actor",
             "agent_suite",
             "buffer_suite",
+            "devices",
             "peers",
             "stage",
             "suite",
@@ -42,6 +43,7 @@ pytest.register_assert_rewrite(
 from kvxfer.testing.actor import Actor, FlightLog  # noqa: E402
 from kvxfer.testing.agent_suite import AgentSuite  # noqa: E402
 from kvxfer.testing.buffer_suite import BufferSuite, MadeBuffer  # noqa: E402
+from kvxfer.testing.devices import Device, HostDevice, on_device  # noqa: E402
 from kvxfer.testing.eventually import eventually, stays  # noqa: E402
 from kvxfer.testing.faults import Faults, FaultyAgent  # noqa: E402
 from kvxfer.testing.oracle import HostSpan, OracleMemory, noise, same_bytes  # noqa: E402
@@ -51,9 +53,11 @@ __all__ = [
     "Actor",
     "AgentSuite",
     "BufferSuite",
+    "Device",
     "Faults",
     "FaultyAgent",
     "FlightLog",
+    "HostDevice",
     "HostSpan",
     "MadeBuffer",
     "OracleMemory",
@@ -63,6 +67,7 @@ __all__ = [
     "ThreadPeer",
     "eventually",
     "noise",
+    "on_device",
     "same_bytes",
     "stays",
 ]

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the GPUs that PyTorch calls ``cuda``: what NVIDIA's and AMD's have in common. No adapter by itself.
+
+`kvxfer_cuda` and `kvxfer_rocm` are, and say what differs.
+"""
+
+from kvxfer_gpu._torch import why_unavailable
+from kvxfer_gpu.buffer import GpuBuffer
+from kvxfer_gpu.completion import EventCompletion
+
+__all__ = ["EventCompletion", "GpuBuffer", "why_unavailable"]

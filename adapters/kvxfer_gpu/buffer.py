@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GpuBuffer`: an allocation of GPU memory that PyTorch, or anybody through DLPack, has made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvxfer.buffer import DeviceBuffer
+from kvxfer.casting import CASTABLE
+from kvxfer.dlpack import ArrayView, allocations, read_array
+from kvxfer.errors import UnsupportedBufferError
+from kvxfer.memory import Memory, MemoryKind
+from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
+from kvxfer_gpu._torch import torch
+from kvxfer_gpu.runtime import Flat, Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvxfer.buffer import Completion
+    from kvxfer.copies import Copy
+
+    Bytes = npt.NDArray[np.uint8]
+
+_pinned = Pinned()
+_lanes: dict[tuple[type[Runtime], str], Lanes] = {}
+
+
+class GpuBuffer(DeviceBuffer):
+    """Covers everything from the first to the last byte of its arrays, gaps included, and keeps them alive.
+
+    Packing and unpacking takes scratch memory on each GPU, for all buffers of a process together as many pieces as there were
+    chunks under way at a time, 8 at the most, each as large as a chunk: an eighth of the staging arena, 32 MiB at the most.
+
+    Args:
+        arrays: one array, or several views of one allocation (the layers of a cache): tensors, or anything with DLPack.
+
+    Raises:
+        UnsupportedBufferError: not writable memory of such a GPU, or arrays of different allocations.
+    """
+
+    devices: ClassVar[Sequence[str]] = ("cuda", "rocm")
+    """Kinds of memory, as DLPack calls them."""
+    registrable: ClassVar[bool] = True
+    """A transfer engine is given the memory's address. If not, every byte goes by way of host memory."""
+    longest_chunk_nbytes: ClassVar[int] = 32 << 20
+    """To ask a GPU for a chunk takes 150 us on the host, in which 8 MiB cross PCIe (docs/benchmarks.md)."""
+    runtime: ClassVar[type[Runtime]] = Runtime
+    """Replaced by tests that have no GPU."""
+
+    def __init__(self, *arrays: Any) -> None:
+        views = [array if isinstance(array, ArrayView) else self.view_of(array) for array in arrays]
+        if not views:
+            raise UnsupportedBufferError("a buffer needs at least one array")
+        if max(allocations(views)) > 0:
+            raise UnsupportedBufferError("the arrays are not of one allocation: make one buffer for each")
+        self._owners = [view.owner for view in views]
+        low, high = min(view.address for view in views), max(view.end for view in views)
+        self._device = views[0].device
+        self._tensor = _tensor_of(views[0])
+        index = self._tensor.device.index or 0
+        self._span = Memory(low, high - low, MemoryKind.VRAM, index)
+        self._flat = Flat(self._tensor)
+        self._offset = low - self._flat.address
+        key = self.runtime, str(self._tensor.device)
+        if key not in _lanes:
+            _lanes[key] = Lanes(self.runtime(self._tensor.device), _pinned)
+        self._lanes = _lanes[key]
+
+    @classmethod
+    def view_of(cls, array: Any) -> ArrayView:
+        """See `kvxfer.dlpack.read_array`."""
+        return read_array(array, cls.devices)
+
+    @property
+    def array(self) -> Any:
+        """The tensor that it was made of; the first, if of several."""
+        return self._tensor
+
+    @property
+    def memory(self) -> Memory | None:
+        """VRAM, or None where `registrable` is False."""
+        return self._span if self.registrable else None
+
+    @property
+    def nbytes(self) -> int:
+        """Size, gaps between strided elements included."""
+        return self._span.nbytes
+
+    @property
+    def device(self) -> str:
+        """Such as ``cuda:0``."""
+        return self._device
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._span})"
+
+    def can_cast(self, source: str, target: str) -> bool:
+        """Between bfloat16, float16, float32 and float8_e4m3fn."""
+        return {source, target} <= CASTABLE
+
+    @classmethod
+    def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:
+        """Pin it, exactly so much: the GPU then copies to and from it by itself."""
+        if _pinned.find(memory) is not None:
+            return None
+        undo = pinned(cls.runtime, memory, "the staging arena")
+        return None if undo is None else _pinned.add(memory, undo)
+
+    def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
+        return self._lanes.pack([self._share(copies)], out)
+
+    def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
+        return self._lanes.unpack([self._share(copies)], packed)
+
+    @classmethod
+    def _pack_all(cls, shares: Any, out: Bytes) -> list[Completion]:
+        return [lanes.pack(mine, out) for lanes, mine in _by_gpu(shares)]
+
+    @classmethod
+    def _unpack_all(cls, shares: Any, packed: Bytes) -> list[Completion]:
+        return [lanes.unpack(mine, packed) for lanes, mine in _by_gpu(shares)]
+
+    def _share(self, copies: Sequence[Copy]) -> Share:
+        return Share(self._flat, self._offset, copies)
+
+
+def _by_gpu(shares: Sequence[tuple[GpuBuffer, Sequence[Copy]]]) -> list[tuple[Lanes, list[Share]]]:
+    """One launch for all layers that lie on one GPU, in however many allocations."""
+    found: dict[int, tuple[Lanes, list[Share]]] = {}
+    for buffer, copies in shares:
+        lanes = buffer._lanes  # noqa: SLF001 - of this class
+        found.setdefault(id(lanes), (lanes, []))[1].append(buffer._share(copies))  # noqa: SLF001 - of this class
+    return list(found.values())
+
+
+def _tensor_of(view: ArrayView) -> Any:
+    array = view.owner[0] if isinstance(view.owner, tuple) else view.owner
+    return array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)

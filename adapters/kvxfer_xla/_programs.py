@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the device does, in the words of torch: gather units, scatter units, cast elements."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, Final
+
+import torch
+import torch_xla
+import torch_xla.runtime as xr
+
+_BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LARGEST: Final = {"float16": 65504.0, "float8_e4m3fn": 448.0}
+
+
+def gathered(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor) -> torch.Tensor:
+    """The units, one after the other, as integers."""
+    found = rows_of(tensor, unit_nbytes).index_select(0, indices).reshape(-1)
+    return as_dtype(found, _BITS[found.element_size()])
+
+
+def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, values: torch.Tensor) -> None:
+    """Write units; those of an index beyond the tensor are dropped, which XLA defines for a scatter."""
+    rows = rows_of(tensor, unit_nbytes)
+    rows.index_copy_(0, indices.long(), as_dtype(values, rows.dtype).view(-1, *rows.shape[1:]))
+
+
+def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
+    """One row for each unit.
+
+    Small floats are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The price is
+    that a scatter then moves the tensor to new memory.
+    """
+    itemsize = tensor.element_size()
+    if unit_nbytes % itemsize:
+        return tensor.view(-1).view(torch.uint8).view(-1, unit_nbytes)
+    widens = tensor.is_floating_point() and itemsize < 4 and xr.device_type() == "CPU"
+    bits = tensor.view(_BITS[itemsize]) if widens else tensor
+    for axis in range(1, tensor.dim()):
+        if prod(tensor.shape[axis:]) * itemsize == unit_nbytes:
+            return bits.view(-1, *tensor.shape[axis:])
+    return bits.view(-1, unit_nbytes // itemsize)
+
+
+def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:
+    """See `kvxfer.copies.Cast`: elements of the source's type, in any integers, to those of the target's, in integers."""
+    values = as_dtype(elements, getattr(torch, source)).to(torch.float32) * factor
+    largest = _LARGEST.get(target)
+    if largest is not None:
+        # XLA's clamp makes a number of NaN.
+        values = torch.where(values.isnan(), values, values.clamp(-largest, largest))
+    made = values.to(getattr(torch, target))
+    return made.view(_BITS[made.element_size()])
+
+
+def as_dtype(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bits as elements of another type."""
+    return flat if flat.dtype == dtype else flat.view(dtype)
+
+
+def sync(tensors: list[torch.Tensor]) -> None:
+    """Start what was recorded for these tensors, and for no others. Does not wait."""
+    module: Any = torch_xla._XLAC  # noqa: SLF001 - torch_xla.sync would carry out what others have recorded as well
+    module._xla_sync_multi(tensors, devices=[str(tensors[0].device)], wait=False, sync_xla_data=True)  # noqa: SLF001

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches on any device, for tests that are the same for all of them: how to put one there, and how to read it back."""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from kvxfer.buffer import HostBuffer
+from kvxfer.cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from kvxfer.buffer import DeviceBuffer
+    from kvxfer.layout import CacheRegion
+
+    Array = npt.NDArray[Any]
+    Bytes = npt.NDArray[np.uint8]
+
+
+class Device(ABC):
+    """One kind of memory, as a test uses it. Made and asked without importing anything of the vendor's."""
+
+    @abstractmethod
+    def why_unavailable(self) -> str | None:
+        """None if it can be used in this process, else the reason in one sentence, for a skip."""
+
+    @abstractmethod
+    def make(self, content: Array) -> DeviceBuffer:
+        """A buffer over new memory of the device, which it keeps alive.
+
+        Args:
+            content: what the memory holds, contiguous; its shape and element type are those of the device's array.
+        """
+
+    @abstractmethod
+    def bytes_of(self, buffer: DeviceBuffer) -> Bytes:
+        """All of a buffer that `make` made, as it is now, by other means than the buffer's."""
+
+
+class HostDevice(Device):
+    """Host memory of NumPy."""
+
+    def why_unavailable(self) -> str | None:
+        """Always there."""
+        return None
+
+    def make(self, content: Array) -> DeviceBuffer:
+        """See `Device`."""
+        return HostBuffer(content.copy())
+
+    def bytes_of(self, buffer: DeviceBuffer) -> Bytes:
+        """See `Device`."""
+        span = buffer.memory
+        assert span is not None, "host memory has an address"
+        return np.frombuffer(ctypes.string_at(span.address, span.nbytes), np.uint8)
+
+
+def on_device(cache: KVCache, arrays: Sequence[Array], device: Device) -> KVCache:
+    """The same cache, with the same content, in memory of a device.
+
+    Args:
+        cache: in host memory.
+        arrays: for each of its buffers the array that is all of its memory, without gaps, its axes in any order.
+        device: where to.
+    """
+    moved = [device.make(in_memory_order(array)) for array in arrays]
+
+    def rebased(region: CacheRegion) -> CacheRegion:
+        near, far = cache.buffers[region.buffer].memory, moved[region.buffer].memory
+        offset = region.address - (near.address if near is not None else 0)
+        return msgspec.structs.replace(region, address=offset + (far.address if far is not None else 0))
+
+    groups = tuple(
+        msgspec.structs.replace(group, regions=tuple(rebased(region) for region in group.regions))
+        for group in cache.spec.groups
+    )
+    return KVCache(msgspec.structs.replace(cache.spec, groups=groups), moved)
+
+
+def in_memory_order(array: Array) -> Array:
+    """The same array with its axes as they lie in memory, outermost first."""
+    ordered: Array = array.transpose(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
+    return ordered
