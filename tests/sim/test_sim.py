@@ -55,7 +55,7 @@ FOUND_BY = {
     "settling_not_repeated": ("lossy", 2),
     "fault_in_the_control_thread": ("calm", 1),
     "hold_never_ends": ("calm", 3),
-    "restarted_reads_number_anew": ("stuck", 35),
+    "restarted_reads_number_anew": ("slow", 74),
     "clock_of_agents_stands": ("stuck", 1),
     "clock_of_the_control_thread_is_behind": ("clocks", 1),
     "renewals_by_the_producers_clock": ("calm", 1),
