@@ -33,8 +33,9 @@ def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, value
 def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
     """One row for each unit.
 
-    Small floats are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The price is
-    that a scatter then moves the tensor to new memory.
+    bfloat16 and float8 are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The
+    price is that a scatter then moves the tensor to new memory. (For float16 that would not help: torch_xla 2.9 has the CPU make
+    quiet NaNs of signalling ones whatever one does.)
     """
     itemsize = tensor.element_size()
     if unit_nbytes % itemsize:
@@ -47,7 +48,8 @@ def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
 
 
 def _widens(tensor: torch.Tensor) -> bool:
-    return bool(tensor.is_floating_point() and tensor.element_size() < 4 and xr.device_type() == "CPU")
+    small = tensor.dtype == torch.bfloat16 or (tensor.is_floating_point() and tensor.element_size() == 1)
+    return bool(small and xr.device_type() == "CPU")
 
 
 def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:
