@@ -3,11 +3,12 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit test-xla e2e sim search bench benchvllm clean demo-env full-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
 FULL := .venv/full/bin/python
+FUZZ := .venv/fuzz/bin/python
 XLA := .venv/xla/bin/python
 
 # Names of this project that somebody's shell may have set must not steer its own tests.
@@ -38,8 +39,14 @@ e2e: full-env ## Tests through real vLLM servers and the router
 sim: full-env ## Real endpoints in a simulated world for hours, looking for a seed that fails (make sim ARGS="--profile all --seeds 20000")
 	$(dir $(FULL))kvxfer sim --seeds 2000 $(ARGS)
 
+soak: full-env ## Engines in real processes for an hour, killed, frozen and restarted; every byte checked, nothing may grow (make soak ARGS="--minutes 10")
+	$(dir $(FULL))kvxfer soak $(ARGS)
+
 search: full-env ## Random pairs of caches for an hour or so, looking for one that fails (CI runs a fixed few thousand)
 	HYPOTHESIS_PROFILE=search $(PYTEST) tests/core/test_any_pair.py tests/core/test_any_pair_moved.py tests/core/test_plan.py tests/core/test_strided.py --timeout=0 $(ARGS)
+
+fuzz: fuzz-env ## Everything that reads what others wrote, five minutes for each reader, guided by coverage (make fuzz ARGS="--seconds 3600")
+	$(FUZZ) -m tests.fuzz.long $(ARGS)
 
 bench: full-env ## Measure: reads beside raw NIXL in one run, binding, handshake, idle
 	$(PYTEST) benchmarks --ignore=benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
@@ -48,7 +55,7 @@ benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector i
 	$(PYTEST) benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
 
 clean: ## Remove what was made here: environments, caches, builds
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
+	rm -rf .venv .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-env:
@@ -56,6 +63,9 @@ demo-env:
 
 full-env:
 	@$(BOOTSTRAP) full
+
+fuzz-env:
+	@$(BOOTSTRAP) fuzz
 
 xla-env:
 	@$(BOOTSTRAP) xla

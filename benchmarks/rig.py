@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 
 import kvxfer
+from benchmarks.paced import PacedBuffer
 from kvxfer.layout import Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
@@ -34,7 +35,12 @@ ANSWER_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Geometry:
-    """A KV cache: Llama-3-8B's by default, 64 KiB for one block of one layer. ``apart``: K and V in two allocations."""
+    """A KV cache: Llama-3-8B's by default, 64 KiB for one block of one layer.
+
+    Attributes:
+        apart: K and V in two allocations.
+        on_a_device: in memory that is reached by way of the host's only (`benchmarks.paced.PacedBuffer`).
+    """
 
     layers: int = 32
     blocks: int = 256
@@ -43,6 +49,7 @@ class Geometry:
     head_dim: int = 128
     order: str = "HND"
     apart: bool = False
+    on_a_device: bool = False
 
     @property
     def block_nbytes(self) -> int:
@@ -63,6 +70,9 @@ class Geometry:
         )
         for array in arrays.values():
             array.fill(value)
+        if self.on_a_device:
+            layers = {f"layers.{i}": [array[i] for array in arrays.values()] for i in range(self.layers)}
+            cache = kvxfer.KVCache.from_layers(layers, dtype="bfloat16", buffers=PacedBuffer)
         share = Interval(rank * heads, (rank + 1) * heads, self.heads)
         group = msgspec.structs.replace(cache.spec.groups[0], heads=share)
         spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=rank, world=world)
@@ -295,10 +305,12 @@ class Pair:
             time.sleep(0.0002)
         return ref
 
-    def read_s(self, source: Sequence[int], target: Sequence[int], route: str | None = None) -> float:
-        """Seconds of one read that was granted ahead, and is checked."""
+    def read_s(
+        self, source: Sequence[int], target: Sequence[int], route: str | None = None, *, verify: bool = False
+    ) -> float:
+        """Seconds of one read that was granted ahead, and is checked; ``verify``: by kvxfer itself too."""
         endpoint = self.sink(route)
-        transfer = endpoint.read(self.held(source, endpoint), target, timeout_s=120)
+        transfer = endpoint.read(self.held(source, endpoint), target, timeout_s=120, verify=verify)
         transfer.wait(120)
         self.check(source, target)
         return transfer.seconds

@@ -142,11 +142,11 @@ def test_kernel(benchmark, memory, report, kind, direction):
 
 @pytest.mark.parametrize("kind", ["blocks of 64 KiB", "blocks of 4 KiB"])
 @pytest.mark.parametrize("direction", ["pack", "unpack"])
-def test_staging(benchmark, memory, measuring, report, kind, direction):
+@pytest.mark.parametrize("arena_nbytes", [64 * MIB, 256 * MIB])
+def test_staging(benchmark, memory, measuring, report, kind, direction, arena_nbytes):
     """Chunks through the pinned arena, several under way, beside one pinned copy of all bytes, and the same chunk by chunk."""
     total, cache, _ = memory
-    total = min(total, 256 * MIB)
-    arena = StagingArena(64 * MIB)
+    arena = StagingArena(arena_nbytes, StagedCudaBuffer.longest_chunk_nbytes)
     undo = StagedCudaBuffer.prepare_staging(arena.bytes)
     nbytes = 64 * KIB if "64" in kind else 4 * KIB
     buffer = StagedCudaBuffer(cache)
@@ -210,6 +210,7 @@ def test_staging(benchmark, memory, measuring, report, kind, direction):
         "GPU: staged through pinned host memory",
         kind=kind,
         direction=direction,
+        arena=f"{arena_nbytes // MIB} MiB",
         **{
             "of a pinned copy": f"{medians['plain'] / medians['ours']:.2f}",
             "goal": "0.95",

@@ -82,6 +82,11 @@ class Acquaintances:
             if peer.agent_info:
                 self._out.append(ForgetAgent(peer.agent_info))
 
+    def stood_still(self, now: float) -> None:
+        """Whether a peer is silent can be told from now on only."""
+        for peer in self.by_address.values():
+            peer.heard_at = now
+
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
         return self._retirements.next_at()
@@ -105,7 +110,8 @@ class Acquaintances:
         if old_agent and old_agent != peer.agent_info:
             self._out.append(ForgetAgent(old_agent))
         if gone is not None:
-            _log.warning("%s at %s was restarted (epoch %s, before %s)", peer.name, peer.address, peer.epoch, gone)
+            what = "%r at %s was restarted (epoch %r, before %r)"
+            _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
             self._forget_routers(peer)
             return Welcomed.LOST
         # A busy producer answers each Hello of a long wait: that must not multiply all questions.
@@ -130,7 +136,7 @@ class Acquaintances:
             peer.refused(HandshakeError(code, f"{peer.address} refused: {message.reason}"))
             return True
         else:
-            _log.warning("%s refused a message: %s: %s", peer.address, code, message.reason)
+            _log.log(peer.complaint(now), "%s refused a message: %r: %r", peer.address, code, message.reason)
         return False
 
     # -- what they have ---------------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ class ChunkStaged:
     source: int
     number: int
     address: int
+    digest: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class StopRead:
 
     transfer: Transfer
     error: KvxferError
+
+
+Packed = int | bytes
+"""What became of a chunk: it lies at an address, or this is its digest."""
 
 
 class PackKey(NamedTuple):
@@ -112,6 +117,8 @@ class StartPack:
     image: CacheSpec
     tokens: tuple[int, int]
     blocks: Sequence[BlockTable]
+    digest: bool = False
+    """Only that is wanted."""
 
 
 @dataclass(frozen=True)

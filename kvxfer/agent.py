@@ -295,7 +295,7 @@ class TransferAgent(ABC):
         try:
             decoded = msgspec.msgpack.decode(info, type=_AgentInfo)
             regions = RegionTable(decoded.regions)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise PeerInfoError(f"cannot read the description of a peer: {error}") from error
         if decoded.adapter != self.adapter:
             raise PeerInfoError(f"the peer moves bytes with {decoded.adapter!r}, this side with {self.adapter!r}")

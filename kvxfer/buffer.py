@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias, final, runtime_checkable
 
 import numpy as np
 
@@ -66,6 +66,10 @@ class DeviceBuffer(ABC):
 
     Thread: one at a time; which one does not matter.
     """
+
+    longest_chunk_nbytes: ClassVar[int] = 8 << 20
+    """Chunks are as long as the staging arena allows and no longer than this. Host memory: so long they stay in the processor's
+    caches between packing and the wire."""
 
     @property
     @abstractmethod

@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 MAX_S = 366.0 * 86_400.0
 """Longest time that can be set: a year, so that no sum of times overflows anything."""
 
-_MOST = {"max_leases": 1 << 24, "max_message_nbytes": 64 << 20, "staging_nbytes": 1 << 40}
-_LEAST = {"staging_nbytes": 1 << 15}
+_MOST = {
+    "max_leases": 1 << 24,
+    "max_message_nbytes": 64 << 20,
+    "max_connections": 1 << 20,
+    "max_messages_per_s": 1 << 30,
+    "staging_nbytes": 1 << 40,
+    "chunks_in_flight": 64,
+}
+_LEAST = {"staging_nbytes": 1 << 15, "max_connections": 8, "max_messages_per_s": 100}
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,16 @@ class Settings:
     """Producer: most leases offered at once."""
     max_message_nbytes: int = 1 << 20
     """Longer control messages are refused."""
+    max_connections: int = 4096
+    """Most control connections at once that came in, and as many that go out; at most a quarter of the process's
+    file descriptors (``ulimit -n``)."""
+    max_messages_per_s: int = 5_000
+    """Most control messages of one connection; each 4 KiB of one count. What is more is dropped, and much more ends it."""
     staging_nbytes: int = 64 << 20
     """Host memory for chunks of packed transfers, in both directions together: a hard limit."""
+    chunks_in_flight: int = 4
+    """Consumer: most chunks of one transfer from one source at a time. Each of the three legs of a staged one (out of a device,
+    over the wire, into a device) keeps busy with one, and one more is asked for meanwhile."""
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from, for `describe`."""
 

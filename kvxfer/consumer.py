@@ -166,6 +166,10 @@ class Consumer:
         self._holds.tick(now)
         self._peers.tick(now)
 
+    def stood_still(self, now: float) -> None:
+        """This process ran nothing for a while: it asked nobody anything, and has not read what they said. That is no silence."""
+        self._peers.stood_still(now)
+
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
         times = [at for at in (self._holds.next_deadline(), self._peers.next_deadline()) if at is not None]
@@ -177,10 +181,12 @@ class Consumer:
 
     # -- producers --------------------------------------------------------------------------------------------------
 
-    def garbage(self, address: str, why: str) -> None:
+    def garbage(self, address: str, why: str, now: float) -> None:
         """A peer that we connected to sends something that is no message."""
         self._metrics.count("kvxfer_refused_messages_total", reason="garbage")
-        _log.warning("%s sends garbage: %s", address, why)
+        peer = self._peers.by_address.get(address)
+        if peer is not None:
+            _log.log(peer.complaint(now), "%s sends garbage: %s", address, why)
 
     def unreachable(self, address: str, why: str, now: float) -> None:
         """The address cannot even be connected to."""
@@ -209,7 +215,7 @@ class Consumer:
             if found is not None:
                 self._answered(*found, message, now)
         else:
-            self.garbage(address, f"{type(message).__name__} is not for a consumer")
+            self.garbage(address, f"{type(message).__name__} is not for a consumer", now)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +231,7 @@ class Consumer:
         elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
             source = hold.claims.index(claim)
             if hold.asked.pop((source, message.number), None) is not None:
-                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address))
+                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address, message.digest))
         elif isinstance(message, Settled) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
             self._holds.done_with(hold, claim, now)
 

@@ -3,7 +3,8 @@
 
 A ROUTER takes what other endpoints say to this one; a DEALER per peer carries what this one asks. ZeroMQ reconnects
 by itself and keeps a queue meanwhile, so a peer that is not up yet, or is restarted, costs nobody else anything.
-Whatever strangers send to the port ends as a counted refusal. With a secret every connection is authenticated both ways and
+Whatever strangers send to the port ends as a counted refusal, and none has more of this endpoint than `kvxfer.admission` lets
+it. With a secret every connection is authenticated both ways and
 encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never reaches a message.
 """
 
@@ -12,18 +13,18 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
-import logging
 import socket
-from collections import deque
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
 from kvxfer import wire
+from kvxfer.admission import Buckets, Verdict
 from kvxfer.errors import ConfigError, WireError
+from kvxfer.incoming import Incoming, most_connections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,23 +33,32 @@ if TYPE_CHECKING:
     from kvxfer.metrics import Metrics
     from kvxfer.secret import Secret
 
-_log = logging.getLogger(__name__)
-
-_STRANGERS = (
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL | zmq.Event.HANDSHAKE_FAILED_PROTOCOL | zmq.Event.HANDSHAKE_FAILED_AUTH
-)
-
 _ZAP = "inproc://zeromq.zap.01"
 """Where ZeroMQ asks who may connect (https://rfc.zeromq.org/spec/27)."""
 
 _MOST_PER_TURN = 256
 """Messages taken from one socket before the others and the timers get their turn."""
 
+_MOST_WAITING = 64
+"""Messages of one connection that wait to be taken. A peer that sends more waits."""
+
+_MOST_REPLIES = 512
+"""Replies that wait for one peer to take them. What is more is dropped."""
+
+_HANDSHAKE_MS = 10_000
+"""A connection that has not proved itself by then is closed by ZeroMQ."""
+
+_KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 15, zmq.TCP_KEEPALIVE_CNT: 4}
+"""Connections of hosts that are gone end after two minutes; a frozen process keeps its own."""
+
 _LONGEST_WAIT_S = 3600.0
 _LAST_PORT = 65_535
 
-_HARD_LIMIT_NBYTES = 64 << 20
-"""ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+_HARD_LIMIT = 2
+"""Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+
+_LEAST_HARD_LIMIT_NBYTES = 1 << 16
+"""What a handshake needs, and more."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +124,11 @@ class ControlChannel:
         self._limit = settings.max_message_nbytes
         self._metrics = metrics
         self._secret = secret
-        self._warned = False
         self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, most_connections(settings) + 16)
         self._router = self._context.socket(zmq.ROUTER)
-        self._heard: set[int] = set()
-        """File descriptors of connections that said something, so that those which said nothing can be counted."""
-        self._strangers_gone: deque[str] = deque()
-        """Why connections were refused whose end has not been told yet."""
+        self._buckets = Buckets(settings.max_messages_per_s)
+        """By file descriptor of a connection that came in, or address of a peer."""
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._addresses: dict[zmq.Socket[bytes], str] = {}
         self._wake_in, self._wake_out = socket.socketpair()
@@ -131,15 +139,18 @@ class ControlChannel:
             if secret is None and not allow_unauthenticated:
                 _refuse_strangers(bind, resolved)
             self._configure(self._router, ipv6="[" in resolved)
+            self._router.setsockopt(zmq.BACKLOG, 1024)
+            self._router.setsockopt(zmq.SNDHWM, _MOST_REPLIES)
+            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that is dropped is counted
             self._zap = self._context.socket(zmq.REP)
             if secret is not None:
                 self._zap.bind(_ZAP)  # before anybody can connect
                 self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvxfer")
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
+            self._incoming = Incoming(self._router, settings, metrics, self._buckets.forget, secret=secret is not None)
             self._router.bind(resolved)
-            bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
-            self._monitor = self._router.get_monitor_socket(_STRANGERS | zmq.Event.DISCONNECTED)
+            self._incoming.address = bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         except ConfigError:
             self.close()
             raise
@@ -148,7 +159,7 @@ class ControlChannel:
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
         self.address: str = _advertised(bound, advertise)
         self._poller = zmq.Poller()
-        for readable in (self._router, self._monitor, self._zap, self._wake_in):
+        for readable in (self._router, self._incoming.monitor, self._zap, self._wake_in):
             self._poller.register(readable, zmq.POLLIN)
 
     def wake(self) -> None:
@@ -188,6 +199,7 @@ class ControlChannel:
     def hangup(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
         dealer = self._dealers.pop(address, None)
+        self._buckets.forget(address)
         if dealer is not None:
             del self._addresses[dealer]
             self._poller.unregister(dealer)
@@ -198,12 +210,14 @@ class ControlChannel:
 
         Returns earlier with nothing where ``timeout_s`` is longer than anybody needs.
         """
-        timeout_ms = None if timeout_s is None else max(0, int(min(timeout_s, _LONGEST_WAIT_S) * 1000) + 1)
+        timeout_s = _LONGEST_WAIT_S if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)
+        timeout_s = min(timeout_s, self._incoming.look())
+        timeout_ms = max(0, int(timeout_s * 1000) + 1)
         for readable, _ in self._poller.poll(timeout_ms):
             if readable is self._router:
                 yield from self._drain(self._router, None)
-            elif readable is self._monitor:
-                self._count_strangers()
+            elif readable is self._incoming.monitor:
+                self._incoming.follow()
             elif readable is self._zap:
                 self._admit()
             elif readable in self._addresses:
@@ -223,7 +237,11 @@ class ControlChannel:
     def _configure(self, sock: zmq.Socket[bytes], *, ipv6: bool = True) -> None:
         # A listener with it would call its IPv4 addresses [::ffff:1.2.3.4].
         sock.setsockopt(zmq.IPV6, int(ipv6))
-        sock.setsockopt(zmq.MAXMSGSIZE, _HARD_LIMIT_NBYTES)
+        sock.setsockopt(zmq.MAXMSGSIZE, max(_HARD_LIMIT * self._limit, _LEAST_HARD_LIMIT_NBYTES))
+        sock.setsockopt(zmq.RCVHWM, _MOST_WAITING)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        for option, value in _KEEPALIVE.items():
+            sock.setsockopt(option, value)
         sock.setsockopt(zmq.RECONNECT_IVL, 50)
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
 
@@ -231,8 +249,9 @@ class ControlChannel:
         # A full queue means a peer that does not take what it is sent; what matters is sent again anyway.
         try:
             sock.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.ZMQError:
-            self._metrics.count("kvxfer_refused_messages_total", reason="unsendable")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # it has hung up meanwhile
+                self._refused("unsendable")
 
     def _drain(self, sock: zmq.Socket[bytes], address: str | None) -> Iterator[Inbound]:
         for _ in range(_MOST_PER_TURN):
@@ -240,12 +259,18 @@ class ControlChannel:
                 received = sock.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.ZMQError:
                 return
-            frames = [frame.bytes for frame in received]
-            if address is None:
-                with contextlib.suppress(zmq.ZMQError):  # a peer of ZeroMQ's first protocol has none
-                    self._heard.add(int(received[-1].get(zmq.SRCFD)))
-            source: bytes | str = frames.pop(0) if address is None else address
-            yield self._decode(source, frames)
+            connection = _descriptor(received[-1]) if address is None else -1
+            if connection >= 0:
+                self._incoming.places.heard(connection)
+            verdict = self._buckets.take(address or connection, sum(map(len, received)), time.monotonic())
+            if verdict is not Verdict.TAKE:
+                self._refused("rate")
+                if verdict is Verdict.CUT:
+                    self._cut(connection if address is None else address)
+            else:
+                frames = [frame.bytes for frame in received]
+                source: bytes | str = frames.pop(0) if address is None else address
+                yield self._decode(source, frames)
             if sock.closed:
                 return
 
@@ -273,32 +298,23 @@ class ControlChannel:
             status = (b"200", b"OK") if good else (b"400", b"not one of us")
             self._zap.send_multipart([version, question, *status, b"", b""])
 
-    def _count_strangers(self) -> None:
-        """Connections that ended without one whole message: no ZeroMQ, or cut off, or dropped for what they sent."""
-        for _ in range(_MOST_PER_TURN):
-            try:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return
-            if event["event"] & _STRANGERS:
-                self._strangers_gone.append(self._stranger(event["value"]))  # its end comes next
-            elif event["value"] in self._heard:
-                self._heard.discard(event["value"])
-            else:
-                reason = self._strangers_gone.popleft() if self._strangers_gone else "no_message"
-                self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+    def _cut(self, peer: int | str) -> None:
+        """Hang up on somebody who says too much."""
+        if isinstance(peer, int):
+            self._incoming.cut(peer, "flood")
+            return
+        self._refused("flood")
+        self.hangup(peer)
 
-    def _stranger(self, value: int) -> str:
-        # With a secret it does not matter what else is wrong with who does not have it.
-        if self._secret is None and value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return "not_zmtp"
-        if not self._warned:
-            self._warned = True
-            other = (
-                "has another secret, or none" if self._secret is not None else "has a secret, and this side has none"
-            )
-            _log.warning("%s: somebody who tries to connect %s; further ones are only counted", self.address, other)
-        return "unauthenticated"
+    def _refused(self, reason: str) -> None:
+        self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+
+
+def _descriptor(frame: zmq.Frame) -> int:
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except zmq.ZMQError:  # a peer of ZeroMQ's first protocol has none
+        return -1
 
 
 def _resolved(bind: str) -> str:

@@ -21,6 +21,7 @@ from kvxfer.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack
 from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.buffer import let_end
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.integrity import verdict
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.packer import Packer
 from kvxfer.reading import Leg, Reading
@@ -30,7 +31,7 @@ from kvxfer.supply import Supply
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.actions import DataAction
+    from kvxfer.actions import DataAction, Packed
     from kvxfer.agent import TransferAgent
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
@@ -61,8 +62,8 @@ class Ends(Protocol):
     def agent_replaced(self, agent_info: bytes) -> object:
         """A new agent took the place of the old one: what peers know of that is of no use any more."""
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> object:
-        """A chunk lies at ``address``, or cannot be packed."""
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
+        """A chunk was packed, or cannot be."""
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> object:
         """A read needs a chunk of one of its sources."""
@@ -116,7 +117,9 @@ class DataPath:
         self._settings = settings
         self._metrics = metrics
         self._ends = ends
-        self.arena: StagingArena = StagingArena(settings.staging_nbytes)
+        self._kinds = {type(buffer) for buffer in cache.buffers}
+        longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
+        self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
         self._packer = Packer(cache, self.arena, ends.packed)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
@@ -231,7 +234,7 @@ class DataPath:
         elif isinstance(job, ChunkStaged):
             leg = self._leg(job.transfer, job.source)
             if leg is not None:
-                self._guarded(leg, partial(leg.staged, self, job.number, job.address))
+                self._guarded(leg, partial(leg.staged, self, job.number, job.address, job.digest))
         elif isinstance(job, StopRead):
             reading = self._readings.get(job.transfer)
             if reading is not None and any(leg.waits for leg in reading.legs):
@@ -241,7 +244,11 @@ class DataPath:
         elif isinstance(job, EndPack):
             self._packer.end(job.key, job.numbers)
         else:
-            self._life.forget(job.agent_info)
+            self._life.forget(job.agent_info, needed=self._needs(job.agent_info))
+
+    def _needs(self, agent_info: bytes) -> bool:
+        """Some read has a source there."""
+        return any(leg.source.agent_info == agent_info for reading in self._readings.values() for leg in reading.legs)
 
     def _leg(self, transfer: Transfer, source: int) -> Leg | None:
         """The leg of a read that goes on."""
@@ -351,6 +358,7 @@ class DataPath:
         reading.ended_legs += 1
         reading.via = self._life.explain(leg.source.agent_info)
         if reading.ended_legs == len(reading.legs):
+            reading.error = verdict(reading.differences)
             self._end(reading)
 
     # -- reads: what happens to them --------------------------------------------------------------------------------
@@ -431,6 +439,8 @@ class DataPath:
         del self._readings[transfer]
         for supply in self._supplies:
             supply.release(reading)
+        for agent_info in [each for each in self._life.parting if not self._needs(each)]:
+            self._life.forget(agent_info)
         if error is None:
             transfer.end(
                 None,

@@ -8,11 +8,12 @@ blocks on a copy, and no fault ends it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, Hangup, PackKey, Reply, SendTo
+from kvxfer.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     Command = Callable[[float], object]
 
 _log = logging.getLogger(__name__)
+
+_LATE_S = 0.1
+"""By so much later than it was to wake up, the thread has stood still, and did not read what arrived."""
 
 
 class Driver:
@@ -58,6 +62,7 @@ class Driver:
         self.actions: list[Action] = []
         self.reports: Ends = _Reports(self)
         self._closing = threading.Event()
+        self._wakes_at = math.inf
 
     def drive(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
         """Say what is to be driven, before the first turn. The data path runs already."""
@@ -125,12 +130,18 @@ class Driver:
     def _turn(self, longest_s: float | None) -> None:
         self._run_commands()
         now = self._now()
+        if now > self._wakes_at + _LATE_S:
+            # Stopped, or starved. What peers have said meanwhile may still lie in the kernel, so none of them is late.
+            self._guarded(lambda: self.producer.stood_still(now))
+            self._guarded(lambda: self.consumer.stood_still(now))
         self._guarded(lambda: self.producer.tick(now))
         self._guarded(lambda: self.consumer.tick(now))
         self._perform()
+        due_s = self.due_s()
+        self._wakes_at = math.inf if due_s is None else self._now() + due_s
         if self._commands:
             return
-        waits = [wait_s for wait_s in (self.due_s(), longest_s) if wait_s is not None]
+        waits = [wait_s for wait_s in (due_s, longest_s) if wait_s is not None]
         for inbound in self._channel.receive(min(waits, default=None)):
             # A peer may know of a lease through the engine's own channels before this thread has seen the command.
             self._run_commands()
@@ -145,7 +156,7 @@ class Driver:
             else:
                 self.producer.received(source, inbound.message, now)
         elif inbound.message is None:
-            self.consumer.garbage(source, inbound.why)
+            self.consumer.garbage(source, inbound.why, now)
         else:
             self.consumer.received(source, inbound.message, now)
 
@@ -197,8 +208,8 @@ class _Reports:
     def agent_replaced(self, agent_info: bytes) -> None:
         self._tell(lambda _: self._driver.producer.agent_replaced(agent_info))
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        self._tell(lambda _: self._driver.producer.packed(key, number, address, error))
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+        self._tell(lambda _: self._driver.producer.packed(key, number, chunk, error))
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
         self._tell(lambda now: self._driver.consumer.stage(transfer, source, message, now))

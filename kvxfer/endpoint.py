@@ -66,6 +66,7 @@ class Endpoint:
         convert: elements of other dtypes may be converted on the way into this cache; else such a producer is refused.
         costs: by which routes are chosen; by default as ``kvxfer bench calibrate`` measured them, see `Costs.load`.
         route: take this route and no other, for measuring and for tests.
+        verify: of each read compare what arrived with what its source has (docs/integrity.md). Takes about as long as to hash it.
         secret: of all endpoints that may talk to each other, whose control channel it then authenticates and encrypts; by default
             from the environment, see `Secret.resolve`.
         allow_unauthenticated: without a secret, ``bind`` may be an address that other machines reach. By default if
@@ -91,6 +92,7 @@ class Endpoint:
         convert: bool = False,
         costs: Costs | None = None,
         route: Route | str | None = None,
+        verify: bool = False,
         secret: Secret | None = None,
         allow_unauthenticated: bool | None = None,
         host: Host = REAL,
@@ -109,6 +111,7 @@ class Endpoint:
         self._convert = convert
         self._costs = costs if costs is not None else Costs.load()
         self._route = None if route is None else _route(route)
+        self._verify = verify
         board = LeaseBoard(self.settings.max_leases)
         if allow_unauthenticated is None:
             allow_unauthenticated = os.environ.get("KVXFER_ALLOW_UNAUTHENTICATED") == "1"
@@ -266,7 +269,13 @@ class Endpoint:
         self._driver.command(lambda now: self._consumer.hold(ref, now))
 
     def read(
-        self, ref: LeaseRef, into: Any, *, tokens: tuple[int, int | None] | None = None, timeout_s: float | None = None
+        self,
+        ref: LeaseRef,
+        into: Any,
+        *,
+        tokens: tuple[int, int | None] | None = None,
+        timeout_s: float | None = None,
+        verify: bool | None = None,
     ) -> Transfer:
         """Read a lease's KV into this cache, whatever the producer's looks like; returns at once. A lease is read once.
 
@@ -277,6 +286,8 @@ class Endpoint:
                 None means to the end. By default all that ``into`` holds and the lease has.
             timeout_s: the transfer ends by then, well or not. By default in ``read_timeout_s``, and ``match_s`` and
                 ``announce_s`` later if ``ref`` was `LeaseRef.shared`, so that prefill has its time.
+            verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
+                transfer by `IntegrityError`, which says where.
 
         Returns:
             a transfer that ends in Done or Failed. Until then the target blocks belong to kvxfer.
@@ -299,7 +310,9 @@ class Endpoint:
         if not isinstance(wait_s, (int, float)) or not 0 <= wait_s <= MAX_S:
             raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
         deadline = self._now() + wait_s
-        transfer = Transfer(ref, targets, tokens, deadline, self._ended, self._now)
+        transfer = Transfer(
+            ref, targets, tokens, deadline, self._ended, self._now, verify=self._verify if verify is None else verify
+        )
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         job = self._consumer.take(transfer)
         if job is None:
@@ -390,6 +403,7 @@ class Endpoint:
                 slot_nbytes=min(peer.slot_nbytes, self._identity.slot_nbytes),
                 addressable=(peer.addressable, self._identity.addressable),
                 casts=(peer.casts, self._identity.casts),
+                in_flight=self.settings.chunks_in_flight,
                 only=self._route,
             )
             for peer, part in zip(peers, made.parts, strict=True)

@@ -39,7 +39,10 @@ agent is closed; the endpoint does that itself before it reports a failed transf
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class KvxferError(Exception):
@@ -141,6 +144,47 @@ class TransferFailedError(TransferError):
     """The transfer engine reported a failure."""
 
     quiet = False
+
+
+class Difference(NamedTuple):
+    """What a read was asked to verify, and is not what its source has.
+
+    Attributes:
+        group: of the reader's cache.
+        layer: its number, and ``layer_name`` its name, empty where layers have none.
+        record: ``"kv"`` or another of `kvxfer.layout`.
+        tokens: of the request, first and first after the last.
+        blocks: ids of the reader's blocks that hold them.
+    """
+
+    group: str
+    layer: int
+    layer_name: str
+    record: str
+    tokens: tuple[int, int]
+    blocks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        layer = f"layer {self.layer}" + (f" ({self.layer_name})" if self.layer_name else "")
+        blocks = ", ".join(map(str, self.blocks))
+        return f"{self.record} of {layer}, tokens {self.tokens[0]} to {self.tokens[1] - 1} in block {blocks}"
+
+
+class IntegrityError(TransferError):
+    """What arrived is not what the source has. Only reads that were asked to verify find this.
+
+    Attributes:
+        differences: where; nothing was found elsewhere, unless there is ``more``.
+        more: so many were found that no further ones were looked for.
+    """
+
+    def __init__(self, differences: Sequence[Difference], *, more: bool = False) -> None:
+        shown = "; ".join(map(str, differences[:3]))
+        rest = len(differences) - 3
+        tail = f"; and {'at least ' if more else ''}{rest} more" if rest > 0 else ""
+        super().__init__(f"what arrived is not what its source has: {shown}{tail}")
+        self.differences: tuple[Difference, ...] = tuple(differences)
+        self.more = more
 
 
 class WireError(KvxferError, ValueError):

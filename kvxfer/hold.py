@@ -26,7 +26,7 @@ _SHORTEST_RENEWAL_S = 0.02
 
 
 class HoldState(str, Enum):
-    """See the diagram of `kvxfer.consumer`. ENDED is a hold that failed before anybody asked to read it."""
+    """See the diagram of `kvxfer.holds`. ENDED is a hold that failed before anybody asked to read it."""
 
     WAITING = "waiting"
     GRANTED = "granted"

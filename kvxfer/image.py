@@ -9,6 +9,7 @@ cache and a chunk: packing, the wire and unpacking are three plans of one algebr
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 from math import lcm
@@ -26,6 +27,8 @@ from kvxfer.segment import Span, content_sizes, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
 
     from kvxfer.layout import Scale
     from kvxfer.part import PlanPart
@@ -47,6 +50,7 @@ class Image:
     Attributes:
         from_source: how the source packs it.
         to_target: how the target takes it.
+        of_target: how the target packs what it has taken, for comparison.
         source, target: `from_source`'s and `to_target`'s specs.
         nbytes: of the slot that it needs.
     """
@@ -56,6 +60,7 @@ class Image:
     nbytes: int
     from_source: PlanPart
     to_target: PlanPart
+    of_target: PlanPart
 
     def table(self, chunk: Chunk) -> Table:
         """The block table of the image when it holds ``chunk``."""
@@ -141,6 +146,18 @@ class Images:
             span = first, min(first + layers, len(tile.layers))
             for at in range(base, end, step):
                 yield Chunk(number, span, (max(at, start), min(at + step, stop)))
+
+    def halves(self, chunk: Chunk) -> list[Chunk]:
+        """Two chunks that make up this one; none if it is a block of a layer, or less."""
+        (first, last), (start, stop) = chunk.layers, chunk.tokens
+        if last - first > 1:
+            middle = (first + last) // 2
+            return [chunk._replace(layers=(first, middle)), chunk._replace(layers=(middle, last))]
+        block = self._block_tokens(self.tiles[chunk.tile])
+        middle = (start // block + -(-stop // block)) // 2 * block
+        if not start < middle < stop:
+            return []
+        return [chunk._replace(tokens=(start, middle)), chunk._replace(tokens=(middle, stop))]
 
     def image(self, chunk: Chunk) -> Image:
         """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""
@@ -252,7 +269,14 @@ class Images:
                 msgspec.structs.replace(spec, groups=(image,), dtype=self._side.dtype, rank=0, world=1, layer_names=())
             )
         source, target = specs
-        return Image(source, target, end, common(self.part.source, source), common(target, self.part.target))
+        return Image(
+            source,
+            target,
+            end,
+            common(self.part.source, source),
+            common(target, self.part.target),
+            common(self.part.target, target),
+        )
 
     def _scales(self, group: CacheGroup, tile: Tile, pairs: Sequence[tuple[int, int]], side: int) -> tuple[Scale, ...]:
         like = 0 if self._like == "source" else 1
@@ -268,6 +292,15 @@ class Images:
             for scale in group.scales
             if scale.layer in numbers and record_of(scale.component) == tile.record
         )
+
+
+def digest(packed: npt.NDArray[np.uint8]) -> bytes:
+    """32 bytes that stand for a chunk. What it does not hold has to be 0.
+
+    SHA-256: of hashes that nobody can forge the standard library's fastest on processors that have instructions for it, which
+    those of servers do. So a fabric that changes bytes on purpose is found too, when the control channel has a secret.
+    """
+    return hashlib.sha256(packed.data).digest()
 
 
 def _layers(each: Overlap) -> tuple[int, int]:

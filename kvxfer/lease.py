@@ -185,6 +185,7 @@ class Lease:
         holders: by rank, the processes of the consumer that have asked for it.
         settled: ranks that are done with it.
         read: some rank read it.
+        spared: it was given time because this process had stood still, and nobody has asked for it since.
     """
 
     token: str
@@ -198,6 +199,7 @@ class Lease:
     holders: dict[int, Holder] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
     read: bool = False
+    spared: bool = False
 
     @property
     def complete(self) -> bool:
@@ -311,7 +313,7 @@ class LeaseTable:
             self._end(lease, LeaseState.REVOKED)
             raise
         lease.state = LeaseState.OPEN
-        lease.deadline = now + self._settings.lease_s
+        lease.deadline, lease.spared = now + self._settings.lease_s, False
         self._timers.set(token, lease.deadline)
         return lease
 
@@ -404,6 +406,16 @@ class LeaseTable:
                 self._timers.set(token, lease.deadline)  # it was renewed since
         return expired
 
+    def spare(self, until: float) -> None:
+        """This process stood still: what consumers said meanwhile is still to be read, so that no lease ends before ``until``.
+
+        Once for each lease until somebody asks for it again: a machine that is late all the time keeps no lease for ever.
+        """
+        for lease in self._live.values():
+            if not lease.spared and lease.deadline < until:
+                lease.spared = True
+                lease.deadline = until
+
     def request(self, token: str) -> str:
         """The request a live or remembered lease is for; empty if unknown."""
         lease = self._live.get(token) or self._ended.get(token)
@@ -442,6 +454,7 @@ class LeaseTable:
     def _extend(self, lease: Lease, now: float) -> None:
         # The timer stays where it is; expire() sets it again when it comes up too early.
         lease.deadline = max(lease.deadline, now + self._settings.lease_s)
+        lease.spared = False
 
     def _end(self, lease: Lease, state: LeaseState) -> None:
         if lease.cell is not None:

@@ -51,6 +51,8 @@ class AgentLifecycle:
         """None before `first`, and after `close` until it is made again."""
         self.proven: set[bytes] = set()
         """Descriptions of the peers from which this agent has read something."""
+        self.parting: set[bytes] = set()
+        """Descriptions of peers to be forgotten once more."""
         self._peers: dict[bytes, AgentPeer] = {}
         self._remake_at = float("-inf")
 
@@ -99,8 +101,18 @@ class AgentLifecycle:
         peer = self._peers.get(agent_info)
         return self.agent.explain(peer) if self.agent is not None and peer is not None else ""
 
-    def forget(self, agent_info: bytes) -> None:
-        """The peer of this description is gone for good."""
+    def forget(self, agent_info: bytes, *, needed: bool = False) -> None:
+        """The peer of this description is gone for good.
+
+        Args:
+            agent_info: see `peer`.
+            needed: by a read that may still ask for it: then it is met again, and kept in `parting` until it is needed no more.
+        """
+        if needed:
+            self.parting.add(agent_info)
+        else:
+            self.parting.discard(agent_info)
+        self.proven.discard(agent_info)
         peer = self._peers.pop(agent_info, None)
         if peer is not None and self.agent is not None and peer.connected:
             self.agent.disconnect(peer)

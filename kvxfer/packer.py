@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from kvxfer.blocks import tables
 from kvxfer.buffer import let_end, pack_all, unpack_all
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
-from kvxfer.image import image_table
+from kvxfer.image import digest, image_table
 from kvxfer.part import Match
 from kvxfer.plan import common
 from kvxfer.staging import FairQueue, StagingArena, Use
@@ -23,7 +23,7 @@ from kvxfer.staging import FairQueue, StagingArena, Use
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.actions import PackKey, StartPack
+    from kvxfer.actions import Packed, PackKey, StartPack
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.copies import Copy
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvxfer.part import BoundCopy, PlanPart
     from kvxfer.staging import Bytes
 
-    Packed = Callable[[PackKey, int, "int | None", "KvxferError | None"], object]
+    Told = Callable[[PackKey, int, "Packed | None", "KvxferError | None"], object]
 
 _PLANS_REMEMBERED = 512
 
@@ -43,10 +43,10 @@ class Packer:
     Args:
         cache: to pack from.
         arena: to pack into.
-        packed: called when a chunk is packed, with its address, or cannot be, with the reason.
+        packed: called when a chunk is packed, with its address or digest, or cannot be, with the reason.
     """
 
-    def __init__(self, cache: KVCache, arena: StagingArena, packed: Packed) -> None:
+    def __init__(self, cache: KVCache, arena: StagingArena, packed: Told) -> None:
         self._cache = cache
         self._arena = arena
         self._packed = packed
@@ -123,6 +123,8 @@ class Packer:
         for number in {each.source_group for each in part.overlaps}:
             if not sources[number].first_token <= start < stop <= sources[number].end_token:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
+        if job.digest:
+            out[: max(region.end for region in image.regions)] = 0
         match = Match(sources, [table], [job.tokens])
         return start_copies(self._cache, part.copies(match), out, pack=True)
 
@@ -157,6 +159,12 @@ class Packer:
                 copy.wait()
         except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
             self._refuse(job, slot, error)
+            return
+        if job.digest:
+            told = digest(self._arena.view(slot, max(region.end for region in job.image.regions)))
+            self._slots[job.key].pop(job.number, None)
+            self._arena.give(slot)
+            self._packed(job.key, job.number, told, None)
         else:
             self._packed(job.key, job.number, slot, None)
 

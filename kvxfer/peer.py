@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -76,6 +77,7 @@ class Peer:
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
+    complained_at: float = float("-inf")
     needed_by: dict[str, None] = field(default_factory=dict)
 
     @property
@@ -109,6 +111,13 @@ class Peer:
         self.error = self._check(me, message)
         self.state = PeerState.MET if self.error is None else PeerState.REFUSED
         return before
+
+    def complaint(self, now: float) -> int:
+        """Level at which to log what it does wrong: a warning once a second, so that nobody can fill a disk."""
+        if now < self.complained_at + 1.0:
+            return logging.DEBUG
+        self.complained_at = now
+        return logging.WARNING
 
     def refused(self, error: HandshakeError) -> None:
         """The peer will not be met; the next thing asked of it begins a new handshake."""

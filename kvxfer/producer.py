@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvxfer.actions import Action, Emit, EndPack, PackKey, Reply, StartPack
+from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
 from kvxfer.gate import Gate
@@ -45,18 +45,30 @@ if TYPE_CHECKING:
 _MOST_CONNECTIONS = 4096
 _MOST_CHUNKS = 256
 """Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+_CATCH_UP_RETRIES = 4
+"""For so many times that a consumer asks again, a lease is spared after this process stood still: some have to connect first."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Chunks:
-    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or why it is nowhere.
+    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or its digest, or why there is none.
 
-    A reader numbers its chunks upwards, so ``next_number`` tells those that it has taken from those that are new.
+    They are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
-    asked: dict[int, int | KvxferError | None] = field(default_factory=dict)
+    asked: dict[int, Packed | KvxferError | None] = field(default_factory=dict)
+    missed: set[int] = field(default_factory=set)
     next_number: int = 0
+
+    def is_taken(self, number: int) -> bool:
+        return number < self.next_number and number not in self.missed and number not in self.asked
+
+    def ask(self, number: int) -> None:
+        self.asked[number] = None
+        self.missed.discard(number)
+        self.missed.update(range(self.next_number, number))
+        self.next_number = max(self.next_number, number + 1)
 
 
 class Producer:
@@ -152,13 +164,13 @@ class Producer:
         """The ranks of this engine listen there."""
         self._me.addresses = tuple(addresses)
 
-    def packed(self, key: PackKey, number: int, address: int | None, error: KvxferError | None) -> None:
-        """The data thread has packed a chunk at ``address``, or cannot."""
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+        """The data thread has packed a chunk, or cannot."""
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or number not in chunks.asked or lease is None:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
-        chunks.asked[number] = error if address is None else address
+        chunks.asked[number] = error if chunk is None else chunk
         connection = self._connections.get(lease.holders[key.rank])
         if connection is not None:
             self._tell_chunk(connection, key.token, number, chunks.asked[number])
@@ -178,6 +190,10 @@ class Producer:
             self._unstage(lease)
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
+
+    def stood_still(self, now: float) -> None:
+        """This process ran nothing for a while: consumers that renewed meanwhile have to be heard before their leases end."""
+        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
@@ -327,19 +343,20 @@ class Producer:
         chunks = self._chunks.setdefault(key, _Chunks())
         if message.number in chunks.asked:
             self._tell_chunk(connection, message.token, message.number, chunks.asked[message.number])
-        elif message.number < chunks.next_number:
+        elif chunks.is_taken(message.number):
             return  # asked again before it was known to be there, and taken by now
-        elif len(chunks.asked) >= _MOST_CHUNKS:
+        elif len(chunks.asked) + len(chunks.missed) + message.number - chunks.next_number >= _MOST_CHUNKS:
             self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
         else:
-            chunks.asked[message.number] = None
-            chunks.next_number = message.number + 1
+            chunks.ask(message.number)
             firsts = lease.first_tokens or [0] * len(lease.blocks)
             blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
-            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks))
+            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
 
-    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: int | KvxferError | None) -> None:
-        if isinstance(chunk, int):
+    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
+        if isinstance(chunk, bytes):
+            self._reply(connection, Staged(token=token, number=number, address=0, digest=chunk))
+        elif isinstance(chunk, int):
             self._reply(connection, Staged(token=token, number=number, address=chunk))
         elif chunk is not None:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
@@ -348,9 +365,10 @@ class Producer:
         chunks, lease = self._chunks.get(key), self._table.get(key.token)
         if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
             return
-        taken = [number for number in numbers if number in chunks.asked]
+        taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
         for number in taken:
             del chunks.asked[number]
+        chunks.missed.difference_update(numbers)  # given up before the question was here
         if taken:
             self._out.append(EndPack(key, taken))
 

@@ -9,6 +9,7 @@
                         |
                         +-- direct: runs from cache to cache
                         +-- packed: chunks, several at a time: [ask, packed there] --> wire --> [unpack, here]
+                        +-- after either, if asked to verify: `kvxfer.integrity.Check`
 
 A read is over when all of its legs are, or when one has failed and nothing is in flight any more. Runs on the data thread, by
 way of a `Carrier`.
@@ -22,6 +23,7 @@ import numpy as np
 
 from kvxfer.errors import KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.fence import CELL_NBYTES
+from kvxfer.integrity import Check
 from kvxfer.memory import Descriptors
 from kvxfer.packer import start_copies
 from kvxfer.route import Route
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from kvxfer.actions import Source, StartRead
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
+    from kvxfer.errors import Difference
     from kvxfer.image import Chunk, Image, Images
     from kvxfer.part import Match
     from kvxfer.route import Choice
@@ -97,6 +100,7 @@ class Reading:
             given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
         nbytes, descriptors: what went over the wire so far.
         early_nbytes: what was here when the last source had granted all.
+        differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
 
@@ -111,6 +115,7 @@ class Reading:
         self.early_nbytes = 0
         self.descriptors = 0
         self.via: str = ""
+        self.differences: list[Difference] = []
         self.quarantined_at: float | None = None
 
     @property
@@ -151,7 +156,7 @@ class Leg:
         self.source: Source = source
         self.contacting_since: float | None = None
         self.next_number = 0
-        self._packed: _Packed | None = None
+        self._work: _Packed | Check | None = None
         self._moving = True
         """Something is under way, and before the first contact nothing may be."""
         self._moved: dict[int, int] = {}
@@ -200,14 +205,22 @@ class Leg:
 
     def _move(self, carrier: Carrier, match: Match) -> None:
         def moved() -> None:
-            self._packed, self._moving, self._here_nbytes = None, False, self._sent_nbytes
+            self._here_nbytes = self._sent_nbytes
+            if not self.reading.job.transfer.verify:
+                arrived()
+                return
+            self._work = Check(self, match, self.source.router.for_comparison(), arrived)
+            self._work.go_on(carrier)
+
+        def arrived() -> None:
+            self._work, self._moving = None, False
             self._moved.update({group: stop for group, (start, stop) in enumerate(match.tokens) if start < stop})
             self._go_on(carrier)
 
         choice = self.source.router.choose(match)
         if choice.route is not Route.DIRECT and choice.images is not None:
-            self._packed = _Packed(self, match, choice, choice.images, moved)
-            self._packed.go_on(carrier)
+            self._work = _Packed(self, match, choice, choice.images, moved)
+            self._work.go_on(carrier)
             return
         spans = choice.bound.descriptors()
         self.count(spans)
@@ -222,15 +235,15 @@ class Leg:
         self.reading.nbytes += spans.total_nbytes
         self.reading.descriptors += len(spans)
 
-    def staged(self, carrier: Carrier, number: int, address: int) -> None:
+    def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:
         """The source has packed a chunk."""
-        if self._packed is not None:
-            self._packed.staged(carrier, number, address)
+        if self._work is not None:
+            self._work.staged(carrier, number, address, digest)
 
     def again(self, carrier: Carrier, reading: Reading) -> Leg:
         """The same leg of a read that is started again. Chunks are numbered on: a number means one chunk only."""
-        if self._packed is not None:
-            self._packed.abandon(carrier)
+        if self._work is not None:
+            self._work.abandon(carrier)
         leg = Leg(reading, self.source)
         leg.next_number = self.next_number
         return leg
@@ -238,7 +251,7 @@ class Leg:
     @property
     def waits(self) -> bool:
         """It waits for blocks that its source grants, or for chunks that it packs."""
-        return not self.source.complete or (self._packed is not None and self._packed.asks)
+        return not self.source.complete or (self._work is not None and self._work.asks)
 
     def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None]) -> None:
         def read(scratch: int) -> None:
@@ -309,7 +322,7 @@ class _Packed:
             self._over = True
             self._then()
 
-    def staged(self, carrier: Carrier, number: int, address: int) -> None:
+    def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:  # noqa: ARG002
         """The source has packed a chunk at ``address``."""
         chunk = self._asked.pop(number, None)
         if chunk is None:

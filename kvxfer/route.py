@@ -188,7 +188,9 @@ class Router:
                 self.barred[route] = "the source's memory has no address"
             elif needs_target and not target:
                 self.barred[route] = "the target's memory has no address"
-        dtypes = {part.source.dtype, part.target.dtype}
+        self._comparison: Images | None = None
+        self._source_casts = casts[0]
+        self._dtypes = dtypes = {part.source.dtype, part.target.dtype}
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             converting = 0 if self._like(route) == "target" else 1
             if part.converts and not dtypes <= casts[converting]:
@@ -208,6 +210,19 @@ class Router:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
+
+    def for_comparison(self) -> Images:
+        """Chunks of which both sides can tell the digest, see `kvxfer.integrity`.
+
+        Raises:
+            IncompatibleError: the source's device cannot make them.
+        """
+        if self._comparison is None:
+            if self.part.converts and not self._dtypes <= self._source_casts:
+                what = " and ".join(sorted(self._dtypes))
+                raise IncompatibleError("verify", f"the source's device does not convert {what} (kvxfer[dtypes])")
+            self._comparison = Images(self.part, "target", self._slot_nbytes)
+        return self._comparison
 
     def choose(self, match: Match) -> Choice:
         """The route that is predicted to be the fastest for these blocks."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 _PAGE_NBYTES = 4096
-_LARGEST_SLOT_NBYTES = 8 << 20
-"""Chunks stay in the caches of the processor between packing and the wire; longer ones would gain little."""
 _FEWEST_SLOTS = 8
 
 
@@ -41,10 +39,11 @@ class StagingArena:
 
     Args:
         nbytes: of the whole arena, at least 32 KiB. Memory is taken by the operating system when a slot is first used.
+        longest_chunk_nbytes: no slot is larger; there are at least 8 of them.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        slot = min(_LARGEST_SLOT_NBYTES, nbytes // _FEWEST_SLOTS) // _PAGE_NBYTES * _PAGE_NBYTES
+    def __init__(self, nbytes: int, longest_chunk_nbytes: int = 8 << 20) -> None:
+        slot = min(longest_chunk_nbytes, nbytes // _FEWEST_SLOTS) // _PAGE_NBYTES * _PAGE_NBYTES
         self.slot_nbytes: int = slot
         """Of one slot: no chunk is larger."""
         self.slots: int = nbytes // slot

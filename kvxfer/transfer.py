@@ -49,6 +49,7 @@ class Transfer:
         ref: the lease being read.
         into: the target's block tables, one per cache group.
         tokens: which of the request's tokens are read; None: all that ``into`` holds.
+        verify: what arrives is compared with what its source has, before the transfer ends.
         nbytes, descriptors: what was moved over the wire; 0 until done.
         early_nbytes: so many of these bytes were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
@@ -63,11 +64,14 @@ class Transfer:
         deadline: float,
         on_end: Callable[[Transfer], None],
         now: Callable[[], float] = time.monotonic,
+        *,
+        verify: bool = False,
     ) -> None:
         self._now = now
         self.ref = ref
         self.into = into
         self.tokens = tokens
+        self.verify = verify
         self.deadline = deadline
         self.started: float = now()
         self.seconds: float = 0.0

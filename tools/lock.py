@@ -34,6 +34,7 @@ FILES = {
     "dev": (
         "Test tools and linters, beside demo.txt. Python 3.10 to 3.14.",
         [
+            "coverage",
             "hypothesis",
             "pytest",
             "pytest-benchmark",
@@ -65,6 +66,7 @@ XLA = (
 # The last versions for Python 3.10 of what has left it behind.
 LAST_FOR_3_10 = {
     "contourpy": "1.3.2",
+    "coverage": "7.16.2",
     "fonttools": "4.65.0",
     "grimp": "3.18",
     "hypothesis": "6.168.5",

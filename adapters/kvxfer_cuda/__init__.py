@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from kvxfer_gpu import EventCompletion, GpuBuffer
+from kvxfer_gpu import EventCompletion, GpuBuffer, why_unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +24,7 @@ class CudaBuffer(GpuBuffer):
     @classmethod
     def why_unavailable(cls) -> str | None:
         """None if this process has a CUDA GPU."""
-        if torch.version.cuda is None:
-            return "this PyTorch was built without CUDA: install torch for CUDA"
-        return None if torch.cuda.is_available() else "PyTorch finds no CUDA GPU here (nvidia-smi)"
+        return why_unavailable("cuda", "CUDA", "nvidia-smi")
 
 
 class StagedCudaBuffer(CudaBuffer):

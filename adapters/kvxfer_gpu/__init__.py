@@ -4,7 +4,8 @@
 `kvxfer_cuda` and `kvxfer_rocm` are, and say what differs.
 """
 
+from kvxfer_gpu._torch import why_unavailable
 from kvxfer_gpu.buffer import GpuBuffer
 from kvxfer_gpu.completion import EventCompletion
 
-__all__ = ["EventCompletion", "GpuBuffer"]
+__all__ = ["EventCompletion", "GpuBuffer", "why_unavailable"]

@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-import torch
 
 from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
 from kvxfer_gpu._task import tasks
+from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, host_tensor
 
@@ -97,11 +97,13 @@ class _Lane:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.stream: Any = runtime.stream()
+        self.event: Any = runtime.event()
+        """Recorded again only when nobody asks for the work before any more."""
         self.last: EventCompletion | None = None
         self.scratch: Flat | None = None
         self.bounce = _PinnedMemory(runtime)
         self._numbers = _PinnedMemory(runtime)
-        self._on_device: Any = None
+        self._on_device: Flat | None = None
 
     def begin(self, nbytes: int) -> Flat:
         """So much scratch memory, when the work before has ended."""
@@ -117,13 +119,12 @@ class _Lane:
         By way of pinned memory: for any other the driver would first wait for all that is on the stream.
         """
         sizes = [len(table) for table in tables]
-        near = self._numbers.need(8 * sum(sizes)).view(np.int64)
-        np.concatenate(tables, out=near)
-        if self._on_device is None or len(self._on_device) < 8 * sum(sizes):
-            self._on_device = self._runtime.scratch(_rounded(8 * sum(sizes)))
-        there = self._on_device[: 8 * sum(sizes)]
-        there.copy_(host_tensor(near.view(np.uint8)), non_blocking=True)
-        numbers = there.view(torch.int64)
+        nbytes = 8 * sum(sizes)
+        np.concatenate(tables, out=self._numbers.need(nbytes).view(np.int64))
+        if self._on_device is None or self._on_device.nbytes < nbytes:
+            self._on_device = Flat(self._runtime.scratch(_rounded(nbytes)))
+        self._on_device.tensor[:nbytes].copy_(self._numbers.tensor[:nbytes], non_blocking=True)
+        numbers = self._on_device.of(torch.int64)[: nbytes // 8]
         return [numbers] if len(sizes) == 1 else list(numbers.split(sizes))
 
 
@@ -133,6 +134,7 @@ class _PinnedMemory:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.memory: Bytes = np.empty(0, np.uint8)
+        self.tensor: Any = None
         self._undo: Callable[[], object] | None = None
 
     def need(self, nbytes: int) -> Bytes:
@@ -141,6 +143,7 @@ class _PinnedMemory:
             self.free()
             whole = np.empty(_rounded(nbytes) + _PAGE_NBYTES, np.uint8)
             self.memory = whole[-int(whole.ctypes.data) % _PAGE_NBYTES :][: _rounded(nbytes)]
+            self.tensor = host_tensor(self.memory)
             self._undo = pinned(self._runtime, self.memory, "chunks that are not in the arena")
         return self.memory[:nbytes]
 
@@ -172,9 +175,9 @@ class Lanes:
                 scratch = lane.begin(high - low)
                 landing = lane.bounce.need(high - low) if straight is None else out[low:high]
                 self._move(lane, scratch, shares, -low, pack=True)
-                ashore = host_tensor(landing) if straight is None else straight
+                ashore = lane.bounce.tensor[: high - low] if straight is None else straight
                 ashore.copy_(scratch.tensor[: high - low], non_blocking=True)
-                event = self._runtime.record(lane.stream)
+                lane.event.record(lane.stream)
 
             def finish() -> None:
                 if whole:
@@ -182,7 +185,7 @@ class Lanes:
                 else:  # between the runs are bytes that are not ours
                     copy_runs([_in_place(copy, low) for copy in copies], landing, out[low:high])
 
-            lane.last = EventCompletion(event, finish if straight is None else None)
+            lane.last = EventCompletion(lane.event, finish if straight is None else None)
             return lane.last
 
     def unpack(self, shares: Sequence[Share], packed: Bytes) -> EventCompletion:
@@ -194,13 +197,12 @@ class Lanes:
             with self._runtime.on(lane.stream):
                 scratch = lane.begin(high - low)
                 if leaving is None:
-                    bounce = lane.bounce.need(high - low)
-                    bounce[:] = packed[low:high]
-                    leaving = host_tensor(bounce)
+                    lane.bounce.need(high - low)[:] = packed[low:high]
+                    leaving = lane.bounce.tensor[: high - low]
                 scratch.tensor[: high - low].copy_(leaving, non_blocking=True)
                 self._move(lane, scratch, shares, -low, pack=False)
-                event = self._runtime.record(lane.stream)
-            lane.last = EventCompletion(event)
+                lane.event.record(lane.stream)
+            lane.last = EventCompletion(lane.event)
             return lane.last
 
     def _turn(self) -> _Lane:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvxfer_gpu._task import HEADER
+from kvxfer_gpu._torch import torch
 
 if TYPE_CHECKING:
     from kvxfer.copies import Cast

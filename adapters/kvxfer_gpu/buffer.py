@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from kvxfer.buffer import DeviceBuffer
 from kvxfer.casting import CASTABLE
 from kvxfer.dlpack import ArrayView, allocations, read_array
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
+from kvxfer_gpu._torch import torch
 from kvxfer_gpu.runtime import Flat, Runtime
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class GpuBuffer(DeviceBuffer):
     """Covers everything from the first to the last byte of its arrays, gaps included, and keeps them alive.
 
     Packing and unpacking takes scratch memory on each GPU, for all buffers of a process together as many pieces as there were
-    chunks under way at a time, 8 at the most, each as large as a chunk (8 MiB with the default staging arena).
+    chunks under way at a time, 8 at the most, each as large as a chunk: an eighth of the staging arena, 32 MiB at the most.
 
     Args:
         arrays: one array, or several views of one allocation (the layers of a cache): tensors, or anything with DLPack.
@@ -47,6 +46,8 @@ class GpuBuffer(DeviceBuffer):
     """Kinds of memory, as DLPack calls them."""
     registrable: ClassVar[bool] = True
     """A transfer engine is given the memory's address. If not, every byte goes by way of host memory."""
+    longest_chunk_nbytes: ClassVar[int] = 32 << 20
+    """To ask a GPU for a chunk takes 150 us on the host, in which 8 MiB cross PCIe (docs/benchmarks.md)."""
     runtime: ClassVar[type[Runtime]] = Runtime
     """Replaced by tests that have no GPU."""
 

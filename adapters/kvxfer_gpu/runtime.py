@@ -10,11 +10,10 @@ import ctypes
 import logging
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from kvxfer.errors import TransferFailedError
 from kvxfer_gpu import _rows
 from kvxfer_gpu._task import Detour
+from kvxfer_gpu._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kvxfer.gpu")
 
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 _LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all contexts of this process."""
@@ -65,11 +64,9 @@ class Runtime:
         """A context in which work is put on a stream of this device."""
         return torch.cuda.stream(stream)
 
-    def record(self, stream: Any) -> Any:
-        """An event after all that was put on a stream."""
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
+    def event(self) -> Any:
+        """A new event, to be recorded on streams of this device."""
+        return torch.cuda.Event()
 
     @classmethod
     def pin(cls, memory: Bytes) -> Callable[[], object]:
@@ -106,14 +103,15 @@ class Runtime:
             self._move_around(task, source, target, tables)
             return
         if task.cast is None:
-            types = [_WORDS[nbytes] for nbytes in task.word_nbytes]
+            names = _WORDS[task.word_nbytes[0]], _WORDS[task.word_nbytes[1]]
             largest, kernel = 0.0, self._kernel
         else:
             names = task.cast.source, task.cast.target
-            types = [getattr(torch, name) for name in names]
             largest = _LARGEST.get(task.cast.target, 0.0)
             kernel = self._kernel if self.casts_on_kernel(*names) else None
-        (kernel or _rows).move(task, source.of(types[0]), target.of(types[1]), tables[0], largest)
+        (kernel or _rows).move(
+            task, source.of(getattr(torch, names[0])), target.of(getattr(torch, names[1])), tables[0], largest
+        )
 
     def _move_around(self, detour: Detour, source: Flat, target: Flat, tables: Sequence[Any]) -> None:
         elements, cast = detour.elements, detour.cast

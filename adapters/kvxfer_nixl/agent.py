@@ -242,7 +242,7 @@ class NixlAgent(TransferAgent):
     def _connect(self, name: str, native: bytes) -> _Peer:
         try:
             described = msgspec.msgpack.decode(native, type=_Native)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise PeerInfoError(f"cannot read the NIXL part of the description of {name!r}: {error}") from error
         registered = frozenset(described.registered)
         known: _Peer | None = self._peers[name].native if name in self._peers else None

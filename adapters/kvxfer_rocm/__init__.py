@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from kvxfer_gpu import EventCompletion, GpuBuffer
+from kvxfer_gpu import EventCompletion, GpuBuffer, why_unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +25,7 @@ class RocmBuffer(GpuBuffer):
     @classmethod
     def why_unavailable(cls) -> str | None:
         """None if this process has an AMD GPU."""
-        if getattr(torch.version, "hip", None) is None:
-            return "this PyTorch was built without ROCm: install torch for ROCm"
-        return None if torch.cuda.is_available() else "PyTorch finds no AMD GPU here (rocm-smi)"
+        return why_unavailable("hip", "ROCm", "rocm-smi")
 
 
 class StagedRocmBuffer(RocmBuffer):

@@ -152,6 +152,7 @@ def start_endpoint(
         settings=settings,
         secret=Secret.resolve(file=options.secret_file),
         allow_unauthenticated=options.allow_unauthenticated,
+        verify=options.verify,
     )
     world = cache.spec.world
     addresses: list[str] = [endpoint.address] * world

@@ -59,6 +59,7 @@ class Options:
         peer_timeout_seconds: consumer: how long a silent peer is waited for.
         hold_seconds: consumer: how long a waiting request renews its lease.
         secret_file: holds the secret of all servers of a fleet, see `kvxfer.Secret`; by default the environment says.
+        verify: compare what arrived with what the prefill server has, before it is used.
         allow_unauthenticated: a side channel that other machines reach may do without.
         model_fingerprint: replaces what is derived from the model's name and configuration; equal on servers that load
             the same weights from different paths.
@@ -77,6 +78,7 @@ class Options:
     hold_seconds: float | None = None
     secret_file: str | None = None
     allow_unauthenticated: bool | None = None
+    verify: bool = False
     model_fingerprint: str = ""
 
     @classmethod
@@ -93,8 +95,10 @@ class Options:
             if name not in known:
                 raise ConfigError(f"kv_connector_extra_config: unknown option {name!r}; known are {', '.join(known)}")
         values = dict(extra)
-        if not isinstance(values.get("allow_unauthenticated"), (bool, type(None))):
-            raise ConfigError("kv_connector_extra_config: allow_unauthenticated must be true or false")
+        for name, absent in (("allow_unauthenticated", None), ("verify", False)):
+            value = values.get(name, absent)
+            if value is not absent and not isinstance(value, bool):
+                raise ConfigError(f"kv_connector_extra_config: {name} must be true or false")
         for name in ("agent", "mode", "granularity", "model_fingerprint", "secret_file"):
             if not isinstance(values.get(name, ""), str):
                 raise ConfigError(f"kv_connector_extra_config: {name} must be a string, not {values[name]!r}")

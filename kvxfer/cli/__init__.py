@@ -20,6 +20,7 @@ _COMMANDS = {
     "plan": "say what a transfer between two caches would do: bytes, descriptors, route and time; needs no device",
     "bench": "measure this machine: the constants by which routes are chosen",
     "sim": "run real endpoints in a simulated world in which things go wrong, and check what must hold",
+    "soak": "run engines in real processes that are killed, frozen and restarted, and check every delivered byte",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
 }
 

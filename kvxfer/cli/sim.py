@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -14,8 +13,12 @@ from kvxfer.errors import ConfigError, UnavailableError
 if TYPE_CHECKING:
     import argparse
 
+    from kvxfer.testing.sim import Profile, SimulationError
+
 _ALL = "every"
 _TOLD_EVERY = 50
+_TOLD_EVERY_S = 5.0
+_MOST_LINES = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", type=int, default=0, dest="first", metavar="SEED", help="the first (default: %(default)s)"
     )
     parser.add_argument(
-        "--profile", default=_ALL, help="what goes wrong: a profile's name, or all of them (the default)"
+        "--profile", default=_ALL, help="what goes wrong: a profile's name, or every one of them (the default)"
+    )
+    parser.add_argument(
+        "--shrink",
+        type=int,
+        default=400,
+        metavar="RUNS",
+        help="what fails is repeated with less and less in it, so many times at most (default: %(default)s; 0: never)",
     )
 
 
@@ -37,9 +47,10 @@ def run(options: argparse.Namespace) -> int:
         raise UnavailableError(f"the simulator needs what kvxfer[test] installs: {error}") from error
     if options.seeds < 1:
         raise ConfigError("--seeds must be at least 1")
+    if options.shrink < 0:
+        raise ConfigError("--shrink must not be negative")
     if options.profile not in (*PROFILES, _ALL):
-        raise ConfigError(f"unknown profile {options.profile!r}; known are {', '.join(PROFILES)}")
-    logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # a simulated peer's misfortunes are no news
+        raise ConfigError(f"unknown profile {options.profile!r}; known are {', '.join(PROFILES)}, and {_ALL}")
     rows, faults, progress = [], Counter[str](), Progress()
     for name, profile in PROFILES.items():
         if options.profile not in (name, _ALL):
@@ -51,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
                 try:
                     report = run(seed, profile)
                 except SimulationError as error:
-                    print(f"\nprofile {name}, {error}\n\nagain: kvxfer sim --profile {name} --seeds 1 --from {seed}")
+                    _explain(error, name, profile, options.shrink, progress)
                     return 1
                 told += report.ends
                 told["requests"] += report.requests
@@ -68,3 +79,30 @@ def run(options: argparse.Namespace) -> int:
     print("\nwent wrong: " + (", ".join(f"{kind} {number:,}" for kind, number in faults.most_common()) or "nothing"))
     print("wrong bytes 0, blocks reused too early 0, ends missed or told twice 0, things left behind 0")
     return 0
+
+
+def _explain(error: SimulationError, name: str, profile: Profile, most_runs: int, progress: Progress) -> None:
+    """Print what was found, and the smallest run that shows it."""
+    from kvxfer.testing.sim import shrink  # noqa: PLC0415 - as above
+
+    print(f"\nprofile {name}, seed {error.seed}: {error.finding}: {error.what}")
+    if most_runs:
+        before, told = len(error.happened), time.monotonic()
+
+        def tell(how_far: str) -> None:
+            nonlocal told
+            if time.monotonic() - told > _TOLD_EVERY_S:
+                told = time.monotonic()
+                progress.tell(f"makes it smaller: {how_far}")
+
+        shrunk = shrink(error, profile, most_runs=most_runs, tell=tell)
+        error = shrunk.error
+        print(
+            f"\nmade smaller in {shrunk.runs} runs: of {before} things that need not have happened, {len(error.happened)} are left:"
+        )
+        print("\n".join(f"  {what}" for what in error.happened))
+        print(f"\nthere it is: {error.what}")
+    if len(error.trace) > _MOST_LINES:
+        print(f"\nthe last {_MOST_LINES} of {len(error.trace)} lines:")
+    print("\n" + "\n".join(error.trace[-_MOST_LINES:]))
+    print(f"\nagain: kvxfer sim --profile {name} --seeds 1 --from {error.seed}")

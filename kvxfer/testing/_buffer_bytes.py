@@ -156,7 +156,7 @@ class BytesTests(BufferTests):
         for down, up in ((-400, 100), (400, -100), (-400, -100)):
             at = 30_000 if down < 0 else 9000
             to = 5000 if up < 0 else 100
-            blocks = ([0, 7100, 20_000], [0, 8000, 16_000])
+            blocks = ([0, 7100, 20_000], [0, 8000, 16_000])  # at which no two runs overlap
             copy = Copy(
                 i64([at]), i64([to]), i64(blocks[0]), i64(blocks[1]), (Loop(2, 3000, 1600), Loop(12, down, up)), 90
             )

@@ -40,8 +40,10 @@ def sealed(rank, share: float) -> list[BlockTable]:
     return [BlockTable(t.ids[: int(len(t.ids) * s)], t.first) for t, s in zip(tables, shares, strict=True)]
 
 
-def move(pair, agent: str, route: Route | None, seals: tuple[list[float], ...] = ([],)) -> None:
-    """Read the pair's request into every target rank; what arrives is checked against the oracle.
+def move(
+    pair, agent: str, route: Route | None, seals: tuple[list[float], ...] = ([],), *, verify: bool = False
+) -> None:
+    """Read the pair's request into every target rank; what arrives is checked against the oracle, and if asked by the product too.
 
     With ``seals`` (for the first rank, and so on round) the ranks seal such shares of their blocks before they offer them all,
     and the read begins before that.
@@ -58,7 +60,7 @@ def move(pair, agent: str, route: Route | None, seals: tuple[list[float], ...] =
             ]
 
         producers = endpoints("P", pair.sources)
-        consumers = endpoints("D", pair.targets, route=route, convert=pair.convert)
+        consumers = endpoints("D", pair.targets, route=route, convert=pair.convert, verify=verify)
         ref = LeaseRef.mint(owner="P", addresses=[endpoint.address for endpoint in producers], request="r")
         for endpoint in producers:
             endpoint.announce(ref)
@@ -128,6 +130,32 @@ def test_any_dtype_is_read_into_any_other(pair, route):
     """The same with elements that change their type and scale on the way."""
     pytest.importorskip("ml_dtypes")
     move(pair, "inproc", route)
+
+
+@settings(max_examples=max(100, settings.default.max_examples // 4))
+@given(pair_cases(), st.sampled_from(ROUTES))
+def test_what_arrives_can_be_verified(pair, route):
+    """Asked to verify, a read compares what the two caches mean: whatever they look like and whatever the route, a good one passes."""
+    move(pair, "inproc", route, verify=True)
+
+
+@settings(max_examples=max(50, settings.default.max_examples // 10))
+@given(pair_cases(convert=True), st.sampled_from(ROUTES))
+def test_what_was_converted_can_be_verified(pair, route):
+    """The same with elements that change their type and scale on the way."""
+    pytest.importorskip("ml_dtypes")
+    move(pair, "inproc", route, verify=True)
+
+
+@settings(max_examples=max(50, settings.default.max_examples // 10))
+@given(
+    pairs_in_parts(),
+    st.sampled_from(ROUTES),
+    st.lists(st.lists(st.floats(0, 1), max_size=4).map(sorted), min_size=1, max_size=3),
+)
+def test_what_arrives_early_can_be_verified(pair, route, seals):
+    """The same of a read that begins before all blocks are complete."""
+    move(pair, "inproc", route, tuple(seals), verify=True)
 
 
 @SOME

@@ -557,7 +557,7 @@ def test_answers_to_questions_never_asked(world, producer, consumer):
         consumer.consumer.received(producer.address, message, world.now)
     for message in (wire.Open(token=token), wire.Hello(protocol=1, name="", epoch="", rank=0, agent="")):
         consumer.consumer.received(producer.address, message, world.now)
-    consumer.consumer.garbage(producer.address, "why")
+    consumer.consumer.garbage(producer.address, "why", world.now)
     assert consumer.metrics.value("kvxfer_refused_messages_total", reason="garbage") == 3
     transfer = consumer.read(ref, 1)
     world.advance(1)

@@ -22,7 +22,7 @@ from kvxfer.testing import eventually
 from tests.core.test_endpoint import QUICK, Engine
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
-READY = b"\x04\x19\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
 
 
 SECRET = Secret(b"sixteen bytes at least, and here are more")
@@ -109,7 +109,7 @@ RAW = {
     "another mechanism": GREETING.replace(b"NULL\0", b"CURVE"),
     "half a handshake": GREETING + READY[:12],
     "half a message": GREETING + READY + b"\x00\x50" + b"half",
-    "64 MiB announced": GREETING + READY + b"\x02" + struct.pack(">Q", 65 << 20) + bytes(1000),
+    "2 MiB announced": GREETING + READY + b"\x02" + struct.pack(">Q", (2 << 20) + 1) + bytes(1000),
     "2^63 announced": GREETING + READY + b"\x02" + struct.pack(">Q", 1 << 63) + bytes(1000),
     "a reserved flag": GREETING + READY + b"\xf8\x01x",
     **{f"random {seed}": random.Random(seed).randbytes(2000) for seed in range(8)},
@@ -163,8 +163,8 @@ def test_a_message_over_the_limit(victim, refused, dealer):
 
 
 def test_a_message_over_the_hard_limit(refused, dealer):
-    """More than 64 MiB in one frame is never taken into memory: the connection is dropped, and that is counted."""
-    dealer.sock.send(bytes((64 << 20) + 1))
+    """More than twice the limit in one frame is never taken into memory: the connection is dropped, and that is counted."""
+    dealer.sock.send(bytes((2 << 20) + 1))
     eventually(lambda: refused() >= 1, timeout_s=20)
 
 

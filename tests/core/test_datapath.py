@@ -758,6 +758,19 @@ def test_a_packed_read_is_started_again_with_other_numbers(packed):
     assert {number for _, taken in packed.ends.unstaged for number in taken} >= {*numbers, *again}
 
 
+def test_a_peer_that_is_forgotten_while_a_read_goes_on(packed):
+    """What is left of the read meets it again, and with the end of the read it is forgotten for good."""
+    info = packed.source.describe()
+    transfer = packed.read(TEN, TO)
+    serve(packed, 1)
+    packed.path.do(ForgetAgent(info))
+    serve(packed)
+    assert packed.end() == (transfer, None)
+    life = packed.path._life
+    eventually(lambda: not life._peers and not life.parting)
+    assert info not in life.proven
+
+
 def chunk_of(cache):
     """What a chunk of the first block looks like."""
     images = Images(plan(cache.spec, cache.spec).parts[0], "source", 512)

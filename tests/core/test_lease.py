@@ -74,6 +74,28 @@ def test_each_state_expires(table, board, until, how):
     assert table.expire(1e9) == [] and table.next_deadline() is None
 
 
+def test_spared_once_until_somebody_asks(table):
+    """After a standstill a lease gets a moment more, once: then it ends, or its holder is heard and it may be spared again."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, ME, 0)
+    table.spare(42.0)
+    assert table.expire(41.9) == [] and table.next_deadline() == 42.0
+    table.renew([T1], ME, 41.9)
+    table.spare(99.0)
+    table.spare(199.0)
+    assert table.expire(98.9) == []
+    assert [lease.token for lease in table.expire(99.0)] == [T1]
+
+
+def test_sparing_shortens_nothing(table):
+    """A lease that has more time than that keeps it."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [], 0)
+    table.spare(10.0)
+    assert lease.deadline == 30.0 and not lease.spared
+
+
 def test_renewed_for_as_long_as_the_holder_likes(table):
     """Each renewal by the holder starts the time anew; when they stop, it ends."""
     table.announce(T1, "r", 0)

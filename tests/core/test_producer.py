@@ -463,6 +463,32 @@ def test_a_question_that_comes_late(stager):
     assert stager.stage() == []
 
 
+def test_questions_overtake_each_other(stager):
+    """A chunk whose first question is lost, or comes after that for the next one, is packed when it is asked for."""
+    assert kinds(stager.stage(2)) == ["StartPack"]
+    assert kinds(stager.stage(0)) == ["StartPack"]
+    stager.packed(0)
+    stager.unstage(0)
+    assert stager.stage(0) == []
+    assert kinds(stager.stage(1)) == ["StartPack"]
+
+
+def test_given_up_before_it_was_asked_for(stager):
+    """A chunk that a reader gives up before its question has come is not packed when that comes after all."""
+    stager.stage(1)
+    stager.unstage(0)
+    assert stager.stage(0) == []
+
+
+def test_a_reader_that_leaves_numbers_out(producer, stager):
+    """What is kept of numbers that were never asked for is bounded: a reader that leaves out too many is refused by name."""
+    stager.stage(0)
+    (refused,) = stager.stage(1 << 30)
+    assert refused.code == "staging"
+    (chunks,) = producer.producer._chunks.values()
+    assert not chunks.missed and kinds(stager.stage(1)) == ["StartPack"]
+
+
 def test_a_long_read_is_remembered_in_little(producer, stager):
     """What was taken of a read of very many chunks leaves nothing behind but where it stands."""
     for number in range(3 * _MOST_CHUNKS):
@@ -470,7 +496,7 @@ def test_a_long_read_is_remembered_in_little(producer, stager):
         stager.packed(number)
         stager.unstage(number)
     (chunks,) = producer.producer._chunks.values()
-    assert chunks.asked == {} and chunks.next_number == 3 * _MOST_CHUNKS
+    assert (chunks.asked, chunks.missed, chunks.next_number) == ({}, set(), 3 * _MOST_CHUNKS)
     assert stager.stage(5) == []
 
 

@@ -162,6 +162,18 @@ def test_a_request_larger_than_the_arena(engines):
         assert rank.arena.slots * rank.arena.slot_nbytes <= SMALL.staging_nbytes < rank.array.nbytes
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_how_much_one_read_stages_is_a_setting(engines, most):
+    """No more chunks of a read lie in either arena at a time than its consumer's ``chunks_in_flight``."""
+    source = engines("P", order="HND", blocks=64)
+    target = engines("D", order="NHD", blocks=64, route="both", settings=replace(SMALL, chunks_in_flight=most))
+    source.fill(1)
+    blocks = list(range(64))
+    assert target.ranks[0].endpoint.read(source.lease(blocks), blocks).wait(60)
+    np.testing.assert_array_equal(target.logical, source.logical)
+    assert all(0 < engine.ranks[0].arena.peak <= most for engine in (source, target))
+
+
 @pytest.mark.parametrize("route", ["source_packed", "target_unpacked", "both"])
 def test_many_transfers_share_a_small_arena(engines, route):
     """64 reads at once through an arena of 8 slots all end well, and the last is not served after all the others."""

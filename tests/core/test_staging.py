@@ -35,6 +35,12 @@ def test_slots_are_pages_inside_the_limit(nbytes):
     assert arena.memory.nbytes > nbytes * 0.75
 
 
+def test_a_device_may_want_longer_chunks():
+    """Slots are as long as the device packs well, as long as there are 8 of them within the limit."""
+    assert StagingArena(256 << 20, 32 << 20).slot_nbytes == 32 << 20
+    assert StagingArena(64 << 20, 32 << 20).slot_nbytes == 8 << 20
+
+
 def test_the_limit_is_hard():
     """When all slots are taken there is none, for either use, until one is given back."""
     arena = StagingArena(LEAST)

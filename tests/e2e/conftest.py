@@ -8,6 +8,9 @@ restart the producer with other settings come last.
 A request reaches both servers in one of several ways, and what holds for one has to hold for all. Tests that talk to what stands
 in front of the servers take the fixture ``front``: vllm-router, or the example's proxy in either order of dispatch. Tests that talk
 to the servers themselves take ``way``: "pull", one after the other, or "push", both at once.
+
+The servers talk by a secret, from a file; those of test_unequal_pairs by another one, from the environment; and those that
+`make serve` starts, in test_serve, by none.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ _NEEDED = ("vllm", "vllm_router", "nixl", "transformers")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 
 if not _MISSING:
+    from kvxfer.secret import Secret
     from kvxfer_vllm.local.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
     from kvxfer_vllm.local.model import SMALL, make_model
     from kvxfer_vllm.local.pair import PushProxy, Router, ServerSettings, VllmServer, start_all
@@ -40,6 +44,7 @@ _ORDER = (
     "test_first_request",
     "test_same_tokens",
     "test_unequal_pairs",
+    "test_two_hosts",
     "test_malformed_params",
     "test_side_channel",
     "test_push",
@@ -94,16 +99,21 @@ class Lab:
         self.model = model
         self.folder = folder
         self.random = random.Random(2026)
+        secret_file = folder / "secret"
+        secret_file.touch(mode=0o600)
+        secret_file.write_bytes(os.urandom(32).hex().encode())
+        self.secret = Secret.resolve(file=str(secret_file))
+        known = {"secret_file": str(secret_file)}
         self.reference = VllmServer(ServerSettings(name="reference", model=model, num_blocks=2000), folder)
         producer = ServerSettings(
             name="prefill",
             model=model,
             role="kv_producer",
             num_blocks=2000,
-            connector_options={"match_seconds": MATCH_S, "lease_seconds": LEASE_S},
+            connector_options={**known, "match_seconds": MATCH_S, "lease_seconds": LEASE_S},
             arguments=_CHUNKED,
         )
-        patience = {"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}
+        patience = {**known, "peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}
         consumer = ServerSettings(
             name="decode-fail", model=model, role="kv_consumer", num_blocks=2000, connector_options=patience
         )
@@ -124,6 +134,7 @@ class Lab:
         self.first_expected: Answer | None = None
         self.eventually = eventually
         self.deadline_s = DEADLINE_S
+        self.peer_timeout_s = PEER_TIMEOUT_S
         self._tokens: dict[tuple[object, int], tuple[int, ...]] = {}
 
     # ---------------------------------------------------------------------------------------------------- life

@@ -108,8 +108,8 @@ def test_consumers_that_sleep_through_the_end_of_their_leases(late_lab, delay_s)
 def test_a_consumer_that_waits_in_its_queue(late_lab, way):
     """A request that waits longer than a lease for its turn keeps the lease: its read succeeds.
 
-    A virtual machine that stands still for the length of a lease ends it too, and no process can help that: where this one
-    was seen to stand still, another prompt is tried. So it is where the queue was gone before the prefill was done.
+    A machine that stands still for the length of a lease may end it too: where this one was seen to stand still, another prompt
+    is tried. So it is where the queue was gone before the prefill was done.
     """
     lab = late_lab
     for _ in range(5):

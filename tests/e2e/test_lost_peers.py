@@ -16,6 +16,12 @@ import pytest
 POLICIES = ("fail", "recompute")
 WAYS = ("pull", "push")
 
+FREEZE_S = 5.0
+LONGEST_FREEZE_S = 8.0
+"""A timer of a busy machine's test process was seen to be late by 4 s. A freeze that gets too near to the consumers' patience
+shows nothing, and is done again."""
+ATTEMPTS = 3
+
 
 class Begun:
     """One request of each way for each policy's consumer, of which the producer was asked and the consumer not yet."""
@@ -89,8 +95,21 @@ def test_a_producer_killed_before_the_read_and_restarted(lab):
     assert_all_work(lab)
 
 
+def asked_while_it_stands_still(lab) -> tuple[float, dict]:
+    """Requests of both ways, asked for while the producer is frozen: for how long it really was, and the consumers' answers."""
+    pulled = Begun(lab, ways=["pull"])
+    begin, thawed = time.monotonic(), []
+    lab.prefill.freeze()
+    thaw = threading.Timer(FREEZE_S, lambda: thawed.append((lab.prefill.thaw(), time.monotonic())))
+    thaw.start()
+    begun = [pulled, Begun(lab, ways=["push"])]
+    answers = lab.together(each.ask_all for each in begun)
+    thaw.join()
+    return thawed[0][1] - begin, answers[0] | answers[1]
+
+
 def test_a_producer_killed_while_clients_are_served_and_busy_when_it_is_back(lab):
-    """Clients served while it dies get right tokens or an error in time; a new one that is busy for 7 s is waited for."""
+    """Clients served while it dies get right tokens or an error in time; a new one that is busy for seconds is waited for."""
     prompts = [lab.prompt(900) for _ in range(9)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]
     killer = threading.Timer(0.5, lab.prefill.kill)
@@ -104,14 +123,15 @@ def test_a_producer_killed_while_clients_are_served_and_busy_when_it_is_back(lab
     assert all(answer.ok or answer.status >= 500 or answer.broken for answer in answers), answers
     lab.assert_no_blocks_in_use(lab.decode)
     lab.prefill.restart()
-    pulled = Begun(lab, ways=["pull"])
-    lab.prefill.freeze()
-    thaw = threading.Timer(7.0, lab.prefill.thaw)
-    thaw.start()
-    begun = [pulled, Begun(lab, ways=["push"])]
-    answers = lab.together(each.ask_all for each in begun)
-    thaw.join()
-    assert all(answer.ok for each in answers for answer in each.values()), answers
+    for _ in range(ATTEMPTS):
+        frozen_s, answers = asked_while_it_stands_still(lab)
+        if frozen_s < LONGEST_FREEZE_S:
+            assert all(answer.ok for answer in answers.values()), (frozen_s, answers)
+            break
+    else:
+        pytest.skip(
+            f"{FREEZE_S:g} s took {frozen_s:.1f} s here each time: patience of {lab.peer_timeout_s:g} s may end before"
+        )
     assert_all_work(lab)
 
 

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anybody can reach the side channel's port. What is not kvxfer's is refused and counted, and the next handshake works."""
+"""Anybody can reach the side channel's port. What is not kvxfer's is refused and counted, and the next handshake works.
+
+Strangers do not have the servers' secret, and are refused before any message of theirs is looked at. An *insider* has it, and says
+what makes no sense: each such message is refused by itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
 import struct
 import threading
 import uuid
+from collections import Counter
 
 import pytest
 import zmq
 
 from kvxfer import wire
+from kvxfer.secret import Secret
 
 _ANSWER_MS = 10_000
+STRANGER = "unauthenticated"
+"""The reason by which connections of those are counted who do not have the secret."""
 _noise = random.Random(4).randbytes
 
 _GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 16 + b"\0" + b"\0" * 31
@@ -60,28 +69,41 @@ MESSAGES = {
 }
 
 
-def _dealer(context, port) -> zmq.Socket:
+def _dealer(context, port, secret: Secret | None = None) -> zmq.Socket:
+    """Somebody who connects: with the servers' secret an insider."""
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 0)
     dealer.setsockopt(zmq.RCVTIMEO, _ANSWER_MS)
+    if secret is not None:
+        dealer.setsockopt(zmq.CURVE_SERVERKEY, secret.listener.public)
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, secret.caller.public)
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, secret.caller.private)
     dealer.connect(f"tcp://127.0.0.1:{port}")
     return dealer
 
 
-def shake_hands(port) -> wire.Message:
-    """What the server answers to a stranger that introduces itself properly."""
-    with zmq.Context() as context, _dealer(context, port) as dealer:
-        hello = wire.Hello(
-            protocol=wire.PROTOCOL, name=uuid.uuid4().hex, epoch=uuid.uuid4().hex[:16], rank=0, agent="nixl"
-        )
-        dealer.send(wire.encode(hello))
+def hello() -> bytes:
+    """How somebody whom nobody knows introduces itself properly."""
+    name, epoch = uuid.uuid4().hex, uuid.uuid4().hex[:16]
+    return wire.encode(wire.Hello(protocol=wire.PROTOCOL, name=name, epoch=epoch, rank=0, agent="nixl"))
+
+
+def shake_hands(lab, port) -> wire.Message:
+    """What the server answers to an insider that introduces itself properly."""
+    with zmq.Context() as context, _dealer(context, port, lab.secret) as dealer:
+        dealer.send(hello())
         return wire.decode(dealer.recv())
 
 
-def refused_messages(lab, server) -> float:
-    """What this server has counted by now."""
+def refused(lab, server) -> Counter[str]:
+    """What this server has counted by now, by reason."""
     lab.settle_metrics(server)
-    return server.metric("vllm:kvxfer_refused_messages_total")
+    samples = server.metrics()
+    return Counter({
+        sample.labels["reason"]: sample.value
+        for sample in samples
+        if sample.name == "vllm:kvxfer_refused_messages_total" and "reason" in sample.labels
+    })  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -93,7 +115,7 @@ def test_bytes_that_are_no_zeromq(lab, role, name):
         with contextlib.suppress(ConnectionError):  # refused in the middle of it
             stranger.sendall(RAW[name])
         # It may stay as long as it likes.
-        assert isinstance(shake_hands(server.side_channel_port), wire.Welcome)
+        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
     assert server.alive
 
 
@@ -102,36 +124,57 @@ def test_bytes_that_are_no_zeromq(lab, role, name):
 def test_messages_that_are_not_ours(lab, role, name):
     """Well-formed ZeroMQ with anything in it is refused and counted, and the next handshake is answered."""
     server = getattr(lab, role)
-    before = refused_messages(lab, server)
-    with zmq.Context() as context, _dealer(context, server.side_channel_port) as dealer:
+    before = refused(lab, server)
+    with zmq.Context() as context, _dealer(context, server.side_channel_port, lab.secret) as dealer:
         dealer.send_multipart(MESSAGES[name])
-        assert isinstance(shake_hands(server.side_channel_port), wire.Welcome)
+        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
+            # It was looked at: what strangers say is counted as theirs, whatever it is.
+            assert lab.eventually(lambda: (refused(lab, server) - before).keys() - {STRANGER}, 20)
     assert server.alive
-    if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
-        assert lab.eventually(lambda: refused_messages(lab, server) > before, 20)
+
+
+@pytest.mark.parametrize("whose", ["no secret", "another secret"])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_strangers_hear_nothing(lab, role, whose):
+    """Whoever does not have the secret is counted as a stranger and gets no answer, however well it introduces itself."""
+    server = getattr(lab, role)
+    before = refused(lab, server)
+    secret = Secret(b"what these servers do not know") if whose == "another secret" else None
+    with zmq.Context() as context, _dealer(context, server.side_channel_port, secret) as dealer:
+        dealer.send(hello())
+        dealer.send(_OPEN)
+        assert lab.eventually(lambda: refused(lab, server)[STRANGER] > before[STRANGER], 20)
+        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        assert not dealer.poll(0)
+    # Nothing that was said was looked at: it would have been counted by what is wrong with it.
+    assert (refused(lab, server) - before).keys() == {STRANGER}
 
 
 def test_raw_garbage_is_counted(lab):
-    """Connections that fail ZeroMQ's own handshake are counted too."""
-    before = refused_messages(lab, lab.prefill)
+    """Connections that fail ZeroMQ's own handshake are counted too, as those of strangers."""
+    before = refused(lab, lab.prefill)[STRANGER]
     with contextlib.ExitStack() as strangers:
         for name in ("http", "much random", "greeting, then random"):
             address = ("127.0.0.1", lab.prefill.side_channel_port)
             stranger = strangers.enter_context(socket.create_connection(address, timeout=10))
             with contextlib.suppress(ConnectionError):  # refused in the middle of it
                 stranger.sendall(RAW[name])
-        assert lab.eventually(lambda: refused_messages(lab, lab.prefill) > before, 20)
+        assert lab.eventually(lambda: refused(lab, lab.prefill)[STRANGER] > before, 20)
 
 
-def send_garbage_until(over: threading.Event, servers) -> int:
-    """All that is not ours and not huge, to each of the servers, again and again; how many of them were sent."""
+def send_garbage_until(over: threading.Event, servers, secret: Secret) -> int:
+    """All that is not ours and not huge, to each of the servers, by insiders and strangers, again and again; how much was sent."""
     sent = 0
     messages = [frames for frames in MESSAGES.values() if sum(map(len, frames)) < 1 << 20]
     with zmq.Context() as context:
-        dealers = [_dealer(context, server.side_channel_port) for server in servers]
+        dealers = {
+            server: [_dealer(context, server.side_channel_port, known) for known in (secret, None)]
+            for server in servers
+        }
         while not over.is_set():
-            for server, dealer in zip(servers, dealers, strict=True):
-                for frames in messages:
+            for server, both in dealers.items():
+                for dealer, frames in itertools.product(both, messages):
                     with contextlib.suppress(zmq.Again):  # it drops more than it can take
                         dealer.send_multipart(frames, zmq.NOBLOCK)
                 for raw in RAW.values():
@@ -140,19 +183,19 @@ def send_garbage_until(over: threading.Event, servers) -> int:
                         socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as stranger,
                     ):
                         stranger.sendall(raw)
-                sent += len(messages) + len(RAW)
-        for dealer in dealers:
+                sent += len(messages) * len(both) + len(RAW)
+        for dealer in itertools.chain(*dealers.values()):
             dealer.close()
     return sent
 
 
 def test_garbage_during_requests(lab, front):
-    """While strangers send all of that to both servers without a pause, requests are served, and by a transfer."""
+    """While insiders and strangers send all of that to both servers without a pause, requests are served, and by a transfer."""
     prompts = [lab.prompt(n) for n in (33, 700, 3000)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]
     moved = lab.decode.metric("vllm:kvxfer_transfer_seconds_count")
     over = threading.Event()
-    garbage = lab.threads.submit(send_garbage_until, over, [lab.prefill, lab.decode])
+    garbage = lab.threads.submit(send_garbage_until, over, [lab.prefill, lab.decode], lab.secret)
     try:
         answers = lab.together((lambda prompt=prompt: front.ask(prompt, max_tokens=8)) for prompt in prompts)
     finally:
@@ -177,19 +220,19 @@ def test_many_connections_that_say_nothing(lab):
 
 
 def test_a_flood_of_garbage(lab):
-    """20,000 messages of garbage at once do not stop transfers under way."""
-    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+    """20,000 messages of garbage at once, by an insider, do not stop transfers under way."""
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.setsockopt(zmq.SNDHWM, 0)
         for _ in range(20_000):
             dealer.send(os.urandom(50))
         lab.assert_works()
 
 
-def test_strangers_cannot_end_a_lease(lab, way):
-    """Whoever does not know a lease's token, or is not its holder, cannot settle it."""
+def test_insiders_cannot_end_a_lease(lab, way):
+    """Whoever does not know a lease's token, or is not its holder, cannot settle it, though it has the secret."""
     prompt = lab.prompt(300)
     params, _ = lab.begin(way, prompt)
-    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.send(_HELLO)
         epoch = wire.decode(dealer.recv()).epoch
         dealer.send(wire.encode(wire.Settle(to=epoch, token="0" * 32, read=True)))
@@ -198,9 +241,9 @@ def test_strangers_cannot_end_a_lease(lab, way):
     assert answer.tokens == lab.expect(prompt, 8)
 
 
-def test_strangers_that_wait_for_leases(lab):
-    """Somebody who says that he waits for 20,000 leases, none of which will ever be, keeps nobody else from theirs."""
-    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port) as dealer:
+def test_an_insider_that_waits_for_leases(lab):
+    """Somebody with the secret who says that he waits for 20,000 leases, none of which will ever be, keeps nobody else from theirs."""
+    with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.send(_HELLO)
         epoch = wire.decode(dealer.recv()).epoch

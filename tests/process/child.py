@@ -20,7 +20,9 @@ from kvxfer import Endpoint, LeaseRef
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
+from kvxfer.secret import Secret
 from kvxfer.testing import eventually
+from tests.process import hosts
 
 LOOPBACK = "NET_DEVICES=lo"
 """UCX otherwise listens on every address of the machine."""
@@ -42,6 +44,8 @@ class Engine:
 
     def __init__(self, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
         self.seed, self.options = seed, options
+        if "namespace" in options:
+            hosts.enter(options["namespace"])
         self.layers = {f"layer.{i}": np.empty(shape, dtype=np.uint16) for i in range(LAYERS)}
         for number, layer in enumerate(self.layers.values()):
             layer[...] = _pattern(seed, number, np.arange(shape[0]))
@@ -50,11 +54,13 @@ class Engine:
         self.endpoint = self._start(options.get("bind", "tcp://127.0.0.1:0"))
 
     def _start(self, bind: str) -> Endpoint:
-        ucx = {"engine_config": f"{LOOPBACK},{self.options['ucx']}" if "ucx" in self.options else LOOPBACK}
+        devices = f"NET_DEVICES={self.options['device']}" if "device" in self.options else LOOPBACK
+        ucx = {"engine_config": f"{devices},{self.options['ucx']}" if "ucx" in self.options else devices}
         options = {"backend_options": {"UCX": ucx}}
         settings = Settings(**self.options.get("settings", {}))
+        secret = Secret(self.options["secret"]) if "secret" in self.options else None
         cache = KVCache.from_layers(self.layers, block_tokens=16)
-        return Endpoint(cache, "nixl", bind=bind, settings=settings, agent_options=options)
+        return Endpoint(cache, "nixl", bind=bind, settings=settings, agent_options=options, secret=secret)
 
     def address(self) -> str:
         return self.endpoint.address
@@ -64,6 +70,9 @@ class Engine:
 
     def announce(self) -> str:
         return self.endpoint.announce().to_json()
+
+    def offer(self, ref: str, blocks: list[int]) -> None:
+        self.endpoint.offer(LeaseRef.from_json(ref), blocks)
 
     def hold(self, ref: str) -> None:
         self.endpoint.hold(LeaseRef.from_json(ref))
@@ -216,6 +225,12 @@ class Child:
             # Each thread stops when it is scheduled next: on a busy machine one may still answer a message first.
             tasks = Path(f"/proc/{self.process.pid}/task")
             eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), what="every thread has stopped")
+
+    def freeze(self, seconds: float) -> None:
+        """It stands still for so long, with all its threads."""
+        self.signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)

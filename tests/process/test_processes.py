@@ -117,6 +117,37 @@ def test_the_producer_is_frozen_before_the_read(child, met, held):
     eventually(lambda: len(producer.ends()) == 2 + met)
 
 
+def test_a_producer_stands_still_for_longer_than_its_lease(child):
+    """A lease that is renewed meanwhile stands when its producer goes on: it reads what was said before it ends anything."""
+    producer, consumer = child(1, settings=SETTINGS), child(3, settings=PATIENT)
+    ref = producer.lease(BLOCKS)
+    consumer.hold(ref)
+    eventually(lambda: consumer.granted() == 1)
+    producer.freeze(2 * SETTINGS["lease_s"])
+    outcome, _ = consumer.read_and_wait(ref, BLOCKS, TIMEOUT_S)
+    assert outcome == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
+    eventually(lambda: producer.ends() == ["LeaseSettled"])
+
+
+def test_a_producer_stands_still_and_nobody_comes(child):
+    """Leases that nobody asks for end all the same, a moment later."""
+    producer = child(1, settings=SETTINGS)
+    producer.lease(BLOCKS)
+    producer.freeze(2 * SETTINGS["lease_s"])
+    eventually(lambda: producer.ends() == ["LeaseExpired"])
+
+
+def test_a_consumer_stands_still_for_longer_than_its_patience(child):
+    """A read that waits for blocks goes on when its own process does: the producer was not silent, nobody had asked it."""
+    producer, consumer = child(1, settings=PATIENT), child(3, settings=SETTINGS)
+    ref = producer.announce()
+    number = consumer.read(ref, BLOCKS, 60.0)
+    eventually(lambda: consumer.metric("kvxfer_handshakes_total", outcome="met") == 1)
+    consumer.freeze(2 * SETTINGS["peer_timeout_s"])
+    producer.offer(ref, BLOCKS)
+    assert consumer.outcome(number, TIMEOUT_S) == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
+
+
 def test_the_producer_is_frozen_during_the_read(child):
     """A read under way when the producer freezes ends in time, and right if it is done; others are served meanwhile."""
     producer, other, consumer = child(1, LARGE), child(2, LARGE), child(3, LARGE)
@@ -164,11 +195,11 @@ def test_the_consumer_is_killed_while_it_holds(child):
 
 def test_a_producer_restarted_on_its_port(child):
     """Killed and started again at the same address it is met afresh, without a restart of the consumer."""
-    producer, consumer = child(1), child(3)
+    producer, consumer = child(1, settings=PATIENT), child(3)
     assert serves(producer, consumer)
     address, old = producer.address(), producer.lease(BLOCKS)
     producer.kill()
-    again = child(2, bind=address)
+    again = child(2, bind=address, settings=PATIENT)
     assert again.address() == address
     assert serves(again, consumer, target=30)
     outcome, seconds = consumer.read_and_wait(old, BLOCKS, TIMEOUT_S)

@@ -8,6 +8,7 @@ from kvxfer import (
     acquaintance,
     datapath,
     driver,
+    endpoint,
     fence,
     gate,
     hold,
@@ -310,3 +311,125 @@ def restarted_reads_number_anew(patch):
         return leg
 
     patch(reading.Leg, "again", anew)
+
+
+@bug
+def clock_of_agents_stands(patch):
+    """What the transfer agent carries has a deadline on a clock that is not its process's."""
+    new = lifecycle.AgentLifecycle._new
+
+    def made(self):
+        agent = new(self)
+        agent.now = lambda: 0.0
+        return agent
+
+    patch(lifecycle.AgentLifecycle, "_new", made)
+
+
+@bug
+def clock_of_the_control_thread_is_behind(patch):
+    """The control thread keeps the engine's deadlines on another clock than the one on which they were set."""
+
+    class Behind(driver.Driver):
+        def __init__(self, channel, metrics, emit, now):
+            super().__init__(channel, metrics, emit, lambda: now() - 500.0)
+
+    patch(endpoint, "Driver", Behind)
+
+
+@bug
+def renewals_by_the_producers_clock(patch):
+    """A lease is renewed when a third of its producer's time of day has passed, and not of its length."""
+    patch(hold.Claim, "renew_at", lambda self, now: now + 1e5 / 3)
+
+
+@bug
+def one_rank_settles_for_all(patch):
+    """The first rank of a consumer that has read its share gives the blocks of all back."""
+    settle = lease.LeaseTable.settle
+
+    def settled(self, token, holder, *, read):
+        return settle(self, token, holder._replace(world=1), read=read)
+
+    patch(lease.LeaseTable, "settle", settled)
+
+
+@bug
+def one_rank_grants_for_all(patch):
+    """What one rank of a producer has granted counts as granted by all."""
+    patch(hold.Hold, "readable", property(lambda self: any(claim.grant is not None for claim in self.claims)))
+
+
+@bug
+def unpacking_not_waited_for(patch):
+    """Bytes count as unpacked while the device still unpacks them."""
+    patch(datapath.DataPath, "copying", lambda self, leg, copies, then: then())
+
+
+@bug
+def packing_not_waited_for(patch):
+    """A chunk is told to be there while the device still packs it."""
+    pack = packer.Packer._pack
+
+    def packed(self, job, slot):
+        pack(self, job, slot)
+        if self._running and self._running[-1][0] is job:
+            self._running.pop()
+            self._packed(job.key, job.number, slot, None)
+
+    patch(packer.Packer, "_pack", packed)
+
+
+@bug
+def slot_given_back_while_it_is_packed(patch):
+    """A chunk that nobody wants any more makes room for the next one while the device still packs it."""
+    end = packer.Packer.end
+
+    def ended(self, key, numbers):
+        self._running = [each for each in self._running if each[0].key != key]
+        end(self, key, numbers)
+
+    patch(packer.Packer, "end", ended)
+
+
+@bug
+def device_failure_at_the_producer_ignored(patch):
+    """Blocks that a device has failed to write are offered all the same."""
+    init = gate.Gate.__init__
+    patch(gate.Gate, "__init__", lambda self, failed: init(self, lambda token, why: None))
+
+
+@bug
+def device_failure_at_the_consumer_ignored(patch):
+    """Bytes that a device has failed to unpack count as delivered."""
+    copied = datapath.DataPath._copied
+
+    def whatever(self, each):
+        each.copies = []
+        copied(self, each)
+
+    patch(datapath.DataPath, "_copied", whatever)
+
+
+@bug
+def closed_without_a_word(patch):
+    """An endpoint that is closed does not tell its engine how its leases end."""
+    patch(producer.Producer, "close", lambda self: None)
+
+
+@bug
+def overtaken_chunk_taken_for_an_old_one(patch):
+    """A chunk that is asked for after the one behind it is taken for one that was here before."""
+    patch(producer._Chunks, "is_taken", lambda self, number: number < self.next_number and number not in self.asked)
+
+
+@bug
+def part_in_flight_not_waited_for(patch):
+    """A transfer in several parts is done when the first one is."""
+    advance = TransferAgent._advance
+
+    def first_only(self, flight):
+        advance(self, flight)
+        del flight._parts[:-1]
+
+    patch(TransferAgent, "_advance", first_only)

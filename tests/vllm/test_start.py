@@ -101,6 +101,8 @@ def test_unknown_name_in_the_package():
         ({"match_seconds": -1}, "match_seconds must be a positive number"),
         ({"secret": "of all servers"}, "unknown option 'secret'"),
         ({"secret_file": 5}, "secret_file must be a string"),
+        ({"verify": "yes"}, "verify must be true or false"),
+        ({"verify": None}, "verify must be true or false"),
         ({"allow_unauthenticated": "yes"}, "allow_unauthenticated must be true or false"),
         ({"push_registration_timeout": 480}, "NixlConnector's option: use match_seconds"),
         ({"mode": None}, "mode must be a string"),

@@ -4,17 +4,19 @@
 Nothing in it imitates the protocol: each process holds a real `kvxfer.Endpoint`, given another clock, another control channel
 and turns instead of threads (`kvxfer.host`), and a transfer agent that copies real memory when the world says so. What is
 made up is the world (messages that are lost, repeated, delayed and overtaken; copies that are late, torn, lost or go on after
-they were given up; processes that crash, freeze and come back; clocks that drift) and the engines that use the endpoints.
+they were given up; devices that end late or fail; processes that crash, freeze and come back; clocks that drift, jump and
+stand) and the engines that use the endpoints, of one rank or several, whatever their caches look like in memory.
 
 The same seed makes the same run. ``run(seed)`` returns a `Report`, or raises `SimulationError` that says the seed, what was
-violated, and what happened before::
+violated, and what happened before. `shrink` finds the little that is needed for that::
 
     from kvxfer.testing.sim import PROFILES, run
 
     report = run(17, PROFILES["all"])
 """
 
+from kvxfer.testing.sim.shrink import Shrunk, shrink
 from kvxfer.testing.sim.story import PROFILES, Report, SimulationError, run
 from kvxfer.testing.sim.world import Profile
 
-__all__ = ["PROFILES", "Profile", "Report", "SimulationError", "run"]
+__all__ = ["PROFILES", "Profile", "Report", "Shrunk", "SimulationError", "run", "shrink"]

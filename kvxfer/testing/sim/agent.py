@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transfer agent of the simulator: copies real memory, a piece at a time, when the world says so."""
+"""A transfer agent of the simulator: copies real memory, a piece at a time, when the world says so.
+
+It does to its users what real engines were measured to do: a copy that was given up goes on, one that failed may land all the
+same, memory that was withdrawn is read as if nothing had happened, an owner dies with its reader, an engine does not come up
+again at the first try. Nothing but the end of an agent stops what it has begun.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +13,47 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from kvxfer.agent import Capabilities, Op, Reach, TransferAgent
-from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError
+from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError, UnavailableError
 from kvxfer.memory import Descriptors, Memory, MemoryKind
 
 if TYPE_CHECKING:
-    from kvxfer.testing.sim.world import Process
+    from kvxfer.testing.sim.process import Process
 
 _AFTERWARDS_S = 0.3
+_LATE_S = 40.0
 _PIECES = 4
 """Into which a copy is cut, so that it can be torn: lost, broken or overtaken half way."""
+_AGAIN_S = 0.2
+_AT_ONCE_S = 0.1
+"""For so long may a copy keep the thread that asked for it, at most."""
 
 
 class _Copy:
-    __slots__ = ("done", "error", "left")
+    __slots__ = ("done", "error", "left", "owner", "what")
 
-    def __init__(self) -> None:
+    def __init__(self, what: str, owner: str) -> None:
+        self.what = what
+        self.owner = owner
         self.done = False
         self.error: Exception | None = None
         self.left = 0
 
 
 class VirtualAgent(TransferAgent):
-    """Like an engine on RDMA: the owner of what is read has no part in it, and nothing but the end of an agent stops it.
+    """Like an engine on RDMA, or on a host's own copies if `at_once`: the owner of what is read has no part in it.
 
     Args:
         name: see `TransferAgent`.
         process: that it lives in.
-        agents: all that there are, by name.
+        agents: all that there ever were, by name.
+
+    Raises:
+        UnavailableError: it is one that cannot be made at this moment.
+
+    Attributes:
+        at_once: it copies while it is told to, and keeps who told it so for as long as that takes.
+        met: names of the agents that it knows.
+        is_open: it was not torn down, and its process lives.
     """
 
     adapter: ClassVar[str] = "virtual"
@@ -44,21 +63,25 @@ class VirtualAgent(TransferAgent):
         reach=Reach.NETWORK,
         quiet_on_abandon=False,
         remote_checked=False,
-        detects_death=True,
-        submit_copies=False,
+        detects_death=False,
+        submit_copies=True,
+        max_descriptors=24,
     )
 
     def __init__(self, name: str, process: Process, agents: dict[str, VirtualAgent]) -> None:
         super().__init__(name)
-        self.process = process
+        world = process.world
+        which = world.number(f"agent of {process.name}")
+        if not which.endswith("#1") and world.strikes("agent not made", which, world.profile.unmade):
+            raise UnavailableError(f"{which} cannot be made: so the simulator says")
+        self.process: Process = process
+        self.at_once: bool = world.chooses(f"{process.name} copies at once", 0.3)
+        self.met: set[str] = set()
         self._agents = agents
-        self._open = True
+        self.is_open: bool = True
+        self._under_way: dict[_Copy, None] = {}
         agents[name] = self
-
-    @property
-    def reachable(self) -> bool:
-        """Its memory can be read: also while its process is frozen."""
-        return self._open and self.process.alive
+        process.deaths.append(self._ended)
 
     def _register(self, memory: Memory) -> object:
         return memory
@@ -72,56 +95,88 @@ class VirtualAgent(TransferAgent):
     def _connect(self, name: str, native: bytes) -> str:
         if native != name.encode():
             raise PeerInfoError(f"{name!r} is not described by {native!r}")
+        self.met.add(name)
         return name
 
     def _disconnect(self, peer: object) -> None:
-        pass
+        self.met.discard(str(peer))
 
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> _Copy:  # noqa: ARG002
-        world, copy = self.process.world, _Copy()
-        profile = world.profile
-        lost = world.chance("copy lost", profile.copy_lost)
-        late = not lost and world.chance("copy late", profile.copy_late)
-        broken = not lost and not late and world.chance("copy broken", profile.copy_broken)
+        world, profile, owner = self.process.world, self.process.world.profile, self._agents[str(peer)]
+        copy = _Copy(world.number(f"{self.process.label} copies from {owner.process.label}"), str(peer))
+        chance = world.draw(copy.what)
+        if world.strikes("copy refused", copy.what, profile.copy_refused, chance):
+            world.say(f"{copy.what}: refused")
+            raise TransferFailedError("refused by the simulator")
+        lost = world.strikes("copy lost", copy.what, profile.copy_lost, chance)
+        late = not lost and world.strikes("copy late", copy.what, profile.copy_late, chance)
+        broken = not lost and not late and world.strikes("copy broken", copy.what, profile.copy_broken, chance)
+        fate = "lost half way" if lost else "late" if late else "broken off" if broken else ""
         runs = list(zip(spans.local.tolist(), spans.remote.tolist(), spans.nbytes.tolist(), strict=True))
+        world.say(f"{copy.what}: {spans.total_nbytes} bytes in {len(runs)} runs{fate and f', {fate}'}")
         pieces = [runs[i::_PIECES] for i in range(min(_PIECES, len(runs)))]
-        world.random.shuffle(pieces)
-        longest_s = 40.0 if late else profile.copy_s
-        times = sorted(world.random.uniform(1e-5, longest_s) for _ in pieces)
-        stop_at = world.random.randrange(len(pieces)) if lost or broken else len(pieces)
+        chance.shuffle(pieces)
+        longest_s = _LATE_S if late else profile.copy_s
+        times = sorted(world.delay_s(chance, longest_s) if not late else chance.uniform(0, _LATE_S) for _ in pieces)
+        stop_at = chance.randrange(len(pieces)) if lost or broken else len(pieces)
         copy.left = len(pieces)
+        self._under_way[copy] = None
+        if self.at_once and not fate:
+            self.process.block(world.delay_s(chance, min(profile.copy_s, _AT_ONCE_S)))
         for number, (at, piece) in enumerate(zip(times, pieces, strict=True)):
-            if number < stop_at or broken:
+            if not fate and self.at_once:
+                self._move(copy, piece)
+            elif number < stop_at or broken:
                 # What an engine says has failed may land all the same, for a while.
-                world.after(at if number < stop_at else at + _AFTERWARDS_S, partial(self._move, copy, str(peer), piece))
+                world.after(at if number < stop_at else at + _AFTERWARDS_S, partial(self._move, copy, piece))
         if broken:
             world.after(times[stop_at], lambda: self._break(copy, TransferFailedError("broken off by the simulator")))
         return copy
 
-    def _move(self, copy: _Copy, peer: str, piece: list[tuple[int, int, int]]) -> None:
-        if not self.reachable:
+    def _move(self, copy: _Copy, piece: list[tuple[int, int, int]]) -> None:
+        if not self.is_open or not self.process.alive:
             return
-        owner = self._agents.get(peer)
-        if owner is None or not owner.reachable:
-            self._break(copy, PeerLostError(f"{peer!r} is gone"))
-            return
-        for here, there, nbytes in piece:
-            ctypes.memmove(here, there, nbytes)
-        copy.left -= 1
-        if not copy.left:
-            copy.done = True
-            self.process.wake()
+        owner, world = self._agents[copy.owner], self.process.world
+        if self.process.network.stalled(self.process.label, owner.process.label):
+            world.after(_AGAIN_S, partial(self._move, copy, piece))
+        elif not owner.process.alive:
+            if not world.strikes("death not noticed", copy.what, world.profile.copy_lost):
+                self._break(copy, PeerLostError(f"{copy.owner!r} is gone"))
+        elif not owner.is_open and not world.strikes("withdrawn memory read", copy.what, world.profile.unguarded):
+            self._break(copy, PeerLostError(f"{copy.owner!r} has withdrawn its memory"))
+        else:
+            for here, there, nbytes in piece:
+                ctypes.memmove(here, there, nbytes)
+            copy.left -= 1
+            if not copy.left:
+                copy.done = True
+                self._under_way.pop(copy, None)
+                self.process.wake()
 
     def _break(self, copy: _Copy, error: Exception) -> None:
-        copy.error = copy.error or error
-        self.process.wake()
+        if copy.error is None and self.is_open and self.process.alive:
+            self.process.world.say(f"{copy.what}: {error}")
+            copy.error = error
+            self.process.wake()
 
     def _poll(self, handle: object) -> bool:
         copy: _Copy = handle  # type: ignore[assignment]
         if copy.error is not None:
+            self._under_way.pop(copy, None)
             raise copy.error
         return copy.done
 
     def _close(self) -> None:
-        self._open = False
-        self._agents.pop(self.name, None)
+        self._ended()
+
+    def _ended(self) -> None:
+        """Torn down, or dead with its process: over some lanes the owners of what it was reading do not survive that."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        world = self.process.world
+        for copy in self._under_way:
+            owner = self._agents[copy.owner].process
+            if owner.alive and world.strikes("owner dies with its reader", copy.what, world.profile.coupled):
+                world.after(1e-3, owner.fatal)
+        self._under_way.clear()

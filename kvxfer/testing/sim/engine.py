@@ -3,213 +3,369 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.layout import KVLayout
 from kvxfer.route import Costs
 from kvxfer.testing.sim.agent import VirtualAgent
-from kvxfer.testing.sim.world import Process
-from kvxfer.transfer import Done, Failed
+from kvxfer.testing.sim.cache import RankMemory, Shape, noise
+from kvxfer.testing.sim.process import Process
+from kvxfer.transfer import Done, Failed, LeaseExpired
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from kvxfer.lease import LeaseRef
+    from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
-    from kvxfer.transfer import Transfer
+    from kvxfer.transfer import Event, Transfer
 
-SETTINGS = Settings(
-    lease_s=6.0,
-    announce_s=20.0,
-    match_s=5.0,
-    read_timeout_s=10.0,
-    peer_timeout_s=4.0,
-    hold_s=15.0,
-    idle_peer_s=30.0,
-    quarantine_s=0.5,
-    contact_s=2.0,
-    max_leases=64,
-    staging_nbytes=1 << 15,
-)
-COSTS = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
+    Array = np.ndarray[Any, Any]
+
+SETTINGS: dict[str, float] = {
+    "lease_s": 6.0,
+    "announce_s": 20.0,
+    "match_s": 5.0,
+    "read_timeout_s": 10.0,
+    "peer_timeout_s": 4.0,
+    "hold_s": 15.0,
+    "idle_peer_s": 30.0,
+    "quarantine_s": 0.5,
+    "contact_s": 2.0,
+    "max_leases": 64,
+    "staging_nbytes": 1 << 15,
+}
+FEW_LEASES = 4
+_MOST_SLOTS = 7
+"""Of the eight of such an arena: so many are lent for one use."""
+
+PACKED = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 """By which packing pays at once, so that small caches take every route."""
+DIRECT = Costs(descriptor_s=1e-9, ask_s=1.0, chunk_s=1.0, land_s=1.0)
+"""By which it never does."""
 
-BLOCKS, LAYERS, HEADS, TOKENS, DIM = 24, 2, 2, 4, 8
+OVERDUE_S = 3.0
+"""For so long may a read go on after its deadline on the clock of its process, while that process runs: ``quarantine_s``, what
+polling costs, and the time of an agent that cannot be made again at once."""
 
 
 @dataclass(eq=False)
 class Serving:
-    """A request at its producer: blocks, and what they hold."""
+    """A request at its producer: blocks, and what they are to hold.
 
+    Attributes:
+        begun: by rank, how many tokens are there or are being computed; ``there`` those that are.
+        offered: ranks that have offered the blocks; ``told`` those that were told how that ended.
+        over: it was aborted.
+    """
+
+    request: Request
     ref: LeaseRef
     blocks: list[int]
-    content: np.ndarray[Any, Any]
-    written: int = 0
-    offered: bool = False
-
-
-class Kernel:
-    """A device that writes blocks: what it was told to comes to be there when it ends."""
-
-    def __init__(self) -> None:
-        self.done: bool = False
-
-    def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002
-        """See `kvxfer.buffer.Completion`."""
-        return self.done
+    content: Array
+    begun: dict[int, int] = field(default_factory=dict)
+    there: dict[int, int] = field(default_factory=dict)
+    offered: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+    over: bool = False
 
 
 @dataclass(eq=False)
 class Fetching:
-    """A request at its consumer."""
+    """A request at its consumer.
 
-    transfer: Transfer
+    Attributes:
+        content: of the tokens that are read, the first of which is the ``first`` of the blocks.
+        ended: ranks whose reads have.
+    """
+
+    request: Request
     blocks: list[int]
-    content: np.ndarray[Any, Any]
-    deadline: float
+    content: Array
+    first: int
+    ended: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Overdue:
+    """A read of one rank, and for how long it has gone on after its deadline."""
+
+    fetching: Fetching
+    seconds: float = 0.0
+
+
+class Rank:
+    """One rank of an engine: a process, its memory, an endpoint."""
+
+    def __init__(self, engine: Engine, number: int, settings: Settings, costs: Costs) -> None:
+        story = engine.story
+        self.engine: Engine = engine
+        self.number: int = number
+        self.process: Process = Process(story.network, f"{engine.name}{number}", engine.lives)
+        self.process.fatal = engine.crash
+        self.memory: RankMemory = RankMemory(self.process, engine.shape, number)
+        self.shadow: Array = self.memory.read(range(engine.shape.blocks))
+        self.reads: dict[Transfer, Overdue] = {}
+
+        def make_agent(name: str) -> VirtualAgent:
+            self._agent = VirtualAgent(name, self.process, story.agents)
+            return self._agent
+
+        self.endpoint: Endpoint = Endpoint(
+            self.memory.cache,
+            make_agent,
+            bind=self.process.address,
+            name=f"{engine.name}.{engine.lives}",
+            settings=settings,
+            costs=costs,
+            convert=True,
+            host=self.process,
+        )
+
+    def do(self, act: Callable[[], object], after_s: float = 0.0) -> None:
+        """Have its process do something: when it is awake, if it lives then."""
+
+        def attempt() -> None:
+            if self.process.frozen:
+                self.process.world.after(0.1, attempt)
+            elif self.process.alive and self.engine.alive:
+                act()
+                self.process.wake()
+
+        self.process.world.after(after_s, attempt)
+
+    def poll(self, passed_s: float) -> None:
+        """Take what the endpoint has to say, as an engine does with each step."""
+        self.process.world.seen["arena full"] += self.endpoint.in_use()["slots"] >= _MOST_SLOTS
+        for event in self.endpoint.poll():
+            self.engine.told(self, event)
+        faults = self.endpoint.metrics.value("kvxfer_internal_errors_total")
+        if faults:
+            self.engine.story.fail("fault survived", f"a fault was survived inside {self.process.name}")
+        for transfer, read in self.reads.items():
+            read.seconds += passed_s if self.process.now() > transfer.deadline else 0.0
+            if read.seconds > OVERDUE_S:
+                self.engine.story.fail("read without end", f"a read of {self.process.name} did not end: {transfer}")
+
+    def check_quiet(self, blocks: Sequence[int]) -> None:
+        """Nobody has written to blocks that are free."""
+        held, tokens = self.memory.read(blocks), self.engine.shape.block_tokens
+        expected = self._of(self.shadow, blocks)
+        if held.tobytes() != expected.tobytes():
+            wrong = sorted({blocks[i // tokens] for i in np.nonzero(held != expected)[1].tolist()})
+            self.engine.story.fail(
+                "free block written", f"blocks {wrong} of {self.process.name} were written to while they were free"
+            )
+
+    def gave(self, blocks: Sequence[int]) -> None:
+        """Note what blocks that are free now hold."""
+        tokens = self.engine.shape.block_tokens
+        held = self.memory.read(blocks)
+        for i, block in enumerate(blocks):
+            self.shadow[:, block * tokens : (block + 1) * tokens] = held[:, i * tokens : (i + 1) * tokens]
+
+    def left(self) -> dict[str, int]:
+        """What is in use of it."""
+        connections = self.process.network.channels[self.process.address].made
+        return {
+            **self.endpoint.in_use(),
+            "requests fetched": len(self.reads),
+            "connections": len(connections),
+            "agents met": len(self._agent.met),
+        }
+
+    def _of(self, content: Array, blocks: Sequence[int]) -> Array:
+        tokens = self.engine.shape.block_tokens
+        return content[:, np.add.outer(np.asarray(blocks, dtype=np.intp) * tokens, np.arange(tokens)).ravel()]
 
 
 class Engine:
-    """One process that uses an endpoint: a cache whose blocks it gives to requests and takes back, and rewrites when it may."""
+    """Ranks that use endpoints, and the blocks that all of them have for requests.
+
+    Attributes:
+        alive: somebody is there to ask its endpoints for anything.
+        serving: requests by token.
+    """
 
     def __init__(self, story: Story, name: str) -> None:
         self.story: Story = story
         self.name: str = name
-        self.address: str = f"tcp://{name}:1"
         self.lives: int = 0
-        self.serving: dict[str, Serving] = {}
-        self.fetching: dict[Any, Fetching] = {}
         self.begin()
 
     def begin(self) -> None:
-        """Come to life, as a process that knows nothing of the one before."""
-        story, random = self.story, self.story.world.random
+        """Come to life, as one that knows nothing of the one before, and may look otherwise."""
+        world = self.story.world
         self.lives += 1
-        self.process: Process = Process(story.world, f"{self.name}.{self.lives}", self.address)
-        order = random.choice(list(KVLayout))
-        cache, arrays = KVCache.allocate(
-            order,
-            layers=LAYERS,
-            blocks=BLOCKS,
-            heads=HEADS,
-            block_tokens=TOKENS,
-            head_dim=DIM,
-            apart=random.random() < 0.5,
+        who = f"{self.name}.{self.lives}"
+        chance = world.draw(f"engine {who}")
+        self.shape: Shape = Shape(
+            order=chance.choice(list(KVLayout)) if world.chooses(f"{who} has its own order", 0.8) else KVLayout.LBHNC,
+            block_tokens=chance.choice([2, 8]) if world.chooses(f"{who} has its own block size", 0.4) else 4,
+            world=2 if world.chooses(f"{who} has two ranks", 0.35) else 1,
+            by_layer=world.chooses(f"{who} is split by layers", 0.3),
+            apart=world.chooses(f"{who} has K and V apart", 0.5),
+            dtype="float32" if world.chooses(f"{who} stores float32", 0.3) else "float16",
+            hidden=world.chooses(f"{who} has no addresses", 0.2),
         )
-        self.cache: KVCache = cache
-        self.arrays: list[np.ndarray[Any, Any]] = list(arrays.values())
-        self.free: list[int] = list(range(BLOCKS))
-        self.shadow: dict[int, np.ndarray[Any, Any]] = {block: self.held([block]) for block in self.free}
-        self.serving.clear()
-        self.fetching.clear()
-        self.aborted: set[str] = set()
-        self.endpoint: Endpoint = Endpoint(
-            self.cache,
-            lambda name: VirtualAgent(name, self.process, story.agents),
-            bind=self.address,
-            name=f"{self.name}.{self.lives}",
-            settings=SETTINGS,
-            costs=COSTS,
-            host=self.process,
-        )
-        story.say(f"{self.process.name} begins, {order.value}")
+        self.has_few_leases: bool = world.chooses(f"{who} has cells for few leases", 0.1)
+        limits = {"max_leases": FEW_LEASES} if self.has_few_leases else {}
+        settings = Settings.resolve(environ={}, **(SETTINGS | limits))
+        costs = PACKED if world.chooses(f"{who} finds packing cheap", 0.6) else DIRECT
+        self.free: list[int] = list(range(self.shape.blocks))
+        self.serving: dict[str, Serving] = {}
+        self.ranks: list[Rank] = [Rank(self, number, settings, costs) for number in range(self.shape.world)]
+        self.alive: bool = True
+        if self.shape.world > 1:
+            for rank in self.ranks:
+                rank.endpoint.join(self.addresses)
+        self.story.say(f"{who} begins: {self.shape}")
 
-    # -- blocks: [layer, block, head, token, K then V], whatever they look like
+    @property
+    def addresses(self) -> list[str]:
+        """Of all ranks."""
+        return [rank.process.address for rank in self.ranks]
 
-    def held(self, blocks: list[int]) -> np.ndarray[Any, Any]:
-        """What these blocks hold."""
-        return np.concatenate([array[:, blocks] for array in self.arrays], axis=-1)
+    # -- blocks
 
-    def write(self, blocks: list[int], content: np.ndarray[Any, Any]) -> None:
-        """Let them hold that."""
-        at = 0
-        for array in self.arrays:
-            array[:, blocks] = content[..., at : at + array.shape[-1]]
-            at += array.shape[-1]
+    def noise(self, tokens: int) -> Array:
+        """Content that no other block ever held."""
+        return noise(self.story.noise, tokens)
 
-    def noise(self, blocks: list[int]) -> np.ndarray[Any, Any]:
-        """Fill them with what no other block ever held."""
-        shape = (LAYERS, len(blocks), HEADS, TOKENS, 2 * DIM)
-        content = self.story.noise.integers(0, 1 << 16, shape).astype(np.uint16)
-        self.write(blocks, content)
-        return content
-
-    def take(self, number: int) -> list[int] | None:
+    def take(self, tokens: int) -> list[int] | None:
         """Blocks for a request. They must hold what they held when they were given back."""
+        number = -(-tokens // self.shape.block_tokens)
         if len(self.free) < number:
             return None
-        taken = [self.free.pop(self.story.world.random.randrange(len(self.free))) for _ in range(number)]
-        for block in taken:
-            self.check_quiet(block)
+        taken = [self.free.pop(self.story.chance.randrange(len(self.free))) for _ in range(number)]
+        for rank in self.ranks:
+            rank.check_quiet(taken)
         return taken
 
     def give(self, blocks: list[int]) -> None:
         """They are nobody's; the engine writes to them at once, as it would for the next request."""
-        self.noise(blocks)
+        content = self.noise(len(blocks) * self.shape.block_tokens)
+        for rank in self.ranks:
+            rank.memory.write(blocks, content)
+            rank.gave(blocks)
         self.free += blocks
-        self.shadow.update({block: self.held([block]) for block in blocks})
 
-    def check_quiet(self, block: int) -> None:
-        """Nobody has written to a block that was free."""
-        if not np.array_equal(self.held([block]), self.shadow[block]):
-            self.story.fail(f"block {block} of {self.process.name} was written to while it was free")
+    def poll(self, passed_s: float) -> None:
+        """All ranks that can."""
+        for rank in self.ranks:
+            if self.alive and rank.process.alive and not rank.process.frozen:
+                rank.poll(passed_s)
 
-    def poll(self) -> None:
-        """Take what the endpoint has to say, as an engine does with each step."""
-        if not self.process.alive or self.process.frozen:
+    def told(self, rank: Rank, event: Event) -> None:
+        """What an endpoint has to say."""
+        kind = type(event).__name__
+        self.story.report.ends[kind] += 1
+        if isinstance(event, (Done, Failed)):
+            self._read_ended(rank, event)
             return
-        for event in self.endpoint.poll():
-            self.story.report.ends[type(event).__name__] += 1
-            if isinstance(event, (Done, Failed)):
-                self._read_ended(event)
-            else:
-                serving = self.serving.pop(event.token, None)
-                if serving is None or not serving.offered:
-                    self.story.fail(f"{self.process.name} was told {event}, which it does not wait for")
-                self.give(serving.blocks)
+        self.story.say(f"{rank.process.name} is told {kind} {event.request}")
+        serving = self.serving.get(event.token)
+        if serving is None or rank.number not in serving.offered - serving.told:
+            self.story.fail("told in vain", f"{rank.process.name} was told {event}, which it does not wait for")
+        if isinstance(event, LeaseExpired):
+            serving.request.expired(rank.process.name)
+        share = serving.content[rank.memory.share]
+        held = rank.memory.read(serving.blocks)[:, : share.shape[1]]
+        if serving.there.get(rank.number) == share.shape[1] and not np.array_equal(held, share):
+            self.story.fail("leased block written", f"leased blocks of {rank.process.name} were written to")
+        serving.told.add(rank.number)
+        self.maybe_over(serving)
 
-    def _read_ended(self, event: Done | Failed) -> None:
-        fetching = self.fetching.pop(event.transfer, None)
-        if fetching is None:
-            self.story.fail(f"{self.process.name} was told {event} twice")
+    def maybe_over(self, serving: Serving) -> None:
+        """Take the blocks of a request back, when no rank of this engine has anything to be told of them any more."""
+        every = serving.over or len(serving.offered) == len(self.ranks)
+        if every and serving.offered == serving.told and self.serving.pop(serving.ref.token, None) is not None:
+            self.give(serving.blocks)
+
+    def _read_ended(self, rank: Rank, event: Done | Failed) -> None:
+        story, who = self.story, rank.process.name
+        read = rank.reads.pop(event.transfer, None)
+        if read is None:
+            story.fail("told in vain", f"{who} was told {event} twice")
+        fetching = read.fetching
+        request = event.transfer.ref.request
         if isinstance(event, Done):
-            if not np.array_equal(self.held(fetching.blocks), fetching.content):
-                self.story.fail(f"{self.process.name}: wrong bytes were delivered as good")
-            self.story.report.nbytes += event.transfer.nbytes
+            share = fetching.content[rank.memory.share]
+            held = rank.memory.read(fetching.blocks)[:, fetching.first : fetching.first + share.shape[1]]
+            if not np.array_equal(held, share):
+                story.fail("wrong bytes", f"{who}: wrong bytes of {request} were delivered as good")
+            story.report.nbytes += event.transfer.nbytes
+            story.world.seen["early bytes"] += event.transfer.early_nbytes
+            story.say(f"{who} is told Done {request}")
         else:
-            self.story.report.ends[f"Failed {type(event.error).__name__}"] += 1
-        self.give(fetching.blocks)
+            story.report.ends[f"Failed {type(event.error).__name__}"] += 1
+            story.say(f"{who} is told Failed {request}: {event.error}")
+            fetching.request.failed(event.error, who)
+        fetching.ended.add(rank.number)
+        if len(fetching.ended) == len(self.ranks):
+            self.give(fetching.blocks)
 
     # -- life
 
     def crash(self) -> None:
-        """The process dies; another one begins at the same address."""
-        self.story.say(f"{self.process.name} crashes")
-        self.process.die()
-        self.begin()
+        """Its processes die, one after the other; another engine begins in their place."""
+        if not self.alive:
+            return
+        self.alive = False
+        world, who = self.story.world, f"{self.name}.{self.lives}"
+        self.story.say(f"{who} crashes")
+        chance = world.draw(f"crash of {who}")
+        last_s = 0.0
+        for rank in self.ranks:
+            world.after(last_s, rank.process.die)
+            last_s += chance.uniform(0, 1.5)
+        world.after(last_s + chance.uniform(0, 2), self.begin)
 
-    def freeze(self, seconds: float) -> None:
-        """No turns for a while; its memory can be read all the same."""
-        process = self.process
-        self.story.say(f"{process.name} is frozen for {seconds:.1f} s")
-        process.freeze(frozen=True)
-        self.story.world.after(seconds, lambda: process.freeze(frozen=False))
+    def close(self) -> None:
+        """End it in good order; another one begins a little later."""
+        if not self.alive:
+            return
+        who = f"{self.name}.{self.lives}"
+        self.story.say(f"{who} is closed")
+        self.check_closed()
+        self.story.world.after(self.story.world.draw(f"close of {who}").uniform(0, 2), self.begin)
+
+    def check_closed(self) -> None:
+        """Close the endpoints; everything that was under way has then ended."""
+        self.alive = False
+        for rank in self.ranks:
+            if rank.process.frozen:
+                rank.process.thaw()
+            rank.endpoint.close()
+            rank.poll(0.0)
+            if rank.reads:
+                self.story.fail(
+                    "left behind", f"{rank.process.name} was closed and {len(rank.reads)} reads did not end"
+                )
+            rank.process.die()
+        for serving in self.serving.values():
+            if serving.offered != serving.told:
+                self.story.fail(
+                    "left behind", f"{self.name} was closed and was not told how {serving.ref.request} ended"
+                )
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in use."""
+        return self.alive and not self.serving and not any(any(rank.left().values()) for rank in self.ranks)
 
     def check_over(self) -> None:
         """Everything has come to its end, and nothing is left."""
-        endpoint, name = self.endpoint, self.process.name
-        left = {**endpoint.in_use(), "requests served": len(self.serving), "requests fetched": len(self.fetching)}
-        for what, number in left.items():
-            if number:
-                self.story.fail(f"{name} is left with {number} {what}")
-        for block in self.free:
-            self.check_quiet(block)
-        if len(self.free) != BLOCKS:
-            self.story.fail(f"{name} is left with {BLOCKS - len(self.free)} blocks in use")
-        faults = endpoint.metrics.value("kvxfer_internal_errors_total")
-        if faults:
-            self.story.fail(f"{faults} faults were survived inside {name}")
+        left = {f"{rank.process.name}'s {what}": n for rank in self.ranks for what, n in rank.left().items()}
+        left |= {f"{self.name}'s requests served": len(self.serving)}
+        left |= {f"{self.name}'s blocks in use": self.shape.blocks - len(self.free)}
+        found = ", ".join(f"{number} of {what}" for what, number in left.items() if number)
+        if found:
+            self.story.fail("left behind", f"there are left {found}")
+        for rank in self.ranks:
+            rank.check_quiet(self.free)

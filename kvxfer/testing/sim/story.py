@@ -1,40 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens in one run: engines that lease, read, seal, abort, crash and come back; and what must hold whatever happens."""
+"""What happens in one run: requests, and what strikes them; and what must hold whatever happens."""
 
 from __future__ import annotations
 
+import itertools
+import logging
+import traceback
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import msgspec
 import numpy as np
 
-from kvxfer.lease import LeaseRef
-from kvxfer.testing.sim.engine import TOKENS, Engine, Fetching, Kernel, Serving
-from kvxfer.testing.sim.world import Process, Profile, World
+from kvxfer.testing.sim.engine import Engine
+from kvxfer.testing.sim.network import Network
+from kvxfer.testing.sim.request import Request
+from kvxfer.testing.sim.world import Profile, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import random
+    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from kvxfer.testing.sim.agent import VirtualAgent
+    from kvxfer.testing.sim.process import Process
 
 PROFILES: dict[str, Profile] = {
     "calm": Profile(),
-    "lossy": Profile(lost=0.2, repeated=0.1, delay_s=0.3, cuts=2),
-    "slow": Profile(delay_s=1.0, copy_s=1.0, copy_late=0.05, drift=0.2),
-    "stuck": Profile(delay_s=0.02, copy_lost=0.02, copy_late=0.08, copy_broken=0.03),
-    "crashy": Profile(crashes=3, freezes=3, copy_broken=0.05, delay_s=0.02),
-    "all": Profile(0.1, 0.05, 0.4, 0.5, 0.02, 0.03, 0.03, 2, 2, 1, 0.1),
+    "lossy": Profile(lost=0.2, repeated=0.1, delay_s=0.3, cuts=3, reconnects=3),
+    "slow": Profile(delay_s=1.0, copy_s=1.0, copy_late=0.05, device_s=0.5, drift=0.2, freezes=1),
+    "stuck": Profile(
+        delay_s=0.02,
+        copy_lost=0.02,
+        copy_late=0.06,
+        copy_broken=0.03,
+        copy_refused=0.02,
+        unguarded=0.5,
+        unmade=0.3,
+        device_failed=0.02,
+        cuts=1,
+    ),
+    "crashy": Profile(delay_s=0.02, copy_s=0.1, copy_broken=0.05, coupled=0.3, crashes=3, closes=2, freezes=3),
+    "clocks": Profile(delay_s=0.1, copy_s=0.3, copy_late=0.02, freezes=4, drift=0.1, jumps=8),
+    "all": Profile(
+        lost=0.1,
+        repeated=0.05,
+        delay_s=0.4,
+        copy_s=0.5,
+        copy_lost=0.02,
+        copy_late=0.03,
+        copy_broken=0.03,
+        copy_refused=0.01,
+        unguarded=0.5,
+        coupled=0.1,
+        unmade=0.2,
+        device_failed=0.01,
+        device_s=0.2,
+        crashes=1,
+        closes=1,
+        freezes=2,
+        cuts=2,
+        reconnects=2,
+        drift=0.1,
+        jumps=2,
+    ),
 }
 
-BUSY_S, QUIET_S = 40.0, 400.0
-"""How long things go wrong, and how long afterwards everything may take to come to its end."""
+REQUESTS = 30
+BUSY_S = 40.0
+"""How long things go wrong."""
+PROBES_S = (20.0, 50.0)
+"""From when and until when afterwards each engine has to serve each other one, whatever they went through. One that was told in
+vain where another one's agent is may fail once, and has to succeed when it tries again."""
+LANDING_S, QUIET_S = 60.0, 180.0
+"""How long afterwards copies that were given up may still land, and how long at most everything may take to come to its end."""
+_STEP_S, _QUIET_STEP_S = 0.05, 0.25
+_LAST_LINES = 40
 
 
 class SimulationError(AssertionError):
-    """Something that must hold did not: says the seed, what, and what happened before."""
+    """Something that must hold did not: says the seed, what, and what happened before.
+
+    Attributes:
+        at: seconds since the beginning.
+        finding: in two or three words, the same for all findings of the kind.
+        what: in one sentence.
+        happened: names of all that happened and need not have; see `World.happened`.
+        trace: what happened, in order, with times.
+    """
+
+    def __init__(self, seed: int, at: float, finding: str, what: str, world: World) -> None:
+        self.seed: int = seed
+        self.at: float = at
+        self.finding: str = finding
+        self.what: str = what
+        self.happened: list[str] = list(world.happened)
+        self.trace: list[str] = list(world.trace)
+        super().__init__("\n".join([f"seed {seed}, {at:.3f} s: {finding}: {what}", *self.trace[-_LAST_LINES:]]))
 
 
 @dataclass
@@ -42,8 +106,12 @@ class Report:
     """What one run was like.
 
     Attributes:
+        requests: that were begun.
+        nbytes: delivered, each of which was right.
         ends: transfers and leases by how they ended.
         faults: what went wrong, by kind.
+        seen: places that the run came to pass, by kind.
+        happened: names of all that happened and need not have; see `World.happened`.
         digest: equal for two runs in which the same happened.
     """
 
@@ -52,191 +120,202 @@ class Report:
     nbytes: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+    happened: Sequence[str] = ()
     digest: int = 0
+
+
+class _Listener(logging.Handler):
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        where = traceback.extract_tb(error.__traceback__)[-1] if error is not None else None
+        place = f" ({type(error).__name__}: {error}, {where.name}:{where.lineno})" if where else ""
+        self._say(f"log: {record.getMessage()}{place}")
 
 
 class Story:
     """One run. Use `run`."""
 
-    def __init__(self, seed: int, profile: Profile) -> None:
+    def __init__(
+        self,
+        seed: int,
+        profile: Profile,
+        only: AbstractSet[str] | None = None,
+        until: float = float("inf"),
+    ) -> None:
         self.report: Report = Report(seed)
-        self.world: World = World(seed, profile)
+        self._until = until
+        self.world: World = World(seed, profile, only)
+        self.network: Network = Network(self.world)
+        self.chance: random.Random = self.world.draw("story")
         self.noise: np.random.Generator = np.random.default_rng(seed)
         self.agents: dict[str, VirtualAgent] = {}
-        self.engines: list[Engine] = [Engine(self, name) for name in ("a", "b", "c")]
+        self.engines: list[Engine] = []
 
     def say(self, text: str) -> None:
         """For the trace."""
         self.world.say(text)
 
-    def fail(self, what: str) -> NoReturn:
+    def fail(self, finding: str, what: str) -> NoReturn:
         """Raises SimulationError."""
-        story = "\n".join(self.world.trace)
-        raise SimulationError(f"seed {self.report.seed}, {self.world.now:.3f} s: {what}\n{story}")
+        raise SimulationError(self.report.seed, self.world.now, finding, what, self.world)
 
     def tell(self) -> Report:
         """All of it, from the first request to the last thing that comes to its end."""
-        world, random = self.world, self.world.random
-        for _ in range(30):
-            world.after(random.uniform(0, BUSY_S * 0.9), self._request)
-        for kind, number in (
-            ("crash", world.profile.crashes),
-            ("freeze", world.profile.freezes),
-            ("cut", world.profile.cuts),
-        ):
-            for _ in range(number):
-                world.after(random.uniform(1, BUSY_S), partial(self._disturb, kind))
-        self._steps()
-        world.run(BUSY_S)
-        world.calm = True
-        world.cut.clear()
-        world.run(BUSY_S + QUIET_S)
-        for engine in self.engines:
-            engine.check_over()
-            engine.endpoint.close()
-            engine.poll()
-        self.report.faults, self.report.digest = world.faults, world.digest
+        with self._listening():
+            try:
+                self._tell()
+            except SimulationError:
+                raise
+            except Exception as error:
+                last = "".join(traceback.format_tb(error.__traceback__)[-3:])
+                what = f"{error}\n{last}"
+                raise SimulationError(
+                    self.report.seed, self.world.now, f"{type(error).__name__} raised", what, self.world
+                ) from error
+        world = self.world
+        self.report.faults, self.report.seen, self.report.digest = world.faults, world.seen, world.digest
+        self.report.happened = list(world.happened)
         return self.report
 
+    def _tell(self) -> None:
+        world = self.world
+        for name in ("a", "b", "c"):
+            self.engines.append(Engine(self, name))
+        bursts = [self.chance.uniform(0, BUSY_S * 0.9) for _ in range(2)]
+        for number in range(REQUESTS):
+            name = f"r{number + 1}"
+            chance = world.draw(f"{name} begins")
+            at = chance.choice(bursts) if chance.random() < 0.3 else chance.uniform(0, BUSY_S * 0.9)
+            if world.chooses(name, 1.0):
+                world.after(at, Request(self, name).begin)
+        self._plan_disturbances()
+        self._steps()
+        world.run(min(BUSY_S, self._until))
+        if world.now < self._until:
+            self._come_to_an_end()
+
+    def _come_to_an_end(self) -> None:
+        world = self.world
+        world.calm = True
+        self.network.cut.clear()
+        self.say("nothing goes wrong any more")
+        for pair in itertools.permutations(self.engines, 2):
+            name = f"probe from {pair[0].name} to {pair[1].name}"
+            if world.chooses(name, 1.0):
+                world.after(world.draw(name).uniform(*PROBES_S), Request(self, name, pair, tries=2).begin)
+        over = BUSY_S + QUIET_S
+        world.run(min(BUSY_S + LANDING_S, self._until))
+        while world.now < min(over, self._until) and not all(engine.idle for engine in self.engines):
+            world.run(min(world.now + 5.0, over))
+        if world.now < self._until:
+            for engine in self.engines:
+                engine.check_over()
+            for engine in self.engines:
+                engine.check_closed()
+
     def _steps(self) -> None:
+        world = self.world
+        step_s = _QUIET_STEP_S if world.calm else _STEP_S
         for engine in self.engines:
-            engine.poll()
-            for fetching in engine.fetching.values():
-                if self.world.now > fetching.deadline and engine.process.alive and not engine.process.frozen:
-                    self.fail(f"a read of {engine.process.name} did not end in time: {fetching.transfer}")
-        self.world.after(0.05, self._steps)
+            engine.poll(step_s)
+            if engine.alive and int(world.now / 1.0) != int((world.now + step_s) / 1.0):
+                for rank in engine.ranks:
+                    rank.check_quiet(engine.free)
+        world.after(step_s, self._steps)
 
-    def _disturb(self, kind: str) -> None:
-        random = self.world.random
-        engine = random.choice(self.engines)
-        self.world.faults[kind] += 1
-        if kind == "crash":
+    # -- what strikes engines
+
+    def _plan_disturbances(self) -> None:
+        profile = self.world.profile
+        for kind, number in (
+            ("crash", profile.crashes),
+            ("close", profile.closes),
+            ("freeze", profile.freezes),
+            ("cut", profile.cuts),
+            ("reconnect", profile.reconnects),
+            ("clock jump", profile.jumps),
+        ):
+            for i in range(number):
+                chance = self.world.draw(f"{kind} {i + 1}")
+                at = chance.uniform(1, BUSY_S)
+                self.world.after(at, partial(self._disturb, kind, i + 1, chance))
+
+    def _disturb(self, kind: str, number: int, chance: random.Random) -> None:
+        engine, other = chance.sample(self.engines, 2)
+        rank = chance.choice(engine.ranks)
+        one_way, seconds = chance.random() < 0.4, chance.uniform(0.1, 18)
+        between = f"{engine.name} and {other.name}"
+
+        def strikes(what: str) -> bool:
+            return self.world.strikes(kind, f"{number}, {what}", 1.0)
+
+        if kind == "reconnect" and strikes(between):
+            self.say(f"connections of {between} are made anew")
+            self.network.reconnect(engine.name, other.name)
+        elif kind == "cut" and strikes(f"{engine.name} to {other.name}" if one_way else between):
+            ways = [(engine.name, other.name), (other.name, engine.name)]
+            self._cut(set(ways[:1] if one_way else ways), seconds)
+        elif kind == "crash" and engine.alive and strikes(engine.name):
             engine.crash()
-        elif kind == "freeze":
-            engine.freeze(random.uniform(0.1, 12))
-        else:
-            other = random.choice([each for each in self.engines if each is not engine])
-            pair = frozenset((engine.address, other.address))
-            self.say(f"{engine.name} and {other.name} do not hear each other")
-            self.world.cut.add(pair)
-            self.world.after(random.uniform(0.5, 8), lambda: self.world.cut.discard(pair))
+        elif kind == "close" and engine.alive and strikes(engine.name):
+            engine.close()
+        elif kind == "freeze" and engine.alive and not rank.process.frozen and strikes(rank.process.label):
+            self._freeze(rank.process, seconds, clock_stands=one_way)
+        elif kind == "clock jump" and engine.alive and strikes(rank.process.label):
+            self.say(f"the clock of {rank.process.name} jumps by {seconds:.1f} s")
+            rank.process.jump(seconds)
 
-    # -- requests
+    def _freeze(self, process: Process, seconds: float, *, clock_stands: bool) -> None:
+        self.say(f"{process.name} is frozen for {seconds:.1f} s{', and its clock' if clock_stands else ''}")
+        process.freeze(clock_stands=clock_stands)
+        self.world.after(seconds, process.thaw)
 
-    def _request(self) -> None:
-        random = self.world.random
-        source, sink = random.sample(self.engines, 2)
-        number = random.randint(1, 5)
-        if source.process.frozen or (blocks := source.take(number)) is None:
-            return
-        self.report.requests += 1
-        key = f"r{self.report.requests}"
-        both = random.random() < 0.5
-        mint: dict[str, Any] = {"owner": source.endpoint.name, "addresses": [source.address], "request": key}
-        # A token made of the seed's chance: the same in every run.
-        minted = msgspec.structs.replace(LeaseRef.mint(**mint), token=f"{random.getrandbits(128):032x}")
-        ref = LeaseRef.shared(key, **mint) if both else minted
-        serving = Serving(ref, blocks, source.noise(blocks))
-        source.noise(blocks)  # until prefill has got there, they hold something else
-        process = source.process
-        begin = random.uniform(0, 3) if both else 0.0
-        end = begin + random.uniform(0.1, 4)
-        if both and random.random() < 0.1:
-            source.give(blocks)  # the prefill request never comes; the decode request does
-            self._later(sink, sink.process, lambda: self._read(sink, serving, hold=False))
-            return
-        self.world.after(begin, lambda: self._announce(source, process, serving))
-        for share in sorted(random.random() for _ in range(random.randint(0, 3))):
-            self.world.after(begin + share * (end - begin), partial(self._seal, source, process, serving, share))
-        self.world.after(end, lambda: self._offer(source, process, serving))
-        asked = random.uniform(0, 3) if both else end + random.expovariate(1.0)
-        self.world.after(asked, lambda: self._read(sink, serving, hold=random.random() < 0.5))
+    def _cut(self, ways: set[tuple[str, str]], seconds: float) -> None:
+        self.say(f"cut for {seconds:.1f} s: {', '.join(f'{a} to {b}' for a, b in sorted(ways))}")
+        self.network.cut |= ways
 
-    def _live(self, engine: Engine, process: Process) -> bool:
-        return engine.process is process and process.alive and not process.frozen
+        def heal() -> None:
+            self.network.cut -= ways
 
-    def _later(self, engine: Engine, process: Process, act: Callable[[], object]) -> None:
-        """Within two seconds, if the process lives then."""
+        self.world.after(seconds, heal)
 
-        def if_it_lives() -> None:
-            if self._live(engine, process):
-                act()
-
-        self.world.after(self.world.random.uniform(0, 2), if_it_lives)
-
-    def _announce(self, engine: Engine, process: Process, serving: Serving) -> None:
-        if self._live(engine, process):
-            engine.endpoint.announce(serving.ref)
-        elif engine.process is process:
-            self.world.after(0.1, lambda: self._announce(engine, process, serving))
-
-    def _seal(self, engine: Engine, process: Process, serving: Serving, share: float) -> None:
-        if self._live(engine, process) and not serving.offered:
-            number = int(len(serving.blocks) * share)
-            after = self._prefill(engine, process, serving, number)
-            engine.endpoint.seal(serving.ref, serving.blocks[:number], after=after)
-
-    def _prefill(self, engine: Engine, process: Process, serving: Serving, number: int) -> list[Kernel]:
-        """The first blocks get what they are to hold: now, or when a device that was told so has done it."""
-        new = range(serving.written, number)
-        serving.written = max(serving.written, number)
-        kernel = Kernel()
-
-        def write() -> None:
-            if engine.process is process and serving.ref.token not in engine.aborted:
-                engine.write([serving.blocks[i] for i in new], serving.content[:, list(new)])
-            kernel.done = True
-            process.wake()
-
-        if self.world.random.random() < 0.5:
-            write()
-            return []
-        self.world.after(self.world.random.uniform(0, 0.5), write)
-        return [kernel]
-
-    def _offer(self, engine: Engine, process: Process, serving: Serving) -> None:
-        if not self._live(engine, process):
-            if engine.process is process:  # frozen: it goes on where it was
-                self.world.after(0.1, lambda: self._offer(engine, process, serving))
-            return
-        if self.world.random.random() < 0.1:
-            self.say(f"{process.name} aborts {serving.ref.request}")
-            engine.aborted.add(serving.ref.token)
-            engine.endpoint.revoke(serving.ref)
-            engine.give(serving.blocks)
-            return
-        self.say(f"{process.name} offers {serving.ref.request}: {len(serving.blocks)} blocks")
-        serving.offered = True
-        engine.serving[serving.ref.token] = serving
-        after = self._prefill(engine, process, serving, len(serving.blocks))
-        engine.endpoint.offer(serving.ref, serving.blocks, after=after)
-        if self.world.random.random() < 0.1:
-            self._later(engine, process, lambda: engine.endpoint.revoke(serving.ref))
-
-    def _read(self, engine: Engine, serving: Serving, *, hold: bool) -> None:
-        process, random = engine.process, self.world.random
-        if process.frozen:
-            return
-        if hold:
-            engine.endpoint.hold(serving.ref)
-            self._later(engine, process, lambda: self._read(engine, serving, hold=False))
-            return
-        skip = random.randrange(len(serving.blocks)) if random.random() < 0.3 else 0
-        blocks = engine.take(len(serving.blocks) - skip)
-        if blocks is None:
-            engine.endpoint.drop(serving.ref)
-            return
-        tokens = (skip * TOKENS, None) if skip else None
-        transfer = engine.endpoint.read(serving.ref, blocks, tokens=tokens)
-        process.wake()
-        self.say(f"{process.name} reads {serving.ref.request}")
-        # A read has its own deadline; what was given up may take as long again to become quiet.
-        ends = self.world.now + (transfer.deadline - process.now()) * 1.5 + 60
-        engine.fetching[transfer] = Fetching(transfer, blocks, serving.content[:, skip:], ends)
-        if random.random() < 0.15:
-            self._later(engine, process, lambda: engine.endpoint.drop(serving.ref))
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """What endpoints log as errors is part of the trace, and of nothing else: a simulated misfortune is no news."""
+        logger, listener = logging.getLogger("kvxfer"), _Listener(self.say)
+        before, propagates = logger.level, logger.propagate
+        logger.addHandler(listener)
+        logger.setLevel(logging.ERROR)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(listener)
+            logger.setLevel(before)
+            logger.propagate = propagates
 
 
-def run(seed: int, profile: Profile | None = None) -> Report:
-    """One run from beginning to end. Raises SimulationError."""
-    return Story(seed, profile if profile is not None else PROFILES["all"]).tell()
+def run(
+    seed: int,
+    profile: Profile | None = None,
+    *,
+    only: AbstractSet[str] | None = None,
+    until: float = float("inf"),
+) -> Report:
+    """One run from beginning to end.
+
+    Args:
+        seed: of all chance.
+        profile: what goes wrong; everything by default.
+        only: names of what may happen (`World.happened`): the same run without the rest.
+        until: stop there, in seconds since the beginning, and do not ask what is left.
+
+    Raises:
+        SimulationError: something that must hold did not.
+    """
+    return Story(seed, profile if profile is not None else PROFILES["all"], only, until).tell()

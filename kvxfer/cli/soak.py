@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kvxfer soak``: engines in real processes for as long as one likes, killed, frozen and restarted; every delivered byte is checked."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+from kvxfer.cli.table import Progress, size
+from kvxfer.errors import ConfigError, UnavailableError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections import Counter
+
+    from kvxfer.testing.soak import Report
+
+_CALM_EVERY_S = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--minutes", type=float, default=60.0, help="how long things go wrong (default: %(default)g)")
+    parser.add_argument("--agent", default="nixl", help="transfer agent of all engines (default: %(default)s)")
+    parser.add_argument("--agent-options", default="{}", metavar="JSON", help="for the agent, as `Endpoint` takes them")
+    parser.add_argument(
+        "--seed", type=int, help="of what is asked for and what goes wrong; by default another one each time"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run, print, and stop at the first thing that must not be."""
+    try:
+        from kvxfer.testing.soak import SoakError, run  # noqa: PLC0415 - needs the extra `test`
+    except ImportError as error:
+        raise UnavailableError(f"a soak needs what kvxfer[test] installs: {error}") from error
+    if not 0 < options.minutes < 1e6:
+        raise ConfigError("--minutes must be more than 0")
+    seconds = options.minutes * 60
+    seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(32)
+    progress = Progress()
+    with progress.step(f"{options.minutes:g} minutes of churn, seed {seed}"):
+        try:
+            report = run(
+                seconds,
+                agent=options.agent,
+                agent_options=_agent_options(options.agent_options),
+                seed=seed,
+                calm_every_s=min(_CALM_EVERY_S, seconds / 2),
+                tell=progress.tell,
+            )
+        except SoakError as error:
+            print(f"\nseed {seed}, {error}")
+            return 1
+    print(_told(report))
+    return 0
+
+
+def _agent_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--agent-options is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigError("--agent-options must be a JSON object")
+    return options
+
+
+def _told(report: Report) -> str:
+    def counted(what: Counter[str]) -> str:
+        return ", ".join(f"{name} {number:,}" for name, number in what.most_common()) or "nothing"
+
+    rows = [
+        ("requests", f"{report.requests:,} in {report.seconds:,.0f} s: {counted(report.ways)}"),
+        ("decoded", counted(report.decoded)),
+        ("prefilled", counted(report.prefilled)),
+        ("went wrong", counted(report.faults)),
+        ("moved", f"{size(report.nbytes)}, each byte checked"),
+        ("agents made anew", f"{report.fences:,}"),
+    ]
+    for who, usages in report.calm.items():
+        first, last = report.compared(who)
+        what = f"{len(usages)} calm moments, from number {len(usages) // 4 + 1} to the last: "
+        what += f"{size(first.rss_nbytes)} to {size(last.rss_nbytes)}, {first.files} to {last.files} files, "
+        rows.append((who, what + f"{first.threads} to {last.threads} threads"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {what}" for name, what in rows]
+    return "\n".join([*lines, "", "wrong: 0, leaked: 0, ends missed or told twice: 0, died by itself: 0"])

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of the simulator: messages are lost, repeated, late and overtaken, ways are cut, and connections are made anew.
+
+What goes over it is what would go over TCP: bytes. Authentication and encryption are the real channel's (`kvxfer.control`)
+and have no part here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kvxfer import wire
+from kvxfer.control import Inbound
+from kvxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.testing.sim.process import Process
+    from kvxfer.testing.sim.world import World
+
+_AGAIN_S, _TRIES = 0.5, 20
+
+
+class Network:
+    """Who can be reached from where.
+
+    Attributes:
+        channels: by address.
+        cut: ways that nothing gets through, as (engine, engine): in that direction.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world: World = world
+        self.channels: dict[str, VirtualChannel] = {}
+        self.cut: set[tuple[str, str]] = set()
+
+    @staticmethod
+    def address(label: str) -> str:
+        """Where the process with that label listens."""
+        return f"tcp://{label}:1"
+
+    def stalled(self, label: str, other: str) -> bool:
+        """Bytes of KV cannot cross between these two."""
+        return not self.cut.isdisjoint([(label[0], other[0]), (other[0], label[0])])
+
+    def reconnect(self, engine: str, other: str) -> None:
+        """All connections between two engines are new."""
+        for channel in self.channels.values():
+            for address in [a for a in channel.made if {channel.process.label[0], _label(a)[0]} == {engine, other}]:
+                channel.hangup(address)
+
+    def carry(self, source: str, target: str, message: wire.Message, deliver: Callable[[bytes], bool]) -> None:
+        """Send a message from one label to another. ``deliver`` may say False: there is nobody, and it may be tried again."""
+        world, profile = self.world, self.world.profile
+        data = wire.encode(message)
+        world.digest = hash((world.digest, len(data)))
+        world.seen[type(message).__name__] += 1
+        request = world.requests.get(getattr(message, "token", ""), "")
+        what = world.number(f"{source}>{target} {type(message).__name__} {request}".rstrip())
+        chance = world.draw(what)
+        if (source[0], target[0]) in self.cut:
+            world.faults["message cut off"] += 1
+            world.say(f"{what}{_details(message)}: cut off")
+            return
+        if world.strikes("message lost", what, profile.lost, chance):
+            world.say(f"{what}{_details(message)}: lost")
+            return
+        twice = world.strikes("message repeated", what, profile.repeated, chance)
+        # A socket keeps some of what it cannot send until there is somebody to send it to.
+        kept = _TRIES if chance.random() < 0.5 else 0
+        for _ in range(2 if twice else 1):
+            seconds = world.delay_s(chance, profile.delay_s)
+            world.say(f"{what}{_details(message)}: there in {seconds:.4f} s")
+            world.after(seconds, lambda: self._arrive(deliver, data, kept))
+
+    def _arrive(self, deliver: Callable[[bytes], bool], data: bytes, tries: int) -> None:
+        if not deliver(data) and tries:
+            self.world.after(_AGAIN_S, lambda: self._arrive(deliver, data, tries - 1))
+
+
+class VirtualChannel:
+    """`kvxfer.control.Channel` through the network.
+
+    Attributes:
+        made: its connections by the address that they lead to, each under a name that no other ever has.
+        callers: who it was connected to by.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self.address: str = process.address
+        self.process: Process = process
+        self.callers: dict[bytes, VirtualChannel] = {}
+        self.made: dict[str, bytes] = {}
+        self._inbox: deque[Inbound] = deque()
+        self._numbers = itertools.count()
+        process.network.channels[self.address] = self
+
+    def wake(self) -> None:
+        """See `Channel`."""
+        self.process.wake()
+
+    def send(self, address: str, message: wire.Message) -> None:
+        """See `Channel`."""
+        if not address.startswith("tcp://"):
+            raise ConfigError(f"cannot connect to {address!r}")
+        network = self.process.network
+
+        def deliver(data: bytes) -> bool:
+            target = network.channels.get(address)
+            if target is None or not target.process.alive:
+                return not self.process.alive
+            connection = self.made.setdefault(address, f"{self.process.name}#{next(self._numbers)}".encode())
+            target.callers[connection] = self
+            target.take(connection, data)
+            return True
+
+        network.carry(self.process.label, _label(address), message, deliver)
+
+    def reply(self, connection: bytes, message: wire.Message) -> None:
+        """See `Channel`."""
+        caller = self.callers.get(connection)
+        if caller is None:
+            return
+
+        def deliver(data: bytes) -> bool:
+            if caller.process.alive and caller.made.get(self.address) == connection:
+                caller.take(self.address, data)
+            return True
+
+        self.process.network.carry(self.process.label, caller.process.label, message, deliver)
+
+    def hangup(self, address: str) -> None:
+        """See `Channel`."""
+        self.made.pop(address, None)
+
+    def receive(self, timeout_s: float | None) -> list[Inbound]:  # noqa: ARG002
+        """See `Channel`."""
+        arrived, self._inbox = list(self._inbox), deque()
+        return arrived
+
+    def close(self) -> None:
+        """See `Channel`."""
+        channels = self.process.network.channels
+        if channels.get(self.address) is self:
+            del channels[self.address]
+
+    def take(self, source: bytes | str, data: bytes) -> None:
+        """A message has arrived."""
+        self._inbox.append(Inbound(source, wire.decode(data)))
+        self.process.wake()
+
+
+def _label(address: str) -> str:
+    return address.removeprefix("tcp://").partition(":")[0]
+
+
+def _details(message: wire.Message) -> str:
+    """What of a message helps to follow a trace."""
+    if isinstance(message, wire.Grant):
+        return "" if message.complete else ", more to come"
+    if isinstance(message, wire.Refused):
+        return f", {message.code}"
+    if isinstance(message, (wire.Stage, wire.Staged)):
+        return f", chunk {message.number}"
+    if isinstance(message, wire.Settled):
+        return "" if message.stood else ", it had ended"
+    return ""

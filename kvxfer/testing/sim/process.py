@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the simulator: the `Host` of one endpoint, with a clock of its own, that freezes and dies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvxfer.testing.sim.network import VirtualChannel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.host import Loop
+    from kvxfer.testing.sim.network import Network
+    from kvxfer.testing.sim.world import World
+
+_MOST_TURNS = 100_000
+"""Of one loop in one moment: more means that it spins."""
+
+
+class SpinsError(RuntimeError):
+    """A loop has something to do, does it, and has something to do, without end."""
+
+
+class Process:
+    """Frozen it gets no turns, dead it never gets any again.
+
+    Args:
+        network: that it speaks through.
+        label: of its place, which the one after it inherits: ``a0`` for the first rank of engine ``a``.
+        life: how many there were at that place, with this one.
+
+    Attributes:
+        fatal: called when something outside kills it.
+        deaths: called when it dies, for those who must know.
+    """
+
+    def __init__(self, network: Network, label: str, life: int) -> None:
+        self.network: Network = network
+        self.world: World = network.world
+        world = self.world
+        self.label: str = label
+        self.name: str = f"{label}.{life}"
+        self.address: str = network.address(label)
+        self.alive: bool = True
+        self.frozen: bool = False
+        self.fatal: Callable[[], object] = self.die
+        self.deaths: list[Callable[[], object]] = []
+        chance = world.draw(f"clock of {self.name}")
+        drifts = world.profile.drift and world.chooses(f"the clock of {self.name} drifts", 1.0)
+        self._pace = 1.0 + (chance.uniform(-1, 1) * world.profile.drift if drifts else 0.0)
+        # Clocks have nothing to do with each other: a time that is told to somebody else means nothing there.
+        self._shown = chance.uniform(1e3, 1e6)
+        self._since = world.now
+        self._stands = False
+        self._slice_s = 10 ** chance.uniform(-2.5, -1.3)
+        self._loops: list[Loop] = []
+        self._turning: Loop | None = None
+        self._busy_until: dict[Loop, float] = {}
+        self._scheduled: float | None = None
+
+    # -- its clock
+
+    def now(self) -> float:
+        """See `Host`."""
+        return self._shown if self._stands else self._shown + (self.world.now - self._since) * self._pace
+
+    def jump(self, seconds: float) -> None:
+        """The clock goes forward at once."""
+        self._shown, self._since = self.now() + seconds, self.world.now
+        self.wake()
+
+    # -- its loops
+
+    def channel(self, bind: str, **_: Any) -> VirtualChannel:  # noqa: ARG002
+        """See `Host`."""
+        return VirtualChannel(self)
+
+    def run(self, name: str, loop: Loop) -> Process:  # noqa: ARG002
+        """See `Host`."""
+        loop.begin()
+        self._loops.append(loop)
+        self.wake()
+        return self
+
+    def join(self, timeout_s: float | None = None) -> None:  # noqa: ARG002
+        """See `Running`: a loop that was told to end does so now."""
+        for loop in list(self._loops):
+            for _ in range(_MOST_TURNS):
+                if loop.over or loop.due_s() != 0.0:
+                    break
+                loop.turn(0.0)
+            if loop.over and loop in self._loops:
+                self._loops.remove(loop)
+                loop.end()
+
+    def block(self, seconds: float) -> None:
+        """The loop whose turn it is does not come back from it for so long; the others go on."""
+        if self._turning is not None:
+            begin = max(self._busy_until.get(self._turning, 0.0), self.world.now)
+            self._busy_until[self._turning] = begin + seconds
+
+    def wake(self, seconds: float = 0.0) -> None:
+        """Give the loops their turns that much later, or earlier if that is due."""
+        at = self.world.now + seconds
+        if self.alive and (self._scheduled is None or at < self._scheduled):
+            self._scheduled = at
+            self.world.after(seconds, lambda: self._turns(at))
+
+    # -- its life
+
+    def freeze(self, *, clock_stands: bool) -> None:
+        """Stop it: its memory can be read all the same. Of a machine that is suspended the clock stands."""
+        self._shown, self._since, self._stands = self.now(), self.world.now, clock_stands
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._shown, self._since, self._stands = self.now(), self.world.now, False
+        self.frozen = False
+        self.wake()
+
+    def die(self) -> None:
+        """Without a word to anybody."""
+        if self.alive:
+            self.alive = False
+            self._loops.clear()
+            for told in self.deaths:
+                told()
+
+    def _turns(self, at: float) -> None:
+        if at != self._scheduled:
+            return
+        self._scheduled = None
+        if not self.alive or self.frozen:
+            return
+        for _ in range(_MOST_TURNS):
+            for loop in list(self._loops):
+                if self._busy_s(loop) <= 0.0:
+                    self._turning = loop
+                    loop.turn(0.0)
+                    self._turning = None
+            dues = [busy_s if (busy_s := self._busy_s(loop)) > 0.0 else loop.due_s() for loop in self._loops]
+            if 0.0 not in dues:
+                break
+        else:
+            raise SpinsError(f"a loop of {self.name} spins")
+        waits = [due_s for due_s in dues if due_s is not None]
+        if waits:
+            # Who sleeps for a moment is woken by a busy system when it suits it; who is told something, at once.
+            self.wake(max(min(waits) / self._pace, self._slice_s) + 1e-6)
+
+    def _busy_s(self, loop: Loop) -> float:
+        return self._busy_until.get(loop, 0.0) - self.world.now

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run that fails to a small one: what need not have happened is left out, as long as the run still fails alike.
+
+Everything that need not happen has a name (`World.happened`): requests and what is special about them, engines' ways to be,
+each message that is lost, each copy that breaks. Leaving some out changes nothing else, until that makes a difference, so
+halves, quarters and so on are tried, down to single ones (delta debugging: Zeller and Hildebrandt, 2002).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvxfer.testing.sim.story import BUSY_S, LANDING_S, SimulationError, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.testing.sim.world import Profile
+
+_LATER_S = 20.0
+_REQUEST = re.compile(r"r\d+")
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The smallest run that was found.
+
+    Attributes:
+        error: of that run, with its trace.
+        runs: that it took.
+    """
+
+    error: SimulationError
+    runs: int
+
+
+def shrink(
+    found: SimulationError, profile: Profile, *, most_runs: int = 400, tell: Callable[[str], object] | None = None
+) -> Shrunk:
+    """Make a failing run small.
+
+    Args:
+        found: by ``run(found.seed, profile)``.
+        profile: of that run.
+        most_runs: to try; what was found until then is the result.
+        tell: is told how far it is.
+
+    Returns:
+        a run with the same seed and the same `SimulationError.finding`; the same one each time.
+    """
+    search = _Search(found, profile, most_runs, tell or (lambda _: None))
+    # Requests first: with one goes all that was special about it.
+    search.without(lambda name: _REQUEST.fullmatch(name) is not None)
+    search.without(lambda _: True)
+    return Shrunk(search.error, search.runs)
+
+
+class _Search:
+    def __init__(self, found: SimulationError, profile: Profile, most_runs: int, tell: Callable[[str], object]) -> None:
+        self.error = found
+        self.runs = 0
+        # What has not failed long after the first one did will not; one that failed when all was over has to be run to its end.
+        self._until = found.at + _LATER_S if found.at + _LATER_S < BUSY_S + LANDING_S else float("inf")
+        self._profile = profile
+        self._most_runs = most_runs
+        self._tell = tell
+
+    def without(self, may_go: Callable[[str], bool]) -> None:
+        """Leave out as many names as possible of those that may go."""
+        step = len(self._names(may_go))
+        while step:
+            step = (step + 1) // 2 if step > 1 else 1
+            smaller, at = False, 0
+            while at < len(names := self._names(may_go)):
+                if self.runs >= self._most_runs:
+                    return
+                if self._fails_without(names[at : at + step]):
+                    smaller = True
+                else:
+                    at += step
+            if step == 1 and not smaller:
+                return
+
+    def _names(self, may_go: Callable[[str], bool]) -> list[str]:
+        return [name for name in self.error.happened if may_go(name)]
+
+    def _fails_without(self, left_out: list[str]) -> bool:
+        self.runs += 1
+        self._tell(f"{len(self.error.happened)} things, {self.runs} runs")
+        try:
+            only = set(self.error.happened) - set(left_out)
+            run(self.error.seed, self._profile, only=only, until=self._until)
+        except SimulationError as error:
+            # One that fails otherwise is another bug, or what is left of this one: it would lead astray.
+            if error.finding == self.error.finding:
+                self.error = error
+                return True
+        return False

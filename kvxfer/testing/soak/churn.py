@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens in a soak: requests without a pause, processes that are killed, frozen and restarted, and what must hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections import Counter
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from kvxfer.lease import LeaseRef
+from kvxfer.testing.soak.fleet import Member, wait_up
+from kvxfer.testing.soak.report import Report, Request
+from kvxfer.testing.soak.resident import SETTINGS, Geometry, Job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GEOMETRIES = {
+    "producer 1": Geometry("LBHN", 16),
+    "producer 2": Geometry("BLNH", 32, packs=True),
+    "consumer 1": Geometry("LBNH", 32, packs=True),
+    "consumer 2": Geometry("BHLN", 16),
+}
+"""The first of each kind is never killed."""
+
+_MOST_AT_ONCE = 6
+"""Requests of one consumer."""
+_PEERS = 2
+"""That each engine has, and forgets in each calm moment."""
+_MARGIN_S = 15.0
+"""For a fence and a busy machine, after the time in which something has to end."""
+_QUIET_S = 60.0
+_EVERY_S = {"kill": 12.0, "freeze": 10.0, "restart": 15.0, "abort": 0.7}
+"""On average."""
+
+
+class SoakError(AssertionError):
+    """Something that must hold did not; says what, and what happened before."""
+
+
+class Churn:
+    """One soak. Use `run`."""
+
+    def __init__(self, agent: str, agent_options: dict[str, Any], seed: int, tell: Callable[[str], object]) -> None:
+        self._random = random.Random(seed)  # noqa: S311 - no secret
+        self._tell = tell
+        self.report: Report = Report()
+        self._trace: list[str] = []
+        self._begun = time.monotonic()
+        self._members: list[Member] = [
+            Member(label, agent, agent_options, geometry, elder=label.endswith("1"))
+            for label, geometry in GEOMETRIES.items()
+        ]
+        self._sources, self._sinks = self._members[:2], self._members[2:]
+        self._requests: dict[int, Request] = {}
+        self._due = {kind: self._begun + self._random.expovariate(1 / every_s) for kind, every_s in _EVERY_S.items()}
+        self._lost: Counter[str] = Counter()
+        self._figures: dict[str, tuple[Any, ...]] = {}
+
+    def run(self, seconds: float, calm_every_s: float) -> Report:
+        """All of it. Raises SoakError."""
+        try:
+            wait_up(self._members)
+            left_s = seconds
+            while left_s > 0:
+                self._churn(min(left_s, calm_every_s))
+                left_s -= calm_every_s
+                self._calm()
+            self._close()
+        finally:
+            for member in self._members:
+                member.end()
+        self.report.seconds = time.monotonic() - self._begun
+        self._check_flat()
+        return self.report
+
+    # -- what happens
+
+    def _churn(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._listen(0.01)
+            self._disturb()
+            self._ask()
+            self._check_ends()
+
+    def _ask(self) -> None:
+        """A new request, if there is an engine that has time for it."""
+        sinks = [sink for sink in self._sinks if sink.runs and self._waiting(sink) < _MOST_AT_ONCE]
+        sources = [source for source in self._sources if source.runs]
+        if not sinks or not sources:
+            return
+        chance = self._random
+        source, sink = chance.choice(sources), chance.choice(sinks)
+        self.report.requests += 1
+        number, num_tokens = self.report.requests, chance.randint(1, 600)
+        job = Job(number, number, num_tokens, pieces=chance.randint(1, 4), step_s=chance.uniform(0.0, 0.1))
+        request = self._requests[number] = Request(job, source, None, source.life, both=chance.random() < 0.5)
+        if request.both:
+            ref = LeaseRef.shared(
+                f"{number}", owner=source.name, addresses=[source.address], request=f"{number}", num_tokens=num_tokens
+            ).to_json()
+            request.job = job = dataclasses.replace(job, ref=ref)
+            self._decode(request, sink)
+        else:
+            request.sink = sink
+        self.report.ways["push" if request.both else "pull"] += 1
+        source.order("prefill", job)
+
+    def _decode(self, request: Request, sink: Member) -> None:
+        """Tell the decoder, unless nobody does: then the lease expires."""
+        chance = self._random
+        request.sink = sink
+        if chance.random() < 0.04:
+            request.decoded = "never asked"
+            self.report.decoded["never asked"] += 1
+            return
+        if not sink.runs:
+            request.decoded = "decoder away"
+            self.report.decoded["decoder away"] += 1
+            return
+        hold_s = chance.uniform(0.0, 2.0) if chance.random() < 0.3 else 0.0
+        skip = chance.randrange(request.job.num_tokens) if chance.random() < 0.3 else 0
+        job = dataclasses.replace(request.job, hold_s=hold_s, skip=skip, timeout_s=SETTINGS["read_timeout_s"])
+        request.sink_life, request.frozen_s = sink.life, sink.frozen_s
+        request.ends_by = time.monotonic() + hold_s + job.timeout_s + _MARGIN_S
+        sink.order("decode", job)
+
+    def _disturb(self) -> None:
+        now, chance = time.monotonic(), self._random
+        for member in self._members:
+            if member.frozen_until and now >= member.frozen_until:
+                member.thaw()
+        for kind, every_s in _EVERY_S.items():
+            if now < self._due[kind]:
+                continue
+            self._due[kind] = now + chance.expovariate(1 / every_s)
+            if kind == "abort":
+                self._abort()
+                continue
+            able = [member for member in self._members if member.runs and not (kind == "kill" and member.elder)]
+            if able:
+                self._do(kind, chance.choice(able))
+
+    def _do(self, kind: str, member: Member) -> None:
+        seconds = self._random.uniform(0.2, 7.0)
+        self._say(f"{kind} {member.label}" + (f" for {seconds:.1f} s" if kind == "freeze" else ""))
+        self.report.faults[kind] += 1
+        if kind == "freeze":
+            member.freeze(seconds)
+            return
+        for other in self._members:
+            self._lost[other.label] += other is not member
+        if kind == "restart":
+            self._lost[member.label] = 0  # what its agent had left open goes with it
+            member.restart()
+            return
+        if self._random.random() < 0.3:  # also what stands still is killed
+            member.freeze(0.0)
+        member.kill()
+        for request in self._requests.values():
+            if request.source is member and not request.prefilled:
+                request.prefilled = "killed"
+                self.report.prefilled["killed"] += 1
+                request.decoded = request.decoded or ("" if request.ends_by else "prefiller killed")
+                self.report.decoded["prefiller killed"] += request.decoded == "prefiller killed"
+            if request.sink is member and request.ends_by and not request.decoded:
+                request.decoded = "killed"
+                self.report.decoded["killed"] += 1
+
+    def _abort(self) -> None:
+        open_ = [each for each in self._requests.values() if not each.prefilled or not each.decoded]
+        if not open_:
+            return
+        request = self._random.choice(open_)
+        members = [each for each in (request.source, request.sink) if each is not None and each.runs]
+        for member in self._random.sample(members, self._random.randint(0, len(members))):
+            self.report.faults["abort"] += 1
+            member.order("abort", request.job.number)
+
+    # -- what is told
+
+    def _listen(self, timeout_s: float) -> None:
+        pipes = {member.pipe: member for member in self._members}
+        for pipe in connection.wait(list(pipes), timeout_s):
+            member = pipes[pipe]  # type: ignore[index]
+            for what, told in member.told():
+                getattr(self, f"_told_{what}")(member, *told)
+        for member in self._members:
+            if not member.alive:
+                self.fail(f"{member.label} died by itself, with exit code {member.exitcode}:\n{member.last_words}")
+            if member.stuck:
+                self.fail(f"{member.label} does not come up:\n{member.last_words}")
+
+    def _told_up(self, member: Member, address: str, name: str) -> None:
+        member.address, member.name, member.ready = address, name, True
+
+    def _told_failed(self, member: Member, why: str) -> None:
+        self.fail(f"{member.label} does not start: {why}")
+
+    def _told_violated(self, member: Member, what: str) -> None:
+        self.fail(f"{member.label}: {what}")
+
+    def _told_full(self, member: Member, number: int) -> None:  # noqa: ARG002 - as all of these
+        self._end_prefill(number, "no room", 0)
+
+    def _told_offered(self, member: Member, number: int, ref: str) -> None:  # noqa: ARG002 - as all of these
+        request = self._requests.get(number)
+        if request is not None and not request.both and request.sink is not None:
+            request.job = dataclasses.replace(request.job, ref=ref)
+            self._decode(request, request.sink)
+            self._forget(request)
+
+    def _told_prefilled(self, member: Member, number: int, how: str, wrong_nbytes: int) -> None:
+        if wrong_nbytes:
+            self.fail(f"{member.label}: {wrong_nbytes} bytes of request {number} changed while it was leased")
+        self._end_prefill(number, how, wrong_nbytes)
+
+    def _end_prefill(self, number: int, how: str, _: int) -> None:
+        request = self._requests[number]
+        request.prefilled = how
+        self.report.prefilled[how] += 1
+        if not request.ends_by and not request.decoded:
+            request.decoded = "never asked"
+            self.report.decoded["never asked"] += 1
+        self._forget(request)
+
+    def _told_decoded(self, member: Member, number: int, how: str, nbytes: int, wrong_nbytes: int) -> None:
+        request = self._requests[number]
+        if wrong_nbytes:
+            self.report.wrong_nbytes += wrong_nbytes
+            self.fail(f"{member.label}: {wrong_nbytes} bytes of request {number} are wrong, and were delivered as good")
+        if request.decoded:
+            self.fail(f"{member.label} tells of request {number} twice: {request.decoded}, {how}")
+        request.decoded = how
+        self.report.decoded[how] += 1
+        if how == "done":
+            self.report.nbytes += nbytes
+        self._forget(request)
+
+    def _told_figures(self, member: Member, *figures: Any) -> None:
+        self._figures[member.label] = figures
+
+    def _told_closed(self, member: Member, left: dict[str, int]) -> None:
+        self._figures[member.label] = (left,)
+
+    def _forget(self, request: Request) -> None:
+        if request.prefilled and request.decoded:
+            self._requests.pop(request.job.number, None)
+
+    # -- what must hold
+
+    def _waiting(self, sink: Member) -> int:
+        return sum(each.sink is sink and not each.decoded for each in self._requests.values())
+
+    def _check_ends(self) -> None:
+        now = time.monotonic()
+        for request in list(self._requests.values()):
+            self._forget(request)
+            sink = request.sink
+            if sink is None or request.decoded or not request.ends_by or sink.frozen_until:
+                continue
+            if now > request.ends_by + sink.frozen_s - request.frozen_s:
+                self.fail(f"{sink.label}: the read of request {request.job.number} did not end in time")
+
+    def _calm(self) -> None:
+        """Nothing is asked for and nothing goes wrong until all has come to its end: then nothing may be in use."""
+        until = time.monotonic() + _QUIET_S
+        for member in self._members:
+            if member.frozen_until:
+                member.thaw()
+        left: dict[str, Any] = {}
+        while time.monotonic() < until:
+            self._listen(0.05)
+            self._check_ends()
+            if self._requests or not all(member.runs for member in self._members):
+                left = {f"request {number}": each for number, each in list(self._requests.items())[:3]}
+                continue
+            left = self._ask_figures()
+            if not left:
+                break
+        else:
+            self.report.leaked += len(left)
+            self.fail(f"{_QUIET_S:g} s after the last request this is in use: {left}")
+        for member in self._members:
+            if member.elder:
+                self._lost[member.label] += _PEERS
+                self.report.calm.setdefault(member.label, []).append(member.usage())
+                self.report.losses[member.label] = self._lost[member.label]
+        told = {label: usages[-1] for label, usages in self.report.calm.items()}
+        self._tell(
+            f"{self.report.requests:,} requests; "
+            + "; ".join(
+                f"{who}: {u.rss_nbytes >> 20} MiB, {u.files} files, {u.threads} threads" for who, u in told.items()
+            )
+        )
+
+    def _ask_figures(self) -> dict[str, Any]:
+        """What is in use, by engine; empty if nothing is."""
+        self._figures.clear()
+        for member in self._members:
+            member.order("figures")
+        by = time.monotonic() + 10
+        while len(self._figures) < len(self._members) and time.monotonic() < by:
+            self._listen(0.05)
+        left: dict[str, Any] = {}
+        self.report.fences = 0
+        for label, (in_use, touched, faults, fences) in self._figures.items():
+            if touched:
+                self.fail(f"{label}: free blocks {touched[:5]} were written to")
+            if faults:
+                self.fail(f"{label}: {faults:g} faults were survived inside the endpoint")
+            self.report.fences += int(fences)
+            left.update({f"{label}: {what}": number for what, number in in_use.items() if number})
+        return left if len(self._figures) == len(self._members) else {"answers missing": len(self._figures)}
+
+    def _close(self) -> None:
+        self._figures.clear()
+        for member in self._members:
+            member.order("close")
+        by = time.monotonic() + 30
+        while len(self._figures) < len(self._members) and time.monotonic() < by:
+            for member in self._members:
+                for what, told in member.told():
+                    getattr(self, f"_told_{what}")(member, *told)
+            time.sleep(0.01)
+        for member in self._members:
+            (left,) = self._figures.get(member.label, ({"not closed": 1},))
+            if left:
+                self.fail(f"{member.label} is closed and left with {left}")
+
+    def _check_flat(self) -> None:
+        """Engines that lived all the time are no larger than they were."""
+        for label, losses in self.report.losses.items():
+            first, last = self.report.compared(label)
+            grown = last.grown(first, losses)
+            if grown:
+                self.fail(f"{label}: {grown}")
+
+    def fail(self, what: str) -> NoReturn:
+        """Raises SoakError."""
+        story = "\n".join(self._trace[-30:])
+        raise SoakError(f"{time.monotonic() - self._begun:.1f} s: {what}\n{story}")
+
+    def _say(self, what: str) -> None:
+        self._trace.append(f"{time.monotonic() - self._begun:8.1f}  {what}")
+
+
+def run(
+    seconds: float,
+    *,
+    agent: str = "nixl",
+    agent_options: dict[str, Any] | None = None,
+    seed: int = 0,
+    calm_every_s: float = 60.0,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Report:
+    """Two engines prefill for two others, for so long, while things go wrong.
+
+    Args:
+        seconds: of churn, without the calm moments, which take some ten seconds each.
+        agent, agent_options: of the endpoints.
+        seed: of what is asked for and what goes wrong. Real processes are not the same twice, all the same.
+        calm_every_s: so often all is let come to its end, and what is in use is counted.
+        tell: is given a line at each of these moments.
+
+    Raises:
+        SoakError: something that must hold did not.
+    """
+    return Churn(agent, dict(agent_options or {}), seed, tell).run(seconds, calm_every_s)

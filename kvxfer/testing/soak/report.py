@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written down of a soak: requests under way, how they ended, and how large processes were."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvxfer.testing.soak.fleet import Member
+    from kvxfer.testing.soak.resident import Job
+
+FLAT_RSS_NBYTES = 32 << 20
+"""By so much the allocator may play, and tables may fill that are bounded (a producer remembers 16,384 leases)."""
+FLAT_FILES_PER_LOSS = 2
+"""UCX leaves a file descriptor open on either side of each connection that was lost (docs/nixl.md)."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the operating system says of one process."""
+
+    rss_nbytes: int
+    files: int
+    threads: int
+
+    def grown(self, before: Usage, losses: int) -> str:
+        """What has grown since then that must not; empty if nothing has.
+
+        Args:
+            losses: connections to peers that were lost since its agent was made.
+        """
+        files = before.files + FLAT_FILES_PER_LOSS * losses
+        if self.threads > before.threads:
+            return f"{before.threads} threads were there, and {self.threads} are"
+        if self.files > files:
+            return f"{before.files} files were open, and {self.files} are, more than {files}"
+        if self.rss_nbytes > before.rss_nbytes + FLAT_RSS_NBYTES:
+            return f"{before.rss_nbytes >> 20} MiB were in use, and {self.rss_nbytes >> 20} MiB are"
+        return ""
+
+
+@dataclass
+class Request:
+    """One request, as the router knows it. An engine that was killed answers nothing more.
+
+    Attributes:
+        source, sink: who prefills and who decodes, and which of their processes.
+        prefilled, decoded: how each half ended; empty before.
+        ends_by: when the decode must have ended, but for the time that its engine was frozen since.
+    """
+
+    job: Job
+    source: Member
+    sink: Member | None
+    source_life: int
+    sink_life: int = 0
+    both: bool = False
+    prefilled: str = ""
+    decoded: str = ""
+    ends_by: float = 0.0
+    frozen_s: float = 0.0
+
+
+@dataclass
+class Report:
+    """What a soak was like.
+
+    Attributes:
+        decoded, prefilled: requests by how each half ended.
+        faults: what was done to processes and requests.
+        calm: for each engine that was never killed, its usage at each calm moment.
+        losses: for each of these, the connections to peers that were lost since its own agent was made last.
+    """
+
+    seconds: float = 0.0
+    requests: int = 0
+    nbytes: int = 0
+    wrong_nbytes: int = 0
+    leaked: int = 0
+    decoded: Counter[str] = field(default_factory=Counter)
+    prefilled: Counter[str] = field(default_factory=Counter)
+    ways: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    fences: int = 0
+    calm: dict[str, list[Usage]] = field(default_factory=dict)
+    losses: dict[str, int] = field(default_factory=dict)
+
+    def compared(self, label: str) -> tuple[Usage, Usage]:
+        """An engine's usage when the first quarter of the calm moments was over, with which it was warm, and at the last one."""
+        usages = self.calm[label]
+        return usages[len(usages) // 4], usages[-1]

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill and decode servers on two hosts, as far as their network goes: two namespaces and a wire, which is slowed, cut and healed.
+
+The bytes go by TCP, from one real address to another; the side channel has the laboratory's secret. Each server's HTTP stays on its own
+host: whoever asks is there too.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.process.hosts import TwoHosts, enter, why_not
+
+WAYS = ("pull", "push")
+MAX_TOKENS = 8
+PATIENCE = {"peer_timeout_seconds": 8, "read_timeout_seconds": 12}
+DEADLINE_S = 45.0
+"""Of an answer that waits for such a deadline, on a machine whose cores are all busy."""
+
+
+class Pair:
+    """A producer here, a consumer there, and threads that live where each of them does."""
+
+    def __init__(self, lab, wire) -> None:
+        from kvxfer_vllm.local.pair import VllmServer, start_all
+
+        self.lab, self.wire = lab, wire
+        self.threads = [ThreadPoolExecutor(4, initializer=enter, initargs=(end.namespace,)) for end in wire.ends]
+        self.servers = []
+        for end, settings in zip(wire.ends, (lab.prefill.settings, lab.decode.settings), strict=True):
+            network = {"KVXFER_SIDE_CHANNEL_HOST": end.address, "UCX_NET_DEVICES": end.device, "UCX_TLS": "tcp"}
+            options = {**settings.connector_options, **(PATIENCE if settings is lab.decode.settings else {})}
+            name = f"{settings.name}-far"
+            made = replace(settings, name=name, connector_options=options, environment=network, num_blocks=400)
+            self.servers.append(VllmServer(made, lab.folder))
+        started = [
+            there.submit(start_all, server, timeout_s=480)
+            for there, server in zip(self.threads, self.servers, strict=True)
+        ]
+        for each in started:
+            each.result()
+
+    def at(self, number, act, *arguments, **options):
+        """Do something on one of the two hosts; a future."""
+        return self.threads[number].submit(act, *arguments, **options)
+
+    def send(self, way, prompt, timeout_s=DEADLINE_S):
+        """What a router does that reaches both; the decode server's answer."""
+        producer, consumer = self.servers
+        if way == "push":
+            key = f"{way} {time.monotonic()}"
+            prefilled = self.at(0, producer.prefill, prompt, transfer_id=key)
+            params = producer.told_at_once(key) | {"remote_host": self.wire.ends[0].address}
+        else:
+            prefilled = self.at(0, producer.prefill, prompt)
+            params = prefilled.result().kv_transfer_params
+        asked = self.at(1, consumer.ask, prompt, max_tokens=MAX_TOKENS, kv_transfer_params=params, timeout_s=timeout_s)
+        assert prefilled.result().ok
+        return asked.result()
+
+    def moved(self) -> float:
+        """Transfers that the consumer has finished."""
+        return self.at(1, self.servers[1].metric, "vllm:kvxfer_transfer_seconds_count").result()
+
+    def works(self, num_tokens=300) -> bool:
+        """A fresh prompt is served in each way, right and by a transfer, or it is not served."""
+        for way in WAYS:
+            before, prompt = self.moved(), self.lab.prompt(num_tokens)
+            answer = self.send(way, prompt)
+            assert not answer.ok or answer.tokens == self.lab.expect(prompt, MAX_TOKENS)
+            if not answer.ok or not self.lab.eventually(lambda before=before: self.moved() == before + 1, 20):
+                return False
+        return True
+
+    def assert_over(self) -> None:
+        """Both live, and neither holds a block."""
+        for number, server in enumerate(self.servers):
+            assert server.alive
+            assert self.at(number, server.wait_no_blocks_in_use, 60.0).result() == 0
+
+    def end(self) -> None:
+        """Kill both."""
+        for server in self.servers:
+            server.kill()
+        for there in self.threads:
+            there.shutdown()
+
+
+@pytest.fixture(scope="module")
+def far(started_lab):
+    """The two servers; the laboratory's own are frozen meanwhile, but for the reference."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    lab = started_lab
+    lab.heal()
+    own = [server for server in (lab.prefill, lab.decode, lab.recompute) if server.alive]
+    for server in own:
+        server.freeze()
+    wire = TwoHosts()
+    pair = None
+    try:
+        pair = Pair(lab, wire)
+        yield pair
+    finally:
+        if pair is not None:
+            pair.end()
+        wire.close()
+        for server in own:
+            server.thaw()
+
+
+def test_tokens_are_those_of_one_server(far):
+    """From one host to the other, in each way."""
+    assert far.works() and far.works(num_tokens=1500)
+    far.assert_over()
+
+
+def test_over_a_slow_wire(far):
+    """A wire that carries 20 Mbit/s makes it slow, and nothing else."""
+    far.wire.slow(20)
+    try:
+        assert far.works(num_tokens=1500)
+    finally:
+        far.wire.heal()
+    far.assert_over()
+
+
+@pytest.mark.parametrize("how", ["cut", "unplug"])
+def test_a_wire_that_breaks_and_is_healed(far, how):
+    """Requests meanwhile end in time, in right tokens or an error; afterwards the pair transfers again and holds no block."""
+    prompts = {way: far.lab.prompt(700) for way in WAYS}
+    getattr(far.wire, how)()
+    try:
+        for way, prompt in prompts.items():
+            answer = far.send(way, prompt)
+            assert answer.tokens == far.lab.expect(prompt, MAX_TOKENS) if answer.ok else 500 <= answer.status < 600
+            assert not answer.ok
+    finally:
+        far.wire.heal()
+    assert far.lab.eventually(far.works, 90)
+    far.assert_over()

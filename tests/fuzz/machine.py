@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both halves of the protocol on a clock that the input moves, told whatever the input says. Nothing is a model but the data thread.
+
+An input is a list of steps: ``["say", who, message]`` (``who`` is a connection of the producer, or ``"peer"`` for the consumer's
+producer), ``["wait", seconds]``, ``["announce" | "offer" | "seal" | "revoke", n]`` and ``["hold" | "read" | "take" | "drop", n]``, where
+``n`` is the number of a lease; ``["stage" | "unstage" | "done", n]`` are the data thread's words on the read that began first. In messages ``$epoch`` stands for the epoch of whom it is said to, and ``$<n>`` for a lease's token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kvxfer import wire
+from kvxfer.actions import Emit, Reply, SendTo, StartPack, StartRead, StopRead
+from kvxfer.blocks import tables
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.consumer import Consumer
+from kvxfer.errors import TransferTimeoutError, WireError
+from kvxfer.fence import LeaseBoard
+from kvxfer.lease import LeaseRef, LeaseTable
+from kvxfer.metrics import Metrics
+from kvxfer.peer import Identity
+from kvxfer.plan import plan
+from kvxfer.producer import Producer
+from kvxfer.route import Costs, Router
+from kvxfer.transfer import Transfer
+
+PEER = "tcp://peer:1"
+LEASES, STEPS = 8, 60
+EPOCH = "e" * 16
+
+
+def cache() -> KVCache:
+    """Two layers, a few KiB."""
+    layers = {f"layer.{i}": np.zeros((16, 2, 4, 16), dtype=np.uint16) for i in range(2)}
+    return KVCache.from_layers(layers, block_tokens=4)
+
+
+SPEC = cache().spec
+
+
+def reference(number: int) -> LeaseRef:
+    """One of the leases that an input may speak of."""
+    made = LeaseRef.mint(owner="peer", addresses=[PEER], num_tokens=40)
+    return msgspec.structs.replace(made, token=f"{number % LEASES:032x}", early=number % LEASES == 7)
+
+
+class Machine:
+    """One endpoint without I/O. What it is told to do for others is done at once, if it can be done at all."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.out: list[Any] = []
+        self.metrics = Metrics()
+        settings = Settings()
+        table = LeaseTable(settings, LeaseBoard(4, 1))
+        me = Identity("me", EPOCH, "inproc", b"me", SPEC, True, 1 << 16, frozenset({"bfloat16", "float16"}))
+        self.producer = Producer(me, table, settings, self.metrics, self.out)
+        self.consumer = Consumer(me, settings, self.metrics, self.out, self._routes)
+        self.reading: list[StartRead] = []
+        self.ended: list[Transfer] = []
+        self.transfers: list[Transfer] = []
+        self.offered: list[str] = []
+        self.ends: list[str] = []
+
+    def _routes(self, peers: Any) -> list[Router]:
+        made = plan([peer.spec for peer in peers], SPEC)
+        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.parts]
+
+    def step(self, step: Any) -> None:
+        """One of an input; what is none does nothing."""
+        if not isinstance(step, list) or len(step) < 2 or not isinstance(step[0], str):
+            return
+        what, argument = step[0], step[1]
+        if what == "say" and len(step) > 2:
+            self._say(argument, step[2])
+        elif what == "wait" and isinstance(argument, (int, float)):
+            self.advance(min(max(float(argument), 0.0), 5000.0) if not math.isnan(argument) else 0.0)
+        elif type(argument) is int:
+            self._act(what, argument)
+        self.perform()
+
+    def _act(self, what: str, number: int) -> None:
+        ref, blocks = reference(number), [np.array([1, 2, 3], dtype="<u4").tobytes()]
+        if what == "announce":
+            self.producer.announce(ref.token, "r", self.now)
+        elif what == "offer":
+            self.offered.append(ref.token)
+            self.producer.offer(ref.token, blocks, self.now)
+        elif what == "seal":
+            self.producer.seal(ref.token, blocks, self.now)
+        elif what == "revoke":
+            self.producer.revoke(ref.token, "because")
+        elif what == "hold":
+            self.consumer.hold(ref, self.now)
+        elif what == "drop":
+            self.consumer.drop(ref, self.now)
+        elif what in ("read", "take"):
+            into = tables(SPEC, [4, 5, 6], "target", distinct=True)
+            transfer = Transfer(ref, into, None, self.now + 30.0, self.ended.append, lambda: self.now)
+            self.transfers.append(transfer)
+            job = self.consumer.take(transfer) if what == "take" and self.consumer.granted(ref.token) else None
+            if job is None:
+                self.consumer.read(transfer, self.now)
+            else:
+                self.reading.append(job)
+                self.consumer.reading(transfer)
+        elif self.reading:
+            transfer = self.reading[0].transfer
+            if what == "stage":
+                stage = wire.Stage(token=transfer.ref.token, number=number % 99, image=SPEC, tokens=(0, 4))
+                self.consumer.stage(transfer, 0, stage, self.now)
+            elif what == "unstage":
+                self.consumer.unstage(transfer, 0, [number % 99])
+            elif what == "done":
+                self._end(transfer, None)
+
+    def _say(self, who: Any, message: Any) -> None:
+        try:
+            decoded = wire.decode(msgspec.msgpack.encode(_filled(message)))
+        except (WireError, msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError):
+            if who == "peer":
+                self.consumer.garbage(PEER, "no message", self.now)
+            else:
+                self.producer.garbage(b"c", "garbage", "no message")
+            return
+        if who == "peer":
+            self.consumer.received(PEER, decoded, self.now)
+        else:
+            self.producer.received(str(who)[:8].encode("utf-8", "replace"), decoded, self.now)
+
+    def perform(self) -> None:
+        """Do what both halves ask for. Whatever they send has to be a message that the other side can read."""
+        while self.out:
+            action = self.out.pop(0)
+            if isinstance(action, (SendTo, Reply)):
+                assert wire.decode(wire.encode(action.message)) == action.message
+            elif isinstance(action, StartPack):
+                self.producer.packed(action.key, action.number, 4096, None)
+            elif isinstance(action, StartRead):
+                self.reading.append(action)
+            elif isinstance(action, StopRead):
+                self._end(action.transfer, action.error)
+            elif isinstance(action, Emit):
+                self.ends.append(action.event.token)
+
+    def _end(self, transfer: Transfer, error: Any) -> None:
+        self.reading = [job for job in self.reading if job.transfer is not transfer]
+        transfer.end(error)
+        self.consumer.read_ended(transfer, error, self.now)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and all that is due happen."""
+        until = self.now + seconds
+        for _ in range(20_000):
+            deadlines = [d for d in (self.producer.next_deadline(), self.consumer.next_deadline()) if d is not None]
+            deadlines += [job.transfer.deadline for job in self.reading]
+            due = min(deadlines, default=until)
+            if due > until:
+                break
+            self.now = max(self.now, due)
+            for job in [job for job in self.reading if job.transfer.deadline <= self.now]:
+                self._end(job.transfer, TransferTimeoutError("too late"))
+            self.producer.tick(self.now)
+            self.consumer.tick(self.now)
+            self.perform()
+            if not deadlines:
+                break
+        else:
+            raise AssertionError("timers spin")
+        self.now = max(self.now, until)
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("$"):
+        return EPOCH if value == "$epoch" else f"{int(value[1:2]) if value[1:2].isdigit() else 0:032x}"
+    if isinstance(value, list):
+        return [_filled(each) for each in value]
+    return {key: _filled(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def run(steps: Any) -> bool:
+    """All steps, and then so much time that everything must have ended."""
+    machine = Machine()
+    for step in steps[:STEPS] if isinstance(steps, list) else []:
+        machine.step(step)
+    # Longer than the longest deadline: an announced lease that is never offered.
+    machine.advance(3 * 3600.0)
+    machine.advance(3600.0)
+    assert machine.producer.in_use() == {"leases": 0, "chunks": 0}, machine.producer.in_use()
+    assert machine.consumer.in_use() == {"holds": 0, "peers": 0}, machine.consumer.in_use()
+    assert all(transfer.done for transfer in machine.transfers)
+    assert len(machine.ended) == len(machine.transfers), "a transfer ended twice"
+    assert set(machine.ends) <= set(machine.offered) and set(machine.offered) <= set(machine.ends)
+    return bool(machine.ends) or any(transfer.error is None for transfer in machine.transfers)
+
+
+def seeds() -> list[Any]:
+    """Conversations as they should be, each with what may go wrong in it."""
+
+    def said(message: wire.Message, **more: Any) -> Any:
+        return {**msgspec.msgpack.decode(wire.encode(message)), **more}
+
+    hello = said(wire.Hello(protocol=1, name="c", epoch="c" * 16, rank=0, agent="inproc"))
+    stage = wire.Stage(token="0" * 32, number=0, image=SPEC, tokens=(0, 8), taken=[])
+    welcome = said(
+        wire.Welcome(
+            protocol=1,
+            name="peer",
+            epoch="p" * 16,
+            rank=0,
+            agent="inproc",
+            agent_info=b"peer",
+            spec=SPEC,
+            slot_nbytes=1 << 16,
+        )
+    )
+    grant = {"type": "Grant", "token": "$2", "blocks": [b"\1\0\0\0\2\0\0\0\3\0\0\0"], "cell": 64, "ttl_s": 30.0}
+    producing = [
+        ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
+        ["say", "a", {"type": "Renew", "to": "$epoch", "tokens": ["$1", "$2"]}],
+        ["say", "a", {**said(stage), "to": "$epoch", "token": "$1"}],
+        ["say", "a", {"type": "Unstage", "to": "$epoch", "token": "$1", "numbers": [0]}], ["wait", 10.0],
+        ["say", "a", {"type": "Settle", "to": "$epoch", "token": "$1", "read": True}],
+    ]  # fmt: skip
+    consuming = [
+        ["hold", 2], ["say", "peer", welcome], ["say", "peer", {"type": "Pending", "token": "$2"}], ["say", "peer", grant], ["read", 2],
+        ["say", "peer", {"type": "Staged", "token": "$2", "number": 0, "address": 4096}],
+        ["say", "peer", {"type": "Renewed", "ended": ["$3"]}], ["wait", 40.0],
+        ["say", "peer", {"type": "Settled", "token": "$2", "stood": True}],
+    ]  # fmt: skip
+    troubled = [
+        ["say", "a", {**hello, "readers": 2, "reader": 1}], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$7", "early": True}],
+        ["say", "b", hello], ["say", "b", {"type": "Open", "to": "$epoch", "token": "$7"}], ["announce", 7], ["offer", 7], ["offer", 7],
+        ["revoke", 7], ["read", 4], ["say", "peer", {"type": "Revoked", "token": "$4", "reason": "gone"}], ["drop", 4],
+        ["say", "peer", {**welcome, "epoch": "q" * 16}], ["read", 5],
+        ["say", "peer", {"type": "Refused", "code": "stale_epoch", "reason": "r", "epoch": "z"}],
+        ["say", "peer", {"type": "Refused", "code": "ended_lease", "reason": "r", "epoch": "z", "token": "$5"}], ["wait", 700.0],
+    ]  # fmt: skip
+    sealing = [
+        ["read", 7], ["say", "peer", welcome], ["say", "peer", {**grant, "token": "$7", "complete": False}],
+        ["say", "peer", {"type": "Refused", "code": "staging", "reason": "r", "epoch": "z", "token": "$7"}],
+        ["say", "peer", {**grant, "token": "$7", "first_tokens": [4]}], ["wait", 1.0], ["drop", 7],
+    ]  # fmt: skip
+    other = {**welcome, "epoch": "q" * 16, "agent_info": b"other"}
+    restarted = [
+        ["hold", 1], ["read", 2], ["hold", 3], ["hold", 4], ["say", "peer", welcome], ["say", "peer", grant], ["say", "peer", {**grant, "token": "$3"}],
+        ["drop", 4], ["say", "peer", other], ["wait", 0.6], ["say", "peer", {**grant, "token": "$1"}], ["take", 1], ["done", 1],
+        ["read", 3], ["say", "peer", welcome], ["wait", 1.0], ["say", "peer", {"type": "Settled", "token": "$1", "stood": True}],
+    ]  # fmt: skip
+    staging = [
+        ["read", 7], ["say", "peer", welcome], ["say", "peer", {**grant, "token": "$7", "complete": False, "blocks": [b"\1\0\0\0"]}],
+        ["stage", 0], ["wait", 0.6], ["say", "peer", {"type": "Staged", "token": "$7", "number": 0, "address": 4096}], ["unstage", 0],
+        ["stage", 1], ["say", "peer", {**grant, "token": "$7"}], ["unstage", 1], ["done", 1], ["stage", 2],
+    ]  # fmt: skip
+    refusals = [
+        step
+        for code in ("rank", "agent", "protocol", "not_introduced", "unknown_lease", "taken_lease", "of the future")
+        for step in (
+            ["read", 2], ["say", "peer", {"type": "Refused", "code": code, "reason": "r", "epoch": "z", "token": "$2", "rank": 0}],
+            ["say", "peer", welcome], ["wait", 0.6], ["drop", 2], ["say", "peer", {"type": "Settled", "token": "$2", "stood": True}],
+        )
+    ]  # fmt: skip
+    strangers = [
+        ["read", 1], ["say", "peer", {**welcome, "name": "another"}], ["wait", 1.0], ["read", 2], ["say", "peer", {**welcome, "protocol": 2}],
+        ["read", 3], ["say", "peer", {**welcome, "agent": "nixl"}], ["wait", 1.0], ["say", "peer", {**welcome, "rank": 1}], ["read", 4],
+        ["say", "a", {"type": "Open", "to": "x", "token": "$1"}], ["say", "a", {"type": "Settled", "token": "$1", "stood": True}],
+        ["say", "a", {**hello, "protocol": 3}], ["say", "a", {**hello, "rank": 4}], ["say", "a", {**hello, "agent": "x"}],
+        ["say", "a", {**hello, "reader": 3}], ["say", "peer", hello], ["wait", 20.0], ["say", "peer", {**welcome, "spec": None}],
+    ]  # fmt: skip
+    return [producing, consuming, troubled, sealing, producing + consuming, restarted, staging, refusals, strangers]
