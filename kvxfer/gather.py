@@ -90,6 +90,8 @@ def paged(shape: Sequence[int], itemsize: int, order: str, heads: int) -> tuple[
     leading = {"NHD": 2, "HND": 3}.get(order)
     if leading is None:
         raise UnsupportedBufferError(f"an order of arrays is NHD or HND, not {order!r}")
+    if heads < 1:
+        raise UnsupportedBufferError(f"a cache has KV heads, not {heads}")
     content, rest = prod(shape[leading:]), 0
     if order == "NHD":
         content, rest = divmod(content, heads)

@@ -89,8 +89,6 @@ def unpack(work: Work, packed: Bytes, turn: Turn) -> None:
 def _scatter(task: _Task, piece: Piece, values: np.ndarray) -> None:
     indices, elements = task.on_device(piece.indices), task.cast(task.on_device(values))
     with alias_with_buffer_donor_config():
-        # Before anything is recorded: it marks the memory that the tensor has at this moment.
-        torch.ops.xla.dynamo_set_buffer_donor_(task.tensor, True)
         _programs.scatter(task.tensor, task.picked.unit_nbytes, indices, elements)
         _programs.sync([task.tensor])
 

@@ -22,6 +22,10 @@ def gathered(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor) -> t
 
 def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, values: torch.Tensor) -> None:
     """Write units; those of an index beyond the tensor are dropped, which XLA defines for a scatter."""
+    if not _widens(tensor) and unit_nbytes % tensor.element_size() == 0:
+        # Before anything is recorded: it marks the memory that the tensor has at this moment. Not where the tensor is seen as
+        # other elements: what it becomes is then not recognised as its heir (torch_xla 2.9).
+        torch.ops.xla.dynamo_set_buffer_donor_(tensor, True)
     rows = rows_of(tensor, unit_nbytes)
     rows.index_copy_(0, indices.long(), as_dtype(values, rows.dtype).view(-1, *rows.shape[1:]))
 
@@ -29,18 +33,23 @@ def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, value
 def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
     """One row for each unit.
 
-    Small floats are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The price is
-    that a scatter then moves the tensor to new memory.
+    bfloat16 and float8 are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The
+    price is that a scatter then moves the tensor to new memory. (For float16 that would not help: torch_xla 2.9 has the CPU make
+    quiet NaNs of signalling ones whatever one does.)
     """
     itemsize = tensor.element_size()
     if unit_nbytes % itemsize:
         return tensor.view(-1).view(torch.uint8).view(-1, unit_nbytes)
-    widens = tensor.is_floating_point() and itemsize < 4 and xr.device_type() == "CPU"
-    bits = tensor.view(_BITS[itemsize]) if widens else tensor
+    bits = tensor.view(_BITS[itemsize]) if _widens(tensor) else tensor
     for axis in range(1, tensor.dim()):
         if prod(tensor.shape[axis:]) * itemsize == unit_nbytes:
             return bits.view(-1, *tensor.shape[axis:])
     return bits.view(-1, unit_nbytes // itemsize)
+
+
+def _widens(tensor: torch.Tensor) -> bool:
+    small = tensor.dtype == torch.bfloat16 or (tensor.is_floating_point() and tensor.element_size() == 1)
+    return bool(small and xr.device_type() == "CPU")
 
 
 def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:

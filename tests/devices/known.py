@@ -81,6 +81,7 @@ class XlaDevice(Device):
     def make(self, content: np.ndarray) -> DeviceBuffer:
         os.environ.setdefault("PJRT_DEVICE", "CPU")
         import torch
+        import torch_xla  # noqa: F401 - what .to("xla") needs
 
         from kvxfer_xla import XlaBuffer
 

@@ -109,6 +109,7 @@ def test_place_of_each_share():
         (3, {}, "otherwise than between heads"),
         (2, {"order": "HND"}, "otherwise than between heads"),
         (2, {"order": "BHN"}, "NHD or HND"),
+        (2, {"heads": 0}, "has KV heads"),
         (2, {"heads": 3}, "does not hold 3 heads"),
         (2, {"heads": 2}, "otherwise than between heads"),
         (2, {"components": 2}, "not 2 for each"),

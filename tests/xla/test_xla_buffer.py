@@ -62,10 +62,15 @@ class TestAxes(BufferSuite):
 
 
 def cache(seed=1, dtype=torch.bfloat16):
-    buffer = XlaBuffer(torch.from_numpy(noise(SHAPE, seed).view(np.int16)).view(dtype).to("xla"))
+    elements = noise(SHAPE, seed) & NUMBERS if dtype == torch.float16 else noise(SHAPE, seed)
+    buffer = XlaBuffer(torch.from_numpy(elements.view(np.int16)).view(dtype).to("xla"))
     # Memory that came from the host is not given away the first time: see to it that it is the device's own.
-    buffer.unpack([into_cache([0])], noise((BLOCK_NBYTES // 2,), seed).view(np.uint8)).wait(60)
+    buffer.unpack([into_cache([0])], (noise((BLOCK_NBYTES // 2,), seed) & NUMBERS).view(np.uint8)).wait(60)
     return buffer
+
+
+NUMBERS = np.uint16(0xBFFF)
+"""Masks what is no NaN of float16: those change on the CPU, see `kvxfer_xla._programs.rows_of`."""
 
 
 def content(buffer):
@@ -83,7 +88,7 @@ def test_updated_in_place(dtype, whole_blocks):
     tensor, expected = buffer.tensor, content(buffer).copy()
     address = torch_xla._XLAC._unsafe_buffer_pointer(tensor)
     for seed, ids in enumerate(([9, 4], [5, 60], [1, 2])):
-        image = noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), seed)
+        image = noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), seed) & NUMBERS
         if whole_blocks:
             copy = one_by_one(ids)
             expected[ids] = image.reshape(2, *SHAPE[1:])
@@ -91,7 +96,7 @@ def test_updated_in_place(dtype, whole_blocks):
             copy = into_cache(ids)
             expected[ids] = image.transpose(0, 2, 1, 3)
         assert buffer.unpack([copy], image.reshape(-1).view(np.uint8)).wait(60)
-        assert torch_xla._XLAC._unsafe_buffer_pointer(tensor) == address or dtype != torch.int16
+        assert torch_xla._XLAC._unsafe_buffer_pointer(tensor) == address or dtype == torch.bfloat16
     assert buffer.tensor is tensor
     np.testing.assert_array_equal(content(buffer), expected)
 
