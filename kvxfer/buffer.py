@@ -114,6 +114,13 @@ class DeviceBuffer(ABC):
         """`_unpack` for several buffers of this class."""
         return _begin_each(shares, lambda buffer, copies: buffer._unpack(copies, packed))  # noqa: SLF001 - of this class
 
+    def mark(self) -> Completion:
+        """When all that the calling thread has asked this device to do by now has ended. For ``after=`` of `kvxfer.Endpoint`.
+
+        Done at once, unless an adapter says otherwise: for devices whose work has ended when a call returns.
+        """
+        return FINISHED
+
     @classmethod
     def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:  # noqa: ARG003 - for those who override it
         """Host memory in which chunks will lie, for a device that reads and writes faster what it was told of.

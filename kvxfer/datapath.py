@@ -132,6 +132,8 @@ class DataPath:
         self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
         self._copying: list[_Copying] = []
+        self._occupied: list[Reading] = []
+        """Reads whose blocks their own device still uses."""
         self._scratches = Supply(board.take_scratch, board.give_scratch)
         self._slots = Supply(lambda: self.arena.take(Use.LANDING), self.arena.give)
         self._supplies = (self._scratches, self._slots)
@@ -214,7 +216,7 @@ class DataPath:
         """See `kvxfer.host.Loop`."""
         if self._moved or not self._jobs.empty():
             return 0.0
-        if self._flying or self._copying or self._packer.busy:
+        if self._flying or self._copying or self._occupied or self._packer.busy:
             return 0.0 if self._life.agent is not None and self._life.agent.eager else self._nap_s
         # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
         wait_s = REMAKE_EVERY_S if self._life.agent is None else None
@@ -286,6 +288,7 @@ class DataPath:
             moved = True
             self._copying.remove(each)
             self._copied(each)
+        self._begin_unoccupied()
         self._serve_waiting()
         self._give_up_late()
         self._fence_if_due()
@@ -365,7 +368,24 @@ class DataPath:
 
     def _start(self, reading: Reading) -> None:
         self._readings[reading.job.transfer] = reading
+        if all(each.done for each in reading.job.transfer.after):
+            self._begin(reading)
+        else:
+            self._occupied.append(reading)
+
+    def _begin_unoccupied(self) -> None:
+        for reading in list(self._occupied):
+            transfer = reading.job.transfer
+            if transfer not in self._readings:
+                self._occupied.remove(reading)
+            elif all(each.done for each in transfer.after):
+                self._occupied.remove(reading)
+                self._begin(reading)
+
+    def _begin(self, reading: Reading) -> None:
         try:
+            for each in reading.job.transfer.after:
+                each.wait()
             reading.start(self)
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
             self._fail(reading, _as_kvxfer(error))
@@ -430,6 +450,7 @@ class DataPath:
         now = self.now()
         for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
             waits = "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
+            waits = "for this side's device" if reading in self._occupied else waits
             self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
 
     def _end(self, reading: Reading) -> None:

@@ -276,6 +276,7 @@ class Endpoint:
         tokens: tuple[int, int | None] | None = None,
         timeout_s: float | None = None,
         verify: bool | None = None,
+        after: Sequence[Completion] = (),
     ) -> Transfer:
         """Read a lease's KV into this cache, whatever the producer's looks like; returns at once. A lease is read once.
 
@@ -288,17 +289,20 @@ class Endpoint:
                 ``announce_s`` later if ``ref`` was `LeaseRef.shared`, so that prefill has its time.
             verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
                 transfer by `IntegrityError`, which says where.
+            after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
+                blocks, for whoever had them before (`DeviceBuffer.mark`). One that fails, fails the transfer.
 
         Returns:
             a transfer that ends in Done or Failed. Until then the target blocks belong to kvxfer.
 
         Raises:
             BlockError: not blocks of this cache, or one twice; or ``tokens`` is no interval.
-            ConfigError: ``timeout_s`` is no number of seconds.
+            ConfigError: ``timeout_s`` is no number of seconds, or ``after`` holds something that cannot be waited for.
             LeaseRefError: ``ref`` is none.
         """
         if not self._consumer.knows(ref):
             ref = _checked(ref)
+        after = _completions(after) if after != () else ()
         if tokens is not None:
             tokens = _interval(tokens)
         targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
@@ -311,7 +315,14 @@ class Endpoint:
             raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
         deadline = self._now() + wait_s
         transfer = Transfer(
-            ref, targets, tokens, deadline, self._ended, self._now, verify=self._verify if verify is None else verify
+            ref,
+            targets,
+            tokens,
+            deadline,
+            self._ended,
+            self._now,
+            verify=self._verify if verify is None else verify,
+            after=after,
         )
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         job = self._consumer.take(transfer)
@@ -461,7 +472,7 @@ def _completions(after: Any) -> tuple[Completion, ...]:
         ends = (after,)
     for each in ends:
         if not isinstance(each, Completion):
-            raise ConfigError(f"what blocks are complete after must be able to say done and wait: {each!r:.200}")
+            raise ConfigError(f"what is waited for must be able to say done and wait: {each!r:.200}")
     return ends
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from kvxfer.blocks import Table
+    from kvxfer.buffer import Completion
     from kvxfer.errors import KvxferError
     from kvxfer.lease import LeaseRef
     from kvxfer.part import Tokens
@@ -50,6 +51,7 @@ class Transfer:
         into: the target's block tables, one per cache group.
         tokens: which of the request's tokens are read; None: all that ``into`` holds.
         verify: what arrives is compared with what its source has, before the transfer ends.
+        after: what the target's devices do with ``into`` before anything may be written there.
         nbytes, descriptors: what was moved over the wire; 0 until done.
         early_nbytes: so many of these bytes were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
@@ -66,8 +68,10 @@ class Transfer:
         now: Callable[[], float] = time.monotonic,
         *,
         verify: bool = False,
+        after: Sequence[Completion] = (),
     ) -> None:
         self._now = now
+        self.after = after
         self.ref = ref
         self.into = into
         self.tokens = tokens

@@ -12,6 +12,7 @@ from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
 from kvxfer_gpu._torch import torch
+from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, Runtime
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class GpuBuffer(DeviceBuffer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._span})"
+
+    def mark(self) -> Completion:
+        """Of the calling thread's current stream on this GPU."""
+        return EventCompletion(self.runtime.passed(self._tensor.device))
 
     def can_cast(self, source: str, target: str) -> bool:
         """Between bfloat16, float16, float32 and float8_e4m3fn."""

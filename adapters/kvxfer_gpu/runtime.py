@@ -69,6 +69,13 @@ class Runtime:
         return torch.cuda.Event()
 
     @classmethod
+    def passed(cls, device: Any) -> Any:
+        """An event that ends when this thread's current stream on a device has done what it has by now."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    @classmethod
     def pin(cls, memory: Bytes) -> Callable[[], object]:
         """Lock host memory in place, exactly so much, for the GPU to reach it. Raises TransferFailedError."""
         runtime = torch.cuda.cudart()

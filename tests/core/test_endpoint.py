@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kvxfer import Endpoint
+from kvxfer.buffer import FINISHED
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import (
@@ -320,12 +321,71 @@ def test_blocks_arrive_as_a_device_has_written_them(pair):
 
 @pytest.mark.parametrize("after", [[None], "now", 3, [object()]])
 def test_what_blocks_are_complete_after_is_checked(pair, after):
-    """Something that cannot say when it has ended is the caller's mistake, and neither sealed nor offered behind."""
-    source, _ = pair
+    """Something that cannot say when it has ended is the caller's mistake, and neither sealed, offered nor read behind."""
+    source, sink = pair
     ref = source.endpoint.announce()
-    for call in (source.endpoint.seal, source.endpoint.offer):
+    for call in (source.endpoint.seal, source.endpoint.offer, sink.endpoint.read):
         with pytest.raises(ConfigError, match="able to say done and wait"):
             call(ref, [1], after=after)
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_blocks_that_a_device_still_uses_are_not_written(pair, granted):
+    """A read begins when its own side's devices have done with its blocks, whether its lease was granted ahead or not."""
+    source, sink = pair
+    ref = source.endpoint.lease([1, 2])
+    if granted:
+        sink.endpoint.hold(ref)
+        assert eventually(lambda: sink.endpoint.granted(ref))
+    hold, seen = threading.Event(), []
+    before = {name: layer[[7, 8]].copy() for name, layer in sink.layers.items()}
+
+    def write():
+        hold.wait(10)
+        seen.append(all((layer[[7, 8]] == before[name]).all() for name, layer in sink.layers.items()))
+        for layer in sink.layers.values():
+            layer[[7, 8]] = 99
+
+    transfer = sink.endpoint.read(ref, [7, 8], after=[Writing(write), FINISHED])
+    assert not transfer.wait(0.3)
+    hold.set()
+    assert transfer.wait(5)
+    assert seen == [True]
+    for name, layer in sink.layers.items():
+        np.testing.assert_array_equal(layer[[7, 8]], source.layers[name][[1, 2]])
+
+
+def test_a_device_that_never_lets_go_of_blocks(pair):
+    """A read ends at its deadline, and has written nothing."""
+    source, sink = pair
+    hold = threading.Event()
+    before = {name: layer.copy() for name, layer in sink.layers.items()}
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=0.5, after=Writing(hold.wait))
+    with pytest.raises(TransferTimeoutError, match="this side's device"):
+        transfer.wait(10)
+    hold.set()
+    source_done = sink.endpoint.read(source.endpoint.lease([2]), [9])
+    assert source_done.wait(5)
+    for name, layer in sink.layers.items():
+        layer[9] = before[name][9]
+        np.testing.assert_array_equal(layer, before[name])
+
+
+def test_a_device_that_fails_before_a_read(pair):
+    """A read whose own device failed with its blocks fails by name, and the lease is given back."""
+    source, sink = pair
+
+    class Broken:
+        done = True
+
+        def wait(self, timeout_s=None):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], after=Broken())
+    with pytest.raises(TransferFailedError, match="illegal memory access"):
+        transfer.wait(10)
+    (event,) = source.endpoint.poll(5)
+    assert isinstance(event, LeaseSettled) and not event.read
 
 
 def test_a_request_that_both_were_told_of(pair):

@@ -84,6 +84,25 @@ def test_blocks_are_read_when_the_gpu_has_written_them():
             assert (tensor[block].contiguous().view(torch.int16) == value).all(), (name, block)
 
 
+def test_blocks_that_the_gpu_still_uses_are_not_written():
+    """What a stream has still to write to blocks of the target is there before the read writes to them, and not after."""
+    theirs, mine = tensors("HND", "cuda", 1), tensors("NHD", "cuda", 2)
+    with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # clock cycles
+            for tensor in mine.values():
+                tensor.view(torch.int16)[:4].fill_(3)
+            mark = consumer.cache.buffers[0].mark()
+        assert not mark.done
+        transfer = consumer.read(producer.lease([5, 6, 7, 8]), [0, 1, 2, 3], after=[mark])
+        assert transfer.wait(30)
+        assert mark.done
+    torch.cuda.synchronize()
+    for tensor in mine.values():
+        assert (tensor[:4].contiguous().view(torch.int16) == 1).all()
+
+
 def test_the_arena_is_pinned_while_an_endpoint_lives():
     """Chunks lie in memory that the GPU copies to and from by itself, exactly as much as the arena has, and no longer."""
     import ctypes
