@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from kvxfer.buffer import Bytes
     from kvxfer.copies import Copy
     from kvxfer.gather import Picked, Piece
+    from kvxfer_xla.buffer import Facts
 
-    Work: TypeAlias = Sequence[tuple[torch.Tensor, Sequence[Copy]]]
+    Work: TypeAlias = Sequence[tuple[Facts, Sequence[Copy]]]
 
 
 @dataclass(eq=False)
 class _Task:
     """Units of one tensor, and what moves them."""
 
-    tensor: torch.Tensor
+    facts: Facts
     picked: Picked
     pieces: list[Piece]
 
     def on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.tensor.device)
+        return torch.from_numpy(array).to(self.facts.device)
 
     def cast(self, elements: torch.Tensor) -> torch.Tensor:
         cast = self.picked.cast
@@ -66,7 +67,7 @@ def pack(work: Work, out: Bytes, turn: Turn) -> None:
 
 
 def _gather(task: _Task, piece: Piece) -> torch.Tensor:
-    found = task.cast(_programs.gathered(task.tensor, task.picked.unit_nbytes, task.on_device(piece.indices)))
+    found = task.cast(_programs.gathered(task.facts.tensor, task.picked.unit_nbytes, task.on_device(piece.indices)))
     _programs.sync([found])
     return found
 
@@ -89,8 +90,8 @@ def unpack(work: Work, packed: Bytes, turn: Turn) -> None:
 def _scatter(task: _Task, piece: Piece, values: np.ndarray) -> None:
     indices, elements = task.on_device(piece.indices), task.cast(task.on_device(values))
     with alias_with_buffer_donor_config():
-        _programs.scatter(task.tensor, task.picked.unit_nbytes, indices, elements)
-        _programs.sync([task.tensor])
+        _programs.scatter(task.facts.tensor, task.picked.unit_nbytes, indices, elements)
+        _programs.sync([task.facts.tensor])
 
 
 def _values(task: _Task, packed: Bytes) -> list[np.ndarray]:
@@ -106,7 +107,7 @@ def _values(task: _Task, packed: Bytes) -> list[np.ndarray]:
 
 
 def _tasks(work: Work, side: int) -> Iterator[_Task]:
-    for tensor, copies in work:
-        for picked in pick(copies, side, units_of(tensor.shape, tensor.element_size())):
-            beyond = None if side == SOURCE else tensor.nbytes // picked.unit_nbytes
-            yield _Task(tensor, picked, list(picked.pieces(beyond)))
+    for facts, copies in work:
+        for picked in pick(copies, side, units_of(facts.shape, facts.itemsize)):
+            beyond = None if side == SOURCE else facts.nbytes // picked.unit_nbytes
+            yield _Task(facts, picked, list(picked.pieces(beyond)))

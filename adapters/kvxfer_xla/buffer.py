@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Final
+from math import prod
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvxfer.background import Background, Turn
 from kvxfer.buffer import DeviceBuffer
@@ -29,6 +30,20 @@ and `torch_xla.sync` carries out whatever is recorded by then."""
 
 _background: Final = Background("kvxfer-xla", threads=2)
 """One job may record and start programs while the one before waits for its bytes."""
+
+
+class Facts(NamedTuple):
+    """A tensor, and what never changes of it."""
+
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    itemsize: int
+    device: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return prod(self.shape) * self.itemsize
 
 
 class XlaBuffer(DeviceBuffer):
@@ -55,7 +70,9 @@ class XlaBuffer(DeviceBuffer):
         if not found or any(each is not found[0] for each in found):
             raise UnsupportedBufferError("a buffer is made of one tensor: make one for each")
         self.tensor: torch.Tensor = _checked(found[0])
-        """The engine's own."""
+        """The engine's own. To be asked for anything, even its size, in a turn only."""
+        shape, itemsize = tuple(self.tensor.shape), int(self.tensor.element_size())
+        self.facts: Facts = Facts(self.tensor, shape, itemsize, str(self.tensor.device))
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -95,22 +112,22 @@ class XlaBuffer(DeviceBuffer):
     @property
     def nbytes(self) -> int:
         """Of the tensor."""
-        return int(self.tensor.nbytes)
+        return self.facts.nbytes
 
     @property
     def device(self) -> str:
         """As torch_xla writes it: ``xla:0``."""
-        return str(self.tensor.device)
+        return self.facts.device
 
     def can_cast(self, source: str, target: str) -> bool:
         """Between bfloat16, float16, float32 and float8_e4m3fn."""
         return source in CASTABLE and target in CASTABLE
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
-        return _background.start(partial(_jobs().pack, [(self.tensor, copies)], out, TURN))
+        return _background.start(partial(_jobs().pack, [(self.facts, copies)], out, TURN))
 
     def _unpack(self, copies: Sequence[Copy], packed: Bytes) -> Completion:
-        return _background.start(partial(_jobs().unpack, [(self.tensor, copies)], packed, TURN))
+        return _background.start(partial(_jobs().unpack, [(self.facts, copies)], packed, TURN))
 
     @classmethod
     def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
@@ -121,8 +138,8 @@ class XlaBuffer(DeviceBuffer):
         return [_background.start(partial(_jobs().unpack, _work(shares), packed, TURN))]
 
 
-def _work(shares: Shares) -> list[tuple[torch.Tensor, Sequence[Copy]]]:
-    return [(buffer.tensor, copies) for buffer, copies in shares if isinstance(buffer, XlaBuffer)]
+def _work(shares: Shares) -> list[tuple[Facts, Sequence[Copy]]]:
+    return [(buffer.facts, copies) for buffer, copies in shares if isinstance(buffer, XlaBuffer)]
 
 
 def _jobs() -> Any:
