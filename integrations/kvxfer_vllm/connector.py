@@ -172,7 +172,8 @@ class KvxferConnector(KVConnectorBase_V1):
         from kvxfer_vllm.launch import start_endpoint  # noqa: PLC0415
 
         endpoint = start_endpoint(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
-        self._worker = KvxferWorker(endpoint, self._options.parts(self._layer_names))
+        mark = endpoint.cache.buffers[0].mark
+        self._worker = KvxferWorker(endpoint, self._options.parts(self._layer_names), mark)
         self._handshake = KvxferHandshake(endpoint.address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

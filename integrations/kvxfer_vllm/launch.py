@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from kvxfer import registry
+from kvxfer.buffer import HostBuffer
 from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
-from kvxfer_vllm.support import block_tokens, is_mla, model_fingerprint
+from kvxfer_vllm.support import block_tokens, buffers, is_mla, model_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from kvxfer.cache import BufferMaker
     from kvxfer_vllm.options import Options
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -36,6 +39,7 @@ def describe_cache(
     fingerprint: str,
     instruction_set: str = "",
     parts: Sequence[Sequence[str]] = (),
+    buffers: BufferMaker = HostBuffer,
 ) -> KVCache:
     """The cache of one rank as kvxfer sees it; nothing is copied.
 
@@ -49,10 +53,11 @@ def describe_cache(
         instruction_set: of vLLM's CPU attention. Those whose order within a block is not known here make it part of the
             fingerprint, with the block size: blocks are then moved whole, between two servers that agree.
         parts: of the layers, if there are several that become complete one after the other; each gets a block table.
+        buffers: class of the buffers of the device that the caches are on.
 
     Raises:
         ConfigError: the tensors do not hold the blocks of the block table.
-        KvxferError: the tensors are not in host memory, or make no cache.
+        KvxferError: the tensors are not on that device, or make no cache.
     """
     layers = {name: kv_caches[name] for name in layer_names}
     for name, tensor in layers.items():
@@ -85,6 +90,7 @@ def describe_cache(
         fingerprint=fingerprint,
         rank=tp_rank,
         world=vllm_config.parallel_config.tensor_parallel_size,
+        buffers=buffers,
     )
 
 
@@ -102,8 +108,8 @@ def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """By which vLLM's CPU attention orders what it stores; empty for MLA, whose latents lie as they look."""
-    if is_mla(kv_cache_config):
+    """By which vLLM's CPU attention orders what it stores; empty for MLA and on GPUs, where things lie as they look."""
+    if is_mla(kv_cache_config) or vllm_config.device_config.device_type != "cpu":
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - it imports torch's kernels
 
@@ -140,6 +146,7 @@ def start_endpoint(
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
         instruction_set=_instruction_set(vllm_config, kv_cache_config),
         parts=options.parts(layer_names),
+        buffers=cast("BufferMaker", registry.load(buffers(vllm_config), "buffers")),
     )
     engine_id = vllm_config.kv_transfer_config.engine_id
     endpoint = Endpoint(

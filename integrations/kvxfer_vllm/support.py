@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
 
 from kvxfer.errors import ConfigError
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+
+_DEVICES = ("cpu", "cuda")
+"""As vLLM calls them."""
 
 
 def refuse_unsupported(
@@ -43,9 +48,11 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
     ):
         if getattr(parallel, name, 1) > 1:
             yield f"{short} yet ({name} is {getattr(parallel, name)}); set it to 1"
-    device = vllm_config.device_config.device_type
-    if device != "cpu":
-        yield f"KV caches on the device {device!r} yet, only in host memory (vLLM's CPU backend)"
+    device, by_way_of = vllm_config.device_config.device_type, vllm_config.kv_transfer_config.kv_buffer_device
+    if device not in _DEVICES:
+        yield f"KV caches on the device {device!r} yet, only on {' and '.join(_DEVICES)}"
+    elif by_way_of not in (device, "cpu"):
+        yield f"kv_buffer_device {by_way_of!r} with caches on {device!r}; set {device!r} or 'cpu'"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding yet; leave out --speculative-config"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -59,6 +66,19 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         for spec in _specs(group.kv_cache_spec):
             if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
                 yield f"layers with {type(spec).__name__} yet, only full attention and MLA"
+
+
+def buffers(vllm_config: VllmConfig) -> str:
+    """Name of the adapter, of group ``kvxfer.buffers``, for the memory that the caches are in.
+
+    With ``kv_buffer_device`` "cpu" what is on a GPU goes by way of host memory, whatever the transfer engine could reach.
+    """
+    device = vllm_config.device_config.device_type
+    if device == "cpu":
+        return "host"
+    if torch.version.hip is not None:  # vLLM and PyTorch call AMD's GPUs cuda, too
+        device = "rocm"
+    return f"{device}-staged" if vllm_config.kv_transfer_config.kv_buffer_device == "cpu" else device
 
 
 def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from kvxfer.buffer import FINISHED
 from kvxfer.errors import KvxferError
 from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer_vllm.stats import KvxferStats
@@ -24,6 +25,7 @@ from kvxfer_vllm.stats import KvxferStats
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from kvxfer.buffer import Completion
     from kvxfer.lease import LeaseRef
     from kvxfer.metrics import Metrics
     from kvxfer.transfer import Event, Transfer
@@ -54,10 +56,14 @@ class EndpointLike(Protocol):
     def announce(self, ref: LeaseRef) -> object:
         """Make a token known."""
 
-    def seal(self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]]) -> None:
-        """Give the blocks of an announced lease that are complete so far."""
+    def seal(
+        self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]], *, after: Sequence[Completion] = ()
+    ) -> None:
+        """Give the blocks of an announced lease that are complete so far, once the device has come that far."""
 
-    def offer(self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]]) -> None:
+    def offer(
+        self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]], *, after: Sequence[Completion] = ()
+    ) -> None:
         """Give the blocks of an announced lease."""
 
     def revoke(self, ref: LeaseRef) -> None:
@@ -67,9 +73,14 @@ class EndpointLike(Protocol):
         """Open a lease and renew it."""
 
     def read(
-        self, ref: LeaseRef, into: Sequence[int] | Sequence[Sequence[int]], *, tokens: tuple[int, int | None]
+        self,
+        ref: LeaseRef,
+        into: Sequence[int] | Sequence[Sequence[int]],
+        *,
+        tokens: tuple[int, int | None],
+        after: Sequence[Completion] = (),
     ) -> Transfer:
-        """Start reading a lease."""
+        """Start reading a lease, once the device has done with the blocks."""
 
     def drop(self, ref: LeaseRef) -> None:
         """Give a lease back unread."""
@@ -87,10 +98,20 @@ class KvxferWorker:
     Args:
         endpoint: of this rank. Closed by :meth:`shutdown`.
         parts: names of layers, as the groups of the endpoint's cache hold them; one part for all by default.
+        mark: when all that vLLM has asked the device to do by now has ended. Kernels run long after the calls that started
+            them: what they write is complete, and what they use is free, when a mark made behind them says so.
     """
 
-    def __init__(self, endpoint: EndpointLike, parts: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        endpoint: EndpointLike,
+        parts: Sequence[Sequence[str]] = (),
+        mark: Callable[[], Completion] = lambda: FINISHED,
+    ) -> None:
         self._endpoint = endpoint
+        self._mark = mark
+        self._step_mark: list[Completion] = []
+        """Of the beginning of this step, made when an order first needs it."""
         self._parts: Sequence[Sequence[str]] = parts or [()]
         self._part_of = {name: number for number, names in enumerate(self._parts) for name in names}
         self._to_compute: list[set[str]] = []
@@ -115,6 +136,7 @@ class KvxferWorker:
         self._to_seal = step.seal
         self._to_compute = [set(names) for names in self._parts] if len(self._parts) > 1 and step.seal else []
         self._idle = step.idle
+        self._step_mark = []
         self._each(step.announce, self._endpoint.announce, "announce")
         self._each(step.offer, self._offer, "offer")
         self._each(step.withdraw, self._endpoint.revoke, "withdraw")
@@ -137,7 +159,7 @@ class KvxferWorker:
             logger.exception("Cannot %s %r", name, order)
 
     def layer_computed(self, name: str) -> None:
-        """A step has computed a layer, in host memory, which is all that is supported. Never raises."""
+        """A step has asked the device for a layer, and for nothing of the next one. Never raises."""
         if not self._to_compute:
             return
         part = self._part_of.get(name)
@@ -150,13 +172,23 @@ class KvxferWorker:
 
     def _seal_parts(self, seal: Seal) -> None:
         tables = [seal.blocks[: seal.before] if left else seal.blocks for left in self._to_compute]
-        self._endpoint.seal(seal.lease, tables)
+        self._endpoint.seal(seal.lease, tables, after=[self._mark()])
         self.stats.count("early_seals")
 
     def _seal(self) -> None:
-        """A step has been computed, so what it was to fill is complete: in host memory, which is all that is supported."""
+        """The device was asked for all of a step, so what it was to fill is complete when it has come that far."""
         seals, self._to_seal, self._to_compute = self._to_seal, (), []
-        self._each(seals, lambda seal: self._endpoint.seal(seal.lease, self._tables(seal.blocks)), "seal")
+        if seals:
+            after = [self._mark()]
+            self._each(
+                seals, lambda seal: self._endpoint.seal(seal.lease, self._tables(seal.blocks), after=after), "seal"
+            )
+
+    def _behind(self) -> list[Completion]:
+        """All that was asked of the device before this step."""
+        if not self._step_mark:
+            self._step_mark = [self._mark()]
+        return self._step_mark
 
     def _tables(self, blocks: list[int]) -> Sequence[int] | Sequence[Sequence[int]]:
         """The same blocks for each part of the layers."""
@@ -164,7 +196,7 @@ class KvxferWorker:
 
     def _offer(self, offer: Offer) -> None:
         try:
-            self._endpoint.offer(offer.lease, self._tables(offer.blocks))
+            self._endpoint.offer(offer.lease, self._tables(offer.blocks), after=self._behind())
         except BaseException:
             self._sent_at_once.add(offer.request_id)
             raise
@@ -172,7 +204,11 @@ class KvxferWorker:
 
     def _read(self, read: Read) -> None:
         try:
-            transfer = self._endpoint.read(read.lease, self._tables(read.blocks), tokens=(read.first_token, None))
+            # With asynchronous scheduling a step that still writes to a request's blocks may be under way when vLLM gives
+            # them to the next one.
+            transfer = self._endpoint.read(
+                read.lease, self._tables(read.blocks), tokens=(read.first_token, None), after=self._behind()
+            )
         except BaseException as error:
             self._fail(read, type(error).__name__)
             self._failed_at_once.add(read.request_id)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from kvxfer.buffer import Completion
     from kvxfer.errors import KvxferError
     from kvxfer.lease import LeaseRef
 
@@ -42,6 +43,8 @@ class ScriptedEndpoint:
         self.raises: dict[str, Exception] = {}
         self.closed = 0
         self.waited: list[float] = []
+        self.after: list[tuple[str, list[Completion]]] = []
+        """Behind what each of seal, offer and read was to happen."""
         self._events: list[Any] = []
 
     def _called(self, name: str, *args: Any) -> None:
@@ -59,11 +62,13 @@ class ScriptedEndpoint:
     def join(self, addresses: Sequence[str]) -> None:
         self._called("join", addresses)
 
-    def seal(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+    def seal(self, ref: LeaseRef, blocks: Sequence[int], *, after: Sequence[Completion] = ()) -> None:
+        self.after.append(("seal", list(after)))
         self._called("seal", ref.token, list(blocks))
 
-    def offer(self, ref: LeaseRef, blocks: Sequence[int]) -> None:
+    def offer(self, ref: LeaseRef, blocks: Sequence[int], *, after: Sequence[Completion] = ()) -> None:
         token = ref.token
+        self.after.append(("offer", list(after)))
         self._called("offer", token, list(blocks))
         self.offered[token] = list(blocks)
         self.net[token] = self
@@ -77,7 +82,10 @@ class ScriptedEndpoint:
     def hold(self, ref: LeaseRef) -> None:
         self._called("hold", ref.token)
 
-    def read(self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None]) -> ScriptedTransfer:
+    def read(
+        self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None], after: Sequence[Completion] = ()
+    ) -> ScriptedTransfer:
+        self.after.append(("read", list(after)))
         self._called("read", ref.token, list(into), tokens)
         transfer = self.reading[ref.token] = ScriptedTransfer(ref, list(into), tokens)
         return transfer

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches on a GPU: which buffers hold them, and that nothing is told or begun before the GPU has come that far.
+
+vLLM's classes are real, the GPU is a stand-in: no machine here has one that vLLM runs on.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Triton")
+
+import torch
+
+from kvxfer import registry
+from kvxfer.errors import ConfigError
+from kvxfer.lease import LeaseRef
+from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
+from kvxfer_vllm.support import buffers, refuse_unsupported
+from kvxfer_vllm.worker import KvxferWorker
+from tests.devices.host_gpu import RowsBuffer
+from tests.vllm.rig import drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+
+def on(device, by_way_of):
+    config = vllm_config()
+    object.__setattr__(config.device_config, "device_type", device)
+    object.__setattr__(config.kv_transfer_config, "kv_buffer_device", by_way_of)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("device", "by_way_of", "hip", "name"),
+    [
+        ("cpu", "cpu", None, "host"),
+        ("cuda", "cuda", None, "cuda"),
+        ("cuda", "cpu", None, "cuda-staged"),
+        ("cuda", "cuda", "7.1", "rocm"),
+        ("cuda", "cpu", "7.1", "rocm-staged"),
+    ],
+)
+def test_buffers_of_a_configuration(monkeypatch, device, by_way_of, hip, name):
+    """vLLM's device and ``kv_buffer_device`` say which adapter holds the caches; AMD's GPUs are called cuda, too."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    config = on(device, by_way_of)
+    refuse_unsupported(config, kv_cache_config())
+    assert buffers(config) == name
+    assert name in registry.names("buffers")
+
+
+def test_a_buffer_device_that_makes_no_sense():
+    """GPU caches go by way of the GPU or of host memory, and nothing else."""
+    with pytest.raises(ConfigError, match="kv_buffer_device 'xpu' with caches on 'cuda'; set 'cuda' or 'cpu'"):
+        refuse_unsupported(on("cuda", "xpu"), kv_cache_config())
+
+
+class Mark:
+    """The end of work on a device that is this many questions behind."""
+
+    def __init__(self, questions):
+        self.questions = questions
+
+    @property
+    def done(self):
+        self.questions -= 1
+        return self.questions < 0
+
+    def wait(self, timeout_s=None):
+        return True
+
+
+def test_everything_is_behind_what_the_device_was_asked_for():
+    """Blocks are sealed behind the step that fills them, offered and read into behind all steps before this one."""
+    endpoint, marks = ScriptedEndpoint(), (Mark(i) for i in itertools.count())
+    made = []
+
+    def mark():
+        made.append(next(marks))
+        return made[-1]
+
+    worker = KvxferWorker(endpoint, [["a"], ["b"]], mark)
+    first, second, third = (LeaseRef.mint(owner="P", addresses=["tcp://p:1"]) for _ in range(3))
+    worker.follow(KvxferMetadata(seal=[Seal(first, [7, 8], 1)]))
+    assert made == []
+    worker.layer_computed("a")
+    assert endpoint.after == [("seal", [made[0]])]
+    worker.results()
+    assert endpoint.after[1:] == [("seal", [made[1]])] and len(made) == 2
+    endpoint.after.clear()
+    worker.follow(KvxferMetadata(offer=[Offer("r", second, [1])], read=[Read("q", third, [2], 0)]))
+    assert endpoint.after == [("offer", [made[2]]), ("read", [made[2]])] and len(made) == 3
+    worker.follow(KvxferMetadata(read=[Read("s", first, [3], 0)]))
+    assert endpoint.after[-1] == ("read", [made[3]])
+
+
+def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
+    """Requests are handed over between caches of a GPU whose work ends long after it was asked for, and tokens are right."""
+    asked = []
+
+    class Behind(RowsBuffer):
+        def mark(self):
+            asked.append(Mark(3))
+            return asked[-1]
+
+    real = registry.load
+    monkeypatch.setattr("kvxfer_vllm.launch.buffers", lambda _: "behind")
+    monkeypatch.setattr(registry, "load", lambda name, kind="agents": Behind if name == "behind" else real(name, kind))
+    producer, consumer = (
+        engines(role, name, agent="inproc") for role, name in (("kv_producer", "P"), ("kv_consumer", "D"))
+    )
+    prompt = prompt_of(333)
+    params = handed_over(producer, "p", prompt)
+    consumer.add("d", prompt, params, max_tokens=5)
+    consumer.run()
+    drain(producer, consumer)
+    assert consumer.answers["d"].tokens == expected(prompt, 5)
+    assert len(asked) >= 2
+    assert all(mark.questions < 0 for mark in asked)
+    assert not producer.kvxfer._worker._endpoint.cache.buffers[0].memory
