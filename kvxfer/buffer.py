@@ -16,7 +16,7 @@ import numpy as np
 
 from kvxfer import casting
 from kvxfer.copies import Copy
-from kvxfer.dlpack import ArrayView, allocations, read_array
+from kvxfer.dlpack import ArrayView, read_array, views_of_one
 from kvxfer.errors import DescriptorError, UnsupportedBufferError, UnsupportedError
 from kvxfer.memory import Memory
 from kvxfer.strided import copy_runs
@@ -276,11 +276,7 @@ class HostBuffer(DeviceBuffer):
     """
 
     def __init__(self, *arrays: Any) -> None:
-        views = [array if isinstance(array, ArrayView) else self.view_of(array) for array in arrays]
-        if not views:
-            raise UnsupportedBufferError("a buffer needs at least one array")
-        if max(allocations(views)) > 0:
-            raise UnsupportedBufferError("the arrays are not of one allocation: make one buffer for each")
+        views = views_of_one(arrays, self.view_of)
         self._owners = [view.owner for view in views]
         low = min(view.address for view in views)
         self._memory = Memory(low, max(view.end for view in views) - low)

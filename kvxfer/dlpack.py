@@ -16,7 +16,7 @@ import numpy as np
 from kvxfer.errors import UnsupportedBufferError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _DEVICE_NAMES: Final = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 11: "cpu"}
 """3 and 11 are the pinned host memory of CUDA and ROCm, which the CPU reads like any other."""
@@ -115,6 +115,24 @@ def allocations(views: Sequence[ArrayView]) -> list[int]:
         reach = max(reach, high)
         numbers[index] = number
     return numbers
+
+
+def views_of_one(arrays: Sequence[Any], view_of: Callable[[Any], ArrayView]) -> list[ArrayView]:
+    """Where arrays of one allocation lie.
+
+    Args:
+        arrays: at least one; those that are views already stay as they are.
+        view_of: reads one of the others.
+
+    Raises:
+        UnsupportedBufferError: there is none, they are of different allocations, or what ``view_of`` raises.
+    """
+    views = [array if isinstance(array, ArrayView) else view_of(array) for array in arrays]
+    if not views:
+        raise UnsupportedBufferError("a buffer needs at least one array")
+    if max(allocations(views)) > 0:
+        raise UnsupportedBufferError("the arrays are not of one allocation: make one buffer for each")
+    return views
 
 
 def _span_end(address: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> int:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvxfer.buffer import DeviceBuffer
 from kvxfer.casting import CASTABLE
-from kvxfer.dlpack import ArrayView, allocations, read_array
-from kvxfer.errors import UnsupportedBufferError
+from kvxfer.dlpack import ArrayView, read_array, views_of_one
 from kvxfer.memory import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
 from kvxfer_gpu._torch import torch
@@ -53,11 +52,7 @@ class GpuBuffer(DeviceBuffer):
     """Replaced by tests that have no GPU."""
 
     def __init__(self, *arrays: Any) -> None:
-        views = [array if isinstance(array, ArrayView) else self.view_of(array) for array in arrays]
-        if not views:
-            raise UnsupportedBufferError("a buffer needs at least one array")
-        if max(allocations(views)) > 0:
-            raise UnsupportedBufferError("the arrays are not of one allocation: make one buffer for each")
+        views = views_of_one(arrays, self.view_of)
         self._owners = [view.owner for view in views]
         low, high = min(view.address for view in views), max(view.end for view in views)
         self._device = views[0].device
