@@ -8,6 +8,7 @@ offered, and nobody uses those that are unpacked before he is told so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
+from kvxfer.buffer import let_end
 from kvxfer.copies import Loop
 from kvxfer.strided import copy_runs
 from kvxfer_gpu._task import tasks
@@ -24,7 +26,7 @@ from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, host_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -106,9 +108,9 @@ class _Lane:
         self._on_device: Flat | None = None
 
     def begin(self, nbytes: int) -> Flat:
-        """So much scratch memory, when the work before has ended."""
+        """So much scratch memory, when the work before has ended, well or not: who had asked for it is told."""
         if self.last is not None:
-            self.last.wait()
+            let_end([self.last])
         if self.scratch is None or self.scratch.nbytes < nbytes:
             self.scratch = Flat(self._runtime.scratch(_rounded(nbytes)))
         return self.scratch
@@ -171,7 +173,7 @@ class Lanes:
         straight = self._pinned.find(out[low:high]) if whole else None
         with self._lock:
             lane = self._turn()
-            with self._runtime.on(lane.stream):
+            with self._runtime.on(lane.stream), _ended_if_it_fails(lane):
                 scratch = lane.begin(high - low)
                 landing = lane.bounce.need(high - low) if straight is None else out[low:high]
                 self._move(lane, scratch, shares, -low, pack=True)
@@ -194,7 +196,7 @@ class Lanes:
         leaving = self._pinned.find(packed[low:high])
         with self._lock:
             lane = self._turn()
-            with self._runtime.on(lane.stream):
+            with self._runtime.on(lane.stream), _ended_if_it_fails(lane):
                 scratch = lane.begin(high - low)
                 if leaving is None:
                     lane.bounce.need(high - low)[:] = packed[low:high]
@@ -229,6 +231,17 @@ class Lanes:
         for flat, task in work:
             ends = (flat, scratch) if pack else (scratch, flat)
             self._runtime.move(task, *ends, [next(there) for _ in task.tables])
+
+
+@contextlib.contextmanager
+def _ended_if_it_fails(lane: _Lane) -> Iterator[None]:
+    """What was put on the stream before a mistake was found must not touch anybody's memory after it was told."""
+    try:
+        yield
+    except BaseException:
+        lane.event.record(lane.stream)
+        lane.event.synchronize()
+        raise
 
 
 def _rounded(nbytes: int) -> int:

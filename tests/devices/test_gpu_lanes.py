@@ -152,6 +152,56 @@ def test_a_host_that_cannot_finish():
         completion.wait()
 
 
+@pytest.mark.parametrize("direction", ["pack", "unpack"])
+def test_what_had_begun_has_ended_when_a_mistake_is_told(direction):
+    """Work that was asked for before another part of it could not be is over when the error is raised, and the next goes well."""
+    events, moved = [], []
+
+    class Watched(Event):
+        def __init__(self):
+            super().__init__()
+            events.append(self)
+
+        def record(self, stream):
+            self.ended = False
+
+    class Failing(HostGpu):
+        def event(self):
+            return Watched()
+
+        def move(self, task, *more):
+            moved.append(task)
+            if len(moved) == 2:
+                raise RuntimeError("no more kernels")
+            super().move(task, *more)
+
+    kind = type("Buffer", (RowsBuffer,), {"runtime": Failing})
+    tensor, memory = tensor_of(4096, 6), np.zeros(4096, np.uint8)
+    copies = [Copy(i64(at), i64(at), i64(0), i64(0), (), nbytes) for at, nbytes in ((0, 100), (2048, 200))]
+    with pytest.raises(RuntimeError, match="no more kernels"):
+        getattr(kind(tensor), direction)(copies, memory)
+    assert [event.ended for event in events] == [True]
+    before = tensor.numpy().tobytes()
+    assert getattr(kind(tensor), direction)(copies, memory).wait()
+    assert (memory if direction == "pack" else tensor.numpy())[2048:2248].tobytes() == (
+        before[2048:2248] if direction == "pack" else bytes(200)
+    )
+
+
+def test_a_chunk_that_failed_fails_no_other():
+    """Where the host could not finish one chunk, the next one that gets the same lane is packed."""
+    kind, tensor, out = runtime_of(HostGpu), tensor_of(4096, 7), np.zeros(4096, np.uint8)
+    whole = [Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)]
+    out.flags.writeable = True
+    first = kind(tensor).pack(whole, out)
+    out.flags.writeable = False  # so that to finish it is refused
+    with pytest.raises(TransferFailedError):
+        first.wait(10)
+    out.flags.writeable = True
+    assert kind(tensor).pack(whole, out).wait(10)
+    assert out.tobytes() == tensor.numpy().tobytes()
+
+
 def test_memory_that_cannot_be_pinned(caplog):
     """Bytes arrive all the same, and the log says what it costs and what to do."""
 
