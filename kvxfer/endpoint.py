@@ -302,7 +302,7 @@ class Endpoint:
         """
         if not self._consumer.knows(ref):
             ref = _checked(ref)
-        after = _completions(after) if after != () else ()
+        after = _completions(after)
         if tokens is not None:
             tokens = _interval(tokens)
         targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
