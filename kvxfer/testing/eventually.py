@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def eventually(condition: Callable[[], T], *, timeout_s: float = 10.0, interval_s: float = 0.002, what: str = "") -> T:
+def eventually(condition: Callable[[], T], *, timeout_s: float = 30.0, interval_s: float = 0.002, what: str = "") -> T:
     """Call ``condition`` until it answers something true, and return that answer.
 
     Args:

@@ -50,7 +50,7 @@ def refused(victim):
 def with_a_fresh_consumer(victim):
     sink = Engine(2, secret=victim.secret)
     try:
-        assert sink.endpoint.read(victim.endpoint.lease([1]), [1]).wait(5)
+        assert sink.endpoint.read(victim.endpoint.lease([1]), [1]).wait(30)
         assert sink.blocks(1) == victim.blocks(1)
     finally:
         sink.endpoint.close()
@@ -225,7 +225,7 @@ def test_a_producer_that_answers_garbage(answer):
         # Two MiB are more than a new connection may say at once.
         reason = "rate" if len(answer) > 1 << 20 else "garbage"
         assert sink.endpoint.metrics.value("kvxfer_refused_messages_total", reason=reason) >= 1
-        assert sink.endpoint.read(source.endpoint.lease([2]), [2]).wait(5)
+        assert sink.endpoint.read(source.endpoint.lease([2]), [2]).wait(30)
     finally:
         context.destroy(linger=0)
         source.endpoint.close()
@@ -281,7 +281,7 @@ def test_waking():
         channel.wake()
     begin = time.monotonic()
     assert list(channel.receive(30)) == []
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 25
     for far in (float("inf"), 1e300):
         channel.wake()
         assert list(channel.receive(far)) == []

@@ -174,7 +174,7 @@ class Rig:
     def works(self, source=5, target=5):
         """A read goes through, bytes and all."""
         transfer = self.read(source, target)
-        assert transfer.wait(10)
+        assert transfer.wait(30)
         assert self.block(target) == self.block(source, self.source_cache)
         assert self.end() == (transfer, None)
         return True
@@ -202,7 +202,7 @@ def test_bytes_and_fence(rig):
     """A read moves its blocks, finds the token in the cell, and counts what it moved."""
     rig.path.start()
     transfer = rig.read(3, 4)
-    assert transfer.wait(10) and rig.end() == (transfer, None)
+    assert transfer.wait(30) and rig.end() == (transfer, None)
     assert rig.block(4) == rig.block(3, rig.source_cache) and rig.block(5) == rig.before[5]
     assert transfer.nbytes == rig.cache.spec.groups[0].block_nbytes and transfer.descriptors == 2
 
@@ -212,7 +212,7 @@ def test_a_wiped_cell_is_never_done(rig):
     rig.path.start()
     transfer = rig.read(posted=False)
     with pytest.raises(LeaseEndedError):
-        transfer.wait(10)
+        transfer.wait(30)
 
 
 def test_nothing_to_read_is_fenced_too(rig):
@@ -580,7 +580,7 @@ def test_bytes_of_two_sources(met):
     rig.path.start()
     try:
         transfer = rig.read(3, 4)
-        assert transfer.wait(10) and rig.end() == (transfer, None)
+        assert transfer.wait(30) and rig.end() == (transfer, None)
         assert rig.block(4) == heads(rig, 3) and rig.block(5) == rig.before[5]
         assert transfer.nbytes == rig.cache.spec.groups[0].block_nbytes and rig.ended.empty()
     finally:

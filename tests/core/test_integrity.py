@@ -153,7 +153,7 @@ def test_a_producer_that_does_not_answer(engines, monkeypatch, ended):
     if ended:
         source.ranks[0].endpoint.revoke(ref)
     with pytest.raises(LeaseEndedError if ended else TransferTimeoutError):
-        transfer.wait(5)
+        transfer.wait(30)
 
 
 def test_the_digest_on_the_wire():

@@ -26,7 +26,7 @@ from tests.core.test_endpoint import Engine
 
 TEXT = b"what all servers of this fleet know"
 OURS, THEIRS = Secret(TEXT), Secret(b"what another fleet's servers know")
-BRISK = Settings(lease_s=5.0, peer_timeout_s=0.6, read_timeout_s=5.0, retry_s=0.1)
+BRISK = Settings(lease_s=5.0, peer_timeout_s=0.6, read_timeout_s=30.0, retry_s=0.1)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_those_who_have_it_serve_each_other(engines):
     """Nothing else changes: a lease is read, and settled."""
     source, sink = engines(OURS), engines(Secret(TEXT))
     ref = source.endpoint.lease([1, 2])
-    assert sink.endpoint.read(ref, [3, 4]).wait(10) and sink.blocks(3, 4) == source.blocks(1, 2)
+    assert sink.endpoint.read(ref, [3, 4]).wait(30) and sink.blocks(3, 4) == source.blocks(1, 2)
     assert source.end(ref).read and not unauthenticated(source)
 
 
@@ -125,14 +125,14 @@ def test_others_are_not(engines, mine, theirs, caplog):
     with caplog.at_level(logging.WARNING, "kvxfer"):
         transfer = stranger.endpoint.read(ref, [1])
         with pytest.raises(PeerTimeoutError):
-            transfer.wait(10)
+            transfer.wait(30)
         # A side without a secret may see no more than that the other one hangs up.
         eventually(lambda: (unauthenticated if mine else refused)(source) >= 1)
     assert not stranger.endpoint._consumer._peers.by_address.get(source.endpoint.address, None) or (
         stranger.endpoint._consumer._peers.by_address[source.endpoint.address].agent_info == b""
     )
     assert "secret" in caplog.text or mine is None
-    assert friend.endpoint.read(ref, [2]).wait(10) and friend.blocks(2) == source.blocks(1)
+    assert friend.endpoint.read(ref, [2]).wait(30) and friend.blocks(2) == source.blocks(1)
 
 
 def test_to_know_the_listeners_key_is_not_enough(engines):
@@ -193,7 +193,7 @@ def test_a_wiretap(engines, secret):
     tap = Wiretap(source.endpoint.address)
     ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[tap.address]))
     source.endpoint.offer(ref, [1, 2])
-    assert sink.endpoint.read(ref, [3, 4]).wait(10) and sink.blocks(3, 4) == source.blocks(1, 2)
+    assert sink.endpoint.read(ref, [3, 4]).wait(30) and sink.blocks(3, 4) == source.blocks(1, 2)
     assert source.end(ref).read
     telling = (ref.token.encode(), source.endpoint.name.encode(), b"bfloat16", b"Welcome", b"Grant")
     passed = bytes(tap.said + tap.heard)
@@ -210,7 +210,7 @@ def test_a_wiretap(engines, secret):
     if secret is not None:
         eventually(lambda: refused(source) > before)
         assert not any(text in bytes(answered) for text in telling)
-    assert sink.endpoint.read(ref, [6]).wait(10) and sink.blocks(6) == source.blocks(5)
+    assert sink.endpoint.read(ref, [6]).wait(30) and sink.blocks(6) == source.blocks(5)
     tap.close()
 
 

@@ -219,9 +219,9 @@ def test_dtypes_are_converted_on_request_only(engines):
                 IncompatibleError, match="dtype must be equal: the source has float32, the target has float16"
             ),
         ):
-            refusing.read(producer.lease([1, 2]), [3, 4]).wait(10)
+            refusing.read(producer.lease([1, 2]), [3, 4]).wait(30)
         with Endpoint(target, "inproc", name="D2", settings=SMALL, convert=True) as consumer:
-            assert consumer.read(producer.lease([1, 2]), [3, 4]).wait(10)
+            assert consumer.read(producer.lease([1, 2]), [3, 4]).wait(30)
     np.testing.assert_array_equal(taken["kv"][:, [3, 4]], arrays["kv"][:, [1, 2]].astype(np.float16))
 
 
@@ -230,7 +230,7 @@ def test_a_pair_for_which_no_route_is_left_is_refused_when_it_meets(engines):
     source = engines("P", order="HND", head_dim=512)
     target = engines("D", order="NHD", head_dim=512, route="both")
     with pytest.raises(IncompatibleError, match=r"one block of one layer takes .* bytes, a staging slot has 8192"):
-        target.ranks[0].endpoint.read(source.lease([1]), [2]).wait(10)
+        target.ranks[0].endpoint.read(source.lease([1]), [2]).wait(30)
 
 
 def test_a_lease_that_ends_in_the_middle_is_thrown_away(engines):
@@ -256,7 +256,7 @@ def test_ranks_may_have_blocks_of_their_own(engines):
     for rank, blocks in zip(source.ranks, tables, strict=True):
         rank.endpoint.announce(ref)
         rank.endpoint.offer(ref, blocks)
-    assert target.ranks[0].endpoint.read(ref, [0, 1, 2]).wait(10)
+    assert target.ranks[0].endpoint.read(ref, [0, 1, 2]).wait(30)
     for i in range(2):
         np.testing.assert_array_equal(
             target.logical[:, [0, 1, 2], i * 4 : i * 4 + 4], source.ranks[i].array[:, tables[i]]
@@ -279,7 +279,7 @@ def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monke
     monkeypatch.setattr(dull[0].buffers[0], "can_cast", lambda *_: False)
     with Endpoint(source, "inproc", settings=SMALL) as producer:
         with Endpoint(target, "inproc", settings=SMALL, convert=True) as consumer:
-            assert consumer.read(producer.lease([1]), [3]).wait(10)
+            assert consumer.read(producer.lease([1]), [3]).wait(30)
         np.testing.assert_array_equal(taken["kv"][:, 3], 1.5)
     monkeypatch.setattr(dull[1].buffers[0], "can_cast", lambda *_: False)
     with (
@@ -287,7 +287,7 @@ def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monke
         Endpoint(target, "inproc", settings=SMALL, convert=True) as consumer,
         pytest.raises(IncompatibleError, match=r"the source's device does not convert .* the target's device does not"),
     ):
-        consumer.read(producer.lease([1]), [3]).wait(10)
+        consumer.read(producer.lease([1]), [3]).wait(30)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -57,7 +57,7 @@ def test_allocations_are_packed_together(base):
     ]
     out = np.full(TOKENS * 2 * HALF + 2, 0xAA, np.uint8)
     for copy in pack_all(shares, out[1:-1]):
-        assert copy.wait(10)
+        assert copy.wait(30)
     expected = np.stack([tensor.numpy().reshape(TOKENS, HALF) for tensor in tensors], axis=1)
     assert out[1:-1].tobytes() == expected.tobytes()
     assert out[0] == out[-1] == 0xAA
@@ -69,7 +69,7 @@ def test_allocations_are_packed_together(base):
         for share, at in zip(shares, (0, HALF), strict=True)
     ]
     for copy in unpack_all(shares, data):
-        assert copy.wait(10)
+        assert copy.wait(30)
     wanted = data.reshape(TOKENS, 2, HALF)
     for tensor, half in zip(tensors, (0, 1), strict=True):
         assert tensor.numpy().tobytes() == wanted[:, half].tobytes()
@@ -89,7 +89,7 @@ def test_layers_of_one_plan_are_one_task():
     shares = [(kind(whole[i * 1024 :][:1024]), [Copy(i64(0), i64(i * 512), blocks, rows, (), 256)]) for i in range(8)]
     out = np.zeros(8 * 512, np.uint8)
     for copy in pack_all(shares, out):
-        assert copy.wait(10)
+        assert copy.wait(30)
     assert out.tobytes() == whole.numpy().reshape(8, 2, 2, 256)[:, ::-1, 0].tobytes()
     assert [task.runs for task in moved] == [16]
 
@@ -196,9 +196,9 @@ def test_a_chunk_that_failed_fails_no_other():
     first = kind(tensor).pack(whole, out)
     out.flags.writeable = False  # so that to finish it is refused
     with pytest.raises(TransferFailedError):
-        first.wait(10)
+        first.wait(30)
     out.flags.writeable = True
-    assert kind(tensor).pack(whole, out).wait(10)
+    assert kind(tensor).pack(whole, out).wait(30)
     assert out.tobytes() == tensor.numpy().tobytes()
 
 
@@ -213,7 +213,7 @@ def test_memory_that_cannot_be_pinned(caplog):
     arena = np.zeros(4096, np.uint8)
     with caplog.at_level(logging.WARNING):
         assert kind.prepare_staging(arena) is None
-        assert kind(tensor).pack([Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)], arena).wait(10)
+        assert kind(tensor).pack([Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)], arena).wait(30)
     assert arena.tobytes() == tensor.numpy().tobytes()
     assert "cannot be pinned" in caplog.text and "ulimit -l" in caplog.text
 

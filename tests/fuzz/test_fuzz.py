@@ -110,7 +110,7 @@ def test_a_live_endpoint():
                 answer = wire.decode(sock.recv())
     assert isinstance(answer, wire.Welcome)
     with_another = Engine(2)
-    assert with_another.endpoint.read(source.endpoint.lease([1]), [1]).wait(5)
+    assert with_another.endpoint.read(source.endpoint.lease([1]), [1]).wait(30)
     assert source.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
     with_another.endpoint.close()
     source.endpoint.close()
