@@ -61,7 +61,7 @@ def test_reads_after_the_lease_ended(late_lab, way):
         assert prefilled.result().ok
         handed.append((policy, prompt, params))
     time.sleep(LEASE_S)  # the case itself: nobody comes for the blocks
-    lab.assert_no_blocks_in_use(lab.prefill, timeout_s=30)
+    lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
     overwrite(lab)
     for policy, prompt, params in handed:
         answer = lab.consumer(policy).ask(prompt, max_tokens=24, kv_transfer_params=params, timeout_s=lab.deadline_s)
@@ -95,7 +95,7 @@ def test_consumers_that_sleep_through_the_end_of_their_leases(late_lab, delay_s)
     try:
         assert all(prefilled.result().ok for *_, prefilled in begun)
         time.sleep(LEASE_S)
-        lab.assert_no_blocks_in_use(lab.prefill, timeout_s=30)
+        lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
         overwrite(lab)
     finally:
         for policy in POLICIES:
@@ -139,7 +139,7 @@ def wait_in_queue(lab, way) -> tuple[float, bool]:
     busy.join()
     assert prefilled.result().ok
     assert answer.tokens == expected
-    read = lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == before + 1, 10)
+    read = lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == before + 1)
     lab.assert_no_blocks_in_use(lab.prefill, consumer)
     return waited_s, read and consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
 

@@ -99,9 +99,9 @@ def test_a_server_that_is_not_healthy_is_forgotten(routed):
     prompt = routed.lab.prompt(50)
     routed.lab.decode.freeze()
     try:
-        assert routed.lab.eventually(lambda: "Remove Decode" in routed.router.log_text(), 30)
+        assert routed.lab.eventually(lambda: "Remove Decode" in routed.router.log_text())
         assert routed.router.ask(prompt, max_tokens=4, timeout_s=30).status == 503
     finally:
         routed.lab.decode.thaw()
-    assert routed.lab.eventually(lambda: routed.router.ask(prompt, max_tokens=4).ok, 30)
+    assert routed.lab.eventually(lambda: routed.router.ask(prompt, max_tokens=4).ok)
     assert routed.router.ask(prompt, max_tokens=4).tokens == routed.lab.expect(prompt, 4)

@@ -23,7 +23,7 @@ def test_completion(lab, front, num_tokens, stream):
     assert answer.tokens == lab.expect(prompt, 32)
     assert answer.finish_reason == "length"
     # Without this the test would also pass where every prompt is computed again.
-    assert lab.eventually(lambda: lab.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + 1, 20)
+    assert lab.eventually(lambda: lab.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + 1)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -56,7 +56,7 @@ def test_prefix_that_decode_holds_wholly(lab, front):
     prompt = lab.prompt(320)
     answers = [front.ask(prompt, max_tokens=24) for _ in range(3)]
     assert [answer.tokens for answer in answers] == [lab.expect(prompt, 24)] * 3
-    lab.assert_no_blocks_in_use(timeout_s=10)
+    lab.assert_no_blocks_in_use(timeout_s=60)
 
 
 def test_prefix_that_prefill_holds(lab, front):

@@ -72,7 +72,7 @@ class Pair:
             before, prompt = self.moved(), self.lab.prompt(num_tokens)
             answer = self.send(way, prompt)
             assert not answer.ok or answer.tokens == self.lab.expect(prompt, MAX_TOKENS)
-            if not answer.ok or not self.lab.eventually(lambda before=before: self.moved() == before + 1, 20):
+            if not answer.ok or not self.lab.eventually(lambda before=before: self.moved() == before + 1):
                 return False
         return True
 
