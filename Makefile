@@ -11,8 +11,9 @@ FULL := .venv/full/bin/python
 FUZZ := .venv/fuzz/bin/python
 XLA := .venv/xla/bin/python
 
-# Names of this project that somebody's shell may have set must not steer its own tests.
 PYTEST := $(FULL) -m pytest
+# A process of tests for each core that we have, up to eight: much of their time they wait. One at a time: make unit ARGS="-n 0"
+SIDE_BY_SIDE := -n $(shell echo $$(($$(nproc) < 8 ? $$(nproc) : 8))) --dist worksteal
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,10 +29,10 @@ test: check unit test-xla e2e ## All that proves the project: checks, tests of e
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
 unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
-	$(PYTEST) --ignore=tests/e2e $(ARGS)
+	$(PYTEST) --ignore=tests/e2e $(SIDE_BY_SIDE) $(ARGS)
 
 test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
-	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(ARGS)
+	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(SIDE_BY_SIDE) $(ARGS)
 
 e2e: full-env ## Tests through real vLLM servers and the router
 	$(PYTEST) tests/e2e $(ARGS)

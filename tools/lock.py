@@ -39,6 +39,7 @@ FILES = {
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
+            "pytest-xdist",
             "psutil",
             "ruff",
             "mypy",
@@ -59,7 +60,7 @@ XLA = (
     [
         *("torch", "torch-xla", "jax", "jaxlib"),
         *("numpy", "msgspec", "pyzmq", "nixl", "nixl-cu13", "hatchling", "ml_dtypes"),
-        *("hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "psutil"),
+        *("hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist", "psutil"),
     ],
 )
 

@@ -302,7 +302,6 @@ def test_very_long_requests(engines, route):
     np.testing.assert_array_equal(target.logical[:, into], source.logical[:, blocks])
 
 
-@pytest.mark.slow
 def test_sixty_four_transfers_through_sixteen_mebibytes(engines):
     """64 reads of 2 MiB at once through arenas of 16 MiB end together, and both arenas are empty afterwards."""
     shape = {"layers": 4, "head_dim": 64, "blocks": 512, "settings": replace(SMALL, staging_nbytes=16 << 20)}

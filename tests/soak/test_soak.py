@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 
 import numpy as np
@@ -14,8 +15,8 @@ from kvxfer.testing.soak.memory import CONTENT, HEADS, LAYERS, Blocks, content
 from kvxfer.testing.soak.report import Usage
 from kvxfer_nixl import NixlAgent
 
-SECONDS = 100.0
-"""Of churn; three calm moments come on top."""
+SECONDS = 300.0
+"""Of churn; five calm moments come on top."""
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
 
 _reason = NixlAgent.why_unavailable()
@@ -23,10 +24,12 @@ needs_nixl = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 
 @needs_nixl
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 2 + 240)
 def test_churn():
     """Two engines prefill for two others over NIXL while processes die, freeze and restart: right bytes, nothing left, nothing grows."""
-    report = run(SECONDS, agent_options=LOOPBACK, seed=7, calm_every_s=SECONDS / 3)
+    faulthandler.cancel_dump_traceback_later()  # pytest's, for tests that hang
+    report = run(SECONDS, agent_options=LOOPBACK, seed=7, calm_every_s=SECONDS / 5)
     assert report.wrong_nbytes == report.leaked == 0
     assert report.faults.keys() == {"kill", "freeze", "restart", "abort"}  # a fault that never happens proves nothing
     assert report.decoded["done"] > SECONDS / 2 and report.prefilled["expired"] and report.prefilled["revoked"]
