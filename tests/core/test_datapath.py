@@ -463,13 +463,13 @@ def test_an_agent_whose_close_raises(rig):
     rig.faults = Faults(hang=range(1))
     rig.path.start()
     rig.read(timeout_s=0.05)
-    eventually(lambda: rig.path._flying)
+    eventually(lambda: rig.path._reads._flying)
     rig.faults = Faults()
     assert isinstance(rig.end()[1], TransferTimeoutError)
     assert rig.works()
     rig.path.close()
     assert rig.metrics.value("kvxfer_internal_errors_total", where="data") == 2
-    rig.metrics = rig.path._metrics = rig.path._life._metrics = Metrics()
+    rig.metrics = rig.path._metrics = rig.path._reads._metrics = rig.path._life._metrics = Metrics()
 
 
 def test_close_ends_every_read(rig):
@@ -477,7 +477,7 @@ def test_close_ends_every_read(rig):
     rig.faults = Faults(hang=ALWAYS)
     rig.path.start()
     transfers = [rig.read(i, i) for i in range(4)]
-    eventually(lambda: len(rig.path._flying) == 4)
+    eventually(lambda: len(rig.path._reads._flying) == 4)
     rig.path.close()
     assert {type(rig.end()[1]) for _ in transfers} == {ClosedError}
     assert not rig.path._running._thread.is_alive()
@@ -616,7 +616,7 @@ def test_a_source_that_fails_at_once_starts_nothing_of_the_other(met, route, bad
             assert isinstance(rig.end()[1], (PeerInfoError, TransferTimeoutError))
             now = [rig.block(i) for i in (4, 5, 6)]
             # Idle: nothing is in flight that could write later.
-            assert not rig.path._flying and not rig.path._readings
+            assert not rig.path._reads._flying and not rig.path._reads._readings
             stays(lambda now=now: [rig.block(i) for i in (4, 5, 6)] == now, for_s=0.1)
     finally:
         rig.close()
@@ -669,7 +669,7 @@ def serve(rig, count=None):
         try:
             transfer, source, stage = rig.ends.staged.get(timeout=0.01)
         except queue.Empty:
-            if count is None and not rig.path._readings:
+            if count is None and not rig.path._reads._readings:
                 return numbers
             continue
         numbers.append(stage.number)
@@ -727,7 +727,7 @@ def test_a_read_whose_bytes_are_all_under_way_is_not_stopped(packed):
     transfer = packed.read([1, 2], [4, 5])
     for stage in (asked(packed)[2], asked(packed)[2]):
         packed.path.do(ChunkStaged(transfer, 0, stage.number, packed.senders[0].pack(stage, 1, 2)))
-    eventually(lambda: len(packed.path._flying) == 2)
+    eventually(lambda: len(packed.path._reads._flying) == 2)
     packed.path.do(StopRead(transfer, LeaseEndedError("expired")))
     assert packed.end() == (transfer, None)
     assert packed.block(4) == packed.block(1, packed.source_cache)
@@ -745,7 +745,7 @@ def test_a_packed_read_is_started_again_with_other_numbers(packed):
     packed.faults = packed.agents[0].faults = Faults(hang=ALWAYS)
     transfer, guilty = packed.read(TEN, TO), packed.job([1], [1], timeout_s=0.3)
     numbers = serve(packed, 4)
-    eventually(lambda: packed.path._flying)
+    eventually(lambda: packed.path._reads._flying)
     packed.path.do(guilty)
     _, _, stage = asked(packed)
     packed.faults = Faults()

@@ -741,7 +741,7 @@ def test_threads_hammering(engines):
     # A lease that is held again after it was read and settled is known to have ended until ``hold_s`` has passed.
     left = lambda: [hold for s in sinks for hold in list(s.endpoint._consumer._holds.by_token.values())]  # noqa: E731
     eventually(lambda: all(hold.state is HoldState.ENDED and hold.transfer is None for hold in left()), timeout_s=5)
-    assert len(source.endpoint._data._board._free) == QUICK.max_leases
+    assert len(source.endpoint._data._reads._board._free) == QUICK.max_leases
 
 
 def test_an_idle_endpoint_sleeps(pair):

@@ -107,7 +107,7 @@ class Engine:
         return [type(event).__name__ for event in self.events if hasattr(event, "token")]
 
     def free_cells(self) -> int:
-        return len(self.endpoint._data._board._free)
+        return len(self.endpoint._data._reads._board._free)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.endpoint.metrics.value(name, **labels)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from kvxfer import (
     acquaintance,
-    datapath,
     driver,
     endpoint,
     fence,
@@ -19,6 +18,7 @@ from kvxfer import (
     part,
     producer,
     reading,
+    reads,
     staging,
 )
 from kvxfer.actions import Emit
@@ -92,32 +92,32 @@ def agent_left_alive(patch):
 @bug
 def told_before_it_is_quiet(patch):
     """A read that fails is told at once, whatever is in flight."""
-    fail = datapath.DataPath._fail
+    fail = reads.Reads._fail
 
     def failed(self, reading, error):
         reading.pending = 0
         fail(self, reading, error)
 
-    patch(datapath.DataPath, "_fail", failed)
+    patch(reads.Reads, "_fail", failed)
 
 
 @bug
 def quarantine_is_the_end(patch):
     """A flight in quarantine is told as if it had ended."""
-    changed = datapath.DataPath._changed
+    changed = reads.Reads._changed
 
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
             flight.state = FlightState.FAILED
         changed(self, flight)
 
-    patch(datapath.DataPath, "_changed", told)
+    patch(reads.Reads, "_changed", told)
 
 
 @bug
 def copy_not_waited_for(patch):
     """What is to be done when bytes are in place is done at once."""
-    submit = datapath.DataPath.submit
+    submit = reads.Reads.submit
 
     def hasty(self, leg, spans, then):
         if spans.total_nbytes == fence.CELL_NBYTES:
@@ -126,7 +126,7 @@ def copy_not_waited_for(patch):
             submit(self, leg, spans, lambda: None)
             then()
 
-    patch(datapath.DataPath, "submit", hasty)
+    patch(reads.Reads, "submit", hasty)
 
 
 @bug
@@ -138,7 +138,7 @@ def read_deadline_dropped(patch):
 @bug
 def staged_read_deadline_dropped(patch):
     """A read that waits for a chunk or a grant waits for ever."""
-    patch(datapath.DataPath, "_give_up_late", lambda self: None)
+    patch(reads.Reads, "_give_up_late", lambda self: None)
     patch(holds.Holds, "stop_read", lambda self, hold, error: None)
 
 
@@ -363,7 +363,7 @@ def one_rank_grants_for_all(patch):
 @bug
 def unpacking_not_waited_for(patch):
     """Bytes count as unpacked while the device still unpacks them."""
-    patch(datapath.DataPath, "copying", lambda self, leg, copies, then: then())
+    patch(reads.Reads, "copying", lambda self, leg, copies, then: then())
 
 
 @bug
@@ -402,13 +402,13 @@ def device_failure_at_the_producer_ignored(patch):
 @bug
 def device_failure_at_the_consumer_ignored(patch):
     """Bytes that a device has failed to unpack count as delivered."""
-    copied = datapath.DataPath._copied
+    copied = reads.Reads._copied
 
     def whatever(self, each):
         each.copies = []
         copied(self, each)
 
-    patch(datapath.DataPath, "_copied", whatever)
+    patch(reads.Reads, "_copied", whatever)
 
 
 @bug

@@ -44,7 +44,7 @@ def where(producer):
 
 def loaded(consumer):
     """Bytes that loads in flight have brought so far."""
-    return sum(reading.nbytes for reading in consumer.kvxfer._worker._endpoint._data._readings.values())
+    return sum(reading.nbytes for reading in consumer.kvxfer._worker._endpoint._data._reads._readings.values())
 
 
 LAYER = {"granularity": "layer"}
