@@ -62,7 +62,7 @@ READ_TIMEOUT_S = 20.0
 MATCH_S = 6.0
 LEASE_S = 15.0
 # What an answer that waits for such a deadline may take in all, on a machine whose cores are all busy.
-DEADLINE_S = READ_TIMEOUT_S + 20.0
+DEADLINE_S = READ_TIMEOUT_S + 30.0
 
 # Prompts of a few thousand tokens are computed in several steps, and leave in as many pieces where they may.
 CHUNK_TOKENS = 512
