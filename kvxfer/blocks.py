@@ -29,7 +29,8 @@ MAX_TOKENS = 1 << 40
 _UNDER_THE_LOCK: Final = 499
 """NumPy lets go of the interpreter's lock for more than 500 elements. The engine's thread, which comes here, would get it back only
 when another one has had its turn: that takes longer than all that is done here."""
-_NUMBERS: Final = np.arange(_UNDER_THE_LOCK, dtype=np.int64)
+_NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
+"""To make them lets go of the lock; a request of a million tokens has no more blocks of 16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +71,12 @@ class Table:
         if len(ids) <= _UNDER_THE_LOCK:
             return len(set(ids.tolist())) < len(ids)
         # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
-        last = np.empty(_largest(ids) + 1, dtype=np.int64)
-        for one in _pieces(len(ids)):
-            mine = ids[one]
-            last[mine] = _NUMBERS[: len(mine)] + one.start
-        return not all((last[ids[one]] - one.start == _NUMBERS[: len(ids[one])]).all() for one in _pieces(len(ids)))
+        numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
+        parts = [(ids[one], numbers[one]) for one in _pieces(len(ids))]
+        last = np.empty(_largest(ids) + 1, dtype=_NUMBERS.dtype)
+        for part, places in parts:
+            last[part] = places
+        return not all((last[part] == places).all() for part, places in parts)
 
 
 def tables(
