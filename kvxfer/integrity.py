@@ -96,7 +96,8 @@ class Check:
         def pack(slot: int) -> None:
             packed = carrier.view_slot(slot, image.nbytes)
             packed.fill(0)
-            match = Match(self._match.targets, [image_table(image.target, chunk.tokens)], [chunk.tokens])
+            table = image_table(image.target, chunk.tokens)
+            match = Match(self._match.targets, [table], [chunk.tokens], self._match.walks)
             copies = start_copies(carrier.cache, image.of_target.copies(match), packed, pack=True)
             carrier.copying(self._leg, copies, lambda: compare(slot))
 

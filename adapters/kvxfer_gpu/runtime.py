@@ -30,6 +30,7 @@ _log = logging.getLogger("kvxfer.gpu")
 
 _WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 _LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
+_MOST_LENGTHS = 32
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all contexts of this process."""
 
@@ -137,6 +138,16 @@ class Flat:
         self.address: int = storage.data_ptr()
         self.nbytes: int = storage.nbytes()
         self._typed: dict[Any, Any] = {}
+        self._first: dict[int, Any] = {}
+
+    def first(self, nbytes: int) -> Any:
+        """So many bytes from its beginning, of a tensor of bytes. Remembered: chunks are of few lengths."""
+        found = self._first.get(nbytes)
+        if found is None:
+            if len(self._first) >= _MOST_LENGTHS:
+                self._first.clear()
+            found = self._first[nbytes] = self.tensor[:nbytes]
+        return found
 
     def of(self, dtype: Any) -> Any:
         """As elements of this type. Remembered: to make a tensor costs as much as to launch a kernel."""
