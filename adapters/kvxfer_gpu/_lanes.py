@@ -141,7 +141,7 @@ class _Lane:
             np.concatenate(tables, out=held)
         if self._on_device is None or self._on_device.nbytes < nbytes:
             self._on_device = Flat(self._runtime.scratch(_rounded(nbytes)))
-        self._on_device.first(nbytes).copy_(self._numbers.first(nbytes), non_blocking=True)
+        self._runtime.copy(self._numbers.first(nbytes), self._on_device.first(nbytes))
         numbers = self._on_device.of(torch.int64)
         return [numbers] if len(sizes) == 1 else list(numbers[: nbytes // 8].split(sizes))
 
@@ -200,7 +200,7 @@ class Lanes:
                 landing = lane.bounce.need(high - low) if straight is None else out[low:high]
                 self._move(lane, scratch, shares, -low, pack=True)
                 ashore = lane.bounce.first(high - low) if straight is None else straight
-                ashore.copy_(scratch.first(high - low), non_blocking=True)
+                self._runtime.copy(scratch.first(high - low), ashore)
                 lane.event.record(lane.stream)
 
             def finish() -> None:
@@ -223,7 +223,7 @@ class Lanes:
                 if leaving is None:
                     lane.bounce.need(high - low)[:] = packed[low:high]
                     leaving = lane.bounce.first(high - low)
-                scratch.first(high - low).copy_(leaving, non_blocking=True)
+                self._runtime.copy(leaving, scratch.first(high - low))
                 self._move(lane, scratch, shares, -low, pack=False)
                 lane.event.record(lane.stream)
             lane.last = EventCompletion(lane.event)

@@ -85,6 +85,10 @@ class Runtime:
             raise TransferFailedError(f"cudaHostRegister of {len(memory)} bytes: error {code}")
         return lambda: runtime.cudaHostUnregister(memory.ctypes.data)
 
+    def copy(self, source: Any, target: Any) -> None:
+        """Put a copy of bytes, between the device and pinned host memory, on the current stream."""
+        target.copy_(source, non_blocking=True)
+
     def casts_on_kernel(self, source: str, target: str) -> bool:
         """Triton turns numbers of the one type into the other on this GPU."""
         return "float8_e4m3fn" not in (source, target) or torch.cuda.get_device_capability(self.device) >= (8, 9)
