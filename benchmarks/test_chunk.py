@@ -71,7 +71,12 @@ def test_device(benchmark, measuring, report, arena, nbytes):
 
     benchmark.pedantic(out, rounds=3, warmup_rounds=1)
     times = 500 if measuring else 2
-    report(TITLE, what=f"the device's part, blocks of {nbytes // KIB} KiB", pack=f"{_us(out, times):.0f}", unpack=f"{_us(back, times):.0f}")
+    report(
+        TITLE,
+        what=f"the device's part, blocks of {nbytes // KIB} KiB",
+        pack=f"{_us(out, times):.0f}",
+        unpack=f"{_us(back, times):.0f}",
+    )
 
 
 @pytest.mark.parametrize("target", ["HND", "NHD"])

@@ -43,13 +43,17 @@ def test_engine_thread(benchmark, measuring, report, device, target, route, bloc
     rounds = (200 if blocks < 1000 else 100) if measuring else 3
     source = Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, device=device)
     calls = Calls()
-    with pair_of(source, Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, order=target, device=device)) as pair:
+    with pair_of(
+        source, Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, order=target, device=device)
+    ) as pair:
         consumer = pair.sink(route)
 
         def go() -> None:
             running = []
             for i in range(rounds):
-                from_blocks, into = (np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks].tolist() for j in (0, 1))
+                from_blocks, into = (
+                    np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks].tolist() for j in (0, 1)
+                )
                 ref = LeaseRef.mint(owner=pair.name, addresses=pair.addresses)
                 pair.call("announce", ref.to_obj())
                 calls("hold", consumer.hold, ref)

@@ -204,11 +204,12 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
     for source_buffer, target_buffer, copy in bound:
         number = source_buffer if pack else target_buffer
         base = _base(cache.buffers[number].memory)
-        if base:
-            side = {"source": copy.source - base} if pack else {"target": copy.target - base}
-            shares[number].append(replace(copy, **side))
-        else:
+        if not base:
             shares[number].append(copy)
+        elif pack:
+            shares[number].append(replace(copy, source=copy.source - base))
+        else:
+            shares[number].append(replace(copy, target=copy.target - base))
     mine = [(cache.buffers[number], copies) for number, copies in shares.items()]
     return pack_all(mine, packed) if pack else unpack_all(mine, packed)
 

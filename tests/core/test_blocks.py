@@ -94,8 +94,8 @@ def test_a_state_has_no_first_token():
     """What a state table begins with means nothing: one entry is one state."""
     arrays = {"l.0": np.zeros((8, 2, 1, 16), dtype=np.uint8)}
     spec = KVCache.from_layers(arrays, components=["state"], kinds={"0": "state"}, block_tokens=256).spec
-    for given in ([5, 3], BlockTable([5, 3], 7)):
-        (table,) = tables(spec, given, first_token=300)
+    for ids in ([5, 3], BlockTable([5, 3], 7)):
+        (table,) = tables(spec, ids, first_token=300)
         assert (table.first_token, table.tokens, table.end_token) == (0, 1, 2)
 
 
