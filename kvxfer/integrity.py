@@ -34,7 +34,7 @@ def verdict(differences: Sequence[Difference]) -> IntegrityError | None:
 
 
 class Check:
-    """Tokens of one leg, in chunks: at most ``in_flight`` are asked for or compared at a time. Data thread only.
+    """Tokens of one leg, in chunks: as many as `kvxfer.depth` says are asked for or compared at a time. Data thread only.
 
     Args:
         images: the chunks.
@@ -66,7 +66,7 @@ class Check:
 
     def go_on(self, carrier: Carrier) -> None:
         """Ask for further digests, until all are compared. What differs is noted with the read, which fails when it is over."""
-        while self._busy < self._leg.source.router.in_flight:
+        while self._busy < self._leg.source.router.depth.number:
             chunk = self._next()
             if chunk is None:
                 break
