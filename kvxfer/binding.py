@@ -125,20 +125,18 @@ class BlockPairs:
     run_target: IntArray
     run_blocks: IntArray
     repeats_source: bool
-    _strides: tuple[int, int] | None = field(default=None, init=False, repr=False)
-    _offsets: tuple[IntArray, IntArray] = field(init=False, repr=False)
+    _known: tuple[tuple[int, int], tuple[IntArray, IntArray]] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def offsets(self, source_block: int, target_block: int) -> tuple[IntArray, IntArray]:
         """Bytes from block 0 to each, where blocks are so many bytes apart. Remembered: most nests ask for the same."""
-        if self._strides != (source_block, target_block):
-            vars(self).update(
-                _strides=(source_block, target_block),
-                _offsets=(self.source * source_block, self.target * target_block),
-            )
-        return self._offsets
+        known = self._known
+        if known is None or known[0] != (source_block, target_block):
+            known = (source_block, target_block), (self.source * source_block, self.target * target_block)
+            vars(self)["_known"] = known
+        return known[1]
 
     @classmethod
     def of(cls, source: IntArray, target: IntArray, *, repeated: bool) -> BlockPairs:

@@ -43,8 +43,8 @@ class Depth:
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self.number = min(_TO_BEGIN_WITH, most)
+        self.most: int = most
+        self.number: int = min(_TO_BEGIN_WITH, most)
         self._alone: deque[float] = deque(maxlen=_REMEMBERED)
 
     def alone(self, seconds: float) -> None:
