@@ -13,8 +13,8 @@ import math
 from collections import deque
 from typing import Final
 
-_FEWEST: Final = 2
-"""One on the slowest leg, one on its way there."""
+_FEWEST: Final = 3
+"""One on the slowest leg, one that waits for it, and one on its way: threads and messages are late at times."""
 _TO_BEGIN_WITH: Final = 4
 """One for each leg and one more: right where messages take no time."""
 _REMEMBERED: Final = 8

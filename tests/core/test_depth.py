@@ -19,8 +19,8 @@ MS = 1e-3
     [
         (3 * MS, 1 * MS, 8, 4),  # three legs alike
         (1.1 * MS, 1 * MS, 8, 3),  # one leg is nearly all of it
-        (1 * MS, 1 * MS, 8, 2),
-        (0.5 * MS, 1 * MS, 8, 2),  # they came one by one: never fewer than two
+        (1 * MS, 1 * MS, 8, 3),
+        (0.5 * MS, 1 * MS, 8, 3),  # they came one by one: never fewer than three
         (5 * MS, 1 * MS, 8, 6),  # messages take longer than all legs
         (10 * MS, 1 * MS, 8, 8),
         (10 * MS, 1 * MS, 64, 11),
@@ -31,7 +31,7 @@ MS = 1e-3
     ],
 )
 def test_the_rule(alone_s, pace_s, most, number):
-    """As many as end in the time that one takes alone, and one more; at least two, and no more than is set."""
+    """As many as end in the time that one takes alone, and one more; at least three, and no more than is set."""
     assert depth(alone_s, pace_s, most) == number
 
 
