@@ -20,7 +20,9 @@ import numpy as np
 import psutil
 
 import kvxfer
+from benchmarks.calls import Calls
 from benchmarks.paced import PacedBuffer
+from kvxfer import registry
 from kvxfer.layout import Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
@@ -39,7 +41,8 @@ class Geometry:
 
     Attributes:
         apart: K and V in two allocations.
-        on_a_device: in memory that is reached by way of the host's only (`benchmarks.paced.PacedBuffer`).
+        device: ``host``, or whose memory is reached by way of the host's only: ``emulated`` (`benchmarks.paced.PacedBuffer`) or
+            ``cuda``, where the arrays are not the cache's memory.
     """
 
     layers: int = 32
@@ -49,7 +52,7 @@ class Geometry:
     head_dim: int = 128
     order: str = "HND"
     apart: bool = False
-    on_a_device: bool = False
+    device: str = "host"
 
     @property
     def block_nbytes(self) -> int:
@@ -70,13 +73,21 @@ class Geometry:
         )
         for array in arrays.values():
             array.fill(value)
-        if self.on_a_device:
-            layers = {f"layers.{i}": [array[i] for array in arrays.values()] for i in range(self.layers)}
-            cache = kvxfer.KVCache.from_layers(layers, dtype="bfloat16", buffers=PacedBuffer)
+        if self.device != "host":
+            held = [_on_cuda(array) if self.device == "cuda" else array for array in arrays.values()]
+            layers = {f"layers.{i}": [array[i] for array in held] for i in range(self.layers)}
+            buffers = PacedBuffer if self.device == "emulated" else registry.load("cuda-staged", "buffers")
+            cache = kvxfer.KVCache.from_layers(layers, dtype="bfloat16", buffers=buffers)
         share = Interval(rank * heads, (rank + 1) * heads, self.heads)
         group = msgspec.structs.replace(cache.spec.groups[0], heads=share)
         spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=rank, world=world)
         return kvxfer.KVCache(spec, cache.buffers), list(arrays.values())
+
+
+def _on_cuda(array: np.ndarray[Any, Any]) -> Any:
+    """The same on the GPU, seen with the same strides."""
+    torch = importlib.import_module("torch")
+    return torch.from_numpy(array.view(np.int16)).to("cuda").view(torch.bfloat16)
 
 
 def _marks(geometry: Geometry, blocks: Any, dtype: Any) -> np.ndarray[Any, Any]:
@@ -148,6 +159,7 @@ class _Child:
             array[...] = _marks(geometry, np.arange(geometry.blocks), array.dtype)
         self.endpoint = kvxfer.Endpoint(self.cache, "nixl", name=name)
         self.raw: dict[str, RawNixl] = {}
+        self.calls = Calls()
 
     def address(self) -> str:
         return self.endpoint.address
@@ -159,6 +171,27 @@ class _Child:
         lease = kvxfer.LeaseRef.from_obj(ref)
         self.endpoint.announce(lease)
         self.endpoint.offer(lease, np.asarray(blocks))
+
+    def announce(self, ref: Any) -> None:
+        """With a look at the clock, as `complete`."""
+        self.calls("announce", self.endpoint.announce, kvxfer.LeaseRef.from_obj(ref))
+
+    def complete(self, ref: Any, blocks: Sequence[int], steps: int, step_s: float) -> None:
+        """Blocks of an announced lease are complete, in so many steps of prefill."""
+        lease = kvxfer.LeaseRef.from_obj(ref)
+        for step in range(1, steps):
+            self.calls("seal", self.endpoint.seal, lease, blocks[: len(blocks) * step // steps])
+            self.calls.nothing()
+            time.sleep(step_s)
+        self.calls("offer", self.endpoint.offer, lease, blocks)
+        self.calls("poll", self.endpoint.poll)
+
+    def took(self) -> dict[str, list[Any]]:
+        """What the engine's calls took since `begin_calls`."""
+        return self.calls.taken()
+
+    def begin_calls(self) -> None:
+        self.calls.begin()
 
     def staged_nbytes(self) -> tuple[int, int]:
         """Most bytes of the arena that were in use at a time, and this process's memory."""

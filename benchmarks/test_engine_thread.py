@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the engine's own thread is kept by the calls it makes for a transfer, while the data thread packs and copies."""
+"""How long an engine's own thread is kept by the calls it makes for a transfer, while kvxfer's threads pack and copy.
+
+Producer and consumer are processes of their own, as engines are.
+"""
 
 from __future__ import annotations
 
@@ -8,79 +11,80 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer import Endpoint, KVCache, LeaseRef
-from kvxfer.config import Settings
+from benchmarks.calls import Calls, cells
+from benchmarks.rig import Geometry, pair_of
+from kvxfer import LeaseRef, registry
 
-LAYERS, BLOCKS, HEADS, TOKENS, HEAD_DIM = 16, 256, 8, 16, 128
-REQUEST = 64
-CALLS = ("announce", "seal", "offer", "hold", "read", "poll")
 GOAL_US = 200
+ORDER = ("announce", "seal", "offer", "hold", "read", "poll", Calls.NOTHING, "waited")
+UNDER_WAY = 4
+STEP_S = 0.5e-3
 
 
-def _host(order: str):
-    return KVCache.allocate(order, layers=LAYERS, blocks=BLOCKS, heads=HEADS, block_tokens=TOKENS, head_dim=HEAD_DIM)[0]
-
-
-def _cuda(order: str):
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Triton")
-    from kvxfer_cuda import StagedCudaBuffer
-
-    reason = StagedCudaBuffer.why_unavailable()
-    if reason is not None:
-        pytest.skip(reason)
-    shape = (BLOCKS, HEADS, TOKENS, 2 * HEAD_DIM) if order == "HND" else (BLOCKS, TOKENS, HEADS, 2 * HEAD_DIM)
-    tensors = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS)]
-    layers = {f"layers.{i}": t if order == "HND" else t.transpose(1, 2) for i, t in enumerate(tensors)}
-    return KVCache.from_layers(layers, buffers=StagedCudaBuffer)
-
-
-DEVICES = {"host": _host, "cuda": _cuda}
-
-
-@pytest.mark.parametrize("target", ["HND", "NHD"])
-@pytest.mark.parametrize("device", DEVICES)
-def test_engine_thread(benchmark, measuring, report, device, target):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["pull", "push"])
+@pytest.mark.parametrize("blocks", [64, 2048])
+@pytest.mark.parametrize(
+    ("device", "target", "route"),
+    [
+        ("host", "HND", "direct"),
+        ("host", "NHD", "source_packed"),
+        ("host", "NHD", "both"),
+        ("emulated", "NHD", "both"),
+        ("cuda", "NHD", "both"),
+    ],
+)
+def test_engine_thread(benchmark, measuring, report, device, target, route, blocks, how):
     """Each call's median and 99th percentile, over transfers that are under way several at a time."""
-    rounds = 200 if measuring else 3
-    settings = Settings(lease_s=60.0)
-    took = {name: [] for name in CALLS}
-
-    def timed(name, call, *args, **options):
-        begin = time.perf_counter()
-        result = call(*args, **options)
-        took[name].append(time.perf_counter() - begin)
-        return result
-
-    make = DEVICES[device]
-    with (
-        Endpoint(make("HND"), "inproc", settings=settings) as producer,
-        Endpoint(make(target), "inproc", settings=settings) as consumer,
-    ):
+    for name, kind in (("nixl", "agents"), *([("cuda-staged", "buffers")] if device == "cuda" else [])):
+        why = registry.why_unavailable(name, kind)
+        if why is not None:
+            pytest.skip(why)
+    rounds = (200 if blocks < 1000 else 100) if measuring else 3
+    source = Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, device=device)
+    calls = Calls()
+    with pair_of(
+        source, Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, order=target, device=device)
+    ) as pair:
+        consumer = pair.sink(route)
 
         def go() -> None:
             running = []
             for i in range(rounds):
-                blocks = np.random.default_rng(i).permutation(BLOCKS)[:REQUEST].tolist()
-                ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
-                timed("announce", producer.announce, ref)
-                timed("hold", consumer.hold, ref)
-                running.append(timed("read", consumer.read, ref, blocks))
-                timed("seal", producer.seal, ref, blocks[: REQUEST // 2])
-                timed("offer", producer.offer, ref, blocks)
-                for endpoint in (producer, consumer):
-                    timed("poll", endpoint.poll)
-                if len(running) > 4:
-                    assert running.pop(0).wait(60)
+                from_blocks, into = (
+                    np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks].tolist() for j in (0, 1)
+                )
+                ref = LeaseRef.mint(owner=pair.name, addresses=pair.addresses)
+                pair.call("announce", ref.to_obj())
+                calls("hold", consumer.hold, ref)
+                if how == "pull":
+                    pair.call("complete", ref.to_obj(), from_blocks, 1, 0.0)
+                    deadline = time.monotonic() + 10
+                    while not consumer.granted(ref) and time.monotonic() < deadline:
+                        time.sleep(STEP_S)
+                running.append(calls("read", consumer.read, ref, into, timeout_s=120))
+                calls("poll", consumer.poll)
+                calls.nothing()
+                if how == "push":
+                    pair.call("complete", ref.to_obj(), from_blocks, 4, STEP_S)
+                if len(running) > UNDER_WAY:
+                    assert running.pop(0).wait(120)
             for transfer in running:
-                assert transfer.wait(60)
+                assert transfer.wait(120)
 
+        go()  # they have met, and caches are warm
+        calls.begin()
+        pair.call("begin_calls")
         benchmark.pedantic(go, rounds=1)
-    figures = {name: np.percentile(np.array(times) * 1e6, (50, 99)) for name, times in took.items()}
-    cells = {name: f"{median:.0f} / {most:.0f}" for name, (median, most) in figures.items()}
+        theirs, ours = pair.call("took"), calls.taken()
+    taken = {name: theirs.get(name, []) + ours.get(name, []) for name in {**theirs, **ours}}
+    figures = cells(taken)
     report(
-        f"Engine's thread, us for a call (median / 99th percentile; goal {GOAL_US})",
+        f"Engine's thread, us for a call (median / 99th percentile / of calls that were not interrupted; goal {GOAL_US})",
         device=device,
         order=f"HND to {target}",
-        **cells,
+        route=route,
+        blocks=str(blocks),
+        how=how,
+        **{name: figures[name] for name in ORDER if name in figures},
     )

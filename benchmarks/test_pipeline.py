@@ -50,10 +50,10 @@ def test_pipeline(benchmark, measuring, report, target):
     if why is not None:
         pytest.skip(why)
     mib, rounds = (512, 5) if measuring else (32, 1)
-    near = Geometry(order="HND", on_a_device=True)
+    near = Geometry(order="HND", device="emulated")
     near = dataclasses.replace(near, blocks=mib * MIB // near.block_nbytes)
     far = dataclasses.replace(near, order=target)
-    host = dataclasses.replace(near, on_a_device=False)
+    host = dataclasses.replace(near, device="host")
     blocks = list(range(near.blocks))
     nbytes = near.blocks * near.block_nbytes
     with pair_of(host) as plain:
@@ -89,7 +89,7 @@ def test_memory(benchmark, measuring, report):
     if why is not None:
         pytest.skip(why)
     mib = 4096 if measuring else 64
-    near = Geometry(order="HND", on_a_device=True)
+    near = Geometry(order="HND", device="emulated")
     near = dataclasses.replace(near, blocks=mib * MIB // near.block_nbytes)
     with pair_of(near, dataclasses.replace(near, order="NHD")) as pair:
         blocks = list(range(near.blocks))

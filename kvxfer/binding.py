@@ -12,7 +12,7 @@ of blocks is one descriptor, however long. Nothing here loops over blocks in Pyt
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     IntArray = npt.NDArray[np.int64]
     LaneArray = npt.NDArray[np.uint32]
+
+
+_MOST_BLOCKS = 1 << 15
+"""Remembered of one request, with 40 bytes each: half a million tokens in blocks of 16."""
 
 
 # -- block tables -------------------------------------------------------------------------------------------------------
@@ -80,6 +84,31 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
         yield Grain(a, b, length), pairs
 
 
+class Walks:
+    """Grains of the block tables of one request, remembered from chunk to chunk: those of other layers have the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], tuple[tuple[Grain, BlockPairs], ...]] = {}
+        self._blocks = 0
+
+    def grains(
+        self, source: Table, target: Table, kernels: tuple[int, int], start: int, stop: int
+    ) -> Sequence[tuple[Grain, BlockPairs]]:
+        """See `grains`; ``kernels`` are tokens of a block of either side, which may be smaller than a table's."""
+        key = source, target, kernels, start, stop
+        known = self._known.get(key)
+        if known is None:
+            cut = kernel_blocks(source, kernels[0]), kernel_blocks(target, kernels[1])
+            known = tuple(grains(*cut, start, stop))
+            # Chunks are asked for by strangers: what is kept for them has an end.
+            self._blocks += sum(len(pairs) for _, pairs in known)
+            if self._blocks > _MOST_BLOCKS:
+                self._known.clear()
+                self._blocks = 0
+            self._known[key] = known
+        return known
+
+
 _ONE = np.ones(1, dtype=np.int64)
 
 
@@ -96,9 +125,18 @@ class BlockPairs:
     run_target: IntArray
     run_blocks: IntArray
     repeats_source: bool
+    _known: tuple[tuple[int, int], tuple[IntArray, IntArray]] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def offsets(self, source_block: int, target_block: int) -> tuple[IntArray, IntArray]:
+        """Bytes from block 0 to each, where blocks are so many bytes apart. Remembered: most nests ask for the same."""
+        known = self._known
+        if known is None or known[0] != (source_block, target_block):
+            known = (source_block, target_block), (self.source * source_block, self.target * target_block)
+            vars(self)["_known"] = known
+        return known[1]
 
     @classmethod
     def of(cls, source: IntArray, target: IntArray, *, repeated: bool) -> BlockPairs:
@@ -229,10 +267,15 @@ class Nest:
     def copies(self, pairs: BlockPairs) -> Iterator[tuple[Lane, Copy]]:
         """The same as loop nests, one for each lane."""
         shape = self.shape
-        blocks = pairs.source * shape.source_block, pairs.target * shape.target_block
-        for lane in sorted(set(self.lanes)):
-            mine = np.array([each == lane for each in self.lanes])
-            yield lane, Copy(self.sources[mine], self.targets[mine], *blocks, self.inner, shape.nbytes, shape.cast)
+        blocks = pairs.offsets(shape.source_block, shape.target_block)
+        for lane, sources, targets in self._by_lane:
+            yield lane, Copy(sources, targets, *blocks, self.inner, shape.nbytes, shape.cast)
+
+    @cached_property
+    def _by_lane(self) -> list[tuple[Lane, IntArray, IntArray]]:
+        """(lane, sources, targets) of each."""
+        mine = {lane: np.array([each == lane for each in self.lanes]) for lane in sorted(set(self.lanes))}
+        return [(lane, self.sources[each], self.targets[each]) for lane, each in mine.items()]
 
 
 def _steps(places: IntArray) -> IntArray:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block tables as engines, plans and peers give them, checked once at the door."""
+"""Block tables as engines, plans and peers give them, checked once at the door, on the engine's thread."""
 
 from __future__ import annotations
 
+import contextlib
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from kvxfer.errors import BlockError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvxfer.layout import CacheGroup, CacheSpec
 
@@ -23,6 +25,12 @@ BlockIds = npt.NDArray[np.int64]
 
 MAX_TOKENS = 1 << 40
 """Requests are shorter than this."""
+
+_UNDER_THE_LOCK: Final = 499
+"""NumPy lets go of the interpreter's lock for more than 500 elements. The engine's thread, which comes here, would get it back only
+when another one has had its turn: that takes longer than all that is done here."""
+_NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
+"""To make them lets go of the lock; a request of a million tokens has no more blocks of 16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +64,19 @@ class Table:
     @cached_property
     def repeats(self) -> bool:
         """Some id is given more than once."""
-        if (self.ids[1:] > self.ids[:-1]).all():
+        ids = self.ids
+        if all((ids[one][1:] > ids[one][:-1]).all() for one in _pieces(len(ids), overlap=1)):
             return False
-        ordered = np.sort(self.ids)
-        return bool((ordered[1:] == ordered[:-1]).any())
+        # np.sort would let go of the lock.
+        if len(ids) <= _UNDER_THE_LOCK:
+            return len(set(ids.tolist())) < len(ids)
+        # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
+        numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
+        parts = [(ids[one], numbers[one]) for one in _pieces(len(ids))]
+        last = np.empty(_largest(ids) + 1, dtype=_NUMBERS.dtype)
+        for part, places in parts:
+            last[part] = places
+        return not all((last[part] == places).all() for part, places in parts)
 
 
 def tables(
@@ -97,14 +114,37 @@ def tables(
 
 def ids_to_wire(ids: BlockIds) -> bytes:
     """Ids as little-endian uint32, as they travel."""
-    return ids.astype("<u4").tobytes()
+    return _cast(ids, np.dtype("<u4")).tobytes()
 
 
 def ids_from_wire(raw: bytes) -> BlockIds:
     """The reverse. Raises BlockError: not a whole number of ids."""
     if len(raw) % 4:
         raise BlockError(f"a list of block ids has {len(raw)} bytes")
-    return np.frombuffer(raw, dtype="<u4").astype(np.int64)
+    return _cast(np.frombuffer(raw, dtype="<u4"), np.dtype(np.int64))
+
+
+def _pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
+    """So many elements, few enough at a time for NumPy to keep the interpreter's lock."""
+    return (slice(begin, begin + _UNDER_THE_LOCK + overlap) for begin in range(0, number, _UNDER_THE_LOCK))
+
+
+def _array(blocks: Any) -> npt.NDArray[Any]:
+    if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
+        with contextlib.suppress(TypeError, OverflowError):  # NumPy says what is wrong
+            return np.frombuffer(array("q", blocks), dtype=np.int64)  # half as long as NumPy takes
+    return np.asarray(blocks)
+
+
+def _largest(numbers: npt.NDArray[Any]) -> int:
+    return max(int(np.maximum.reduce(numbers[one])) for one in _pieces(len(numbers)))
+
+
+def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    cast = np.empty(len(ids), dtype)
+    for one in _pieces(len(ids)):
+        cast[one] = ids[one]
+    return cast
 
 
 def _begin(group: CacheGroup, token: int) -> int:
@@ -133,7 +173,7 @@ def _is_table(value: Any) -> bool:
 
 def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:
     try:
-        ids = np.asarray(blocks)
+        ids = _array(blocks)
     except (ValueError, TypeError, OverflowError) as error:
         raise BlockError(f"{block}s{where} are no list of integers: {error}") from error
     if ids.ndim != 1:
@@ -142,9 +182,9 @@ def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:
         return np.empty(0, dtype=np.int64)
     if ids.dtype.kind not in "iu":
         raise BlockError(f"{block}s{where} are no integers but {ids.dtype}")
-    checked = ids.astype(np.int64, copy=False)
+    checked: BlockIds = ids if ids.dtype == np.int64 else _cast(ids, np.dtype(np.int64))
     # As unsigned numbers those below 0 are beyond any cache: one look finds both.
-    if int(np.maximum.reduce(checked.view(np.uint64))) >= num_blocks:
+    if _largest(checked.view(np.uint64)) >= num_blocks:
         low, high = int(ids.min()), int(ids.max())
         raise BlockError(f"{block} {low if low < 0 else high}{where} is not one of {num_blocks}")
     return checked

@@ -70,9 +70,9 @@ class Settings:
     """Most control messages of one connection; each 4 KiB of one count. What is more is dropped, and much more ends it."""
     staging_nbytes: int = 64 << 20
     """Host memory for chunks of packed transfers, in both directions together: a hard limit."""
-    chunks_in_flight: int = 4
-    """Consumer: most chunks of one transfer from one source at a time. Each of the three legs of a staged one (out of a device,
-    over the wire, into a device) keeps busy with one, and one more is asked for meanwhile."""
+    chunks_in_flight: int = 8
+    """Consumer: most chunks of one transfer from one source at a time. How many there are follows from how long they take
+    (`kvxfer.depth`)."""
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from, for `describe`."""
 

@@ -25,6 +25,7 @@ from kvxfer import wire
 from kvxfer.admission import Buckets, Verdict
 from kvxfer.errors import ConfigError, WireError
 from kvxfer.incoming import Incoming, most_connections
+from kvxfer.wakeup import WakeUp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -131,9 +132,7 @@ class ControlChannel:
         """By file descriptor of a connection that came in, or address of a peer."""
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
         self._addresses: dict[zmq.Socket[bytes], str] = {}
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
+        self._wakeup = WakeUp()
         try:
             resolved = _resolved(bind)
             if secret is None and not allow_unauthenticated:
@@ -159,14 +158,12 @@ class ControlChannel:
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
         self.address: str = _advertised(bound, advertise)
         self._poller = zmq.Poller()
-        for readable in (self._router, self._incoming.monitor, self._zap, self._wake_in):
+        for readable in (self._router, self._incoming.monitor, self._zap, self._wakeup):
             self._poller.register(readable, zmq.POLLIN)
 
     def wake(self) -> None:
         """Make `receive` return soon. Any thread."""
-        # Full: a wake-up is on its way. Closed: nobody is left to wake.
-        with contextlib.suppress(OSError):
-            self._wake_out.send(b"w")
+        self._wakeup.ring()
 
     def send(self, address: str, message: wire.Message) -> None:
         """Queue a message to the peer at ``address``.
@@ -223,15 +220,13 @@ class ControlChannel:
             elif readable in self._addresses:
                 yield from self._drain(readable, self._addresses[readable])
             else:
-                with contextlib.suppress(BlockingIOError):
-                    self._wake_in.recv(4096)
+                self._wakeup.clear()
 
     def close(self) -> None:
         """Close every socket; what was queued last still has a moment to leave."""
         self._dealers.clear()
         self._addresses.clear()
-        self._wake_in.close()
-        self._wake_out.close()
+        self._wakeup.close()
         self._context.destroy(linger=200)
 
     def _configure(self, sock: zmq.Socket[bytes], *, ipv6: bool = True) -> None:

@@ -176,7 +176,13 @@ def _check_int(what: str, number: object, least: int) -> None:
 
 
 def _bounds(bases: IntArray, blocks: IntArray, loops: Sequence[tuple[int, int]], nbytes: int) -> tuple[int, int]:
-    spans = [(count - 1) * stride for count, stride in loops]
-    low = int(bases.min()) + int(blocks.min()) + sum(span for span in spans if span < 0)
-    high = int(bases.max()) + int(blocks.max()) + sum(span for span in spans if span > 0)
-    return low, high + nbytes
+    low, high = 0, nbytes
+    for offsets in (bases, blocks):
+        if len(offsets) == 1:
+            low, high = low + int(offsets[0]), high + int(offsets[0])
+        else:
+            low, high = low + int(np.minimum.reduce(offsets)), high + int(np.maximum.reduce(offsets))
+    for count, stride in loops:
+        span = (count - 1) * stride
+        low, high = low + min(span, 0), high + max(span, 0)
+    return low, high

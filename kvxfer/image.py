@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,18 +69,24 @@ class Image:
 
     def filled(self, chunk: Chunk, request: Match) -> Match:
         """The block tables of `from_source`, when it packs ``chunk`` of a request."""
-        return Match(request.sources, [self.table(chunk)], [chunk.tokens])
+        return Match(request.sources, [self.table(chunk)], [chunk.tokens], request.walks)
 
     def emptied(self, chunk: Chunk, request: Match) -> Match:
         """The block tables of `to_target`, when the target takes ``chunk`` of a request."""
-        return Match([self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets))
+        return Match([self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets), request.walks)
 
 
 def image_table(spec: CacheSpec, tokens: Span) -> Table:
     """The block table of an image that holds the tokens ``[start, stop)`` from the beginning of its first block on."""
     group = spec.groups[0]
-    first = tokens[0] // group.table_tokens * group.table_tokens
-    return Table(np.arange(group.num_blocks, dtype=np.int64), first, group.table_tokens)
+    tokens_of_block = group.table_tokens
+    return _in_line(group.num_blocks, tokens[0] // tokens_of_block * tokens_of_block, tokens_of_block)
+
+
+@lru_cache(maxsize=64)
+def _in_line(blocks: int, first_token: int, block_tokens: int) -> Table:
+    """The same object each time, so that what is known of it is found again (`kvxfer.binding.Walks`)."""
+    return Table(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Tile:
         group: the target's group; ``source_group`` the source's.
         layers: numbers at the source and at the target.
         token_nbytes: bytes of one token of one layer in the image.
+        block_tokens: tokens of one of its blocks.
     """
 
     source_group: int
@@ -98,6 +106,7 @@ class Tile:
     heads: Span
     layers: tuple[tuple[int, int], ...]
     token_nbytes: int
+    block_tokens: int
 
 
 class Images:
@@ -139,7 +148,7 @@ class Images:
         start, stop = tokens[tile.group]
         if start >= stop:
             return
-        block = self._block_tokens(tile)
+        block = tile.block_tokens
         base, end = start // block * block, -(-stop // block) * block
         layers, step = self._shape(tile, end - base)
         for first in range(0, len(tile.layers), layers):
@@ -153,7 +162,7 @@ class Images:
         if last - first > 1:
             middle = (first + last) // 2
             return [chunk._replace(layers=(first, middle)), chunk._replace(layers=(middle, last))]
-        block = self._block_tokens(self.tiles[chunk.tile])
+        block = self.tiles[chunk.tile].block_tokens
         middle = (start // block + -(-stop // block)) // 2 * block
         if not start < middle < stop:
             return []
@@ -162,7 +171,7 @@ class Images:
     def image(self, chunk: Chunk) -> Image:
         """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""
         tile = self.tiles[chunk.tile]
-        block_tokens = self._block_tokens(tile)
+        block_tokens = tile.block_tokens
         first = chunk.tokens[0] // block_tokens
         blocks = -(-chunk.tokens[1] // block_tokens) - first
         key = chunk.tile, chunk.layers, blocks
@@ -186,7 +195,8 @@ class Images:
             )
         for (source_group, group, record, span, nbytes), layers in same.items():
             ordered = tuple(sorted(layers, key=lambda pair: pair[1]))
-            yield Tile(source_group, group, record, span, ordered, nbytes * (span[1] - span[0]))
+            tokens = self._block_tokens(source_group, group, record)
+            yield Tile(source_group, group, record, span, ordered, nbytes * (span[1] - span[0]), tokens)
 
     def _group(self, source_group: int, group: int) -> CacheGroup:
         return self.part.source.groups[source_group] if self._like == "source" else self.part.target.groups[group]
@@ -200,12 +210,12 @@ class Images:
     def _record_nbytes(self, source_group: int, group: int, record: str, layer: tuple[int, int]) -> int:
         return sum(self._components(source_group, group, record, layer).values())
 
-    def _block_tokens(self, tile: Tile) -> int:
-        group = self._group(tile.source_group, tile.group)
-        return min(region.extents.token for region in group.regions if record_of(region.component) == tile.record)
+    def _block_tokens(self, source_group: int, group: int, record: str) -> int:
+        regions = self._group(source_group, group).regions
+        return min(region.extents.token for region in regions if record_of(region.component) == record)
 
     def _block_nbytes(self, tile: Tile) -> int:
-        return tile.token_nbytes * self._block_tokens(tile)
+        return tile.token_nbytes * tile.block_tokens
 
     def _order(self, tile: Tile) -> KVLayout:
         for region in self._group(tile.source_group, tile.group).regions:
@@ -221,7 +231,7 @@ class Images:
 
     def _shape(self, tile: Tile, tokens: int) -> tuple[int, int]:
         """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
-        block = self._block_tokens(tile)
+        block = tile.block_tokens
         other = self.part.target if self._like == "source" else self.part.source
         theirs = other.groups[tile.group if self._like == "source" else tile.source_group].table_tokens
         most = self.slot_nbytes // tile.token_nbytes
@@ -241,7 +251,7 @@ class Images:
         group = self._group(tile.source_group, tile.group)
         pairs = tile.layers[span[0] : span[1]]
         heads = Interval(*tile.heads, group.heads.total)
-        block_tokens = self._block_tokens(tile)
+        block_tokens = tile.block_tokens
         extents = Axes(len(pairs), blocks, len(heads), block_tokens)
         order = self._order(tile)
         specs, end = [], 0

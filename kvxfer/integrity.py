@@ -34,7 +34,7 @@ def verdict(differences: Sequence[Difference]) -> IntegrityError | None:
 
 
 class Check:
-    """Tokens of one leg, in chunks: at most ``in_flight`` are asked for or compared at a time. Data thread only.
+    """Tokens of one leg, in chunks: as many as `kvxfer.depth` says are asked for or compared at a time. Data thread only.
 
     Args:
         images: the chunks.
@@ -66,7 +66,7 @@ class Check:
 
     def go_on(self, carrier: Carrier) -> None:
         """Ask for further digests, until all are compared. What differs is noted with the read, which fails when it is over."""
-        while self._busy < self._leg.source.router.in_flight:
+        while self._busy < self._leg.source.router.depth.number:
             chunk = self._next()
             if chunk is None:
                 break
@@ -96,7 +96,8 @@ class Check:
         def pack(slot: int) -> None:
             packed = carrier.view_slot(slot, image.nbytes)
             packed.fill(0)
-            match = Match(self._match.targets, [image_table(image.target, chunk.tokens)], [chunk.tokens])
+            table = image_table(image.target, chunk.tokens)
+            match = Match(self._match.targets, [table], [chunk.tokens], self._match.walks)
             copies = start_copies(carrier.cache, image.of_target.copies(match), packed, pack=True)
             carrier.copying(self._leg, copies, lambda: compare(slot))
 

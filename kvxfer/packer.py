@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from kvxfer.binding import Walks
 from kvxfer.blocks import tables
 from kvxfer.buffer import let_end, pack_all, unpack_all
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvxfer.actions import Packed, PackKey, StartPack
+    from kvxfer.blocks import BlockTable, Table
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.copies import Copy
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     Told = Callable[[PackKey, int, "Packed | None", "KvxferError | None"], object]
 
 _PLANS_REMEMBERED = 512
+_LEASES_REMEMBERED = 32
 
 
 class Packer:
@@ -54,6 +58,8 @@ class Packer:
         self._running: list[tuple[StartPack, int, list[Completion]]] = []
         self._slots: dict[PackKey, dict[int, int]] = defaultdict(dict)
         self._plans: OrderedDict[CacheSpec, PlanPart] = OrderedDict()
+        self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
+        """Block tables of a lease, checked, and what is known of them: for all chunks of a reader."""
 
     @property
     def busy(self) -> bool:
@@ -119,14 +125,17 @@ class Packer:
         table = image_table(image, job.tokens)
         if not table.first_token <= start < stop <= table.end_token:
             raise BlockError(f"tokens {start} to {stop} are not in the {len(table.ids)} blocks of the chunk")
-        sources = tables(self._cache.spec, list(job.blocks), "leased")
+        sources, walks = self._leased(tuple(job.blocks))
         for number in {each.source_group for each in part.overlaps}:
             if not sources[number].first_token <= start < stop <= sources[number].end_token:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
         if job.digest:
             out[: max(region.end for region in image.regions)] = 0
-        match = Match(sources, [table], [job.tokens])
+        match = Match(sources, [table], [job.tokens], walks)
         return start_copies(self._cache, part.copies(match), out, pack=True)
+
+    def _read(self, blocks: tuple[BlockTable, ...]) -> tuple[Sequence[Table], Walks]:
+        return tables(self._cache.spec, blocks, "leased"), Walks()
 
     def _part(self, image: CacheSpec, slot_nbytes: int) -> PlanPart:
         known = self._plans.get(image)
@@ -195,7 +204,9 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
     for source_buffer, target_buffer, copy in bound:
         number = source_buffer if pack else target_buffer
         base = _base(cache.buffers[number].memory)
-        if pack:
+        if not base:
+            shares[number].append(copy)
+        elif pack:
             shares[number].append(replace(copy, source=copy.source - base))
         else:
             shares[number].append(replace(copy, target=copy.target - base))

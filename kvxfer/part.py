@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvxfer.binding import BlockPairs, Grain, Nest, descriptors, grains, kernel_blocks, nests_of
+from kvxfer.binding import BlockPairs, Grain, Nest, Walks, descriptors, nests_of
 from kvxfer.blocks import MAX_TOKENS, Table, tables
 from kvxfer.errors import BlockError, IncompatibleError
 from kvxfer.segment import Overlap, Span, segments
@@ -39,11 +39,15 @@ class Channel(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Block tables of one request, one for each group of either side, and the tokens to move of each target group."""
+    """Block tables of one request, one for each group of either side, and the tokens to move of each target group.
+
+    ``walks`` is what was found out about these tables, for whoever binds several parts of one request.
+    """
 
     sources: Sequence[Table]
     targets: Sequence[Table]
     tokens: Sequence[Span]
+    walks: Walks | None = None
 
 
 class BoundCopy(NamedTuple):
@@ -111,7 +115,7 @@ class PlanPart:
             span = interval(group, sources[channel.source_group], targets[number], asked)
             if span != spans.setdefault(number, span):
                 raise BlockError(f"the parts of group {group.whole!r} have leased different tokens")
-        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))])
+        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], Walks())
 
     def sealed(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
         """As much of what `match_tables` will give as the source's blocks hold by now; it never refuses.
@@ -125,7 +129,7 @@ class PlanPart:
             number = channel.target_group
             span = sealed_interval(self.target.groups[number], sources[channel.source_group], targets[number], asked)
             spans[number] = min(span, spans.get(number, span), key=lambda span: span[1])
-        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))])
+        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], Walks())
 
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
         """The runs to copy for these blocks. Arguments as of `match`.
@@ -155,13 +159,13 @@ class PlanPart:
     def bound(self, match: Match) -> Bound:
         """The loop nests of these blocks."""
         bound = []
+        walks = match.walks or Walks()
         for channel, overlaps in self._channels.items():
             start, stop = match.tokens[channel.target_group]
             if start >= stop:
                 continue
-            source = kernel_blocks(match.sources[channel.source_group], channel.source_tokens)
-            target = kernel_blocks(match.targets[channel.target_group], channel.target_tokens)
-            for grain, pairs in grains(source, target, start, stop):
+            tables_of_both = match.sources[channel.source_group], match.targets[channel.target_group]
+            for grain, pairs in walks.grains(*tables_of_both, channel[2:], start, stop):
                 key = channel, grain
                 nests = self._nests.get(key)
                 if nests is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
@@ -349,8 +350,7 @@ class Producer:
             self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
         else:
             chunks.ask(message.number)
-            firsts = lease.first_tokens or [0] * len(lease.blocks)
-            blocks = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(lease.blocks, firsts, strict=True)]
+            blocks = _read(tuple(lease.blocks), tuple(lease.first_tokens))
             self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
 
     def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
@@ -406,3 +406,10 @@ class Producer:
     def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
         self._metrics.count("kvxfer_leases_total", end=end)
         self._out.append(Emit(event))
+
+
+@lru_cache(maxsize=32)
+def _read(blocks: tuple[bytes, ...], firsts: tuple[int, ...]) -> tuple[BlockTable, ...]:
+    """A lease's block tables: the same ones for all of its chunks, so that they are looked at once."""
+    tables = zip(blocks, firsts or (0,) * len(blocks), strict=True)
+    return tuple(BlockTable(ids_from_wire(ids), first) for ids, first in tables)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from kvxfer.depth import Ends
 from kvxfer.errors import KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.fence import CELL_NBYTES
 from kvxfer.integrity import Check
@@ -268,7 +269,7 @@ class Leg:
 
 
 class _Packed:
-    """Tokens of one leg, in chunks: at most ``in_flight`` are asked for, on the wire or being unpacked at a time."""
+    """Tokens of one leg, in chunks: as many as `kvxfer.depth` says are asked for, on the wire or being unpacked at a time."""
 
     def __init__(self, leg: Leg, match: Match, choice: Choice, images: Images, then: Callable[[], None]) -> None:
         self._leg = leg
@@ -281,7 +282,8 @@ class _Packed:
         self._open: set[int] = set()
         self._taken: list[int] = []
         self._busy = 0
-        self._in_flight = leg.source.router.in_flight
+        self._depth = leg.source.router.depth
+        self._ends = Ends(self._depth)
         self._exhausted = False
         self._over = False
 
@@ -296,12 +298,13 @@ class _Packed:
 
     def go_on(self, carrier: Carrier) -> None:
         """Begin with further chunks, until all are done."""
-        while not self._exhausted and self._busy < self._in_flight:
+        while not self._exhausted and self._busy < self._depth.number:
             chunk = next(self._todo, None)
             if chunk is None:
                 self._exhausted = True
                 break
             self._busy += 1
+            self._ends.begun(carrier.now())
             image = self._images.image(chunk)
             if self._route is Route.TARGET_UNPACKED:
                 self._land(carrier, chunk, image, None, None)
@@ -357,8 +360,7 @@ class _Packed:
 
         def unpacked(slot: int) -> None:
             carrier.give_slot(self._leg, slot)
-            self._busy -= 1
-            self.go_on(carrier)
+            self._ended(carrier)
 
         carrier.take_slot(self._leg, fetch)
 
@@ -369,5 +371,9 @@ class _Packed:
     def _arrived(self, carrier: Carrier, number: int) -> None:
         self._open.discard(number)
         self._taken.append(number)
+        self._ended(carrier)
+
+    def _ended(self, carrier: Carrier) -> None:
         self._busy -= 1
+        self._ends.ended(carrier.now())
         self.go_on(carrier)

@@ -21,6 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.depth import Depth
 from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.image import Images
 from kvxfer.layout import DTYPE_NBYTES
@@ -153,7 +154,7 @@ class Router:
         slot_nbytes: of one staging slot: the smaller of both sides'.
         addressable: whether the source's and the target's memory can be reached by the transfer engine.
         casts: dtypes that the source's and the target's devices can turn into each other.
-        in_flight: most chunks of one transfer that are staged at a time.
+        in_flight: most chunks of one transfer that are staged at a time; `depth` says how many are.
         only: take this route and no other.
 
     Raises:
@@ -168,13 +169,13 @@ class Router:
         slot_nbytes: int,
         addressable: tuple[bool, bool] = (True, True),
         casts: tuple[frozenset[str], frozenset[str]] = (CASTABLE, CASTABLE),
-        in_flight: int = 4,
+        in_flight: int = 8,
         only: Route | None = None,
     ) -> None:
         self.part = part
         self._costs = costs
         self._slot_nbytes = slot_nbytes
-        self.in_flight = in_flight
+        self.depth: Depth = Depth(in_flight)
         self.barred: dict[Route, str] = {}
         source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
         if part.converts:
@@ -245,7 +246,7 @@ class Router:
             runs=runs,
             nbytes=nbytes,
             images=self._images.get(route) if route is not Route.DIRECT else None,
-            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self.in_flight * self._slot_nbytes),
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self.depth.most * self._slot_nbytes),
         )
 
     def _like(self, route: Route) -> str:

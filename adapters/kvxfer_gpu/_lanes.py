@@ -8,7 +8,6 @@ offered, and nobody uses those that are unpacked before he is told so.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -26,7 +25,7 @@ from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, host_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -40,6 +39,7 @@ _log = logging.getLogger("kvxfer.gpu")
 
 _MOST_LANES: Final = 8
 """As many as the staging arena has slots."""
+_MOST_FOUND: Final = 256
 _PAGE_NBYTES: Final = 1 << 12
 _STEP_NBYTES: Final = 1 << 16
 """Memory is taken in such steps."""
@@ -49,27 +49,39 @@ class Pinned:
     """Host memory that GPUs were told of. Any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._spans: dict[int, tuple[int, Any]] = {}
+        self._found: dict[tuple[int, int], Any] = {}
+        """Tensors that were asked for before: slots are few."""
 
     def add(self, memory: Bytes, undo: Callable[[], object]) -> Callable[[], object]:
         """Remember it; returns how to forget it, which also undoes."""
         begin = int(memory.ctypes.data)
-        self._spans[begin] = begin + len(memory), host_tensor(memory)
+        with self._lock:
+            self._spans[begin] = begin + len(memory), host_tensor(memory)
 
         def forget() -> None:
-            if self._spans.pop(begin, None) is not None:
+            with self._lock:
+                known = self._spans.pop(begin, None) is not None
+                self._found.clear()
+            if known:
                 undo()
 
         return forget
 
     def find(self, memory: Bytes) -> Any:
         """A tensor of this memory, or None if not all of it is pinned."""
-        begin = int(memory.ctypes.data)
+        begin, _ = memory.__array_interface__["data"]
         end = begin + len(memory)
-        for low, (high, tensor) in list(self._spans.items()):
-            if low <= begin and end <= high:
-                return tensor[begin - low : end - low]
-        return None
+        with self._lock:
+            found = self._found.get((begin, end))
+            if found is None:
+                for low, (high, tensor) in self._spans.items():
+                    if low <= begin and end <= high:
+                        if len(self._found) >= _MOST_FOUND:
+                            self._found.clear()
+                        self._found[begin, end] = found = tensor[begin - low : end - low]
+            return found
 
 
 def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callable[[], object] | None:
@@ -109,7 +121,7 @@ class _Lane:
 
     def begin(self, nbytes: int) -> Flat:
         """So much scratch memory, when the work before has ended, well or not: who had asked for it is told."""
-        if self.last is not None:
+        if self.last is not None and not self.last.done:
             let_end([self.last])
         if self.scratch is None or self.scratch.nbytes < nbytes:
             self.scratch = Flat(self._runtime.scratch(_rounded(nbytes)))
@@ -122,12 +134,16 @@ class _Lane:
         """
         sizes = [len(table) for table in tables]
         nbytes = 8 * sum(sizes)
-        np.concatenate(tables, out=self._numbers.need(nbytes).view(np.int64))
+        held = self._numbers.need(nbytes).view(np.int64)
+        if len(sizes) == 1:
+            held[:] = tables[0]
+        else:
+            np.concatenate(tables, out=held)
         if self._on_device is None or self._on_device.nbytes < nbytes:
             self._on_device = Flat(self._runtime.scratch(_rounded(nbytes)))
-        self._on_device.tensor[:nbytes].copy_(self._numbers.tensor[:nbytes], non_blocking=True)
-        numbers = self._on_device.of(torch.int64)[: nbytes // 8]
-        return [numbers] if len(sizes) == 1 else list(numbers.split(sizes))
+        self._runtime.copy(self._numbers.first(nbytes), self._on_device.first(nbytes))
+        numbers = self._on_device.of(torch.int64)
+        return [numbers] if len(sizes) == 1 else list(numbers[: nbytes // 8].split(sizes))
 
 
 class _PinnedMemory:
@@ -136,7 +152,7 @@ class _PinnedMemory:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.memory: Bytes = np.empty(0, np.uint8)
-        self.tensor: Any = None
+        self._flat: Flat | None = None
         self._undo: Callable[[], object] | None = None
 
     def need(self, nbytes: int) -> Bytes:
@@ -145,9 +161,15 @@ class _PinnedMemory:
             self.free()
             whole = np.empty(_rounded(nbytes) + _PAGE_NBYTES, np.uint8)
             self.memory = whole[-int(whole.ctypes.data) % _PAGE_NBYTES :][: _rounded(nbytes)]
-            self.tensor = host_tensor(self.memory)
+            self._flat = Flat(host_tensor(self.memory))
             self._undo = pinned(self._runtime, self.memory, "chunks that are not in the arena")
         return self.memory[:nbytes]
+
+    def first(self, nbytes: int) -> Any:
+        """A tensor of as many bytes as were needed."""
+        if self._flat is None:
+            raise ValueError("no memory was needed yet")
+        return self._flat.first(nbytes)
 
     def free(self) -> None:
         """Let go of it."""
@@ -173,12 +195,12 @@ class Lanes:
         straight = self._pinned.find(out[low:high]) if whole else None
         with self._lock:
             lane = self._turn()
-            with self._runtime.on(lane.stream), _ended_if_it_fails(lane):
+            with self._runtime.on(lane.stream), _EndedIfItFails(lane):
                 scratch = lane.begin(high - low)
                 landing = lane.bounce.need(high - low) if straight is None else out[low:high]
                 self._move(lane, scratch, shares, -low, pack=True)
-                ashore = lane.bounce.tensor[: high - low] if straight is None else straight
-                ashore.copy_(scratch.tensor[: high - low], non_blocking=True)
+                ashore = lane.bounce.first(high - low) if straight is None else straight
+                self._runtime.copy(scratch.first(high - low), ashore)
                 lane.event.record(lane.stream)
 
             def finish() -> None:
@@ -196,12 +218,12 @@ class Lanes:
         leaving = self._pinned.find(packed[low:high])
         with self._lock:
             lane = self._turn()
-            with self._runtime.on(lane.stream), _ended_if_it_fails(lane):
+            with self._runtime.on(lane.stream), _EndedIfItFails(lane):
                 scratch = lane.begin(high - low)
                 if leaving is None:
                     lane.bounce.need(high - low)[:] = packed[low:high]
-                    leaving = lane.bounce.tensor[: high - low]
-                scratch.tensor[: high - low].copy_(leaving, non_blocking=True)
+                    leaving = lane.bounce.first(high - low)
+                self._runtime.copy(leaving, scratch.first(high - low))
                 self._move(lane, scratch, shares, -low, pack=False)
                 lane.event.record(lane.stream)
             lane.last = EventCompletion(lane.event)
@@ -233,15 +255,21 @@ class Lanes:
             self._runtime.move(task, *ends, [next(there) for _ in task.tables])
 
 
-@contextlib.contextmanager
-def _ended_if_it_fails(lane: _Lane) -> Iterator[None]:
+class _EndedIfItFails:
     """What was put on the stream before a mistake was found must not touch anybody's memory after it was told."""
-    try:
-        yield
-    except BaseException:
-        lane.event.record(lane.stream)
-        lane.event.synchronize()
-        raise
+
+    __slots__ = ("_lane",)
+
+    def __init__(self, lane: _Lane) -> None:
+        self._lane = lane
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._lane.event.record(self._lane.stream)
+            self._lane.event.synchronize()
 
 
 def _rounded(nbytes: int) -> int:

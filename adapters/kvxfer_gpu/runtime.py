@@ -30,6 +30,7 @@ _log = logging.getLogger("kvxfer.gpu")
 
 _WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 _LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
+_MOST_LENGTHS = 32
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all contexts of this process."""
 
@@ -84,6 +85,10 @@ class Runtime:
             raise TransferFailedError(f"cudaHostRegister of {len(memory)} bytes: error {code}")
         return lambda: runtime.cudaHostUnregister(memory.ctypes.data)
 
+    def copy(self, source: Any, target: Any) -> None:
+        """Put a copy of bytes, between the device and pinned host memory, on the current stream."""
+        target.copy_(source, non_blocking=True)
+
     def casts_on_kernel(self, source: str, target: str) -> bool:
         """Triton turns numbers of the one type into the other on this GPU."""
         return "float8_e4m3fn" not in (source, target) or torch.cuda.get_device_capability(self.device) >= (8, 9)
@@ -137,6 +142,16 @@ class Flat:
         self.address: int = storage.data_ptr()
         self.nbytes: int = storage.nbytes()
         self._typed: dict[Any, Any] = {}
+        self._first: dict[int, Any] = {}
+
+    def first(self, nbytes: int) -> Any:
+        """So many bytes from its beginning, of a tensor of bytes. Remembered: chunks are of few lengths."""
+        found = self._first.get(nbytes)
+        if found is None:
+            if len(self._first) >= _MOST_LENGTHS:
+                self._first.clear()
+            found = self._first[nbytes] = self.tensor[:nbytes]
+        return found
 
     def of(self, dtype: Any) -> Any:
         """As elements of this type. Remembered: to make a tensor costs as much as to launch a kernel."""

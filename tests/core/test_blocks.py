@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvxfer.blocks import MAX_TOKENS, BlockTable, tables
+from kvxfer.blocks import MAX_TOKENS, BlockTable, ids_from_wire, ids_to_wire, tables
 from kvxfer.cache import KVCache
 from kvxfer.errors import BlockError
 from tests.core.virtual import small_cache
 
 ONE = small_cache().spec
+LONG = KVCache.from_layers({"layer.0": np.zeros((4096, 1, 1, 2), dtype=np.uint16)}, block_tokens=1).spec
 LAYERS = {f"layer.{i}": np.zeros((16, 2, 4, 16), dtype=np.uint16) for i in range(2)}
 TWO = KVCache.from_layers(LAYERS, block_tokens=4, groups={"a": ["layer.0"], "b": ["layer.1"]}).spec
 
@@ -91,8 +94,8 @@ def test_a_state_has_no_first_token():
     """What a state table begins with means nothing: one entry is one state."""
     arrays = {"l.0": np.zeros((8, 2, 1, 16), dtype=np.uint8)}
     spec = KVCache.from_layers(arrays, components=["state"], kinds={"0": "state"}, block_tokens=256).spec
-    for given in ([5, 3], BlockTable([5, 3], 7)):
-        (table,) = tables(spec, given, first_token=300)
+    for ids in ([5, 3], BlockTable([5, 3], 7)):
+        (table,) = tables(spec, ids, first_token=300)
         assert (table.first_token, table.tokens, table.end_token) == (0, 1, 2)
 
 
@@ -106,6 +109,34 @@ def test_a_block_given_twice_is_refused_where_it_must_be_distinct(ids, twice):
             tables(ONE, ids, "target", distinct=True)
     else:
         assert tables(ONE, ids, "target", distinct=True)[0].ids.tolist() == ids
+
+
+@given(st.integers(1, 3000), st.integers(0, 1 << 20), st.booleans(), st.sampled_from([np.int64, np.int32, list]))
+def test_long_tables(number, seed, repeated, kind):
+    """Tables of any length are what was given, on the wire too, and a repeated id is found wherever it stands."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(4096)[:number]
+    if repeated:
+        ids[rng.integers(number)] = ids[rng.integers(number)]
+    given_ids = ids.tolist() if kind is list else ids.astype(kind)
+    (table,) = tables(LONG, given_ids)
+    assert table.ids.dtype == np.int64 and table.ids.tolist() == ids.tolist()
+    assert table.repeats is (len(set(ids.tolist())) < number)
+    raw = ids_to_wire(table.ids)
+    assert raw == b"".join(int(each).to_bytes(4, "little") for each in ids)
+    assert ids_from_wire(raw).tolist() == ids.tolist()
+    wrong = ids.tolist()
+    for bad in (-1, 4096):
+        wrong[rng.integers(number)] = bad
+        with pytest.raises(BlockError, match=f"block (-1|{bad}) is not one of 4096"):
+            tables(LONG, wrong)
+
+
+@pytest.mark.parametrize("ids", [[True, False], [1, 2.0], [1, 1 << 63], [1, None], [[1], [2, 3]], [1, "2"]])
+def test_what_is_no_number_of_a_block(ids):
+    """A list that holds anything but block ids is refused, whatever stands before."""
+    with pytest.raises(BlockError):
+        tables(ONE, ids)
 
 
 def test_messages_name_the_side_and_the_group():

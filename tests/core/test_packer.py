@@ -149,6 +149,29 @@ def rig():
 # -- images that fit -----------------------------------------------------------------------------------------------------
 
 
+def test_tables_are_looked_at_once_for_all_chunks_of_a_lease(monkeypatch):
+    """A lease's block tables are checked for its first chunk, and again when there are more blocks."""
+    rig = Rig()
+    looked = []
+
+    def look(*args):
+        looked.append(args)
+        return tables(*args)
+
+    monkeypatch.setattr("kvxfer.packer.tables", look)
+    some, all_ = (BlockTable(list(LEASED[:2])),), (BlockTable(list(LEASED)),)
+    key = PackKey("a" * 32, 0)
+    for number, (tokens, blocks) in enumerate([((0, 4), some), ((4, 8), some), ((0, 12), all_), ((8, 12), all_)]):
+        image = rig.image(blocks=-(-(tokens[1] - tokens[0]) // 4))
+        rig.packer.start(StartPack(key, number, image, tokens, blocks))
+        rig.packer.turn()
+        _, _, address, error = rig.told.pop()
+        assert error is None
+        rig.check(image, address, tokens)
+        rig.packer.end(key, [number])
+    assert len(looked) == 2
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_chunk_holds_what_was_asked_for(order):
     """Whatever the cache's order, the chunk has the image's, for the tokens asked for, from the blocks of the lease."""

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvxfer.blocks import tables
+from kvxfer.binding import Walks, grains, kernel_blocks
+from kvxfer.blocks import Table, tables
 from kvxfer.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
@@ -492,6 +493,36 @@ def test_a_part_keeps_a_bounded_number_of_grains(monkeypatch):
             match = part.match([1], [2], tokens=(start, stop))
             assert part.copies(match) and part.runs(match)[1] == 2 * 2 * (stop - start) * 8 * 2
             assert len(part._nests) <= 8
+
+
+@given(
+    st.tuples(st.sampled_from([1, 2, 4, 6]), st.sampled_from([1, 2, 4, 6])),
+    st.lists(st.tuples(st.integers(0, 47), st.integers(1, 48)), min_size=1, max_size=12),
+    st.integers(0, 1 << 20),
+    st.sampled_from([0, 8, 1 << 15]),
+)
+def test_walks_are_remembered_and_the_same(block_tokens, spans, seed, most):
+    """What is remembered of the tables of a request is what they say, however many parts ask for it and however little is kept."""
+    rng = np.random.default_rng(seed)
+    both = [Table(rng.permutation(64)[: 48 // tokens], 0, tokens) for tokens in block_tokens]
+    walks = Walks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvxfer.binding._MOST_BLOCKS", most)
+        for start, tokens in [*spans, *spans]:
+            stop = min(48, start + tokens)
+            kernels = (1, 1) if tokens % 2 else block_tokens
+            found = walks.grains(*both, kernels, start, stop)
+            asked = [(grain, pairs.source.tolist(), pairs.target.tolist()) for grain, pairs in found]
+            anew = grains(*(kernel_blocks(t, k) for t, k in zip(both, kernels, strict=True)), start, stop)
+            assert asked == [(grain, pairs.source.tolist(), pairs.target.tolist()) for grain, pairs in anew]
+            for strides in ((3, 5), (7, 5), (7, 5), (3, 5)):
+                for _, pairs in found:
+                    source, target = pairs.offsets(*strides)
+                    assert source.tolist() == [each * strides[0] for each in pairs.source]
+                    assert target.tolist() == [each * strides[1] for each in pairs.target]
+            kept = sum(len(pairs) for known in walks._known.values() for _, pairs in known)
+            assert kept <= max(most, sum(len(pairs) for _, pairs in found))
+    assert walks.grains(*both, kernels, start, stop) is walks.grains(*both, kernels, start, stop)
 
 
 def test_parts_of_a_group_lease_the_same_tokens():

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Triton")
 
 from kvxfer_gpu import EventCompletion  # noqa: E402
+from kvxfer_gpu._lanes import Pinned  # noqa: E402
 from tests.devices.host_gpu import HostGpu, InterpretedGpu, RowsBuffer  # noqa: E402
 
 TOKENS, HALF = 12, 32
@@ -216,6 +217,38 @@ def test_memory_that_cannot_be_pinned(caplog):
         assert kind(tensor).pack([Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)], arena).wait(30)
     assert arena.tobytes() == tensor.numpy().tobytes()
     assert "cannot be pinned" in caplog.text and "ulimit -l" in caplog.text
+
+
+def test_pinned_memory_is_known_until_it_is_forgotten():
+    """Of pinned memory each part is found, the same one each time; of memory that was forgotten none is, found before or not."""
+    memory, other = (np.frombuffer(bytearray(noise(1 << 12, seed)), np.uint8) for seed in (5, 6))
+    pinned, undone = Pinned(), []
+    forget = pinned.add(memory, lambda: undone.append(True))
+    for length in range(1, 300):
+        part = memory[length : 2 * length]
+        assert pinned.find(part) is pinned.find(part)
+        assert pinned.find(part).numpy().tobytes() == part.tobytes()
+    assert pinned.find(other) is None and pinned.find(other[:0]) is None
+    forget()
+    forget()
+    assert undone == [True]
+    assert all(pinned.find(memory[length : 2 * length]) is None for length in range(1, 300))
+
+
+def test_chunks_of_any_length():
+    """Chunks that grow and shrink, of more lengths than are remembered, come out and go back as they are."""
+    kind = runtime_of(HostGpu)
+    cache, image = tensor_of(1 << 16, 7), np.zeros(1 << 16, np.uint8)
+    buffer, twin = kind(cache), kind(torch.zeros(1 << 16, dtype=torch.uint8))
+    rng = np.random.default_rng(8)
+    for _ in range(100):
+        number, step = int(rng.integers(1, 60)), int(rng.integers(1, 64)) * 4
+        blocks, lined = rng.permutation(128)[:number] * 512, np.arange(number) * step
+        assert buffer.pack([Copy(i64(0), i64(0), blocks, lined, (), step)], image).wait(10)
+        expected = [cache.numpy()[at : at + step].tobytes() for at in blocks]
+        assert image[: number * step].tobytes() == b"".join(expected)
+        assert twin.unpack([Copy(i64(0), i64(0), lined, blocks, (), step)], image).wait(10)
+        assert [twin.array.numpy()[at : at + step].tobytes() for at in blocks] == expected
 
 
 def test_the_arena_is_pinned_as_long_as_its_endpoint_lives():

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waking a thread, and who has the interpreter's lock meanwhile."""
+
+from __future__ import annotations
+
+import select
+import socket
+
+import numpy as np
+import pytest
+
+from kvxfer import Endpoint, KVCache, LeaseRef
+from kvxfer.testing import eventually
+from kvxfer.wakeup import WakeUp
+from tests.core.intruder import Intruder
+
+
+def test_a_thread_that_waits_for_the_lock_does_not_get_it():
+    """Whoever wakes another thread goes on at once; `socket.send`, which lets go of the lock, is what it is held against."""
+    wakeup = WakeUp()
+    ours, theirs = socket.socketpair()
+    with Intruder() as intruder:
+        for _ in range(300):
+            intruder.during(wakeup.ring)
+            wakeup.clear()
+        assert intruder.came == 0
+
+        def sent():
+            for _ in range(20):
+                ours.send(b"w")
+
+        for _ in range(300):
+            intruder.during(sent)
+            theirs.recv(4096)
+    assert intruder.came > 0
+    for each in (wakeup, ours, theirs):
+        each.close()
+
+
+def test_it_can_be_polled():
+    """It is readable from the first ring until it is cleared, and then again."""
+    wakeup = WakeUp()
+    for rings in (1, 3):
+        assert select.select([wakeup], [], [], 0) == ([], [], [])
+        for _ in range(rings):
+            wakeup.ring()
+        assert select.select([wakeup], [], [], 0) == ([wakeup], [], [])
+        wakeup.clear()
+    wakeup.close()
+
+
+def test_closed():
+    """Nobody is hurt by a ring after the end, least of all whoever got the file's number."""
+    wakeup = WakeUp()
+    wakeup.close()
+    others = socket.socketpair()  # the lowest numbers that are free: those
+    wakeup.ring()
+    assert wakeup.fileno() == -1
+    assert select.select(others, [], [], 0)[0] == []
+    for each in others:
+        each.close()
+
+
+@pytest.mark.parametrize("request_blocks", [64, 2048])
+def test_calls_of_an_engine(request_blocks):
+    """No call that an engine makes for a transfer lets another thread have the interpreter's lock."""
+    shape = {"layers": 1, "blocks": 4096, "heads": 1, "block_tokens": 1, "head_dim": 2}
+    caches = [KVCache.allocate("HND", **shape)[0] for _ in range(2)]
+    source, target = (np.random.default_rng(i).permutation(4096)[:request_blocks].tolist() for i in range(2))
+    with (
+        Endpoint(caches[0], "inproc") as producer,
+        Endpoint(caches[1], "inproc") as consumer,
+        Intruder() as intruder,
+    ):
+        for round_ in range(60):
+            ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
+            calls = {
+                "announce": lambda ref=ref: producer.announce(ref),
+                "seal": lambda ref=ref: producer.seal(ref, source[:-5]),
+                "offer": lambda ref=ref: producer.offer(ref, source),
+                "hold": lambda ref=ref: consumer.hold(ref),
+                "read": lambda ref=ref: consumer.read(ref, target),
+                "poll": lambda: (producer.poll(), consumer.poll()),
+            }
+            for name, call in calls.items():
+                if name == "read" and round_ % 2:
+                    eventually(lambda ref=ref: consumer.granted(ref))
+                result = intruder.during(call)
+                assert intruder.came == 0, name
+                if name == "read":
+                    transfer = result
+            assert transfer.wait(30)
