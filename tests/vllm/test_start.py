@@ -312,13 +312,22 @@ def test_addresses_of_all_ranks():
     assert scheduler._addresses == ("tcp://h:70", "tcp://h:71")
 
 
-def test_foreign_handshakes():
-    """Another connector's payload (MultiConnector hands it to all) does no harm to one rank, and stops the start of two."""
-    _scheduler().set_addresses({0: object()})
-    with pytest.raises(ConfigError, match="MultiConnector"):
-        _scheduler(tp_size=2).set_addresses({0: object(), 1: object()})
-    with pytest.raises(ConfigError, match="MultiConnector"):
-        _scheduler(port=0).set_addresses({0: object()})
+@pytest.mark.parametrize("told", [{}, {0: object(), 1: object()}, {1: KvxferHandshake("tcp://h:71")}])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_handshakes_that_say_nothing_of_rank_0(told, tp_size):
+    """Another connector's payload (MultiConnector hands it to all), or none, does no harm where the port is known."""
+    scheduler = _scheduler(tp_size=tp_size)
+    scheduler.set_addresses(told)
+    assert scheduler._addresses == ("tcp://h:5600",)
+    with pytest.raises(ConfigError, match="MultiConnector and on TPUs; there the side channel needs a fixed port"):
+        _scheduler(tp_size=tp_size, port=0).set_addresses(told)
+
+
+def test_rank_0_knows_the_others():
+    """A single address, of rank 0, stands for all ranks."""
+    scheduler = _scheduler(tp_size=2, port=0)
+    scheduler.set_addresses({0: KvxferHandshake("tcp://h:70")})
+    assert scheduler._addresses == ("tcp://h:70",)
 
 
 def test_pipeline_ranks_are_refused():
