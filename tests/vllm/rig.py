@@ -215,7 +215,7 @@ class Engine:
         if endpoint is not None:
             endpoint.kv = list(self.kv.values())
             options = self.kvxfer._options
-            self.kvxfer._worker = KvxferWorker(endpoint, options.parts(self.kvxfer._layer_names))
+            self.kvxfer._worker = KvxferWorker([endpoint], options.parts(self.kvxfer._layer_names))
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.stats: dict[str, Any] = {}
         self.computed_tokens = 0
@@ -391,7 +391,8 @@ def prompt_of(length: int, seed: int = 1) -> list[int]:
 
 def scripted(engine: Engine) -> ScriptedEndpoint:
     """The endpoint that stands in for the engine's real one."""
-    return engine.kvxfer._worker._endpoint
+    (endpoint,) = engine.kvxfer._worker._ranks._endpoints
+    return endpoint
 
 
 def handed_over(producer: Engine, request_id: str, prompt: Sequence[int]) -> dict[str, Any]:
