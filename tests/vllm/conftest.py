@@ -29,9 +29,7 @@ def engines(monkeypatch):
     def make(role, name, **options):
         engine = Engine(role, name=name, **options)
         made.append(engine)
-        engine.worker.register_kv_caches(engine.kv)
-        told = engine.worker.get_handshake_metadata()
-        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
+        engine.start()
         return engine
 
     yield make
