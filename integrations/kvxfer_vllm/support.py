@@ -50,7 +50,7 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
             yield f"{short} yet ({name} is {getattr(parallel, name)}); set it to 1"
     device, by_way_of = vllm_config.device_config.device_type, vllm_config.kv_transfer_config.kv_buffer_device
     if device not in _DEVICES:
-        yield f"KV caches on the device {device!r} yet, only on {' and '.join(_DEVICES)}"
+        yield f"KV caches on the device {device!r} yet, only on {', '.join(_DEVICES)}"
     elif by_way_of not in (device, "cpu"):
         yield f"kv_buffer_device {by_way_of!r} with caches on {device!r}; set {device!r} or 'cpu'"
     if device == "tpu" and is_mla(kv_cache_config):

@@ -11,10 +11,28 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("jax", reason="jax is not installed")
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+
 from kvxfer import registry
+from kvxfer.cache import KVCache
+from kvxfer.endpoint import Endpoint
+from kvxfer.errors import TransferFailedError
+from kvxfer.lease import LeaseRef
+from kvxfer.testing import eventually
+from kvxfer_jax import _jobs
+from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.local.process import free_port
-from tests.vllm.rig import BLOCK_TOKENS, Engine, drain, expected, handed_over, prompt_of
-from tests.vllm.tpu import TpuEngine
+from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
+from kvxfer_vllm.support import model_fingerprint
+from kvxfer_vllm.worker import KvxferWorker
+from tests.vllm.rig import BLOCK_TOKENS, Engine, drain, expected, handed_over, prompt_of, vllm_config
+from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
+from tests.xla.requests import noise
 
 pytestmark = pytest.mark.vllm
 
@@ -68,3 +86,206 @@ def test_tokens_equal_those_of_one_engine(engines, agent, source, target):
     assert len(consumer.stats["transfer_seconds"]) == producer.stats["settled_leases"] == 1
     heads = max(2, target or 1)
     assert consumer.stats["transfer_bytes"] == [-(-333 // BLOCK_TOKENS) * 2 * heads * BLOCK_TOKENS * 8 * 4]
+
+
+def test_what_is_loaded_at_one_device_fails_at_another(engines, monkeypatch):
+    """A device that cannot take its part fails that request, and no other; its blocks and its lease are given back."""
+    producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
+    real, failed = _jobs.unpack, []
+
+    def unpack(work, packed):
+        if not failed and work[0][0].shard == 1:
+            failed.append(work[0][0].device)
+            raise TransferFailedError("the device is out of order")
+        real(work, packed)
+
+    monkeypatch.setattr(_jobs, "unpack", unpack)
+    for name, prompt in (("one", prompt_of(100)), ("two", prompt_of(100, seed=2))):
+        params = handed_over(producer, f"p-{name}", prompt)
+        consumer.add(f"d-{name}", prompt, params, max_tokens=3)
+        drain(consumer, producer)
+    assert failed == ["jax:1"]
+    assert (consumer.answers["d-one"].finish_reason, consumer.answers["d-one"].tokens) == ("error", [])
+    assert consumer.answers["d-two"].tokens == expected(prompt, 3)
+    assert consumer.stats["failed_transfers"] == {"TransferFailedError": 1}
+
+
+def test_requests_while_the_runner_computes(engines):
+    """Steps that donate the caches, and loads that do, take turns: nobody uses an array that is gone."""
+    producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
+    prompts = {f"{i}": prompt_of(150 + 40 * i, seed=i + 1) for i in range(6)}
+    consumer.add("alone", prompt_of(64, seed=9), max_tokens=60)
+    for name, prompt in prompts.items():
+        consumer.add(f"d{name}", prompt, handed_over(producer, f"p{name}", prompt), max_tokens=4)
+        consumer.step()
+    drain(consumer, producer)
+    assert consumer.answers["alone"].tokens == expected(prompt_of(64, seed=9), 60)
+    for name, prompt in prompts.items():
+        assert consumer.answers[f"d{name}"].tokens == expected(prompt, 4)
+    assert "hook_errors" not in consumer.stats | producer.stats
+
+
+def test_a_step_that_dies(engines, monkeypatch):
+    """A step that raises, before it has used the caches, leaves them to kvxfer and to the next step."""
+    producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    with monkeypatch.context() as patch:
+        patch.setattr(producer.runner, "model_fn", lambda *_: 1 / 0)
+        producer.add("other", prompt_of(50))
+        with pytest.raises(ZeroDivisionError):
+            producer.step()
+    consumer.add("d", prompt, params, max_tokens=3)
+    drain(consumer)
+    assert consumer.answers["d"].tokens == expected(prompt, 3)
+
+
+def test_shut_down_in_the_middle_of_a_step(engines):
+    """An engine that ends while it has the caches does not wait for those who wait for them, and its consumers are told."""
+    producer = engines("kv_producer", "P", 2)
+    consumer = engines("kv_consumer", "D", 2, read_timeout_seconds=20, peer_timeout_seconds=1)
+    prompt = prompt_of(100)
+    params = handed_over(producer, "p", prompt)
+    producer.worker.bind_connector_metadata(KvxferMetadata())
+    consumer.add("d", prompt, params, max_tokens=3)
+    consumer.step()
+    eventually(lambda: len(producer.kvxfer._worker._turns._arrays._turn._waiting) > 0)
+    producer.worker.shutdown()
+    drain(consumer)
+    assert consumer.answers["d"].finish_reason == "error"
+
+
+def test_caches_that_the_runner_makes_anew(engines):
+    """After new weights a runner has new caches: what was in the old ones is served to nobody, and new requests work."""
+    producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 1)
+    prompt, later = prompt_of(100), prompt_of(200, seed=5)
+    params = handed_over(producer, "p", prompt)
+    producer.runner.delete_kv_cache()
+    producer.runner.reinitialize_kv_cache()
+    producer.scheduler.reset_prefix_cache()
+    drain(producer)
+    assert producer.stats["revoked_leases"] == 1
+    consumer.add("d", prompt, params, max_tokens=3)
+    drain(consumer)
+    assert consumer.answers["d"].finish_reason == "error"
+    consumer.add("d2", later, handed_over(producer, "p2", later), max_tokens=3)
+    drain(consumer, producer)
+    assert consumer.answers["d2"].tokens == expected(later, 3)
+
+
+# -- byte by byte, in bfloat16 -------------------------------------------------------------------------------------------
+
+HEADS, HEAD_DIM, BLOCKS = 8, 128, 12
+
+
+def of_eight_heads(name, devices, block_tokens):
+    """Configurations of a model with eight KV heads, whose caches are in bfloat16."""
+    config = vllm_config("kv_both", engine_id=name, agent="inproc")
+    on_tpu(config, devices)
+    config.model_config.get_total_num_kv_heads = lambda: HEADS
+    spec = FullAttentionSpec(block_size=block_tokens, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16)
+    groups = [KVCacheGroupSpec(["layers.0", "layers.1"], spec)]
+    return config, KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def numbers(shape, seed):
+    """Bits of bfloat16 that are no NaN: the stand-in's own steps, on the CPU, would make others of those."""
+    return noise(shape, seed) & 0xBFFF
+
+
+class OnTpu:
+    """A worker whose runner has noise in its caches."""
+
+    def __init__(self, name, devices, block_tokens, seed):
+        config, cache_config = of_eight_heads(name, devices, block_tokens)
+        self.runner = TpuRunner(config, devices, jnp.bfloat16)
+        self.runner.kv_cache_config = cache_config
+        self.runner.reinitialize_kv_cache()
+        shape = self.runner.kv_caches[0].shape
+        assert shape == (BLOCKS, block_tokens, HEADS, 2, HEAD_DIM)
+        self.content = [numbers((BLOCKS, block_tokens, HEADS, 2 * HEAD_DIM), seed + i) for i in range(2)]
+        self.runner.kv_caches = [
+            jax.device_put(each.reshape(shape).view(jnp.bfloat16), self.runner.sharding, may_alias=False)
+            for each in self.content
+        ]
+        self.connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
+        self.connector.register_runner(self.runner)
+        self.addresses = [self.connector._handshake.address]
+
+    def step(self, **orders):
+        """As vLLM's mixin calls it, with a forward that changes nothing."""
+        self.connector.bind_connector_metadata(KvxferMetadata(**orders))
+        self.runner._run([], [], [np.zeros((0, *cache.shape[2:]), jnp.bfloat16) for cache in self.runner.kv_caches])
+        return self.connector.get_transfer_results(set())
+
+    def now(self):
+        """``[block, token, head, K and V]`` of each layer, as the last step saw it."""
+        self.step()
+        return [each.view(np.uint16).reshape(self.content[0].shape) for each in self.runner.logits]
+
+    def close(self):
+        self.connector.shutdown()
+
+
+class InHostMemory:
+    """A worker with the same model's caches in host memory: NHD, in one rank."""
+
+    def __init__(self, name, devices, block_tokens, seed):
+        config, _ = of_eight_heads(name, 1, block_tokens)
+        self.content = [numbers((BLOCKS, block_tokens, HEADS, 2 * HEAD_DIM), seed + i) for i in range(2)]
+        self.arrays = [each.copy() for each in self.content]
+        seen = {f"layers.{i}": each.transpose(0, 2, 1, 3) for i, each in enumerate(self.arrays)}
+        cache = KVCache.from_layers(seen, components=("kv",), dtype="bfloat16", fingerprint=model_fingerprint(config))
+        endpoint = Endpoint(cache, "inproc", name=name)
+        self.addresses = [endpoint.address]
+        self.worker = KvxferWorker([endpoint])
+
+    def step(self, **orders):
+        self.worker.follow(KvxferMetadata(**orders))
+        return self.worker.results()
+
+    def now(self):
+        return self.arrays
+
+    def close(self):
+        self.worker.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ((OnTpu, 4, 16), (OnTpu, 2, 32)),
+        ((OnTpu, 2, 32), (OnTpu, 4, 16)),
+        ((OnTpu, 4, 32), (OnTpu, 1, 32)),
+        ((OnTpu, 4, 16), (InHostMemory, 1, 32)),
+        ((InHostMemory, 1, 32), (OnTpu, 4, 16)),
+        ((InHostMemory, 1, 16), (OnTpu, 2, 16)),
+    ],
+    ids=["4 to 2", "2 to 4", "4 to 1", "4 to host", "host to 4", "host to 2"],
+)
+def test_every_byte(source, target, request, monkeypatch):
+    """Heads of either side land where the other has them, K before V, in these blocks and in no other."""
+    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
+    near, far = source[0]("P", *source[1:], seed=1), target[0]("D", *target[1:], seed=11)
+    for worker in (near, far):
+        request.addfinalizer(worker.close)
+    blocks, into = ([5, 11, 2, 8], [3, 6]) if source[2] < target[2] else ([5, 11], [3, 6, 9, 0])
+    if source[2] == target[2]:
+        into = into[: len(blocks)]
+    wanted = [each.copy() for each in far.content]
+    for here, there in zip(near.content, wanted, strict=True):
+        there[into] = here[blocks].reshape(len(into), target[2], HEADS, -1)
+    lease = LeaseRef.mint(owner="P", addresses=near.addresses, num_tokens=64)
+    near.step(announce=[lease])
+    near.step(offer=[Offer("p", lease, blocks)])
+    loaded = far.step(read=[Read("d", lease, into, 0)])
+    while not loaded.finished_recving:
+        loaded = far.step()
+    assert not loaded.failed_recving
+    for found, expected_bytes in zip(far.now(), wanted, strict=True):
+        np.testing.assert_array_equal(found, expected_bytes)
+    sent = near.step()
+    while not sent.finished_sending:
+        sent = near.step()
+    for found, before in zip(near.now(), near.content, strict=True):
+        np.testing.assert_array_equal(found, before)
