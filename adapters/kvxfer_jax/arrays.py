@@ -52,8 +52,8 @@ class Arrays:
             if not isinstance(array, _jax().Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
         self._facts = [_facts(array) for array in self._arrays]
-        self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
         self._check(self._arrays)
+        self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
 
     def __len__(self) -> int:
         return len(self._arrays)

@@ -67,7 +67,7 @@ def test_importing_the_class_loads_no_transfer_engine():
 
 
 def test_found_by_name_and_by_module():
-    """The plug-in's name, the module path and the shim's names all lead to the one class; registering twice is harmless."""
+    """The plug-in's name, the module path and the names of the shims all lead to the one class; registering twice is harmless."""
     register()
     register()
     for name, module in (
@@ -75,6 +75,7 @@ def test_found_by_name_and_by_module():
         ("KvxferConnector", "kvxfer_vllm"),
         ("NixlConnector", "kvxfer_vllm.nixl_shim"),
         ("NixlPullConnector", "kvxfer_vllm.nixl_shim"),
+        ("TPUConnector", "kvxfer_vllm.tpu_shim"),
     ):
         config = KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
         assert KVConnectorFactory.get_connector_class(config) is KvxferConnector

@@ -6,6 +6,9 @@ vLLM's classes and JAX are real; the runner is a stand-in for tpu-inference's, a
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -15,22 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
 
 from kvxfer import registry
 from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
-from kvxfer.errors import TransferFailedError
+from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, UnavailableError
 from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
-from kvxfer_jax import _jobs
+from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
-from kvxfer_vllm.support import model_fingerprint
+from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import BLOCK_TOKENS, Engine, drain, expected, handed_over, prompt_of, vllm_config
+from tests.vllm.rig import BLOCK_TOKENS, Engine, drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
 from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
 from tests.xla.requests import noise
 
@@ -289,3 +293,110 @@ def test_every_byte(source, target, request, monkeypatch):
         sent = near.step()
     for found, before in zip(near.now(), near.content, strict=True):
         np.testing.assert_array_equal(found, before)
+
+
+# -- what is refused, and what is said of the platform -------------------------------------------------------------------
+
+
+def without_a_layer(runner):
+    del runner.layer_name_to_kvcache_index["layers.1"]
+
+
+def states(runner):
+    runner.kv_caches[1] = (runner.kv_caches[0], runner.kv_caches[0])
+
+
+def fewer_blocks(runner):
+    runner.kv_caches = [jax.device_put(cache[:-1], runner.sharding) for cache in runner.kv_caches]
+
+
+def padded_heads(runner):
+    padded = [jnp.pad(cache, ((0, 0), (0, 0), (0, 4), (0, 0), (0, 0))) for cache in runner.kv_caches]
+    runner.kv_caches = [jax.device_put(cache, runner.sharding) for cache in padded]
+
+
+def divided_blocks(runner):
+    spec = PartitionSpec("model")
+    runner.kv_caches = [jax.device_put(cache, NamedSharding(runner.mesh, spec)) for cache in runner.kv_caches]
+
+
+def copies(runner):
+    runner.kv_caches = [jax.device_put(c, NamedSharding(runner.mesh, PartitionSpec())) for c in runner.kv_caches]
+
+
+def deleted(runner):
+    runner.kv_caches[0].delete()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without_a_layer, "2 caches, which are not one for each of 2 layers"),
+        (states, "a tuple is no jax.Array"),
+        (fewer_blocks, "have 11 blocks, the block table has 12"),
+        (padded_heads, r"shape \(12, 16, 12, 2, 128\), which is not K and V of 8 heads of 128 elements"),
+        (divided_blocks, "sharded otherwise than between heads"),
+        (copies, "several devices have copies of the same heads"),
+        (deleted, "donated, and what it became was not given back"),
+    ],
+)
+def test_caches_that_are_refused(change, says):
+    """Caches that are not what vLLM's configuration and this package know end the start, by name; no port is taken."""
+    config, cache_config = of_eight_heads("P", 4, 16)
+    runner = TpuRunner(config, 4, jnp.bfloat16)
+    runner.kv_cache_config = cache_config
+    runner.reinitialize_kv_cache()
+    change(runner)
+    connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
+    with pytest.raises(KvxferError, match=says):
+        connector.register_runner(runner)
+    assert connector.get_handshake_metadata() is None
+
+
+def test_devices_of_several_hosts_are_refused(monkeypatch):
+    """Of a mesh that reaches over several hosts a process has a part only, and is refused by name."""
+    config, cache_config = of_eight_heads("P", 4, 16)
+    runner = TpuRunner(config, 4, jnp.bfloat16)
+    runner.kv_cache_config = cache_config
+    runner.reinitialize_kv_cache()
+    real = Arrays.shares
+    monkeypatch.setattr(Arrays, "shares", lambda *given, **more: real(*given, **more)[:2])
+    connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
+    with pytest.raises(ConfigError, match="several hosts yet: 2 of 4 are here"):
+        connector.register_runner(runner)
+
+
+def test_without_jax(monkeypatch):
+    """A runner without JAX is told what to install."""
+    config, cache_config = of_eight_heads("P", 4, 16)
+    monkeypatch.setattr("kvxfer_jax.buffer.find_spec", lambda _: None)
+    connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
+    with pytest.raises(UnavailableError, match=r"pip install 'kvxfer\[jax\]'"):
+        connector.register_runner(object())
+
+
+def test_what_a_tpu_has_not():
+    """What could not work there is refused before there are caches."""
+    config, cache_config = of_eight_heads("P", 4, 16)
+    with pytest.raises(ConfigError, match="granularity 'layer' on TPUs"):
+        refuse_unsupported(config, cache_config, layer_by_layer=True)
+    spec = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    latents = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l.0"], spec)])
+    with pytest.raises(ConfigError, match="MLA on TPUs yet"):
+        refuse_unsupported(config, latents)
+
+
+def test_one_worker_reports_for_all_devices():
+    """On TPUs one process drives all devices, so vLLM waits for one report of each request, and elsewhere for all workers'."""
+    config, cache_config = of_eight_heads("P", 4, 16)
+    assert KvxferConnector(config, KVConnectorRole.SCHEDULER, cache_config).get_finished_count() == 1
+    assert KvxferConnector(vllm_config(), KVConnectorRole.SCHEDULER, kv_cache_config()).get_finished_count() is None
+
+
+def test_importing_imports_no_jax():
+    """Importing the connector imports no JAX: a runner that has it brings it along."""
+    code = (
+        "import sys, kvxfer_vllm.connector, kvxfer_vllm.worker, kvxfer_vllm.runner, kvxfer_vllm.launch, kvxfer_vllm.tpu_shim\n"
+        "assert not {'jax', 'kvxfer_jax', 'kvxfer_nixl'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=115)

@@ -150,3 +150,11 @@ def test_sharding_in_other_words():
         mine[0] = jax.device_put(mine[0], said_otherwise)
     (share, *_) = arrays.shares(["only"])
     assert share.world == 4
+
+
+def test_an_array_that_is_gone():
+    """An array that was donated already is refused by name when it is handed over."""
+    array = sharded(noise((4, 8, HEADS, 32), 1), 2, 4)
+    array.delete()
+    with pytest.raises(UnsupportedBufferError, match="donated"):
+        Arrays([array])
