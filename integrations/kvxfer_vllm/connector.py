@@ -184,11 +184,10 @@ class KvxferConnector(KVConnectorBase_V1):
         )
 
     def register_runner(self, runner: Runner) -> None:
-        """Start an endpoint for each device that ``runner`` has its caches on; tpu-inference calls this instead of
-        :meth:`register_kv_caches`, once the caches are there. They are kvxfer's between steps, see `RunnerCaches`.
+        """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
 
-        Raises:
-            KvxferError: the caches cannot be used; ends the server's start.
+        tpu-inference calls this instead of :meth:`register_kv_caches`. The caches are kvxfer's between steps, see
+        :class:`kvxfer_vllm.runner.RunnerCaches`.
         """
         from kvxfer_vllm.runner import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
 

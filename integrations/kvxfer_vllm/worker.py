@@ -122,20 +122,22 @@ class KvxferWorker:
         self._each(step.drop, self._ranks.drop, "drop")
         self._each(step.cancel, self._cancel, "cancel")
         self._failed_at_once.update(step.fail)
-        self._try(step, lambda _: self._begin_turn(), "lend the caches to")
+        self._try("to a step", lambda _: self._begin_turn(), "lend the caches")
 
     def _begin_turn(self) -> None:
         """The step may use the caches from here on. What was meant by leases and loads must still be in them."""
         if self._turns.to_engine():
             return
-        logger.error("The caches were replaced: %d leases end and %d loads fail", len(self._sending), len(self._loading))
+        logger.error(
+            "The caches were replaced: %d leases end and %d loads fail", len(self._sending), len(self._loading)
+        )
         self._each([offer.lease for offer in self._sending.values()], self._ranks.revoke, "revoke")
         for reading in self._readings:
             reading.fail(LeaseError("the caches were replaced while they were read into"))
 
     def _end_turn(self) -> None:
         """The step was given to the device: who uses the caches from here on finds in them what it will have computed."""
-        self._try(None, lambda _: self._turns.to_kvxfer(), "take back the caches of")
+        self._try("after a step", lambda _: self._turns.to_kvxfer(), "take back the caches")
 
     def _each(self, orders: Iterable[object], act: Callable[..., object], name: str) -> None:
         for order in orders:
@@ -171,9 +173,7 @@ class KvxferWorker:
         seals, self._to_seal, self._to_compute = self._to_seal, (), []
         if seals:
             after = [self._mark()]
-            self._each(
-                seals, lambda seal: self._ranks.seal(seal.lease, self._tables(seal.blocks), after=after), "seal"
-            )
+            self._each(seals, lambda seal: self._ranks.seal(seal.lease, self._tables(seal.blocks), after=after), "seal")
 
     def _behind(self) -> list[Completion]:
         """All that was asked of the device before this step."""
@@ -254,9 +254,7 @@ class KvxferWorker:
         read = self._loading.pop(request_id)
         results.finished_recving.add(request_id)
         if reading.error is None:
-            self.stats.record_transfer(
-                seconds=reading.seconds, nbytes=reading.nbytes, descriptors=reading.descriptors
-            )
+            self.stats.record_transfer(seconds=reading.seconds, nbytes=reading.nbytes, descriptors=reading.descriptors)
         else:
             results.failed_recving.add(request_id)
             self._fail(read, type(reading.error).__name__)

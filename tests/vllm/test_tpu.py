@@ -30,6 +30,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.launch import _instruction_set
 from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
@@ -79,6 +80,8 @@ def agent(request):
 )
 def test_tokens_equal_those_of_one_engine(engines, agent, source, target):
     """KV that went between runners, or between a runner and host memory, gives the tokens of KV computed there."""
+    if None in (source, target) and _instruction_set(vllm_config(), kv_cache_config()) != "vec":
+        pytest.skip("vLLM's CPU attention has another order of bytes on this processor, which no other engine knows")
     producer, consumer = engines("kv_producer", "P", source, agent), engines("kv_consumer", "D", target, agent)
     prompt = prompt_of(333)
     params = handed_over(producer, "p", prompt)
