@@ -237,14 +237,14 @@ def _parts(array: jax.Array) -> list[jax.Array]:
 
 
 def _facts(array: jax.Array) -> tuple[Any, ...]:
-    return array.shape, str(array.dtype), array.sharding
+    return array.shape, array.dtype, array.sharding
 
 
 def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     """Compiled programs may say of what they return in other words how it is sharded."""
     (shape, dtype, sharding), (its_shape, its_dtype, its_sharding) = one, other
     return (shape, dtype) == (its_shape, its_dtype) and (
-        sharding == its_sharding or sharding.is_equivalent_to(its_sharding, len(shape))
+        sharding is its_sharding or sharding == its_sharding or sharding.is_equivalent_to(its_sharding, len(shape))
     )
 
 

@@ -103,8 +103,8 @@ class RunnerCaches:
         """One for each rank, in their order."""
         _check_blocks(self.caches[0], kv_cache_config)
         self._is_engines = False
-        self._left: list[Any] = list(runner.kv_caches)
-        """What the runner had when its turn ended."""
+        self._left: list[Any] | None = list(runner.kv_caches)
+        """What the runner had when its turn ended; None if kvxfer could not take it."""
         self.to_engine()
 
     def to_engine(self) -> bool:
@@ -113,7 +113,7 @@ class RunnerCaches:
             return True
         arrays = self._arrays.take()
         self._is_engines = True
-        if not _same(self._runner.kv_caches, self._left):
+        if self._left is None or not _same(self._runner.kv_caches, self._left):
             return False  # and they stay what it has: what was in the old ones is gone
         self._runner.kv_caches = arrays
         return True
@@ -122,12 +122,14 @@ class RunnerCaches:
         """kvxfer has the arrays from here on, if it has not.
 
         Raises:
-            UnsupportedBufferError: they are not like those that it had. It goes on with those.
+            UnsupportedBufferError: they are not like those that it had. The runner keeps them, and kvxfer has none that is
+                of use until it does better.
         """
         if self._is_engines:
-            self._is_engines = False
-            self._left = list(self._runner.kv_caches)
-            self._arrays.give(self._left)
+            self._is_engines, self._left = False, None
+            arrays = list(self._runner.kv_caches)
+            self._arrays.give(arrays)
+            self._left = arrays
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

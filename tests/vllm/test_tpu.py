@@ -162,16 +162,20 @@ def test_shut_down_in_the_middle_of_a_step(engines):
     assert consumer.answers["d"].finish_reason == "error"
 
 
-def test_caches_that_the_runner_makes_anew(engines):
+@pytest.mark.parametrize("steps", [0, 2], ids=["at once", "some steps later"])
+def test_caches_that_the_runner_makes_anew(engines, steps):
     """After new weights a runner has new caches: what was in the old ones is served to nobody, and new requests work."""
     producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 1)
     prompt, later = prompt_of(100), prompt_of(200, seed=5)
     params = handed_over(producer, "p", prompt)
     producer.runner.delete_kv_cache()
+    for _ in range(steps):
+        producer.step()
     producer.runner.reinitialize_kv_cache()
     producer.scheduler.reset_prefix_cache()
     drain(producer)
     assert producer.stats["revoked_leases"] == 1
+    assert producer.stats.get("hook_errors", {}) == ({"take back the caches": steps} if steps else {})
     consumer.add("d", prompt, params, max_tokens=3)
     drain(consumer)
     assert consumer.answers["d"].finish_reason == "error"
