@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks of this engine that live in one process, as one: what is asked is asked of each, what ended has ended at all.
+"""The ranks of this engine that live in one process, as one: each is asked, and what has ended has ended at all of them.
 
 vLLM has a worker process for each GPU, and so one rank in each. A process that drives several devices, as on TPUs, has a rank
 for each of them. A request is loaded when all ranks have their part of it, and its blocks are free when no rank's are read.
@@ -173,7 +173,7 @@ class Ranks:
             except Exception:
                 if not took:
                     raise
-                logger.exception("A rank cannot offer %r, which is revoked at the others", ref)
+                logger.exception("A rank cannot offer the KV of %r, which is revoked at the others", ref.request)
                 for other in took:
                     other.revoke(ref)
                 break
@@ -194,7 +194,7 @@ class Ranks:
             except Exception as error:
                 if not reading.transfers:
                     raise
-                logger.exception("A rank cannot read %r", ref)
+                logger.exception("A rank cannot read the KV of %r", ref.request)
                 reading.fail(error if isinstance(error, KvxferError) else KvxferError(str(error)))
                 break
             reading.transfers[transfer] = endpoint

@@ -12,7 +12,6 @@ What is called when, and what the caches look like, is tpu-inference's: ``tpu_co
 
 from __future__ import annotations
 
-import logging
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer_vllm.options import Options
-
-logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class Runner(Protocol):

@@ -170,7 +170,7 @@ def _with(config, path, value):
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
-        ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu and cuda"),
+        ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu, cuda, tpu"),
         ("kv_transfer_config.kv_buffer_device", "cuda", "kv_buffer_device 'cuda' with caches on 'cpu'"),
         ("speculative_config", object(), "speculative decoding"),
     ],
