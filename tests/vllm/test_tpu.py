@@ -35,7 +35,7 @@ from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import BLOCK_TOKENS, Engine, drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
 from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
 from tests.xla.requests import noise
 
@@ -50,12 +50,14 @@ def engines(monkeypatch):
     made = []
 
     def make(role, name, devices=None, agent="inproc", **options):
-        monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", str(free_port()))
+        port = free_port()
+        monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", str(port))
         if devices is None:
             engine = Engine(role, name=name, agent=agent, **options)
         else:
             engine = TpuEngine(role, name=name, devices=devices, agent=agent, **options)
         made.append(engine)
+        engine.side_channel_port = port
         engine.start()
         return engine
 
@@ -93,6 +95,28 @@ def test_tokens_equal_those_of_one_engine(engines, agent, source, target):
     assert len(consumer.stats["transfer_seconds"]) == producer.stats["settled_leases"] == 1
     heads = max(2, target or 1)
     assert consumer.stats["transfer_bytes"] == [-(-333 // BLOCK_TOKENS) * 2 * heads * BLOCK_TOKENS * 8 * 4]
+
+
+@pytest.mark.parametrize("first", ["P", "D"])
+def test_sent_to_both_at_once(engines, agent, first):
+    """Blocks leave all devices of a runner while its prefill goes on, step by step, for a consumer that knows rank 0 only."""
+    producer = engines("kv_producer", "P", 2, agent, chunk=128)
+    consumer = engines("kv_consumer", "D", 4, agent)
+    prompt, key = prompt_of(700), {"transfer_id": "t-1"}
+    where = {"remote_engine_id": "P", "remote_host": "127.0.0.1", "remote_port": producer.side_channel_port}
+    for engine in (producer, consumer) if first == "P" else (consumer, producer):
+        if engine is producer:
+            producer.add("p", prompt, P_PARAMS | key)
+        else:
+            consumer.add("d", prompt, {"do_remote_prefill": True} | where | key, max_tokens=4)
+        engine.step()
+    while not producer.answers["p"].finish_reason:
+        producer.step()
+        consumer.step()
+    producer.step()  # the engine goes on by itself: the blocks are offered
+    drain(consumer, producer)
+    assert consumer.answers["d"].tokens == expected(prompt, 4)
+    assert consumer.computed_tokens == 4 and producer.stats["settled_leases"] == 1
 
 
 def test_what_is_loaded_at_one_device_fails_at_another(engines, monkeypatch):
