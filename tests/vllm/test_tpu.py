@@ -35,7 +35,17 @@ from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
+from tests.vllm.rig import (
+    BLOCK_TOKENS,
+    P_PARAMS,
+    Engine,
+    drain,
+    expected,
+    handed_over,
+    kv_cache_config,
+    prompt_of,
+    vllm_config,
+)
 from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
 from tests.xla.requests import noise
 
