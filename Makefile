@@ -29,7 +29,7 @@ test: check unit test-xla e2e ## All that proves the project: checks, tests of e
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
 unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
-	$(PYTEST) --ignore=tests/e2e $(SIDE_BY_SIDE) $(ARGS)
+	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla $(SIDE_BY_SIDE) $(ARGS)
 
 test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
 	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(SIDE_BY_SIDE) $(ARGS)

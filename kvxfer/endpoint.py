@@ -203,7 +203,7 @@ class Endpoint:
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def join(self, addresses: Sequence[str]) -> None:
-        """Say where all ranks of this engine listen, for consumers that know the first one only (`LeaseRef.shared`).
+        """Say where all ranks of this engine listen, for consumers whose lease names the first one only.
 
         To be called once, before anybody is told of this engine.
 

@@ -124,7 +124,7 @@ class Hold:
     def addresses(self) -> Sequence[str]:
         """Of all ranks of the producer, as far as they are known."""
         told = self.ref.addresses
-        if self.ref.early and len(told) == 1 and self.claims:
+        if len(told) == 1 and self.claims:
             return self.claims[0].peer.addresses or told
         return told
 

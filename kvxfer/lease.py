@@ -63,7 +63,8 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token: 128 random bits as hex.
         owner: name of the producer's endpoint (for vLLM the engine id).
-        addresses: control addresses of the producer's ranks, ``tcp://host:port``, in rank order.
+        addresses: control addresses of the producer's ranks, ``tcp://host:port``, in rank order; or of the first rank only,
+            if that one was told of the others (`Endpoint.join`).
         request: the producer's name for the request, for logs.
         num_tokens: tokens whose KV the lease covers.
         digest: of what the KV depends on (prompt, adapters, images); made and compared by the engine, may be empty.
@@ -110,8 +111,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             key: what both were told of the request and nobody else was, such as a router's transfer id. Without a secret, who
                 knows it and all of the following may read the request's KV.
             owner, num_tokens, digest: as both know them; those of another prompt are another lease.
-            addresses, request: see `LeaseRef`; the two sides may differ in them. The consumer may know the address of the
-                first rank only, which then has to know the others (`Endpoint.join`).
+            addresses, request: see `LeaseRef`; the two sides may differ in them.
             secret: of both sides; without it nobody can tell the token from the rest.
 
         Raises:

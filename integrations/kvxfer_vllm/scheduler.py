@@ -86,7 +86,7 @@ class KvxferScheduler:
         self._block_tokens = block_tokens
         self._host = host
         self._port = port
-        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port and tp_size == 1 else ()
+        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port else ()
         self._serving: dict[str, _Serving] = {}
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
         self._fetching: dict[str, _Fetching] = {}
@@ -97,18 +97,21 @@ class KvxferScheduler:
     def set_addresses(self, handshakes: Mapping[int, object]) -> None:
         """Learn where the workers listen; called once, at start-up, by rank.
 
+        Rank 0 knows the others, so its address is enough. With a fixed port that one is known beforehand, for
+        MultiConnector, which hands out the payload of one connector only, and for workers that tell nothing (on TPUs).
+
         Raises:
-            ConfigError: not every rank told its address. MultiConnector hands out the payload of one connector only, and
-                then only a single rank, whose address is known beforehand, can be served.
+            ConfigError: rank 0 did not tell its address, which is not known either.
         """
         found = {rank: told.address for rank, told in handshakes.items() if isinstance(told, KvxferHandshake)}
-        if sorted(found) == list(range(self._tp_size)):
-            self._addresses = tuple(found[rank] for rank in range(self._tp_size))
+        ranks = range(self._tp_size)
+        if 0 in found:
+            self._addresses = tuple(found[rank] for rank in (ranks if sorted(found) == list(ranks) else (0,)))
             self._port = int(self._addresses[0].rpartition(":")[2])
         elif not self._addresses:
             raise ConfigError(
-                f"KvxferConnector needs the addresses of {self._tp_size} workers and got {len(found)}; "
-                "inside MultiConnector it supports tensor_parallel_size 1 with a fixed side channel port only"
+                "KvxferConnector was not told the address of rank 0, as inside MultiConnector and on TPUs; "
+                "there the side channel needs a fixed port (KVXFER_SIDE_CHANNEL_PORT, not 0)"
             )
 
     # ------------------------------------------------------------------------------------------------ vLLM's hooks

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 
-_DEVICES = ("cpu", "cuda")
+_DEVICES = ("cpu", "cuda", "tpu")
 """As vLLM calls them."""
 
 
@@ -50,9 +50,11 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
             yield f"{short} yet ({name} is {getattr(parallel, name)}); set it to 1"
     device, by_way_of = vllm_config.device_config.device_type, vllm_config.kv_transfer_config.kv_buffer_device
     if device not in _DEVICES:
-        yield f"KV caches on the device {device!r} yet, only on {' and '.join(_DEVICES)}"
+        yield f"KV caches on the device {device!r} yet, only on {', '.join(_DEVICES)}"
     elif by_way_of not in (device, "cpu"):
         yield f"kv_buffer_device {by_way_of!r} with caches on {device!r}; set {device!r} or 'cpu'"
+    if device == "tpu" and is_mla(kv_cache_config):
+        yield "MLA on TPUs yet, whose caches are divided between blocks and not between heads"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding yet; leave out --speculative-config"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
@@ -63,7 +65,7 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
     for group in groups:
         if not getattr(group, "enable_kv_transfer", True) or getattr(group, "host_resident", False):
             yield "KV cache groups that vLLM keeps out of transfers or on the host"
-        for spec in _specs(group.kv_cache_spec):
+        for spec in specs_of(group.kv_cache_spec):
             if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
                 yield f"layers with {type(spec).__name__} yet, only full attention and MLA"
 
@@ -81,7 +83,14 @@ def buffers(vllm_config: VllmConfig) -> str:
     return f"{device}-staged" if vllm_config.kv_transfer_config.kv_buffer_device == "cpu" else device
 
 
+def reporting_workers(vllm_config: VllmConfig) -> int | None:
+    """How many worker processes report that a request was loaded or sent: on TPUs one drives all devices; None: all."""
+    return 1 if vllm_config.device_config.device_type == "tpu" else None
+
+
 def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
+    if vllm_config.device_config.device_type == "tpu":
+        yield "granularity 'layer' on TPUs, where a step is one program that calls no hook; use 'chunk'"
     # vLLM takes PIECEWISE where requires_piecewise_for_cudagraph says so, but not for a mode that is set after that.
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
@@ -90,7 +99,8 @@ def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
         yield "granularity 'layer' with micro-batches, which compute each layer several times in a step; use 'chunk'"
 
 
-def _specs(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
+def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
+    """Of the layers of a group."""
     return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
 
 
@@ -102,7 +112,7 @@ def block_tokens(kv_cache_config: KVCacheConfig) -> int:
 def is_mla(kv_cache_config: KVCacheConfig) -> bool:
     """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
     return all(
-        isinstance(s, MLAAttentionSpec) for g in kv_cache_config.kv_cache_groups for s in _specs(g.kv_cache_spec)
+        isinstance(s, MLAAttentionSpec) for g in kv_cache_config.kv_cache_groups for s in specs_of(g.kv_cache_spec)
     )
 
 

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Protocol
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from kvxfer.buffer import FINISHED
-from kvxfer.errors import KvxferError
-from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.errors import KvxferError, LeaseError
+from kvxfer.transfer import LeaseExpired, LeaseRevoked
+from kvxfer_vllm.ranks import Ranks, Reading
 from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvxfer.buffer import Completion
-    from kvxfer.lease import LeaseRef
-    from kvxfer.metrics import Metrics
-    from kvxfer.transfer import Event, Transfer
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
+    from kvxfer_vllm.ranks import EndpointLike, LeaseEvent
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -46,70 +45,48 @@ _FORWARDED = {
 }
 
 
-class EndpointLike(Protocol):
-    """What this module uses of :class:`kvxfer.Endpoint`; tests put a recorder in its place."""
+class Turns(Protocol):
+    """Whose the caches are: a step's, from when its orders were followed until its results are asked for, or kvxfer's."""
 
-    @property
-    def metrics(self) -> Metrics:
-        """Counters since start."""
+    def to_engine(self) -> bool:
+        """The engine is about to use the caches. False: it has made other ones since it last did."""
 
-    def announce(self, ref: LeaseRef) -> object:
-        """Make a token known."""
+    def to_kvxfer(self) -> None:
+        """The engine has given a step to the device, and uses the caches no more. May be called again."""
 
-    def seal(
-        self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]], *, after: Sequence[Completion] = ()
-    ) -> None:
-        """Give the blocks of an announced lease that are complete so far, once the device has come that far."""
 
-    def offer(
-        self, ref: LeaseRef, blocks: Sequence[int] | Sequence[Sequence[int]], *, after: Sequence[Completion] = ()
-    ) -> None:
-        """Give the blocks of an announced lease."""
+class AtAnyTime:
+    """Caches in memory that stays where it is: leases and marks say which blocks are whose, and that is enough."""
 
-    def revoke(self, ref: LeaseRef) -> None:
-        """End a lease early."""
+    def to_engine(self) -> bool:
+        """True."""
+        return True
 
-    def hold(self, ref: LeaseRef) -> None:
-        """Open a lease and renew it."""
-
-    def read(
-        self,
-        ref: LeaseRef,
-        into: Sequence[int] | Sequence[Sequence[int]],
-        *,
-        tokens: tuple[int, int | None],
-        after: Sequence[Completion] = (),
-    ) -> Transfer:
-        """Start reading a lease, once the device has done with the blocks."""
-
-    def drop(self, ref: LeaseRef) -> None:
-        """Give a lease back unread."""
-
-    def poll(self, timeout_s: float = 0.0) -> Sequence[Event]:
-        """What happened; waits for the first event."""
-
-    def close(self) -> None:
-        """End threads and free the agent."""
+    def to_kvxfer(self) -> None:
+        """Nothing."""
 
 
 class KvxferWorker:
-    """Orders in, results out, for one rank.
+    """Orders in, results out, for all ranks of this process.
 
     Args:
-        endpoint: of this rank. Closed by :meth:`shutdown`.
+        endpoints: of these ranks. Closed by :meth:`shutdown`.
         parts: names of layers, as the groups of the endpoint's cache hold them; one part for all by default.
         mark: when all that vLLM has asked the device to do by now has ended. Kernels run long after the calls that started
             them: what they write is complete, and what they use is free, when a mark made behind them says so.
+        turns: who may use the caches, the engine's steps or kvxfer; by default both at any time.
     """
 
     def __init__(
         self,
-        endpoint: EndpointLike,
+        endpoints: Sequence[EndpointLike],
         parts: Sequence[Sequence[str]] = (),
         mark: Callable[[], Completion] = lambda: FINISHED,
+        turns: Turns | None = None,
     ) -> None:
-        self._endpoint = endpoint
+        self._ranks = Ranks(endpoints)
         self._mark = mark
+        self._turns: Turns = turns if turns is not None else AtAnyTime()
         self._step_mark: list[Completion] = []
         """Of the beginning of this step, made when an order first needs it."""
         self._parts: Sequence[Sequence[str]] = parts or [()]
@@ -117,8 +94,8 @@ class KvxferWorker:
         self._to_compute: list[set[str]] = []
         """Of each part, the layers that this step has not computed yet."""
         self._loading: dict[str, Read] = {}
-        self._transfers: dict[Transfer, str] = {}
-        self._sending: dict[str, str] = {}
+        self._readings: dict[Reading, str] = {}
+        self._sending: dict[str, Offer] = {}
         self._to_seal: Sequence[Seal] = ()
         self._idle = False
         self._failed_at_once: set[str] = set()
@@ -137,14 +114,30 @@ class KvxferWorker:
         self._to_compute = [set(names) for names in self._parts] if len(self._parts) > 1 and step.seal else []
         self._idle = step.idle
         self._step_mark = []
-        self._each(step.announce, self._endpoint.announce, "announce")
+        self._each(step.announce, self._ranks.announce, "announce")
         self._each(step.offer, self._offer, "offer")
-        self._each(step.withdraw, self._endpoint.revoke, "withdraw")
-        self._each(step.hold, self._endpoint.hold, "hold")
+        self._each(step.withdraw, self._ranks.revoke, "withdraw")
+        self._each(step.hold, self._ranks.hold, "hold")
         self._each(step.read, self._read, "read")
-        self._each(step.drop, self._endpoint.drop, "drop")
+        self._each(step.drop, self._ranks.drop, "drop")
         self._each(step.cancel, self._cancel, "cancel")
         self._failed_at_once.update(step.fail)
+        self._try("to a step", lambda _: self._begin_turn(), "lend the caches")
+
+    def _begin_turn(self) -> None:
+        """The step may use the caches from here on. What was meant by leases and loads must still be in them."""
+        if self._turns.to_engine():
+            return
+        logger.error(
+            "The caches were replaced: %d leases end and %d loads fail", len(self._sending), len(self._loading)
+        )
+        self._each([offer.lease for offer in self._sending.values()], self._ranks.revoke, "revoke")
+        for reading in self._readings:
+            reading.fail(LeaseError("the caches were replaced while they were read into"))
+
+    def _end_turn(self) -> None:
+        """The step was given to the device: who uses the caches from here on finds in them what it will have computed."""
+        self._try("after a step", lambda _: self._turns.to_kvxfer(), "take back the caches")
 
     def _each(self, orders: Iterable[object], act: Callable[..., object], name: str) -> None:
         for order in orders:
@@ -172,7 +165,7 @@ class KvxferWorker:
 
     def _seal_parts(self, seal: Seal) -> None:
         tables = [seal.blocks[: seal.before] if left else seal.blocks for left in self._to_compute]
-        self._endpoint.seal(seal.lease, tables, after=[self._mark()])
+        self._ranks.seal(seal.lease, tables, after=[self._mark()])
         self.stats.count("early_seals")
 
     def _seal(self) -> None:
@@ -180,9 +173,7 @@ class KvxferWorker:
         seals, self._to_seal, self._to_compute = self._to_seal, (), []
         if seals:
             after = [self._mark()]
-            self._each(
-                seals, lambda seal: self._endpoint.seal(seal.lease, self._tables(seal.blocks), after=after), "seal"
-            )
+            self._each(seals, lambda seal: self._ranks.seal(seal.lease, self._tables(seal.blocks), after=after), "seal")
 
     def _behind(self) -> list[Completion]:
         """All that was asked of the device before this step."""
@@ -196,17 +187,17 @@ class KvxferWorker:
 
     def _offer(self, offer: Offer) -> None:
         try:
-            self._endpoint.offer(offer.lease, self._tables(offer.blocks), after=self._behind())
+            self._ranks.offer(offer.lease, self._tables(offer.blocks), after=self._behind())
         except BaseException:
             self._sent_at_once.add(offer.request_id)
             raise
-        self._sending[offer.lease.token] = offer.request_id
+        self._sending[offer.lease.token] = offer
 
     def _read(self, read: Read) -> None:
         try:
             # With asynchronous scheduling a step that still writes to a request's blocks may be under way when vLLM gives
             # them to the next one.
-            transfer = self._endpoint.read(
+            reading = self._ranks.read(
                 read.lease, self._tables(read.blocks), tokens=(read.first_token, None), after=self._behind()
             )
         except BaseException as error:
@@ -217,13 +208,13 @@ class KvxferWorker:
                 return
             raise
         self._loading[read.request_id] = read
-        self._transfers[transfer] = read.request_id
+        self._readings[reading] = read.request_id
 
     def _cancel(self, request_id: str) -> None:
         read = self._loading.get(request_id)
         if read is not None:
             # Without effect on bytes in flight; what still waits for its producer ends now and is reported as failed.
-            self._endpoint.drop(read.lease)
+            self._ranks.drop(read.lease)
 
     # ------------------------------------------------------------------------------------------------- results out
 
@@ -232,6 +223,7 @@ class KvxferWorker:
 
         Called when the step has been computed.
         """
+        self._end_turn()
         self._seal()
         results = KVConnectorTransferResults(
             finished_sending=self._sent_at_once,
@@ -240,42 +232,36 @@ class KvxferWorker:
         )
         self._sent_at_once, self._failed_at_once = set(), set()
         told = results.finished_sending or results.finished_recving
-        waits = self._idle and not told and (self._transfers or self._sending)
+        waits = self._idle and not told and (self._readings or self._sending)
         self._idle = False
         for event in self._poll(IDLE_WAIT_S if waits else 0.0):
-            if isinstance(event, (Done, Failed)):
-                request_id = self._transfers.pop(event.transfer, None)
-                if request_id is None:
-                    continue
-                read = self._loading.pop(request_id)
-                results.finished_recving.add(request_id)
-                if isinstance(event, Failed):
-                    results.failed_recving.add(request_id)
-                    self._fail(read, type(event.error).__name__)
-                    logger.warning("Request %s: its KV could not be loaded: %s", request_id, event.error)
-                else:
-                    transfer = event.transfer
-                    self.stats.record_transfer(
-                        seconds=transfer.seconds, nbytes=transfer.nbytes, descriptors=transfer.descriptors
-                    )
+            if isinstance(event, Reading):
+                self._reading_ended(event, results)
             else:
                 self._lease_ended(event, results)
         return results
 
-    def _poll(self, timeout_s: float) -> Sequence[Event]:
+    def _poll(self, timeout_s: float) -> Sequence[Reading | LeaseEvent]:
         try:
-            return self._endpoint.poll(timeout_s)
+            return self._ranks.poll(timeout_s)
         except Exception:
             self.stats.count("hook_errors", label="poll")
             logger.exception("Cannot learn what happened to transfers")
             return ()
 
-    def _lease_ended(
-        self, event: LeaseSettled | LeaseExpired | LeaseRevoked, results: KVConnectorTransferResults
-    ) -> None:
-        request_id = self._sending.pop(event.token, None)
-        if request_id is None:
-            return
+    def _reading_ended(self, reading: Reading, results: KVConnectorTransferResults) -> None:
+        request_id = self._readings.pop(reading)
+        read = self._loading.pop(request_id)
+        results.finished_recving.add(request_id)
+        if reading.error is None:
+            self.stats.record_transfer(seconds=reading.seconds, nbytes=reading.nbytes, descriptors=reading.descriptors)
+        else:
+            results.failed_recving.add(request_id)
+            self._fail(read, type(reading.error).__name__)
+            logger.warning("Request %s: its KV could not be loaded: %s", request_id, reading.error)
+
+    def _lease_ended(self, event: LeaseEvent, results: KVConnectorTransferResults) -> None:
+        request_id = self._sending.pop(event.token).request_id
         results.finished_sending.add(request_id)
         if isinstance(event, LeaseExpired):
             self.stats.count("expired_leases")
@@ -295,11 +281,11 @@ class KvxferWorker:
         return blocks
 
     def take_stats(self) -> KvxferStats | None:
-        """Observations since the last call, the endpoint's own counters among them."""
-        counters = self._endpoint.metrics.counters()
+        """Observations since the last call, the endpoints' own counters among them."""
+        counters = [metrics.counters() for metrics in self._ranks.metrics]
         for (series, label), name in _FORWARDED.items():
             totals: dict[str, float] = defaultdict(float)
-            for labels, amount in counters.get(series, {}).items():
+            for labels, amount in (item for each in counters for item in each.get(series, {}).items()):
                 totals[dict(labels).get(label, "")] += amount
             for value, total in totals.items():
                 new = total - self._forwarded.get((series, value), 0)
@@ -308,7 +294,8 @@ class KvxferWorker:
         return self.stats.take()
 
     def shutdown(self) -> None:
-        """Close the endpoint; further calls do nothing."""
+        """Close the endpoints; further calls do nothing."""
         if not self._closed:
             self._closed = True
-            self._endpoint.close()
+            self._end_turn()  # a step that died has kept it, and what is packed now waits for it
+            self._ranks.close()

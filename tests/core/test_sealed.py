@@ -517,6 +517,19 @@ def test_the_first_rank_knows_the_others(world):
     assert source.ends(ref.token) == [["LeaseSettled"]] * 3
 
 
+def test_a_lease_that_names_the_first_rank_only(world):
+    """What one side is told by the other may name the first rank alone, too, which knows the others."""
+    source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
+    source.nodes[0].producer.joined([node.address for node in source.nodes])
+    ref = LeaseRef.mint(owner=source.name, addresses=[source.nodes[0].address])
+    source.announce(ref)
+    source.offer(ref, 1, 2)
+    transfer, content = sink.read(ref, 11, 12), source.content(1, 2)
+    world.advance(1)
+    assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
+    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+
+
 @pytest.mark.parametrize("joined", [[], ["tcp://P.0:1"], ["tcp://P.0:1", "tcp://D:1", "tcp://nobody:1"]])
 def test_ranks_that_cannot_be_found(world, joined):
     """A first rank that does not know the others, or knows wrong ones, fails the read by name and not by waiting for ever."""

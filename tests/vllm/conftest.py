@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 
 import pytest
+
+# As in tests/xla: to be said before JAX is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 if importlib.util.find_spec("vllm") is not None:
     # Importing vLLM and torch warns of their own deprecations, which our tests would take for ours.
@@ -29,9 +34,7 @@ def engines(monkeypatch):
     def make(role, name, **options):
         engine = Engine(role, name=name, **options)
         made.append(engine)
-        engine.worker.register_kv_caches(engine.kv)
-        told = engine.worker.get_handshake_metadata()
-        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
+        engine.start()
         return engine
 
     yield make

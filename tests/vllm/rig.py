@@ -2,8 +2,8 @@
 """vLLM's real scheduler over a toy model, without servers: an engine whose tokens depend on every byte of its KV cache.
 
 One `Engine` is a real ``vllm.v1.core.sched.Scheduler`` with a real `KvxferConnector` of each role, stepped by hand in the
-order of vLLM's model runner. Its model writes a number made of token and position into the cache, and samples a token from
-a hash of all that stands in the request's blocks: one wrong or missing block changes the output.
+order of vLLM's model runner. Its model writes numbers made of token, position, layer, head and element into the cache, and
+samples a token from a hash of all that stands in the request's blocks: one wrong or missing byte changes the output.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from tests.vllm.scripted import ScriptedEndpoint
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     from kvxfer_vllm.connector import KvxferConnector
 
@@ -161,9 +163,9 @@ class Stranger(KVConnectorBase_V1):
     def wait_for_save(self) -> None: ...
 
 
-def kv_cache_config(num_blocks: int = 128) -> KVCacheConfig:
+def kv_cache_config(num_blocks: int = 128, heads: int = HEADS) -> KVCacheConfig:
     """One group of full attention."""
-    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.float32)
+    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=heads, head_size=HEAD_DIM, dtype=torch.float32)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
 
@@ -178,7 +180,10 @@ class Answer:
 
 
 class Engine:
-    """One server without its front end. Give it an ``endpoint``, or call `register` for a real one."""
+    """One server without its front end. Give it an ``endpoint``, or call `start` for a real one."""
+
+    heads = HEADS
+    """Of the cache of a worker."""
 
     def __init__(
         self,
@@ -195,13 +200,11 @@ class Engine:
         self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
         if multi:
             self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
+        self._adapt(self.config)
         self.config.cache_config.num_gpu_blocks = num_blocks
         self.config.scheduler_config.max_num_batched_tokens = chunk
-        self.cache_config = kv_cache_config(num_blocks)
-        self.kv = {
-            layer: torch.zeros(num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)
-            for layer in self.cache_config.kv_cache_groups[0].layer_names
-        }
+        self.cache_config = kv_cache_config(num_blocks, self.heads)
+        self.kv = self._caches(self.cache_config.kv_cache_groups[0].layer_names)
         with set_current_vllm_config(self.config):
             self.scheduler = Scheduler(
                 self.config,
@@ -211,11 +214,11 @@ class Engine:
                 hash_block_size=BLOCK_TOKENS,
                 log_stats=True,
             )
-            self.worker = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.cache_config)
+            self.worker = self._make_worker()
         if endpoint is not None:
             endpoint.kv = list(self.kv.values())
             options = self.kvxfer._options
-            self.kvxfer._worker = KvxferWorker(endpoint, options.parts(self.kvxfer._layer_names))
+            self.kvxfer._worker = KvxferWorker([endpoint], options.parts(self.kvxfer._layer_names))
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.stats: dict[str, Any] = {}
         self.computed_tokens = 0
@@ -223,6 +226,22 @@ class Engine:
         """Called in each step that computes something, after each layer."""
         self._connector_class = type(self.worker)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+
+    def _adapt(self, config: VllmConfig) -> None:
+        """For engines on other devices."""
+
+    def _caches(self, layer_names: Sequence[str]) -> dict[str, torch.Tensor]:
+        shape = (self.cache_config.num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)
+        return {name: torch.zeros(shape) for name in layer_names}
+
+    def _make_worker(self) -> KVConnectorBase_V1:
+        return KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.cache_config)
+
+    def start(self) -> None:
+        """Hand the caches over, and the worker's address to the scheduler."""
+        self.worker.register_kv_caches(self.kv)
+        told = self.worker.get_handshake_metadata()
+        self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
 
     @property
     def kvxfer(self) -> KvxferConnector:
@@ -286,19 +305,7 @@ class Engine:
     def step(self) -> int:
         """Schedule, compute, report; returns the number of tokens computed."""
         scheduled = self.scheduler.schedule()
-        self.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
-        self.worker.start_load_kv(None)
-        sampled = self._forward(scheduled.num_scheduled_tokens)
-        self.worker.wait_for_save()
-        results = self.worker.get_transfer_results(scheduled.finished_req_ids)
-        said = KVConnectorOutput(
-            finished_sending=results.finished_sending or None,
-            finished_recving=results.finished_recving or None,
-            failed_recving=results.failed_recving,
-            invalid_block_ids=self.worker.get_block_ids_with_load_errors(),
-            kv_connector_stats=self.worker.get_kv_connector_stats(),
-        )
-        self.worker.clear_connector_metadata()
+        sampled, said = self._execute(scheduled)
         output = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
         if sampled:
             output = ModelRunnerOutput(
@@ -320,14 +327,37 @@ class Engine:
                 self.stats = mine.aggregate(new).to_dict()
         return scheduled.total_num_scheduled_tokens
 
+    def _execute(self, scheduled: SchedulerOutput) -> tuple[dict[str, list[int]], KVConnectorOutput]:
+        """One step of a worker: tokens by request, and what the connector said."""
+        self.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
+        self.worker.start_load_kv(None)
+        sampled = self._forward(scheduled.num_scheduled_tokens)
+        self.worker.wait_for_save()
+        results = self.worker.get_transfer_results(scheduled.finished_req_ids)
+        said = KVConnectorOutput(
+            finished_sending=results.finished_sending or None,
+            finished_recving=results.finished_recving or None,
+            failed_recving=results.failed_recving,
+            invalid_block_ids=self.worker.get_block_ids_with_load_errors(),
+            kv_connector_stats=self.worker.get_kv_connector_stats(),
+        )
+        self.worker.clear_connector_metadata()
+        return sampled, said
+
     def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
-        sampled = {}
         for depth, name in enumerate(self.kv if scheduled else ()):
             self.worker.wait_for_layer_load(name)
             for request_id, count in scheduled.items():
-                self._compute(depth, self.kv[name], self.scheduler.requests[request_id], count)
+                rows, offsets, content = self._computed(depth, request_id, count)
+                for view, half in zip(self._keys_and_values(name), content.chunk(2, dim=-1), strict=True):
+                    view[rows, :, offsets, :] = half
             self.worker.save_kv_layer(name, self.kv[name], None)
             self.after_layer(name)
+        return self._sampled(scheduled)
+
+    def _sampled(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
+        """The tokens of a step that was computed."""
+        sampled = {}
         for request_id, count in scheduled.items():
             request = self.scheduler.requests[request_id]
             (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
@@ -339,22 +369,33 @@ class Engine:
                 sampled[request_id] = []
         return sampled
 
-    def _compute(self, depth: int, layer: torch.Tensor, request: Request, count: int) -> None:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)
+    def _computed(self, depth: int, request_id: str, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a layer writes for the last tokens of a request: (block, place in it, ``[head, content]``) of each."""
+        request = self.scheduler.requests[request_id]
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
         stop = request.num_computed_tokens  # vLLM has advanced it already
-        tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop], dtype=torch.float32)
+        tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop])
         positions = torch.arange(stop - count, stop)
-        rows = torch.tensor(blocks)[positions // BLOCK_TOKENS]
-        salt = float(request.lora_request.lora_int_id) if request.lora_request else 0.0
-        values = tokens * 8192 + positions + depth * 0.25 + salt * 0.5
-        layer[rows, :, positions % BLOCK_TOKENS, :] = values[:, None, None]
+        salt = request.lora_request.lora_int_id if request.lora_request else 0
+        values = (tokens * 8192 + positions + depth * 1_000_003 + salt * 7919)[:, None, None]
+        values = values + torch.arange(HEADS)[:, None] * 3_000_017 + torch.arange(2 * HEAD_DIM) * 131_071
+        content = (values % (1 << 24)).to(torch.float32)  # which holds these exactly
+        return torch.tensor(blocks)[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS, content
+
+    def _keys_and_values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[block, head, token, element]`` of a layer, where vLLM's CPU attention has them: keys with the tokens inside."""
+        keys, values = self.kv[name].view(-1, HEADS, 2, BLOCK_TOKENS * HEAD_DIM).unbind(2)
+        shape = (-1, HEADS, BLOCK_TOKENS, HEAD_DIM)
+        return keys.view(-1, HEADS, HEAD_DIM, BLOCK_TOKENS).transpose(2, 3), values.view(shape)
+
+    def _stored(self, name: str, blocks: list[int]) -> torch.Tensor:
+        """``[block, head, token, K and V]`` of a layer."""
+        return torch.cat([view[blocks] for view in self._keys_and_values(name)], dim=-1)
 
     def _sample(self, blocks: list[int], num_tokens: int) -> int:
         used = blocks[: -(-num_tokens // BLOCK_TOKENS)]
-        text = b"".join(
-            layer[used].transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM)[:, :num_tokens].contiguous().numpy().tobytes()
-            for layer in self.kv.values()
-        )
+        stored = [self._stored(name, used).transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM) for name in self.kv]
+        text = b"".join(each[:, :num_tokens].contiguous().numpy().tobytes() for each in stored)
         return zlib.crc32(text) % VOCAB
 
     def close(self) -> None:
@@ -391,7 +432,8 @@ def prompt_of(length: int, seed: int = 1) -> list[int]:
 
 def scripted(engine: Engine) -> ScriptedEndpoint:
     """The endpoint that stands in for the engine's real one."""
-    return engine.kvxfer._worker._endpoint
+    (endpoint,) = engine.kvxfer._worker._ranks._endpoints
+    return endpoint
 
 
 def handed_over(producer: Engine, request_id: str, prompt: Sequence[int]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_everything_is_behind_what_the_device_was_asked_for():
         made.append(next(marks))
         return made[-1]
 
-    worker = KvxferWorker(endpoint, [["a"], ["b"]], mark)
+    worker = KvxferWorker([endpoint], [["a"], ["b"]], mark)
     first, second, third = (LeaseRef.mint(owner="P", addresses=["tcp://p:1"]) for _ in range(3))
     worker.follow(KvxferMetadata(seal=[Seal(first, [7, 8], 1)]))
     assert made == []
@@ -122,4 +122,4 @@ def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
     assert consumer.answers["d"].tokens == expected(prompt, 5)
     assert len(asked) >= 2
     assert all(mark.questions < 0 for mark in asked)
-    assert not producer.kvxfer._worker._endpoint.cache.buffers[0].memory
+    assert not producer.kvxfer._worker._ranks._endpoints[0].cache.buffers[0].memory

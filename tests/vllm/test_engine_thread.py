@@ -23,7 +23,7 @@ def test_steps_of_a_worker(blocks):
     shape = {"layers": 1, "blocks": 4096, "heads": 1, "block_tokens": 1, "head_dim": 2}
     source, target = (np.random.default_rng(i).permutation(4096)[:blocks].tolist() for i in range(2))
     endpoints = [Endpoint(KVCache.allocate("HND", **shape)[0], "inproc") for _ in range(2)]
-    producer, consumer = (KvxferWorker(endpoint) for endpoint in endpoints)
+    producer, consumer = (KvxferWorker([endpoint]) for endpoint in endpoints)
     sent, received = set(), set()
 
     def step(worker, **orders):

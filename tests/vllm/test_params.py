@@ -92,7 +92,10 @@ MALFORMED = {
     "port out of range": (good(remote_port=70000), Refusal.BAD_TYPE),
     "host of a list": (good(remote_host=["a"]), Refusal.BAD_TYPE),
     "tp size of text": (good(tp_size="1"), Refusal.BAD_TYPE),
-    "other tp size": (good(tp_size=2), Refusal.CONTRADICTION),
+    "other tp size": (
+        good(tp_size=3, kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])),
+        Refusal.CONTRADICTION,
+    ),
     "more addresses than ranks": (good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])), Refusal.CONTRADICTION),
     "pipeline": (good(pp_size=2), Refusal.BAD_TYPE),
     "context parallel": (good(dcp_size="x"), Refusal.BAD_TYPE),

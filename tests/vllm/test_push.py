@@ -44,7 +44,8 @@ def where(producer):
 
 def loaded(consumer):
     """Bytes that loads in flight have brought so far."""
-    return sum(reading.nbytes for reading in consumer.kvxfer._worker._endpoint._data._reads._readings.values())
+    endpoint = consumer.kvxfer._worker._ranks._endpoints[0]
+    return sum(reading.nbytes for reading in endpoint._data._reads._readings.values())
 
 
 LAYER = {"granularity": "layer"}
@@ -135,7 +136,7 @@ def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
 def test_layers_in_any_order_and_again():
     """A part is told complete when the last of its layers is, whichever that is; what is no layer of ours changes nothing."""
     endpoint = ScriptedEndpoint()
-    worker = KvxferWorker(endpoint, [["a", "b"], ["c"]])
+    worker = KvxferWorker([endpoint], [["a", "b"], ["c"]])
     lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
 
     def step(*names):

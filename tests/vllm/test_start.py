@@ -67,7 +67,7 @@ def test_importing_the_class_loads_no_transfer_engine():
 
 
 def test_found_by_name_and_by_module():
-    """The plug-in's name, the module path and the shim's names all lead to the one class; registering twice is harmless."""
+    """The plug-in's name, the module path and the names of the shims all lead to the one class; registering twice is harmless."""
     register()
     register()
     for name, module in (
@@ -75,6 +75,7 @@ def test_found_by_name_and_by_module():
         ("KvxferConnector", "kvxfer_vllm"),
         ("NixlConnector", "kvxfer_vllm.nixl_shim"),
         ("NixlPullConnector", "kvxfer_vllm.nixl_shim"),
+        ("TPUConnector", "kvxfer_vllm.tpu_shim"),
     ):
         config = KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
         assert KVConnectorFactory.get_connector_class(config) is KvxferConnector
@@ -169,7 +170,7 @@ def _with(config, path, value):
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
-        ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu and cuda"),
+        ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu, cuda, tpu"),
         ("kv_transfer_config.kv_buffer_device", "cuda", "kv_buffer_device 'cuda' with caches on 'cpu'"),
         ("speculative_config", object(), "speculative decoding"),
     ],
@@ -312,13 +313,22 @@ def test_addresses_of_all_ranks():
     assert scheduler._addresses == ("tcp://h:70", "tcp://h:71")
 
 
-def test_foreign_handshakes():
-    """Another connector's payload (MultiConnector hands it to all) does no harm to one rank, and stops the start of two."""
-    _scheduler().set_addresses({0: object()})
-    with pytest.raises(ConfigError, match="MultiConnector"):
-        _scheduler(tp_size=2).set_addresses({0: object(), 1: object()})
-    with pytest.raises(ConfigError, match="MultiConnector"):
-        _scheduler(port=0).set_addresses({0: object()})
+@pytest.mark.parametrize("told", [{}, {0: object(), 1: object()}, {1: KvxferHandshake("tcp://h:71")}])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_handshakes_that_say_nothing_of_rank_0(told, tp_size):
+    """Another connector's payload (MultiConnector hands it to all), or none, does no harm where the port is known."""
+    scheduler = _scheduler(tp_size=tp_size)
+    scheduler.set_addresses(told)
+    assert scheduler._addresses == ("tcp://h:5600",)
+    with pytest.raises(ConfigError, match="MultiConnector and on TPUs; there the side channel needs a fixed port"):
+        _scheduler(tp_size=tp_size, port=0).set_addresses(told)
+
+
+def test_rank_0_knows_the_others():
+    """A single address, of rank 0, stands for all ranks."""
+    scheduler = _scheduler(tp_size=2, port=0)
+    scheduler.set_addresses({0: KvxferHandshake("tcp://h:70")})
+    assert scheduler._addresses == ("tcp://h:70",)
 
 
 def test_pipeline_ranks_are_refused():

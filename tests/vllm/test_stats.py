@@ -107,7 +107,7 @@ def test_prometheus():
 def test_endpoint_counters_are_forwarded_as_differences():
     """What the endpoint counts in total reaches vLLM once."""
     endpoint = ScriptedEndpoint()
-    worker = KvxferWorker(endpoint)
+    worker = KvxferWorker([endpoint])
     endpoint.metrics.count("kvxfer_refused_messages_total", 2, reason="garbage")
     assert worker.take_stats().data == {"refused_messages": {"garbage": 2}}
     assert worker.take_stats() is None
@@ -121,7 +121,7 @@ def test_endpoint_counters_are_forwarded_as_differences():
 def test_unknown_leases_are_not_reported_to_vllm():
     """vLLM's engine dies of an id it does not expect: ends of leases whose blocks were not offered here stay here."""
     endpoint = ScriptedEndpoint()
-    worker = KvxferWorker(endpoint)
+    worker = KvxferWorker([endpoint])
     endpoint._events.append(LeaseSettled("f" * 32, "x", read=True))
     results = worker.results()
     assert not results.finished_sending | results.finished_recving | results.failed_recving
@@ -131,7 +131,7 @@ def test_offer_that_fails_frees_the_blocks():
     """If the endpoint cannot take the blocks, the request is reported as sent, once, so that vLLM frees them."""
     endpoint = ScriptedEndpoint()
     endpoint.raises["offer"] = RuntimeError("no")
-    worker = KvxferWorker(endpoint)
+    worker = KvxferWorker([endpoint])
     lease = LeaseRef.mint(owner="P", addresses=["tcp://h:1"])
     worker.follow(KvxferMetadata(announce=[lease], offer=[Offer("r", lease, [1])]))
     assert worker.results().finished_sending == {"r"}

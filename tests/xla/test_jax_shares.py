@@ -127,3 +127,34 @@ def test_arrays_sharded_unlike_each_other():
     arrays = Arrays([sharded(noise((4, 8, HEADS, 32), 1), 2, devices) for devices in (4, 2)])
     with pytest.raises(UnsupportedBufferError, match="alike"):
         arrays.shares(["one", "two"])
+
+
+def test_arrays_that_several_devices_have_each_in_full():
+    """Copies of the same heads on several devices are refused by name: only one of them would be written."""
+    with pytest.raises(UnsupportedBufferError, match="several devices have copies of the same heads"):
+        Arrays([replicated(noise((4, 8, HEADS, 32), 1), 4)]).shares(["only"])
+
+
+def replicated(array, devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("heads",))
+    return jax.device_put(array.view(jax.numpy.bfloat16), NamedSharding(mesh, PartitionSpec()))
+
+
+def test_sharding_in_other_words():
+    """What a step returns is the cache again if it is sharded in the same way, however a compiled program calls that."""
+    array = sharded(noise((4, 8, HEADS, 32), 1), 2, 4)
+    arrays = Arrays([array])
+    said_otherwise = NamedSharding(array.sharding.mesh, PartitionSpec(None, None, ("heads",), None))
+    assert said_otherwise != array.sharding
+    with arrays.turn() as mine:
+        mine[0] = jax.device_put(mine[0], said_otherwise)
+    (share, *_) = arrays.shares(["only"])
+    assert share.world == 4
+
+
+def test_an_array_that_is_gone():
+    """An array that was donated already is refused by name when it is handed over."""
+    array = sharded(noise((4, 8, HEADS, 32), 1), 2, 4)
+    array.delete()
+    with pytest.raises(UnsupportedBufferError, match="donated"):
+        Arrays([array])

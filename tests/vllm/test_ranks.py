@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several ranks in one worker: a request ends once, when it has ended at all of them, and fails if it fails at any."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from kvxfer.errors import BlockError, LeaseError, TransferFailedError
+from kvxfer.lease import LeaseRef
+from kvxfer.transfer import Done, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
+from kvxfer_vllm.worker import KvxferWorker
+from tests.vllm.scripted import ScriptedEndpoint
+
+pytestmark = pytest.mark.vllm
+
+
+class Scene:
+    """A worker of three ranks, on which nothing happens by itself."""
+
+    def __init__(self):
+        self.ranks = [ScriptedEndpoint() for _ in range(3)]
+        for rank in self.ranks:
+            rank.automatic = False
+        self.worker = KvxferWorker(self.ranks)
+        self.lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
+
+    def read(self):
+        self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [7, 8], 0)]))
+
+    def offer(self):
+        self.worker.follow(KvxferMetadata(announce=[self.lease], offer=[Offer("r", self.lease, [7, 8])]))
+
+    def end(self, number, error=None):
+        """The read of one rank."""
+        rank = self.ranks[number]
+        if error is None:
+            rank._events.append(Done(rank.reading.pop(self.lease.token)))
+        else:
+            rank.finish(self.lease.token, error)
+
+    def loaded(self):
+        results = self.worker.results()
+        assert results.failed_recving <= results.finished_recving
+        return results.finished_recving, results.failed_recving
+
+
+@pytest.fixture
+def scene():
+    return Scene()
+
+
+def test_loaded_when_all_ranks_have_their_part(scene):
+    """A load is reported when the last rank's has ended, and counted once, with all bytes."""
+    scene.read()
+    for number in (2, 0):
+        scene.end(number)
+        assert scene.loaded() == (set(), set())
+    scene.end(1)
+    assert scene.loaded() == ({"r"}, set())
+    assert scene.loaded() == (set(), set())
+    assert scene.worker.take_stats().data["transfer_bytes"] == [3 * 2 * 4096]
+
+
+def test_one_rank_that_fails(scene):
+    """One rank's failure fails the request when all are quiet; the others are told not to wait for their producer."""
+    scene.read()
+    scene.end(1, TransferFailedError("no"))
+    assert scene.loaded() == (set(), set())
+    assert [rank.names().count("drop") for rank in scene.ranks] == [1, 0, 1]
+    scene.end(0)
+    scene.end(2, LeaseError("dropped"))
+    assert scene.loaded() == ({"r"}, {"r"})
+    assert scene.worker.take_stats().data == {"failed_transfers": {"TransferFailedError": 1}}
+    assert scene.worker.take_failed_blocks() == {7, 8}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_rank_that_cannot_begin(scene, number):
+    """If one rank cannot begin to read, the request fails, but not before those that could are quiet."""
+    scene.ranks[number].raises["read"] = BlockError("no")
+    scene.read()
+    for other in range(number):
+        assert scene.loaded() == (set(), set())
+        scene.end(other)
+    assert scene.loaded() == ({"r"}, {"r"})
+    assert scene.worker.take_stats().data["failed_transfers"] == {"BlockError": 1}
+    assert scene.worker.results().finished_recving == set()
+
+
+def test_sent_when_all_ranks_are_done(scene):
+    """Blocks are free when the last rank's lease has ended, and the worst of the ends is counted."""
+    scene.offer()
+    for number, event in enumerate([LeaseSettled, LeaseExpired]):
+        more = {"read": True} if event is LeaseSettled else {}
+        scene.ranks[number]._events.append(event(scene.lease.token, "", **more))
+        assert scene.worker.results().finished_sending == set()
+    scene.ranks[2]._events.append(LeaseSettled(scene.lease.token, "", read=False))
+    assert scene.worker.results().finished_sending == {"r"}
+    assert scene.worker.results().finished_sending == set()
+    assert scene.worker.take_stats().data == {"expired_leases": 1}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_rank_that_cannot_offer(scene, number):
+    """If one rank cannot offer, nobody may read at the others, and the blocks are free when these have ended the lease."""
+    scene.ranks[number].raises["offer"] = RuntimeError("no")
+    scene.offer()
+    assert [rank.names().count("revoke") for rank in scene.ranks] == [int(i < number) for i in range(3)]
+    assert scene.worker.results().finished_sending == {"r"}
+    assert scene.worker.results().finished_sending == set()
+    assert all(not rank.offered for rank in scene.ranks)
+
+
+def test_every_rank_is_asked(scene):
+    """An order reaches all ranks, also if the first one raises."""
+    scene.ranks[0].raises["announce"] = RuntimeError("no")
+    scene.worker.follow(KvxferMetadata(announce=[scene.lease], hold=[scene.lease], withdraw=[scene.lease]))
+    assert [rank.names() for rank in scene.ranks] == [["announce", "revoke", "hold"]] * 3
+    assert scene.worker.take_stats().data == {"hook_errors": {"announce": 1}}
+
+
+def test_what_a_rank_has_told_is_kept(scene):
+    """A rank that cannot be asked loses nothing of what the others have told meanwhile."""
+    scene.read()
+    scene.ranks[2].raises["poll"] = RuntimeError("no")
+    scene.end(0)
+    scene.end(1)
+    assert scene.loaded() == (set(), set())
+    del scene.ranks[2].raises["poll"]
+    scene.end(2)
+    assert scene.loaded() == ({"r"}, set())
+
+
+def test_idle_steps_wait_no_longer_for_more_ranks(scene):
+    """A step that computes nothing waits as long for all ranks together as for one."""
+    scene.worker.follow(KvxferMetadata(read=[Read("r", scene.lease, [7], 0)], idle=True))
+    scene.loaded()
+    assert sum(rank.waited[-1] for rank in scene.ranks) == pytest.approx(0.005)
+
+
+def test_all_ranks_are_closed(scene):
+    """Closing reaches every rank, once."""
+    scene.worker.shutdown()
+    scene.worker.shutdown()
+    assert [rank.closed for rank in scene.ranks] == [1, 1, 1]
+
+
+class Turns:
+    """Whose turn it is, as a worker was told; ``kept`` is False once the engine has made other caches."""
+
+    def __init__(self):
+        self.told, self.kept = [], True
+
+    def to_engine(self):
+        self.told.append("engine")
+        return self.kept
+
+    def to_kvxfer(self):
+        self.told.append("kvxfer")
+
+
+def test_caches_are_the_engines_in_a_step():
+    """The engine has the caches from its orders to its results, and kvxfer before anything is sealed or waited for."""
+    endpoint, turns = ScriptedEndpoint(), Turns()
+    worker = KvxferWorker([endpoint], turns=turns)
+    worker.follow(KvxferMetadata())
+    assert turns.told == ["engine"]
+    endpoint.raises["poll"] = RuntimeError("no")
+    worker.results()
+    worker.shutdown()
+    assert turns.told == ["engine", "kvxfer", "kvxfer"]
+
+
+def test_caches_that_were_replaced(scene):
+    """If the engine has made other caches, leases of the old ones end, and loads into them fail when they are over."""
+    turns = Turns()
+    scene.worker = KvxferWorker(scene.ranks, turns=turns)
+    sent = LeaseRef.mint(owner="D", addresses=["tcp://d:1"])
+    scene.worker.follow(KvxferMetadata(announce=[sent], offer=[Offer("s", sent, [1])]))
+    scene.read()
+    assert scene.loaded() == (set(), set())
+    turns.kept = False
+    scene.worker.follow(KvxferMetadata())
+    turns.kept = True
+    for number in range(3):
+        scene.end(number)
+    results = scene.worker.results()
+    assert (results.finished_recving, results.failed_recving, results.finished_sending) == ({"r"}, {"r"}, {"s"})
+    assert scene.worker.take_stats().data == {"failed_transfers": {"LeaseError": 1}, "revoked_leases": 1}
+
+
+def test_a_lease_of_nobody(scene):
+    """The end of a lease that was not offered here, at one rank or all, is nothing to report."""
+    for rank in scene.ranks[:2]:
+        rank._events.append(LeaseRevoked("f" * 32, ""))
+    assert scene.worker.results().finished_sending == set()
