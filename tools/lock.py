@@ -20,7 +20,6 @@ UNINVITED = {
     "torchvision",
     "torchaudio",
     "torchcodec",
-    "triton",
     *(f"nvidia-{name}-cu12" for name in ("cublas", "cuda-nvrtc", "cudnn", "cufft", "cufile", "curand", "cusolver")),
     *(f"nvidia-{name}-cu12" for name in ("cusparse", "cusparselt", "nccl", "nvjitlink", "nvshmem", "nvtx")),
 }  # CUDA builds, and what a CUDA build of torch does without on a CPU; the first three break `import transformers` beside a CPU torch

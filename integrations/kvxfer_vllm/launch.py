@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from kvxfer import registry
@@ -158,6 +159,8 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
     """
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
     settings = options.for_endpoint(os.environ)
+    # The limit is the process's, however many ranks live in it.
+    settings = replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
     engine_id = vllm_config.kv_transfer_config.engine_id
     endpoints: list[Endpoint] = []
     try:

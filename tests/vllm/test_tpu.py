@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from kvxfer import registry
 from kvxfer.cache import KVCache
+from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, UnavailableError
 from kvxfer.lease import LeaseRef
@@ -127,6 +128,13 @@ def test_sent_to_both_at_once(engines, agent, first):
     drain(consumer, producer)
     assert consumer.answers["d"].tokens == expected(prompt, 4)
     assert consumer.computed_tokens == 4 and producer.stats["settled_leases"] == 1
+
+
+def test_ranks_of_one_process_share_its_arena(engines):
+    """The host memory that a process may take for chunks does not grow with its devices."""
+    engine = engines("kv_producer", "P", 4)
+    arenas = [endpoint._data.arena.bytes.nbytes for endpoint in engine.kvxfer._worker._ranks._endpoints]
+    assert len(arenas) == 4 and sum(arenas) <= Settings().staging_nbytes
 
 
 def test_what_is_loaded_at_one_device_fails_at_another(engines, monkeypatch):
