@@ -15,6 +15,7 @@ type on the way have to be packed where they change.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
@@ -231,11 +232,11 @@ class Router:
         seconds: dict[Route, float] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
-        # Nothing is faster than long runs: the shapes of chunks are not even looked at.
-        if not seconds or runs * costs.descriptor_s > min(costs.land_s, costs.ask_s):
-            for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
-                if route not in self.barred:
-                    seconds[route] = self._packed_s(route, match)
+        direct_s = seconds.get(Route.DIRECT, math.inf)
+        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+            # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
+            if route not in self.barred and self._least_packed_s(route, nbytes) < direct_s:
+                seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
             route=route,
@@ -254,6 +255,13 @@ class Router:
             sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.part.source, self.part.target))
             return "source" if next(sizes) < next(sizes) else "target"
         return "target" if route is Route.SOURCE_PACKED else "source"
+
+    def _least_packed_s(self, route: Route, nbytes: int) -> float:
+        """What `_packed_s` cannot be less than, where elements keep their type: full chunks, packed and unpacked in long runs."""
+        costs, chunks = self._costs, max(1.0, nbytes / self._slot_nbytes)
+        if route is Route.TARGET_UNPACKED:
+            return costs.wire_s(0, nbytes) + costs.unpack_s(0, nbytes) + chunks * costs.land_s
+        return costs.ask_s + max(costs.pack_s(0, nbytes), costs.wire_s(0, nbytes) + chunks * costs.chunk_s)
 
     def _packed_s(self, route: Route, match: Match) -> float:
         costs, images = self._costs, self._images[route]
