@@ -29,7 +29,7 @@ from kvxfer.staging import StagingArena, Use
 from kvxfer.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvxfer.actions import DataAction, Packed
     from kvxfer.agent import TransferAgent
@@ -296,12 +296,12 @@ class DataPath:
 
     # -- reads: what a leg asks of this thread ----------------------------------------------------------------------
 
-    def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
+    def submit(self, leg: Leg, steps: Sequence[Descriptors], then: Callable[[], None]) -> None:
         """See `Carrier`. For a read that has failed nothing is started any more: nobody would wait for it."""
         if leg.reading.error is not None:
             return
         agent, peer = self._life.ensure(), self._life.peer(leg.source.agent_info)
-        flight = agent.submit(Op.READ, peer, spans, deadline=leg.reading.deadline)
+        flight = agent.submit(Op.READ, peer, *steps, deadline=leg.reading.deadline)
         self._flying[flight] = _Flying(leg, then)
         leg.reading.pending += 1
 
