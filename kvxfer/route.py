@@ -209,6 +209,7 @@ class Router:
             for route in Route:
                 if route is not only:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
+        self._packed = [route for route in self._images if route not in self.barred]
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
@@ -233,9 +234,9 @@ class Router:
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         direct_s = seconds.get(Route.DIRECT, math.inf)
-        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+        for route in self._packed:
             # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
-            if route not in self.barred and self._least_packed_s(route, nbytes) < direct_s:
+            if self._least_packed_s(route, nbytes) < direct_s:
                 seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
