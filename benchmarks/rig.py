@@ -286,7 +286,8 @@ class Pair:
             agent = self.raw()
             self._elsewhere, self._back = queue.SimpleQueue(), queue.SimpleQueue()
             threading.Thread(
-                target=lambda: [self._back.put(agent.read(each)) for each in iter(self._elsewhere.get, None)], daemon=True
+                target=lambda: [self._back.put(agent.read(each)) for each in iter(self._elsewhere.get, None)],
+                daemon=True,
             ).start()
         begin = time.perf_counter()
         self._elsewhere.put(spans)

@@ -142,7 +142,9 @@ def test_a_step_begins_when_the_one_before_is_complete(meet):
 def test_a_bad_step_starts_nothing(meet, steps):
     """Steps are looked at before the first one begins: one that is empty, or not of registered memory, refuses them all."""
     here, peer, local, remote = meet(_Piecewise)
-    lists = [Descriptors.of(*(np.array([side.address + at][:n]) for side in (local, remote)), [n][:n]) for at, n in steps]
+    lists = [
+        Descriptors.of(*(np.array([side.address + at][:n]) for side in (local, remote)), [n][:n]) for at, n in steps
+    ]
     with pytest.raises(DescriptorError):
         here.agent.submit(Op.READ, here.peer(peer), *lists, deadline=time.monotonic() + 10)
     assert not hasattr(here.agent, "pieces")
