@@ -209,7 +209,7 @@ class Router:
             for route in Route:
                 if route is not only:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
-        self._packed = [route for route in self._images if route not in self.barred]
+        self._packed = [self._least(route) for route in self._images if route not in self.barred]
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
@@ -234,9 +234,9 @@ class Router:
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         direct_s = seconds.get(Route.DIRECT, math.inf)
-        for route in self._packed:
+        for route, least_s, nbyte_s in self._packed:
             # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
-            if self._least_packed_s(route, nbytes) < direct_s:
+            if least_s + nbytes * nbyte_s < direct_s:
                 seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
@@ -257,12 +257,15 @@ class Router:
             return "source" if next(sizes) < next(sizes) else "target"
         return "target" if route is Route.SOURCE_PACKED else "source"
 
-    def _least_packed_s(self, route: Route, nbytes: int) -> float:
-        """What `_packed_s` cannot be less than, where elements keep their type: full chunks, packed and unpacked in long runs."""
-        costs, chunks = self._costs, max(1.0, nbytes / self._slot_nbytes)
+    def _least(self, route: Route) -> tuple[Route, float, float]:
+        """What `_packed_s` cannot be less than where elements keep their type: seconds, and more for each byte.
+
+        One chunk at least, or full ones, unpacked in long runs.
+        """
+        costs = self._costs
         if route is Route.TARGET_UNPACKED:
-            return costs.wire_s(0, nbytes) + costs.unpack_s(0, nbytes) + chunks * costs.land_s
-        return costs.ask_s + max(costs.pack_s(0, nbytes), costs.wire_s(0, nbytes) + chunks * costs.chunk_s)
+            return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
+        return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
     def _packed_s(self, route: Route, match: Match) -> float:
         costs, images = self._costs, self._images[route]
