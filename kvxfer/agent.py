@@ -119,16 +119,16 @@ class Flight:
     """One submitted transfer.
 
     Attributes:
+        nbytes, descriptors: what there is to hand to the engine, after merging.
         state: see `FlightState`. Changes only inside `TransferAgent.submit`, `poll` and `close`.
         error: why it failed; None unless FAILED or QUARANTINED.
-        nbytes, descriptors: what was handed to the engine, after merging.
     """
 
     op: Op
     peer: AgentPeer
-    nbytes: int
-    descriptors: int
     deadline: float
+    nbytes: int = 0
+    descriptors: int = 0
     state: FlightState = FlightState.PENDING
     error: KvxferError | None = None
     _reported: FlightState = FlightState.PENDING
@@ -326,13 +326,14 @@ class TransferAgent(ABC):
         self._disconnect(peer.native)
 
     @final
-    def submit(self, op: Op, peer: AgentPeer, spans: Descriptors, *, deadline: float) -> Flight:
+    def submit(self, op: Op, peer: AgentPeer, *steps: Descriptors, deadline: float) -> Flight:
         """Start a transfer between local and the peer's memory.
 
         Args:
             op: READ copies remote to local.
             peer: from `connect` of this agent.
-            spans: addresses in each owner's space; all of one side in memory of one kind and device.
+            steps: each begins when the one before is complete. Addresses in each owner's space; all of one step and side in
+                memory of one kind and device.
             deadline: on `now`; a transfer still running then is given up and may be quarantined.
 
         Returns:
@@ -348,18 +349,12 @@ class TransferAgent(ABC):
             raise UnsupportedError(f"{self.adapter} does not {op.value}")
         if self._peers.get(peer.name) is not peer:
             raise PeerUnknownError(f"{peer.name!r} was disconnected, or is another agent's peer")
-        if len(spans) == 0:
+        flight = Flight(op, peer, deadline)
+        for spans in steps:
+            self._add_step(flight, spans)
+        if not flight._parts:
             raise DescriptorError("nothing to transfer")
-        local_index = self._table.locate(spans.local, spans.nbytes, "local")
-        remote_index = peer.regions.locate(spans.remote, spans.nbytes, f"{peer.name!r}'s")
-        spans = spans.merged(local_index, remote_index)
-        flight = Flight(op, peer, spans.total_nbytes, len(spans), deadline)
-        touched = local_index if len(local_index) == 1 else np.unique(local_index)
-        flight._regions = frozenset(self._table[int(i)].address for i in touched)
-        local, remote = self._table.one_device(local_index), peer.regions.one_device(remote_index)
-        caps = self.capabilities
-        parts = spans.split(caps.max_descriptors, caps.max_submit_nbytes)
-        flight._parts = [(part, local, remote) for part in reversed(parts)]
+        flight._parts.reverse()
         self._flights.append(flight)
         self._advance(flight)
         return flight
@@ -421,6 +416,21 @@ class TransferAgent(ABC):
         return ended
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _add_step(self, flight: Flight, spans: Descriptors) -> None:
+        if len(spans) == 0:
+            raise DescriptorError("nothing to transfer")
+        peer, caps = flight.peer, self.capabilities
+        local_index = self._table.locate(spans.local, spans.nbytes, "local")
+        remote_index = peer.regions.locate(spans.remote, spans.nbytes, f"{peer.name!r}'s")
+        spans = spans.merged(local_index, remote_index)
+        flight.nbytes += spans.total_nbytes
+        flight.descriptors += len(spans)
+        touched = local_index if len(local_index) == 1 else np.unique(local_index)
+        flight._regions |= {self._table[int(i)].address for i in touched}
+        local, remote = self._table.one_device(local_index), peer.regions.one_device(remote_index)
+        parts = spans.split(caps.max_descriptors, caps.max_submit_nbytes)
+        flight._parts += [(part, local, remote) for part in parts]
 
     def _check(self) -> None:
         self._check_thread()

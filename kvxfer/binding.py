@@ -168,6 +168,9 @@ def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
 
 # -- loop nests ---------------------------------------------------------------------------------------------------------
 
+_Along = tuple["IntArray", "IntArray", "IntArray"]
+"""Where the runs of one segment begin, block by block, on either side; and their lengths, one if all are alike."""
+
 Lane = tuple[int, int]
 """A pair of allocations, of the source and of the target."""
 
@@ -203,18 +206,18 @@ class Nest:
         """Bytes at the source."""
         return len(self.sources) * len(self.inner_sources) * len(pairs) * self.shape.nbytes
 
-    def expand(self, pairs: BlockPairs) -> _Runs:
-        """Each run, axes nested in the order of the source's memory."""
-        from_blocks, to_blocks, lengths = self._along_blocks(pairs)
+    def expand(self, along: _Along) -> _Runs:
+        """Each run, axes nested in the order of the source's memory; ``along`` is of `along_blocks`."""
+        from_blocks, to_blocks, lengths = along
         shape = len(self.sources), len(from_blocks), len(self.inner_sources)
         # One allocation: three of this size go back to the operating system each time, and are faulted in anew.
         columns = np.empty((3, *shape), dtype=np.int64)
         sides = (self.sources, from_blocks, self.inner_sources), (self.targets, to_blocks, self.inner_targets)
-        for column, (outside, along, inside) in zip(columns, sides, strict=False):
+        for column, (outside, along_side, inside) in zip(columns, sides, strict=False):
             if len(inside) == 1:
-                np.add(outside[:, None], along, out=column[..., 0])
+                np.add(outside[:, None], along_side, out=column[..., 0])
             else:
-                np.add((outside[:, None] + along)[..., None], inside, out=column)
+                np.add((outside[:, None] + along_side)[..., None], inside, out=column)
         columns[2] = lengths[:, None]
         return _Runs(*columns.reshape(3, -1))
 
@@ -224,27 +227,23 @@ class Nest:
             return self.lane_of[:1]
         return np.repeat(self.lane_of, len(runs.source) // len(self.sources))
 
-    def apart(self, pairs: BlockPairs) -> bool:
+    def apart(self, along: _Along) -> bool:
         """`expand` makes runs in the order of the source's memory of which no two are neighbours: descriptors as they are.
 
         What lies between a run and the next depends on one axis, so that looking at each axis is enough.
         """
-        from_blocks, to_blocks, lengths = self._along_blocks(pairs)
+        from_blocks, to_blocks, lengths = along
         from_inside, to_inside = self.inner_sources, self.inner_targets
         from_outside, to_outside = self._steps_outside
-        return (
-            _apart(_steps(from_inside), _steps(to_inside), lengths[:1])
-            and _apart(
-                _steps(from_blocks) - (from_inside[-1] - from_inside[0]),
-                _steps(to_blocks) - (to_inside[-1] - to_inside[0]),
-                lengths[: len(from_blocks) - 1],
-            )
-            and _apart(
-                from_outside - (from_blocks[-1] - from_blocks[0] + from_inside[-1] - from_inside[0]),
-                to_outside - (to_blocks[-1] - to_blocks[0] + to_inside[-1] - to_inside[0]),
-                lengths[-1:],
-            )
-        )
+        from_last, to_last = from_inside[-1] - from_inside[0], to_inside[-1] - to_inside[0]
+        if len(from_inside) > 1 and not _apart(_steps(from_inside), _steps(to_inside), lengths[:1]):
+            return False
+        if len(from_blocks) > 1 and not _apart(
+            _steps(from_blocks) - from_last, _steps(to_blocks) - to_last, lengths[: len(from_blocks) - 1]
+        ):
+            return False
+        from_last, to_last = from_last + from_blocks[-1] - from_blocks[0], to_last + to_blocks[-1] - to_blocks[0]
+        return not len(from_outside) or _apart(from_outside - from_last, to_outside - to_last, lengths[-1:])
 
     @cached_property
     def _steps_outside(self) -> tuple[IntArray, IntArray]:
@@ -252,7 +251,7 @@ class Nest:
         one_lane = self.lane_of[1:] == self.lane_of[:-1]
         return _steps(self.sources)[one_lane], _steps(self.targets)[one_lane]
 
-    def _along_blocks(self, pairs: BlockPairs) -> tuple[IntArray, IntArray, IntArray]:
+    def along_blocks(self, pairs: BlockPairs) -> _Along:
         """Where the runs of one segment begin, block by block, on either side; and their lengths, one if all are alike."""
         shape = self.shape
         if shape.joins_blocks:
@@ -285,8 +284,6 @@ def _steps(places: IntArray) -> IntArray:
 
 def _apart(source_steps: IntArray, target_steps: IntArray, nbytes: IntArray) -> bool:
     """Each run begins after the one before in the source's memory, and does not continue it on both sides."""
-    if not len(source_steps):
-        return True
     return bool((source_steps > 0).all()) and not ((source_steps == nbytes) & (target_steps == nbytes)).any()
 
 
@@ -342,8 +339,9 @@ def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
     bound = [(nest, pairs) for nest, pairs in bound if len(pairs)]
     if not bound:
         return Descriptors(_NOTHING, _NOTHING, _NOTHING)
-    parts = [nest.expand(pairs) for nest, pairs in bound]
-    if len(bound) == 1 and (len(parts[0].source) == 1 or bound[0][0].apart(bound[0][1])):
+    along = [nest.along_blocks(pairs) for nest, pairs in bound]
+    parts = [nest.expand(each) for (nest, _), each in zip(bound, along, strict=True)]
+    if len(bound) == 1 and (len(parts[0].source) == 1 or bound[0][0].apart(along[0])):
         return parts[0].descriptors()
     lane = _lane_of_all([nest.lane_of_runs(part) for (nest, _), part in zip(bound, parts, strict=True)], parts)
     runs = _Runs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]

@@ -196,10 +196,10 @@ class RegionTable:
         if len(addresses) == 1:
             first = int(addresses[0])
             end = first + int(nbytes[0])
-        elif not len(addresses) or int(addresses.max()) >> 62 or int(nbytes.max()) >> 62:
+        elif not len(addresses) or int(_highest(addresses)) >> 62 or int(_highest(nbytes)) >> 62:
             return None  # addresses and lengths below 2^62 add up without wrapping around
         else:
-            first, end = int(addresses.min()), int((addresses + nbytes).max())
+            first, end = int(np.minimum.reduce(addresses)), int(_highest(addresses + nbytes))
         index = bisect_right(self._memories, first, key=_address) - 1
         return np.array([index]) if index >= 0 and end <= self._memories[index].end else None
 
@@ -215,6 +215,10 @@ class RegionTable:
         if (devices != devices[0]).any():
             raise DescriptorError("spans of one side lie on more than one device: submit one transfer for each")
         return self._memories[int(devices[0])]
+
+
+_highest = np.maximum.reduce
+"""As the method `max`, which is Python on its way to this."""
 
 
 def _address(memory: Memory) -> int:

@@ -31,7 +31,7 @@ from kvxfer.route import Route
 from kvxfer.wire import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvxfer.actions import Source, StartRead
     from kvxfer.buffer import Completion
@@ -51,8 +51,8 @@ class Carrier(Protocol):
     def now(self) -> float:
         """The clock."""
 
-    def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
-        """Move bytes from the leg's source; ``then`` when they are in place. Raises KvxferError: nothing was started."""
+    def submit(self, leg: Leg, steps: Sequence[Descriptors], then: Callable[[], None]) -> None:
+        """Move bytes from the leg's source, step by step; ``then`` when all are in place. Raises KvxferError: nothing was started."""
 
     def copying(self, leg: Leg, copies: list[Completion], then: Callable[[], None]) -> None:
         """Call ``then`` when copies of this side's devices have ended."""
@@ -202,7 +202,7 @@ class Leg:
             self._move(carrier, match._replace(tokens=spans))
         elif self.source.complete:
             self._moving = True
-            self._read_cell(carrier, lambda carrier: carrier.leg_ended(self))
+            self._fence(carrier)
 
     def _move(self, carrier: Carrier, match: Match) -> None:
         def moved() -> None:
@@ -225,10 +225,13 @@ class Leg:
             return
         spans = choice.bound.descriptors()
         self.count(spans)
-        if len(spans):
-            carrier.submit(self, spans, moved)
-        else:
+        if not len(spans):
             moved()
+        elif self.source.complete and not self.reading.job.transfer.verify:
+            # The last bytes, and the fence after them: the transfer engine need not be asked twice.
+            self._fence(carrier, spans)
+        else:
+            carrier.submit(self, [spans], moved)
 
     def count(self, spans: Descriptors) -> None:
         """Add what goes over the wire to the read's figures."""
@@ -254,9 +257,16 @@ class Leg:
         """It waits for blocks that its source grants, or for chunks that it packs."""
         return not self.source.complete or (self._work is not None and self._work.asks)
 
-    def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None]) -> None:
+    def _fence(self, carrier: Carrier, *last: Descriptors) -> None:
+        """The leg has ended when its lease stood after the last bytes were in place."""
+        self._read_cell(carrier, lambda carrier: carrier.leg_ended(self), *last)
+
+    def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None], *before: Descriptors) -> None:
+        """Read the lease's cell, when what is to be read ``before`` is in place."""
+
         def read(scratch: int) -> None:
-            carrier.submit(self, Descriptors.of(scratch, self.source.cell, CELL_NBYTES), lambda: told(scratch))
+            cell = Descriptors.of(scratch, self.source.cell, CELL_NBYTES)
+            carrier.submit(self, [*before, cell], lambda: told(scratch))
 
         def told(scratch: int) -> None:
             found = carrier.read_scratch(scratch)
@@ -366,7 +376,7 @@ class _Packed:
 
     def _submit(self, carrier: Carrier, spans: Descriptors, then: Callable[[], None]) -> None:
         self._leg.count(spans)
-        carrier.submit(self._leg, spans, then)
+        carrier.submit(self._leg, [spans], then)
 
     def _arrived(self, carrier: Carrier, number: int) -> None:
         self._open.discard(number)

@@ -23,7 +23,7 @@ from kvxfer.staging import StagingArena, Use
 from kvxfer.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvxfer.actions import StartRead
     from kvxfer.buffer import Completion
@@ -195,12 +195,12 @@ class Reads:
 
     # -- what a leg asks ----------------------------------------------------------------------
 
-    def submit(self, leg: Leg, spans: Descriptors, then: Callable[[], None]) -> None:
+    def submit(self, leg: Leg, steps: Sequence[Descriptors], then: Callable[[], None]) -> None:
         """See `Carrier`. For a read that has failed nothing is started any more: nobody would wait for it."""
         if leg.reading.error is not None:
             return
         agent, peer = self._life.ensure(), self._life.peer(leg.source.agent_info)
-        flight = agent.submit(Op.READ, peer, spans, deadline=leg.reading.deadline)
+        flight = agent.submit(Op.READ, peer, *steps, deadline=leg.reading.deadline)
         self._flying[flight] = _Flying(leg, then)
         leg.reading.pending += 1
 

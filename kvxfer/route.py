@@ -15,6 +15,7 @@ type on the way have to be packed where they change.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
@@ -209,6 +210,7 @@ class Router:
             for route in Route:
                 if route is not only:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
+        self._packed = [self._least(route) for route in self._images if route not in self.barred]
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
@@ -232,11 +234,11 @@ class Router:
         seconds: dict[Route, float] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
-        # Nothing is faster than long runs: the shapes of chunks are not even looked at.
-        if not seconds or runs * costs.descriptor_s > min(costs.land_s, costs.ask_s):
-            for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
-                if route not in self.barred:
-                    seconds[route] = self._packed_s(route, match)
+        direct_s = seconds.get(Route.DIRECT, math.inf)
+        for route, least_s, nbyte_s in self._packed:
+            # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
+            if least_s + nbytes * nbyte_s < direct_s:
+                seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
             route=route,
@@ -255,6 +257,16 @@ class Router:
             sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.part.source, self.part.target))
             return "source" if next(sizes) < next(sizes) else "target"
         return "target" if route is Route.SOURCE_PACKED else "source"
+
+    def _least(self, route: Route) -> tuple[Route, float, float]:
+        """What `_packed_s` cannot be less than where elements keep their type: seconds, and more for each byte.
+
+        One chunk at least, or full ones, unpacked in long runs.
+        """
+        costs = self._costs
+        if route is Route.TARGET_UNPACKED:
+            return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
+        return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
     def _packed_s(self, route: Route, match: Match) -> float:
         costs, images = self._costs, self._images[route]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvxfer.agent import FlightState, Op
-from kvxfer.errors import RegistrationError, TransferTimeoutError
+from kvxfer.errors import DescriptorError, RegistrationError, TransferTimeoutError
 from kvxfer.inproc import InprocAgent
 from kvxfer.memory import Descriptors, Memory
 from kvxfer.testing import Actor
@@ -112,3 +112,38 @@ def test_a_long_transfer_lets_others_have_their_turn():
         near.poll()
     assert not near.eager
     assert here.tolist() == [1] * 160 + [0] * 40 + [1] * 8 + [0] * 48
+
+
+def test_a_step_begins_when_the_one_before_is_complete(meet):
+    """What is to be read after something else is handed to the engine when that is in place, however long that takes."""
+
+    class Late(_Piecewise):
+        landed = False
+
+        def _poll(self, handle):
+            return self.landed
+
+    here, peer, local, remote = meet(Late)
+    first = descriptors([(local.address, remote.address, 1500)])
+    last = descriptors([(local.address + 5000, remote.address + 5000, 16)])
+    flight = here.agent.submit(Op.READ, here.peer(peer), first, last, deadline=time.monotonic() + 10)
+    assert (flight.nbytes, flight.descriptors) == (1516, 2)
+    for _ in range(3):
+        here.agent.poll()
+    assert here.agent.pieces == [[1000]]
+    Late.landed = True
+    assert here.log.wait(here.log.submitted(flight), timeout_s=10).state is FlightState.DONE
+    assert here.agent.pieces == [[1000], [500], [16]]
+
+
+@pytest.mark.parametrize("steps", [[], [(0, 0)], [(0, 10), (0, 0)], [(0, 10), (100_000, 10)]])
+def test_a_bad_step_starts_nothing(meet, steps):
+    """Steps are looked at before the first one begins: one that is empty, or not of registered memory, refuses them all."""
+    here, peer, local, remote = meet(_Piecewise)
+    lists = [
+        Descriptors.of(*(np.array([side.address + at][:n]) for side in (local, remote)), [n][:n]) for at, n in steps
+    ]
+    with pytest.raises(DescriptorError):
+        here.agent.submit(Op.READ, here.peer(peer), *lists, deadline=time.monotonic() + 10)
+    assert not hasattr(here.agent, "pieces")
+    assert here.agent.poll() == []

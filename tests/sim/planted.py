@@ -38,25 +38,54 @@ def bug(function):
 BUGS = _BUGS
 
 
+def _unfenced(self, carrier, then, *before):
+    """As `Leg._read_cell`, without the cell."""
+    if before:
+        carrier.submit(self, before, lambda: then(carrier))
+    else:
+        then(carrier)
+
+
 @bug
 def fence_left_out(patch):
     """Nobody looks whether the lease stood when the bytes were in place."""
-    patch(reading.Leg, "_read_cell", lambda self, carrier, then: then(carrier))
+    patch(reading.Leg, "_read_cell", _unfenced)
 
 
 @bug
 def fence_before_the_bytes(patch):
     """The lease is looked at when the read begins, and not when it ends."""
-    go_on, read_cell = reading.Leg._go_on, reading.Leg._read_cell
+    read_cell = reading.Leg._read_cell
 
-    def ended(self, carrier, then):
+    def ended(self, carrier, then, *before):
         if self.source.complete and self._moved:
             then(carrier)
         else:
-            read_cell(self, carrier, then)
+            read_cell(self, carrier, lambda carrier: _unfenced(self, carrier, then, *before))
 
     patch(reading.Leg, "_read_cell", ended)
-    patch(reading.Leg, "_go_on", go_on)
+
+
+@bug
+def fence_beside_the_bytes(patch):
+    """The cell is read while the bytes are, and not when they are in place."""
+    read_cell = reading.Leg._read_cell
+
+    def both(self, carrier, then, *before):
+        if not before:
+            read_cell(self, carrier, then)
+            return
+        ended = []
+
+        def one(_=None):
+            ended.append(True)
+            if len(ended) == 2:
+                then(carrier)
+
+        carrier.submit(self, before, one)
+        read_cell(self, carrier, one)
+
+    patch(reading.Leg, "_read_cell", both)
 
 
 @bug
@@ -257,7 +286,7 @@ def restarted_producer_not_noticed(patch):
     """Grants of a process that is gone are taken for those of the one in its place."""
     patch(holds.Holds, "lost", lambda self, peer, now: None)
     patch(hold.Hold, "mistake", lambda self, claim: None)
-    patch(reading.Leg, "_read_cell", lambda self, carrier, then: then(carrier))
+    patch(reading.Leg, "_read_cell", _unfenced)
 
 
 @bug
@@ -425,11 +454,11 @@ def overtaken_chunk_taken_for_an_old_one(patch):
 
 @bug
 def part_in_flight_not_waited_for(patch):
-    """A transfer in several parts is done when the first one is."""
+    """Bytes that are moved in several parts are there when the first one is; the fence comes after that."""
     advance = TransferAgent._advance
 
     def first_only(self, flight):
         advance(self, flight)
-        del flight._parts[:-1]
+        del flight._parts[1:]
 
     patch(TransferAgent, "_advance", first_only)

@@ -30,7 +30,8 @@ FOUND_HERE = {
 
 FOUND_BY = {
     "fence_left_out": ("all", 6),
-    "fence_before_the_bytes": ("all", 6),
+    "fence_before_the_bytes": ("all", 1),
+    "fence_beside_the_bytes": ("all", 6),
     "abandoned_is_quiet": ("stuck", 1),
     "failed_is_quiet": ("crashy", 5),
     "agent_left_alive": ("crashy", 5),
