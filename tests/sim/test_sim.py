@@ -51,7 +51,7 @@ FOUND_BY = {
     "chunks_outlive_their_lease": ("calm", 1),
     "chunk_told_before_it_is_packed": ("calm", 2),
     "slot_lent_twice": ("calm", 0),
-    "restarted_producer_not_noticed": ("all", 6),
+    "restarted_producer_not_noticed": ("crashy", 45),
     "peers_never_forgotten": ("calm", 0),
     "settling_not_repeated": ("lossy", 2),
     "fault_in_the_control_thread": ("calm", 1),
