@@ -19,6 +19,7 @@ from kvxfer.errors import (
     LeaseError,
     LeaseUnknownError,
     TransferFailedError,
+    shown,
 )
 from kvxfer.hold import Claim, Hold, HoldState
 from kvxfer.holds import Holds
@@ -69,7 +70,7 @@ class Consumer:
         """Read a lease, held before or not. The transfer ends by `Transfer.end`, at its deadline at the latest."""
         hold = self._holds.hold(transfer.ref, now)
         if hold.transfer is not None or hold.state in (HoldState.READING, HoldState.SETTLING):
-            transfer.end(LeaseError(f"lease {transfer.ref.token} was read or dropped before"))
+            transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or dropped before"))
             return
         hold.transfer = transfer
         hold.deadline = transfer.deadline

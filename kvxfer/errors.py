@@ -223,3 +223,8 @@ class LeaseUnknownError(LeaseError):
 
 class LeaseEndedError(LeaseError):
     """The lease expired or was revoked; what was read under it is thrown away."""
+
+
+def shown(token: str) -> str:
+    """A lease's token as messages and logs may show it: enough to tell leases apart, too little to claim one."""
+    return f"{token[:8]}..."

@@ -7,6 +7,8 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvxfer.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -79,7 +81,7 @@ class Gate:
                 for each in steps[0].after:
                     each.wait(0)
             except Exception as error:  # noqa: BLE001 - a vendor's, of any kind
-                _log.warning("a device failed to write the blocks of lease %s", token, exc_info=True)
+                _log.warning("a device failed to write the blocks of lease %s", shown(token), exc_info=True)
                 self._failed(token, f"a device failed to write its blocks: {type(error).__name__}: {error}")
             steps.popleft().act(now)
             moved = True

@@ -28,6 +28,7 @@ from kvxfer.errors import (
     KvxferError,
     LeaseEndedError,
     PeerTimeoutError,
+    shown,
 )
 from kvxfer.hold import Asked, Claim, Hold, HoldState
 from kvxfer.peer import PeerState
@@ -339,7 +340,7 @@ class Holds:
             who = unmet or [claim.peer.address for claim in hold.claims if claim.grant is None]
             self.fail(hold, PeerTimeoutError(f"waited {waited} {what}: {', '.join(who[:3])}"), now)
         else:
-            _log.warning("lease %s of %r was held too long without a read", hold.ref.token, hold.ref.request)
+            _log.warning("lease %s of %r was held too long without a read", shown(hold.ref.token), hold.ref.request)
             self.settle(hold, now)
 
     def _forget(self, hold: Hold, now: float) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
-from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError, shown
 from kvxfer.layout import MAX_RANKS
 from kvxfer.timers import Timers
 from kvxfer.wire import Address, Name, Token
@@ -153,6 +153,10 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             raise LeaseRefError(f"a lease is not JSON: {error}") from error
         return cls.from_obj(obj)
 
+    def __repr__(self) -> str:
+        # Logs show it, and whoever reads logs is not to read KV.
+        return f"<LeaseRef {shown(self.token)} of {self.owner!r}, request {self.request!r}>"
+
     def to_obj(self) -> dict[str, Any]:
         """Plain JSON types."""
         obj: dict[str, Any] = msgspec.to_builtins(self)
@@ -261,7 +265,7 @@ class LeaseTable:
         if token in self._live or token in self._ended:
             return
         if self._wanted >= self._settings.max_leases:
-            raise LeaseUnknownError(f"no lease {token} was announced, and {self._wanted} are waited for already")
+            raise LeaseUnknownError(f"no lease {shown(token)} was announced, and {self._wanted} are waited for already")
         self._wanted += 1
         self._add(Lease(token, "", now + self._settings.match_s, LeaseState.WANTED))
 
@@ -278,9 +282,9 @@ class LeaseTable:
         """
         lease = self._find(token)
         if lease.state is LeaseState.WANTED:
-            raise LeaseUnknownError(f"no lease {token} was announced here")
+            raise LeaseUnknownError(f"no lease {shown(token)} was announced here")
         if lease.offered:
-            raise LeaseError(f"the blocks of lease {token} were offered before")
+            raise LeaseError(f"the blocks of lease {shown(token)} were offered before")
         self._make_readable(lease, blocks, first_tokens)
         return lease
 
@@ -302,11 +306,11 @@ class LeaseTable:
             else:
                 lease.offered = True
                 self._end(lease, LeaseState.REVOKED)
-            raise LeaseUnknownError(f"no lease {token} was announced here")
+            raise LeaseUnknownError(f"no lease {shown(token)} was announced here")
         before, lease.offered = lease.offered, True
         self._find(token)
         if before:
-            raise LeaseError(f"the blocks of lease {token} were offered before")
+            raise LeaseError(f"the blocks of lease {shown(token)} were offered before")
         try:
             self._make_readable(lease, blocks, first_tokens)
         except LeaseError:
@@ -331,9 +335,9 @@ class LeaseTable:
         """
         lease = self._find(token)
         if not lease.admits(holder):
-            raise LeaseError(f"lease {token} was opened by another consumer")
+            raise LeaseError(f"lease {shown(token)} was opened by another consumer")
         if holder.rank in lease.settled:
-            raise LeaseEndedError(f"rank {holder.rank} has settled lease {token}")
+            raise LeaseEndedError(f"rank {holder.rank} has settled lease {shown(token)}")
         lease.holders[holder.rank] = holder
         if lease.state is LeaseState.OPEN:
             lease.state = LeaseState.ACTIVE
@@ -448,8 +452,8 @@ class LeaseTable:
             return lease
         before = self._ended.get(token)
         if before is not None:
-            raise LeaseEndedError(f"lease {token} has ended ({before.state.value})")
-        raise LeaseUnknownError(f"no lease {token} here")
+            raise LeaseEndedError(f"lease {shown(token)} has ended ({before.state.value})")
+        raise LeaseUnknownError(f"no lease {shown(token)} here")
 
     def _extend(self, lease: Lease, now: float) -> None:
         # The timer stays where it is; expire() sets it again when it comes up too early.

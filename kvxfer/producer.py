@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
-from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
 from kvxfer.gate import Gate
 from kvxfer.lease import Holder, Lease, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
@@ -337,7 +337,7 @@ class Producer:
     def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:
         lease = self._table.held(message.token, holder)
         if lease is None:
-            why = f"no lease {message.token} is held by rank {holder.rank} of {holder.name!r}"
+            why = f"no lease {shown(message.token)} is held by rank {holder.rank} of {holder.name!r}"
             self._refuse(connection, "unknown_lease", why, message.token, counted=True)
             return
         key = PackKey(message.token, holder.rank)

@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvxfer.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
@@ -137,7 +139,7 @@ class Transfer:
 
     def __repr__(self) -> str:
         state = "running" if not self.done else f"failed: {self._error}" if self._error else "done"
-        return f"<Transfer of {self.ref.request or self.ref.token!r} {state}>"
+        return f"<Transfer of {self.ref.request or shown(self.ref.token)} {state}>"
 
     def end(
         self,

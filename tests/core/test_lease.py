@@ -362,6 +362,17 @@ def test_a_reference_survives_json():
     assert LeaseRef.mint(owner="e", addresses=["tcp://h:1"]).token != ref.token
 
 
+def test_a_token_is_not_shown(table):
+    """Who reads logs and errors can tell leases apart, and read no KV."""
+    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1"])
+    said = [repr(ref), str([ref]), f"{ref}"]
+    for call in (lambda: table.offer(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
+        with pytest.raises(LeaseError) as caught:
+            call()
+        said.append(str(caught.value))
+    assert all(ref.token[:8] in text and ref.token[:9] not in text for text in said), said
+
+
 GOOD = {"v": 1, "token": T1, "owner": "o", "addresses": ["tcp://127.0.0.1:5600"], "request": "r", "num_tokens": 3}
 
 
