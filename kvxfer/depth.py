@@ -18,7 +18,7 @@ _FEWEST: Final = 3
 _TO_BEGIN_WITH: Final = 4
 """One for each leg and one more: right where messages take no time."""
 _REMEMBERED: Final = 8
-"""Transfers, and chunks of one. Several ends may be noticed at once, so a pace is that of several."""
+"""Transfers, and chunks of one at least. Several ends may be noticed at once, so a pace is that of several."""
 
 
 def depth(alone_s: float, pace_s: float, most: int) -> int:
@@ -67,7 +67,7 @@ class Ends:
     def __init__(self, depth: Depth) -> None:
         self._depth = depth
         self._first: float | None = None
-        self._last: deque[float] = deque(maxlen=_REMEMBERED + 1)
+        self._last: deque[float] = deque()
 
     def begun(self, now: float) -> None:
         """A chunk is asked for."""
@@ -79,5 +79,9 @@ class Ends:
         if not self._last and self._first is not None:
             self._depth.alone(now - self._first)
         self._last.append(now)
-        if len(self._last) == self._last.maxlen:
-            self._depth.pace((now - self._last[0]) / _REMEMBERED)
+        # Too few come in bursts, with a gap after each: only over all that are under way at a time is the pace their own.
+        several = max(_REMEMBERED, self._depth.number)
+        while len(self._last) > several + 1:
+            self._last.popleft()
+        if len(self._last) == several + 1:
+            self._depth.pace((now - self._last[0]) / several)

@@ -72,13 +72,13 @@ def register(router: str, server: Registration) -> None:
         socket.connect(f"tcp://{router}")
         while True:
             healthy = server.healthy()
-            if healthy:
-                with contextlib.suppress(zmq.Again):
-                    socket.send(msgspec.msgpack.encode(server), zmq.NOBLOCK)
             if healthy != told:
                 told = healthy
                 sys.stdout.write(f"{server.http_address} is {'healthy' if healthy else 'not healthy'}\n")
                 sys.stdout.flush()
+            if healthy:
+                with contextlib.suppress(zmq.Again):
+                    socket.send(msgspec.msgpack.encode(server), zmq.NOBLOCK)
             time.sleep(_EVERY_S)
 
 

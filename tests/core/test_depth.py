@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvxfer.depth import Depth, Ends, depth
@@ -67,10 +67,12 @@ def transfer(found: Depth, legs: list[float], message_s: float, chunks: int = 10
     st.lists(st.floats(0.1, 1.0), min_size=1, max_size=3),
     st.floats(0.0, 5.0),
 )
+@example([0.1, 0.1], 1.28125)
+@example([0.109375], 3.0)
 def test_the_slowest_leg_is_kept_busy(legs, message_s):
-    """Whatever the legs and messages take, after a few transfers the slowest leg sets the pace, and no more than needed wait."""
+    """Whatever the legs and messages take, after some transfers the slowest leg sets the pace, and no more than needed wait."""
     found = Depth(64)
-    for _ in range(3):
+    for _ in range(25):
         transfer(found, legs, message_s)
     pace_s, most = transfer(found, legs, message_s, 400)
     needed = (sum(legs) + message_s) / max(legs)
