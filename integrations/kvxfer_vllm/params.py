@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from kvxfer.errors import LeaseRefError
+from kvxfer.layout import MAX_RANKS
 from kvxfer.lease import LeaseRef
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.reasons import Refusal
@@ -181,8 +182,9 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
     wrong = _checked_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
-    if len(lease.addresses) not in (1, params["tp_size"]):  # the first rank knows the others
-        ranks = f"tp_size is {params['tp_size']}, the lease names {len(lease.addresses)} ranks"
+    size = params["tp_size"]
+    if not 0 < size <= MAX_RANKS or len(lease.addresses) not in (1, size):  # the first rank knows the others
+        ranks = f"tp_size is {size}, the lease names {len(lease.addresses)} ranks"
         return Refused(Refusal.CONTRADICTION, ranks)
     wrong = _checked_sizes(params)
     if wrong is not None:

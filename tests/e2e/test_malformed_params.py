@@ -128,6 +128,7 @@ HARMLESS = {
     "remote_block_ids": [[[1_999_999]], [[5] * 3]],
     "remote_host": ["", "no such host.invalid", "203.0.113.1", "../../etc"],
     "remote_port": [1],
+    "tp_size": [2],  # a lease may name the first rank only
     "do_remote_decode": [0],
     "pp_size": [None],
     "dcp_size": [None],

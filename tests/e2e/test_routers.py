@@ -60,8 +60,12 @@ def test_same_tokens(routed, num_tokens, stream):
 def test_it_asks_both_at_once(routed):
     """Of a prompt that is computed in several steps, blocks are across before the last one."""
     early = routed.count("early_bytes_total")
-    assert routed.router.ask(routed.lab.prompt(3500), max_tokens=2).ok
-    assert routed.count("early_bytes_total") > early
+    # Prefill takes a third of a second: on a busy machine a decode server may be that late once.
+    for _ in range(3):
+        assert routed.router.ask(routed.lab.prompt(3500), max_tokens=2).ok
+        if routed.count("early_bytes_total") > early:
+            return
+    pytest.fail("nothing was across before prefill had ended")
 
 
 def test_many_clients_at_once(routed):

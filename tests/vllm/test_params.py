@@ -92,6 +92,8 @@ MALFORMED = {
     "port out of range": (good(remote_port=70000), Refusal.BAD_TYPE),
     "host of a list": (good(remote_host=["a"]), Refusal.BAD_TYPE),
     "tp size of text": (good(tp_size="1"), Refusal.BAD_TYPE),
+    "no tp size": (good(tp_size=0), Refusal.CONTRADICTION),
+    "absurd tp size": (good(tp_size=10**9), Refusal.CONTRADICTION),
     "other tp size": (
         good(tp_size=3, kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])),
         Refusal.CONTRADICTION,
