@@ -10,6 +10,8 @@ import warnings
 
 import pytest
 
+from kvxfer import registry
+
 # As in tests/xla: to be said before JAX is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +21,15 @@ if importlib.util.find_spec("vllm") is not None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("vllm.v1.core.sched.scheduler")
+
+
+@pytest.fixture(params=["inproc", "nixl"])
+def agent(request):
+    """Each transfer engine that can run here."""
+    reason = registry.why_unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
 
 
 @pytest.fixture

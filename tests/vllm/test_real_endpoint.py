@@ -9,20 +9,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from kvxfer import registry
 from kvxfer.errors import ConfigError, UnavailableError
 from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, expected, handed_over, prompt_of
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(params=["inproc", "nixl"])
-def agent(request):
-    """Each transfer engine that can run here."""
-    reason = registry.why_unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.mark.parametrize("length", [1, 33, 1000])

@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MLAAttentionSpec
 
-from kvxfer import registry
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
@@ -75,15 +74,6 @@ def engines(monkeypatch):
     yield make
     for engine in made:
         engine.close()
-
-
-@pytest.fixture(params=["inproc", "nixl"])
-def agent(request):
-    """Each transfer engine that can run here."""
-    reason = registry.why_unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.mark.parametrize(
