@@ -35,6 +35,7 @@ _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 
 if not _MISSING:
     from kvxfer.secret import Secret
+    from kvxfer.testing.eventually import tries
     from kvxfer_vllm.local.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
     from kvxfer_vllm.local.model import SMALL, make_model
     from kvxfer_vllm.local.pair import PushProxy, Router, ServerSettings, VllmServer, start_all
@@ -292,12 +293,7 @@ class Lab:
 
 def eventually(condition, timeout_s: float = 30.0) -> bool:
     """Whether a condition comes true within a time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+    return any(condition() for _ in tries(timeout_s, interval_s=0.05))
 
 
 @pytest.fixture(scope="session")

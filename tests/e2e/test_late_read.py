@@ -8,7 +8,6 @@ vLLM's NixlConnector, with this very lease of 3 s, this producer of 400 blocks a
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from dataclasses import replace
 
@@ -129,14 +128,13 @@ def wait_in_queue(lab, way) -> tuple[float, bool]:
     prompt = lab.prompt(600)
     expected = lab.expect(prompt, 8)
     long_prompt = lab.prompt(50)
-    busy = threading.Thread(target=lambda: consumer.ask(long_prompt, max_tokens=2500))
-    busy.start()
-    assert lab.eventually(lambda: consumer.metric("vllm:num_requests_running") == 1)
+    busy = lab.threads.submit(consumer.ask, long_prompt, max_tokens=2500)
+    assert lab.eventually(lambda: busy.done() or consumer.metric("vllm:num_requests_running") == 1), consumer.metrics()
     params, prefilled = lab.begin(way, prompt)
     begin = time.monotonic()
     answer = consumer.ask(prompt, max_tokens=8, kv_transfer_params=params)
     waited_s = time.monotonic() - begin
-    busy.join()
+    assert busy.result().ok, busy.result().body
     assert prefilled.result().ok
     assert answer.tokens == expected
     read = lab.eventually(lambda: consumer.metric("vllm:kvxfer_transfer_seconds_count") == before + 1)
