@@ -92,11 +92,15 @@ def test_whole(benchmark, measuring, report, arena, target):
 
     source, sink = cache("HND"), cache(target)
     part = plan([source.spec], sink.spec).parts[0]
-    router = Router(part, Costs(), slot_nbytes=arena.slot_nbytes, addressable=(False, False), only=Route.BOTH)
+    size = arena.slot_nbytes
+    router = Router(
+        part, Costs(), slot_nbytes=size, addressable=(False, False), chunk_nbytes=(size, size), only=Route.BOTH
+    )
     rng = np.random.default_rng(0)
     match = part.match(rng.permutation(2 * number)[:number], rng.permutation(2 * number)[:number])
-    images = router.choose(match).images
-    assert images is not None
+    chosen = router.choose(match).size
+    assert chosen is not None
+    images = chosen.images
     chunks = list(images.chunks(match.tokens))
     told: list[object] = []
     packer = Packer(source, arena, lambda *what: told.append(what))

@@ -6,6 +6,7 @@ The device is emulated (`benchmarks.paced`). Each leg is measured alone, and the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -80,6 +81,39 @@ def test_pipeline(benchmark, measuring, report, target):
             "legs": ", ".join(f"{name} {nbytes / s / 1e9:.1f} GB/s" for name, s in legs.items()),
         },
     )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("device", ["emulated", "host"])
+def test_chunk_sizes(benchmark, measuring, report, monkeypatch, device):
+    """Chunks of the size that follows from what they take, beside chunks that are as large as a slot, in turns."""
+    why = registry.why_unavailable("nixl")
+    if why is not None:
+        pytest.skip(why)
+    sizes, rounds = ((16, 64, 256), 15) if measuring else ((8,), 1)
+    near = Geometry(order="HND", device=device)
+    near = dataclasses.replace(near, blocks=max(sizes) * MIB // near.block_nbytes)
+    far = dataclasses.replace(near, order="NHD")
+    with contextlib.ExitStack() as stack:
+        free = stack.enter_context(pair_of(near, far))
+        monkeypatch.setenv("KVXFER_MIN_CHUNK_NBYTES", str(1 << 40))
+        fixed = stack.enter_context(pair_of(near, far))
+        for mib in sizes:
+            blocks = list(range(mib * MIB // near.block_nbytes))
+            for _ in range(rounds):  # until it knows what they take
+                free.read_s(blocks, blocks), fixed.read_s(blocks, blocks)
+            turns = [(free.read_s(blocks, blocks), fixed.read_s(blocks, blocks)) for _ in range(rounds)]
+            report(
+                "Packed reads, HND to NHD: chunks as large as suits, beside chunks of 8 MiB",
+                **{
+                    "device": device,
+                    "MiB": str(mib),
+                    "suited": f"{statistics.median(turn[0] for turn in turns) * 1e3:.1f} ms",
+                    "8 MiB": f"{statistics.median(turn[1] for turn in turns) * 1e3:.1f} ms",
+                    "of that": f"{statistics.median(a / b for a, b in turns):.2f}",
+                },
+            )
+        benchmark.pedantic(lambda: free.read_s(blocks, blocks), rounds=1)
 
 
 @pytest.mark.timeout(600)

@@ -23,6 +23,8 @@ _MOST = {
     "max_messages_per_s": 1 << 30,
     "staging_nbytes": 1 << 40,
     "chunks_in_flight": 64,
+    "min_chunk_nbytes": 1 << 40,
+    "max_chunk_nbytes": 1 << 40,
 }
 _LEAST = {"staging_nbytes": 1 << 15, "max_connections": 8, "max_messages_per_s": 100}
 
@@ -73,6 +75,11 @@ class Settings:
     chunks_in_flight: int = 8
     """Consumer: most chunks of one transfer from one source at a time. How many there are follows from how long they take
     (`kvxfer.depth`)."""
+    min_chunk_nbytes: int = 512 << 10
+    """Consumer: chunks are not made smaller than this; how large they are follows from what they take (`kvxfer.chunking`)."""
+    max_chunk_nbytes: int = 1 << 40
+    """Consumer: nor larger than this, nor than a slot of either side's staging arena. As much as the least: all have this size.
+    A block of one layer is not divided."""
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from, for `describe`."""
 

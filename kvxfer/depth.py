@@ -10,6 +10,7 @@ themselves, and one more is found to be needed each time, until there are enough
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from typing import Final
 
@@ -19,6 +20,10 @@ _TO_BEGIN_WITH: Final = 4
 """One for each leg and one more: right where messages take no time."""
 _REMEMBERED: Final = 8
 """Transfers, and chunks of one at least. Several ends may be noticed at once, so a pace is that of several."""
+_KNOWN: Final = 3
+"""Transfers that have to agree before what chunks take counts as known: the first one touches memory, and loads programs."""
+_FEWEST_ENDS: Final = 2
+"""Of a transfer that says something about the pace of its chunks, if not how many of them there should be."""
 
 
 def depth(alone_s: float, pace_s: float, most: int) -> int:
@@ -35,7 +40,7 @@ def depth(alone_s: float, pace_s: float, most: int) -> int:
 
 
 class Depth:
-    """Of the transfers from one peer, each of which goes on with what those before have found. Data thread only.
+    """Of chunks of one size from one peer: each transfer goes on with what those before have found. Data thread only.
 
     Attributes:
         most: by setting.
@@ -46,9 +51,20 @@ class Depth:
         self.most: int = most
         self.number: int = min(_TO_BEGIN_WITH, most)
         self._alone: deque[float] = deque(maxlen=_REMEMBERED)
+        self._paces: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @property
+    def alone_s(self) -> float | None:
+        """What a chunk takes when nothing else is under way, if that is known: what else the machine did can only add to it."""
+        return min(self._alone) if len(self._alone) >= _KNOWN else None
+
+    @property
+    def pace_s(self) -> float | None:
+        """From the end of a chunk to that of the next, if that is known."""
+        return statistics.median(self._paces) if len(self._paces) >= _KNOWN else None
 
     def alone(self, seconds: float) -> None:
-        """The first chunk of a transfer took so long. What else the machine did can only have made it longer."""
+        """The first chunk of a transfer took so long."""
         self._alone.append(seconds)
 
     def pace(self, seconds: float) -> None:
@@ -56,9 +72,18 @@ class Depth:
         if self._alone:
             self.number = depth(min(self._alone), seconds, self.most)
 
+    def over(self, pace_s: float) -> None:
+        """A transfer has ended, whose chunks ended so far from each other."""
+        self._paces.append(pace_s)
+
+    def forget(self) -> None:
+        """What was measured is too old to be believed."""
+        self._alone.clear()
+        self._paces.clear()
+
 
 class Ends:
-    """When the chunks of one transfer begin and end.
+    """When the chunks of one transfer begin and end. Tells a `Depth`, where they are as large as its chunks are.
 
     Args:
         depth: is told.
@@ -66,18 +91,24 @@ class Ends:
 
     def __init__(self, depth: Depth) -> None:
         self._depth = depth
-        self._first: float | None = None
+        self._begun = self._ended = 0
+        self._whole = False
+        self._first_begin = self._first_end = 0.0
         self._last: deque[float] = deque()
 
-    def begun(self, now: float) -> None:
-        """A chunk is asked for."""
-        if self._first is None:
-            self._first = now
+    def begun(self, now: float, *, whole: bool = True) -> None:
+        """A chunk is asked for: a ``whole`` one, or one much smaller than chunks of this size are."""
+        if not self._begun:
+            self._first_begin, self._whole = now, whole
+        self._begun += 1
 
     def ended(self, now: float) -> None:
         """A chunk has come to its end."""
-        if not self._last and self._first is not None:
-            self._depth.alone(now - self._first)
+        self._ended += 1
+        if self._ended == 1:
+            self._first_end = now
+            if self._whole:
+                self._depth.alone(now - self._first_begin)
         self._last.append(now)
         # Too few come in bursts, with a gap after each: only over all that are under way at a time is the pace their own.
         several = max(_REMEMBERED, self._depth.number)
@@ -85,3 +116,8 @@ class Ends:
             self._last.popleft()
         if len(self._last) == several + 1:
             self._depth.pace((now - self._last[0]) / several)
+
+    def over(self) -> None:
+        """No more will come."""
+        if self._whole and self._ended >= _FEWEST_ENDS:
+            self._depth.over((self._last[-1] - self._first_end) / (self._ended - 1))

@@ -415,6 +415,7 @@ class Endpoint:
                 addressable=(peer.addressable, self._identity.addressable),
                 casts=(peer.casts, self._identity.casts),
                 in_flight=self.settings.chunks_in_flight,
+                chunk_nbytes=(self.settings.min_chunk_nbytes, self.settings.max_chunk_nbytes),
                 only=self._route,
             )
             for peer, part in zip(peers, made.parts, strict=True)

@@ -128,10 +128,18 @@ class Images:
         self._side = part.source if like == "source" else part.target
         self.tiles: tuple[Tile, ...] = tuple(self._tiles())
         self._made: dict[tuple[int, Span, int], Image] = {}
-        for tile in self.tiles:
-            if self._block_nbytes(tile) > slot_nbytes:
-                what = f"one block of one layer takes {self._block_nbytes(tile)} bytes"
-                raise IncompatibleError("staging", f"{what}, a staging slot has {slot_nbytes}: give the arena more")
+        if self.least_nbytes > slot_nbytes:
+            what = f"one block of one layer takes {self.least_nbytes} bytes"
+            raise IncompatibleError("staging", f"{what}, a staging slot has {slot_nbytes}: give the arena more")
+
+    @property
+    def least_nbytes(self) -> int:
+        """No chunk can be promised to be smaller: the largest block of one layer."""
+        return max((self._block_nbytes(tile) for tile in self.tiles), default=0)
+
+    def resized(self, nbytes: int) -> Images:
+        """The same, in other sizes. Raises IncompatibleError."""
+        return Images(self.part, self._like, nbytes)
 
     def chunks(self, tokens: Sequence[Span]) -> Iterator[Chunk]:
         """What to move, cut so that each chunk fits into a slot.

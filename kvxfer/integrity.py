@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvxfer.depth import Ends
 from kvxfer.errors import Difference, IncompatibleError, IntegrityError
 from kvxfer.image import digest, image_table
 from kvxfer.packer import start_copies
@@ -52,6 +53,8 @@ class Check:
         self._asked: dict[int, Chunk] = {}
         self._told: list[int] = []
         self._busy = 0
+        self._depth = leg.source.router.comparing
+        self._ends = Ends(self._depth)
         self._over = False
 
     @property
@@ -66,11 +69,12 @@ class Check:
 
     def go_on(self, carrier: Carrier) -> None:
         """Ask for further digests, until all are compared. What differs is noted with the read, which fails when it is over."""
-        while self._busy < self._leg.source.router.depth.number:
+        while self._busy < self._depth.number:
             chunk = self._next()
             if chunk is None:
                 break
             self._busy += 1
+            self._ends.begun(carrier.now())
             number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
             self._asked[number] = chunk
             told, self._told = self._told, []
@@ -107,6 +111,7 @@ class Check:
             if ours != theirs:
                 self._differs(chunk)
             self._busy -= 1
+            self._ends.ended(carrier.now())
             self.go_on(carrier)
 
         carrier.take_slot(self._leg, pack)

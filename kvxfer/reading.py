@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from kvxfer.actions import Source, StartRead
     from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
+    from kvxfer.chunking import Size
     from kvxfer.errors import Difference
-    from kvxfer.image import Chunk, Image, Images
+    from kvxfer.image import Chunk, Image
     from kvxfer.part import Match
-    from kvxfer.route import Choice
     from kvxfer.staging import Bytes
 
 
@@ -219,8 +219,8 @@ class Leg:
             self._go_on(carrier)
 
         choice = self.source.router.choose(match)
-        if choice.route is not Route.DIRECT and choice.images is not None:
-            self._work = _Packed(self, match, choice, choice.images, moved)
+        if choice.size is not None:
+            self._work = _Packed(self, match, choice.route, choice.size, moved)
             self._work.go_on(carrier)
             return
         spans = choice.bound.descriptors()
@@ -281,19 +281,20 @@ class Leg:
 class _Packed:
     """Tokens of one leg, in chunks: as many as `kvxfer.depth` says are asked for, on the wire or being unpacked at a time."""
 
-    def __init__(self, leg: Leg, match: Match, choice: Choice, images: Images, then: Callable[[], None]) -> None:
+    def __init__(self, leg: Leg, match: Match, route: Route, size: Size, then: Callable[[], None]) -> None:
         self._leg = leg
-        self._images = images
-        self._route = choice.route
+        self._images = size.images
+        self._route = route
         self._match = match
         self._then = then
-        self._todo: Iterator[Chunk] = images.chunks(match.tokens)
+        self._todo: Iterator[Chunk] = size.images.chunks(match.tokens)
         self._asked: dict[int, Chunk] = {}
         self._open: set[int] = set()
         self._taken: list[int] = []
         self._busy = 0
-        self._depth = leg.source.router.depth
+        self._depth = size.depth
         self._ends = Ends(self._depth)
+        self._whole_nbytes = size.nbytes // 2
         self._exhausted = False
         self._over = False
 
@@ -314,8 +315,8 @@ class _Packed:
                 self._exhausted = True
                 break
             self._busy += 1
-            self._ends.begun(carrier.now())
             image = self._images.image(chunk)
+            self._ends.begun(carrier.now(), whole=image.nbytes > self._whole_nbytes)
             if self._route is Route.TARGET_UNPACKED:
                 self._land(carrier, chunk, image, None, None)
             else:
@@ -333,6 +334,7 @@ class _Packed:
             carrier.unstage(self._leg, taken)
         if self._exhausted and not self._busy and not self._over:
             self._over = True
+            self._ends.over()
             self._then()
 
     def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:  # noqa: ARG002

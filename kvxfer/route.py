@@ -22,6 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.chunking import Chunking, Legs
 from kvxfer.depth import Depth
 from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.image import Images
@@ -31,6 +32,7 @@ from kvxfer.plan import CASTABLE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvxfer.chunking import Size
     from kvxfer.part import Bound, Match, PlanPart
 
 
@@ -118,7 +120,7 @@ class Choice:
         barred: why the others cannot.
         runs: descriptors of the direct route, or what they would be.
         nbytes: to move, as the source has them.
-        images: the chunks of a packed route; None if it is direct.
+        size: the chunks of a packed route; None if it is direct.
         staging_nbytes: most that the route may have in staging slots of one process at a time, were it alone.
     """
 
@@ -128,7 +130,7 @@ class Choice:
     barred: Mapping[Route, str]
     runs: int
     nbytes: int
-    images: Images | None
+    size: Size | None
     staging_nbytes: int
 
     @property
@@ -147,7 +149,7 @@ class Choice:
 
 
 class Router:
-    """Chooses the route of one part of a plan, request by request. Remembers the shapes of its chunks.
+    """Chooses the route of one part of a plan, and the size of its chunks, request by request. Remembers what they took.
 
     Args:
         part: of the plan.
@@ -155,8 +157,12 @@ class Router:
         slot_nbytes: of one staging slot: the smaller of both sides'.
         addressable: whether the source's and the target's memory can be reached by the transfer engine.
         casts: dtypes that the source's and the target's devices can turn into each other.
-        in_flight: most chunks of one transfer that are staged at a time; `depth` says how many are.
+        in_flight: most chunks of one transfer that are staged at a time.
+        chunk_nbytes: least and most of a chunk; what a slot and a block of a layer need stands above both.
         only: take this route and no other.
+
+    Attributes:
+        comparing: how many of the chunks of `for_comparison` are asked for at a time.
 
     Raises:
         IncompatibleError: no route can be taken, whatever the request.
@@ -171,12 +177,14 @@ class Router:
         addressable: tuple[bool, bool] = (True, True),
         casts: tuple[frozenset[str], frozenset[str]] = (CASTABLE, CASTABLE),
         in_flight: int = 8,
+        chunk_nbytes: tuple[int, int] = (512 << 10, 1 << 40),
         only: Route | None = None,
     ) -> None:
         self.part = part
         self._costs = costs
         self._slot_nbytes = slot_nbytes
-        self.depth: Depth = Depth(in_flight)
+        self._in_flight = in_flight
+        self.comparing: Depth = Depth(in_flight)
         self.barred: dict[Route, str] = {}
         source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
         if part.converts:
@@ -199,18 +207,23 @@ class Router:
                 who = ("source", "target")[converting]
                 what = " and ".join(sorted(dtypes))
                 self.barred.setdefault(route, f"the {who}'s device does not convert {what} (kvxfer[dtypes])")
-        self._images: dict[Route, Images] = {}
+        self._chunking: dict[Route, Chunking] = {}
+        least, most = chunk_nbytes
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             if route not in self.barred:
                 try:
-                    self._images[route] = Images(part, self._like(route), slot_nbytes)
+                    images = Images(part, self._like(route), slot_nbytes)
                 except IncompatibleError as error:
                     self.barred[route] = str(error)
+                    continue
+                if most < slot_nbytes:
+                    images = images.resized(max(most, images.least_nbytes))
+                self._chunking[route] = Chunking(images, least_nbytes=least, in_flight=in_flight)
         if only is not None:
             for route in Route:
                 if route is not only:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
-        self._packed = [self._least(route) for route in self._images if route not in self.barred]
+        self._packed = [self._least(route) for route in self._chunking if route not in self.barred]
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
@@ -232,13 +245,15 @@ class Router:
         costs, bound = self._costs, self.part.bound(match)
         runs, nbytes = bound.likely_runs()
         seconds: dict[Route, float] = {}
+        packed: dict[Route, tuple[float, float, Legs]] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         direct_s = seconds.get(Route.DIRECT, math.inf)
         for route, least_s, nbyte_s in self._packed:
             # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
             if least_s + nbytes * nbyte_s < direct_s:
-                seconds[route] = self._packed_s(route, match)
+                packed[route] = self._legs(route, match)
+                seconds[route] = self._chunking[route].predicted_s(*packed[route])
         route = min(seconds, key=lambda each: seconds[each])
         return Choice(
             route=route,
@@ -247,8 +262,8 @@ class Router:
             barred=self.barred,
             runs=runs,
             nbytes=nbytes,
-            images=self._images.get(route) if route is not Route.DIRECT else None,
-            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self.depth.most * self._slot_nbytes),
+            size=None if route is Route.DIRECT else self._chunking[route].best(*packed[route]),
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self._in_flight * self._slot_nbytes),
         )
 
     def _like(self, route: Route) -> str:
@@ -259,7 +274,7 @@ class Router:
         return "target" if route is Route.SOURCE_PACKED else "source"
 
     def _least(self, route: Route) -> tuple[Route, float, float]:
-        """What `_packed_s` cannot be less than where elements keep their type: seconds, and more for each byte.
+        """What a packed route cannot be less than where elements keep their type: seconds, and more for each byte.
 
         One chunk at least, or full ones, unpacked in long runs.
         """
@@ -268,10 +283,11 @@ class Router:
             return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
         return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
-    def _packed_s(self, route: Route, match: Match) -> float:
-        costs, images = self._costs, self._images[route]
+    def _legs(self, route: Route, match: Match) -> tuple[float, float, Legs]:
+        """(bytes of all chunks, chunks of the largest size, what they take)."""
+        costs, images = self._costs, self._chunking[route].sizes[0].images
         pack_s = wire_s = unpack_s = 0.0
-        chunks = 0.0
+        chunks = nbytes = 0.0
         for number, tile in enumerate(images.tiles):
             # One chunk stands for all of its tile.
             chunk = next(images.chunks_of(number, match.tokens), None)
@@ -284,14 +300,15 @@ class Router:
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
             times = len(tile.layers) * (stop - start) / cells
             chunks += times
+            nbytes += times * image_nbytes
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
             wire_s += times * costs.wire_s(descriptors, image_nbytes)
             pack_s += times * costs.pack_s(packed, source_nbytes)
             unpack_s += times * costs.unpack_s(spread, image_nbytes)
         if route is Route.TARGET_UNPACKED:
-            return wire_s + unpack_s + chunks * costs.land_s
-        here_s = wire_s + chunks * costs.chunk_s + (unpack_s if route is Route.BOTH else 0.0)
-        return costs.ask_s + max(pack_s, here_s) + min(pack_s, here_s) / max(1.0, chunks)
+            return nbytes, chunks, Legs(0.0, 0.0, wire_s + unpack_s, costs.land_s)
+        here_s = wire_s + (unpack_s if route is Route.BOTH else 0.0)
+        return nbytes, chunks, Legs(costs.ask_s, pack_s, here_s, costs.chunk_s)
 
 
 def _ms(seconds: float) -> str:

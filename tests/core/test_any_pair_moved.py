@@ -8,6 +8,7 @@ shown with many more of them in test_any_pair.py.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -30,6 +31,8 @@ SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
 TINY = Settings(staging_nbytes=1 << 15, retry_s=0.2)
 EAGER = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 ROUTES = [None, None, *Route]
+# Least and most of a chunk: those of the settings' defaults are larger than a slot of the tiny arena.
+SIZES = [None, (1, 1 << 40), (1, 700), (1, 1)]
 
 
 def sealed(rank, share: float) -> list[BlockTable]:
@@ -41,7 +44,13 @@ def sealed(rank, share: float) -> list[BlockTable]:
 
 
 def move(
-    pair, agent: str, route: Route | None, seals: tuple[list[float], ...] = ([],), *, verify: bool = False
+    pair,
+    agent: str,
+    route: Route | None,
+    seals: tuple[list[float], ...] = ([],),
+    *,
+    verify: bool = False,
+    sizes: tuple[int, int] | None = None,
 ) -> None:
     """Read the pair's request into every target rank; what arrives is checked against the oracle, and if asked by the product too.
 
@@ -51,11 +60,12 @@ def move(
     A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
     """
     expected = pair.expected()
+    tiny = TINY if sizes is None else replace(TINY, min_chunk_nbytes=sizes[0], max_chunk_nbytes=sizes[1])
     with contextlib.ExitStack() as stack:
 
         def endpoints(name, ranks, **more):
             return [
-                stack.enter_context(Endpoint(rank.cache, agent, name=name, settings=TINY, costs=EAGER, **more))
+                stack.enter_context(Endpoint(rank.cache, agent, name=name, settings=tiny, costs=EAGER, **more))
                 for rank in ranks
             ]
 
@@ -100,10 +110,10 @@ def move(
 
 
 @MANY
-@given(pair_cases(), st.sampled_from(ROUTES))
-def test_any_cache_is_read_into_any_other(pair, route):
-    """Through endpoints over the reference agent, on a route of choice or of the model's: the right bytes and no others."""
-    move(pair, "inproc", route)
+@given(pair_cases(), st.sampled_from(ROUTES), st.sampled_from(SIZES))
+def test_any_cache_is_read_into_any_other(pair, route, sizes):
+    """Through endpoints over the reference agent, on a route of choice or of the model's, in chunks of any size: the right bytes and no others."""
+    move(pair, "inproc", route, sizes=sizes)
 
 
 @settings(max_examples=max(200, settings.default.max_examples // 4))

@@ -60,6 +60,7 @@ def transfer(found: Depth, legs: list[float], message_s: float, chunks: int = 10
         else:
             free_at[leg + 1] = max(now, free_at[leg + 1]) + legs[leg + 1]
             heapq.heappush(running, (free_at[leg + 1], leg + 1, chunk))
+    ends.over()
     return last / chunks, most
 
 

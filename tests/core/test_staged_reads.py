@@ -174,6 +174,23 @@ def test_how_much_one_read_stages_is_a_setting(engines, most):
     assert all(0 < engine.ranks[0].arena.peak <= most for engine in (source, target))
 
 
+@pytest.mark.parametrize("most", [1024, 3000, 1 << 40])
+def test_how_large_chunks_are_is_a_setting(engines, most):
+    """Least and most of ``chunk_nbytes`` alike: all chunks have that size, as far as a slot has room and a block is not divided."""
+    sizes = replace(SMALL, min_chunk_nbytes=most, max_chunk_nbytes=most)
+    source = engines("P", order="HND", blocks=64)
+    target = engines("D", order="NHD", blocks=64, route="both", settings=sizes)
+    source.fill(1)
+    blocks = np.arange(64)
+    (rank,) = target.ranks
+    transfer = rank.endpoint.read(source.lease(blocks), blocks)
+    assert transfer.wait(60)
+    np.testing.assert_array_equal(target.logical, source.logical)
+    block_nbytes = rank.array.nbytes // 3 // 64
+    chunk_nbytes = max(block_nbytes, min(most, rank.arena.slot_nbytes) // block_nbytes * block_nbytes)
+    assert transfer.descriptors == rank.array.nbytes // chunk_nbytes
+
+
 @pytest.mark.parametrize("route", ["source_packed", "target_unpacked", "both"])
 def test_many_transfers_share_a_small_arena(engines, route):
     """64 reads at once through an arena of 8 slots all end well, and the last is not served after all the others."""
