@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from array import array
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
@@ -50,11 +50,17 @@ class BlockTable:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A `BlockTable` that was checked against its group. ``tokens`` is the number that one entry stands for."""
+    """A `BlockTable` that was checked against its group.
+
+    Attributes:
+        tokens: that one entry stands for.
+        bound: all ids are below it, if it is known; else 0.
+    """
 
     ids: BlockIds
     first_token: int
     tokens: int
+    bound: int = 0
 
     @property
     def end_token(self) -> int:
@@ -73,7 +79,7 @@ class Table:
         # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
         numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
         parts = [(ids[one], numbers[one]) for one in _pieces(len(ids))]
-        last = np.empty(_largest(ids) + 1, dtype=_NUMBERS.dtype)
+        last = np.empty(self.bound or _largest(ids) + 1, dtype=_NUMBERS.dtype)
         for part, places in parts:
             last[part] = places
         return not all((last[part] == places).all() for part, places in parts)
@@ -105,7 +111,7 @@ def tables(
         where = f" of group {group.name!r}" if several else ""
         table = given if isinstance(given, BlockTable) else BlockTable(given, _begin(group, first_token))
         ids = _ids(table.ids, group.num_blocks, f"{whose} block".lstrip(), where)
-        checked = Table(ids, _first(table.first_token, group, where), group.table_tokens)
+        checked = Table(ids, _first(table.first_token, group, where), group.table_tokens, group.num_blocks)
         if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
         made.append(checked)
@@ -131,8 +137,8 @@ def _pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
 
 def _array(blocks: Any) -> npt.NDArray[Any]:
     if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
-        with contextlib.suppress(TypeError, OverflowError):  # NumPy says what is wrong
-            return np.frombuffer(array("q", blocks), dtype=np.int64)  # half as long as NumPy takes
+        with contextlib.suppress(struct.error):  # NumPy says what is wrong
+            return np.frombuffer(struct.pack(f"{len(blocks)}q", *blocks), dtype=np.int64)  # a quarter of what NumPy takes
     return np.asarray(blocks)
 
 
