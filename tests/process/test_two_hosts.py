@@ -6,6 +6,7 @@ The control channel has a secret, without which such addresses cannot be bound, 
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
@@ -37,18 +38,28 @@ def wire():
 
 
 @pytest.fixture
-def pair(wire):
-    """A producer on one host and a consumer on the other."""
+def start(wire):
+    """Starts an engine on one of the two hosts."""
     made = []
-    for seed, end in enumerate(wire.ends, start=1):
+
+    def start(host: int) -> Child:
+        end = wire.ends[host]
         network = {"namespace": end.namespace, "device": end.device, "bind": f"tcp://{end.address}:0", "ucx": "TLS=tcp"}
-        made.append(Child(seed, LARGE, settings=SETTINGS, secret=SECRET, **network))
+        made.append(Child(host + 1, LARGE, settings=SETTINGS, secret=SECRET, **network))
+        return made[-1]
+
     try:
-        yield [child.ready() for child in made]
+        yield start
     finally:
         wire.heal()
         for child in made:
             child.end()
+
+
+@pytest.fixture
+def pair(start):
+    """A producer on one host and a consumer on the other."""
+    return [child.ready() for child in (start(0), start(1))]
 
 
 def reads(producer, consumer, target):
@@ -90,8 +101,12 @@ def test_a_wire_that_is_too_slow(wire, pair):
 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
-def test_a_wire_that_breaks(wire, pair, how):
-    """Whatever was under way ends in time, by name, leases come to their end, and once it is healed the pair works again."""
+def test_a_wire_that_breaks(wire, pair, start, how):
+    """Whatever was under way ends in time, by name, leases come to their end, and once it is healed the pair works again.
+
+    UCX aborts a producer at times when it hears that the agent of its reader ended in mid-read: over TCP only, see docs/nixl.md,
+    and seen here once in fifteen. Then the consumer works with the producer's successor.
+    """
     producer, consumer = pair
     assert reads(producer, consumer, 100) == "done"
     wire.slow(20)
@@ -105,9 +120,14 @@ def test_a_wire_that_breaks(wire, pair, how):
     assert time.monotonic() - begin < TIMEOUT_S + MARGIN_S
     eventually(lambda: producer.ends().count("LeaseExpired") == 2, timeout_s=30.0)
     wire.heal()
-    works_again(producer, consumer)
+    try:
+        works_again(producer, consumer)
+    except (OSError, EOFError):
+        producer.process.join(10)
+        assert producer.process.exitcode == -signal.SIGABRT
+        works_again(start(0).ready(), consumer)
     outcome, _ = consumer.read_and_wait(held, BLOCKS, TIMEOUT_S)
-    assert outcome == "LeaseEndedError"
+    assert outcome == "LeaseEndedError" or (outcome != "done" and not producer.process.is_alive())
 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
