@@ -138,7 +138,8 @@ def _pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
 def _array(blocks: Any) -> npt.NDArray[Any]:
     if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
         with contextlib.suppress(struct.error):  # NumPy says what is wrong
-            return np.frombuffer(struct.pack(f"{len(blocks)}q", *blocks), dtype=np.int64)  # a quarter of what NumPy takes
+            packed = struct.pack(f"{len(blocks)}q", *blocks)  # a quarter of what NumPy takes
+            return np.frombuffer(packed, dtype=np.int64)
     return np.asarray(blocks)
 
 
