@@ -10,7 +10,6 @@ themselves, and one more is found to be needed each time, until there are enough
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from typing import Final
 
@@ -60,8 +59,11 @@ class Depth:
 
     @property
     def pace_s(self) -> float | None:
-        """From the end of a chunk to that of the next, if that is known."""
-        return statistics.median(self._paces) if len(self._paces) >= _KNOWN else None
+        """From the end of a chunk to that of the next, if that is known.
+
+        Of several transfers the first quartile, for the same reason; the least may be that of ends that were noticed together.
+        """
+        return sorted(self._paces)[len(self._paces) // 4] if len(self._paces) >= _KNOWN else None
 
     def alone(self, seconds: float) -> None:
         """The first chunk of a transfer took so long."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
@@ -128,9 +129,7 @@ class Images:
         self._side = part.source if like == "source" else part.target
         self.tiles: tuple[Tile, ...] = tuple(self._tiles())
         self._made: dict[tuple[int, Span, int], Image] = {}
-        if self.least_nbytes > slot_nbytes:
-            what = f"one block of one layer takes {self.least_nbytes} bytes"
-            raise IncompatibleError("staging", f"{what}, a staging slot has {slot_nbytes}: give the arena more")
+        self._check()
 
     @property
     def least_nbytes(self) -> int:
@@ -138,8 +137,11 @@ class Images:
         return max((self._block_nbytes(tile) for tile in self.tiles), default=0)
 
     def resized(self, nbytes: int) -> Images:
-        """The same, in other sizes. Raises IncompatibleError."""
-        return Images(self.part, self._like, nbytes)
+        """The same in another size; what is known of their shapes is shared. Raises IncompatibleError, as the constructor."""
+        other = copy(self)
+        other.slot_nbytes = nbytes
+        other._check()  # noqa: SLF001 - of this class
+        return other
 
     def chunks(self, tokens: Sequence[Span]) -> Iterator[Chunk]:
         """What to move, cut so that each chunk fits into a slot.
@@ -189,6 +191,11 @@ class Images:
         return made
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.least_nbytes > self.slot_nbytes:
+            what = f"one block of one layer takes {self.least_nbytes} bytes"
+            raise IncompatibleError("staging", f"{what}, a staging slot has {self.slot_nbytes}: give the arena more")
 
     def _tiles(self) -> Iterator[Tile]:
         heads: dict[tuple[int, int, str, int, int], Span] = {}
