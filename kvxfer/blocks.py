@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +70,7 @@ class Table:
     def repeats(self) -> bool:
         """Some id is given more than once."""
         ids = self.ids
-        if all((ids[one][1:] > ids[one][:-1]).all() for one in _pieces(len(ids), overlap=1)):
+        if len(ids) < 2 or all(_ascend(ids[one]) for one in _pieces(len(ids), overlap=1)):
             return False
         # np.sort would let go of the lock.
         if len(ids) <= _UNDER_THE_LOCK:
@@ -101,17 +100,21 @@ def tables(
         BlockError: not blocks of this cache.
     """
     groups = spec.groups
-    if len(groups) == 1 and not (_is_list(blocks) and len(blocks) and _is_table(blocks[0])):
-        blocks = [blocks]
-    if not _is_list(blocks) or len(blocks) != len(groups):
-        raise BlockError(f"{whose} block ids must be given for each of {len(groups)} cache groups".lstrip())
     several = len(groups) > 1
+    if not several and not (_is_list(blocks) and len(blocks) and _is_table(blocks[0])):
+        blocks = (blocks,)
+    elif not _is_list(blocks) or len(blocks) != len(groups):
+        raise BlockError(f"{whose} block ids must be given for each of {len(groups)} cache groups".lstrip())
     made = []
     for given, group in zip(blocks, groups, strict=True):
         where = f" of group {group.name!r}" if several else ""
-        table = given if isinstance(given, BlockTable) else BlockTable(given, _begin(group, first_token))
-        ids = _ids(table.ids, group.num_blocks, f"{whose} block".lstrip(), where)
-        checked = Table(ids, _first(table.first_token, group, where), group.table_tokens, group.num_blocks)
+        tokens = group.table_tokens
+        if isinstance(given, BlockTable):
+            table, first = given.ids, _first(given.first_token, group, where)
+        else:
+            table, first = given, _first(first_token // tokens * tokens, group, where) if first_token else 0
+        ids = _ids(table, group.num_blocks, f"{whose} block".lstrip(), where)
+        checked = Table(ids, first, tokens, group.num_blocks)
         if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
         made.append(checked)
@@ -137,14 +140,21 @@ def _pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
 
 def _array(blocks: Any) -> npt.NDArray[Any]:
     if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
-        with contextlib.suppress(struct.error):  # NumPy says what is wrong
-            packed = struct.pack(f"{len(blocks)}q", *blocks)  # a quarter of what NumPy takes
-            return np.frombuffer(packed, dtype=np.int64)
+        try:  # in a quarter of what NumPy takes
+            return np.frombuffer(struct.pack(f"{len(blocks)}q", *blocks), dtype=np.int64)
+        except struct.error:
+            pass  # NumPy says what is wrong
     return np.asarray(blocks)
 
 
 def _largest(numbers: npt.NDArray[Any]) -> int:
+    if len(numbers) <= _UNDER_THE_LOCK:
+        return int(np.maximum.reduce(numbers))
     return max(int(np.maximum.reduce(numbers[one])) for one in _pieces(len(numbers)))
+
+
+def _ascend(ids: npt.NDArray[Any]) -> bool:
+    return bool(np.logical_and.reduce(ids[1:] > ids[:-1]))
 
 
 def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -152,10 +162,6 @@ def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     for one in _pieces(len(ids)):
         cast[one] = ids[one]
     return cast
-
-
-def _begin(group: CacheGroup, token: int) -> int:
-    return token // group.table_tokens * group.table_tokens
 
 
 def _first(token: Any, group: CacheGroup, where: str) -> int:

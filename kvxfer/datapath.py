@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
+_COURTESY_S = 50e-6
+"""Whoever waits for a read goes on first when it has ended: the control thread, called in the same moment, would be given the
+interpreter's lock before them."""
 
 
 class Ends(ReadEnds, Protocol):
@@ -131,9 +134,8 @@ class DataPath:
     def turn(self, longest_s: float | None) -> None:
         """See `kvxfer.host.Loop`."""
         try:
-            self._ends.flush()
-            # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
             job = self._next_job(longest_s)
+            self._ends.flush()
             self._moved = False
             if isinstance(job, _Close):
                 self._over = True
@@ -159,14 +161,20 @@ class DataPath:
 
     def due_s(self) -> float | None:
         """See `kvxfer.host.Loop`."""
-        if self._moved or not self._jobs.empty():
+        # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
+        anybody = len(self._reads) or not self._packer.idle
+        if not self._jobs.empty() or (self._moved and anybody):
             return 0.0
+        waits = [_COURTESY_S] if self._ends.untold else []
         if self._reads.moving or self._packer.busy:
-            return 0.0 if self._life.agent is not None and self._life.agent.eager else self._nap_s
-        # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
-        wait_s = REMAKE_EVERY_S if self._life.agent is None else None
-        # The reads that are left wait for a chunk of a peer, or for each other.
-        return min((due_s for due_s in (self._reads.due_s(), wait_s) if due_s is not None), default=None)
+            eager = self._life.agent is not None and self._life.agent.eager
+            waits.append(0.0 if eager else self._nap_s)
+        else:
+            # Reads that are left wait for a chunk of a peer, or for each other.
+            waits += [due_s for due_s in (self._reads.due_s(),) if due_s is not None]
+            # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
+            waits += [REMAKE_EVERY_S] if self._life.agent is None else []
+        return min(waits, default=None)
 
     def _do(self, job: DataAction) -> None:
         reads = self._reads

@@ -200,7 +200,7 @@ class _Reports:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._untold = False
+        self.untold = False
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
         self._tell(lambda now: self._driver.consumer.read_ended(transfer, error, now))
@@ -218,10 +218,10 @@ class _Reports:
         self._tell(lambda _: self._driver.consumer.unstage(transfer, source, numbers))
 
     def flush(self) -> None:
-        if self._untold:
-            self._untold = False
+        if self.untold:
+            self.untold = False
             self._driver.wake()
 
     def _tell(self, command: Command) -> None:
         if self._driver.command(command, wake=False):
-            self._untold = True
+            self.untold = True

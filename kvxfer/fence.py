@@ -34,13 +34,14 @@ class LeaseBoard:
 
     def __init__(self, cells: int, scratch: int = 1024) -> None:
         self._array = np.zeros((cells + scratch, CELL_NBYTES), dtype=np.uint8)
+        self._begin = int(self._array.ctypes.data)
         self._free = list(range(cells - 1, -1, -1))
         self._free_scratch = list(range(cells + scratch - 1, cells - 1, -1))
 
     @property
     def memory(self) -> Memory:
         """Where the board lies."""
-        return Memory(self._array.ctypes.data, self._array.nbytes, MemoryKind.DRAM)
+        return Memory(self._begin, self._array.nbytes, MemoryKind.DRAM)
 
     def post(self, token: bytes) -> int:
         """Write ``token`` (16 bytes) into a free cell; returns the cell's address.
@@ -77,7 +78,7 @@ class LeaseBoard:
         self._free_scratch.append(self._index(address))
 
     def _address(self, index: int) -> int:
-        return int(self._array.ctypes.data) + index * CELL_NBYTES
+        return self._begin + index * CELL_NBYTES
 
     def _index(self, address: int) -> int:
-        return (address - int(self._array.ctypes.data)) // CELL_NBYTES
+        return (address - self._begin) // CELL_NBYTES

@@ -74,7 +74,7 @@ class Descriptors:
                 raise DescriptorError("descriptors are one-dimensional uint64 arrays")
         if not len(self.local) == len(self.remote) == len(self.nbytes):
             raise DescriptorError("descriptor arrays differ in length")
-        if len(self.nbytes) and not self.nbytes.all():
+        if not np.logical_and.reduce(self.nbytes):
             raise DescriptorError("a descriptor is empty")
 
     @classmethod
@@ -156,7 +156,8 @@ class RegionTable:
             if memory.address < 0 or memory.nbytes <= 0 or memory.end > 1 << 63:
                 raise ValueError(f"impossible region {memory}")
         self._memories = sorted(memories, key=lambda m: m.address)
-        self._starts = np.array([m.address for m in self._memories], dtype=np.uint64)
+        self._addresses = [m.address for m in self._memories]
+        self._starts = np.array(self._addresses, dtype=np.uint64)
         self._ends = np.array([m.end for m in self._memories], dtype=np.uint64)
         devices = {(m.kind, m.device_id): i for i, m in reversed(list(enumerate(self._memories)))}
         self._device = np.array([devices[m.kind, m.device_id] for m in self._memories], dtype=np.int64)
@@ -200,7 +201,7 @@ class RegionTable:
             return None  # addresses and lengths below 2^62 add up without wrapping around
         else:
             first, end = int(np.minimum.reduce(addresses)), int(_highest(addresses + nbytes))
-        index = bisect_right(self._memories, first, key=_address) - 1
+        index = bisect_right(self._addresses, first) - 1
         return np.array([index]) if index >= 0 and end <= self._memories[index].end else None
 
     def one_device(self, index: npt.NDArray[np.int64]) -> Memory:
@@ -219,7 +220,3 @@ class RegionTable:
 
 _highest = np.maximum.reduce
 """As the method `max`, which is Python on its way to this."""
-
-
-def _address(memory: Memory) -> int:
-    return memory.address

@@ -66,6 +66,11 @@ class Packer:
         """Copies are running whose end has to be asked for."""
         return bool(self._running)
 
+    @property
+    def idle(self) -> bool:
+        """Nothing runs, and nothing waits for a slot."""
+        return not self._running and not self._waiting
+
     def start(self, job: StartPack) -> None:
         """Pack a chunk when a slot is free."""
         self._waiting.put(job.key, job)
@@ -86,7 +91,7 @@ class Packer:
     def turn(self) -> bool:
         """Start what can start, and see what has ended; True if anything did."""
         moved = False
-        while len(self._waiting):
+        while self._waiting:
             slot = self._arena.take(Use.OUTGOING)
             if slot is None:
                 break

@@ -67,6 +67,7 @@ class PlanPart:
         overlaps: what is copied, on logical coordinates.
         converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
         target_groups: numbers of the target's groups that get something.
+        unequal_blocks: blocks of the two sides differ in size.
     """
 
     source: CacheSpec
@@ -74,6 +75,7 @@ class PlanPart:
     overlaps: tuple[Overlap, ...]
     converts: bool = field(init=False)
     target_groups: frozenset[int] = field(init=False)
+    unequal_blocks: bool = field(init=False)
     _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
     _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
 
@@ -84,6 +86,7 @@ class PlanPart:
             channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
         object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
         object.__setattr__(self, "target_groups", frozenset(channel.target_group for channel in channels))
+        object.__setattr__(self, "unequal_blocks", any(c.source_tokens != c.target_tokens for c in channels))
         object.__setattr__(self, "_channels", dict(channels))
         object.__setattr__(self, "_nests", {})
 
@@ -174,11 +177,6 @@ class PlanPart:
                     nests = self._nests[key] = nests_of(segments(overlaps, *grain))
                 bound += [(nest, pairs) for nest in nests]
         return Bound(self, match, bound)
-
-    @property
-    def unequal_blocks(self) -> bool:
-        """Blocks of the two sides differ in size."""
-        return any(channel.source_tokens != channel.target_tokens for channel in self._channels)
 
 
 class Bound(NamedTuple):

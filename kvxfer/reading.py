@@ -196,10 +196,12 @@ class Leg:
         if self._moving:
             return
         match = self.source.match
-        spans = [(max(start, self._moved.get(group, start)), stop) for group, (start, stop) in enumerate(match.tokens)]
-        if any(start < stop for start, stop in spans):
+        if self._moved:
+            spans = [(max(start, self._moved.get(i, start)), stop) for i, (start, stop) in enumerate(match.tokens)]
+            match = match._replace(tokens=spans)
+        if any(start < stop for start, stop in match.tokens):
             self._moving = True
-            self._move(carrier, match._replace(tokens=spans))
+            self._move(carrier, match)
         elif self.source.complete:
             self._moving = True
             self._fence(carrier)

@@ -58,6 +58,10 @@ class ReadEnds(Protocol):
     def flush(self) -> object:
         """There is nothing more to tell at this moment."""
 
+    @property
+    def untold(self) -> bool:
+        """Something lies until `flush`."""
+
 
 @dataclass(eq=False)
 class _Flying:
@@ -169,7 +173,8 @@ class Reads:
                 break
             for flight in changed:
                 self._changed(flight)
-            self._ends.flush()  # before the next poll, which may copy
+            if self._flying:
+                self._ends.flush()  # before the next poll, which may copy
             moved = moved or bool(changed)
             if not changed:
                 break

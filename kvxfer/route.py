@@ -20,7 +20,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.chunking import Chunking, Legs
 from kvxfer.depth import Depth
@@ -110,8 +110,7 @@ class Costs:
         return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
+class Choice(NamedTuple):
     """A route, and what speaks for it.
 
     Attributes:

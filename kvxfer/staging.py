@@ -107,6 +107,9 @@ class FairQueue(Generic[_Item]):
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
     def put(self, whose: Hashable, item: _Item) -> None:
         """Wait in the line of one transfer."""
         self._lines.setdefault(whose, deque()).append(item)

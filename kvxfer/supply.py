@@ -35,7 +35,7 @@ class Supply:
 
     def served(self) -> Iterator[tuple[Leg, Callable[[int], None], int]]:
         """Each that waits, with the place that it now has, for as long as there are any. What it does may ask for more."""
-        while len(self._waiting):
+        while self._waiting:
             place = self._take()
             if place is None:
                 return

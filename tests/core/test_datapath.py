@@ -54,6 +54,7 @@ class Ends:
         self.packs = queue.SimpleQueue()
 
     def read_ended(self, transfer, error):
+        self.untold = True
         self.ended.put((transfer, error, transfer.done))
 
     def agent_replaced(self, agent_info):
@@ -71,8 +72,10 @@ class Ends:
         self.unstaged.append((source, numbers))
         self.rig.senders[source].taken.append(numbers)
 
+    untold = False
+
     def flush(self):
-        pass
+        self.untold = False
 
 
 class Sender:
@@ -103,7 +106,9 @@ class Sender:
 class Rig:
     """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from."""
 
-    def __init__(self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, slot=1 << 12):
+    def __init__(
+        self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, slot=1 << 12, host=REAL
+    ):
         self.faults = Faults()
         self.agents = []
         self.refuse_to_make = None
@@ -126,7 +131,7 @@ class Rig:
             Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=1 << 15),
             self.metrics,
             self.ends,
-            REAL,
+            host,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
             self.path._life.proven.update(sender.agent.describe() for sender in self.senders)
@@ -493,6 +498,52 @@ def test_a_forgotten_peer_is_disconnected(rig):
     rig.path.do(ForgetAgent(b"never met"))
     assert rig.works(6, 6)
     assert rig.agents[0].calls["connect"] == 2
+
+
+class ByHand:
+    """A host that gives no turns: the test does."""
+
+    now = staticmethod(time.monotonic)
+
+    def run(self, name, loop):
+        loop.begin()
+        return loop
+
+    @staticmethod
+    def until(path, fact):
+        deadline = time.monotonic() + 20
+        while not fact():
+            assert time.monotonic() < deadline
+            path.turn(0.0)
+
+
+def test_whoever_waits_goes_on_before_the_control_thread_is_called():
+    """A read that was the only one ends without a call of another thread in the same moment, which comes soon after."""
+    rig = Rig(host=ByHand())
+    rig.path.start()
+    transfer = rig.read(3, 5)
+    ByHand.until(rig.path, lambda: transfer.done)
+    assert rig.ends.untold
+    assert 0 < rig.path.due_s() < 1e-3
+    rig.path.turn(None)
+    assert not rig.ends.untold
+    assert rig.path.due_s() is None
+    rig.path.end()
+    assert rig.ended.get_nowait() == (transfer, None, True)
+
+
+def test_it_is_called_at_once_where_other_reads_go_on():
+    """They might copy for long."""
+    rig = Rig(host=ByHand())
+    rig.faults = Faults(hang={2, 3})
+    rig.faults = Faults(hang={2, 3})
+    rig.path.start()
+    first, second = rig.read(3, 5), rig.read(4, 6)
+    ByHand.until(rig.path, lambda: first.done)
+    rig.path.turn(0.0)
+    assert not second.done
+    assert not rig.ends.untold
+    rig.path.end()
 
 
 def test_idle_means_asleep(rig):
