@@ -14,6 +14,7 @@ anything else is, so that the engine's own thread never waits in a copy.
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -130,6 +131,49 @@ def test_long_reads(benchmark, pair, report, mib, pattern, lease, caches):
         raw_elsewhere=f"{took.raw_s / took.elsewhere_s:.3f}",
         extra=f"{took.extra_us:.0f} us",
         goal=f"{GOAL_SHARE}" if lease == "held" else "",
+    )
+
+
+@pytest.mark.parametrize("pattern", ["contiguous", "fragmented"])
+@pytest.mark.parametrize("mib", [16, 64])
+def test_reads_in_flight(benchmark, pair, measuring, report, mib, pattern):
+    """For information: eight reads of granted leases, so many of them under way at a time, beside raw NIXL, one after the other.
+
+    It copies within the call on one host, so that more of them at a time would come to the same.
+    """
+    requests = _blocks(pair, mib * MIB, pattern)
+    spans = [pair.spans(*request) for request in requests]
+    agent, endpoint, number = pair.raw(), pair.endpoint, min(8, len(requests))
+    depths = (1, 2, 4, 8)
+    took: dict[int, list[float]] = {depth: [] for depth in (0, *depths)}
+
+    def several(which, refs, depth):
+        transfers = []
+        for at, ref in zip(which, refs, strict=True):
+            if len(transfers) >= depth:
+                transfers[-depth].wait(60)
+            transfers.append(endpoint.read(ref, requests[at][1]))
+        for transfer in transfers:
+            transfer.wait(60)
+
+    def turn():
+        which = [(len(took[0]) * number + i) % len(requests) for i in range(number)]
+        took[0].append(sum(agent.read(spans[at]) for at in which))
+        for depth in depths:
+            refs = [pair.held(requests[at][0]) for at in which]
+            begin = time.perf_counter()
+            several(which, refs, depth)
+            took[depth].append(time.perf_counter() - begin)
+
+    benchmark.pedantic(turn, rounds=20 if measuring else 1)
+    raw_s, *ours = (statistics.median(each) for each in took.values())
+    shares = {f"{depth}_under_way": f"{raw_s / seconds:.3f}" for depth, seconds in zip(depths, ours, strict=True)}
+    report(
+        "For information: the share of raw NIXL's bandwidth, with several reads under way",
+        size=f"{number} x {mib} MiB",
+        blocks=pattern,
+        raw_NIXL=f"{number * mib * MIB / raw_s / 1e9:.2f} GB/s",
+        **shares,
     )
 
 
