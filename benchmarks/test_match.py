@@ -8,7 +8,8 @@ import time
 
 from kvxfer.config import Settings
 from kvxfer.fence import LeaseBoard
-from kvxfer.lease import Holder, LeaseRef, LeaseTable
+from kvxfer.lease import LeaseRef
+from kvxfer.leases import Holder, LeaseTable
 
 GOAL_RATIO = 1.5
 WAITING = (10, 1_000, 10_000)

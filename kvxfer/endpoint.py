@@ -26,7 +26,8 @@ from kvxfer.driver import Driver
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError
 from kvxfer.fence import LeaseBoard
 from kvxfer.host import REAL
-from kvxfer.lease import LeaseRef, LeaseTable
+from kvxfer.lease import LeaseRef
+from kvxfer.leases import LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
 from kvxfer.plan import CASTABLE, plan

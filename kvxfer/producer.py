@@ -13,7 +13,7 @@ from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartP
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
 from kvxfer.gate import Gate
-from kvxfer.lease import Holder, Lease, LeaseTable
+from kvxfer.leases import Holder, Lease, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
     PROTOCOL,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kvxfer.config import Settings
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
 from kvxfer.fence import LeaseBoard
-from kvxfer.lease import Holder, LeaseRef, LeaseState, LeaseTable
+from kvxfer.lease import LeaseRef
+from kvxfer.leases import Holder, LeaseState, LeaseTable
 
 ME, OTHER = Holder("me", "my epoch"), Holder("other", "another epoch")
 T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32

@@ -18,7 +18,8 @@ from kvxfer.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from kvxfer.lease import LeaseRef, LeaseState
+from kvxfer.lease import LeaseRef
+from kvxfer.leases import LeaseState
 from tests.core.virtual import nothing_left
 
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"])

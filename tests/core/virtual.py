@@ -33,7 +33,8 @@ from kvxfer.config import Settings
 from kvxfer.consumer import Consumer
 from kvxfer.errors import KvxferError, LeaseEndedError, PeerLostError, TransferTimeoutError
 from kvxfer.fence import LeaseBoard
-from kvxfer.lease import LeaseRef, LeaseTable
+from kvxfer.lease import LeaseRef
+from kvxfer.leases import LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
 from kvxfer.plan import plan

@@ -584,7 +584,7 @@ def seeds_secret() -> list[bytes]:
 TARGETS = [
     Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/wire.py": 95}),
     Target("machine", "msgpack", run_machine, seeds_machine, {
-        "kvxfer/producer.py": 85, "kvxfer/consumer.py": 85, "kvxfer/holds.py": 80, "kvxfer/acquaintance.py": 80, "kvxfer/lease.py": 70,
+        "kvxfer/producer.py": 85, "kvxfer/consumer.py": 85, "kvxfer/holds.py": 80, "kvxfer/acquaintance.py": 80, "kvxfer/leases.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/params.py": 85}),

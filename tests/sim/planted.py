@@ -12,7 +12,7 @@ from kvxfer import (
     gate,
     hold,
     holds,
-    lease,
+    leases,
     lifecycle,
     packer,
     part,
@@ -174,13 +174,13 @@ def staged_read_deadline_dropped(patch):
 @bug
 def lease_never_expires(patch):
     """Blocks that nobody comes for are never given back."""
-    patch(lease.LeaseTable, "expire", lambda self, now: [])
+    patch(leases.LeaseTable, "expire", lambda self, now: [])
 
 
 @bug
 def place_kept_for_ever(patch):
     """A consumer that comes first and never again leaves a lease behind."""
-    want = lease.LeaseTable.want
+    want = leases.LeaseTable.want
 
     def wanted(self, token, now):
         known = token in self._live
@@ -188,7 +188,7 @@ def place_kept_for_ever(patch):
         if not known and token in self._live:
             self._timers.cancel(token)
 
-    patch(lease.LeaseTable, "want", wanted)
+    patch(leases.LeaseTable, "want", wanted)
 
 
 @bug
@@ -375,12 +375,12 @@ def renewals_by_the_producers_clock(patch):
 @bug
 def one_rank_settles_for_all(patch):
     """The first rank of a consumer that has read its share gives the blocks of all back."""
-    settle = lease.LeaseTable.settle
+    settle = leases.LeaseTable.settle
 
     def settled(self, token, holder, *, read):
         return settle(self, token, holder._replace(world=1), read=read)
 
-    patch(lease.LeaseTable, "settle", settled)
+    patch(leases.LeaseTable, "settle", settled)
 
 
 @bug
