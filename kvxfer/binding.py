@@ -66,7 +66,7 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
         number = (stop - start) // p
         ids = (table.ids[at // p : at // p + number] for table, at in ((source, from_start), (target, to_start)))
-        yield Grain(0, 0, p), BlockPairs.of(*ids, repeated=source.repeats)
+        yield Grain(0, 0, p), BlockPairs.of(*ids, source)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]
     for table in (source, target):
@@ -80,7 +80,7 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
-        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], repeated=source.repeats)
+        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], source)
         yield Grain(a, b, length), pairs
 
 
@@ -110,13 +110,14 @@ class Walks:
 
 
 _ONE = np.ones(1, dtype=np.int64)
+_NO_STEP = 1 << 62
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPairs:
     """Pairs of block ids in the order of the source's, and as runs in which both sides ascend by one.
 
-    ``repeats_source``: the source's table, of which these may be a part only, gives some block more than once.
+    ``source_table`` is the table of which these may be a part only.
     """
 
     source: IntArray
@@ -124,7 +125,7 @@ class BlockPairs:
     run_source: IntArray
     run_target: IntArray
     run_blocks: IntArray
-    repeats_source: bool
+    source_table: Table
     _known: tuple[tuple[int, int], tuple[IntArray, IntArray]] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -139,25 +140,30 @@ class BlockPairs:
         return known[1]
 
     @classmethod
-    def of(cls, source: IntArray, target: IntArray, *, repeated: bool) -> BlockPairs:
+    def of(cls, source: IntArray, target: IntArray, source_table: Table) -> BlockPairs:
         """The i-th source block becomes the i-th target block; both are of equal length."""
         number = len(source)
-        if number == 1:
-            return cls(source, target, source, target, _ONE, repeated)
-        joins = _joins(source, target)
-        if joins.all():
+        if number < 2:
+            return cls(source, target, source, target, _ONE[:number], source_table)
+        if _consecutive(source) and _consecutive(target):
             # One run: what fresh requests in an empty cache look like.
-            runs = min(number, 1)
-            blocks = np.array([number][:runs], dtype=np.int64)
-            return cls(source, target, source[:runs], target[:runs], blocks, repeated)
+            return cls(source, target, source[:1], target[:1], np.array([number], dtype=np.int64), source_table)
+        joins = _joins(source, target)
         if not (source[1:] > source[:-1]).all():
             # Pairs make a run only if target - source is the same: sorted by it first, repeated sources break no run.
-            order = np.lexsort((source, target - source)) if repeated else np.argsort(source, kind="stable")
+            keys = (source, target - source) if source_table.repeats else (source,)
+            order = np.lexsort(keys)
             source, target = source[order], target[order]
             joins = _joins(source, target)
         starts = np.concatenate(([0], np.flatnonzero(~joins) + 1))
         counts = np.concatenate((starts[1:], [number])) - starts
-        return cls(source, target, source[starts], target[starts], counts, repeated)
+        return cls(source, target, source[starts], target[starts], counts, source_table)
+
+
+def _consecutive(ids: IntArray) -> bool:
+    """Each is the one before and one more."""
+    first, last = int(ids[0]), int(ids[-1])
+    return last - first == len(ids) - 1 and ids.tobytes() == np.arange(first, last + 1, dtype=np.int64).tobytes()
 
 
 def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
@@ -234,6 +240,9 @@ class Nest:
         """
         from_blocks, to_blocks, lengths = along
         from_inside, to_inside = self.inner_sources, self.inner_targets
+        longest, inside = int(np.maximum.reduce(lengths)), int(from_inside[-1] - from_inside[0])
+        if len(from_blocks) == 1 and min(self._least_inside, self._least_outside - inside) > longest:
+            return True  # as most are, who have one run of blocks
         from_outside, to_outside = self._steps_outside
         from_last, to_last = from_inside[-1] - from_inside[0], to_inside[-1] - to_inside[0]
         if len(from_inside) > 1 and not _apart(_steps(from_inside), _steps(to_inside), lengths[:1]):
@@ -244,6 +253,16 @@ class Nest:
             return False
         from_last, to_last = from_last + from_blocks[-1] - from_blocks[0], to_last + to_blocks[-1] - to_blocks[0]
         return not len(from_outside) or _apart(from_outside - from_last, to_outside - to_last, lengths[-1:])
+
+    @cached_property
+    def _least_inside(self) -> int:
+        """Least step from one of ``inner_sources`` to the next."""
+        return _least(_steps(self.inner_sources))
+
+    @cached_property
+    def _least_outside(self) -> int:
+        """Least step from one of ``sources`` to the next of its lane."""
+        return _least(self._steps_outside[0])
 
     @cached_property
     def _steps_outside(self) -> tuple[IntArray, IntArray]:
@@ -280,6 +299,10 @@ class Nest:
 def _steps(places: IntArray) -> IntArray:
     steps: IntArray = places[1:] - places[:-1]
     return steps
+
+
+def _least(steps: IntArray) -> int:
+    return int(steps.min(initial=_NO_STEP))
 
 
 def _apart(source_steps: IntArray, target_steps: IntArray, nbytes: IntArray) -> bool:
@@ -326,9 +349,10 @@ class _Runs(NamedTuple):
     target: IntArray
     nbytes: IntArray
 
-    def descriptors(self) -> Descriptors:
+    def descriptors(self, *, apart: bool = False) -> Descriptors:
         """The same bytes, as the transfer engine takes them."""
-        return Descriptors(*(column.view(np.uint64) for column in (self.target, self.source, self.nbytes)))
+        columns = self.target.view(np.uint64), self.source.view(np.uint64), self.nbytes.view(np.uint64)
+        return Descriptors(*columns, apart=apart)
 
 
 def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
@@ -342,10 +366,10 @@ def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
     along = [nest.along_blocks(pairs) for nest, pairs in bound]
     parts = [nest.expand(each) for (nest, _), each in zip(bound, along, strict=True)]
     if len(bound) == 1 and (len(parts[0].source) == 1 or bound[0][0].apart(along[0])):
-        return parts[0].descriptors()
+        return parts[0].descriptors(apart=True)
     lane = _lane_of_all([nest.lane_of_runs(part) for (nest, _), part in zip(bound, parts, strict=True)], parts)
     runs = _Runs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
-    repeated = any(pairs.repeats_source for _, pairs in bound)
+    repeated = any(pairs.source_table.repeats for _, pairs in bound)
     if repeated or not _ascend(runs.source, lane):
         # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
         keys = (runs.source, runs.target - runs.source) if repeated else (runs.source,)

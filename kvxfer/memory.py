@@ -60,6 +60,9 @@ class Descriptors:
 
     Three C-contiguous one-dimensional uint64 arrays of equal length, addresses absolute in each owner's space.
 
+    Attributes:
+        apart: no two neighbours of one allocation are adjacent on both sides, so that there is nothing to merge.
+
     Raises:
         DescriptorError: arrays of another shape or type, or an empty or wrapping span.
     """
@@ -67,6 +70,7 @@ class Descriptors:
     local: U64Array
     remote: U64Array
     nbytes: U64Array
+    apart: bool = False
 
     def __post_init__(self) -> None:
         for array in (self.local, self.remote, self.nbytes):
@@ -97,7 +101,7 @@ class Descriptors:
             partitions: per span an index (e.g. of its region); spans with different ones are never merged, for an
                 engine takes no span across two registrations. A single index stands for all spans.
         """
-        if len(self) < 2:
+        if self.apart or len(self) < 2:
             return self
         joins = (self.local[1:] == self.local[:-1] + self.nbytes[:-1]) & (
             self.remote[1:] == self.remote[:-1] + self.nbytes[:-1]
@@ -106,9 +110,9 @@ class Descriptors:
             if len(partition) > 1:
                 joins &= partition[1:] == partition[:-1]
         if not joins.any():
-            return self
+            return Descriptors(self.local, self.remote, self.nbytes, apart=True)
         starts = np.flatnonzero(np.concatenate(([True], ~joins)))
-        return Descriptors(self.local[starts], self.remote[starts], np.add.reduceat(self.nbytes, starts))
+        return Descriptors(self.local[starts], self.remote[starts], np.add.reduceat(self.nbytes, starts), apart=True)
 
     def split(self, max_descriptors: int | None, max_nbytes: int | None) -> list[Descriptors]:
         """Consecutive lists within both limits; a span longer than ``max_nbytes`` is cut."""
@@ -197,10 +201,11 @@ class RegionTable:
         if len(addresses) == 1:
             first = int(addresses[0])
             end = first + int(nbytes[0])
-        elif not len(addresses) or int(_highest(addresses)) >> 62 or int(_highest(nbytes)) >> 62:
-            return None  # addresses and lengths below 2^62 add up without wrapping around
+        elif not len(addresses):
+            return None
         else:
-            first, end = int(np.minimum.reduce(addresses)), int(_highest(addresses + nbytes))
+            # As if the last were the longest: numbers of Python's, which do not wrap around.
+            first, end = int(np.minimum.reduce(addresses)), int(_highest(addresses)) + int(_highest(nbytes))
         index = bisect_right(self._addresses, first) - 1
         return np.array([index]) if index >= 0 and end <= self._memories[index].end else None
 
