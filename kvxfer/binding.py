@@ -65,7 +65,8 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     from_start, to_start = start - source.first_token, start - target.first_token
     if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
         number = (stop - start) // p
-        ids = (table.ids[at // p : at // p + number] for table, at in ((source, from_start), (target, to_start)))
+        first, to_first = from_start // p, to_start // p
+        ids = source.ids[first : first + number], target.ids[to_first : to_first + number]
         yield Grain(0, 0, p), BlockPairs.of(*ids, source)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]

@@ -84,7 +84,8 @@ class Descriptors:
     @classmethod
     def of(cls, local: object, remote: object, nbytes: object) -> Descriptors:
         """From anything NumPy can turn into integer arrays (convenience for tests and small lists)."""
-        return cls(*(np.array(a, dtype=np.uint64, ndmin=1, order="C") for a in (local, remote, nbytes)))
+        near, far, sizes = (np.array(a, dtype=np.uint64, ndmin=1, order="C") for a in (local, remote, nbytes))
+        return cls(near, far, sizes)
 
     def __len__(self) -> int:
         return len(self.nbytes)
