@@ -171,9 +171,12 @@ class DataPath:
             waits.append(0.0 if eager else self._nap_s)
         else:
             # Reads that are left wait for a chunk of a peer, or for each other.
-            waits += [due_s for due_s in (self._reads.due_s(),) if due_s is not None]
+            reads_s = self._reads.due_s()
+            if reads_s is not None:
+                waits.append(reads_s)
             # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
-            waits += [REMAKE_EVERY_S] if self._life.agent is None else []
+            if self._life.agent is None:
+                waits.append(REMAKE_EVERY_S)
         return min(waits, default=None)
 
     def _do(self, job: DataAction) -> None:

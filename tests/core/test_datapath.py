@@ -52,6 +52,7 @@ class Ends:
         self.staged = queue.SimpleQueue()
         self.unstaged = []
         self.packs = queue.SimpleQueue()
+        self.untold = False
 
     def read_ended(self, transfer, error):
         self.untold = True
@@ -71,8 +72,6 @@ class Ends:
     def unstage(self, transfer, source, numbers):
         self.unstaged.append((source, numbers))
         self.rig.senders[source].taken.append(numbers)
-
-    untold = False
 
     def flush(self):
         self.untold = False
@@ -501,49 +500,54 @@ def test_a_forgotten_peer_is_disconnected(rig):
 
 
 class ByHand:
-    """A host that gives no turns: the test does."""
+    """A host that gives no turns: the test does, until it closes the loop."""
 
     now = staticmethod(time.monotonic)
 
     def run(self, name, loop):
+        self.loop = loop
         loop.begin()
-        return loop
+        return self
 
-    @staticmethod
-    def until(path, fact):
+    def until(self, fact):
         deadline = time.monotonic() + 20
         while not fact():
             assert time.monotonic() < deadline
-            path.turn(0.0)
+            self.loop.turn(0.0)
+
+    def join(self, timeout_s=None):
+        self.until(lambda: self.loop.over)
+        self.loop.end()
 
 
 def test_whoever_waits_goes_on_before_the_control_thread_is_called():
     """A read that was the only one ends without a call of another thread in the same moment, which comes soon after."""
-    rig = Rig(host=ByHand())
+    host = ByHand()
+    rig = Rig(host=host)
     rig.path.start()
     transfer = rig.read(3, 5)
-    ByHand.until(rig.path, lambda: transfer.done)
+    host.until(lambda: transfer.done)
     assert rig.ends.untold
     assert 0 < rig.path.due_s() < 1e-3
     rig.path.turn(None)
     assert not rig.ends.untold
     assert rig.path.due_s() is None
-    rig.path.end()
     assert rig.ended.get_nowait() == (transfer, None, True)
+    rig.close()
 
 
 def test_it_is_called_at_once_where_other_reads_go_on():
     """They might copy for long."""
-    rig = Rig(host=ByHand())
-    rig.faults = Faults(hang={2, 3})
+    host = ByHand()
+    rig = Rig(host=host)
     rig.faults = Faults(hang={2, 3})
     rig.path.start()
     first, second = rig.read(3, 5), rig.read(4, 6)
-    ByHand.until(rig.path, lambda: first.done)
+    host.until(lambda: first.done)
     rig.path.turn(0.0)
     assert not second.done
     assert not rig.ends.untold
-    rig.path.end()
+    rig.close()
 
 
 def test_idle_means_asleep(rig):
