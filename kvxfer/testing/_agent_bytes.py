@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kvxfer.agent import FlightState, Op
-from kvxfer.testing.eventually import eventually
+from kvxfer.memory import MemoryKind
+from kvxfer.testing.eventually import eventually, tries
 from kvxfer.testing.oracle import same_bytes
+from kvxfer.testing.peers import ProcessPeer
 from kvxfer.testing.stage import KIB, MIB, PLACES, scattered
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ _LONG_NBYTES = 48 * MIB
 _LONGEST_NBYTES = 512 * MIB
 _MANY_SPANS = 5_000
 _MOST_SPANS = 200_000
+
+_STILL_S = 0.4
+"""Long enough for what needs nothing of the peer but its memory."""
 
 
 class BytesTests:
@@ -157,6 +162,40 @@ class BytesTests:
         pair = stage.pair(place, 4 * MIB)
         for step in range(1, 13):
             pair.move(op, pair.spans((step, 2 * step, (4 * MIB >> step) + step)))
+
+    @final
+    @_ops
+    def test_done_means_in_place_while_the_peer_stands_still(self, stage: Stage, op: Op) -> None:
+        """A flight that is DONE while the peer's process stands still is in place then: not on its way there."""
+        stage.need_op(op)
+        pair = stage.pair("process", 64 * KIB)
+        peer = pair.peer
+        assert isinstance(peer, ProcessPeer)
+        if pair.remote.kind is not MemoryKind.DRAM:
+            pytest.skip(f"nobody looks into {pair.remote.kind.value} of a process that stands still")
+        try:
+            peer.peek(pair.remote)
+        except PermissionError as error:
+            pytest.skip(f"this machine lets no process look into another: {error}")
+        first = pair.spans((0, 0, 100))
+        assert pair.wait(pair.start(op, first)).state is FlightState.DONE
+        pair.expect(op, first)
+        peer.stall()
+        offsets = (100, 300, 50 * KIB), (60 * KIB, 57 * KIB, 77)
+        spans = pair.spans(*offsets)
+        flight = pair.start(op, spans)
+        for _ in tries(_STILL_S, interval_s=0.001):
+            pair.actor.log.poll()
+            if flight.finished:
+                break
+        if flight.state is FlightState.DONE:
+            near, far = pair.actor.content(pair.local), peer.peek(pair.remote)
+            for here, there, nbytes in offsets:
+                same_bytes(far[there : there + nbytes], near[here : here + nbytes], "the peer stands still")
+        peer.resume()
+        assert pair.wait(flight).state is FlightState.DONE, flight.error
+        pair.expect(op, spans)
+        pair.check()
 
     @final
     @_places

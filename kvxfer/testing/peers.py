@@ -240,6 +240,16 @@ class ProcessPeer(Peer):
         os.kill(self.pid, signal.SIGSTOP)
         eventually(lambda: _state_of(self.pid) in "TtZX", what=f"process {self.pid} stands still")
 
+    def peek(self, memory: Memory) -> bytes:
+        """What is in its memory of kind DRAM at this moment, told by the kernel: it need not run for that.
+
+        Raises:
+            OSError: it is dead, or this process may not look into it (a sandbox).
+        """
+        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as its:  # noqa: PTH123
+            its.seek(memory.address)
+            return its.read(memory.nbytes)
+
     def resume(self) -> None:
         """SIGCONT."""
         with contextlib.suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ import pytest
 
 from kvxfer.agent import FlightState, Op
 from kvxfer.errors import ConfigError, RegistrationError
+from kvxfer.memory import Memory
 from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise
 from kvxfer.testing.peers import PeerRaisedError
 from kvxfer.testing.stage import unique
@@ -92,13 +93,15 @@ def test_killed_peer(start):
     assert not peer.alive
     with pytest.raises(PeerGoneError):
         peer.describe()
+    with pytest.raises(FileNotFoundError):
+        peer.peek(Memory(4096, 10))
     peer.resume()
     peer.stop()
 
 
 @KINDS
 def test_stalled_peer(start, kind):
-    """A stalled process answers nothing until it is resumed; a stalled thread stops polling its agent."""
+    """A stalled process answers nothing until it is resumed, but can be looked into; a stalled thread stops polling its agent."""
     peer = start(kind)
     memory = peer.allocate(10, 1)
     peer.stall()
@@ -107,5 +110,6 @@ def test_stalled_peer(start, kind):
         with pytest.raises(PeerGoneError, match="did not answer"):
             peer.call("describe", timeout_s=0.2)
         assert time.monotonic() - begin < 20
+        assert peer.peek(memory) == noise(10, 1)
     peer.resume()
     assert peer.content(memory) == noise(10, 1)

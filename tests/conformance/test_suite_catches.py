@@ -33,7 +33,7 @@ BROKEN_AGENTS = [
     ("RemembersWhatItRead", "test_content_of_the_moment[read-thread]"),
     ("IsDoneTooEarly", "test_done_means_in_place[read-thread]"),
     ("IsDoneTooEarly", "test_done_means_in_place[write-thread]"),
-    ("IsDoneBeforeTheWriteIsApplied", "test_done_means_in_place[write-process]"),
+    ("IsDoneBeforeTheWriteIsApplied", "test_done_means_in_place_while_the_peer_stands_still[write]"),
     ("WritesAfterClose", "test_nothing_is_written_after_close[thread]"),
     ("WritesAfterItGaveUp", "test_stalled_peer[read-thread]"),
     ("LeavesQuarantineAlthoughQuiet", "test_stalled_peer[read-thread]"),
@@ -107,7 +107,10 @@ def _verdicts(tmp_path_factory, module, cases):
     report = tmp_path_factory.mktemp("catches") / "report.xml"
     nodes = [f"{_HERE / module}::Test{name}::{test}" for name, test in cases]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *nodes],
+        # A broken adapter leaves threads and sockets behind. What becomes of them may fail no test: neither the next
+        # one, nor this one in place of what the suite has to say.
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:threadexception",
+         "-p", "no:unraisableexception", f"--junitxml={report}", *nodes],
         cwd=_ROOT, capture_output=True, text=True, timeout=280, check=False,
         # Where CI is set, pytest shows all of what differs: a suite that compared bytes by `assert` took minutes to fail.
         env={**os.environ, "CI": "true"},
