@@ -220,10 +220,14 @@ class ClaimsToReachOtherProcesses(InprocAgent):
     capabilities = replace(InprocAgent.capabilities, reach=Reach.HOST)
 
 
+class _TooLongError(TransferFailedError):
+    quiet = True
+
+
 class FailsLongLists(InprocAgent):
     def _submit(self, op, peer, spans, local, remote):
         if len(spans) > 4096:
-            raise TransferFailedError("too many")
+            raise _TooLongError("too many")
         super()._submit(op, peer, spans, local, remote)
 
 

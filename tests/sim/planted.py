@@ -29,6 +29,10 @@ from kvxfer.transfer import LeaseExpired
 _BUGS = {}
 
 
+class PlantedError(Exception):
+    """Raised on purpose."""
+
+
 def bug(function):
     """Note a function that plants a bug, under its first sentence."""
     _BUGS[function.__name__] = function
@@ -138,7 +142,8 @@ def quarantine_is_the_end(patch):
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
             flight.state = FlightState.FAILED
-        changed(self, flight)
+        if flight in self._flying:
+            changed(self, flight)
 
     patch(reads.Reads, "_changed", told)
 
@@ -148,11 +153,11 @@ def copy_not_waited_for(patch):
     """What is to be done when bytes are in place is done at once."""
     submit = reads.Reads.submit
 
-    def hasty(self, leg, spans, then):
-        if spans.total_nbytes == fence.CELL_NBYTES:
-            submit(self, leg, spans, then)
+    def hasty(self, leg, steps, then):
+        if steps[-1].total_nbytes == fence.CELL_NBYTES:
+            submit(self, leg, steps, then)
         else:
-            submit(self, leg, spans, lambda: None)
+            submit(self, leg, steps, lambda: None)
             then()
 
     patch(reads.Reads, "submit", hasty)
@@ -168,6 +173,7 @@ def read_deadline_dropped(patch):
 def staged_read_deadline_dropped(patch):
     """A read that waits for a chunk or a grant waits for ever."""
     patch(reads.Reads, "_give_up_late", lambda self: None)
+    patch(reads.Reads, "due_s", lambda self: None)
     patch(holds.Holds, "stop_read", lambda self, hold, error: None)
 
 
@@ -175,6 +181,7 @@ def staged_read_deadline_dropped(patch):
 def lease_never_expires(patch):
     """Blocks that nobody comes for are never given back."""
     patch(leases.LeaseTable, "expire", lambda self, now: [])
+    patch(leases.LeaseTable, "next_deadline", lambda self: None)
 
 
 @bug
@@ -258,15 +265,15 @@ def chunks_outlive_their_lease(patch):
 
 
 @bug
-def chunk_told_before_it_is_packed(patch):
-    """A chunk is given another reader's slot while it is on the wire."""
+def one_chunk_is_taken_for_all(patch):
+    """A reader that has taken one chunk is taken to have taken all it asked for: others are given their slots."""
     taken = producer.Producer._taken
 
-    def early(self, key, holder, numbers):
+    def all_of_them(self, key, holder, numbers):
         chunks = self._chunks.get(key)
         taken(self, key, holder, list(chunks.asked) if chunks is not None else numbers)
 
-    patch(producer.Producer, "_taken", early)
+    patch(producer.Producer, "_taken", all_of_them)
 
 
 @bug
@@ -275,8 +282,10 @@ def slot_lent_twice(patch):
     give = staging.StagingArena.give
 
     def twice(self, address):
-        give(self, address)
-        self._free.append(self._free[-1])
+        index = (address - self._base) // self.slot_nbytes
+        if index in self._taken:
+            give(self, address)
+            self._free.append(index)
 
     patch(staging.StagingArena, "give", twice)
 
@@ -309,7 +318,7 @@ def fault_in_the_control_thread(patch):
 
     def faulty(self, hold, now):
         if len(self.by_token) > 3:
-            raise RuntimeError("planted")
+            raise PlantedError(len(self.by_token))
         pump(self, hold, now)
 
     patch(holds.Holds, "pump", faulty)
@@ -415,7 +424,9 @@ def slot_given_back_while_it_is_packed(patch):
     end = packer.Packer.end
 
     def ended(self, key, numbers):
-        self._running = [each for each in self._running if each[0].key != key]
+        self._running = [
+            each for each in self._running if each[0].key != key or (numbers and each[0].number not in numbers)
+        ]
         end(self, key, numbers)
 
     patch(packer.Packer, "end", ended)

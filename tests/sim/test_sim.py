@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from itertools import pairwise
 
@@ -17,6 +19,7 @@ from kvxfer.testing.sim import PROFILES, Profile, SimulationError, run, shrink
 from kvxfer.testing.sim.network import Network
 from kvxfer.testing.sim.process import Process
 from kvxfer.testing.sim.world import World
+from tests.sim import planted
 from tests.sim.planted import BUGS
 
 SEEDS = 12
@@ -29,49 +32,49 @@ FOUND_HERE = {
 """What the simulator found in kvxfer, and a seed that did; docs/simulator.md tells of each."""
 
 FOUND_BY = {
-    "fence_left_out": ("all", 6),
-    "fence_before_the_bytes": ("all", 1),
-    "fence_beside_the_bytes": ("all", 6),
-    "abandoned_is_quiet": ("stuck", 1),
-    "failed_is_quiet": ("crashy", 5),
-    "agent_left_alive": ("crashy", 5),
-    "told_before_it_is_quiet": ("stuck", 4),
-    "quarantine_is_the_end": ("crashy", 0),
-    "copy_not_waited_for": ("calm", 0),
-    "read_deadline_dropped": ("calm", 3),
-    "staged_read_deadline_dropped": ("calm", 1),
-    "lease_never_expires": ("calm", 0),
-    "place_kept_for_ever": ("crashy", 7),
-    "end_told_twice": ("calm", 0),
-    "expiry_not_told": ("calm", 0),
-    "device_not_waited_for": ("calm", 0),
-    "sealed_one_block_too_many": ("calm", 0),
-    "moved_before_it_is_there": ("calm", 0),
-    "chunks_not_given_back": ("calm", 0),
-    "chunks_outlive_their_lease": ("calm", 1),
-    "chunk_told_before_it_is_packed": ("calm", 2),
-    "slot_lent_twice": ("calm", 0),
-    "restarted_producer_not_noticed": ("crashy", 45),
-    "peers_never_forgotten": ("calm", 0),
-    "settling_not_repeated": ("lossy", 2),
-    "fault_in_the_control_thread": ("calm", 1),
-    "hold_never_ends": ("calm", 3),
-    "restarted_reads_number_anew": ("slow", 74),
-    "clock_of_agents_stands": ("stuck", 1),
-    "clock_of_the_control_thread_is_behind": ("clocks", 1),
-    "renewals_by_the_producers_clock": ("calm", 1),
-    "one_rank_settles_for_all": ("calm", 0),
-    "one_rank_grants_for_all": ("calm", 0),
-    "unpacking_not_waited_for": ("calm", 0),
-    "packing_not_waited_for": ("calm", 0),
-    "slot_given_back_while_it_is_packed": ("calm", 1),
-    "device_failure_at_the_producer_ignored": ("stuck", 0),
-    "device_failure_at_the_consumer_ignored": ("stuck", 0),
-    "closed_without_a_word": ("crashy", 0),
-    "overtaken_chunk_taken_for_an_old_one": ("calm", 0),
-    "part_in_flight_not_waited_for": ("calm", 1),
+    "fence_left_out": ("all", 6, "wrong bytes"),
+    "fence_before_the_bytes": ("all", 1, "wrong bytes"),
+    "fence_beside_the_bytes": ("all", 6, "wrong bytes"),
+    "abandoned_is_quiet": ("stuck", 1, "free block written"),
+    "failed_is_quiet": ("crashy", 5, "free block written"),
+    "agent_left_alive": ("crashy", 5, "free block written"),
+    "told_before_it_is_quiet": ("stuck", 11, "free block written"),
+    "quarantine_is_the_end": ("crashy", 5, "free block written"),
+    "copy_not_waited_for": ("calm", 0, "wrong bytes"),
+    "read_deadline_dropped": ("calm", 3, "left behind"),
+    "staged_read_deadline_dropped": ("calm", 1, "read without end"),
+    "lease_never_expires": ("calm", 9, "left behind"),
+    "place_kept_for_ever": ("crashy", 7, "left behind"),
+    "end_told_twice": ("calm", 0, "told in vain"),
+    "expiry_not_told": ("calm", 0, "left behind"),
+    "device_not_waited_for": ("calm", 0, "wrong bytes"),
+    "sealed_one_block_too_many": ("calm", 0, "failed for nothing"),
+    "moved_before_it_is_there": ("calm", 0, "wrong bytes"),
+    "chunks_not_given_back": ("calm", 11, "left behind"),
+    "chunks_outlive_their_lease": ("calm", 1, "left behind"),
+    "one_chunk_is_taken_for_all": ("calm", 0, "wrong bytes"),
+    "slot_lent_twice": ("calm", 2, "wrong bytes"),
+    "restarted_producer_not_noticed": ("crashy", 45, "wrong bytes"),
+    "peers_never_forgotten": ("calm", 0, "left behind"),
+    "settling_not_repeated": ("lossy", 2, "left behind"),
+    "fault_in_the_control_thread": ("calm", 1, "fault survived"),
+    "hold_never_ends": ("calm", 3, "left behind"),
+    "restarted_reads_number_anew": ("slow", 74, "wrong bytes"),
+    "clock_of_agents_stands": ("stuck", 1, "read without end"),
+    "clock_of_the_control_thread_is_behind": ("clocks", 1, "read without end"),
+    "renewals_by_the_producers_clock": ("calm", 1, "failed for nothing"),
+    "one_rank_settles_for_all": ("calm", 0, "failed for nothing"),
+    "one_rank_grants_for_all": ("calm", 0, "wrong bytes"),
+    "unpacking_not_waited_for": ("calm", 0, "wrong bytes"),
+    "packing_not_waited_for": ("calm", 0, "wrong bytes"),
+    "slot_given_back_while_it_is_packed": ("slow", 20, "wrong bytes"),
+    "device_failure_at_the_producer_ignored": ("stuck", 0, "wrong bytes"),
+    "device_failure_at_the_consumer_ignored": ("stuck", 0, "wrong bytes"),
+    "closed_without_a_word": ("crashy", 0, "left behind"),
+    "overtaken_chunk_taken_for_an_old_one": ("calm", 0, "failed for nothing"),
+    "part_in_flight_not_waited_for": ("calm", 1, "wrong bytes"),
 }
-"""Profile and seed by which each planted bug is found."""
+"""Profile and seed by which each planted bug is found, and as what."""
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -135,13 +138,31 @@ def test_the_same_seed_is_the_same_run():
     assert run(4, PROFILES["all"]).digest != here.digest
 
 
+@pytest.fixture
+def own_faults():
+    """What is raised by the planted code itself, and not by what it spoils."""
+    faults = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            error = record.exc_info[1] if record.exc_info else None
+            if error is not None and traceback.extract_tb(error.__traceback__)[-1].filename == planted.__file__:
+                faults.append(error)
+
+    listener = Listener()
+    logging.getLogger("kvxfer").addHandler(listener)
+    yield faults
+    logging.getLogger("kvxfer").removeHandler(listener)
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_teeth(name, monkeypatch):
-    """Each bug that is planted is found, by the seed that stands here."""
-    profile, seed = FOUND_BY[name]
+def test_teeth(name, monkeypatch, own_faults):
+    """Each bug that is planted is found for what it does, by the seed that stands here: not because it does not fit in any more."""
+    profile, seed, finding = FOUND_BY[name]
     BUGS[name](monkeypatch.setattr)
-    with pytest.raises(SimulationError, match=rf"^seed {seed}, [0-9.]+ s: "):
+    with pytest.raises(SimulationError, match=rf"^seed {seed}, [0-9.]+ s: {finding}: "):
         run(seed, PROFILES[profile])
+    assert [str(fault) for fault in own_faults if not isinstance(fault, planted.PlantedError)] == []
 
 
 def test_less_of_it():
