@@ -104,9 +104,6 @@ class FairQueue(Generic[_Item]):
     def __init__(self) -> None:
         self._lines: dict[Hashable, deque[_Item]] = {}
 
-    def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
-
     def __bool__(self) -> bool:
         return bool(self._lines)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from kvxfer.cli.models import Model, from_config, known
-from kvxfer.cli.words import CONFIG, MAX_RANKS, Words, is_file
+from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
 from kvxfer.layout import (
     DTYPE_NBYTES,
@@ -120,8 +120,8 @@ def from_model(
     kernel = said.kernel_block or said.block
     if said.block % kernel:
         raise ConfigError(f"block={said.block} is no multiple of kernel_block={kernel}")
-    if said.tp * said.pp > MAX_RANKS:
-        raise ConfigError(f"tp={said.tp} times pp={said.pp} are more than {MAX_RANKS} ranks")
+    if said.tp * said.pp > MAX_PLANNED_RANKS:
+        raise ConfigError(f"tp={said.tp} times pp={said.pp} are more than {MAX_PLANNED_RANKS} ranks")
     if not model.latent and model.heads % said.tp and said.tp % model.heads:
         raise ConfigError(
             f"{model.heads} KV heads cannot be shared by tp={said.tp} ranks: one of the two must divide the other"
@@ -232,8 +232,8 @@ def _from_file(path: str, said: Words, given: Mapping[str, str]) -> Side:
     specs = tuple(held) if isinstance(held, list) else (held,)
     if not specs:
         raise ConfigError(f"{path} holds an empty list of CacheSpecs")
-    if len(specs) > MAX_RANKS:
-        raise ConfigError(f"{path} holds {len(specs)} CacheSpecs, more than {MAX_RANKS}")
+    if len(specs) > MAX_PLANNED_RANKS:
+        raise ConfigError(f"{path} holds {len(specs)} CacheSpecs, more than {MAX_PLANNED_RANKS}")
     ranks = [spec.rank for spec in specs]
     if len(set(ranks)) != len(ranks):
         raise ConfigError(f"{path} holds two CacheSpecs of one rank")

@@ -13,7 +13,7 @@ from kvxfer.layout import DTYPE_NBYTES, MAX_BLOCKS, MAX_SMALL_EXTENT, KVLayout
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-MAX_RANKS: Final = 256
+MAX_PLANNED_RANKS: Final = 256
 """Of one side: each source rank is compared with each target rank."""
 
 CONFIG: Final = ("vllm:", "hf:")
@@ -78,8 +78,8 @@ def _dtype(text: str) -> str:
 
 
 OPTIONS: Final = (
-    Option("tp", "N", "tensor-parallel ranks, which share the KV heads; default 1", _whole("tp", MAX_RANKS)),
-    Option("pp", "N", "pipeline stages, which share the layers; default 1", _whole("pp", MAX_RANKS)),
+    Option("tp", "N", "tensor-parallel ranks, which share the KV heads; default 1", _whole("tp", MAX_PLANNED_RANKS)),
+    Option("pp", "N", "pipeline stages, which share the layers; default 1", _whole("pp", MAX_PLANNED_RANKS)),
     Option("order", "NAME", "of the axes in memory: HND (default), NHD, or one of vLLM's names, LBHNC ...", _order),
     Option("block", "TOKENS", "of a block of the block table; default 16", _whole("block")),
     Option("kernel_block", "TOKENS", "of the attention kernel's blocks, if smaller", _whole("kernel_block")),

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.core.engine import Engine, ShardedEngine
 from tests.core.virtual import World
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from tests.core.virtual import Node
 
 
@@ -29,3 +32,35 @@ def producer(world) -> Node:
 def consumer(world) -> Node:
     """A consumer with default settings."""
     return world.node("consumer")
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., Engine]]:
+    """Makes engines of one rank, each with other content."""
+    made: list[Engine] = []
+
+    def make(**more: object) -> Engine:
+        made.append(Engine(len(made), **more))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.endpoint.close()
+        assert engine.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+@pytest.fixture
+def sharded() -> Iterator[Callable[..., ShardedEngine]]:
+    """Makes engines of several ranks, which share the KV heads."""
+    made: list[ShardedEngine] = []
+
+    def make(name: str, world: int = 1, **more: object) -> ShardedEngine:
+        made.append(ShardedEngine(name, world, **more))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+        for rank in engine.ranks:
+            assert rank.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
+            assert rank.arena.in_use == 0

@@ -28,8 +28,8 @@ from kvxfer.control import ControlChannel
 from kvxfer.incoming import _ours
 from kvxfer.metrics import Metrics
 from kvxfer.testing import eventually
+from tests.core.engine import Engine
 from tests.core.test_control import GREETING, READY, SECRET, raw
-from tests.core.test_endpoint import Engine
 
 # -- a bucket ------------------------------------------------------------------------------------------------------------
 
@@ -137,20 +137,6 @@ def test_places_never_grow(steps):
 
 
 # -- a live endpoint -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def engines():
-    made = []
-
-    def make(**more):
-        made.append(Engine(len(made), **more))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.endpoint.close()
-        assert engine.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
 
 
 def refused(engine, reason):

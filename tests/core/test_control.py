@@ -19,7 +19,7 @@ from kvxfer.errors import ConfigError
 from kvxfer.metrics import Metrics
 from kvxfer.secret import Secret
 from kvxfer.testing import eventually
-from tests.core.test_endpoint import QUICK, Engine
+from tests.core.engine import QUICK, Engine
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
 READY = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"

@@ -39,46 +39,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually, same_bytes
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
 from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
-
-QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_s=0.1, quarantine_s=0.05)
-
-
-class Engine:
-    """An endpoint and the arrays behind its cache."""
-
-    def __init__(self, seed=0, *, agent="inproc", settings=QUICK, blocks=32, **more):
-        rng = np.random.default_rng(seed)
-        self.layers = {f"layer.{i}": rng.integers(0, 1 << 16, (blocks, 2, 4, 16)).astype(np.uint16) for i in range(2)}
-        self.cache = KVCache.from_layers(self.layers, block_tokens=4)
-        self.endpoint = Endpoint(self.cache, agent, settings=settings, **more)
-        self.events = []
-
-    def blocks(self, *ids):
-        return [layer[list(ids)].tobytes() for layer in self.layers.values()]
-
-    def poll(self):
-        self.events += self.endpoint.poll()
-        return self.events
-
-    def ends(self, ref):
-        return [e for e in self.poll() if getattr(e, "token", None) == ref.token]
-
-    def end(self, ref):
-        return eventually(lambda: self.ends(ref))[0]
-
-
-@pytest.fixture
-def engines():
-    made = []
-
-    def make(**more):
-        made.append(Engine(len(made), **more))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.endpoint.close()
-        assert engine.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
+from tests.core.engine import QUICK, Engine
 
 
 @pytest.fixture

@@ -15,23 +15,7 @@ from kvxfer.fence import CELL_NBYTES
 from kvxfer.inproc import InprocAgent
 from kvxfer.integrity import MOST_DIFFERENCES
 from kvxfer.testing import eventually
-from tests.core.test_staged_reads import ROUTES, Engine
-
-
-@pytest.fixture
-def engines():
-    made = []
-
-    def make(name, world=1, **more):
-        made.append(Engine(name, world, **more))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
-        for rank in engine.ranks:
-            assert rank.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
-            assert rank.arena.in_use == 0
+from tests.core.test_staged_reads import ROUTES
 
 
 @pytest.fixture
@@ -78,10 +62,10 @@ def read(source, target, tokens, **more):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("shapes", [("HND", 16, "HND", 16), ("NHD", 16, "HND", 8), ("HND", 4, "LBHNC", 16)])
-def test_what_was_changed_is_named(engines, flipped, route, ranks, shapes):
+def test_what_was_changed_is_named(sharded, flipped, route, ranks, shapes):
     """Whatever the layouts, the block sizes, the ranks and the route: the layers and blocks named are those that are wrong."""
-    source = engines("P", ranks, order=shapes[0], block_tokens=shapes[1])
-    target = engines("D", order=shapes[2], block_tokens=shapes[3], route=route, verify=True)
+    source = sharded("P", ranks, order=shapes[0], block_tokens=shapes[1])
+    target = sharded("D", order=shapes[2], block_tokens=shapes[3], route=route, verify=True)
     flipped["every"] = 3 * 96 * 8 * 8 * 2 * 2 // 5 + 7
     (transfer,), blocks, into = read(source, target, 96)
     with pytest.raises(IntegrityError) as caught:
@@ -99,9 +83,9 @@ def test_what_was_changed_is_named(engines, flipped, route, ranks, shapes):
     assert not caught.value.more and f"layer {caught.value.differences[0].layer}" in str(caught.value)
 
 
-def test_nothing_but_asked(engines, flipped):
+def test_nothing_but_asked(sharded, flipped):
     """Without the option nothing is asked of the source, and a read can do without where its endpoint has it."""
-    source, target = engines("P"), engines("D", verify=True)
+    source, target = sharded("P"), sharded("D", verify=True)
     flipped["every"] = 1000
     (transfer,), *_ = read(source, target, 64, verify=False)
     assert transfer.wait(20) and flipped["flipped"]
@@ -110,9 +94,9 @@ def test_nothing_but_asked(engines, flipped):
     assert target.ranks[0].endpoint.metrics.value("kvxfer_transfers_total", outcome="IntegrityError") == 1
 
 
-def test_all_of_it_is_wrong(engines, flipped):
+def test_all_of_it_is_wrong(sharded, flipped):
     """Of many differences some are named, no more are looked for, and the next read is as good as any."""
-    source, target = engines("P"), engines("D", verify=True)
+    source, target = sharded("P"), sharded("D", verify=True)
     flipped["every"] = 50
     (transfer,), *_ = read(source, target, 256)
     with pytest.raises(IntegrityError, match="at least") as caught:
@@ -124,9 +108,9 @@ def test_all_of_it_is_wrong(engines, flipped):
     np.testing.assert_array_equal(target.logical[:, into], expected(source, target, blocks, into, 256))
 
 
-def test_a_producer_that_makes_no_digests(engines, monkeypatch):
+def test_a_producer_that_makes_no_digests(sharded, monkeypatch):
     """One of an older version packs the chunk and says where it is: the read fails by name."""
-    source, target = engines("P"), engines("D", verify=True)
+    source, target = sharded("P"), sharded("D", verify=True)
     packer = source.ranks[0].endpoint._data._packer
     start = packer.start
 
@@ -141,9 +125,9 @@ def test_a_producer_that_makes_no_digests(engines, monkeypatch):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_producer_that_does_not_answer(engines, monkeypatch, ended):
+def test_a_producer_that_does_not_answer(sharded, monkeypatch, ended):
     """The read ends at its deadline, or at once when the lease does: a digest is not waited for any longer than bytes are."""
-    source, target = engines("P"), engines("D", verify=True)
+    source, target = sharded("P"), sharded("D", verify=True)
     producer, asked = source.ranks[0].endpoint._producer, []
     monkeypatch.setattr(producer, "_stage", lambda *told: asked.append(told))
     blocks = source.blocks_for(64, 2)

@@ -510,7 +510,7 @@ def test_slots_never_leak(steps):
         for copy in copies:
             copy.done = True
         listen()
-    assert rig.arena.in_use == 0 and not rig.packer._slots and not rig.packer.busy and not len(rig.packer._waiting)
+    assert rig.arena.in_use == 0 and not rig.packer._slots and not rig.packer.busy and not rig.packer._waiting
 
 
 # -- both directions -----------------------------------------------------------------------------------------------------

@@ -5,99 +5,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 
 from kvxfer.cache import KVCache
-from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import IncompatibleError, KvxferError
-from kvxfer.layout import Interval
 from kvxfer.lease import LeaseRef
-from kvxfer.route import Costs, Route
+from kvxfer.route import Route
 from kvxfer.testing import eventually
+from tests.core.engine import SMALL
 
-HEADS = 8
-SMALL = Settings(staging_nbytes=1 << 16, retry_s=0.1)  # slots of 8 KiB: everything is cut into chunks
 ROUTES = [None, *(route.value for route in Route)]
-
-
-class Rank:
-    """One rank of an engine: an endpoint and the logical array [layer, block, head, token, content] of its cache."""
-
-    def __init__(self, name, rank, world, *, order="HND", block_tokens=16, layers=3, blocks=48, head_dim=8, **more):
-        heads = HEADS // world
-        cache, arrays = KVCache.allocate(
-            order,
-            layers=layers,
-            blocks=blocks,
-            heads=heads,
-            block_tokens=block_tokens,
-            head_dim=head_dim,
-            dtype="int16",
-        )
-        group = msgspec.structs.replace(cache.spec.groups[0], heads=Interval(rank * heads, rank * heads + heads, HEADS))
-        spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=rank, world=world)
-        self.array, self.block_tokens = arrays["kv"], block_tokens
-        self.endpoint = Endpoint(
-            KVCache(spec, cache.buffers), "inproc", name=name, **{"settings": SMALL, "costs": Costs(), **more}
-        )
-
-    @property
-    def arena(self):
-        return self.endpoint._data.arena
-
-
-class Engine:
-    """All ranks of an engine."""
-
-    def __init__(self, name, world=1, **more):
-        self.name = name
-        self.ranks = [Rank(name, rank, world, **more) for rank in range(world)]
-        self.block_tokens = self.ranks[0].block_tokens
-
-    def fill(self, seed):
-        rng = np.random.default_rng(seed)
-        for rank in self.ranks:
-            rank.array[...] = rng.integers(-(1 << 15), 1 << 15, rank.array.shape, dtype=np.int16)
-
-    @property
-    def logical(self):
-        """[layer, block, head, token, content] of the whole model."""
-        return np.concatenate([rank.array for rank in self.ranks], axis=2)
-
-    def blocks_for(self, tokens, seed, start=0):
-        number = -(-tokens // self.block_tokens) - start // self.block_tokens
-        return np.random.default_rng(seed).permutation(self.ranks[0].array.shape[1])[:number]
-
-    def lease(self, blocks, **more):
-        addresses = [rank.endpoint.address for rank in self.ranks]
-        ref = LeaseRef.mint(owner=self.name, addresses=addresses, request="r", **more)
-        for rank in self.ranks:
-            rank.endpoint.announce(ref)
-            rank.endpoint.offer(ref, blocks)
-        return ref
-
-    def close(self):
-        for rank in self.ranks:
-            rank.endpoint.close()
-
-
-@pytest.fixture
-def engines():
-    made = []
-
-    def make(name, world=1, **more):
-        made.append(Engine(name, world, **more))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
-        for rank in engine.ranks:
-            assert rank.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
-            assert rank.arena.in_use == 0
 
 
 def check(source, target, blocks, into, start, stop, before):
@@ -128,10 +47,10 @@ PAIRS = {
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 300), (70, 301)])
-def test_every_route_moves_the_same_bytes(engines, pair, route, start, stop):
+def test_every_route_moves_the_same_bytes(sharded, pair, route, start, stop):
     """On whatever route, tokens arrive in the target's layout, nothing else changes, and each rank is settled once."""
     ours, theirs = PAIRS[pair]
-    source, target = engines("P", **ours), engines("D", **theirs, route=route)
+    source, target = sharded("P", **ours), sharded("D", **theirs, route=route)
     source.fill(1), target.fill(2)
     before = target.logical.copy()
     blocks, into = source.blocks_for(stop, 3), target.blocks_for(stop, 4, start)
@@ -149,10 +68,10 @@ def test_every_route_moves_the_same_bytes(engines, pair, route, start, stop):
         assert used == [packs] * len(source.ranks) + [route in ("target_unpacked", "both")] * len(target.ranks)
 
 
-def test_a_request_larger_than_the_arena(engines):
+def test_a_request_larger_than_the_arena(sharded):
     """What is larger than the whole arena goes through it in pieces, and never takes more of it than there is."""
-    source = engines("P", order="HND", blocks=600)
-    target = engines("D", order="NHD", blocks=600, route="both")
+    source = sharded("P", order="HND", blocks=600)
+    target = sharded("D", order="NHD", blocks=600, route="both")
     source.fill(1)
     blocks, into = source.blocks_for(600 * 16, 3), target.blocks_for(600 * 16, 4)
     assert target.ranks[0].endpoint.read(source.lease(blocks), into).wait(60)
@@ -163,10 +82,10 @@ def test_a_request_larger_than_the_arena(engines):
 
 
 @pytest.mark.parametrize("most", [1, 2])
-def test_how_much_one_read_stages_is_a_setting(engines, most):
+def test_how_much_one_read_stages_is_a_setting(sharded, most):
     """No more chunks of a read lie in either arena at a time than its consumer's ``chunks_in_flight``."""
-    source = engines("P", order="HND", blocks=64)
-    target = engines("D", order="NHD", blocks=64, route="both", settings=replace(SMALL, chunks_in_flight=most))
+    source = sharded("P", order="HND", blocks=64)
+    target = sharded("D", order="NHD", blocks=64, route="both", settings=replace(SMALL, chunks_in_flight=most))
     source.fill(1)
     blocks = list(range(64))
     assert target.ranks[0].endpoint.read(source.lease(blocks), blocks).wait(60)
@@ -175,11 +94,11 @@ def test_how_much_one_read_stages_is_a_setting(engines, most):
 
 
 @pytest.mark.parametrize("most", [1024, 3000, 1 << 40])
-def test_how_large_chunks_are_is_a_setting(engines, most):
+def test_how_large_chunks_are_is_a_setting(sharded, most):
     """Least and most of ``chunk_nbytes`` alike: all chunks have that size, as far as a slot has room and a block is not divided."""
     sizes = replace(SMALL, min_chunk_nbytes=most, max_chunk_nbytes=most)
-    source = engines("P", order="HND", blocks=64)
-    target = engines("D", order="NHD", blocks=64, route="both", settings=sizes)
+    source = sharded("P", order="HND", blocks=64)
+    target = sharded("D", order="NHD", blocks=64, route="both", settings=sizes)
     source.fill(1)
     blocks = np.arange(64)
     (rank,) = target.ranks
@@ -192,10 +111,10 @@ def test_how_large_chunks_are_is_a_setting(engines, most):
 
 
 @pytest.mark.parametrize("route", ["source_packed", "target_unpacked", "both"])
-def test_many_transfers_share_a_small_arena(engines, route):
+def test_many_transfers_share_a_small_arena(sharded, route):
     """64 reads at once through an arena of 8 slots all end well, and the last is not served after all the others."""
-    source = engines("P", order="HND", blocks=256)
-    target = engines("D", order="NHD", blocks=256, route=route)
+    source = sharded("P", order="HND", blocks=256)
+    target = sharded("D", order="NHD", blocks=256, route=route)
     source.fill(1)
     wholes = np.random.default_rng(5).permutation(256).reshape(64, 4)
     refs = [source.lease(blocks) for blocks in wholes]
@@ -208,10 +127,10 @@ def test_many_transfers_share_a_small_arena(engines, route):
     assert eventually(lambda: source.ranks[0].arena.in_use == 0)
 
 
-def test_two_endpoints_stage_for_each_other(engines):
+def test_two_endpoints_stage_for_each_other(sharded):
     """Both sides read from each other through full arenas, and neither waits for ever."""
-    one = engines("one", order="HND", blocks=256, route="both")
-    other = engines("other", order="NHD", blocks=256, route="both")
+    one = sharded("one", order="HND", blocks=256, route="both")
+    other = sharded("other", order="NHD", blocks=256, route="both")
     one.fill(1), other.fill(2)
     mine, theirs = np.arange(0, 128).reshape(32, 4), np.arange(128, 256).reshape(32, 4)
     transfers = []
@@ -223,7 +142,7 @@ def test_two_endpoints_stage_for_each_other(engines):
         np.testing.assert_array_equal(target.logical[:, b], source.logical[:, a])
 
 
-def test_dtypes_are_converted_on_request_only(engines):
+def test_dtypes_are_converted_on_request_only(sharded):
     """Without the request a producer of another dtype is refused by name; with it, values arrive."""
     pytest.importorskip("ml_dtypes")
     source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
@@ -242,18 +161,18 @@ def test_dtypes_are_converted_on_request_only(engines):
     np.testing.assert_array_equal(taken["kv"][:, [3, 4]], arrays["kv"][:, [1, 2]].astype(np.float16))
 
 
-def test_a_pair_for_which_no_route_is_left_is_refused_when_it_meets(engines):
+def test_a_pair_for_which_no_route_is_left_is_refused_when_it_meets(sharded):
     """A chunk that fits into no slot bars the packed routes: forced to one, the read fails with the reason."""
-    source = engines("P", order="HND", head_dim=512)
-    target = engines("D", order="NHD", head_dim=512, route="both")
+    source = sharded("P", order="HND", head_dim=512)
+    target = sharded("D", order="NHD", head_dim=512, route="both")
     with pytest.raises(IncompatibleError, match=r"one block of one layer takes .* bytes, a staging slot has 8192"):
         target.ranks[0].endpoint.read(source.lease([1]), [2]).wait(30)
 
 
-def test_a_lease_that_ends_in_the_middle_is_thrown_away(engines):
+def test_a_lease_that_ends_in_the_middle_is_thrown_away(sharded):
     """A lease that is revoked while its chunks are packed and read ends the read with an error, and leaves no slot."""
-    source = engines("P", order="HND", blocks=600)
-    target = engines("D", order="NHD", blocks=600, route="both")
+    source = sharded("P", order="HND", blocks=600)
+    target = sharded("D", order="NHD", blocks=600, route="both")
     blocks = np.arange(600)
     ref = source.lease(blocks)
     transfer = target.ranks[0].endpoint.read(ref, blocks)
@@ -264,9 +183,9 @@ def test_a_lease_that_ends_in_the_middle_is_thrown_away(engines):
     assert eventually(lambda: source.ranks[0].arena.in_use == 0 == target.ranks[0].arena.in_use)
 
 
-def test_ranks_may_have_blocks_of_their_own(engines):
+def test_ranks_may_have_blocks_of_their_own(sharded):
     """Each rank of the producer names its blocks for itself."""
-    source, target = engines("P", world=2, order="NHD"), engines("D", order="NHD")
+    source, target = sharded("P", world=2, order="NHD"), sharded("D", order="NHD")
     source.fill(1)
     ref = LeaseRef.mint(owner="P", addresses=[rank.endpoint.address for rank in source.ranks])
     tables = [[5, 6, 7], [30, 1, 9]]
@@ -287,7 +206,7 @@ def test_settings_bound_the_arena():
 
 
 @pytest.mark.parametrize("who", ["source", "target"])
-def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monkeypatch, who):
+def test_devices_that_cannot_convert_are_found_out_when_they_meet(sharded, monkeypatch, who):
     """Where one side cannot convert, the other one does; where neither can, the pair is refused with both reasons."""
     source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
     arrays["kv"][...] = 1.5
@@ -308,21 +227,21 @@ def test_devices_that_cannot_convert_are_found_out_when_they_meet(engines, monke
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_very_long_requests(engines, route):
+def test_very_long_requests(sharded, route):
     """131,072 tokens are read like any other number, through an arena of a hundredth of their size."""
     tokens, shape = 131_072, {"layers": 1, "head_dim": 1, "blocks": 131_072 // 16 + 8}
-    source = engines("P", order="HND", **shape)
-    target = engines("D", order="NHD", route=route, **shape)
+    source = sharded("P", order="HND", **shape)
+    target = sharded("D", order="NHD", route=route, **shape)
     source.fill(1)
     blocks, into = source.blocks_for(tokens, 3), target.blocks_for(tokens, 4)
     assert target.ranks[0].endpoint.read(source.lease(blocks), into, timeout_s=100).wait(100)
     np.testing.assert_array_equal(target.logical[:, into], source.logical[:, blocks])
 
 
-def test_sixty_four_transfers_through_sixteen_mebibytes(engines):
+def test_sixty_four_transfers_through_sixteen_mebibytes(sharded):
     """64 reads of 2 MiB at once through arenas of 16 MiB end together, and both arenas are empty afterwards."""
     shape = {"layers": 4, "head_dim": 64, "blocks": 512, "settings": replace(SMALL, staging_nbytes=16 << 20)}
-    source, target = engines("P", order="HND", **shape), engines("D", order="NHD", route="both", **shape)
+    source, target = sharded("P", order="HND", **shape), sharded("D", order="NHD", route="both", **shape)
     source.fill(1)
     parts = np.random.default_rng(5).permutation(512).reshape(64, 8)
     refs = [source.lease(blocks) for blocks in parts]
