@@ -169,6 +169,66 @@ def test_unknown_leases_are_unknown(table):
     assert table.request(T3) == "" and len(table) == 0
 
 
+def test_sealed_blocks_are_readable_before_the_offer(table, board):
+    """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
+    table.announce(T1, "r", 0)
+    lease = table.seal(T1, [b"1234"], [16])
+    assert lease.readable and not lease.complete and cell(board, lease) == bytes.fromhex(T1)
+    posted = lease.cell
+    assert table.seal(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == ([b"12345678"], [16])
+    assert table.offer(T1, [b"123456789abc"], 5) is lease and lease.complete
+    assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
+    with pytest.raises(LeaseError, match="offered before"):
+        table.seal(T1, [b"1234"])
+    assert lease.blocks == [b"123456789abc"] and len(board._free) == 3
+
+
+def test_a_place_for_a_consumer_that_comes_first(table, board):
+    """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
+    table.want(T1, 0)
+    lease = table.open(T1, ME, 1)
+    assert lease.state is LeaseState.WANTED and not lease.readable and table.expire(SETTINGS.match_s - 0.1) == []
+    table.announce(T1, "r", 2)
+    assert (lease.state, lease.request, lease.deadline) == (LeaseState.ANNOUNCED, "r", pytest.approx(102.0))
+    assert table.expire(101.9) == [] and table.offer(T1, [b"1234"], 101.9).holders == {0: ME}
+
+
+def test_a_place_is_no_lease(table, board):
+    """What was not announced cannot be sealed, nor offered; the offer ends it, and its blocks are the caller's."""
+    table.want(T1, 0)
+    with pytest.raises(LeaseUnknownError):
+        table.seal(T1, [b"1234"])
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T1, [b"1234"], 1)
+    assert free(board) and len(table) == 0 and table.offered(T1)
+
+
+def test_places_are_few(board):
+    """At most ``max_leases`` are kept for who came first; each that is announced, or that ends, makes room for another."""
+    table = LeaseTable(Settings(max_leases=2, match_s=3.0), board)
+    for token in (T1, T2, T1, T2):
+        table.want(token, 0)
+    with pytest.raises(LeaseUnknownError, match="2 are waited for"):
+        table.want(T3, 0)
+    table.announce(T1, "r", 0)
+    table.want(T3, 1)
+    assert [lease.token for lease in table.expire(3.0)] == [T2]
+    table.want(T2, 3.0)  # it has ended: no place is kept for it
+    table.want("4" * 32, 3.0)
+    with pytest.raises(LeaseUnknownError):
+        table.want("5" * 32, 3.0)
+    assert len(table) == 3
+
+
+def test_who_settles_first_of_all(table, board):
+    """A lease that its consumer has settled before it was known here is not offered any more."""
+    assert table.settle(T1, ME, read=False) == (False, None)
+    table.announce(T1, "r", 0)
+    with pytest.raises(LeaseEndedError):
+        table.offer(T1, [b"1234"], 1)
+    assert free(board) and len(table) == 0
+
+
 def test_taken_by_one_consumer(table):
     """The first that opens a lease has it: others cannot open, renew or settle it."""
     table.announce(T1, "r", 0)

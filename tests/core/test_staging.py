@@ -56,12 +56,15 @@ def test_the_limit_is_hard():
 def test_one_slot_is_kept_for_the_other_use(greedy, other):
     """However many chunks one use would like, the other one always finds a slot, and finds it again when it gave it back."""
     arena = StagingArena(LEAST)
-    assert len(fill(arena, greedy)) == arena.slots - 1
+    held = fill(arena, greedy)
+    assert len(held) == arena.slots - 1
     for _ in range(3):
         slot = arena.take(other)
         assert slot is not None and arena.take(other) is None and arena.take(greedy) is None
         arena.give(slot)
         assert arena.take(greedy) is None
+    arena.give(held[0])
+    assert arena.take(greedy) is not None and arena.take(greedy) is None and arena.take(other) is not None
 
 
 def test_the_warmest_slot_is_used_first():
