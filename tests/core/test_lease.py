@@ -169,6 +169,18 @@ def test_unknown_leases_are_unknown(table):
     assert table.request(T3) == "" and len(table) == 0
 
 
+def test_who_was_offered_is_known(table):
+    """A lease was offered when `offer` was called, in vain too: its end is told, and no other's."""
+    table.announce(T1, "r", 0)
+    assert not table.offered(T1) and not table.offered(T2)
+    table.offer(T1, [], 0)
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T2, [], 0)
+    assert table.offered(T1) and table.offered(T2)
+    with pytest.raises(LeaseEndedError):
+        table.open(T2, ME, 1)
+
+
 def test_sealed_blocks_are_readable_before_the_offer(table, board):
     """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
     table.announce(T1, "r", 0)
