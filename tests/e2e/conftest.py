@@ -266,23 +266,31 @@ class Lab:
 
     @contextlib.contextmanager
     def standstills(self):
-        """Yields a function: for how long, at the most, this machine ran nothing since then, as a thread that sleeps sees it."""
+        """Yields a function: for how long, at the most, a processor of this machine ran nothing of ours since then.
+
+        A thread on each sees it. Virtual processors stand still one by one, and take along whoever runs there: with the
+        interpreter's lock, that is a whole server, of which a thread that runs wherever there is room would see nothing.
+        """
         gaps, over = [0.0], threading.Event()
 
-        def watch() -> None:
+        def watch(processor: int) -> None:
+            os.sched_setaffinity(0, {processor})  # of this thread
             before = time.monotonic()
             while not over.wait(0.02):
                 now = time.monotonic()
                 gaps.append(now - before)
                 before = now
+            gaps.append(time.monotonic() - before)
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+        watchers = [threading.Thread(target=watch, args=(each,), daemon=True) for each in os.sched_getaffinity(0)]
+        for watcher in watchers:
+            watcher.start()
         try:
             yield lambda: max(gaps)
         finally:
             over.set()
-            watcher.join()
+            for watcher in watchers:
+                watcher.join()
 
     def together(self, calls) -> list:
         """Run calls at once, each in a thread; their results in order."""
