@@ -10,12 +10,13 @@ from kvxfer import Endpoint, KVCache
 from kvxfer.config import Settings
 from kvxfer.layout import Interval
 from kvxfer.lease import LeaseRef
-from kvxfer.route import Costs
+from kvxfer.route import Costs, Route
 from kvxfer.testing import eventually
 
 QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_s=0.1, quarantine_s=0.05)
-HEADS = 8
 SMALL = Settings(staging_nbytes=1 << 16, retry_s=0.1)  # slots of 8 KiB: everything is cut into chunks
+ROUTES = [None, *(route.value for route in Route)]
+HEADS = 8
 
 
 class Engine:

@@ -15,7 +15,7 @@ from kvxfer.fence import CELL_NBYTES
 from kvxfer.inproc import InprocAgent
 from kvxfer.integrity import MOST_DIFFERENCES
 from kvxfer.testing import eventually
-from tests.core.test_staged_reads import ROUTES
+from tests.core.engine import ROUTES
 
 
 @pytest.fixture

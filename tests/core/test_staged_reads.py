@@ -12,11 +12,8 @@ from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import IncompatibleError, KvxferError
 from kvxfer.lease import LeaseRef
-from kvxfer.route import Route
 from kvxfer.testing import eventually
-from tests.core.engine import SMALL
-
-ROUTES = [None, *(route.value for route in Route)]
+from tests.core.engine import ROUTES, SMALL
 
 
 def check(source, target, blocks, into, start, stop, before):
