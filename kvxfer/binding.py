@@ -12,12 +12,13 @@ of blocks is one descriptor, however long. Nothing here loops over blocks in Pyt
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvxfer.blocks import Table
 from kvxfer.copies import Copy
 from kvxfer.layout import MAX_REGIONS
 from kvxfer.memory import Descriptors
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.blocks import Table
     from kvxfer.copies import Loop
     from kvxfer.segment import Segment, Shape
 
@@ -50,24 +50,36 @@ class Grain(NamedTuple):
     tokens: int
 
 
-def kernel_blocks(table: Table, kernel_tokens: int) -> Table:
-    """The same table in blocks of ``kernel_tokens``, of which each entry has a whole number."""
+def kernel_blocks(table: Table, kernel_tokens: int, start: int, stop: int) -> Table:
+    """A table in blocks of ``kernel_tokens``, of which each entry has a whole number.
+
+    Where they are smaller than the entries, only those with tokens of ``[start, stop)`` are made: how many an entry becomes
+    is up to the description of the cache, which may be a peer's.
+    """
     ratio = table.tokens // kernel_tokens
     if ratio == 1:
         return table
-    ids = (table.ids[:, None] * ratio + np.arange(ratio, dtype=np.int64)).reshape(-1)
-    return replace(table, ids=ids, tokens=kernel_tokens)
+    first, end = (start - table.first_token) // kernel_tokens, -(-(stop - table.first_token) // kernel_tokens)
+    entry, inside = np.divmod(np.arange(first, end, dtype=np.int64), ratio)
+    ids = table.ids[entry] * ratio + inside
+    return Table(ids, table.first_token + first * kernel_tokens, kernel_tokens, table.bound * ratio)
 
 
-def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tuple[Grain, BlockPairs]]:
-    """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each."""
+def grains(
+    source: Table, target: Table, start: int, stop: int, *, cut_from: Table | None = None
+) -> Iterator[tuple[Grain, BlockPairs]]:
+    """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each.
+
+    ``cut_from``: the table of which ``source`` is a part, in whatever blocks; by default ``source`` itself.
+    """
     p, d = source.tokens, target.tokens
+    whole = source if cut_from is None else cut_from
     from_start, to_start = start - source.first_token, start - target.first_token
     if p == d and not from_start % p and not to_start % d and not (stop - start) % p:
         number = (stop - start) // p
         first, to_first = from_start // p, to_start // p
         ids = source.ids[first : first + number], target.ids[to_first : to_first + number]
-        yield Grain(0, 0, p), BlockPairs.of(*ids, source)
+        yield Grain(0, 0, p), BlockPairs.of(*ids, whole)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]
     for table in (source, target):
@@ -81,7 +93,7 @@ def grains(source: Table, target: Table, start: int, stop: int) -> Iterator[tupl
     classes, of_class = np.unique(np.stack((from_token, to_token, tokens)), axis=1, return_inverse=True)
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
-        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], source)
+        pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], whole)
         yield Grain(a, b, length), pairs
 
 
@@ -99,13 +111,14 @@ class Walks:
         key = source, target, kernels, start, stop
         known = self._known.get(key)
         if known is None:
-            cut = kernel_blocks(source, kernels[0]), kernel_blocks(target, kernels[1])
-            known = tuple(grains(*cut, start, stop))
+            cut = (kernel_blocks(table, n, start, stop) for table, n in zip((source, target), kernels, strict=True))
+            known = tuple(grains(*cut, start, stop, cut_from=source))
             # Chunks are asked for by strangers: what is kept for them has an end.
-            self._blocks += sum(len(pairs) for _, pairs in known)
-            if self._blocks > _MOST_BLOCKS:
+            blocks = sum(len(pairs) for _, pairs in known)
+            if self._blocks + blocks > _MOST_BLOCKS:
                 self._known.clear()
                 self._blocks = 0
+            self._blocks += blocks
             self._known[key] = known
         return known
 
@@ -118,7 +131,7 @@ _NO_STEP = 1 << 62
 class BlockPairs:
     """Pairs of block ids in the order of the source's, and as runs in which both sides ascend by one.
 
-    ``source_table`` is the table of which these may be a part only.
+    ``source_table`` is the table of which these may be a part only, whose entries may be larger blocks.
     """
 
     source: IntArray

@@ -30,6 +30,8 @@ _UNDER_THE_LOCK: Final = 499
 when another one has had its turn: that takes longer than all that is done here."""
 _NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
 """To make them lets go of the lock; a request of a million tokens has no more blocks of 16."""
+_MOST_PLACES: Final = 1 << 22
+"""A place for each block that a cache may have is made for no more than these: how many a peer's has is what it says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +75,13 @@ class Table:
         if len(ids) < 2 or all(_ascend(ids[one]) for one in _pieces(len(ids), overlap=1)):
             return False
         # np.sort would let go of the lock.
-        if len(ids) <= _UNDER_THE_LOCK:
+        bound = self.bound or _largest(ids) + 1
+        if len(ids) <= _UNDER_THE_LOCK or bound > _MOST_PLACES:
             return len(set(ids.tolist())) < len(ids)
         # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
         numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
         parts = [(ids[one], numbers[one]) for one in _pieces(len(ids))]
-        last = np.empty(self.bound or _largest(ids) + 1, dtype=_NUMBERS.dtype)
+        last = np.empty(bound, dtype=_NUMBERS.dtype)
         for part, places in parts:
             last[part] = places
         return not all((last[part] == places).all() for part, places in parts)

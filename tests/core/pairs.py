@@ -47,6 +47,8 @@ KINDS = (
 )
 MAX_LAYERS = 4
 MAX_TOKENS = 12
+BIG_TOKENS = (1000, 1600)
+"""Shortest and longest request of a big pair: block tables of more entries than NumPy keeps the interpreter's lock for."""
 
 
 # -- the model: what both sides agree on --------------------------------------------------------------------------------
@@ -294,10 +296,11 @@ def in_parts(rank: Rank, part_of: dict[str, list[int]]) -> Rank:
 # -- drawing the model --------------------------------------------------------------------------------------------------
 
 
-def _models(draw: Any, *, scaled: bool) -> list[Group]:
-    """One to three groups of one to four layers."""
-    kinds = draw(st.sampled_from(KINDS))
-    total = draw(st.integers(len(kinds), MAX_LAYERS))
+def _models(draw: Any, *, scaled: bool, big: bool) -> list[Group]:
+    """One to three groups of one to four layers; fewer of all where there are many tokens."""
+    kinds = draw(st.sampled_from([kinds for kinds in KINDS if len(kinds) <= 2] if big else KINDS))
+    most_heads = 3 if big else 6
+    total = draw(st.integers(len(kinds), 2 if big else MAX_LAYERS))
     owners = [*range(len(kinds)), *(draw(st.integers(0, len(kinds) - 1)) for _ in range(total - len(kinds)))]
     groups: list[Group] = []
     for number, kind in enumerate(kinds):
@@ -321,7 +324,7 @@ def _models(draw: Any, *, scaled: bool) -> list[Group]:
             if draw(_rarely):
                 parts.append(Part("scale", draw(st.integers(1, 2))))
             name = "sliding_window" if kind == "window" else "full_attention"
-            group = Group(str(number), name, draw(st.integers(1, 6)), tuple(parts), layers)
+            group = Group(str(number), name, draw(st.integers(1, most_heads)), tuple(parts), layers)
         groups.append(group)
     return groups
 
@@ -497,8 +500,9 @@ class Blocks(NamedTuple):
     kernel: int
 
 
-def _block_sizes(draw: Any) -> Blocks:
-    kernel, ratio = draw(st.integers(1, 4)), draw(st.sampled_from([1, 1, 1, 2, 3]))
+def _block_sizes(draw: Any, *, big: bool = False) -> Blocks:
+    kernels, ratios = ([1, 1, 2], [1, 1, 2, 3, 8, 16, 50]) if big else ([1, 2, 3, 4], [1, 1, 1, 2, 3])
+    kernel, ratio = draw(st.sampled_from(kernels)), draw(st.sampled_from(ratios))
     return Blocks(kernel * ratio, kernel)
 
 
@@ -626,7 +630,7 @@ class _Builder:
         """Some of the free blocks, which then are no longer; from neighbours in order to scattered."""
         draw = self.draw
         if self.repeats:
-            return [draw(st.sampled_from(free)) for _ in range(number)]
+            return random.Random(draw(st.integers(0, 1 << 20))).choices(free, k=number)
         kind = draw(st.sampled_from(["run", "any", "ascending", "down"]))
         first = draw(st.integers(0, len(free) - number))
         ids = free[first : first + number]
@@ -636,8 +640,8 @@ class _Builder:
             ids.sort()
         if kind == "down":
             ids.reverse()
-        for block in ids:
-            free.remove(block)
+        taken = set(ids)
+        free[:] = [block for block in free if block not in taken]
         return ids
 
     def _describe(
@@ -724,7 +728,7 @@ class _Builder:
             state = kinds[name] == "state"
             begins = 0 if self.bare is None else self.bare // table.tokens * table.tokens
             if (state or table.first == begins) and draw(st.booleans()):
-                given.append(draw(st.sampled_from([table.ids, table.ids.tolist(), table.ids.astype(np.uint8)])))
+                given.append(draw(st.sampled_from([table.ids, table.ids.tolist(), table.ids.astype(np.uint16)])))
             else:
                 given.append(BlockTable(table.ids, draw(st.integers(0, 3)) if state else table.first))
         return given[0] if len(given) == 1 and draw(st.booleans()) else given
@@ -749,15 +753,16 @@ def _parts_of(group: Group, component: str, array: np.ndarray) -> list[tuple[str
 
 
 @st.composite
-def pair_cases(draw, *, convert: bool = False, repeats: bool = False) -> Pair:
+def pair_cases(draw, *, convert: bool = False, repeats: bool = False, big: bool = False) -> Pair:
     """Two engines and a request.
 
     Args:
+        big: the request has so many blocks that long block tables take other ways than short ones (`kvxfer.blocks`).
         convert: dtypes and scales differ, so that elements change on the way (needs ml_dtypes).
         repeats: the source's tables may give a block several times, and no head is on two ranks.
     """
     scaled = convert or draw(_rarely)
-    groups = _models(draw, scaled=scaled)
+    groups = _models(draw, scaled=scaled, big=big)
     wanted = _subset(draw, groups)
     orders, named = _numberings(draw, groups)
     plain = st.just(draw(st.sampled_from(["bfloat16", "uint8", "float8_e4m3fn", "float32"])))
@@ -768,7 +773,7 @@ def pair_cases(draw, *, convert: bool = False, repeats: bool = False) -> Pair:
         _engines(draw, wanted, orders[1], dtypes, named=named[1], alone=False),
     ]
     factors = _factors(rng, groups) if scaled else {}
-    asked, tokens, spans = _request(draw, groups, slots)
+    asked, tokens, spans = _request(draw, groups, slots, big=big)
     builders = [
         _Builder(draw, groups, slots[0], factors, repeats, draw(st.booleans()), None, draw(_junk)),
         _Builder(
@@ -847,13 +852,14 @@ def _factors(rng: np.random.Generator, groups: list[Group]) -> dict[Cell, list[f
 
 
 def _request(
-    draw: Any, groups: list[Group], slots: list[list[Slot]]
+    draw: Any, groups: list[Group], slots: list[list[Slot]], *, big: bool
 ) -> tuple[list[list[dict[str, Asked]]], Any, list[dict[str, tuple[int, int]]]]:
     """The block tables of either side, the tokens to move, and what that means for each target rank and group."""
     mode = draw(st.sampled_from(["all", "from", "between"]))
-    length = draw(st.integers(1, MAX_TOKENS))
-    start = draw(st.integers(0, length - 1))
-    stop = draw(st.integers(start + 1, length))
+    least, most = BIG_TOKENS if big else (1, MAX_TOKENS)
+    length = draw(st.integers(least, most))
+    start = draw(st.integers(0, length - least) if big else st.integers(0, length - 1))
+    stop = draw(st.integers(start + (least // 2 if big else 1), length))
     tokens = {"all": None, "from": (start, None), "between": (start, stop)}[mode]
     states = draw(st.integers(0, 2))
     asked: list[list[dict[str, Asked]]] = [[{} for _ in side] for side in slots]
@@ -861,7 +867,7 @@ def _request(
     sizes: dict[str, Blocks] = {}
     shapes: dict[object, Blocks] = {}
     for group in groups:
-        new = _block_sizes(draw)
+        new = _block_sizes(draw, big=big)
         sizes[group.name] = shapes.setdefault((group.heads, group.parts), new)
         if group.kind == "state":
             for side, ranks in zip(asked, slots, strict=True):
@@ -874,16 +880,16 @@ def _request(
             continue
         holders = [number for number, slot in enumerate(slots[0]) if group.name in slot.groups]
         uneven = draw(_rarely)
-        theirs = {n: _block_sizes(draw) if uneven else sizes[group.name] for n in holders}
+        theirs = {n: _block_sizes(draw, big=big) if uneven else sizes[group.name] for n in holders}
         more = draw(st.integers(0, 1))
         ends = {n: (-(-length // size.tokens) + more) * size.tokens for n, size in theirs.items()}
         begins = [min(ends.values())]
-        mine = sizes[group.name] if draw(st.booleans()) else _block_sizes(draw)
+        mine = sizes[group.name] if draw(st.booleans()) else _block_sizes(draw, big=big)
         for number, slot in enumerate(slots[1]):
             if group.name not in slot.groups:
                 continue
             if uneven and draw(_rarely):
-                mine = _block_sizes(draw)
+                mine = _block_sizes(draw, big=big)
             table, span = _target_table(draw, group, mine, set(ends.values()), mode, start, stop)
             asked[1][number][group.name] = table
             spans[number][group.name] = span

@@ -127,6 +127,13 @@ def test_it_may_be_read_while_it_is_made(pair, route, seals):
     move(pair, "inproc", route, tuple(seals))
 
 
+@settings(max_examples=max(40, settings.default.max_examples // 20))
+@given(pair_cases(big=True), st.sampled_from(ROUTES), st.booleans())
+def test_long_requests_are_read_too(pair, route, verify):
+    """The same of requests whose block tables are so long that they take other ways than short ones, verified or not."""
+    move(pair, "inproc", route, verify=verify)
+
+
 @settings(max_examples=max(200, settings.default.max_examples // 4))
 @given(pairs_in_parts(), st.sampled_from(ROUTES))
 def test_groups_may_be_split(pair, route):
