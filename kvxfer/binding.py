@@ -111,8 +111,8 @@ class Walks:
         key = source, target, kernels, start, stop
         known = self._known.get(key)
         if known is None:
-            cut = (kernel_blocks(table, n, start, stop) for table, n in zip((source, target), kernels, strict=True))
-            known = tuple(grains(*cut, start, stop, cut_from=source))
+            here, there = kernel_blocks(source, kernels[0], start, stop), kernel_blocks(target, kernels[1], start, stop)
+            known = tuple(grains(here, there, start, stop, cut_from=source))
             # Chunks are asked for by strangers: what is kept for them has an end.
             blocks = sum(len(pairs) for _, pairs in known)
             if self._blocks + blocks > _MOST_BLOCKS:
