@@ -71,8 +71,10 @@ fuzz-env:
 xla-env:
 	@$(BOOTSTRAP) xla
 
+# check-jsonschema has no wheels for Python 3.10.
 lint: full-env
 	$(FULL) -m ruff check .
+	@! test -x $(dir $(FULL))check-jsonschema || $(dir $(FULL))check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: full-env
 	$(FULL) -m ruff format --check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README is followed literally: its Python runs, and the commands it names exist."""
+"""The README and the page for engines are followed literally: their Python runs, and the commands they name exist."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+MOST_LINES = 90
 
 
-@pytest.mark.parametrize(
-    "program", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda text: text.split("\n")[0]
-)
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_python_of_the_readme_runs(program: str, tmp_path: Path) -> None:
-    """What a newcomer copies from the README into a file runs to its end, on real NIXL."""
+    """What a newcomer copies from the README or the page for engines into a file runs to its end, on real NIXL."""
     pytest.importorskip("nixl_cu13", reason="NIXL is not installed")
     path = tmp_path / "program.py"
     path.write_text(program)
@@ -27,8 +27,28 @@ def test_python_of_the_readme_runs(program: str, tmp_path: Path) -> None:
 
 
 def test_make_targets_of_the_readme_exist() -> None:
-    """Every `make something` that the README names is a target of the Makefile."""
-    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z0-9]+)", README)) | set(re.findall(r"^make ([a-z0-9]+)", README, re.MULTILINE))
+    """Every `make something` that the README or a page of the documentation names is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = README + "".join(page.read_text() for page in [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+    named = set(re.findall(r"`make ([a-z0-9-]+)", pages)) | set(re.findall(r"^make ([a-z0-9-]+)", pages, re.MULTILINE))
     assert named
     assert named <= targets
+
+
+def test_readme_is_short() -> None:
+    """A newcomer reads the README in two minutes: at most 90 lines of at most 100 columns."""
+    lines = README.splitlines()
+    assert len(lines) <= MOST_LINES
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    """Every relative link of the README and of the pages names a file that is there."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    dead = [
+        f"{page.name}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert dead == []
