@@ -50,7 +50,7 @@ class Source:
         agent_info: how its memory is reached.
         router: how its part of the plan travels.
         match: which of its blocks become which of ours.
-        cell: address of the lease's cell on its board.
+        cell: address of the lease's cell on its board; ``check`` what stands there while the lease does.
         complete: the match is all there is to read; else it will grow (`MoreGranted`).
     """
 
@@ -59,6 +59,7 @@ class Source:
     router: Router
     match: Match
     cell: int
+    check: bytes
     complete: bool = True
 
 

@@ -18,6 +18,7 @@ MAX_S = 366.0 * 86_400.0
 
 _MOST = {
     "max_leases": 1 << 24,
+    "remembered_leases": 1 << 24,
     "max_message_nbytes": 64 << 20,
     "max_connections": 1 << 20,
     "max_messages_per_s": 1 << 30,
@@ -26,6 +27,7 @@ _MOST = {
     "min_chunk_nbytes": 1 << 40,
     "max_chunk_nbytes": 1 << 40,
 }
+_MAY_BE_ZERO = frozenset({"remembered_leases"})
 _LEAST = {"staging_nbytes": 1 << 15, "max_connections": 8, "max_messages_per_s": 100}
 
 
@@ -63,6 +65,8 @@ class Settings:
     """A peer that nothing was asked of for this long is forgotten."""
     max_leases: int = 65_536
     """Producer: most leases offered at once."""
+    remembered_leases: int = 16_384
+    """Producer: ended leases that are remembered, so that repeated messages are answered alike. No safety depends on it."""
     max_message_nbytes: int = 1 << 20
     """Longer control messages are refused."""
     max_connections: int = 4096
@@ -93,7 +97,7 @@ class Settings:
             if (
                 not number
                 or not max(0, _LEAST.get(name, 0)) <= value <= most
-                or value == 0
+                or (value == 0 and name not in _MAY_BE_ZERO)
                 or (kind is int and not isinstance(value, int))
             ):
                 least = f" from {_LEAST[name]}" if name in _LEAST else ""

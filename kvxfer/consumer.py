@@ -222,7 +222,10 @@ class Consumer:
 
     def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | Staged | Settled, now: float) -> None:
         if isinstance(message, Grant) and hold.state in (HoldState.WAITING, HoldState.READING):
-            if claim.granted(message):
+            if hold.state is HoldState.READING and claim.grant is not None and claim.grant.check != message.check:
+                # The same token was offered anew, with other blocks. Bytes that are all on their way are judged by their cell.
+                self._holds.stop_read(hold, LeaseEndedError("the lease ended, and its token was offered again"))
+            elif claim.granted(message):
                 if claim.complete:
                     claim.ask_at = claim.renew_at(now)
                 if hold.state is HoldState.READING:

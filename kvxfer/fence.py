@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lease board: how a consumer learns, without asking anyone, whether its lease stood when its bytes were in place.
 
-The producer keeps one 16-byte *cell* per offered lease in registered host memory. It holds the lease's token from the
-moment the blocks are offered, and is wiped before they are given back. A consumer reads the blocks, and when those
-bytes are in place reads the cell through the same transfer agent. If the token is still there, the lease had not ended
-when the last byte was read; if not (wiped, or already another lease's), what was read is thrown away.
+The producer keeps one 16-byte *cell* per offered lease in registered host memory. It holds the *check* of this offering, random
+bytes that were never used before and will never be used again, from the moment the blocks are offered, and is wiped before they
+are given back. The grant tells the check to the consumer, which reads the blocks, and when those bytes are in place reads the cell
+through the same transfer agent. If the check is still there, the lease had not ended when the last byte was read; if not (wiped, or
+already that of another offering), what was read is thrown away.
+
+The check is not the lease's token: two sides that make the same token twice (`LeaseRef.shared`) offer other blocks the second time.
 
 That is one small one-sided read instead of a round trip through the producer's Python, whose threads may wait for the
 engine's interpreter lock; and it answers also for a producer that is frozen, which cannot have given back its blocks.
-A torn read of a cell being wiped differs from the token, so it counts as ended.
+A torn read of a cell being wiped differs from the check, so it counts as ended.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ class LeaseBoard:
         """Where the board lies."""
         return Memory(self._begin, self._array.nbytes, MemoryKind.DRAM)
 
-    def post(self, token: bytes) -> int:
-        """Write ``token`` (16 bytes) into a free cell; returns the cell's address.
+    def post(self, check: bytes) -> int:
+        """Write ``check`` (16 bytes) into a free cell; returns the cell's address.
 
         Raises:
             LeaseError: all cells are taken.
@@ -52,11 +55,11 @@ class LeaseBoard:
         if not self._free:
             raise LeaseError("too many leases are offered at once (setting max_leases)")
         index = self._free.pop()
-        self._array[index] = np.frombuffer(token, dtype=np.uint8)
+        self._array[index] = np.frombuffer(check, dtype=np.uint8)
         return self._address(index)
 
     def wipe(self, address: int) -> None:
-        """Forget a posted token. Must come before the lease's blocks are given back."""
+        """Forget a posted check. Must come before the lease's blocks are given back."""
         index = self._index(address)
         self._array[index] = 0
         self._free.append(index)

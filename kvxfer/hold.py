@@ -59,10 +59,10 @@ class Claim:
     def granted(self, grant: Grant) -> bool:
         """Take what its rank grants; False if that is nothing new."""
         known = self.grant
-        if known is not None and (
-            known.complete or (not grant.complete and sum(map(len, grant.blocks)) <= sum(map(len, known.blocks)))
-        ):
-            return False
+        if known is not None and known.check == grant.check:
+            more = sum(map(len, grant.blocks)) > sum(map(len, known.blocks))
+            if known.complete or not (grant.complete or more):
+                return False
         self.grant, self.tables = grant, None
         return True
 
@@ -216,4 +216,4 @@ class Hold:
             for group in router.part.target_groups:
                 if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
                     raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
-        return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, complete)
+        return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, claim.grant.check, complete)

@@ -17,12 +17,15 @@ board is wiped before anyone is told, so that no reader can mistake the blocks' 
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvxfer.ended import EndedLeases
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
+from kvxfer.fence import CELL_NBYTES
 from kvxfer.timers import Timers
 
 if TYPE_CHECKING:
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.fence import LeaseBoard
-
-_REMEMBERED = 16_384
 
 
 class LeaseState(str, Enum):
@@ -65,6 +66,8 @@ class Lease:
     Attributes:
         blocks: per cache group the ids as little-endian uint32; before the offer, of what was sealed.
         first_tokens: per cache group the token with which the first block begins.
+        cell: address of its cell on the lease board, while it has one; ``check`` what stands there, and nowhere else ever.
+        announced: the engine made it known; else only consumers have named its token.
         holders: by rank, the processes of the consumer that have asked for it.
         settled: ranks that are done with it.
         read: some rank read it.
@@ -78,6 +81,8 @@ class Lease:
     blocks: list[bytes] = field(default_factory=list)
     first_tokens: list[int] = field(default_factory=list)
     cell: int | None = None
+    check: bytes = field(default=b"", repr=False)
+    announced: bool = False
     offered: bool = False
     holders: dict[int, Holder] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
@@ -118,9 +123,10 @@ class LeaseTable:
         self._settings = settings
         self._board = board
         self._live: dict[str, Lease] = {}
-        self._ended: OrderedDict[str, Lease] = OrderedDict()
+        self._ended = EndedLeases(settings.remembered_leases)
         self._timers = Timers()
-        self._wanted = 0
+        self._wanted: OrderedDict[str, None] = OrderedDict()
+        """Tokens of leases in that state, the one that was asked for last at the end."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -129,23 +135,28 @@ class LeaseTable:
         """Make a token known before its blocks are. Known already: nothing changes."""
         lease = self._live.get(token)
         if lease is not None and lease.state is LeaseState.WANTED:
-            self._wanted -= 1
+            del self._wanted[token]
             lease.state, lease.request, lease.deadline = LeaseState.ANNOUNCED, request, now + self._settings.announce_s
+            lease.announced = True
             self._timers.set(token, lease.deadline)
         elif lease is None and token not in self._ended:
-            self._add(Lease(token, request, now + self._settings.announce_s))
+            self._add(Lease(token, request, now + self._settings.announce_s, announced=True))
 
     def want(self, token: str, now: float) -> None:
-        """A consumer came first: keep a place for it until the token is announced. Known already: nothing changes.
+        """A consumer came first: keep a place for it until the token is announced.
 
-        Raises:
-            LeaseUnknownError: ``max_leases`` are wanted already.
+        There are ``max_leases`` places. When all are taken, the one that was asked for longest ago goes: a consumer that still
+        waits for its own asks again each ``retry_s``, and has a place again.
         """
+        if token in self._wanted:
+            self._wanted.move_to_end(token)
         if token in self._live or token in self._ended:
             return
-        if self._wanted >= self._settings.max_leases:
-            raise LeaseUnknownError(f"no lease {shown(token)} was announced, and {self._wanted} are waited for already")
-        self._wanted += 1
+        while len(self._wanted) >= self._settings.max_leases:
+            oldest, _ = self._wanted.popitem(last=False)
+            del self._live[oldest]
+            self._timers.cancel(oldest)
+        self._wanted[token] = None
         self._add(Lease(token, "", now + self._settings.match_s, LeaseState.WANTED))
 
     def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
@@ -181,7 +192,7 @@ class LeaseTable:
         lease = self._live.get(token) or self._ended.get(token)
         if lease is None or lease.state is LeaseState.WANTED:
             if lease is None:
-                self._remember(Lease(token, "", now, LeaseState.REVOKED, offered=True))
+                self._ended.add(Lease(token, "", now, LeaseState.REVOKED, offered=True))
             else:
                 lease.offered = True
                 self._end(lease, LeaseState.REVOKED)
@@ -256,7 +267,7 @@ class LeaseTable:
             before = self._ended.get(token)
             if before is None:
                 # A consumer that came first and has left before it was known here: nobody will come for these blocks.
-                self._remember(Lease(token, "", 0.0, LeaseState.SETTLED))
+                self._ended.add_named(Lease(token, "", 0.0, LeaseState.SETTLED), holder.name)
             # A rank that had settled hears the same again, also if others let it expire.
             stood = before is not None and holder.rank in before.settled and before.holders[holder.rank] == holder
             return stood, None
@@ -322,7 +333,8 @@ class LeaseTable:
     def _make_readable(self, lease: Lease, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
         """Its cell is on the board from the first blocks on. Raises LeaseError: no cell is free."""
         if lease.cell is None:
-            lease.cell = self._board.post(bytes.fromhex(lease.token))
+            check = secrets.token_bytes(CELL_NBYTES)
+            lease.cell, lease.check = self._board.post(check), check
         lease.blocks, lease.first_tokens = list(blocks), list(first_tokens)
 
     def _find(self, token: str) -> Lease:
@@ -343,13 +355,11 @@ class LeaseTable:
         if lease.cell is not None:
             self._board.wipe(lease.cell)
             lease.cell = None
-        self._wanted -= lease.state is LeaseState.WANTED
+        self._wanted.pop(lease.token, None)
         lease.state, lease.blocks = state, []
         del self._live[lease.token]
         self._timers.cancel(lease.token)
-        self._remember(lease)
-
-    def _remember(self, lease: Lease) -> None:
-        self._ended[lease.token] = lease
-        while len(self._ended) > _REMEMBERED:
-            self._ended.popitem(last=False)
+        if lease.announced or lease.offered:
+            self._ended.add(lease)
+        else:
+            self._ended.add_named(lease, next((holder.name for holder in lease.holders.values()), ""))

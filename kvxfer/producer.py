@@ -329,6 +329,7 @@ class Producer:
             token=lease.token,
             blocks=lease.blocks,
             cell=lease.cell or 0,
+            check=lease.check,
             ttl_s=ttl_s,
             first_tokens=first_tokens,
             complete=lease.complete,

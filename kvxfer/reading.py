@@ -273,7 +273,7 @@ class Leg:
         def told(scratch: int) -> None:
             found = carrier.read_scratch(scratch)
             carrier.give_scratch(self, scratch)
-            if found != bytes.fromhex(self.reading.job.transfer.ref.token):
+            if found != self.source.check:
                 raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")
             then(carrier)
 

@@ -34,7 +34,7 @@ from kvxfer.config import MAX_S
 from kvxfer.errors import WireError
 from kvxfer.layout import MAX_RANKS, CacheSpec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when a message changes its meaning. A peer with another one is refused at the handshake."""
 
 MAX_TOKENS_PER_RENEW = 4096
@@ -114,6 +114,8 @@ class Grant(_Message, frozen=True, kw_only=True):
     """Per cache group the block ids, in token order, as little-endian uint32."""
     cell: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     """Address of the lease's cell on the producer's board."""
+    check: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    """What stands in the cell as long as these blocks are leased: of this offering only, also where its token comes again."""
     first_tokens: Annotated[list[TokenIndex], msgspec.Meta(max_length=1024)] = []
     """Per cache group the token with which the first block begins; empty where all begin with the first."""
     complete: bool = True

@@ -366,13 +366,13 @@ def test_wrong_identity(world, producer, consumer):
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [({"protocol": 2}, "protocol"), ({"agent": "other"}, "agent"), ({"rank": 5}, "rank")],
+    [({"protocol": wire.PROTOCOL + 1}, "protocol"), ({"agent": "other"}, "agent"), ({"rank": 5}, "rank")],
 )
 def test_a_welcome_that_does_not_fit(world, producer, consumer, change, code):
     """A producer that answers what nobody asked for is refused by this side too."""
     transfer = consumer.read(producer.mint(), 1)
     fields = {
-        "protocol": 1,
+        "protocol": wire.PROTOCOL,
         "name": "producer",
         "epoch": "e",
         "rank": 0,
@@ -487,7 +487,7 @@ def granted(world, producer, consumer, **grant):
     ref = producer.announce()
     transfer = consumer.read(ref, 1, 2)
     world.settle()
-    fields = {"token": ref.token, "blocks": [b"\1\0\0\0\2\0\0\0"], "cell": 0, "ttl_s": 30.0}
+    fields = {"token": ref.token, "blocks": [b"\1\0\0\0\2\0\0\0"], "cell": 0, "check": bytes(16), "ttl_s": 30.0}
     consumer.consumer.received(producer.address, wire.Grant(**{**fields, **grant}), world.now)
     consumer.perform()
     return transfer
@@ -515,7 +515,9 @@ def test_a_grant_of_absurd_length(world, producer, consumer, ttl_s):
     consumer.hold(ref)
     world.settle()
     consumer.consumer.received(
-        producer.address, wire.Grant(token=ref.token, blocks=[b"\1\0\0\0"], cell=0, ttl_s=ttl_s), world.now
+        producer.address,
+        wire.Grant(token=ref.token, blocks=[b"\1\0\0\0"], cell=0, check=bytes(16), ttl_s=ttl_s),
+        world.now,
     )
     before = consumer.ticks
     world.advance(10)
@@ -548,14 +550,14 @@ def test_answers_to_questions_never_asked(world, producer, consumer):
     consumer.hold(ref := producer.lease(1))
     world.settle()
     strays = [
-        wire.Grant(token=token, blocks=[], cell=0, ttl_s=1.0), wire.Settled(token=token, stood=True),
+        wire.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), wire.Settled(token=token, stood=True),
         wire.Settled(token=ref.token, stood=True), wire.Pending(token=ref.token), wire.Revoked(token=token, reason=""),
         wire.Renewed(ended=[token] * 9), wire.Refused(code="unknown_lease", reason="", epoch="", token=token),
         wire.Refused(code="a code of the future", reason="", epoch=""), wire.Refused(code="garbage", reason="", epoch=""),
     ]  # fmt: skip
     for message in strays:
         consumer.consumer.received(producer.address, message, world.now)
-    for message in (wire.Open(token=token), wire.Hello(protocol=1, name="", epoch="", rank=0, agent="")):
+    for message in (wire.Open(token=token), wire.Hello(protocol=wire.PROTOCOL, name="", epoch="", rank=0, agent="")):
         consumer.consumer.received(producer.address, message, world.now)
     consumer.consumer.garbage(producer.address, "why", world.now)
     assert consumer.metrics.value("kvxfer_refused_messages_total", reason="garbage") == 3

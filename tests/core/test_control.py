@@ -138,8 +138,8 @@ def test_connections_that_hang(victim, refused):
         b"", b"\0", b"hello", b"{}", b"\x80", b"\x91" * 50_000, b"\xdd\xff\xff\xff\xff",
         msgspec.msgpack.encode({"type": "Hello"}), msgspec.msgpack.encode({"type": "Bye"}),
         msgspec.msgpack.encode({"type": "Open", "token": "short"}),
-        wire.encode(wire.Hello(protocol=1, name="n" * 5000, epoch="e", rank=0, agent="inproc")),
-        wire.encode(wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="inproc"))[:-3],
+        wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="n" * 5000, epoch="e", rank=0, agent="inproc")),
+        wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="inproc"))[:-3],
     ],
 )  # fmt: skip
 def test_messages_that_are_none(refused, dealer, data):
@@ -176,10 +176,17 @@ def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
     assert dealer(wire.encode(wire.Open(to="dead", token=token))).code == "stale_epoch"
     assert dealer(wire.encode(wire.Open(to=epoch, token=token))).code == "not_introduced"
     assert dealer(wire.encode(wire.Hello(protocol=9, name="n", epoch="e", rank=0, agent="inproc"))).code == "protocol"
-    assert dealer(wire.encode(wire.Hello(protocol=1, name="n", epoch="e", rank=4, agent="inproc"))).code == "rank"
-    assert dealer(wire.encode(wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="smoke"))).code == "agent"
+    assert (
+        dealer(wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=4, agent="inproc"))).code
+        == "rank"
+    )
+    assert (
+        dealer(wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="smoke"))).code
+        == "agent"
+    )
     assert isinstance(
-        dealer(wire.encode(wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="inproc"))), wire.Welcome
+        dealer(wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="inproc"))),
+        wire.Welcome,
     )
     assert dealer(wire.encode(wire.Open(to=epoch, token=token))).code == "unknown_lease"
     assert refused() == 7

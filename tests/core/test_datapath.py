@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 import time
 from dataclasses import replace
@@ -158,10 +159,11 @@ class Rig:
         transfer = Transfer(ref, into, None, time.monotonic() + timeout_s, lambda _: None)
         sources = []
         for number, (sender, router) in enumerate(zip(self.senders, self.routers, strict=True)):
-            where = sender.board.post(bytes.fromhex(ref.token) if posted else bytes(16)) if cell is None else cell
+            check = secrets.token_bytes(16)
+            where = sender.board.post(check if posted else bytes(16)) if cell is None else cell
             match = router.part.match_tables(tables(sender.cache.spec, given), into)
             info = (agent_info or {}).get(number, sender.agent.describe())
-            sources.append(Source(number, info, router, match, where))
+            sources.append(Source(number, info, router, match, where, check))
         return StartRead(transfer, sources)
 
     def read(self, *args, **kwargs):
@@ -688,7 +690,12 @@ def test_two_reads_of_one_lease_both_end():
             Transfer(first.transfer.ref, rig.job(1, 5).transfer.into, None, first.transfer.deadline, lambda _: None),
             rig.job(1, 5).sources,
         )
-        second = replace(second, sources=[replace(each, cell=first.sources[0].cell) for each in second.sources])
+        second = replace(
+            second,
+            sources=[
+                replace(each, cell=first.sources[0].cell, check=first.sources[0].check) for each in second.sources
+            ],
+        )
         rig.path.do(first)
         rig.path.do(second)
         assert {rig.end() for _ in range(2)} == {(first.transfer, None), (second.transfer, None)}

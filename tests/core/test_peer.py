@@ -51,7 +51,7 @@ def test_another_process_is_noticed():
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"protocol": 2}, "protocol"),
+        ({"protocol": PROTOCOL + 1}, "protocol"),
         ({"agent": "nixl"}, "agent"),
         ({"rank": 1}, "rank"),
         ({"spec": small_cache(rank=1, world=2).spec}, "rank"),

@@ -75,7 +75,7 @@ def test_the_whole_talk(producer, talk):
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"protocol": 2}, "protocol"),
+        ({"protocol": wire.PROTOCOL + 1}, "protocol"),
         ({"rank": 1}, "rank"),
         ({"agent": "other"}, "agent"),
         ({"reader": 1}, "rank"),
@@ -116,8 +116,8 @@ def test_introduce_yourself_first(producer, talk):
 @pytest.mark.parametrize(
     "message",
     [
-        wire.Welcome(protocol=1, name="n", epoch="e", rank=0, agent="a", agent_info=b"", spec=None),
-        wire.Pending(token="0" * 32), wire.Grant(token="0" * 32, blocks=[], cell=0, ttl_s=1.0), wire.Renewed(ended=[]),
+        wire.Welcome(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="a", agent_info=b"", spec=None),
+        wire.Pending(token="0" * 32), wire.Grant(token="0" * 32, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), wire.Renewed(ended=[]),
         wire.Settled(token="0" * 32, stood=True), wire.Revoked(token="0" * 32, reason="r"),
         wire.Refused(code="rank", reason="r", epoch="e"),
     ],

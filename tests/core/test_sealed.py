@@ -19,7 +19,7 @@ from kvxfer.errors import (
     TransferTimeoutError,
 )
 from kvxfer.lease import LeaseRef
-from kvxfer.leases import LeaseState
+from kvxfer.leases import Holder, LeaseState
 from tests.core.virtual import nothing_left
 
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"])
@@ -112,12 +112,14 @@ def test_grants_may_overtake_each_other(world, producer, consumer):
     before = len(consumer.started)
     for blocks in ((), (1,), (1, 2)):
         raw = [bytes(4 * len(blocks))]
-        grant = wire.Grant(token=ref.token, blocks=raw, cell=1, complete=False, ttl_s=30)
+        grant = wire.Grant(token=ref.token, check=producer.check_of(ref), blocks=raw, cell=1, complete=False, ttl_s=30)
         consumer.consumer.received(producer.address, grant, world.now)
         assert not consumer.out
     producer.offer(ref, 1, 2, 3, 4)
     world.advance(1)
-    late = wire.Grant(token=ref.token, blocks=[bytes(4)], cell=1, complete=False, ttl_s=30)
+    late = wire.Grant(
+        token=ref.token, check=producer.check_of(ref), blocks=[bytes(4)], cell=1, complete=False, ttl_s=30
+    )
     consumer.consumer.received(producer.address, late, world.now)
     assert consumer.outcomes(transfer) == ["Done"] and len(consumer.started) == before
 
@@ -165,7 +167,9 @@ def test_blocks_reused_under_a_read(world, producer, consumer):
     producer.revoke(ref)
     world.network.clear()
     producer.content[1] = 666
-    grant = wire.Grant(token=ref.token, blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0])], cell=1, ttl_s=30)
+    grant = wire.Grant(
+        token=ref.token, check=producer.check_of(ref), blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0])], cell=1, ttl_s=30
+    )
     consumer.consumer.received(producer.address, grant, world.now)
     consumer.perform()
     world.advance(20)
@@ -197,7 +201,12 @@ def test_a_source_that_dies_between_two_seals(world, producer, consumer):
     """The next bytes that are asked of it fail the read by name."""
     ref, transfer = begun(world, producer, consumer)
     grant = wire.Grant(
-        token=ref.token, blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])], cell=1, ttl_s=30, complete=False
+        token=ref.token,
+        check=producer.check_of(ref),
+        blocks=[bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])],
+        cell=1,
+        ttl_s=30,
+        complete=False,
     )
     producer.dead = True
     consumer.consumer.received(producer.address, grant, world.now)
@@ -338,17 +347,86 @@ def test_only_what_is_early_is_waited_for(world, producer, consumer):
 
 
 def test_strangers_cannot_fill_the_memory_with_what_they_want(world, consumer):
-    """Not more leases are waited for than could be offered; the next one is refused by name, and those there come to their end."""
+    """No more places are kept than leases could be offered, and who waits while all are taken is served all the same."""
     producer = world.node("producer", settings=Settings(max_leases=3))
-    transfers = [consumer.read(shared(producer, str(i)), 11 + i) for i in range(4)]
+    transfers = [consumer.read(shared(producer, str(i)), 11 + i) for i in range(9)]
+    for _ in range(10):
+        world.advance(1)
+        assert len(producer.table) == 3 and not any(t.done for t in transfers)
+    for number, transfer in enumerate(transfers):
+        producer.announce(transfer.ref)
+        producer.offer(transfer.ref, number)
+        world.advance(1)
+        assert consumer.outcomes(transfer) == ["Done"]
+    nothing_left(world, producer, consumer)
+
+
+def flooded(producer, message, number=20_000):
+    """Many messages of one member about tokens that nobody knows."""
+    stranger = b"tcp://stranger:1"
+    hello = wire.Hello(protocol=wire.PROTOCOL, name="stranger", epoch="s" * 16, rank=0, agent=producer.agent)
+    producer.producer.received(stranger, hello, producer.world.now)
+    for i in range(number):
+        producer.producer.received(stranger, message(f"{i:x}".zfill(32)), producer.world.now)
+    producer.out.clear()
+
+
+@pytest.mark.parametrize("flood", ["settle", "open"])
+def test_a_flood_of_unknown_tokens_displaces_nothing(world, producer, consumer, flood):
+    """What a producer remembers of its own leases outlives any number of messages about tokens that it never knew."""
+    ref = producer.lease(1)
+    transfer = consumer.read(ref, 11)
     world.advance(1)
-    (refused,) = [t for t in transfers if t.done]
-    assert isinstance(refused.error, LeaseUnknownError) and len(producer.table) == 3
-    transfers.remove(refused)
-    producer.announce(transfers[0].ref)
-    late = consumer.read(shared(producer, "4"), 15)
+    assert consumer.outcomes(transfer) == ["Done"]
+    if flood == "settle":
+        flooded(producer, lambda token: wire.Settle(to=producer.epoch, token=token, read=False))
+    else:
+        flooded(producer, lambda token: wire.Open(to=producer.epoch, token=token, early=True))
+        world.advance(producer.settings.match_s + 1)
+    assert producer.table.settle(ref.token, consumer_holder(consumer), read=True) == (True, None)
+    assert len(producer.table._ended) < 1000 and len(producer.table) == 0
+
+
+def consumer_holder(consumer):
+    """As the producer knows it."""
+    return Holder(consumer.name, consumer.epoch, consumer.spec.rank, consumer.spec.world)
+
+
+def test_an_early_consumer_keeps_its_place_in_a_flood(world, producer, consumer):
+    """However many unknown tokens a member opens early, an honest consumer that comes early is served."""
+    transfer = consumer.read(shared(producer), 11)
     world.advance(1)
-    assert not late.done  # one that was announced is no longer only waited for
+    flooded(producer, lambda token: wire.Open(to=producer.epoch, token=token, early=True), 70_000)
+    world.advance(1)
+    producer.announce(transfer.ref)
+    producer.offer(transfer.ref, 1)
+    world.advance(1)
+    assert consumer.outcomes(transfer) == ["Done"]
+
+
+@BOTH
+@pytest.mark.parametrize("begins", ["after the offer", "after a seal"])
+def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed, begins):
+    """A read that began under one offering fails when its blocks were given back, though the same token stands in a cell again."""
+    producer = world.node("producer", settings=Settings(remembered_leases=0))
+    ref = shared(producer)
+    producer.announce(ref)
+    world.read_s = 2.0
+    if begins == "after the offer":
+        producer.offer(ref, 1, 2)
+    else:
+        producer.seal(ref, 1)
+    transfer = consumer.read(ref, 11, 12, packed=packed)
+    world.advance(1)
+    world.perfect = False  # no message is lost in silence from here on: the consumer hears nothing of the end
+    producer.revoke(ref)
+    world.network.clear()
+    world.perfect = True
+    producer.sealed.clear()
+    producer.announce(ref)
+    producer.offer(ref, 3, 4)
+    world.advance(20)
+    assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
 
 
 def test_offered_and_never_announced(world, producer, consumer):

@@ -17,11 +17,11 @@ from tests.core.virtual import small_cache
 TOKEN = "ab" * 16
 SPEC = small_cache().spec
 MESSAGES = [
-    wire.Hello(protocol=1, name="n", epoch="e", rank=3, agent="nixl"),
-    wire.Welcome(protocol=1, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=SPEC),
+    wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl"),
+    wire.Welcome(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=SPEC),
     wire.Open(to="e", token=TOKEN),
     wire.Pending(token=TOKEN),
-    wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0", b""], cell=(1 << 63) - 1, ttl_s=0.5),
+    wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0", b""], cell=(1 << 63) - 1, check=bytes(16), ttl_s=0.5),
     wire.Renew(to="e", tokens=[TOKEN] * 4096),
     wire.Renewed(ended=[TOKEN]),
     wire.Settle(to="e", token=TOKEN, read=True),
@@ -31,10 +31,10 @@ MESSAGES = [
     wire.Stage(to="e", token=TOKEN, number=(1 << 31) - 1, image=SPEC, tokens=(3, 1 << 40), taken=[0, 7]),
     wire.Staged(token=TOKEN, number=0, address=(1 << 63) - 1),
     wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
-    wire.Hello(protocol=1, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
-    wire.Grant(token=TOKEN, blocks=[b"", b""], first_tokens=[0, 1 << 40], cell=0, ttl_s=30.0),
+    wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
+    wire.Grant(token=TOKEN, blocks=[b"", b""], first_tokens=[0, 1 << 40], cell=0, check=bytes(16), ttl_s=30.0),
     wire.Welcome(
-        protocol=1,
+        protocol=wire.PROTOCOL,
         name="n",
         epoch="e",
         rank=0,

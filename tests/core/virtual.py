@@ -280,10 +280,15 @@ class Node:
         times = [t for t in (self.producer.next_deadline(), self.consumer.next_deadline()) if t is not None]
         return min(times) if times else None
 
-    def shows(self, cell: int, token: str) -> bool:
-        """The token stands in the cell; one of a process that was here before is none of this one's."""
+    def check_of(self, ref: LeaseRef) -> bytes:
+        """What stands in the cell of a lease whose blocks are readable."""
+        lease = self.table.get(ref.token)
+        return lease.check if lease is not None and lease.check else bytes(16)
+
+    def shows(self, cell: int, check: bytes) -> bool:
+        """The check stands in the cell; one of a process that was here before is none of this one's."""
         index = self.board._index(cell)
-        return 0 <= index < CELLS and self.board._array[index].tobytes() == bytes.fromhex(token)
+        return 0 <= index < CELLS and self.board._array[index].tobytes() == check
 
     def pack(self) -> None:
         """End the copies that are due: what the blocks hold now lies in a chunk."""
@@ -546,7 +551,7 @@ class World:
                 self._end(reading, PeerLostError("the source died"))
                 return
             if leg.has_data:
-                if not source.shows(leg.source.cell, transfer.ref.token):
+                if not source.shows(leg.source.cell, leg.source.check):
                     self._end(reading, LeaseEndedError("wiped"))
                     return
                 leg.done, leg.at = True, math.inf

@@ -60,10 +60,10 @@ MESSAGES = {
     "two at once": [_HELLO + _HELLO],
     "oversized": [_HELLO + b"\0" * (2 << 20)],
     "oversized by far": [b"\0" * (80 << 20)],
-    "wrong rank": [wire.encode(wire.Hello(protocol=1, name="a", epoch="e", rank=7, agent="nixl"))],
+    "wrong rank": [wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="a", epoch="e", rank=7, agent="nixl"))],
     "absurd rank": [_HELLO.replace(b"\xa4rank\x00", b"\xa4rank\xcf" + b"\x7f" * 8)],
     "wrong protocol": [wire.encode(wire.Hello(protocol=99, name="a", epoch="e", rank=0, agent="nixl"))],
-    "wrong agent": [wire.encode(wire.Hello(protocol=1, name="a", epoch="e", rank=0, agent="telepathy"))],
+    "wrong agent": [wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="a", epoch="e", rank=0, agent="telepathy"))],
     "not introduced": [_OPEN],
     "an answer nobody asked for": [wire.encode(wire.Settled(token="0" * 32, stood=True))],
 }

@@ -207,11 +207,11 @@ def seeds() -> list[Any]:
     def said(message: wire.Message, **more: Any) -> Any:
         return {**msgspec.msgpack.decode(wire.encode(message)), **more}
 
-    hello = said(wire.Hello(protocol=1, name="c", epoch="c" * 16, rank=0, agent="inproc"))
+    hello = said(wire.Hello(protocol=wire.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
     stage = wire.Stage(token="0" * 32, number=0, image=SPEC, tokens=(0, 8), taken=[])
     welcome = said(
         wire.Welcome(
-            protocol=1,
+            protocol=wire.PROTOCOL,
             name="peer",
             epoch="p" * 16,
             rank=0,
@@ -221,7 +221,7 @@ def seeds() -> list[Any]:
             slot_nbytes=1 << 16,
         )
     )
-    grant = {"type": "Grant", "token": "$2", "blocks": [b"\1\0\0\0\2\0\0\0\3\0\0\0"], "cell": 64, "ttl_s": 30.0}
+    grant = {"type": "Grant", "token": "$2", "blocks": [b"\1\0\0\0\2\0\0\0\3\0\0\0"], "cell": 64, "check": bytes(16), "ttl_s": 30.0}
     producing = [
         ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
         ["say", "a", {"type": "Renew", "to": "$epoch", "tokens": ["$1", "$2"]}],

@@ -121,13 +121,13 @@ def seeds_wire() -> list[bytes]:
     return [
         wire.encode(message)
         for message in (
-            wire.Hello(protocol=1, name="n", epoch="e", rank=3, agent="nixl", reader=1, readers=2),
+            wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl", reader=1, readers=2),
             wire.Welcome(
-                protocol=1, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
+                protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
                 slot_nbytes=9, casts=["float16"], addresses=["tcp://h:1"],
             ),
             wire.Open(to="e", token=TOKEN, early=True),
-            wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, ttl_s=0.5, first_tokens=[4], complete=False),
+            wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             wire.Renew(to="e", tokens=[TOKEN] * 3),
             wire.Renewed(ended=[TOKEN]),
             wire.Stage(to="e", token=TOKEN, number=5, image=machine.SPEC, tokens=(3, 9), taken=[0, 7]),
