@@ -23,7 +23,7 @@ from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.datapath import DataPath
 from kvxfer.driver import Driver
-from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseRefError
+from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, LeaseRefError, shown
 from kvxfer.fence import LeaseBoard
 from kvxfer.host import REAL
 from kvxfer.lease import LeaseRef
@@ -184,7 +184,7 @@ class Endpoint:
         """The announced lease's blocks are complete. They must not change until the lease's end event.
 
         Exactly one of LeaseSettled, LeaseExpired, LeaseRevoked follows, ``lease_s`` from now at the latest unless a
-        consumer renews.
+        consumer renews. Blocks that do not begin with those that were sealed before revoke the lease.
 
         Args:
             blocks: block ids per cache group in token order, or a `BlockTable` where they do not begin with the first
@@ -197,9 +197,14 @@ class Endpoint:
             BlockError: not blocks of this cache.
             ConfigError: something in ``after`` is no `Completion`.
             LeaseRefError: ``ref`` is none.
+            LeaseError: it was offered before, and no event has told yet how that ended. Nothing changes.
         """
         raw, firsts = self._on_the_wire(blocks)
         token, request, ends = _checked(ref).token, ref.request, _completions(after)
+        if not self._producer.may_offer(token):
+            raise LeaseError(
+                f"lease {shown(token)} was offered before: wait for its end event before offering it again"
+            )
         if not self._driver.command(lambda now: self._producer.offer(token, raw, now, firsts, ends)):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
@@ -230,7 +235,8 @@ class Endpoint:
         neither are sliding windows and states, whose blocks change until the end: give no blocks of such groups.
 
         Args:
-            blocks: as of `offer`: all that are complete by now, with those that were sealed before.
+            blocks: as of `offer`: all that are complete by now, with those that were sealed before. Tables that do not begin
+                with those revoke the lease: LeaseRevoked follows its `offer`.
             after: as of `offer`; what is sealed later, and the offer, count after it too.
 
         Raises:

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from kvxfer.ended import EndedLeases
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
 from kvxfer.fence import CELL_NBYTES
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.fence import LeaseBoard
+
+
+class ContradictionError(LeaseError):
+    """What is sealed or offered does not begin with what was sealed before, and may have been read since."""
 
 
 class LeaseState(str, Enum):
@@ -168,6 +174,7 @@ class LeaseTable:
         Raises:
             LeaseUnknownError: never announced.
             LeaseEndedError: it ended before.
+            ContradictionError: these do not begin with those that were sealed before. Nothing changes; the lease has to be revoked.
             LeaseError: no cell is free; or it was offered before. Nothing changes.
         """
         lease = self._find(token)
@@ -187,6 +194,7 @@ class LeaseTable:
         Raises:
             LeaseUnknownError: never announced.
             LeaseEndedError: it ended before; the caller may reuse the blocks.
+            ContradictionError: as of `seal`.
             LeaseError: no cell is free, and the lease is ended; or it was offered before (`offered`), and stands.
         """
         lease = self._live.get(token) or self._ended.get(token)
@@ -203,6 +211,8 @@ class LeaseTable:
             raise LeaseError(f"the blocks of lease {shown(token)} were offered before")
         try:
             self._make_readable(lease, blocks, first_tokens)
+        except ContradictionError:
+            raise
         except LeaseError:
             self._end(lease, LeaseState.REVOKED)
             raise
@@ -331,7 +341,8 @@ class LeaseTable:
         self._timers.set(lease.token, lease.deadline)
 
     def _make_readable(self, lease: Lease, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
-        """Its cell is on the board from the first blocks on. Raises LeaseError: no cell is free."""
+        """Its cell is on the board from the first blocks on. Raises ContradictionError; LeaseError: no cell is free."""
+        _check_continued(lease, blocks, first_tokens)
         if lease.cell is None:
             check = secrets.token_bytes(CELL_NBYTES)
             lease.cell, lease.check = self._board.post(check), check
@@ -363,3 +374,22 @@ class LeaseTable:
             self._ended.add(lease)
         else:
             self._ended.add_named(lease, next((holder.name for holder in lease.holders.values()), ""))
+
+
+def _check_continued(lease: Lease, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
+    """Each table begins with what was sealed of it before. Raises ContradictionError."""
+    for group, (before, after) in enumerate(zip(lease.blocks, blocks, strict=False)):
+        if not before:
+            continue
+        what = f"lease {shown(lease.token)} of {lease.request!r}, group {group}"
+        first_before, first_after = (firsts[group] if firsts else 0 for firsts in (lease.first_tokens, first_tokens))
+        if first_before != first_after:
+            raise ContradictionError(
+                f"{what}: it began with token {first_before} when it was sealed, and now {first_after}"
+            )
+        if not after.startswith(before):
+            old, new = np.frombuffer(before, "<u4"), np.frombuffer(after, "<u4")[: len(before) // 4]
+            if len(new) < len(old):
+                raise ContradictionError(f"{what}: {len(old)} blocks were sealed, and now there are {len(new)}")
+            at = int(np.flatnonzero(old != new)[0])
+            raise ContradictionError(f"{what}: entry {at} was block {old[at]} when it was sealed, and now {new[at]}")

@@ -13,7 +13,7 @@ from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartP
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
 from kvxfer.gate import Gate
-from kvxfer.leases import Holder, Lease, LeaseTable
+from kvxfer.leases import ContradictionError, Holder, Lease, LeaseTable
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
     PROTOCOL,
@@ -94,6 +94,8 @@ class Producer:
         self._holders: OrderedDict[bytes, Holder] = OrderedDict()
         self._connections: dict[Holder, bytes] = {}
         self._chunks: dict[PackKey, _Chunks] = {}
+        self._untold: dict[str, object] = {}
+        """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
         self._gate = Gate(lambda token, why: self.revoke(token, why[:1024]))
 
     # -- the engine -------------------------------------------------------------------------------------------------
@@ -101,6 +103,11 @@ class Producer:
     def announce(self, token: str, request: str, now: float) -> None:
         """See `LeaseTable.announce`."""
         self._table.announce(token, request, now)
+
+    def may_offer(self, token: str) -> bool:
+        """Any thread: note that a lease is offered now; False if it was before, and the engine was not told how that ended."""
+        mine = object()
+        return self._untold.setdefault(token, mine) is mine
 
     def offer(
         self,
@@ -114,11 +121,17 @@ class Producer:
         self._gate.then(token, after, lambda now: self._offer(token, blocks, now, first_tokens), now)
 
     def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
-        twice = self._table.offered(token)
+        live = self._table.get(token)
+        stands = live is not None and live.offered
         try:
             lease = self._table.offer(token, blocks, now, first_tokens)
+        except ContradictionError as error:
+            self._contradicted(token, error)
+            return
         except LeaseError as error:
-            if twice:  # its one event has come or will come; telling another would free blocks that are still leased
+            if (
+                stands
+            ):  # told already that this cannot be (`may_offer`): an event now would free blocks that are still leased
                 _log.warning("%s", error)
             else:
                 self._not_offered(token, error)
@@ -141,10 +154,17 @@ class Producer:
     def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
         try:
             lease = self._table.seal(token, blocks, first_tokens)
+        except ContradictionError as error:
+            self._contradicted(token, error)
         except LeaseError as error:
             _log.debug("nobody is told of the sealed blocks, which are offered again at the end: %s", error)
         else:
             self._tell(lease, self._grant(lease))
+
+    def _contradicted(self, token: str, error: ContradictionError) -> None:
+        """Blocks that were sealed may have been read: what takes their place is another request, for all that readers know."""
+        _log.error("revoked: the blocks do not continue what was sealed: %s", error)
+        self.revoke(token, f"its blocks changed after they were sealed: {error}"[:1024])
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
@@ -406,6 +426,7 @@ class Producer:
 
     def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
         self._metrics.count("kvxfer_leases_total", end=end)
+        self._untold.pop(event.token, None)
         self._out.append(Emit(event))
 
 

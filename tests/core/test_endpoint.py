@@ -717,3 +717,18 @@ def test_an_idle_endpoint_sleeps(pair):
         engine.endpoint._driver._turn = lambda original=original: (turns.append(1), original())[1]
     time.sleep(0.5)  # nothing must happen: there is no condition to wait for
     assert len(turns) <= 2
+
+
+def test_a_second_offer_before_the_first_has_ended(engines):
+    """It raises, and the blocks of the first stay leased; each offer that is taken has its own end event."""
+    source = engines().endpoint
+    ref = source.lease([1, 2])
+    with pytest.raises(LeaseError, match="offered before: wait for its end event"):
+        source.offer(ref, [3])
+    for _ in range(2):
+        source.revoke(ref)
+        (event,) = source.poll(20.0)
+        assert event == LeaseRevoked(ref.token, "")
+        source.offer(ref, [3])
+    source.close()
+    assert len(source.poll()) == 1

@@ -188,7 +188,7 @@ def test_sealed_blocks_are_readable_before_the_offer(table, board):
     assert lease.readable and not lease.complete and cell(board, lease) == lease.check
     posted = lease.cell
     assert table.seal(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == ([b"12345678"], [16])
-    assert table.offer(T1, [b"123456789abc"], 5) is lease and lease.complete
+    assert table.offer(T1, [b"123456789abc"], 5, [16]) is lease and lease.complete
     assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
     with pytest.raises(LeaseError, match="offered before"):
         table.seal(T1, [b"1234"])

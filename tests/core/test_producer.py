@@ -213,14 +213,48 @@ def test_no_event_for_what_was_never_offered(producer, talk, end):
     assert take(producer) == []
     for _ in range(2):
         producer.producer.offer(ref.token, block_bytes(1), producer.world.now)
-    assert kinds(take(producer)) == ["LeaseRevoked"]
+        assert kinds(take(producer)) == ["LeaseRevoked"]
 
 
 def test_an_offer_nobody_announced_is_given_back_once(producer):
-    """Blocks offered under an unknown token come back by one event, also when they are offered twice."""
+    """Blocks offered under an unknown token come back by one event for each offer."""
     for _ in range(2):
         producer.producer.offer("e" * 32, block_bytes(1), producer.world.now)
-    assert kinds(take(producer)) == ["LeaseRevoked"]
+        assert kinds(take(producer)) == ["LeaseRevoked"]
+
+
+@pytest.mark.parametrize(
+    ("offered_blocks", "firsts", "differs"),
+    [((5, 6, 7), (), "entry 0 was block 1 when it was sealed, and now 5"), ((1, 6), (), "entry 1 was block 2"),
+     ((1,), (), "2 blocks were sealed, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["seal", "offer"])
+def test_blocks_that_contradict_what_was_sealed(producer, talk, caplog, how, offered_blocks, firsts, differs):
+    """A lease whose sealed blocks change is revoked by name, its reader is told, and its offer has one end event."""
+    ref, now = producer.announce(), producer.world.now
+    talk(hello(producer))
+    producer.producer.seal(ref.token, block_bytes(1, 2), now)
+    talk(wire.Open(to=producer.epoch, token=ref.token))
+    getattr(producer.producer, how)(ref.token, block_bytes(*offered_blocks), now, firsts)
+    told = take(producer)
+    assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "offer" else [])] and differs in told[0].reason
+    assert any(record.levelname == "ERROR" and differs in record.getMessage() for record in caplog.records)
+    if how == "seal":
+        producer.producer.offer(ref.token, block_bytes(*offered_blocks), now)
+        assert kinds(take(producer)) == ["LeaseRevoked"]
+    assert producer.producer.in_use()["leases"] == 0
+
+
+def test_what_was_sealed_may_be_continued(producer, talk):
+    """Groups that were not sealed may begin anywhere, and those that were go on after their sealed blocks."""
+    ref, now = producer.announce(), producer.world.now
+    talk(hello(producer))
+    talk(wire.Open(to=producer.epoch, token=ref.token))
+    one, two, none = block_bytes(1)[0], block_bytes(1, 2)[0], b""
+    producer.producer.seal(ref.token, [one, none], now, [8, 0])
+    producer.producer.seal(ref.token, [two, none], now, [8, 0])
+    producer.producer.offer(ref.token, [two, two], now, [8, 64])
+    assert kinds(take(producer)) == ["Grant"] * 3
 
 
 def test_a_second_offer_does_not_end_the_first(producer, talk):
@@ -233,7 +267,7 @@ def test_a_second_offer_does_not_end_the_first(producer, talk):
     assert grant.blocks == block_bytes(5)
     assert kinds(talk(wire.Settle(to=producer.epoch, token=token, read=True))) == ["Settled", "LeaseSettled"]
     producer.producer.offer(token, block_bytes(6), producer.world.now)
-    assert take(producer) == []
+    assert kinds(take(producer)) == ["LeaseRevoked"]  # of this second offer: the end of the first was told
 
 
 def test_a_full_board_gives_the_blocks_back(producer):

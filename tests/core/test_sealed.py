@@ -430,14 +430,14 @@ def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed,
 
 
 def test_offered_and_never_announced(world, producer, consumer):
-    """An engine that offers what it never announced gets its blocks back, once, also if somebody waits for them."""
+    """An engine that offers what it never announced gets its blocks back, once for each offer, also if somebody waits for them."""
     ref = shared(producer)
     transfer = consumer.read(ref, 11)
     world.advance(1)
     for _ in range(2):
         producer.offer(ref, 1)
     world.advance(3)
-    assert producer.ends(ref.token) == ["LeaseRevoked"] and isinstance(transfer.error, LeaseError)
+    assert producer.ends(ref.token) == ["LeaseRevoked"] * 2 and isinstance(transfer.error, LeaseError)
 
 
 def test_another_consumer_cannot_take_a_place(world, producer, consumer):

@@ -221,7 +221,14 @@ def seeds() -> list[Any]:
             slot_nbytes=1 << 16,
         )
     )
-    grant = {"type": "Grant", "token": "$2", "blocks": [b"\1\0\0\0\2\0\0\0\3\0\0\0"], "cell": 64, "check": bytes(16), "ttl_s": 30.0}
+    grant = {
+        "type": "Grant",
+        "token": "$2",
+        "blocks": [b"\1\0\0\0\2\0\0\0\3\0\0\0"],
+        "cell": 64,
+        "check": bytes(16),
+        "ttl_s": 30.0,
+    }
     producing = [
         ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
         ["say", "a", {"type": "Renew", "to": "$epoch", "tokens": ["$1", "$2"]}],

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvxfer import (
     acquaintance,
     driver,
@@ -90,6 +92,19 @@ def fence_beside_the_bytes(patch):
         read_cell(self, carrier, one)
 
     patch(reading.Leg, "_read_cell", both)
+
+
+@bug
+def check_is_the_token(patch):
+    """What stands in a lease's cell is its token, which may be offered again."""
+    offered = leases.LeaseTable._make_readable
+
+    def readable(self, lease, *args):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(leases.secrets, "token_bytes", lambda _: bytes.fromhex(lease.token))
+            offered(self, lease, *args)
+
+    patch(leases.LeaseTable, "_make_readable", readable)
 
 
 @bug

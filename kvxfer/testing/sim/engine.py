@@ -215,6 +215,8 @@ class Engine:
         )
         self.has_few_leases: bool = world.chooses(f"{who} has cells for few leases", 0.1)
         limits = {"max_leases": FEW_LEASES} if self.has_few_leases else {}
+        if world.chooses(f"{who} remembers no lease that has ended", 0.3):
+            limits["remembered_leases"] = 0
         settings = Settings.resolve(environ={}, **(SETTINGS | limits))
         costs = PACKED if world.chooses(f"{who} finds packing cheap", 0.6) else DIRECT
         self.free: list[int] = list(range(self.shape.blocks))
@@ -286,6 +288,7 @@ class Engine:
         every = serving.over or len(serving.offered) == len(self.ranks)
         if every and serving.offered == serving.told and self.serving.pop(serving.ref.token, None) is not None:
             self.give(serving.blocks)
+            serving.request.over(serving)
 
     def _read_ended(self, rank: Rank, event: Done | Failed) -> None:
         story, who = self.story, rank.process.name

@@ -40,6 +40,7 @@ class Request:
         self._plain = plain
         self._tries = tries
         self._blameless = True
+        self._is_again = False
         self._world = world = story.world
         self._chance = world.draw(name)
         source, sink, other = self._chance.sample(story.engines, 3) if plain is None else (*plain, plain[0])
@@ -168,6 +169,22 @@ class Request:
                     serving.there[rank.number] = tokens
 
         return [Work(rank.process, what, after_s, write)]
+
+    def over(self, before: Serving) -> None:
+        """Its producer has its blocks back. It may come once more, under the same token and into other blocks."""
+        source = self._source
+        if self._is_again or not source.alive or not self._ends_badly("comes again", 0.4):
+            return
+        self._is_again = True
+        blocks = source.take(self._tokens)
+        if blocks is None:
+            return
+        self._world.say(f"{self.name} comes again")
+        serving = source.serving[before.ref.token] = Serving(self, before.ref, blocks, before.content)
+        for rank in source.ranks:
+            rank.memory.write(blocks, source.noise(self._tokens))
+            rank.do(partial(rank.endpoint.announce, serving.ref))
+            rank.do(partial(self._offer, rank, serving))
 
     def _revoke(self, serving: Serving) -> None:
         """Its client has left: each rank is told, and those that have not offered its blocks will not."""
