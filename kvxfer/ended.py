@@ -7,16 +7,20 @@ Nothing depends on how long: what a reader was given counts by the check of its 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from kvxfer.leases import Lease
+from typing import Generic, Protocol, TypeVar
 
 _CONSUMERS = 64
 _OF_ONE_CONSUMER = 512
 
 
-class EndedLeases:
+class _Lease(Protocol):
+    token: str
+
+
+_L = TypeVar("_L", bound=_Lease)
+
+
+class EndedLeases(Generic[_L]):
     """Ended leases by token: those that the engine announced, and apart from them tokens that only consumers ever named.
 
     A consumer that names many unknown tokens displaces its own, and none that the engine announced.
@@ -27,8 +31,8 @@ class EndedLeases:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._announced: OrderedDict[str, Lease] = OrderedDict()
-        self._named: dict[str, Lease] = {}
+        self._announced: OrderedDict[str, _L] = OrderedDict()
+        self._named: dict[str, _L] = {}
         self._by_consumer: OrderedDict[str, OrderedDict[str, None]] = OrderedDict()
         """Tokens of ``_named`` by the consumer's name, the consumer that was heard last at the end."""
 
@@ -38,17 +42,17 @@ class EndedLeases:
     def __len__(self) -> int:
         return len(self._announced) + len(self._named)
 
-    def get(self, token: str) -> Lease | None:
+    def get(self, token: str) -> _L | None:
         """The lease, if it is remembered."""
         return self._announced.get(token) or self._named.get(token)
 
-    def add(self, lease: Lease) -> None:
+    def add(self, lease: _L) -> None:
         """Remember a lease that the engine announced or offered."""
         self._announced[lease.token] = lease
         while len(self._announced) > self._most:
             self._announced.popitem(last=False)
 
-    def add_named(self, lease: Lease, consumer: str) -> None:
+    def add_named(self, lease: _L, consumer: str) -> None:
         """Remember a lease that only this consumer ever named."""
         if lease.token in self._named:
             return

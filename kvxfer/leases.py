@@ -129,7 +129,7 @@ class LeaseTable:
         self._settings = settings
         self._board = board
         self._live: dict[str, Lease] = {}
-        self._ended = EndedLeases(settings.remembered_leases)
+        self._ended: EndedLeases[Lease] = EndedLeases(settings.remembered_leases)
         self._timers = Timers()
         self._wanted: OrderedDict[str, None] = OrderedDict()
         """Tokens of leases in that state, the one that was asked for last at the end."""
