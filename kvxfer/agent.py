@@ -148,6 +148,10 @@ class TransferAgent(ABC):
     Thread: all methods are called by the one thread that made the agent (three threads on one NIXL agent is a known
     race); another thread gets `UnsupportedError`. Errors of the engine become `kvxfer.errors`, cause chained.
 
+    An adapter whose engine opens ports has a keyword argument ``loopback_only``, and the endpoint passes True where its own
+    control address is reached from this machine only: then the engine must not listen on any other address. It sets the
+    attribute of that name to what it does.
+
     Args:
         name: unique for this agent in the world and never reused (the endpoint appends a random part).
     """
@@ -155,6 +159,8 @@ class TransferAgent(ABC):
     capabilities: ClassVar[Capabilities]
     adapter: ClassVar[str]
     """Short name of the adapter. Agents understand the description of a peer with the same one."""
+    loopback_only: bool = False
+    """Agents on other machines cannot reach this one, whatever their engine can do."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -76,9 +76,15 @@ class Inbound:
 
 
 class Channel(Protocol):
-    """What an endpoint needs of its control channel. One thread owns it; only `wake` and ``address`` are for others."""
+    """What an endpoint needs of its control channel. One thread owns it; only `wake` and the attributes are for others.
+
+    Attributes:
+        address: where peers find it.
+        loopback: it listens where only processes of this machine can connect.
+    """
 
     address: str
+    loopback: bool
 
     def wake(self) -> None:
         """Make `receive` return soon."""
@@ -157,6 +163,7 @@ class ControlChannel:
             self.close()
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
         self.address: str = _advertised(bound, advertise)
+        self.loopback: bool = _is_loopback(resolved)
         self._poller = zmq.Poller()
         for readable in (self._router, self._incoming.monitor, self._zap, self._wakeup):
             self._poller.register(readable, zmq.POLLIN)
@@ -327,9 +334,13 @@ def _resolved(bind: str) -> str:
     return f"tcp://{literal}:{port}"
 
 
-def _refuse_strangers(bind: str, resolved: str) -> None:
+def _is_loopback(resolved: str) -> bool:
     host = resolved.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if host == "*" or not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+    return host != "*" and ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def _refuse_strangers(bind: str, resolved: str) -> None:
+    if not _is_loopback(resolved):
         raise ConfigError(
             f"{bind} can be reached from other machines, and without a secret whoever reaches it may ask for KV: set "
             "KVXFER_SECRET_FILE to a file that holds the same secret on all servers, or allow_unauthenticated "

@@ -11,12 +11,11 @@ import socket
 import threading
 import weakref
 from operator import index
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kvxfer import registry
-from kvxfer.agent import TransferAgent
 from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
 from kvxfer.buffer import Completion
 from kvxfer.config import MAX_S, Settings
@@ -38,7 +37,7 @@ from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
 from kvxfer.wire import MAX_NAME, Address
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from kvxfer.cache import KVCache
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from kvxfer.peer import Peer
 
 _log = logging.getLogger(__name__)
-
-AgentChoice = Union[str, "Callable[[str], TransferAgent]"]
 
 
 class Endpoint:
@@ -58,7 +55,8 @@ class Endpoint:
 
     Args:
         cache: this rank's KV cache. Its memory must stay where it is until `close`.
-        agent: what moves the bytes: a name of the registry, or a callable that makes an agent from its name.
+        agent: what moves the bytes: a name of the registry, or a callable that makes an agent from its name. A callable that has an
+            argument ``loopback_only`` is told by it whether ``bind`` is reached from this machine only (see `TransferAgent`).
         bind: control address to listen on, ``tcp://host:port``; port 0 takes a free one (see `address`).
         name: of this engine, unique among its peers and new at each start; random by default.
         agent_options: for the adapter, see its documentation. Only with a registry name.
@@ -83,7 +81,7 @@ class Endpoint:
     def __init__(
         self,
         cache: KVCache,
-        agent: AgentChoice = "nixl",
+        agent: registry.AgentChoice = "nixl",
         *,
         bind: str = "tcp://127.0.0.1:0",
         name: str | None = None,
@@ -126,7 +124,12 @@ class Endpoint:
         )
         self._driver = driver = Driver(channel, self.metrics, self._events.put, host.now)
         try:
-            maker = self._agent_maker(agent, dict(agent_options or {}))
+            maker = registry.agent_maker(
+                agent,
+                dict(agent_options or {}),
+                f"{self.name}/{cache.spec.rank}/{self.epoch}",
+                loopback=channel.loopback,
+            )
             self._data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports, host)
             adapter, agent_info = self._data.start()
         except BaseException:
@@ -427,28 +430,6 @@ class Endpoint:
             )
             for peer, part in zip(peers, made.parts, strict=True)
         ]
-
-    def _agent_maker(self, agent: AgentChoice, options: dict[str, Any]) -> Callable[[], TransferAgent]:
-        if callable(agent):
-            make: Callable[..., TransferAgent] = agent
-            if options:
-                raise ConfigError("agent_options go with an agent's name, not with a callable")
-        else:
-            loaded = registry.load(agent)
-            if not issubclass(loaded, TransferAgent):
-                raise ConfigError(f"{agent!r} is no TransferAgent")
-            make = loaded
-        made = 0
-
-        def make_next() -> TransferAgent:
-            nonlocal made
-            made += 1
-            try:
-                return make(f"{self.name}/{self.cache.spec.rank}/{self.epoch}/{made}", **options)
-            except TypeError as error:
-                raise ConfigError(f"agent_options {sorted(options)} do not fit {agent!r}: {error}") from error
-
-        return make_next
 
     def _ended(self, transfer: Transfer) -> None:
         error = transfer.error

@@ -7,8 +7,10 @@ One broken plug-in never breaks another: its failure is the answer to `why_unava
 
 from __future__ import annotations
 
+import inspect
+import logging
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from kvxfer.agent import TransferAgent
 from kvxfer.buffer import DeviceBuffer
@@ -16,9 +18,15 @@ from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.inproc import InprocAgent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
+_log = logging.getLogger(__name__)
+
 Kind = Literal["agents", "buffers"]
+
+AgentChoice = Union[str, "Callable[..., TransferAgent]"]
+"""A name of the registry, or a callable that makes an agent from the name that it is to bear."""
 
 # Known without any metadata, so that kvxfer also runs from a source tree that was never installed.
 _BUILT_IN: dict[str, dict[str, type]] = {"agents": {"inproc": InprocAgent}, "buffers": {}}
@@ -77,3 +85,66 @@ def why_unavailable(name: str, kind: Kind = "agents") -> str | None:
     except (ConfigError, UnavailableError) as error:
         return str(error)
     return None
+
+
+def agent_maker(
+    choice: AgentChoice, options: dict[str, Any], prefix: str, *, loopback: bool
+) -> Callable[[], TransferAgent]:
+    """What makes the agents of one endpoint, one after the other, each under another name.
+
+    Args:
+        choice: of the user.
+        options: for the adapter; only with a name of the registry.
+        prefix: with which all their names begin, followed by ``/`` and a number.
+        loopback: the endpoint's control address is reached from this machine only, and so its agents are to be.
+
+    Raises:
+        ConfigError: the choice is no agent, or the options do not go with it.
+        UnavailableError: the adapter cannot run here.
+    """
+    if callable(choice):
+        make: Callable[..., TransferAgent] = choice
+        if options:
+            raise ConfigError("agent_options go with an agent's name, not with a callable")
+    else:
+        loaded = load(choice)
+        if not issubclass(loaded, TransferAgent):
+            raise ConfigError(f"{choice!r} is no TransferAgent")
+        make = loaded
+    if _has_keyword(make, "loopback_only"):
+        options = {"loopback_only": loopback} | options
+    made = 0
+
+    def make_next() -> TransferAgent:
+        nonlocal made
+        made += 1
+        name = f"{prefix}/{made}"
+        try:
+            agent = make(name, **options)
+        except TypeError as error:
+            raise ConfigError(f"agent_options {sorted(options)} do not fit {choice!r}: {error}") from error
+        if agent.name != name:
+            agent.close()
+            raise ConfigError(
+                f"{choice!r} was to make an agent named {name!r} and made {agent.name!r}: peers refuse an agent that does not bear "
+                "the name of its endpoint, so pass on the name that the callable is given"
+            )
+        if made == 1 and agent.loopback_only and not loopback:
+            _log.warning(
+                "other machines can ask %s for KV, and cannot read it: its transfer agent (%s) can be reached from this machine "
+                "only, as loopback_only or the engine's own settings say",
+                prefix,
+                agent.adapter,
+            )
+        return agent
+
+    return make_next
+
+
+def _has_keyword(make: Callable[..., object], name: str) -> bool:
+    """A callable has an argument of that name."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # one that is not written in Python may not tell
+        return False
+    return name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY

@@ -30,6 +30,7 @@ OPEN_TO_ADAPTERS = {
     "gather",
     "layout",
     "memory",
+    "ports",
     "runs",
     "strided",
 }

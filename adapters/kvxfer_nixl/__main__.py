@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRY_TIMEOUT_S = 30.0
+_WHO = ("loopback", "any")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--try", dest="backend", metavar="BACKEND", help="start this backend in this process, say how it went"
     )
+    parser.add_argument(
+        "--ports", choices=_WHO, help="start UCX in this process for peers from there, say on which ports it listens"
+    )
     options = parser.parse_args(arguments)
+    if options.ports:
+        return _ports_here(options.ports, options.module)
     if options.backend:
         return _try_here(options.backend, options.module)
     try:
@@ -58,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if lane is Lane.STREAM:
         _say("           fate-shared: a reader that dies during a READ may abort the process it reads from")
+    if works.get("UCX"):
+        _say_ports(module)
     risk = exit_crash_risk(module)
     if risk is not None:
         _say(
@@ -71,10 +79,37 @@ def _listed(module: NixlModule) -> list[str]:
     return sorted(agent.getAvailPlugins())
 
 
+def _say_ports(module: NixlModule) -> None:
+    _say(
+        "ports      (TCP ports on which UCX listens; numbers are of this trial unless port_range or UCX_TCP_PORT_RANGE sets them)"
+    )
+    for who, control in (("loopback", "on loopback"), ("any", "on other addresses")):
+        try:
+            done = _run_elsewhere(module, "--ports", who)
+            answers = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+        except subprocess.TimeoutExpired:
+            answers = []
+        found = answers[-1].removeprefix(_ANSWER) if answers else "not known: UCX did not start"
+        _say(f"           control address {control + ':':20} {found}")
+    _say(
+        "           Over TCP UCX asks for no key: whoever can connect to a port reads and writes all memory of the process and can"
+    )
+    _say(
+        "           end it, with or without a secret. Ports on loopback are open to all users of this machine. Let only the"
+    )
+    _say(
+        "           servers of the fleet connect to the others: a firewall, or a network of their own (docs/security.md)."
+    )
+
+
+def _run_elsewhere(module: NixlModule, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvxfer_nixl", "--module", module.name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TRY_TIMEOUT_S, check=False)  # noqa: S603
+
+
 def _try_elsewhere(backend: str, module: NixlModule) -> bool:
-    command = [sys.executable, "-m", "kvxfer_nixl", "--module", module.name, "--try", backend]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TRY_TIMEOUT_S, check=False)  # noqa: S603
+        done = _run_elsewhere(module, "--try", backend)
     except subprocess.TimeoutExpired:
         _say(f"   no {backend:11} did not answer within {TRY_TIMEOUT_S:g} s")
         return False
@@ -102,6 +137,18 @@ def _try_here(backend: str, module: str | None) -> int:
     agent.close()
     _say(f"{_ANSWER}starts; takes {' and '.join(kinds) or 'neither DRAM nor VRAM, so it is of no use to kvxfer'}")
     return 0 if kinds else 1
+
+
+def _ports_here(who: str, module: str | None) -> int:
+    try:
+        agent = NixlAgent("kvxfer-report", module=module, loopback_only=who == "loopback")
+    except KvxferError as error:
+        _say(f"{_ANSWER}{error}")
+        return 1
+    ports = ", ".join(f"{port}{'' if port.on_loopback else ' (other machines reach it)'}" for port in agent.ports)
+    agent.close()
+    _say(f"{_ANSWER}{ports or 'none'}")
+    return 0
 
 
 def _say(line: str) -> None:

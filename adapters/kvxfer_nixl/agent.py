@@ -26,11 +26,13 @@ import numpy as np
 from kvxfer.agent import AgentPeer, Capabilities, Op, Reach, TransferAgent
 from kvxfer.errors import ConfigError, PeerInfoError, TransferError, UnavailableError
 from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer.ports import Port, open_ports
 from kvxfer_nixl import _errors
 from kvxfer_nixl._ibverbs import without_exit_crash
 from kvxfer_nixl._lane import Lane, LaneWatch, Surroundings, predict
 from kvxfer_nixl._module import find
 from kvxfer_nixl._options import Options
+from kvxfer_nixl._ucx import warn_of_open_ports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,6 +91,11 @@ class NixlAgent(TransferAgent):
         progress_delay_us: longest sleep of NIXL's progress thread, which wakes on events; rounded up to milliseconds.
         max_submit_nbytes: most bytes handed to NIXL in one call, which on one host blocks until they are copied.
         drain_s: how long `close` waits for reads over TCP to end before it breaks them off (see `Lane.STREAM`).
+        loopback_only: UCX uses the loopback device only, so that other machines reach none of its ports: over TCP it checks no
+            key (docs/security.md). `Endpoint` passes False where its control address is reached from other machines.
+            ``UCX_NET_DEVICES``, or ``NET_DEVICES`` in ``engine_config``, takes precedence.
+        port_range: TCP ports that UCX may listen on, such as ``"40000-40099"``; by default any free ones. An agent takes one
+            port on each network device, and a new agent takes others while the one before it ends.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -126,6 +133,8 @@ class NixlAgent(TransferAgent):
         progress_delay_us: int = PROGRESS_DELAY_US,
         max_submit_nbytes: int | None = 64 << 20,
         drain_s: float = 1.0,
+        loopback_only: bool = True,
+        port_range: str | None = None,
         **unknown: object,
     ) -> None:
         options = Options.checked(
@@ -134,19 +143,26 @@ class NixlAgent(TransferAgent):
             progress_delay_us=progress_delay_us,
             max_submit_nbytes=max_submit_nbytes,
             drain_s=drain_s,
+            loopback_only=loopback_only,
+            port_range=port_range,
             unknown=unknown,
         )
         super().__init__(name)
+        self.loopback_only = options.loopback_only
         self.module = find(module)
         """Which NIXL this is, and why."""
         self._bindings = self.module.bindings
         self._agent: Any = self._new_agent(options)
+        before = open_ports()
         try:
             self._backends = {name: self._start_backend(name, given) for name, given in options.backends.items()}
             self._check_reach()
         except BaseException:
             self._agent = None  # the traceback of what is raised here would keep it, and its thread, alive
             raise
+        self.ports: tuple[Port, ...] = tuple(sorted(open_ports() - before))
+        """TCP ports that the backends opened, as far as the kernel tells."""
+        warn_of_open_ports(self.ports)
         self._segments = {MemoryKind.DRAM: self._bindings.DRAM_SEG, MemoryKind.VRAM: self._bindings.VRAM_SEG}
         self._backends_of = {kind: self._backends_for(kind) for kind in self._segments}
         # What the class declares holds for the defaults; this instance knows better.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 import pytest
 
 from kvxfer.agent import FlightState, Reach
+from kvxfer.ports import open_ports
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.stage import KIB
 
@@ -35,6 +36,17 @@ class HygieneTests:
         pair.move(op, pair.whole())
         cores = float(pair.peer.call("idle_cpu", _IDLE_S)) / _IDLE_S
         assert cores < _IDLE_CORES, f"an idle agent takes {cores:.2f} of a core"
+
+    @final
+    def test_ports_are_where_it_says(self, stage: Stage) -> None:
+        """An agent that says that other machines do not reach it has no port open but on loopback."""
+        before = open_ports()
+        actor = stage.actor()
+        actor.allocate(KIB, 1)
+        if not actor.agent.loopback_only:
+            pytest.skip("does not say that it is reached from this machine only (loopback_only)")
+        others = sorted(str(port) for port in open_ports() - before if not port.on_loopback)
+        assert not others, f"it says loopback_only and listens on {', '.join(others)}"
 
     @final
     def test_nothing_is_left_behind(self, stage: Stage) -> None:

@@ -86,7 +86,11 @@ class FaultyAgent(TransferAgent):
         loud = faults.hang is not NEVER or faults.late is not NEVER or bool(faults.fail)
         quiet = inner.capabilities.quiet_on_abandon and not loud
         # Class variables of other agents; this one becomes a double of whatever it wraps.
-        vars(self).update(adapter=inner.adapter, capabilities=replace(inner.capabilities, quiet_on_abandon=quiet))
+        vars(self).update(
+            adapter=inner.adapter,
+            capabilities=replace(inner.capabilities, quiet_on_abandon=quiet),
+            loopback_only=inner.loopback_only,
+        )
         self.faults = faults
         self.calls: dict[str, int] = {}
         """How often each method was called."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -185,6 +186,18 @@ class LeaksADescriptor(InprocAgent):
     def __init__(self, name):
         super().__init__(name)
         os.dup(0)
+
+
+class ListensElsewhere(InprocAgent):
+    loopback_only = True
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.listener = socket.create_server(("0.0.0.0", 0))
+
+    def _close(self):
+        self.listener.close()
+        super()._close()
 
 
 class Spins(InprocAgent):

@@ -215,6 +215,7 @@ class _Server:
         self.name = name
         self.lock = threading.Lock()
         self.regions: list[Memory] = []
+        self.loopback_only = True
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(0)
         self.port = self._listener.getsockname()[1]

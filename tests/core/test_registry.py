@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import types
+from contextlib import closing
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -95,3 +96,28 @@ def test_no_such_adapter(installed):
     with pytest.raises(ConfigError, match="inproc"):
         registry.load("nothing")
     assert "nothing" in registry.why_unavailable("nothing")
+
+
+def _open_or_not(name, *, loopback_only=None):
+    agent = InprocAgent(name)
+    agent.told = loopback_only
+    return agent
+
+
+@pytest.mark.parametrize("loopback", [True, False])
+def test_agents_are_told_whether_to_stay_on_loopback(loopback):
+    """A callable that has the argument is told whether the control address is on loopback; one that has not is called as ever."""
+    make = registry.agent_maker(_open_or_not, {}, "told/0/e", loopback=loopback)
+    with closing(make()) as first, closing(make()) as second:
+        assert (first.told, second.told) == (loopback, loopback)
+        assert (first.name, second.name) == ("told/0/e/1", "told/0/e/2")
+    with closing(registry.agent_maker(lambda name: _open_or_not(name), {}, "untold/0/e", loopback=loopback)()) as agent:
+        assert agent.told is None
+
+
+def test_an_agent_bears_the_name_that_it_was_given():
+    """A callable whose agent goes by another name is refused by name at the start: its peers would refuse it later."""
+    make = registry.agent_maker(lambda _: InprocAgent("my own choice"), {}, "mine/0/e", loopback=True)
+    with pytest.raises(ConfigError, match="my own choice"):
+        make()
+    InprocAgent("my own choice").close()  # the refused one was closed

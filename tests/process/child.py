@@ -20,12 +20,10 @@ from kvxfer import Endpoint, LeaseRef
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
+from kvxfer.ports import open_ports
 from kvxfer.secret import Secret
 from kvxfer.testing import eventually
 from tests.process import hosts
-
-LOOPBACK = "NET_DEVICES=lo"
-"""UCX otherwise listens on every address of the machine."""
 
 SMALL = (64, 2, 16, 64)
 LARGE = (256, 8, 16, 256)
@@ -54,9 +52,9 @@ class Engine:
         self.endpoint = self._start(options.get("bind", "tcp://127.0.0.1:0"))
 
     def _start(self, bind: str) -> Endpoint:
-        devices = f"NET_DEVICES={self.options['device']}" if "device" in self.options else LOOPBACK
-        ucx = {"engine_config": f"{devices},{self.options['ucx']}" if "ucx" in self.options else devices}
-        options = {"backend_options": {"UCX": ucx}}
+        config = [f"NET_DEVICES={self.options['device']}"] if "device" in self.options else []
+        config += [self.options["ucx"]] if "ucx" in self.options else []
+        options = {"backend_options": {"UCX": {"engine_config": ",".join(config)}}} if config else {}
         settings = Settings(**self.options.get("settings", {}))
         secret = Secret(self.options["secret"]) if "secret" in self.options else None
         cache = KVCache.from_layers(self.layers, block_tokens=16)
@@ -135,6 +133,10 @@ class Engine:
 
         for _ in range(2):
             threading.Thread(target=spin, daemon=True).start()
+
+    def listens_on(self) -> list[str]:
+        """Addresses of the TCP ports that this process has open, its control channel's among them."""
+        return sorted({port.address for port in open_ports()})
 
     def cpu_while_idle(self, wall_s: float) -> float:
         """CPU seconds of the whole process while nobody asks it for anything."""

@@ -73,6 +73,18 @@ def test_two_consumers_one_producer(child):
     eventually(lambda: producer.ends() == ["LeaseSettled"] * 6 and producer.free_cells() == cells)
 
 
+@pytest.mark.parametrize("ucx", [{}, {"ucx": "TLS=tcp"}], ids=["any lane", "tcp"])
+def test_one_on_loopback_and_one_on_all_addresses(child, ucx):
+    """An endpoint whose fabric is on loopback only and one that listens on all addresses read from each other, on one host."""
+    secret = {"secret": b"what these two know and no other", "settings": PATIENT}
+    near = child(1, **ucx, **secret)
+    open_to_all = child(2, bind="tcp://0.0.0.0:0", **ucx, **secret)
+    assert near.listens_on() == ["127.0.0.1"]
+    if open_to_all.listens_on() == ["0.0.0.0", "127.0.0.1"]:
+        pytest.skip("this machine has no address but its loopback")
+    assert serves(open_to_all, near) and serves(near, open_to_all)
+
+
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_the_producer_is_killed(child, when):
     """Every read ends, done or by name, in time; the consumer goes on with another producer."""

@@ -91,6 +91,7 @@ class VirtualChannel:
 
     def __init__(self, process: Process) -> None:
         self.address: str = process.address
+        self.loopback: bool = False
         self.process: Process = process
         self.callers: dict[bytes, VirtualChannel] = {}
         self.made: dict[str, bytes] = {}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP ports on which this process listens, as the kernel tells. For adapters whose engines open ports, and for tests of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+_LISTENING = "0A"
+
+
+class Port(NamedTuple):
+    """A TCP port on which this process listens."""
+
+    address: str
+    number: int
+
+    @property
+    def on_loopback(self) -> bool:
+        """Only processes of this machine can connect to it."""
+        return ipaddress.ip_address(self.address).is_loopback
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.number}" if ":" in self.address else f"{self.address}:{self.number}"
+
+
+def open_ports() -> frozenset[Port]:
+    """The TCP ports on which this process listens, as the kernel tells; empty where it does not tell."""
+    own = _own_sockets()
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with Path(f"/proc/thread-self/net/{table}").open(encoding="ascii") as lines:
+                next(lines)
+                for line in lines:
+                    _, local, _, state, *rest = line.split()
+                    if state != _LISTENING:
+                        break  # the kernel lists listening sockets first, and there may be very many others
+                    if rest[5] in own:
+                        address, _, number = local.partition(":")
+                        found.add(Port(_address(address), int(number, 16)))
+        except (OSError, StopIteration, ValueError):
+            continue
+    return frozenset(found)
+
+
+def _own_sockets() -> set[str]:
+    """Inodes of the sockets of this process."""
+    try:
+        descriptors = list(Path("/proc/self/fd").iterdir())
+    except OSError:
+        return set()
+    own = set()
+    for descriptor in descriptors:
+        try:
+            target = os.readlink(descriptor)  # noqa: PTH115 - the link's text is what counts
+        except OSError:
+            continue  # closed meanwhile
+        if target.startswith("socket:["):
+            own.add(target[len("socket:[") : -1])
+    return own
+
+
+def _address(text: str) -> str:
+    """An address of /proc/net: words of four bytes in this machine's byte order."""
+    words = [bytes.fromhex(text[i : i + 8]) for i in range(0, len(text), 8)]
+    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+    return str(ipaddress.ip_address(packed))
