@@ -714,7 +714,7 @@ def test_an_idle_endpoint_sleeps(pair):
     turns = []
     for engine in pair:
         original = engine.endpoint._driver._turn
-        engine.endpoint._driver._turn = lambda original=original: (turns.append(1), original())[1]
+        engine.endpoint._driver._turn = lambda wait_s, original=original: (turns.append(1), original(wait_s))[1]
     time.sleep(0.5)  # nothing must happen: there is no condition to wait for
     assert len(turns) <= 2
 

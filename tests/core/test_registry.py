@@ -104,6 +104,10 @@ def _open_or_not(name, *, loopback_only=None):
     return agent
 
 
+def _named_only(name):
+    return _open_or_not(name)
+
+
 @pytest.mark.parametrize("loopback", [True, False])
 def test_agents_are_told_whether_to_stay_on_loopback(loopback):
     """A callable that has the argument is told whether the control address is on loopback; one that has not is called as ever."""
@@ -111,7 +115,7 @@ def test_agents_are_told_whether_to_stay_on_loopback(loopback):
     with closing(make()) as first, closing(make()) as second:
         assert (first.told, second.told) == (loopback, loopback)
         assert (first.name, second.name) == ("told/0/e/1", "told/0/e/2")
-    with closing(registry.agent_maker(lambda name: _open_or_not(name), {}, "untold/0/e", loopback=loopback)()) as agent:
+    with closing(registry.agent_maker(_named_only, {}, "untold/0/e", loopback=loopback)()) as agent:
         assert agent.told is None
 
 
