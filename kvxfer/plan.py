@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.errors import IncompatibleError
 from kvxfer.layout import CacheSpec
@@ -56,42 +56,69 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
     Raises:
         IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.
     """
-    sources = (source,) if isinstance(source, CacheSpec) else tuple(source)
-    if not sources:
-        raise IncompatibleError("ranks", "the source has no ranks")
-    by_name = bool(target.layer_names) and all(spec.layer_names for spec in sources)
-    for spec in sources:
-        _refuse_unlike(spec, target, convert=convert, by_name=by_name)
-    found: list[list[Overlap]] = [[] for _ in sources]
-    held = [_held(spec, target, by_name=by_name) for spec in sources]
-    for number, group in enumerate(target.groups):
-        made = boxes(group, target.dtype)
-        whole = group.whole
-        wanted = {
-            (whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
-            for layer, record in sorted(made)
-        }
-        for key, there in wanted.items():
-            owners = [cells[key][1] for cells in held if key in cells]
-            if not owners:
-                raise _missing(held, target, group, key)
-            _refuse_other_content(owners, there, f"layer {key[1]!r}{_of(target, group)}")
-        for key, shares in _shares(target, group, held, wanted).items():
-            for rank, heads in shares:
-                number_here, here = held[rank][key]
-                cast = (sources[rank].dtype, target.dtype) if convert else None
-                both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in wanted[key])
-                found[rank] += [each for each in both if each is not None]
-    for spec, overlaps in zip(sources, found, strict=True):
-        _refuse_other_scales(spec, target, overlaps, convert=convert)
-    parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
-    return TransferPlan(sources, target, tuple(parts))
+    return Planner(source, convert=convert).plan(target)
+
+
+class Planner:
+    """`plan` for several target ranks of one producer, whose ranks are looked at once for all of them.
+
+    Args:
+        source, convert: as of `plan`.
+
+    Raises:
+        IncompatibleError: there are no ranks.
+    """
+
+    def __init__(self, source: CacheSpec | Sequence[CacheSpec], *, convert: bool = False) -> None:
+        self._sources = (source,) if isinstance(source, CacheSpec) else tuple(source)
+        self._convert = convert
+        if not self._sources:
+            raise IncompatibleError("ranks", "the source has no ranks")
+        self._named = all(spec.layer_names for spec in self._sources)
+        # Ranks that look the same to `_refuse_unlike`: one stands for all.
+        self._unlike: dict[tuple[object, ...], CacheSpec] = {}
+        for spec in self._sources:
+            self._unlike.setdefault(_looks(spec), spec)
+        self._held: dict[bool, _Held] = {}
+
+    def plan(self, target: CacheSpec) -> TransferPlan:
+        """See `plan`. Raises IncompatibleError: the pair cannot be served."""
+        sources, convert = self._sources, self._convert
+        by_name = bool(target.layer_names) and self._named
+        for spec in self._unlike.values():
+            _refuse_unlike(spec, target, convert=convert, by_name=by_name)
+        held = self._held.get(by_name)
+        if held is None:
+            held = self._held[by_name] = _Held(sources, by_name=by_name)
+        found: list[list[Overlap]] = [[] for _ in sources]
+        for number, group in enumerate(target.groups):
+            made = boxes(group, target.dtype)
+            whole = group.whole
+            wanted = {
+                (whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
+                for layer, record in sorted(made)
+            }
+            for key, there in wanted.items():
+                if key not in held.cells:
+                    raise _missing(held.cells, target, group, key)
+                _refuse_other_content(held.contents[key], there, f"layer {key[1]!r}{_of(target, group)}")
+            for key, shares in _shares(target, group, held, wanted).items():
+                cells = held.cells[key]
+                for rank, heads in shares:
+                    number_here, here = cells[rank]
+                    cast = (sources[rank].dtype, target.dtype) if convert else None
+                    both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in wanted[key])
+                    found[rank] += [each for each in both if each is not None]
+        for spec, overlaps in zip(sources, found, strict=True):
+            _refuse_other_scales(spec, target, overlaps, convert=convert)
+        parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
+        return TransferPlan(sources, target, tuple(parts))
 
 
 def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
     """All that two caches have in common, whether or not the target gets everything it needs; elements are converted."""
     by_name = bool(target.layer_names) and bool(source.layer_names)
-    held = _held(source, target, by_name=by_name)
+    held = _cells(source, by_name=by_name)
     found = []
     for number, group in enumerate(target.groups):
         for (layer, record), there in boxes(group, target.dtype).items():
@@ -115,19 +142,73 @@ _Cells = dict[_Key, tuple[int, list[Box]]]
 """The group's number, and the boxes."""
 
 
-def _held(spec: CacheSpec, target: CacheSpec, *, by_name: bool) -> _Cells:
-    wanted = {group.whole for group in target.groups}
+def _cells(spec: CacheSpec, *, by_name: bool) -> _Cells:
     return {
-        (whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
+        (group.whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
         for number, group in enumerate(spec.groups)
-        if (whole := group.whole) in wanted
         for (layer, record), cells in boxes(group, spec.dtype).items()
     }
 
 
-def _missing(held: list[_Cells], target: CacheSpec, group: CacheGroup, key: _Key) -> IncompatibleError:
+class _Holders(NamedTuple):
+    """Who has the heads of the cells of a group.
+
+    Attributes:
+        patterns: ranks, and which heads each has.
+        of: the number of the pattern of each cell, in the order of the layers.
+    """
+
+    patterns: Sequence[tuple[tuple[int, Span], ...]]
+    of: dict[_Key, int]
+
+
+class _Held:
+    """What all ranks of a producer have.
+
+    Attributes:
+        cells: by rank.
+        contents: boxes of a rank for each way in which ranks have a cell's content; there is one unless they contradict each
+            other.
+        holders: by group, whole.
+    """
+
+    def __init__(self, sources: Sequence[CacheSpec], *, by_name: bool) -> None:
+        self.cells: dict[_Key, dict[int, tuple[int, list[Box]]]] = defaultdict(dict)
+        self.contents: dict[_Key, list[list[Box]]] = {}
+        for rank, spec in enumerate(sources):
+            for key, cell in _cells(spec, by_name=by_name).items():
+                self.cells[key][rank] = cell
+        places: dict[_Key, int] = {}
+        patterns: dict[str, dict[tuple[tuple[int, Span], ...], int]] = defaultdict(dict)
+        of: dict[str, dict[_Key, int]] = defaultdict(dict)
+
+        def in_order(key: _Key) -> tuple[int, str]:
+            return places[key], key[2]
+
+        for key, cells in self.cells.items():
+            contents: dict[tuple[tuple[str, int], ...], list[Box]] = {}
+            spans = []
+            for rank, (_, made) in cells.items():
+                contents.setdefault(tuple(sorted(_elements(made).items())), made)
+                first, *others = made
+                heads = first.heads
+                for box in others:
+                    heads = min(heads[0], box.heads[0]), max(heads[1], box.heads[1])
+                spans.append((rank, heads))
+                places[key] = first.region.layers[first.position]
+            self.contents[key] = list(contents.values())
+            known = patterns[key[0]]
+            of[key[0]][key] = known.setdefault(tuple(spans), len(known))
+        self.holders: dict[str, _Holders] = {
+            whole: _Holders(list(patterns[whole]), {key: numbers[key] for key in sorted(numbers, key=in_order)})
+            for whole, numbers in of.items()
+        }
+
+
+def _missing(cells: Iterable[_Key], target: CacheSpec, group: CacheGroup, key: _Key) -> IncompatibleError:
     _, layer, record = key
-    has = {key for cells in held for key in cells}
+    wanted = {each.whole for each in target.groups}
+    has = {key for key in cells if key[0] in wanted}
     names = sorted({name for name, _, _ in has})
     if group.whole not in names:
         return IncompatibleError(
@@ -157,7 +238,7 @@ def _layer_key(spec: CacheSpec, layer: int, *, by_name: bool) -> str | int:
 
 
 def _shares(
-    target: CacheSpec, group: CacheGroup, held: list[_Cells], wanted: Iterable[_Key]
+    target: CacheSpec, group: CacheGroup, held: _Held, wanted: Iterable[_Key]
 ) -> dict[_Key, list[tuple[int, Span]]]:
     """Which rank gives which heads of which layer: each head once, and ranks that hold the same take turns.
 
@@ -169,13 +250,14 @@ def _shares(
     """
     first, end = group.heads.start, group.heads.stop
     shares: dict[_Key, list[tuple[int, Span]]] = {key: [] for key in wanted}
-    cells = _holders(held, group)
-    bounds = {bound for spans in cells.values() for span in spans.values() for bound in span}
+    patterns, of = held.holders[group.whole]
+    bounds = {bound for pattern in patterns for _, span in pattern for bound in span}
     ahead = target.rank % max(1, target.world * len(target.layers) // target.layers.total)
     for begin, stop in pairwise(sorted({first, end, *(bound for bound in bounds if first < bound < end)})):
         alike: dict[tuple[int, ...], list[_Key]] = defaultdict(list)
-        for key, spans in cells.items():
-            alike[tuple(rank for rank, (a, b) in spans.items() if a <= begin and stop <= b)].append(key)
+        whole = [tuple(rank for rank, (a, b) in pattern if a <= begin and stop <= b) for pattern in patterns]
+        for key, number in of.items():
+            alike[whole[number]].append(key)
         for holders, keys in alike.items():
             mine = [key for key in keys if key in shares]
             if not mine:
@@ -194,21 +276,10 @@ def _shares(
     return shares
 
 
-def _holders(held: list[_Cells], group: CacheGroup) -> dict[_Key, dict[int, Span]]:
-    """Of all that the source has of a group, in the order of its layers, which ranks have which heads."""
-    holders: dict[_Key, dict[int, Span]] = defaultdict(dict)
-    places: dict[_Key, int] = {}
-    whole = group.whole
-    for rank, cells in enumerate(held):
-        for key, (_, made) in cells.items():
-            if key[0] == whole:
-                first, *others = made
-                heads = first.heads
-                for box in others:
-                    heads = min(heads[0], box.heads[0]), max(heads[1], box.heads[1])
-                holders[key][rank] = heads
-                places[key] = first.region.layers[first.position]
-    return {key: holders[key] for key in sorted(holders, key=lambda key: (places[key], key[2]))}
+def _looks(spec: CacheSpec) -> tuple[object, ...]:
+    """All that `_refuse_unlike` looks at."""
+    groups = tuple((group.whole, group.kind, group.heads.total) for group in spec.groups)
+    return spec.fingerprint, spec.dtype, spec.layers.total, groups
 
 
 def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_name: bool) -> None:
@@ -249,8 +320,9 @@ def _refuse_other_scales(source: CacheSpec, target: CacheSpec, overlaps: Sequenc
     if convert and {source.dtype, target.dtype} <= CASTABLE:
         return
     for each in overlaps:
-        where = f" of {each.target.region.component!r}{_of(target, target.groups[each.target_group])}"
-        _require_equal("scale", repr(each.source.scale), repr(each.target.scale), where)
+        if each.source.scale != each.target.scale:
+            where = f" of {each.target.region.component!r}{_of(target, target.groups[each.target_group])}"
+            _require_equal("scale", repr(each.source.scale), repr(each.target.scale), where)
 
 
 def _require_equal(axis: str, source: str, target: str, where: str = "") -> None:

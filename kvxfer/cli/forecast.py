@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -12,19 +12,19 @@ import numpy as np
 from kvxfer.blocks import BlockTable
 from kvxfer.errors import BlockError, ConfigError, IncompatibleError
 from kvxfer.part import PlanPart
-from kvxfer.plan import plan
+from kvxfer.plan import Planner, plan
 from kvxfer.route import Costs, Route, Router
 from kvxfer.segment import stretches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
     from kvxfer.cli.specs import Side
     from kvxfer.layout import CacheGroup, CacheSpec
     from kvxfer.part import Match
-    from kvxfer.segment import Overlap
+    from kvxfer.segment import Box, Overlap
 
 MAX_TOKENS: Final = 1 << 22
 """Of a request; longer ones would only make this command slow."""
@@ -144,17 +144,41 @@ class Forecast:
         return sum(known) if len(known) == len(times) else None
 
 
-def forecast(source: Side, target: Side, spec: CacheSpec, request: Request, conditions: Conditions) -> Forecast:
-    """What the target rank of ``spec`` would get.
+def forecasts(
+    source: Side, target: Side, specs: Sequence[CacheSpec], request: Request, conditions: Conditions
+) -> list[Forecast]:
+    """What each of some target ranks would get. What is found out about a part counts for all that are alike.
 
     Raises:
         ConfigError: a side has too few blocks for the request.
     """
+    planner = Planner(source.specs, convert=conditions.convert)
+    looks = _Looks()
+    known: dict[Hashable, FromRank] = {}
+    return [_forecast(planner, source, target, spec, request, conditions, looks, known) for spec in specs]
+
+
+def _forecast(
+    planner: Planner,
+    source: Side,
+    target: Side,
+    spec: CacheSpec,
+    request: Request,
+    conditions: Conditions,
+    looks: _Looks,
+    known: dict[Hashable, FromRank],
+) -> Forecast:
+    parts = []
     try:
-        parts = [
-            _from_rank(part, match, (source.addressable, target.addressable), conditions)
-            for part, match in matched(source, target, spec, request, convert=conditions.convert)
-        ]
+        for part in planner.plan(spec).parts:
+            if not part.overlaps:
+                continue
+            key = looks.of(part)
+            if key not in known:
+                match = _match(part, source, target, spec, request)
+                known[key] = _from_rank(part, match, (source.addressable, target.addressable), conditions)
+            layers, heads = _layers(part), _heads(part)
+            parts.append(replace(known[key], source_rank=part.source.rank, layers=layers, heads=heads))
     except IncompatibleError as error:
         return Forecast(spec.rank, (), error)
     return Forecast(spec.rank, tuple(parts))
@@ -169,17 +193,58 @@ def matched(
         IncompatibleError: the pair cannot be served.
         ConfigError: a side has too few blocks for the request.
     """
-    windows = {**source.windows, **target.windows}
-    made = []
-    for part in plan(source.specs, spec, convert=convert).parts:
-        if not part.overlaps:
-            continue
-        sources, targets = block_tables(part.source, spec, windows, request)
-        try:
-            made.append((part, part.match(sources, targets, (request.first_token, request.tokens))))
-        except BlockError as error:
-            raise ConfigError(f"the request does not fit these caches: {error}") from error
-    return made
+    parts = [part for part in plan(source.specs, spec, convert=convert).parts if part.overlaps]
+    return [(part, _match(part, source, target, spec, request)) for part in parts]
+
+
+def _match(part: PlanPart, source: Side, target: Side, spec: CacheSpec, request: Request) -> Match:
+    sources, targets = block_tables(part.source, spec, {**source.windows, **target.windows}, request)
+    try:
+        return part.match(sources, targets, (request.first_token, request.tokens))
+    except BlockError as error:
+        raise ConfigError(f"the request does not fit these caches: {error}") from error
+
+
+class _Looks:
+    """What a forecast depends on: parts that look the same get the same, wherever they lie, and in whatever layers and heads."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, Hashable] = {}
+
+    def of(self, part: PlanPart) -> Hashable:
+        """All of it."""
+        groups = tuple(self._group(group) for spec in (part.source, part.target) for group in spec.groups)
+        first = part.overlaps[0]
+        cells = []
+        for each in part.overlaps:
+            sides = ((each.source, first.source), (each.target, first.target))
+            places = tuple(self._place(box, other, each.heads[0]) for box, other in sides)
+            extents = each.heads[1] - each.heads[0], each.content
+            cells.append((each.source_group, each.target_group, places, extents, each.cast))
+        return part.source.dtype, part.target.dtype, groups, tuple(cells)
+
+    def _place(self, box: Box, first: Box, head: int) -> Hashable:
+        """A cell as seen from the first of its side."""
+        region, other = box.region, first.region
+        nbytes = box.position * region.strides.layer - first.position * other.strides.layer
+        return (
+            region.address - other.address + nbytes,
+            region.buffer - other.buffer,
+            region.layers[box.position] - other.layers[first.position],
+            head - box.first_head,
+            (region.component, region.extents, region.strides, region.element_nbytes, region.element_stride),
+            (box.first_element, box.content),
+        )
+
+    def _group(self, group: CacheGroup) -> Hashable:
+        known = self._groups.get(id(group))
+        if known is None:
+            regions = dict.fromkeys(
+                (r.component, r.layout, r.extents.token, r.content_nbytes, r.element_nbytes) for r in group.regions
+            )
+            tables = group.name, group.kind, group.block_tokens, group.num_blocks
+            known = self._groups[id(group)] = *tables, len(group.heads), tuple(regions)
+        return known
 
 
 def block_tables(
@@ -240,7 +305,7 @@ def _from_rank(part: PlanPart, match: Match, addressable: tuple[bool, bool], con
         descriptors, exact = len(part.descriptors(match)), True
     return FromRank(
         source_rank=part.source.rank,
-        layers=ranges(each.source.region.layers[each.source.position] for each in part.overlaps),
+        layers=_layers(part),
         heads=_heads(part),
         nbytes=choice.nbytes,
         runs=unmerged(part, match),
@@ -252,6 +317,10 @@ def _from_rank(part: PlanPart, match: Match, addressable: tuple[bool, bool], con
         barred=free.barred,
         staging_nbytes=choice.staging_nbytes,
     )
+
+
+def _layers(part: PlanPart) -> str:
+    return ranges(each.source.region.layers[each.source.position] for each in part.overlaps)
 
 
 def _heads(part: PlanPart) -> str:

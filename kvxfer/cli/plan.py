@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from kvxfer.cli import picture
-from kvxfer.cli.forecast import MAX_TOKENS, Conditions, Request, forecast
+from kvxfer.cli.forecast import MAX_TOKENS, Conditions, Request, forecasts
 from kvxfer.cli.models import MODELS
 from kvxfer.cli.report import Report, as_json, as_text
 from kvxfer.cli.specs import FIRST_ADDRESS, read_side, same_model
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     source, target = _sides(options, tokens)
     wanted = _wanted(target, options.rank)
     specs = [spec for spec in target.specs if wanted is None or spec.rank == wanted]
-    found = [forecast(source, target, spec, request, conditions) for spec in specs]
+    found = forecasts(source, target, specs, request, conditions)
     report = Report(source, target, request, conditions, tuple(found), wanted)
     print(json.dumps(as_json(report), indent=2) if options.format == "json" else as_text(report))
     if options.picture and not all(each.refused for each in found):
