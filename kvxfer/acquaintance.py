@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_CATCH_UP_RETRIES = 4
+"""For so many times that something is asked again, a peer is not taken for silent after this process stood still."""
+
 
 class Welcomed(str, Enum):
     """What a `Welcome` changed: NOTHING, the peer is MET now, or another process is, and the one before was LOST."""
@@ -82,10 +85,15 @@ class Acquaintances:
             if peer.agent_info:
                 self._out.append(ForgetAgent(peer.agent_info))
 
-    def stood_still(self, now: float) -> None:
-        """Whether a peer is silent can be told from now on only."""
+    def stood_still(self, now: float, late_s: float) -> None:
+        """Time in which this process did not run is no silence of a peer; and what it said meanwhile is still to be read.
+
+        No more than that: a machine that is late all the time notices in the end that a peer is silent.
+        """
+        settings = self._settings
+        least = now - settings.peer_timeout_s + min(_CATCH_UP_RETRIES * settings.retry_s, settings.peer_timeout_s)
         for peer in self.by_address.values():
-            peer.heard_at = now
+            peer.heard_at = min(max(peer.heard_at + late_s, least), now)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""

@@ -296,6 +296,7 @@ class TransferAgent(ABC):
         Raises:
             PeerInfoError: not a description, or of another adapter's agent.
             PeerConflictError: the engine knows another agent by this name, or it is our own.
+            TransferFailedError: the engine raised something else.
         """
         self._check()
         try:
@@ -310,7 +311,12 @@ class TransferAgent(ABC):
         known = self._peers.get(decoded.name)
         if known is not None and known.info == info:
             return known
-        native = self._connect(decoded.name, decoded.native)
+        try:
+            native = self._connect(decoded.name, decoded.native)
+        except KvxferError:
+            raise
+        except Exception as error:  # an adapter's bug must fail this transfer by name
+            raise TransferFailedError(f"{self.adapter} raised {type(error).__name__}: {error}") from error
         if known is None:
             known = AgentPeer(decoded.name, regions, native, info)
             self._peers[decoded.name] = known

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,9 @@ class Background:
 class Job:
     """Something that is being done; a `Completion`."""
 
+    answers_at_once: ClassVar[bool] = True
+    """See `kvxfer.buffer.Completion`."""
+
     def __init__(self, future: Future[object]) -> None:
         self._future = future
 
@@ -49,6 +52,26 @@ class Job:
                 return False
             raise
         return True
+
+
+def ends_within(call: Callable[[], object], timeout_s: float | None) -> bool:
+    """Make a call that may block on a thread of its own, and wait for it at most so long; False if it has not returned.
+
+    What it raises is lost. If no thread can be started, it is not called.
+    """
+    returned = threading.Event()
+
+    def run() -> None:
+        try:
+            call()
+        finally:
+            returned.set()
+
+    try:
+        threading.Thread(target=run, name="kvxfer-wait", daemon=True).start()
+    except RuntimeError:
+        return False
+    return returned.wait(timeout_s)
 
 
 class Turn:

@@ -7,14 +7,16 @@ chosen bytes gathered into host memory, in another order and perhaps as another 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import logging
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol, TypeAlias, final, runtime_checkable
 
 import numpy as np
 
 from kvxfer import casting
+from kvxfer.background import ends_within
 from kvxfer.copies import Copy
 from kvxfer.dlpack import ArrayView, read_array, views_of_one
 from kvxfer.errors import DescriptorError, UnsupportedBufferError, UnsupportedError
@@ -30,10 +32,21 @@ if TYPE_CHECKING:
     Shares: TypeAlias = "Sequence[tuple[DeviceBuffer, Sequence[Copy]]]"
     Start: TypeAlias = Callable[["DeviceBuffer", Sequence[Copy]], "Completion"]
 
+_log = logging.getLogger(__name__)
+
+
+LET_END_S: Final = 30.0
+"""Longest time for which kvxfer waits for copies that it cannot go on without, when it closes or begins anew."""
+
 
 @runtime_checkable
 class Completion(Protocol):
-    """Something that a device may still be doing, such as a copy or a kernel. Any thread may ask."""
+    """Something that a device may still be doing, such as a copy or a kernel. Any thread may ask.
+
+    One that raises has ended, and failed. A class whose ``done``, and whose ``wait`` after that, return at once sets the class
+    attribute ``answers_at_once`` to True: kvxfer then asks it on the thread that wants to know. Others are asked on another
+    thread, so that one that blocks harms what waits for it and nothing else (`kvxfer.completions`).
+    """
 
     @property
     def done(self) -> bool:
@@ -46,6 +59,7 @@ class Completion(Protocol):
 class _Finished:
     """The completion of a copy that was carried out at once."""
 
+    answers_at_once: ClassVar[bool] = True
     done: Final = True
 
     def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002
@@ -256,11 +270,36 @@ def _begin_each(shares: Shares, start: Start) -> list[Completion]:
     return begun
 
 
-def let_end(copies: Sequence[Completion]) -> None:
-    """Wait until copies have ended, well or not, so that nothing touches their memory any more."""
-    for copy in copies:
-        with contextlib.suppress(Exception):
-            copy.wait()
+def let_end(copies: Sequence[Completion], timeout_s: float = LET_END_S) -> bool:
+    """Wait until copies have ended, well or not, so that nothing touches their memory any more.
+
+    Returns:
+        False if one has not ended after ``timeout_s``, which is logged: its device may still touch that memory.
+    """
+    deadline = time.monotonic() + timeout_s
+    late = [copy for copy in copies if copy is not FINISHED and not _ends_by(copy, deadline)]
+    if late:
+        _log.error(
+            "%d copies of a device have not ended after %g s: it may still write to their memory", len(late), timeout_s
+        )
+    return not late
+
+
+def _ends_by(copy: Completion, deadline: float) -> bool:
+    left_s, ended = max(0.0, deadline - time.monotonic()), False
+
+    def wait() -> None:
+        nonlocal ended
+        try:
+            ended = bool(copy.wait(left_s))
+        except BaseException:  # noqa: BLE001 - a vendor's, of any kind: it has ended
+            ended = True
+
+    if getattr(type(copy), "answers_at_once", False):
+        wait()
+    else:
+        ends_within(wait, left_s)
+    return ended
 
 
 class HostBuffer(DeviceBuffer):

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from kvxfer.acquaintance import Acquaintances, Welcomed
 from kvxfer.actions import Action, ChunkStaged, SendTo, StartRead, StopRead
+from kvxfer.defects import Defects
 from kvxfer.errors import (
     BlockError,
     HandshakeError,
+    InternalError,
     KvxferError,
     LeaseEndedError,
     LeaseError,
@@ -57,8 +60,9 @@ class Consumer:
     ) -> None:
         self._metrics = metrics
         self._out = out
+        self._defects = Defects(metrics, "control")
         self._peers = Acquaintances(identity, settings, metrics, out, routes)
-        self._holds = Holds(settings, self._peers, out)
+        self._holds = Holds(settings, self._peers, out, self._defects)
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
@@ -167,9 +171,33 @@ class Consumer:
         self._holds.tick(now)
         self._peers.tick(now)
 
-    def stood_still(self, now: float) -> None:
-        """This process ran nothing for a while: it asked nobody anything, and has not read what they said. That is no silence."""
-        self._peers.stood_still(now)
+    def stood_still(self, now: float, late_s: float = math.inf) -> None:
+        """This process ran nothing for so long: it asked nobody anything, and has not read what they said. That is no silence."""
+        self._peers.stood_still(now, late_s)
+
+    # -- faults of kvxfer -------------------------------------------------------------------------------------------
+
+    def broken(self, token: str, address: str, error: InternalError, now: float) -> None:
+        """A fault while something was done for a lease, or for the peer at an address: reads that it touches end with it."""
+        hold, peer = self._holds.by_token.get(token), self._peers.by_address.get(address)
+        if hold is not None:
+            self._holds.broken(hold, error, now)
+        elif peer is not None and not token:
+            for hold in [hold for each in list(peer.needed_by) if (hold := self._holds.by_token.get(each)) is not None]:
+                if hold.state is HoldState.WAITING:
+                    self._holds.broken(hold, error, now)
+
+    def read_broken(self, transfer: Transfer, error: InternalError, now: float) -> None:
+        """A fault while a read was begun: it ends with it."""
+        if self._holds.read_by(transfer) is None:
+            transfer.end(error)
+        self.broken(transfer.ref.token, "", error, now)
+
+    def forget(self, transfer: Transfer, now: float) -> None:
+        """A fault when a read had ended: its lease ends at its producer by itself."""
+        hold = self._holds.by_token.get(transfer.ref.token)
+        if hold is not None and hold.transfer is transfer:
+            self._holds.forget(hold, now)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""

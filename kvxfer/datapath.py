@@ -6,13 +6,13 @@ A copy may block inside the agent for as long as it takes, so nothing that keeps
 
 from __future__ import annotations
 
-import logging
 import queue
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
+from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError
 from kvxfer.lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.packer import Packer
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from kvxfer.fence import LeaseBoard
     from kvxfer.host import Host, Running
     from kvxfer.metrics import Metrics
-
-_log = logging.getLogger(__name__)
 
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
@@ -72,12 +70,12 @@ class DataPath:
         host: Host,
     ) -> None:
         self._host = host
-        self._metrics = metrics
         self._ends = ends
         self._kinds = {type(buffer) for buffer in cache.buffers}
         longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
         self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
-        self._packer = Packer(cache, self.arena, ends.packed)
+        self._defects = Defects(metrics, "data")
+        self._packer = Packer(cache, self.arena, ends.packed, self._defects)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
         self._running: Running | None = None
@@ -133,6 +131,7 @@ class DataPath:
 
     def turn(self, longest_s: float | None) -> None:
         """See `kvxfer.host.Loop`."""
+        job: DataAction | _Close | None = None
         try:
             job = self._next_job(longest_s)
             self._ends.flush()
@@ -143,11 +142,10 @@ class DataPath:
             self._moved = job is not None
             if job is not None:
                 self._do(job)
-            self._moved = self._turn() or self._moved
-            self._nap_s = _SHORTEST_NAP_S if self._moved else min(self._nap_s * 1.5, _LONGEST_NAP_S)
-        except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
-            self._metrics.count("kvxfer_internal_errors_total", where="data")
-            _log.exception("fault in the data thread; it goes on")
+        except BaseException as error:  # noqa: BLE001 - no fault ends this thread
+            self._broken(job, error)
+        self._turn()
+        self._nap_s = _SHORTEST_NAP_S if self._moved else min(self._nap_s * 1.5, _LONGEST_NAP_S)
 
     @property
     def over(self) -> bool:
@@ -207,19 +205,35 @@ class DataPath:
         except queue.Empty:
             return None
 
-    def _turn(self) -> bool:
-        moved = self._packer.turn()
-        self._ends.flush()
+    def _turn(self) -> None:
+        """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
+        for part in (self._packer.turn, self._ends.flush, self._remake, self._reads.turn):
+            try:
+                self._moved = bool(part()) or self._moved
+            except BaseException as error:  # noqa: BLE001 - no fault ends this thread
+                self._defects.caught(error)
+
+    def _remake(self) -> None:
         if self._life.agent is None:
             self._life.remake()
-        return self._reads.turn() or moved
+
+    def _broken(self, job: DataAction | _Close | None, error: BaseException) -> None:
+        """A fault of kvxfer: what the job is about ends by name."""
+        named = self._defects.caught(error)
+        try:
+            if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
+                self._reads.broken(job.transfer, named)
+            elif isinstance(job, StartPack):
+                self._ends.packed(job.key, job.number, None, named)
+        except BaseException as again:  # noqa: BLE001 - as above
+            self._defects.caught(again)
 
     def _shut(self) -> None:
-        self._life.close()
-        self._packer.close()
-        self._reads.shut()
-        for undo in self._undo:
-            undo()
+        for step in (self._life.close, self._packer.close, self._reads.shut, *self._undo):
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the rest has to be shut all the same
+                self._defects.caught(error)
         self._shut_down = True
         self._refuse_jobs()
 

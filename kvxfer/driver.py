@@ -7,14 +7,14 @@ blocks on a copy, and no fault ends it.
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
-from kvxfer.errors import ConfigError
+from kvxfer.defects import Defects
+from kvxfer.errors import ConfigError, InternalError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from kvxfer.wire import Stage
 
     Command = Callable[[float], object]
-
-_log = logging.getLogger(__name__)
+    Broken = Callable[[InternalError, float], object]
 
 _LATE_S = 0.1
 """By so much later than it was to wake up, the thread has stood still, and did not read what arrived."""
@@ -54,15 +53,16 @@ class Driver:
     ) -> None:
         self._channel = channel
         self._now = now
-        self._metrics = metrics
+        self._defects = Defects(metrics, "control")
         self._emit = emit
-        self._commands: deque[Command] = deque()
-        self._command_lock = threading.Lock()
+        self._commands: deque[tuple[Command, Broken | None]] = deque()
+        self._command_lock = threading.RLock()  # a signal handler may come while the main thread has it
         self._accepting = True
         self.actions: list[Action] = []
         self.reports: Ends = _Reports(self)
-        self._closing = threading.Event()
-        self._wakes_at = math.inf
+        self._closing = False
+        self._alive_until = math.inf
+        """If the thread goes on later than this, it was stopped or starved."""
 
     def drive(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
         """Say what is to be driven, before the first turn. The data path runs already."""
@@ -70,17 +70,18 @@ class Driver:
         self.consumer: Consumer = consumer
         self.data: DataPath = data
 
-    def command(self, command: Command, *, wake: bool = True) -> bool:
+    def command(self, command: Command, *, wake: bool = True, broken: Broken | None = None) -> bool:
         """Have the thread run it, when it next has something to do or at once; False if it has run its last. Any thread.
 
         Args:
             command: gets the time.
             wake: at once.
+            broken: ends what the command is about if that raises, which is a fault of kvxfer; gets its name and the time.
         """
         with self._command_lock:
             if not self._accepting:
                 return False
-            self._commands.append(command)
+            self._commands.append((command, broken))
         if wake:
             self._channel.wake()
         return True
@@ -90,8 +91,8 @@ class Driver:
         self._channel.wake()
 
     def close(self) -> None:
-        """Make this turn the last. Any thread."""
-        self._closing.set()
+        """Make this turn the last. Any thread, and signal handlers."""
+        self._closing = True
         self._channel.wake()
 
     # -- the thread -------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class Driver:
     @property
     def over(self) -> bool:
         """See `kvxfer.host.Loop`."""
-        return self._closing.is_set()
+        return self._closing
 
     def end(self) -> None:
         """See `kvxfer.host.Loop`."""
@@ -114,7 +115,7 @@ class Driver:
         # The last commands: among them the reads that the data thread ended just now. Then everything has ended.
         for step in (self._run_commands, self.producer.close, self.consumer.close, self._perform):
             self._guarded(step)
-        self._channel.close()
+        self._guarded(self._channel.close)
 
     def turn(self, longest_s: float | None) -> None:
         """See `kvxfer.host.Loop`."""
@@ -129,41 +130,52 @@ class Driver:
 
     def _turn(self, longest_s: float | None) -> None:
         self._run_commands()
+        self._judge_lateness()
         now = self._now()
-        if now > self._wakes_at + _LATE_S:
-            # Stopped, or starved. What peers have said meanwhile may still lie in the kernel, so none of them is late.
-            self._guarded(lambda: self.producer.stood_still(now))
-            self._guarded(lambda: self.consumer.stood_still(now))
         self._guarded(lambda: self.producer.tick(now))
         self._guarded(lambda: self.consumer.tick(now))
         self._perform()
         due_s = self.due_s()
-        self._wakes_at = math.inf if due_s is None else self._now() + due_s
+        self._alive_until = math.inf if due_s is None else self._now() + due_s
         if self._commands:
             return
         waits = [wait_s for wait_s in (due_s, longest_s) if wait_s is not None]
         for inbound in self._channel.receive(min(waits, default=None)):
+            # Before anything is said of the first message: the others, which say that their senders are alive, are read later.
+            self._judge_lateness()
             # A peer may know of a lease through the engine's own channels before this thread has seen the command.
             self._run_commands()
-            self._guarded(lambda: self._take(inbound.source, inbound))  # noqa: B023 - runs before the next one
+            self._take(inbound)
             self._perform()
 
-    def _take(self, source: bytes | str, inbound: Inbound) -> None:
+    def _judge_lateness(self) -> None:
+        """Notice that this thread was stopped, or starved: what peers have said meanwhile is still to be read, so none is late."""
         now = self._now()
+        late_s, self._alive_until = now - self._alive_until, now
+        if late_s > _LATE_S:
+            self._guarded(lambda: self.producer.stood_still(now, late_s))
+            self._guarded(lambda: self.consumer.stood_still(now, late_s))
+
+    def _take(self, inbound: Inbound) -> None:
+        source, message, now = inbound.source, inbound.message, self._now()
+        token = getattr(message, "token", "")
         if isinstance(source, bytes):
-            if inbound.message is None:
-                self.producer.garbage(source, inbound.reason, inbound.why)
+            if message is None:
+                self._guarded(lambda: self.producer.garbage(source, inbound.reason, inbound.why))
             else:
-                self.producer.received(source, inbound.message, now)
-        elif inbound.message is None:
-            self.consumer.garbage(source, inbound.why, now)
+                self._guarded(lambda: self.producer.received(source, message, now))
+        elif message is None:
+            self._guarded(lambda: self.consumer.garbage(source, inbound.why, now))
         else:
-            self.consumer.received(source, inbound.message, now)
+            self._guarded(
+                lambda: self.consumer.received(source, message, now),
+                lambda error, now: self.consumer.broken(token, source, error, now),
+            )
 
     def _run_commands(self) -> None:
         while self._commands:
-            command = self._commands.popleft()
-            self._guarded(lambda: command(self._now()))  # noqa: B023 - runs before the next one
+            command, broken = self._commands.popleft()
+            self._guarded(lambda: command(self._now()), broken)  # noqa: B023 - runs before the next one
 
     def _perform(self) -> None:
         while self.actions:  # an address that cannot be connected to adds to them
@@ -186,13 +198,14 @@ class Driver:
         else:
             self.data.do(action)
 
-    def _guarded(self, step: Callable[[], object]) -> None:
-        """No fault of ours, and nothing a peer can send, ends this thread."""
+    def _guarded(self, step: Callable[[], object], broken: Broken | None = None) -> None:
+        """No fault of ours, and nothing a peer can send, ends this thread; what it touches ends by name."""
         try:
             step()
-        except Exception:  # noqa: BLE001 - logged with its trace; the thread goes on
-            self._metrics.count("kvxfer_internal_errors_total", where="control")
-            _log.exception("fault in the control thread; it goes on")
+        except BaseException as error:  # noqa: BLE001 - logged with its trace; the thread goes on
+            named = self._defects.caught(error)
+            if broken is not None:
+                self._guarded(lambda: broken(named, self._now()))
 
 
 class _Reports:
@@ -203,7 +216,10 @@ class _Reports:
         self.untold = False
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> None:
-        self._tell(lambda now: self._driver.consumer.read_ended(transfer, error, now))
+        self._tell(
+            lambda now: self._driver.consumer.read_ended(transfer, error, now),
+            lambda _, now: self._driver.consumer.forget(transfer, now),
+        )
 
     def agent_replaced(self, agent_info: bytes) -> None:
         self._tell(lambda _: self._driver.producer.agent_replaced(agent_info))
@@ -212,7 +228,10 @@ class _Reports:
         self._tell(lambda _: self._driver.producer.packed(key, number, chunk, error))
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
-        self._tell(lambda now: self._driver.consumer.stage(transfer, source, message, now))
+        self._tell(
+            lambda now: self._driver.consumer.stage(transfer, source, message, now),
+            lambda error, now: self._driver.consumer.broken(transfer.ref.token, "", error, now),
+        )
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         self._tell(lambda _: self._driver.consumer.unstage(transfer, source, numbers))
@@ -222,6 +241,6 @@ class _Reports:
             self.untold = False
             self._driver.wake()
 
-    def _tell(self, command: Command) -> None:
-        if self._driver.command(command, wake=False):
+    def _tell(self, command: Command, broken: Broken | None = None) -> None:
+        if self._driver.command(command, wake=False, broken=broken):
             self.untold = True

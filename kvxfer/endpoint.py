@@ -5,44 +5,42 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import secrets
 import socket
-import threading
 import weakref
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvxfer import registry
-from kvxfer.blocks import MAX_TOKENS, ids_to_wire, tables
-from kvxfer.buffer import Completion
+from kvxfer import arguments, registry
+from kvxfer.blocks import ids_to_wire, tables
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.datapath import DataPath
 from kvxfer.driver import Driver
-from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, LeaseRefError, shown
+from kvxfer.errors import ClosedError, ConfigError, LeaseError, shown
+from kvxfer.events import Events, TransferEnds
 from kvxfer.fence import LeaseBoard
-from kvxfer.host import REAL
+from kvxfer.host import REAL, is_own_thread
 from kvxfer.lease import LeaseRef
 from kvxfer.leases import LeaseTable
 from kvxfer.metrics import Metrics
 from kvxfer.peer import Identity
-from kvxfer.plan import CASTABLE, plan
 from kvxfer.producer import Producer
-from kvxfer.route import Costs, Route, Router
+from kvxfer.route import Costs
+from kvxfer.routes import Routes, casts
 from kvxfer.secret import Secret
-from kvxfer.transfer import Done, Event, Failed, LeaseRevoked, Transfer
+from kvxfer.transfer import Event, LeaseRevoked, Transfer
 from kvxfer.wire import MAX_NAME, Address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
+    from kvxfer.buffer import Completion
     from kvxfer.cache import KVCache
     from kvxfer.host import Host, Running
-    from kvxfer.peer import Peer
+    from kvxfer.route import Route
 
 _log = logging.getLogger(__name__)
 
@@ -96,21 +94,25 @@ class Endpoint:
         allow_unauthenticated: bool | None = None,
         host: Host = REAL,
     ) -> None:
+        for option, kind, what in (
+            (settings, Settings, "settings"),
+            (costs, Costs, "costs"),
+            (secret, Secret, "secret"),
+        ):
+            arguments.instance_of(option, kind, what)
         self._now = host.now
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
         self.epoch: str = secrets.token_hex(8)
         self.name: str = name if name is not None else f"{socket.gethostname()}-{secrets.token_hex(6)}"
-        if not 0 < len(self.name) <= MAX_NAME:
+        if not 0 < len(arguments.text(self.name, "name")) <= MAX_NAME:
             raise ConfigError(f"name must have 1 to {MAX_NAME} characters, not {len(self.name)}")
         self.cache: KVCache = cache
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._close_lock = threading.Lock()
-        self._closed = False
-        self._convert = convert
-        self._costs = costs if costs is not None else Costs.load()
-        self._route = None if route is None else _route(route)
+        self._events = Events(self.metrics)
+        self._ended = TransferEnds(self.metrics, self._events)
         self._verify = verify
+        costs = costs if costs is not None else Costs.load()
+        only = None if route is None else arguments.route(route)
         board = LeaseBoard(self.settings.max_leases)
         if allow_unauthenticated is None:
             allow_unauthenticated = os.environ.get("KVXFER_ALLOW_UNAUTHENTICATED") == "1"
@@ -122,7 +124,9 @@ class Endpoint:
             secret=secret if secret is not None else Secret.resolve(),
             allow_unauthenticated=allow_unauthenticated,
         )
+        # Nothing that a thread holds leads to this object: one that is forgotten can be collected, and then ends.
         self._driver = driver = Driver(channel, self.metrics, self._events.put, host.now)
+        data: DataPath | None = None
         try:
             maker = registry.agent_maker(
                 agent,
@@ -130,24 +134,34 @@ class Endpoint:
                 f"{self.name}/{cache.spec.rank}/{self.epoch}",
                 loopback=channel.loopback,
             )
-            self._data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports, host)
-            adapter, agent_info = self._data.start()
+            data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports, host)
+            adapter, agent_info = data.start()
+            addressable = all(buffer.memory is not None for buffer in cache.buffers)
+            me = Identity(
+                self.name,
+                self.epoch,
+                adapter,
+                agent_info,
+                cache.spec,
+                addressable,
+                data.arena.slot_nbytes,
+                casts(cache),
+            )
+            table = LeaseTable(self.settings, board)
+            routes = Routes(me, self.settings, costs, convert, only)
+            self._producer = Producer(me, table, self.settings, self.metrics, driver.actions)
+            self._consumer = Consumer(me, self.settings, self.metrics, driver.actions, routes)
+            self.address: str = channel.address
+            """Where peers find this endpoint, for `LeaseRef.addresses`."""
+            driver.drive(self._producer, self._consumer, data)
+            self._running = host.run("kvxfer-control", driver)
         except BaseException:
+            if data is not None:
+                data.close()
             channel.close()
             raise
-        addressable = all(buffer.memory is not None for buffer in cache.buffers)
-        slot_nbytes = self._data.arena.slot_nbytes
-        self._identity = Identity(
-            self.name, self.epoch, adapter, agent_info, cache.spec, addressable, slot_nbytes, _casts(cache)
-        )
-        table = LeaseTable(self.settings, board)
-        self._producer = Producer(self._identity, table, self.settings, self.metrics, driver.actions)
-        self._consumer = Consumer(self._identity, self.settings, self.metrics, driver.actions, self._routes)
-        self.address: str = channel.address
-        """Where peers find this endpoint, for `LeaseRef.addresses`."""
-        driver.drive(self._producer, self._consumer, self._data)
-        self._running = host.run("kvxfer-control", driver)
-        # Daemon threads inside vendor code at interpreter exit crash; an engine that forgets close() is forgiven.
+        self._data = data
+        # Daemon threads inside vendor code at interpreter exit crash: an endpoint that was not closed is closed then.
         self._finalizer = weakref.finalize(self, _forgotten, driver, self._running)
         _log.info("kvxfer endpoint %s at %s by %s: %s", self.name, self.address, adapter, self.settings.describe())
 
@@ -162,39 +176,44 @@ class Endpoint:
             ref: minted elsewhere (`LeaseRef.mint`); by default one is minted here from the other arguments.
 
         Returns:
-            the reference that travels with the request.
+            the reference that travels with the request. After `close` nobody can read by it.
 
         Raises:
             ConfigError: without ``ref`` on an engine of several ranks: one rank does not know the addresses of the others.
+                Or ``request`` is no string.
             LeaseRefError: ``ref`` is none, or a field is out of range.
         """
         if ref is not None:
-            ref = _checked(ref)
+            ref = arguments.reference(ref)
         elif self.cache.spec.world > 1:
             raise ConfigError(
                 f"an engine of {self.cache.spec.world} ranks mints one lease for all of them: LeaseRef.mint with the address "
                 "of each, and every rank announces it"
             )
         else:
+            request = arguments.text(request, "request")
             ref = LeaseRef.mint(
                 owner=self.name, addresses=[self.address], request=request, num_tokens=num_tokens, digest=digest
             )
-        token, request = ref.token, ref.request
-        self._driver.command(lambda now: self._producer.announce(token, request, now))
+        token, request, producer = ref.token, ref.request, self._producer
+        self._driver.command(lambda now: producer.announce(token, request, now))
         return ref
 
     def offer(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
         """The announced lease's blocks are complete. They must not change until the lease's end event.
 
-        Exactly one of LeaseSettled, LeaseExpired, LeaseRevoked follows, ``lease_s`` from now at the latest unless a
-        consumer renews. Blocks that do not begin with those that were sealed before revoke the lease.
+        Exactly one of LeaseSettled, LeaseExpired, LeaseRevoked follows, ``lease_s`` after the blocks are complete at the
+        latest unless a consumer renews; at once after `close`. Blocks that do not begin with those that were sealed before
+        revoke the lease.
 
         Args:
             blocks: block ids per cache group in token order, or a `BlockTable` where they do not begin with the first
                 token; the plain sequence or table for a cache of one group.
             after: what devices are still doing to these blocks (`Completion`, such as an event that was recorded behind
                 the kernels): nobody may read them before it has ended, and if it fails the lease is revoked. Asked by
-                kvxfer's own thread, every millisecond at first. By default the blocks are complete now.
+                kvxfer's own thread, every millisecond at first. If it has not ended ``lease_s`` from now, LeaseExpired
+                follows: nobody will read the blocks, which are the engine's own as soon as its device has done with
+                them; kvxfer cannot tell when. By default the blocks are complete now.
 
         Raises:
             BlockError: not blocks of this cache.
@@ -203,12 +222,16 @@ class Endpoint:
             LeaseError: it was offered before, and no event has told yet how that ended. Nothing changes.
         """
         raw, firsts = self._on_the_wire(blocks)
-        token, request, ends = _checked(ref).token, ref.request, _completions(after)
-        if not self._producer.may_offer(token):
+        token, request, ends = arguments.reference(ref).token, ref.request, arguments.completions(after)
+        producer = self._producer
+        if not producer.may_offer(token):
             raise LeaseError(
                 f"lease {shown(token)} was offered before: wait for its end event before offering it again"
             )
-        if not self._driver.command(lambda now: self._producer.offer(token, raw, now, firsts, ends)):
+        if not self._driver.command(
+            lambda now: producer.offer(token, raw, now, firsts, ends),
+            broken=lambda error, _: producer.broken(token, error, offered=True),
+        ):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
     def join(self, addresses: Sequence[str]) -> None:
@@ -228,7 +251,8 @@ class Endpoint:
             raise ConfigError(f"addresses of ranks: {error}") from error
         if len(checked) != self.cache.spec.world:
             raise ConfigError(f"{len(checked)} addresses for {self.cache.spec.world} ranks")
-        self._driver.command(lambda _: self._producer.joined(checked))
+        producer = self._producer
+        self._driver.command(lambda _: producer.joined(checked))
 
     def seal(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
         """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
@@ -248,8 +272,11 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         raw, firsts = self._on_the_wire(blocks)
-        token, ends = _checked(ref).token, _completions(after)
-        self._driver.command(lambda now: self._producer.seal(token, raw, now, firsts, ends))
+        token, ends, producer = arguments.reference(ref).token, arguments.completions(after), self._producer
+        self._driver.command(
+            lambda now: producer.seal(token, raw, now, firsts, ends),
+            broken=lambda error, _: producer.broken(token, error, offered=False),
+        )
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `offer` in one: blocks that are complete already."""
@@ -262,21 +289,30 @@ class Endpoint:
         """End a lease early. LeaseRevoked follows if its blocks had been offered and it had not ended before.
 
         Raises:
+            ConfigError: ``reason`` is no string.
             LeaseRefError: ``ref`` is none.
         """
-        token = _checked(ref).token
-        self._driver.command(lambda _: self._producer.revoke(token, reason[:1024]))
+        token, why, producer = arguments.reference(ref).token, arguments.text(reason, "reason")[:1024], self._producer
+        self._driver.command(
+            lambda _: producer.revoke(token, why),
+            broken=lambda error, _: producer.broken(token, error, offered=False),
+        )
 
     # -- consumer ---------------------------------------------------------------------------------------------------
 
     def hold(self, ref: LeaseRef) -> None:
         """Open a lease ahead of its `read` and keep it alive, for ``hold_s`` at the longest, until read or dropped.
 
+        No effect after `close`.
+
         Raises:
             LeaseRefError: ``ref`` is none.
         """
-        ref = _checked(ref)
-        self._driver.command(lambda now: self._consumer.hold(ref, now))
+        ref, consumer = arguments.reference(ref), self._consumer
+        self._driver.command(
+            lambda now: consumer.hold(ref, now),
+            broken=lambda error, now: consumer.broken(ref.token, "", error, now),
+        )
 
     def read(
         self,
@@ -300,10 +336,12 @@ class Endpoint:
             verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
                 transfer by `IntegrityError`, which says where.
             after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
-                blocks, for whoever had them before (`DeviceBuffer.mark`). One that fails, fails the transfer.
+                blocks, for whoever had them before (`DeviceBuffer.mark`). One that fails, fails the transfer, and one that
+                does not end ends it by its deadline.
 
         Returns:
-            a transfer that ends in Done or Failed. Until then the target blocks belong to kvxfer.
+            a transfer that ends in Done or Failed, after `close` in Failed by ClosedError. Until then the target blocks
+            belong to kvxfer.
 
         Raises:
             BlockError: not blocks of this cache, or one twice; or ``tokens`` is no interval.
@@ -311,19 +349,17 @@ class Endpoint:
             LeaseRefError: ``ref`` is none.
         """
         if not self._consumer.knows(ref):
-            ref = _checked(ref)
-        after = _completions(after)
+            ref = arguments.reference(ref)
+        after = arguments.completions(after)
         if tokens is not None:
-            tokens = _interval(tokens)
+            tokens = arguments.interval(tokens)
         targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
         wait_s = timeout_s
         if wait_s is None:
             wait_s = self.settings.read_timeout_s
             if ref.early:
                 wait_s = min(wait_s + self.settings.match_s + self.settings.announce_s, MAX_S)
-        if not isinstance(wait_s, (int, float)) or not 0 <= wait_s <= MAX_S:
-            raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r}")
-        deadline = self._now() + wait_s
+        deadline = self._now() + arguments.seconds(wait_s, "timeout_s")
         transfer = Transfer(
             ref,
             targets,
@@ -335,11 +371,15 @@ class Endpoint:
             after=after,
         )
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
-        job = self._consumer.take(transfer)
+        consumer = self._consumer
+        job = consumer.take(transfer)
         if job is None:
-            accepted = self._driver.command(lambda now: self._consumer.read(transfer, now))
+            accepted = self._driver.command(
+                lambda now: consumer.read(transfer, now),
+                broken=lambda error, now: consumer.read_broken(transfer, error, now),
+            )
         else:
-            accepted = self._driver.command(lambda _: self._consumer.reading(transfer), wake=False)
+            accepted = self._driver.command(lambda _: consumer.reading(transfer), wake=False)
         if not accepted:
             transfer.end(ClosedError("the endpoint was closed"))
         elif job is not None:
@@ -352,16 +392,19 @@ class Endpoint:
         Raises:
             LeaseRefError: ``ref`` is none.
         """
-        return self._consumer.granted(_checked(ref).token)
+        return self._consumer.granted(arguments.reference(ref).token)
 
     def drop(self, ref: LeaseRef) -> None:
-        """The blocks are not needed: the producer gets them back at once. No effect on a lease being read.
+        """The blocks are not needed: the producer gets them back at once. No effect on a lease being read, nor after `close`.
 
         Raises:
             LeaseRefError: ``ref`` is none.
         """
-        ref = _checked(ref)
-        self._driver.command(lambda now: self._consumer.drop(ref, now))
+        ref, consumer = arguments.reference(ref), self._consumer
+        self._driver.command(
+            lambda now: consumer.drop(ref, now),
+            broken=lambda error, now: consumer.broken(ref.token, "", error, now),
+        )
 
     @property
     def slot_nbytes(self) -> int:
@@ -371,15 +414,15 @@ class Endpoint:
     # -- both -------------------------------------------------------------------------------------------------------
 
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
-        """What happened since the last call; waits up to ``timeout_s`` for the first event. Each comes once."""
-        events: list[Event] = []
-        try:
-            if timeout_s > 0:
-                events.append(self._events.get(timeout=timeout_s))
-            while True:
-                events.append(self._events.get_nowait())
-        except queue.Empty:
-            return events
+        """What happened since the last call; waits up to ``timeout_s`` for the first event. Each comes once.
+
+        From the first call on nothing is lost. Before it, the ends of transfers are kept for the newest 4,096 only
+        (`kvxfer.events`): an engine that only waits for its transfers need not poll. Ends of leases are always kept.
+
+        Raises:
+            ConfigError: ``timeout_s`` is no number.
+        """
+        return self._events.poll(arguments.finite(timeout_s))
 
     def in_use(self) -> dict[str, int]:
         """How much of what is in use at this moment; all 0 when nothing is under way. Any thread.
@@ -392,13 +435,16 @@ class Endpoint:
         return self._producer.in_use() | self._consumer.in_use() | self._data.in_use()
 
     def close(self) -> None:
-        """End everything, quietly for all memory. Consumers of offered blocks are told; idempotent."""
-        with self._close_lock:
-            if not self._closed:
-                self._closed = True
-                self._driver.close()
-                self._running.join()
-                self._finalizer.detach()
+        """End everything, quietly for all memory. Consumers of offered blocks are told.
+
+        Returns when all has ended, whoever else has called it and however often: another thread, a signal handler, a call
+        that was interrupted. Only on a thread of kvxfer's own, such as in a `Completion`, it returns at once, and what runs
+        there ends later.
+        """
+        self._driver.close()
+        if not is_own_thread():
+            self._running.join()
+            self._finalizer.detach()
 
     def __enter__(self) -> Endpoint:
         return self
@@ -415,83 +461,8 @@ class Endpoint:
         given = tables(self.cache.spec, blocks)
         return [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
 
-    def _routes(self, peers: Sequence[Peer]) -> list[Router]:
-        made = plan([peer.spec for peer in peers if peer.spec is not None], self.cache.spec, convert=self._convert)
-        return [
-            Router(
-                part,
-                self._costs,
-                slot_nbytes=min(peer.slot_nbytes, self._identity.slot_nbytes),
-                addressable=(peer.addressable, self._identity.addressable),
-                casts=(peer.casts, self._identity.casts),
-                in_flight=self.settings.chunks_in_flight,
-                chunk_nbytes=(self.settings.min_chunk_nbytes, self.settings.max_chunk_nbytes),
-                only=self._route,
-            )
-            for peer, part in zip(peers, made.parts, strict=True)
-        ]
-
-    def _ended(self, transfer: Transfer) -> None:
-        error = transfer.error
-        outcome = "done" if error is None else type(error).__name__
-        self.metrics.count("kvxfer_transfers_total", outcome=outcome)
-        if error is None:
-            self.metrics.count("kvxfer_bytes_total", transfer.nbytes)
-            if transfer.early_nbytes:
-                self.metrics.count("kvxfer_early_bytes_total", transfer.early_nbytes)
-            self.metrics.observe("kvxfer_transfer_seconds", transfer.seconds)
-            self.metrics.observe("kvxfer_transfer_nbytes", transfer.nbytes)
-            self.metrics.observe("kvxfer_descriptors", transfer.descriptors)
-            self._events.put(Done(transfer))
-        else:
-            self._events.put(Failed(transfer, error))
-
-
-def _checked(ref: LeaseRef) -> LeaseRef:
-    """A constructor of msgspec checks nothing; what it let through must fail here and not in the control thread."""
-    if not isinstance(ref, LeaseRef):
-        raise LeaseRefError(f"a lease is a LeaseRef, not {type(ref).__name__}")
-    return LeaseRef.from_obj(ref.to_obj())
-
-
-def _completions(after: Any) -> tuple[Completion, ...]:
-    try:
-        ends = tuple(after)
-    except TypeError:
-        ends = (after,)
-    for each in ends:
-        if not isinstance(each, Completion):
-            raise ConfigError(f"what is waited for must be able to say done and wait: {each!r:.200}")
-    return ends
-
-
-def _casts(cache: KVCache) -> frozenset[str]:
-    """Dtypes that all devices of a cache turn into its own, and back."""
-    own = cache.spec.dtype
-    pairs = {dtype: ((own, dtype), (dtype, own)) for dtype in CASTABLE}
-    return frozenset(
-        dtype for dtype, both in pairs.items() if all(b.can_cast(*pair) for b in cache.buffers for pair in both)
-    )
-
-
-def _interval(tokens: Any) -> tuple[int, int | None]:
-    try:
-        start, stop = tokens
-        first, end = index(start), None if stop is None else index(stop)
-    except (TypeError, ValueError) as error:
-        raise BlockError(f"tokens must be (start, stop), not {tokens!r}") from error
-    if not 0 <= first <= (MAX_TOKENS if end is None else end) <= MAX_TOKENS:
-        raise BlockError(f"tokens {tokens!r} are no interval")
-    return first, end
-
-
-def _route(route: Route | str) -> Route:
-    try:
-        return Route(route)
-    except ValueError:
-        raise ConfigError(f"unknown route {route!r}; known are {', '.join(each.value for each in Route)}") from None
-
 
 def _forgotten(driver: Driver, running: Running) -> None:
+    """Of an endpoint that was not closed, when nobody refers to it any more or the interpreter ends."""
     driver.close()
-    running.join(10)
+    running.join_at_exit()

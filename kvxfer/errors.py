@@ -8,6 +8,7 @@
     +-- UnavailableError         an adapter cannot run here; the message says what to install
     +-- UnsupportedError         the adapter did not declare this capability
     +-- ClosedError              the object was closed
+    +-- InternalError            a fault of kvxfer itself: worth a report, and to try again does not help
     |
     +-- LayoutError              a cache description contradicts itself (also a ValueError)
     +-- IncompatibleError        two cache descriptions cannot be served; ``axis`` says where they differ
@@ -71,6 +72,10 @@ class UnsupportedError(KvxferError):
 
 class ClosedError(KvxferError):
     """The object was closed before or during the call."""
+
+
+class InternalError(KvxferError):
+    """A fault of kvxfer itself, named in the message and counted in ``kvxfer_internal_errors_total``. Worth a report."""
 
 
 class LayoutError(KvxferError, ValueError):
@@ -223,6 +228,15 @@ class LeaseUnknownError(LeaseError):
 
 class LeaseEndedError(LeaseError):
     """The lease expired or was revoked; what was read under it is thrown away."""
+
+
+def fresh(error: KvxferError) -> KvxferError:
+    """The same error with a traceback of its own: that of one that is raised again and again would grow with each time."""
+    new = type(error).__new__(type(error))
+    new.args = error.args
+    new.__dict__.update(error.__dict__)
+    new.__cause__, new.__suppress_context__ = error.__cause__, error.__suppress_context__
+    return new
 
 
 def shown(token: str) -> str:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.errors import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvxfer.buffer import Completion
 
@@ -26,6 +27,8 @@ _SHARE = 1 / 20
 class _Step(NamedTuple):
     after: Sequence[Completion]
     act: Callable[[float], object]
+    late: Callable[[float], object]
+    deadline: float
 
 
 class Gate:
@@ -43,10 +46,28 @@ class Gate:
         self._since: float = 0.0
         self._ask_at: float = 0.0
 
-    def then(self, token: str, after: Sequence[Completion], act: Callable[[float], object], now: float) -> None:
-        """Do it when everything in ``after`` has ended, and what was said of this lease before was done."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._waiting)
+
+    def then(
+        self,
+        token: str,
+        after: Sequence[Completion],
+        act: Callable[[float], object],
+        now: float,
+        *,
+        deadline: float = math.inf,
+        late: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        """Do it when everything in ``after`` has ended, and what was said of this lease before was done.
+
+        Args:
+            act: gets the time, and raises nothing; as ``late``.
+            deadline: then, at the latest, ``late`` is called instead, and nothing that was said of this lease before is
+                done any more.
+        """
         steps = self._waiting.setdefault(token, deque())
-        steps.append(_Step(after, act))
+        steps.append(_Step(after, act, late, deadline))
         if len(steps) == 1 and not self._turn(token, now):
             self._since = self._ask_at = now
 
@@ -59,16 +80,21 @@ class Gate:
             self._since = now
         self._ask_at = now + min(max((now - self._since) * _SHARE, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
+    def spare(self, late_s: float) -> None:
+        """This process stood still for so long, in which it could not see that a device had ended."""
+        for token, steps in self._waiting.items():
+            self._waiting[token] = deque(step._replace(deadline=step.deadline + late_s) for step in steps)
+
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
         return self._ask_at if self._waiting else None
 
     def close(self) -> None:
         """Do all that is left, whatever devices do. Every lease has ended, so nobody reads what it is about."""
-        for steps in self._waiting.values():
+        waiting, self._waiting = self._waiting, {}
+        for steps in waiting.values():
             for step in steps:
                 step.act(self._ask_at)
-        self._waiting.clear()
 
     def _turn(self, token: str, now: float) -> bool:
         """Do what need not wait any more; True if that was anything."""
@@ -77,7 +103,7 @@ class Gate:
         while steps:
             try:
                 if not all(each.done for each in steps[0].after):
-                    return moved
+                    return self._give_up_late(token, steps, now) or moved
                 for each in steps[0].after:
                     each.wait(0)
             except Exception as error:  # noqa: BLE001 - a vendor's, of any kind
@@ -87,3 +113,12 @@ class Gate:
             moved = True
         del self._waiting[token]
         return moved
+
+    def _give_up_late(self, token: str, steps: deque[_Step], now: float) -> bool:
+        """Leave out what has waited too long, with all that was said before it; True if that was anything."""
+        late = max((number for number, step in enumerate(steps, 1) if now >= step.deadline), default=0)
+        for _ in range(late):
+            steps.popleft().late(now)
+        if not steps:
+            del self._waiting[token]
+        return late > 0

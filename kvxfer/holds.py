@@ -38,6 +38,8 @@ from kvxfer.wire import MAX_TOKENS_PER_RENEW, Open, Renew, Settle
 if TYPE_CHECKING:
     from kvxfer.acquaintance import Acquaintances
     from kvxfer.config import Settings
+    from kvxfer.defects import Defects
+    from kvxfer.errors import InternalError
     from kvxfer.lease import LeaseRef
     from kvxfer.peer import Peer
     from kvxfer.transfer import Transfer
@@ -53,8 +55,9 @@ class Holds:
         granted: those that a read may claim: the one thing here that other threads change, by popping.
     """
 
-    def __init__(self, settings: Settings, peers: Acquaintances, out: list[Action]) -> None:
+    def __init__(self, settings: Settings, peers: Acquaintances, out: list[Action], defects: Defects) -> None:
         self._settings = settings
+        self._defects = defects
         self._peers = peers
         self._out = out
         self.by_token: dict[str, Hold] = {}
@@ -88,7 +91,9 @@ class Holds:
     def tick(self, now: float) -> None:
         """Do what is due: ask again, renew, give up."""
         for token in self._timers.due(now):
-            self.pump(self.by_token[token], now)
+            hold = self.by_token.get(token)
+            if hold is not None:
+                self.pump(hold, now)
         renewals, self._renewals = self._renewals, {}
         for address, tokens in renewals.items():
             peer = self._peers.by_address.get(address)
@@ -168,7 +173,7 @@ class Holds:
         hold.state = HoldState.SETTLING
         hold.deadline = now + self._settings.lease_s
         if all(claim.settled for claim in hold.claims):
-            self._forget(hold, now)
+            self.forget(hold, now)
         else:
             self._ask_all(hold, now)
 
@@ -177,10 +182,43 @@ class Holds:
         for each in hold.claims:
             each.settled = each.settled or each.peer is claim.peer
         if hold.state is HoldState.SETTLING and all(each.settled for each in hold.claims):
-            self._forget(hold, now)
+            self.forget(hold, now)
 
     def pump(self, hold: Hold, now: float) -> None:
-        """Do the next thing for a hold, and set the timer for the one after."""
+        """Do the next thing for a hold, and set the timer for the one after. A fault in that ends the hold, and its read."""
+        try:
+            self._pump(hold, now)
+        except Exception as error:  # noqa: BLE001 - the other holds are not touched
+            self.broken(hold, self._defects.caught(error), now)
+
+    def broken(self, hold: Hold, error: InternalError, now: float) -> None:
+        """A fault of kvxfer while something was done for a hold: the read that it is for ends with it."""
+        if self.by_token.get(hold.ref.token) is not hold:
+            return
+        self.granted.pop(hold.ref.token, None)
+        if hold.state is HoldState.READING:
+            # Of bytes in flight the data thread takes care, which also keeps the deadline; the lease is renewed until then.
+            if hold.transfer is not None:
+                self._out.append(StopRead(hold.transfer, error))
+            self._timers.set(hold.ref.token, now + self._settings.retry_s)
+        elif hold.state in (HoldState.SETTLING, HoldState.ENDED):
+            self.forget(hold, now)  # the lease's own deadline frees the producer
+        else:
+            self.fail(hold, error, now)
+
+    def forget(self, hold: Hold, now: float) -> None:
+        """Nothing more is to be done for it."""
+        token = hold.ref.token
+        self.by_token.pop(token, None)
+        self.granted.pop(token, None)
+        self._timers.cancel(token)
+        for claim in hold.claims:
+            if token in claim.peer.needed_by:
+                self._peers.need_no_more(claim.peer, token, now)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _pump(self, hold: Hold, now: float) -> None:
         if hold.state is not HoldState.READING and now >= hold.deadline:
             self._give_up(hold, now)  # of a read the data thread keeps the deadline; only the renewals go on
             return
@@ -197,8 +235,6 @@ class Holds:
             self._start(hold, hold.transfer, now)
         if hold.ref.token in self.by_token:
             self._schedule(hold, now)
-
-    # -- inside -----------------------------------------------------------------------------------------------------
 
     def _schedule(self, hold: Hold, now: float) -> None:
         silence_s = self._settings.peer_timeout_s
@@ -332,7 +368,7 @@ class Holds:
 
     def _give_up(self, hold: Hold, now: float) -> None:
         if hold.state in (HoldState.SETTLING, HoldState.ENDED):
-            self._forget(hold, now)  # the lease's own deadline frees the producer
+            self.forget(hold, now)  # the lease's own deadline frees the producer
         elif hold.transfer is not None:
             waited = f"{now - hold.transfer.started:.1f} s"
             unmet = [claim.peer.address for claim in hold.claims if not claim.peer.name]
@@ -342,15 +378,6 @@ class Holds:
         else:
             _log.warning("lease %s of %r was held too long without a read", shown(hold.ref.token), hold.ref.request)
             self.settle(hold, now)
-
-    def _forget(self, hold: Hold, now: float) -> None:
-        token = hold.ref.token
-        self.by_token.pop(token, None)
-        self.granted.pop(token, None)
-        self._timers.cancel(token)
-        for claim in hold.claims:
-            if token in claim.peer.needed_by:
-                self._peers.need_no_more(claim.peer, token, now)
 
     def _of(self, peer: Peer) -> list[tuple[Hold, Claim]]:
         return [found for token in list(peer.needed_by) if (found := self.at(peer, token)) is not None]

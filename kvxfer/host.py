@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvxfer.control import ControlChannel
+from kvxfer.errors import ConfigError
+from kvxfer.transfer import Latch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +49,9 @@ class Running(Protocol):
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until it has ended; has no effect if the loop itself asks."""
 
+    def join_at_exit(self) -> None:
+        """Wait for a while until it has ended, if the interpreter ends; a loop that was only forgotten ends by itself."""
+
 
 class Host(Protocol):
     """See the module."""
@@ -58,22 +66,57 @@ class Host(Protocol):
         """Give a loop its turns from now on."""
 
 
+_own = threading.local()
+_AT_EXIT_S = 10.0
+
+
+def is_own_thread() -> bool:
+    """The calling thread is one of kvxfer's loops."""
+    return bool(getattr(_own, "loop", False))
+
+
 class _Thread:
     def __init__(self, name: str, loop: Loop) -> None:
-        self._loop = loop
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._process = os.getpid()
+        self._ended = Latch()
+        # It holds the loop only as long as it runs, and never this object.
+        thread = threading.Thread(target=_run, args=(loop, self._ended), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"this process may start no further thread (ulimit -u, or its memory): {error}"
+            ) from error
+        self._identity = thread.ident
 
-    def _run(self) -> None:
-        loop = self._loop
+    def join(self, timeout_s: float | None = None) -> None:
+        # Not Thread.join: an exception that interrupts it can make it return at once from then on, in Python 3.11.
+        # And no thread of the parent runs in a child process.
+        if threading.get_ident() != self._identity and os.getpid() == self._process:
+            self._ended.wait(timeout_s)
+
+    def join_at_exit(self) -> None:
+        if _exiting:
+            self.join(_AT_EXIT_S)
+
+
+def _run(loop: Loop, ended: Latch) -> None:
+    _own.loop = True
+    try:
         loop.begin()
         while not loop.over:
             loop.turn(None)
         loop.end()
+    finally:
+        ended.open()
 
-    def join(self, timeout_s: float | None = None) -> None:
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+
+_exiting = False
+
+
+def _exit() -> None:
+    global _exiting  # noqa: PLW0603 - there is one interpreter
+    _exiting = True
 
 
 class _Real:
@@ -87,3 +130,8 @@ class _Real:
 
 
 REAL: Host = _Real()
+
+# Callbacks of atexit run in the reverse order: finalizers, which weakref registers with the first of them, come before those of
+# earlier imports. So the first finalizer is made here, and the note that the interpreter ends comes before it.
+weakref.finalize(REAL, lambda: None)
+atexit.register(_exit)

@@ -298,6 +298,14 @@ class LeaseTable:
             self._end(lease, LeaseState.REVOKED)
         return lease
 
+    def give_up(self, token: str) -> Lease | None:
+        """End a lease whose blocks did not become complete after its engine had offered them. None if it had ended before."""
+        lease = self._live.get(token)
+        if lease is not None:
+            lease.offered = True
+            self._end(lease, LeaseState.EXPIRED)
+        return lease
+
     def expire(self, now: float) -> list[Lease]:
         """End every lease whose time has passed."""
         expired = []

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from kvxfer.defects import Defects
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -45,7 +47,7 @@ class AgentLifecycle:
         self._now = now
         self._make_agent = make_agent
         self._memories = memories
-        self._metrics = metrics
+        self._defects = Defects(metrics, "data")
         self._replaced = replaced
         self.agent: TransferAgent | None = None
         """None before `first`, and after `close` until it is made again."""
@@ -99,7 +101,13 @@ class AgentLifecycle:
     def explain(self, agent_info: bytes) -> str:
         """How bytes come from there, for people; empty if it was not met."""
         peer = self._peers.get(agent_info)
-        return self.agent.explain(peer) if self.agent is not None and peer is not None else ""
+        if self.agent is None or peer is None:
+            return ""
+        try:
+            return str(self.agent.explain(peer))
+        except Exception:  # noqa: BLE001 - a vendor's; no read fails for want of words
+            _log.debug("the transfer agent cannot explain how it reaches %r", peer.name, exc_info=True)
+            return ""
 
     def forget(self, agent_info: bytes, *, needed: bool = False) -> None:
         """The peer of this description is gone for good.
@@ -115,7 +123,10 @@ class AgentLifecycle:
         self.proven.discard(agent_info)
         peer = self._peers.pop(agent_info, None)
         if peer is not None and self.agent is not None and peer.connected:
-            self.agent.disconnect(peer)
+            try:
+                self.agent.disconnect(peer)
+            except Exception as error:  # noqa: BLE001 - a vendor's; the peer is forgotten all the same
+                self._defects.caught(error)
 
     def close(self) -> None:
         """Tear the agent down: afterwards nothing that it started writes to memory. Raises nothing."""
@@ -126,14 +137,14 @@ class AgentLifecycle:
             return
         try:
             agent.close()
-        except Exception:  # noqa: BLE001 - logged with its trace
-            self._metrics.count("kvxfer_internal_errors_total", where="data")
-            _log.exception("the transfer agent raised while it was closed; its memory is taken to be quiet")
+        except Exception as error:  # noqa: BLE001 - logged with its trace
+            _log.error("the transfer agent raised while it was closed; its memory is taken to be quiet")
+            self._defects.caught(error)
 
     def _new(self) -> TransferAgent:
         agent = self._make_agent()
-        agent.now = self._now
         try:
+            agent.now = self._now
             for memory in self._memories:
                 agent.register(memory)
         except BaseException:

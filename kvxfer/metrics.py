@@ -22,6 +22,7 @@ COUNTERS = {
     "kvxfer_refused_messages_total": "Control messages refused, by reason.",
     "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",
     "kvxfer_fences_total": "Times the transfer agent was torn down to stop late writes.",
+    "kvxfer_events_dropped_total": "Done and Failed events dropped because poll() has never been called.",
     "kvxfer_internal_errors_total": "Faults of kvxfer itself that were caught; each is a bug worth reporting.",
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING
 
 from kvxfer.binding import Walks
 from kvxfer.blocks import tables
-from kvxfer.buffer import let_end, pack_all, unpack_all
+from kvxfer.buffer import FINISHED, let_end, pack_all, unpack_all
+from kvxfer.completions import watched
+from kvxfer.defects import Defects
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
 from kvxfer.image import digest, image_table
+from kvxfer.metrics import Metrics
 from kvxfer.part import Match
 from kvxfer.plan import common
 from kvxfer.staging import FairQueue, StagingArena, Use
@@ -48,9 +51,11 @@ class Packer:
         cache: to pack from.
         arena: to pack into.
         packed: called when a chunk is packed, with its address or digest, or cannot be, with the reason.
+        defects: counts what is a fault of kvxfer.
     """
 
-    def __init__(self, cache: KVCache, arena: StagingArena, packed: Told) -> None:
+    def __init__(self, cache: KVCache, arena: StagingArena, packed: Told, defects: Defects | None = None) -> None:
+        self._defects = defects if defects is not None else Defects(Metrics(), "data")
         self._cache = cache
         self._arena = arena
         self._packed = packed
@@ -107,8 +112,7 @@ class Packer:
 
     def close(self) -> None:
         """Wait for the copies that run; the arena must not be used afterwards."""
-        for _, _, copies in self._running:
-            let_end(copies)
+        let_end([copy for _, _, copies in self._running for copy in copies])
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:
@@ -168,14 +172,16 @@ class Packer:
         return part
 
     def _finish(self, job: StartPack, slot: int, copies: Sequence[Completion]) -> None:
+        told = None
         try:
             for copy in copies:
-                copy.wait()
+                copy.wait(0)  # raises what made it fail
+            if job.digest:
+                told = digest(self._arena.view(slot, max(region.end for region in job.image.regions)))
         except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
             self._refuse(job, slot, error)
             return
-        if job.digest:
-            told = digest(self._arena.view(slot, max(region.end for region in job.image.regions)))
+        if told is not None:
             self._slots[job.key].pop(job.number, None)
             self._arena.give(slot)
             self._packed(job.key, job.number, told, None)
@@ -185,9 +191,7 @@ class Packer:
     def _refuse(self, job: StartPack, slot: int, error: Exception) -> None:
         self._slots[job.key].pop(job.number, None)
         self._arena.give(slot)
-        told = (
-            error if isinstance(error, KvxferError) else IncompatibleError("device", f"{type(error).__name__}: {error}")
-        )
+        told = error if isinstance(error, KvxferError) else self._defects.caught(error)
         self._packed(job.key, job.number, None, told)
 
 
@@ -216,7 +220,8 @@ def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, p
         else:
             shares[number].append(replace(copy, target=copy.target - base))
     mine = [(cache.buffers[number], copies) for number, copies in shares.items()]
-    return pack_all(mine, packed) if pack else unpack_all(mine, packed)
+    begun = pack_all(mine, packed) if pack else unpack_all(mine, packed)
+    return [watched(each) for each in begun if each is not FINISHED]
 
 
 def _base(memory: Memory | None) -> int:

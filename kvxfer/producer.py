@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
+from kvxfer.defects import Defects
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
 from kvxfer.gate import Gate
 from kvxfer.leases import ContradictionError, Holder, Lease, LeaseTable
@@ -35,11 +36,11 @@ from kvxfer.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvxfer.buffer import Completion
     from kvxfer.config import Settings
-    from kvxfer.errors import KvxferError
+    from kvxfer.errors import InternalError, KvxferError
     from kvxfer.metrics import Metrics
     from kvxfer.peer import Identity
 
@@ -96,6 +97,7 @@ class Producer:
         self._chunks: dict[PackKey, _Chunks] = {}
         self._untold: dict[str, object] = {}
         """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
+        self._defects = Defects(metrics, "control")
         self._gate = Gate(lambda token, why: self.revoke(token, why[:1024]))
 
     # -- the engine -------------------------------------------------------------------------------------------------
@@ -117,8 +119,18 @@ class Producer:
         first_tokens: Sequence[int] = (),
         after: Sequence[Completion] = (),
     ) -> None:
-        """Blocks of an announced lease are complete after that; a consumer that waits for them gets its grant."""
-        self._gate.then(token, after, lambda now: self._offer(token, blocks, now, first_tokens), now)
+        """Blocks of an announced lease are complete after that; a consumer that waits for them gets its grant.
+
+        If ``after`` does not end within ``lease_s``, the lease expires: nobody reads what may still be written.
+        """
+        self._gate.then(
+            token,
+            after,
+            lambda now: self._guarded(token, lambda: self._offer(token, blocks, now, first_tokens), offered=True),
+            now,
+            deadline=now + self._settings.lease_s,
+            late=lambda now: self._guarded(token, lambda: self._give_up(token, now), offered=True),
+        )
 
     def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
         live = self._table.get(token)
@@ -149,7 +161,13 @@ class Producer:
         after: Sequence[Completion] = (),
     ) -> None:
         """Some blocks of an announced lease are complete after that: who waits for them may begin to read."""
-        self._gate.then(token, after, lambda _: self._seal(token, blocks, first_tokens), now)
+        self._gate.then(
+            token,
+            after,
+            lambda _: self._guarded(token, lambda: self._seal(token, blocks, first_tokens), offered=False),
+            now,
+            deadline=now + self._settings.announce_s,
+        )
 
     def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
         try:
@@ -165,6 +183,36 @@ class Producer:
         """Blocks that were sealed may have been read: what takes their place is another request, for all that readers know."""
         _log.error("revoked: the blocks do not continue what was sealed: %s", error)
         self.revoke(token, f"its blocks changed after they were sealed: {error}"[:1024])
+
+    def _give_up(self, token: str, now: float) -> None:
+        why = f"the devices that write its blocks did not end within {self._settings.lease_s:g} s"
+        lease = self._table.give_up(token)
+        if lease is None:
+            self._offer(token, [], now, [])  # it had ended before, and its engine has not been told yet
+            return
+        _log.warning("lease %s of %r: %s", shown(token), lease.request, why)
+        self._tell(lease, Revoked(token=token, reason=why))
+        self._unstage(lease)
+        self._end(LeaseExpired(token, lease.request), "expired")
+
+    def _guarded(self, token: str, step: Callable[[], object], *, offered: bool) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - the other leases are not touched
+            self.broken(token, self._defects.caught(error), offered=offered)
+
+    def broken(self, token: str, error: InternalError, *, offered: bool) -> None:
+        """A fault of kvxfer while something was said of a lease: it is revoked.
+
+        Args:
+            offered: the engine has offered its blocks, and waits for the one event of their end.
+        """
+        lease = self._table.get(token)
+        if lease is not None:
+            lease.offered = lease.offered or offered
+            self.revoke(token, str(error)[:1024])
+        elif offered and token in self._untold:
+            self._not_offered(token, LeaseError(str(error)))
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
@@ -198,7 +246,9 @@ class Producer:
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
-        return {"leases": len(self._table), "chunks": len(self._chunks)}
+        # Blocks that a device still writes are in use, also if their lease has ended.
+        gated = sum(self._table.get(token) is None for token in list(self._gate))
+        return {"leases": len(self._table) + gated, "chunks": len(self._chunks)}
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
@@ -212,8 +262,9 @@ class Producer:
             if lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
 
-    def stood_still(self, now: float) -> None:
-        """This process ran nothing for a while: consumers that renewed meanwhile have to be heard before their leases end."""
+    def stood_still(self, now: float, late_s: float = 0.0) -> None:
+        """This process ran nothing for so long: consumers that renewed meanwhile have to be heard before their leases end."""
+        self._gate.spare(late_s)
         self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
 
     def next_deadline(self) -> float | None:

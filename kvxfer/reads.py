@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.buffer import let_end
+from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.integrity import verdict
 from kvxfer.reading import Leg, Reading
@@ -104,6 +105,7 @@ class Reads:
         self._life = life
         self._settings = settings
         self._metrics = metrics
+        self._defects = Defects(metrics, "data")
         self._ends = ends
         self._readings: dict[Transfer, Reading] = {}
         self._flying: dict[Flight, _Flying] = {}
@@ -150,7 +152,7 @@ class Reads:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            self._fail(leg.reading, _as_kvxfer(error))
+            self._fail(leg.reading, self._named(error))
 
     def stop(self, transfer: Transfer, error: KvxferError) -> None:
         """A source will not say anything more: a read that waits for it fails."""
@@ -162,36 +164,38 @@ class Reads:
         """Some read has a source there."""
         return any(leg.source.agent_info == agent_info for reading in self._readings.values() for leg in reading.legs)
 
+    def broken(self, transfer: Transfer, error: KvxferError) -> None:
+        """A fault of kvxfer touched a read, wherever it was: it fails."""
+        reading = self._readings.get(transfer)
+        if reading is not None:
+            self._fail(reading, error)
+        elif transfer.end(error):
+            self._ends.read_ended(transfer, error)
+
     def turn(self) -> bool:
-        """Poll until nothing more ends at once; True if anything did."""
+        """Poll until nothing more ends at once; True if anything did.
+
+        A fault in one part keeps none of the others from its turn: deadlines are kept, and memory is made quiet.
+        """
         under_way, moved = len(self._readings), False
-        while self._life.agent is not None and self._flying:
+        parts: tuple[Callable[[], object], ...] = (
+            self._poll,
+            self._see_copies,
+            self._begin_unoccupied,
+            self._serve_waiting,
+            self._give_up_late,
+            self._fence_if_due,
+        )
+        for part in parts:
             try:
-                changed = self._life.agent.poll()
-            except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
-                self._broken(_as_kvxfer(error))
-                break
-            for flight in changed:
-                self._changed(flight)
-            if self._flying:
-                self._ends.flush()  # before the next poll, which may copy
-            moved = moved or bool(changed)
-            if not changed:
-                break
-        for each in [each for each in self._copying if all(copy.done for copy in each.copies)]:
-            moved = True
-            self._copying.remove(each)
-            self._copied(each)
-        self._begin_unoccupied()
-        self._serve_waiting()
-        self._give_up_late()
-        self._fence_if_due()
+                moved = bool(part()) or moved
+            except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
+                self._defects.caught(error)
         return moved or len(self._readings) != under_way
 
     def shut(self) -> None:
         """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
-        for each in self._copying:
-            let_end(each.copies)
+        let_end([copy for each in self._copying for copy in each.copies])
         self._flying.clear()
         self._copying.clear()
         for reading in list(self._readings.values()):
@@ -270,6 +274,37 @@ class Reads:
 
     # -- what happens to reads --------------------------------------------------------------------------------
 
+    def _named(self, error: Exception) -> KvxferError:
+        """What a read ends with: errors that have a name keep it, and everything else is a fault of kvxfer."""
+        return error if isinstance(error, KvxferError) else self._defects.caught(error)
+
+    def _poll(self) -> bool:
+        moved = False
+        while self._life.agent is not None and self._flying:
+            try:
+                changed = self._life.agent.poll()
+            except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
+                self._broken(error)
+                break
+            for flight in changed:
+                try:
+                    self._changed(flight)
+                except Exception as error:  # noqa: BLE001 - the others are told once only
+                    self._defects.caught(error)
+            if self._flying:
+                self._ends.flush()  # before the next poll, which may copy
+            moved = moved or bool(changed)
+            if not changed:
+                break
+        return moved
+
+    def _see_copies(self) -> bool:
+        ended = [each for each in self._copying if all(copy.done for copy in each.copies)]
+        for each in ended:
+            self._copying.remove(each)
+            self._copied(each)
+        return bool(ended)
+
     def _start(self, reading: Reading) -> None:
         self._readings[reading.job.transfer] = reading
         if all(each.done for each in reading.job.transfer.after):
@@ -289,10 +324,10 @@ class Reads:
     def _begin(self, reading: Reading) -> None:
         try:
             for each in reading.job.transfer.after:
-                each.wait()
+                each.wait(0)  # raises what made it fail
             reading.start(self)
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            self._fail(reading, _as_kvxfer(error))
+            self._fail(reading, self._named(error))
         else:
             if not reading.legs:
                 self._end(reading)
@@ -331,7 +366,7 @@ class Reads:
 
         def proceed() -> None:
             for copy in each.copies:
-                copy.wait()
+                copy.wait(0)  # raises what made it fail
             each.then()
 
         self.guarded(each.leg, proceed)
@@ -347,9 +382,14 @@ class Reads:
     def _give_up_late(self) -> None:
         now = self.now()
         for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
-            waits = "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
-            waits = "for this side's device" if reading in self._occupied else waits
-            self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
+            try:
+                waits = (
+                    "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
+                )
+                waits = "for this side's device" if reading in self._occupied else waits
+                self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
+            except Exception as error:  # noqa: BLE001 - the others have deadlines too
+                self._defects.caught(error)
 
     def _end(self, reading: Reading) -> None:
         transfer, error = reading.job.transfer, reading.error
@@ -358,8 +398,6 @@ class Reads:
         del self._readings[transfer]
         for supply in self._supplies:
             supply.release(reading)
-        for agent_info in [each for each in self._life.parting if not self.needs(each)]:
-            self._life.forget(agent_info)
         if error is None:
             transfer.end(
                 None,
@@ -371,6 +409,8 @@ class Reads:
         else:
             transfer.end(error)
         self._ends.read_ended(transfer, error)
+        for agent_info in [each for each in self._life.parting if not self.needs(each)]:
+            self._life.forget(agent_info)
 
     # -- making memory quiet ----------------------------------------------------------------------------------------
 
@@ -397,10 +437,14 @@ class Reads:
         _log.warning("tearing the transfer agent down to stop %d abandoned read(s)", len(rest))
         self._fence()
 
-    def _broken(self, error: KvxferError) -> None:
-        _log.error("the transfer agent is broken and is torn down: %s", error)
+    def _broken(self, error: Exception) -> None:
+        _log.error("the transfer agent is broken and is torn down: %s", error, exc_info=error)
+        named = error
+        if not isinstance(named, KvxferError):
+            named = TransferFailedError(f"{type(error).__name__}: {error}")
+            named.__cause__ = error
         for flying in self._flying.values():
-            flying.leg.reading.error = flying.leg.reading.error or error
+            flying.leg.reading.error = flying.leg.reading.error or named
         self._fence()
 
     def _fence(self) -> None:
@@ -412,9 +456,12 @@ class Reads:
             each.leg.reading.pending -= 1
         # What is copied by devices goes on, and has to end before its slots are used again.
         for copying in [each for each in self._copying if each.leg.reading in touched]:
-            self._copying.remove(copying)
-            copying.leg.reading.pending -= 1
-            let_end(copying.copies)
+            if let_end(copying.copies):
+                self._copying.remove(copying)
+                copying.leg.reading.pending -= 1
+            else:  # its slot is not used again before it has ended
+                late = TransferFailedError("a device does not end what it copies")
+                copying.leg.reading.error = copying.leg.reading.error or late
         again = []
         for reading in touched:
             reading.quarantined_at = None
@@ -427,12 +474,3 @@ class Reads:
         self._life.remake()
         for reading in again:
             self._start(reading)
-
-
-def _as_kvxfer(error: Exception) -> KvxferError:
-    if isinstance(error, KvxferError):
-        return error
-    _log.exception("fault in a read", exc_info=error)
-    wrapped = TransferFailedError(f"{type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped

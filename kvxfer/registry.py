@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 
 from kvxfer.agent import TransferAgent
 from kvxfer.buffer import DeviceBuffer
-from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.errors import ConfigError, KvxferError, UnavailableError
 from kvxfer.inproc import InprocAgent
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def agent_maker(
         make: Callable[..., TransferAgent] = choice
         if options:
             raise ConfigError("agent_options go with an agent's name, not with a callable")
+    elif not isinstance(choice, str):
+        raise ConfigError(f"agent is a name or a callable that makes one, not {choice!r:.200}")
     else:
         loaded = load(choice)
         if not issubclass(loaded, TransferAgent):
@@ -121,8 +123,14 @@ def agent_maker(
         name = f"{prefix}/{made}"
         try:
             agent = make(name, **options)
+        except KvxferError:
+            raise
         except TypeError as error:
             raise ConfigError(f"agent_options {sorted(options)} do not fit {choice!r}: {error}") from error
+        except Exception as error:
+            raise UnavailableError(f"{choice!r} makes no agent: {type(error).__name__}: {error}") from error
+        if not isinstance(agent, TransferAgent):
+            raise ConfigError(f"{choice!r} was to make a TransferAgent and made {agent!r:.200}")
         if agent.name != name:
             agent.close()
             raise ConfigError(

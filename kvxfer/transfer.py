@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvxfer.errors import shown
+from kvxfer.errors import fresh, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from kvxfer.part import Tokens
 
 
-class _Latch:
+_LONGEST_WAIT_S = 5.0
+"""A thread that waits looks again after this long: an exception of a signal handler may strike one that has just been woken,
+before it has woken the next."""
+
+
+class Latch:
     """Opened once, waited for by any number of threads. `threading.Event` makes three locks and wakes through two of them."""
 
     __slots__ = ("_closed", "is_open")
@@ -33,12 +38,19 @@ class _Latch:
         self.is_open = False
 
     def open(self) -> None:
+        """Let everybody go on who waits. Once."""
         self.is_open = True
         self._closed.release()
 
     def wait(self, timeout_s: float | None) -> bool:
-        if not self.is_open and self._closed.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
-            self._closed.release()  # to the next who waits
+        """Wait until it is open, for ``timeout_s`` at most; returns whether it is."""
+        deadline = None if timeout_s is None else time.monotonic() + max(0.0, timeout_s)
+        while not self.is_open:
+            left_s = _LONGEST_WAIT_S if deadline is None else min(deadline - time.monotonic(), _LONGEST_WAIT_S)
+            if self._closed.acquire(timeout=max(0.0, left_s)):
+                self._closed.release()  # to the next who waits
+            elif left_s < _LONGEST_WAIT_S:
+                break
         return self.is_open
 
 
@@ -87,9 +99,9 @@ class Transfer:
         self.via: str = ""
         self._on_end = on_end
         self._error: KvxferError | None = None
-        self._ended = _Latch()
+        self._ended = Latch()
         self._lock = threading.Lock()
-        self._awaiting: list[Callable[[], None]] = []
+        self._awaiting: dict[object, Callable[[], None]] = {}
 
     @property
     def done(self) -> bool:
@@ -108,12 +120,12 @@ class Transfer:
             False if ``timeout_s`` passed first.
 
         Raises:
-            KvxferError: the transfer failed; see its ``retryable``.
+            KvxferError: the transfer failed; see its ``retryable``. Each call raises an error of its own, equal to `error`.
         """
         if not self._ended.wait(timeout_s):
             return False
         if self._error is not None:
-            raise self._error
+            raise fresh(self._error)
         return True
 
     def __await__(self) -> Generator[object, None, None]:
@@ -132,9 +144,12 @@ class Transfer:
         with self._lock:
             waiting = not self._ended.is_open
             if waiting:
-                self._awaiting.append(wake)
+                self._awaiting[ended] = wake
         if waiting:
-            yield from ended
+            try:
+                yield from ended
+            finally:  # whoever waited may have been cancelled
+                self._awaiting.pop(ended, None)
         self.wait()
 
     def __repr__(self) -> str:
@@ -158,10 +173,12 @@ class Transfer:
             self.nbytes, self.early_nbytes = nbytes, early_nbytes
             self.seconds = self._now() - self.started
             # The event is queued before waiters wake, so that whoever waited finds it in poll().
-            self._on_end(self)
-            self._ended.open()
-            awaiting, self._awaiting = self._awaiting, []
-        for wake in awaiting:
+            try:
+                self._on_end(self)
+            finally:
+                self._ended.open()
+                awaiting, self._awaiting = self._awaiting, {}
+        for wake in awaiting.values():
             wake()
         return True
 
@@ -192,7 +209,11 @@ class LeaseSettled:
 
 @dataclass(frozen=True)
 class LeaseExpired:
-    """Producer: nobody settled the lease in time. The blocks may be reused; who reads them late throws them away."""
+    """Producer: nobody settled the lease in time. The blocks may be reused; who reads them late throws them away.
+
+    Also if the devices that ``after`` of `Endpoint.offer` names did not end in time: nobody will read the blocks, and when
+    their own devices have done with them the engine knows by itself.
+    """
 
     token: str
     request: str

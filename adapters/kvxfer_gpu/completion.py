@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvxfer.errors import TransferFailedError
 
@@ -24,6 +24,9 @@ class EventCompletion:
         event: recorded; a ``torch.cuda.Event`` or anything else with ``query()`` and ``synchronize()``.
         finish: what the host has to do then, before it is done. Called once, by whoever asks first.
     """
+
+    answers_at_once: ClassVar[bool] = True
+    """See `kvxfer.buffer.Completion`."""
 
     def __init__(self, event: Any, finish: Callable[[], object] | None = None) -> None:
         self._event = event

@@ -475,7 +475,7 @@ def test_an_agent_whose_close_raises(rig):
     assert rig.works()
     rig.path.close()
     assert rig.metrics.value("kvxfer_internal_errors_total", where="data") == 2
-    rig.metrics = rig.path._metrics = rig.path._reads._metrics = rig.path._life._metrics = Metrics()
+    rig.metrics = Metrics()
 
 
 def test_close_ends_every_read(rig):
@@ -486,7 +486,7 @@ def test_close_ends_every_read(rig):
     eventually(lambda: len(rig.path._reads._flying) == 4)
     rig.path.close()
     assert {type(rig.end()[1]) for _ in transfers} == {ClosedError}
-    assert not rig.path._running._thread.is_alive()
+    assert rig.path._running._ended.is_open
     late = rig.read(1, 1)
     assert isinstance(late.error, ClosedError)
 
@@ -576,7 +576,7 @@ def test_idle_means_asleep(rig):
 def test_start_is_called_on_its_own_thread(rig):
     """The agent is made by the thread that uses it."""
     rig.path.start()
-    assert rig.agents[0]._thread == rig.path._running._thread.ident != threading.get_ident()
+    assert rig.agents[0]._thread == rig.path._running._identity != threading.get_ident()
 
 
 def test_a_first_contact_that_hangs_is_begun_again():

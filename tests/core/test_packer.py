@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from kvxfer.actions import PackKey, StartPack
 from kvxfer.blocks import BlockTable, tables
 from kvxfer.buffer import HostBuffer
 from kvxfer.cache import KVCache
-from kvxfer.errors import BlockError, IncompatibleError, KvxferError
+from kvxfer.errors import BlockError, KvxferError, TransferFailedError
 from kvxfer.image import Images
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, Interval
 from kvxfer.packer import Packer, start_copies
@@ -33,6 +34,7 @@ LEASED = (9, 2, 5)
 class Copying:
     """A copy of a device that ends when the test says so."""
 
+    answers_at_once: ClassVar[bool] = True
     done: bool = False
     error: Exception | None = None
     waited: int = 0
@@ -367,7 +369,7 @@ def test_a_copy_that_fails(slow):
     copying.error, copying.done = OSError("the device is gone"), True
     slow.packer.turn()
     ((_, _, address, error),) = slow.told
-    assert address is None and isinstance(error, IncompatibleError) and "the device is gone" in str(error)
+    assert address is None and isinstance(error, TransferFailedError) and "the device is gone" in str(error)
     assert slow.arena.in_use == 0
 
 

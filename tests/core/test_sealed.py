@@ -548,7 +548,7 @@ def test_a_device_fails(world, producer, consumer, offered):
     nothing_left(world, producer, consumer)
 
 
-@pytest.mark.parametrize("how", ["revoked", "expired", "closed"])
+@pytest.mark.parametrize("how", ["revoked", "closed"])
 def test_the_lease_ends_before_the_device(world, producer, consumer, how):
     """An offer that waits for a kernel still has its one event, after the kernel if the endpoint lives so long."""
     ref = producer.announce()
@@ -558,8 +558,6 @@ def test_the_lease_ends_before_the_device(world, producer, consumer, how):
     kernel.begin()
     if how == "revoked":
         producer.revoke(ref)
-    elif how == "expired":
-        world.advance(producer.settings.announce_s + 1)
     else:
         producer.producer.close()
         producer.perform()
@@ -569,6 +567,44 @@ def test_the_lease_ends_before_the_device(world, producer, consumer, how):
     world.advance(1)
     assert producer.ends(ref.token) == ["LeaseRevoked"] and transfer.error is not None
     nothing_left(world, producer)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_device_that_never_ends(world, producer, consumer, sealed):
+    """Blocks that a device does not finish are in use until ``lease_s`` after the offer; then the lease expires, told once."""
+    ref = producer.announce()
+    transfer = consumer.read(ref, 11, timeout_s=300)
+    kernel = Kernel(producer, 1)
+    if sealed:
+        producer.seal(ref, 1, after=[kernel])
+    producer.offer(ref, 1, after=[] if sealed else [kernel])
+    kernel.begin()
+    world.advance(producer.settings.lease_s - 1)
+    assert not producer.ends(ref.token) and not transfer.done
+    assert producer.producer.in_use()["leases"] == 1
+    world.advance(2)
+    assert producer.ends(ref.token) == ["LeaseExpired"]
+    assert isinstance(transfer.error, LeaseEndedError) and "did not end within" in str(transfer.error)
+    kernel.end()
+    world.advance(60)
+    assert producer.ends(ref.token) == ["LeaseExpired"]
+    nothing_left(world, producer, consumer)
+
+
+def test_a_device_that_never_ends_after_its_lease(world, producer, consumer):
+    """Blocks that a device still writes when their lease is over are in use all the same, and told once."""
+    ref = producer.announce()
+    kernel = Kernel(producer, 1)
+    producer.offer(ref, 1, after=[kernel])
+    kernel.begin()
+    producer.revoke(ref)
+    world.advance(1)
+    assert not producer.ends(ref.token) and producer.producer.in_use()["leases"] == 1
+    world.advance(producer.settings.lease_s)
+    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    kernel.end()
+    world.advance(60)
+    nothing_left(world, producer, consumer)
 
 
 # -- ranks that the consumer was not told of -----------------------------------------------------------------------------

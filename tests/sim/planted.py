@@ -240,7 +240,7 @@ def expiry_not_told(patch):
 @bug
 def device_not_waited_for(patch):
     """Blocks count as complete before the device has written them."""
-    patch(gate.Gate, "then", lambda self, token, after, act, now: act(now))
+    patch(gate.Gate, "then", lambda self, token, after, act, now, **_: act(now))
 
 
 @bug

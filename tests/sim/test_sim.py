@@ -49,7 +49,7 @@ FOUND_BY = {
     "end_told_twice": ("calm", 0, "told in vain"),
     "expiry_not_told": ("calm", 0, "left behind"),
     "device_not_waited_for": ("calm", 1, "wrong bytes"),
-    "sealed_one_block_too_many": ("calm", 0, "failed for nothing"),
+    "sealed_one_block_too_many": ("calm", 0, "fault survived"),
     "moved_before_it_is_there": ("calm", 0, "wrong bytes"),
     "chunks_not_given_back": ("calm", 11, "left behind"),
     "chunks_outlive_their_lease": ("calm", 1, "left behind"),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -69,6 +69,8 @@ class Shape:
 class Work:
     """Something a device was told to do: done when it comes to it, or fails. A `Completion`."""
 
+    answers_at_once: ClassVar[bool] = True
+
     def __init__(self, process: Process, what: str, seconds: float, act: Callable[[], object]) -> None:
         self._process = process
         self._act: Callable[[], object] | None = act
@@ -90,7 +92,7 @@ class Work:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """See `Completion`. Who insists has it done now."""
-        if timeout_s is None:
+        if timeout_s is None or timeout_s > 0:
             self._end()
         if self.done and self._error is not None:
             raise self._error

@@ -142,11 +142,11 @@ class Rank:
     def poll(self, passed_s: float) -> None:
         """Take what the endpoint has to say, as an engine does with each step."""
         self.process.world.seen["arena full"] += self.endpoint.in_use()["slots"] >= _MOST_SLOTS
-        for event in self.endpoint.poll():
-            self.engine.told(self, event)
         faults = self.endpoint.metrics.value("kvxfer_internal_errors_total")
         if faults:
             self.engine.story.fail("fault survived", f"a fault was survived inside {self.process.name}")
+        for event in self.endpoint.poll():
+            self.engine.told(self, event)
         for transfer, read in self.reads.items():
             read.seconds += passed_s if self.process.now() > transfer.deadline else 0.0
             if read.seconds > OVERDUE_S:

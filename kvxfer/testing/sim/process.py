@@ -94,6 +94,9 @@ class Process:
                 self._loops.remove(loop)
                 loop.end()
 
+    def join_at_exit(self) -> None:
+        """See `Running`: the loops of this process have no threads that could run while the interpreter ends."""
+
     def block(self, seconds: float) -> None:
         """The loop whose turn it is does not come back from it for so long; the others go on."""
         if self._turning is not None:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of kvxfer itself: each is counted, and becomes a named error; a trace of each kind is logged at most once a second."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from kvxfer.errors import InternalError
+
+if TYPE_CHECKING:
+    from kvxfer.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_EVERY_S = 1.0
+_MOST_KINDS = 256
+
+
+class Defects:
+    """What one thread caught. Used by that thread.
+
+    Args:
+        metrics: counts in ``kvxfer_internal_errors_total``.
+        where: the thread, for people and as a label.
+    """
+
+    def __init__(self, metrics: Metrics, where: str) -> None:
+        self._metrics = metrics
+        self._where = where
+        self._kinds: dict[tuple[type, object, int], tuple[float, int]] = {}
+        """By kind, when its trace may be logged again, and how many came in since the last one."""
+
+    def caught(self, error: BaseException) -> InternalError:
+        """Count and log a fault; returns what the transfers that it touches end with."""
+        self._metrics.count("kvxfer_internal_errors_total", where=self._where)
+        now, kind = time.monotonic(), _kind(error)
+        again_at, unsaid = self._kinds.get(kind, (0.0, 0))
+        if now >= again_at:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            self._kinds[kind] = (now + _EVERY_S, 0)
+            more = f" ({unsaid} more of this kind since the last trace)" if unsaid else ""
+            _log.error("fault in the %s thread; it goes on%s", self._where, more, exc_info=error)
+        else:
+            self._kinds[kind] = (again_at, unsaid + 1)
+        named = InternalError(f"a fault of kvxfer in its {self._where} thread: {type(error).__name__}: {error}")
+        named.__cause__ = error
+        return named
+
+
+def _kind(error: BaseException) -> tuple[type, object, int]:
+    """Its class, and where it was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return (type(error), None, 0) if trace is None else (type(error), trace.tb_frame.f_code, trace.tb_lineno)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events of an endpoint, from when they happen until its engine polls for them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kvxfer.transfer import Done, Event, Failed
+
+if TYPE_CHECKING:
+    from kvxfer.metrics import Metrics
+    from kvxfer.transfer import Transfer
+
+_log = logging.getLogger(__name__)
+
+MOST_UNPOLLED = 4096
+"""Ends of transfers that are kept for an engine that has never polled."""
+
+
+class Events:
+    """Queue of what an engine is to be told. Any thread.
+
+    From the first poll on, everything is kept until it is polled. An engine that only waits for its transfers never polls: so
+    before the first poll the ends of transfers, which the transfers tell too, are kept for the newest `MOST_UNPOLLED` only.
+    Ends of leases are told nowhere else, and are always kept.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._lock = threading.RLock()  # a signal handler may come while its thread has it
+        self._unpolled: dict[int, Event] | None = {}
+        """By number, what happened before the first poll; None after it."""
+        self._ends: deque[int] = deque()
+        """Numbers of the ends of transfers among them."""
+        self._next = 0
+
+    def put(self, event: Event) -> None:
+        """Add an event."""
+        if self._unpolled is not None:
+            with self._lock:
+                if self._unpolled is not None:
+                    self._keep(event, self._unpolled)
+                    return
+        self._queue.put(event)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Take what there is; waits up to ``timeout_s`` for the first."""
+        if self._unpolled is not None:
+            with self._lock:
+                for event in (self._unpolled or {}).values():
+                    self._queue.put(event)
+                self._unpolled = None
+                self._ends.clear()
+        events: list[Event] = []
+        try:
+            if timeout_s > 0:
+                events.append(self._queue.get(timeout=timeout_s))
+            while True:
+                events.append(self._queue.get_nowait())
+        except queue.Empty:
+            return events
+
+    def _keep(self, event: Event, unpolled: dict[int, Event]) -> None:
+        number, self._next = self._next, self._next + 1
+        unpolled[number] = event
+        if not isinstance(event, (Done, Failed)):
+            return
+        self._ends.append(number)
+        if len(self._ends) > MOST_UNPOLLED:
+            del unpolled[self._ends.popleft()]
+            if not self._metrics.value("kvxfer_events_dropped_total"):
+                _log.warning(
+                    "more than %d transfers have ended and nobody has called poll(): the oldest Done and Failed events are "
+                    "dropped; call poll() once at the start to keep all (wait() and await tell the same)",
+                    MOST_UNPOLLED,
+                )
+            self._metrics.count("kvxfer_events_dropped_total")
+
+
+class TransferEnds:
+    """What an endpoint does when a transfer of its ends: counts it, and tells its engine. Holds no endpoint."""
+
+    def __init__(self, metrics: Metrics, events: Events) -> None:
+        self._metrics = metrics
+        self._events = events
+
+    def __call__(self, transfer: Transfer) -> None:
+        """The transfer has ended. Any thread."""
+        error, metrics = transfer.error, self._metrics
+        metrics.count("kvxfer_transfers_total", outcome="done" if error is None else type(error).__name__)
+        if error is None:
+            metrics.count("kvxfer_bytes_total", transfer.nbytes)
+            if transfer.early_nbytes:
+                metrics.count("kvxfer_early_bytes_total", transfer.early_nbytes)
+            metrics.observe("kvxfer_transfer_seconds", transfer.seconds)
+            metrics.observe("kvxfer_transfer_nbytes", transfer.nbytes)
+            metrics.observe("kvxfer_descriptors", transfer.descriptors)
+            self._events.put(Done(transfer))
+        else:
+            self._events.put(Failed(transfer, error))

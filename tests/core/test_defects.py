@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of kvxfer itself, put there by the test: each ends what it touches, by name, is counted, and nothing else is harmed."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+
+from kvxfer import arguments, routes
+from kvxfer.config import Settings
+from kvxfer.consumer import Consumer
+from kvxfer.defects import Defects
+from kvxfer.errors import ConfigError, InternalError, KvxferError, UnavailableError
+from kvxfer.holds import Holds
+from kvxfer.leases import LeaseTable
+from kvxfer.metrics import Metrics
+from kvxfer.reads import Reads
+from kvxfer.testing import eventually
+from kvxfer.transfer import LeaseRevoked
+from tests.core.engine import Engine
+
+BRIEF = Settings(lease_s=1.5, peer_timeout_s=5.0, read_timeout_s=3.0, retry_s=0.1, hold_s=5.0)
+
+
+class PlantedError(Exception):
+    """The fault."""
+
+
+def fault(*_, **__):
+    raise PlantedError("on purpose")
+
+
+@pytest.fixture
+def pair():
+    """A source and a sink, which may count faults."""
+    made = [Engine(seed, settings=BRIEF) for seed in range(2)]
+    yield made
+    for engine in made:
+        engine.endpoint.close()
+        assert not any(engine.endpoint.in_use()[what] for what in ("leases", "holds", "reads", "flights", "slots"))
+
+
+def faults(engine, where):
+    return engine.endpoint.metrics.value("kvxfer_internal_errors_total", where=where)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_fault_in_planning(pair, monkeypatch, held):
+    """The read ends at once by an error that is not to be tried again, and is counted; other peers are served."""
+    source, sink = pair
+    monkeypatch.setattr(routes, "plan", fault)
+    ref = source.endpoint.lease([1])
+    if held:
+        sink.endpoint.hold(ref)
+        eventually(lambda: faults(sink, "control"))
+    transfer = sink.endpoint.read(ref, [7], timeout_s=60)
+    with pytest.raises(InternalError, match="PlantedError: on purpose") as told:
+        transfer.wait(10)
+    assert not told.value.retryable and faults(sink, "control")
+    monkeypatch.undo()
+    assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
+
+
+@pytest.mark.parametrize("method", ["_pump_claim", "_plan", "_schedule", "_start", "_claim", "_ask_again"])
+def test_a_fault_about_a_hold(pair, monkeypatch, method):
+    """Wherever it comes, the read ends by name long before its deadline, and its lease is not held for ever."""
+    source, sink = pair
+    monkeypatch.setattr(Holds, method, fault)
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
+    eventually(lambda: transfer.done, timeout_s=10)
+    assert transfer.error is None or isinstance(transfer.error, InternalError)
+    assert faults(sink, "control")
+    monkeypatch.undo()
+    assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
+    eventually(lambda: not sink.endpoint.in_use()["holds"], timeout_s=10)
+
+
+@pytest.mark.parametrize("method", ["_answered", "_welcome", "read", "read_ended"])
+def test_a_fault_with_a_message(pair, monkeypatch, method):
+    """A command or a message that cannot be worked off ends the reads that it is about."""
+    source, sink = pair
+    monkeypatch.setattr(Consumer, method, fault)
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
+    eventually(lambda: transfer.done, timeout_s=10)
+    assert transfer.error is None or isinstance(transfer.error, InternalError)
+    monkeypatch.undo()
+    assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
+    eventually(lambda: not sink.endpoint.in_use()["holds"], timeout_s=10)
+
+
+@pytest.mark.parametrize("method", ["offer", "announce"])
+def test_a_fault_in_the_producer(pair, monkeypatch, method):
+    """Offered blocks have their one event, whatever fails."""
+    source, sink = pair
+    monkeypatch.setattr(LeaseTable, method, fault)
+    ref = source.endpoint.lease([1])
+    transfer = sink.endpoint.read(ref, [7])
+    assert isinstance(source.end(ref), LeaseRevoked)
+    with pytest.raises(KvxferError):
+        transfer.wait(20)
+    monkeypatch.undo()
+    assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
+    assert len(source.ends(ref)) == 1
+
+
+@pytest.mark.parametrize(
+    "method", ["_poll", "_see_copies", "_begin_unoccupied", "_serve_waiting", "_fence_if_due", "start"]
+)
+def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
+    """Whichever part fails with each turn, deadlines are kept, reads end, and the log is not flooded."""
+    source, sink = pair
+    monkeypatch.setattr(Reads, method, fault)
+    late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
+    transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=1.0)
+    eventually(lambda: faults(sink, "data"), timeout_s=10)
+    for each in (late, transfer):
+        eventually(lambda each=each: each.done or method == "_poll", timeout_s=10)
+    traces = [record for record in caplog.records if "fault in the data thread" in record.message]
+    assert 0 < len(traces) <= 40
+    monkeypatch.undo()
+    eventually(lambda: transfer.done and late.done, timeout_s=10)
+    assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
+
+
+def test_traces_are_bounded(caplog):
+    """A fault that comes again and again is counted each time, and its trace is logged now and then; another kind at once."""
+    metrics = Metrics()
+    defects = Defects(metrics, "data")
+    with caplog.at_level(logging.ERROR):
+        until = time.monotonic() + 0.5
+        number = 0
+        while time.monotonic() < until:
+            for kind in (PlantedError, OSError):
+                try:
+                    raise kind("on purpose")
+                except kind as error:
+                    assert isinstance(defects.caught(error), InternalError)
+                number += 1
+    assert metrics.value("kvxfer_internal_errors_total", where="data") == number
+    assert 2 <= len(caplog.records) <= 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"costs": {}}, {"costs": {"descriptor_s": 1.0}}, {"secret": "a text"}, {"secret": b"0123456789abcdef"},
+        {"settings": {}}, {"name": 7}, {"agent": None}, {"agent": 3}, {"agent": lambda _: None},
+    ],
+)  # fmt: skip
+def test_options_of_a_wrong_type(options):
+    """An option that is something else is refused by name where it is given, and leaves nothing behind."""
+    with pytest.raises(ConfigError):
+        Engine(**options)
+
+
+def test_an_agent_that_raises_when_it_is_made():
+    """Whatever a callable raises, the constructor's error has a name."""
+    with pytest.raises(UnavailableError, match="PlantedError: on purpose"):
+        Engine(agent=fault)
+
+
+def test_arguments_of_a_wrong_type(pair):
+    """Calls with something else than they take are refused by name, and change nothing."""
+    endpoint = pair[0].endpoint
+    ref = endpoint.lease([1])
+    calls = [
+        lambda: endpoint.revoke(ref, reason=404),
+        lambda: endpoint.announce(request=7),
+        lambda: endpoint.poll(None),
+        lambda: endpoint.poll(float("nan")),
+        lambda: endpoint.read(ref, [1], timeout_s="soon"),
+        lambda: endpoint.read(ref, [1], timeout_s=True),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError):
+            call()
+    assert not pair[0].ends(ref)
+    assert arguments.finite(1e30) < 1e9
