@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as far as their KV cache goes: a table of well-known ones, and what a Hugging Face ``config.json`` says."""
+"""Models as far as their KV cache goes, and a table of well-known ones."""
 
 from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from kvxfer.errors import ConfigError
-from kvxfer.layout import DTYPE_NBYTES, MAX_SMALL_EXTENT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class LayerGroup(NamedTuple):
@@ -108,107 +104,3 @@ def known(name: str) -> Model:
         meant = f"did you mean {close[0]}? Known" if close else "known"
         raise ConfigError(f"unknown model {name[:80]!r}; {meant} are {', '.join(MODELS)}")
     return model
-
-
-# Keys of a config.json that only models with states (Mamba, linear attention, ...) have.
-_STATE_KEYS: Final = (
-    "attn_layer_indices",
-    "full_attention_interval",
-    "hybrid_override_pattern",
-    "layers_block_type",
-    "linear_num_value_heads",
-    "mamba_d_state",
-    "ssm_state_size",
-    "state_size",
-)
-# Models whose config.json is silent about which layers slide: each so-and-so-many-th attends to everything.
-_PERIODS: Final = {"gemma2": 2, "gemma3": 6, "gemma3_text": 6, "gpt_oss": 2}
-
-
-def from_config(config: object, name: str) -> Model:
-    """The model that a Hugging Face ``config.json`` describes.
-
-    Args:
-        config: as decoded.
-        name: for messages.
-
-    Raises:
-        ConfigError: something that decides about the cache is missing, malformed, or of a kind this command does not know.
-    """
-    if not isinstance(config, dict):
-        raise ConfigError(f"{name} holds no JSON object, so it is no config.json of a model")
-    text = config
-    for key in ("text_config", "llm_config", "language_config"):  # models that also see or hear
-        inner = config.get(key)
-        if "num_hidden_layers" not in config and isinstance(inner, dict):
-            text = {**inner, "torch_dtype": _dtype_of(inner) or _dtype_of(config)}
-            break
-    state = [key for key in _STATE_KEYS if text.get(key) is not None]
-    if state:
-        raise ConfigError(
-            f"{name} describes layers that keep a state ({state[0]}), of which config.json does not tell the size: "
-            "give a spec file instead"
-        )
-    if text.get("num_kv_shared_layers"):
-        raise ConfigError(f"{name} has layers that share their KV (num_kv_shared_layers): give a spec file instead")
-    layers = _count(text, name, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    window, sliding = _sliding(text, name, layers)
-    dtype = _dtype_of(text) or "bfloat16"
-    dtype = dtype.removeprefix("torch.")
-    if dtype not in DTYPE_NBYTES:
-        raise ConfigError(f"{name} has torch_dtype {dtype[:80]!r}: known are {', '.join(DTYPE_NBYTES)}")
-    if text.get("kv_lora_rank") is not None:
-        latent = _count(text, name, "kv_lora_rank") + _count(text, name, "qk_rope_head_dim")
-        return Model(name, layers, 1, 0, latent=latent, window=window, sliding=sliding, dtype=dtype)
-    heads = _count(text, name, "num_key_value_heads", "num_kv_heads", "num_attention_heads", "n_head")
-    if text.get("head_dim") is not None:
-        head_dim = _count(text, name, "head_dim")
-    else:
-        hidden = _count(text, name, "hidden_size", "n_embd", "d_model")
-        queries = _count(text, name, "num_attention_heads", "n_head", "n_heads")
-        if hidden % queries:
-            raise ConfigError(f"{name} has no head_dim, and its {hidden} hidden elements are not {queries} equal heads")
-        head_dim = hidden // queries
-    return Model(name, layers, heads, head_dim, window=window, sliding=sliding, dtype=dtype)
-
-
-def _dtype_of(config: Mapping[str, Any]) -> str | None:
-    value = config.get("torch_dtype") or config.get("dtype")
-    return value if isinstance(value, str) else None
-
-
-def _count(config: Mapping[str, Any], name: str, *keys: str) -> int:
-    """The first of several keys that is there."""
-    for key in keys:
-        value = config.get(key)
-        if value is None:
-            continue
-        if type(value) is not int or not 1 <= value <= MAX_SMALL_EXTENT:
-            raise ConfigError(f"{name} has {key} {str(value)[:40]!r}, which is no number from 1 to {MAX_SMALL_EXTENT}")
-        return value
-    raise ConfigError(f"{name} has no {keys[0]}, so it is no config.json of a model that this command knows")
-
-
-def _sliding(config: Mapping[str, Any], name: str, layers: int) -> tuple[int, tuple[int, ...]]:
-    """(tokens of the window, which layers have one)."""
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != layers:
-            raise ConfigError(f"{name} has layer_types that do not name the kind of each of {layers} layers")
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(
-                    f"{name} has layers of type {str(kind)[:40]!r}; this command knows full_attention and "
-                    "sliding_attention: give a spec file instead"
-                )
-        sliding = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
-        return (_count(config, name, "sliding_window"), sliding) if sliding else (0, ())
-    if config.get("sliding_window") is None or config.get("use_sliding_window") is False:
-        return 0, ()
-    window = _count(config, name, "sliding_window")
-    period = config.get("sliding_window_pattern") or _PERIODS.get(str(config.get("model_type")))
-    if period is not None:
-        return window, every(_count({"sliding_window_pattern": period}, name, "sliding_window_pattern"), layers)
-    if config.get("use_sliding_window") and config.get("max_window_layers") is not None:
-        return window, tuple(range(min(layers, _count(config, name, "max_window_layers")), layers))
-    return window, tuple(range(layers))

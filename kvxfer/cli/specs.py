@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvxfer.cli.models import Model, from_config, known
+from kvxfer.cli.hf_config import from_config
+from kvxfer.cli.models import Model, known
 from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
 from kvxfer.layout import (

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from kvxfer.cli import main, picture
 from kvxfer.cli.forecast import MAX_TOKENS, Request, matched, ranges
-from kvxfer.cli.models import MODELS, from_config
+from kvxfer.cli.hf_config import from_config
+from kvxfer.cli.models import MODELS
 from kvxfer.cli.specs import read_side, same_model, stages
 from kvxfer.cli.window import MOST_CELLS, window
 from kvxfer.cli.words import OPTIONS, Words, written
@@ -277,7 +278,7 @@ CONFIGS = {
     ),
     "latent": (
         {"num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512,
-         "qk_rope_head_dim": 64},
+         "qk_rope_head_dim": 64, "model_type": "deepseek_v3"},
         "deepseek-v3",
     ),
     "layer_types": (
@@ -291,14 +292,14 @@ CONFIGS = {
         "gemma-2-9b",
     ),
     "inside": (
-        {"dtype": "bfloat16", "vision_config": {"num_hidden_layers": 27},
-         "text_config": {"num_hidden_layers": 62, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024,
+        {"dtype": "bfloat16", "vision_config": {"num_hidden_layers": 27}, "model_type": "gemma3",
+         "text_config": {"num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024,
                          "sliding_window_pattern": 6}},
         "gemma-3-27b",
     ),
     "unused": (
         {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584,
-         "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28},
+         "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "model_type": "qwen2"},
         "qwen2.5-7b",
     ),
 }  # fmt: skip
@@ -323,10 +324,12 @@ def test_a_config_json_is_the_model_of_the_table(name: str, tmp_path):
 
 def test_windows_of_later_layers_only():
     """`max_window_layers` is the first layer that slides, where `use_sliding_window` says so; else all slide."""
-    config = {"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 256, "sliding_window": 64}
-    assert from_config(config, "c").sliding == (0, 1, 2, 3, 4, 5)
-    assert [group.kind for group in from_config(config, "c").groups()] == ["sliding_window"]
-    assert from_config(config | {"use_sliding_window": True, "max_window_layers": 4}, "c").sliding == (4, 5)
+    config = {"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+    mistral = from_config(config | {"model_type": "mistral", "sliding_window": 64}, "c")
+    assert mistral.sliding == (0, 1, 2, 3, 4, 5)
+    assert [group.kind for group in mistral.groups()] == ["sliding_window"]
+    late = {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 4}
+    assert from_config(config | late, "c").sliding == (4, 5)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,16 @@ def test_windows_of_later_layers_only():
         ({"layer_types": ["sliding_attention"] * 32}, "sliding_window"),
         ({"ssm_state_size": 16}, "state"),
         ({"num_kv_shared_layers": 4}, "share"),
-        ({"kv_lora_rank": 512}, "qk_rope_head_dim"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank"),
+        ({"sliding_window": 64}, "sliding_window"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 0}, "kv_lora_rank"),
+        ({"model_type": "gpt2", "n_layer": 3}, "num_hidden_layers 32"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"model_type": "newest", "frobs": 1}, "newest.*frobs"),
+        ({"model_type": "newest", "text_config": {"num_hidden_layers": 3}}, "newest"),
+        ({"model_type": "qwen2_vl", "num_hidden_layers": "3"}, "num_hidden_layers"),
+        ({"num_key_value_heads": 5}, "5 KV heads"),
+        ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, "dtype=fp8"),
     ],
 )
 def test_a_config_that_cannot_be_understood_is_refused(change: dict, says: str):
