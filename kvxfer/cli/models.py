@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -92,15 +93,40 @@ MODELS: Final[dict[str, Model]] = _named(
 )
 
 
+# Names of checkpoints that have the cache of a model of the table under another name.
+_SAME_CACHE: Final = {
+    "deepseek-r1": "deepseek-v3",
+    "deepseek-v3.1": "deepseek-v3",
+    "llama-3.1-8b": "llama-3-8b",
+    "llama-3.1-70b": "llama-3-70b",
+    "llama-3.1-405b": "llama-3-405b",
+    "llama-3.3-70b": "llama-3-70b",
+    "mistral-7b-v0.2": "mistral-7b",
+    "mistral-7b-v0.3": "mistral-7b",
+    "mistral-7b-instruct-v0.2": "mistral-7b",
+    "mistral-7b-instruct-v0.3": "mistral-7b",
+    "mixtral-8x7b-v0.1": "mixtral-8x7b",
+    "mixtral-8x7b-instruct-v0.1": "mixtral-8x7b",
+}
+_SUFFIXES: Final = ("-hf", "-instruct", "-chat", "-base", "-it", "-pt")
+
+
 def known(name: str) -> Model:
-    """The model of the table.
+    """The model of the table, also by the name of its checkpoint: ``meta-llama/Llama-3.1-8B-Instruct``.
 
     Raises:
         ConfigError: it is not in the table.
     """
-    model = MODELS.get(name.lower())
+    short = name.lower().rpartition("/")[2].removeprefix("meta-")
+    for suffix in _SUFFIXES:
+        short = short.removesuffix(suffix)
+    model = MODELS.get(_SAME_CACHE.get(short, short))
     if model is None:
-        close = difflib.get_close_matches(name.lower(), MODELS, n=1)
+        # Another number is another model: only what differs in letters is taken for a slip.
+        alike = [each for each in (*MODELS, *_SAME_CACHE) if re.findall(r"\d+", each) == re.findall(r"\d+", short)]
+        close = difflib.get_close_matches(short, alike, n=1)
         meant = f"did you mean {close[0]}? Known" if close else "known"
-        raise ConfigError(f"unknown model {name[:80]!r}; {meant} are {', '.join(MODELS)}")
+        raise ConfigError(
+            f"unknown model {name[:80]!r}; {meant} are {', '.join(MODELS)}; others by vllm:path/to/config.json"
+        )
     return model

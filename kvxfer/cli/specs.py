@@ -8,16 +8,18 @@ are made up, page-aligned and apart from each other.
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import msgspec
 
 from kvxfer.cli.hf_config import from_config
 from kvxfer.cli.models import Model, known
-from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, Words, is_file
+from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
 from kvxfer.layout import (
     DTYPE_NBYTES,
@@ -81,7 +83,9 @@ def read_side(side: Written, tokens: int, *, first_address: int = FIRST_ADDRESS)
         return _from_file(what, said, words)
     if what.startswith(CONFIG):
         path = what.partition(":")[2]
-        model = from_config(_json(path), path)
+        if path not in STDIN and Path(path).is_dir():
+            path = str(Path(path) / "config.json")
+        model = from_config(_json(path), _called(path), dtype=said.dtype)
     elif what:
         model = known(what)
     elif said.layers and said.heads and said.head_dim:
@@ -125,7 +129,8 @@ def from_model(
         raise ConfigError(f"tp={said.tp} times pp={said.pp} are more than {MAX_PLANNED_RANKS} ranks")
     if not model.latent and model.heads % said.tp and said.tp % model.heads:
         raise ConfigError(
-            f"{model.heads} KV heads cannot be shared by tp={said.tp} ranks: one of the two must divide the other"
+            f"tp={said.tp} ranks of vLLM or SGLang do not share {model.heads} KV heads: one number must divide the other; "
+            "ranks that share heads in another way are described by a file of specs"
         )
     if said.pp > model.layers:
         raise ConfigError(f"{model.layers} layers cannot be shared by pp={said.pp} stages")
@@ -224,11 +229,12 @@ def _from_file(path: str, said: Words, given: Mapping[str, str]) -> Side:
     if others:
         raise ConfigError(f"{path} says itself what {others[0]} says; only {' and '.join(allowed)} may follow it")
     content = _content(path)
+    path = _called(path)
     try:
         held = msgspec.json.decode(content, type=CacheSpec | list[CacheSpec])
     except (msgspec.MsgspecError, LayoutError, RecursionError, UnicodeError) as error:
-        if b'"num_hidden_layers"' in content:
-            raise ConfigError(f"{path} is a model's config.json, no specs: write vllm:{path}") from None
+        if b'"num_hidden_layers"' in content or b'"model_type"' in content:
+            raise ConfigError(f"{path} is a model's config.json, no specs: write vllm: before its name") from None
         raise ConfigError(f"{path} holds neither a CacheSpec nor a list of them: {_first_line(error)}") from None
     specs = tuple(held) if isinstance(held, list) else (held,)
     if not specs:
@@ -251,14 +257,28 @@ def _from_file(path: str, said: Words, given: Mapping[str, str]) -> Side:
 
 def _content(path: str) -> bytes:
     try:
-        where = Path(path)
-        with (where / "config.json" if where.is_dir() else where).open("rb") as file:
-            content = file.read(_MAX_FILE_NBYTES + 1)
+        if path in STDIN:
+            content = _stdin(sys.stdin)
+        else:
+            with Path(path).open("rb") as file:
+                content = file.read(_MAX_FILE_NBYTES + 1)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(f"cannot read {_called(path)}: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > _MAX_FILE_NBYTES:
-        raise ConfigError(f"{path} is larger than {_MAX_FILE_NBYTES >> 20} MiB: that is no description of a cache")
+        raise ConfigError(
+            f"{_called(path)} is larger than {_MAX_FILE_NBYTES >> 20} MiB: that is no description of a cache"
+        )
     return content
+
+
+def _called(path: str) -> str:
+    return "standard input" if path in STDIN else path
+
+
+@functools.cache
+def _stdin(stream: TextIO) -> bytes:
+    """Standard input, kept: both sides may be in it."""
+    return stream.buffer.read(_MAX_FILE_NBYTES + 1)
 
 
 def _json(path: str) -> Any:
@@ -266,7 +286,7 @@ def _json(path: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {_first_line(error)}") from None
+        raise ConfigError(f"{_called(path)} is no JSON: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -19,6 +19,9 @@ MAX_PLANNED_RANKS: Final = 256
 CONFIG: Final = ("vllm:", "hf:")
 """What is written before a model's config.json."""
 
+STDIN: Final = ("-", "/dev/stdin")
+"""Names of standard input."""
+
 _ALIASES: Final = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -168,8 +171,10 @@ def written(text: str, like: Written | None = None) -> Written:
 
 
 def is_file(what: str) -> bool:
-    """It names a file of specs, not a model."""
-    return what.endswith(".json") and not what.startswith(CONFIG)
+    """Whether a word names a file of specs (``-`` is standard input), not a model."""
+    return not what.startswith(CONFIG) and (
+        what in STDIN or what.endswith(".json") or what.startswith(("/", "./", "../"))
+    )
 
 
 def _key(name: str) -> str:

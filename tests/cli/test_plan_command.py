@@ -266,6 +266,36 @@ def test_a_file_and_a_shorthand_are_one_model(tmp_path):
     assert answer("--source", str(path), "--target", "llama-3-8b fingerprint=hash")["good"]
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("meta-llama/Llama-3.1-405B", "llama-3-405b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("deepseek-ai/DeepSeek-V3", "deepseek-v3"),
+        ("google/gemma-3-27b-it", "gemma-3-27b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+    ],
+)
+def test_the_name_of_a_checkpoint_names_its_model(name: str, model: str):
+    """Organisations and endings like -Instruct say nothing of the cache; both names mean one model."""
+    assert answer("--source", name, "--target", model)["source"]["what"] == model
+
+
+@pytest.mark.parametrize("where", ["-", "/dev/stdin"])
+def test_standard_input_is_a_file(where: str, monkeypatch):
+    """Specs and configurations may come through a pipe, for both sides."""
+    for prefix, content in (
+        ("", msgspec.json.encode(specs_of("llama-3-8b"))),
+        ("vllm:", json.dumps({"model_type": "llama", "num_key_value_heads": 8}).encode()),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        target = only_target("--source", prefix + where, "--target", prefix + where)
+        assert target["nbytes"] == 4096 * 131072
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert "standard input" in ask("--model", prefix + where)[2]
+
+
 CONFIGS = {
     "llama": (
         {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096},
@@ -376,12 +406,16 @@ def test_a_config_that_cannot_be_understood_is_refused(change: dict, says: str):
         (["--source", "llama-3-8b", "--target", "tp=2", "--tp", "4"], "tp=4"),
         (["--model", "lama-3-8b"], "did you mean llama-3-8b"),
         (["--model", "vllm:nowhere"], "nowhere"),
+        (["--model", "vllm:/dev"], "/dev/config.json"),
+        (["--model", "qwen3-next"], "unknown model 'qwen3-next'; known are"),
+        (["--model", "deepseek-v3.2"], "unknown model 'deepseek-v3.2'; known are"),
+        (["--model", "mistral-7b-v0.1"], "unknown model 'mistral-7b-v0.1'"),
         (["--model", "nowhere.json"], "nowhere.json"),
         (["--model", ""], "begins with a model"),
         (["--model", "'unclosed"], "quotation"),
         (["--model", "llama-3-8b frobs=3"], "frobs"),
         (["--model", "llama-3-8b tp=2 tp=4"], "twice"),
-        (["--model", "llama-3-8b", "--tp", "3"], "8 KV heads"),
+        (["--model", "llama-3-8b", "--tp", "3"], "do not share 8 KV heads"),
         (["--model", "llama-3-8b", "--tp", "0"], "tp"),
         (["--model", "llama-3-8b", "--tp", "1e3"], "whole number"),
         (["--model", "llama-3-8b", "--pp", "33"], "32 layers"),
@@ -421,6 +455,7 @@ def test_a_question_that_makes_no_sense_is_one_sentence(arguments: list[str], sa
         (b"\xff\xfe", "holds neither"),
         (b"[" * 100_000, "holds neither"),
         (b'{"num_hidden_layers": 3}', "write vllm:"),
+        (b'{"model_type": "llama"}', "write vllm:"),
         (b'{"groups": [], "dtype": "bfloat16", "layers": [0, 1, 1]}', "groups"),
         (b'{"groups": 3}', "holds neither"),
     ],
