@@ -30,6 +30,7 @@ from kvxfer.ports import Port, open_ports
 from kvxfer_nixl import _errors
 from kvxfer_nixl._ibverbs import without_exit_crash
 from kvxfer_nixl._lane import Lane, LaneWatch, Surroundings, predict
+from kvxfer_nixl._metadata import agent_name
 from kvxfer_nixl._module import find
 from kvxfer_nixl._options import Options
 from kvxfer_nixl._ucx import warn_of_open_ports
@@ -163,6 +164,7 @@ class NixlAgent(TransferAgent):
         self.ports: tuple[Port, ...] = tuple(sorted(open_ports() - before))
         """TCP ports that the backends opened, as far as the kernel tells."""
         warn_of_open_ports(self.ports)
+        self._knows_frame = self._reads_own_frame()
         self._segments = {MemoryKind.DRAM: self._bindings.DRAM_SEG, MemoryKind.VRAM: self._bindings.VRAM_SEG}
         self._backends_of = {kind: self._backends_for(kind) for kind in self._segments}
         # What the class declares holds for the defaults; this instance knows better.
@@ -260,6 +262,7 @@ class NixlAgent(TransferAgent):
             described = msgspec.msgpack.decode(native, type=_Native)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise PeerInfoError(f"cannot read the NIXL part of the description of {name!r}: {error}") from error
+        self._check_metadata(name, described.metadata)
         registered = frozenset(described.registered)
         known: _Peer | None = self._peers[name].native if name in self._peers else None
         if known is not None and not known.registered <= registered:
@@ -270,7 +273,8 @@ class NixlAgent(TransferAgent):
         except Exception as error:
             raise _errors.peer_error(error, name) from error
         if answered.decode(errors="replace") != name:
-            self._forget(answered)
+            if answered.decode(errors="replace") not in self._peers:
+                self._forget(answered)
             raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {answered!r}")
         if known is not None:
             known.registered = registered
@@ -279,6 +283,29 @@ class NixlAgent(TransferAgent):
         if watch.lane.fate_shared:
             self._warn_of_shared_fate(name)
         return _Peer(name, registered, watch)
+
+    def _check_metadata(self, name: str, metadata: bytes) -> None:
+        """NIXL reads metadata only if its frame is sound and it is of the agent ``name``. Raises PeerInfoError."""
+        if not self._knows_frame:
+            return
+        try:
+            found = agent_name(metadata)
+        except ValueError as error:
+            raise PeerInfoError(f"the description of {name!r} holds malformed NIXL metadata: {error}") from error
+        if found != name:
+            raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {found!r}")
+
+    def _reads_own_frame(self) -> bool:
+        """This NIXL's metadata has the frame that is known here; another version's may have another one."""
+        try:
+            return agent_name(self._agent.getLocalMD()) == self.name
+        except ValueError as error:
+            _log.warning(
+                "NIXL %s writes its metadata in another way than 1.5 (%s): what peers send is not checked before NIXL reads it",
+                self.module.version,
+                error,
+            )
+            return False
 
     def _disconnect(self, peer: Any) -> None:
         self._forget(peer.name)
