@@ -59,13 +59,15 @@ class Acquaintances:
         self.by_address: dict[str, Peer] = {}
         self._routers: dict[tuple[tuple[str, str], ...], Sequence[Router] | IncompatibleError] = {}
         """By address and epoch of each rank."""
+        self._bearers: dict[str, list[Peer]] = {}
+        """By name of a transfer agent, the peers that have brought it: several only where one engine is known by several addresses."""
         self._retirements = Timers()
         """By address, of peers that no lease needs."""
 
-    def need(self, address: str, rank: int, token: str) -> Peer:
-        """The peer at an address, for a lease that expects this rank there."""
+    def need(self, address: str, rank: int, token: str, owner: str) -> Peer:
+        """The peer at an address, for a lease that expects this rank of that engine there."""
         peer = self.by_address.setdefault(address, Peer(address, rank))
-        peer.needed_by[token] = None
+        peer.needed_by[token] = owner
         self._retirements.cancel(address)
         return peer
 
@@ -82,8 +84,7 @@ class Acquaintances:
             peer = self.by_address.pop(address)
             self._forget_routers(peer)
             self._out.append(Hangup(address))
-            if peer.agent_info:
-                self._out.append(ForgetAgent(peer.agent_info))
+            self._leave_agent(peer, peer.agent_name, peer.agent_info)
 
     def stood_still(self, now: float, late_s: float) -> None:
         """Time in which this process did not run is no silence of a peer; and what it said meanwhile is still to be read.
@@ -112,11 +113,17 @@ class Acquaintances:
 
     def welcomed(self, peer: Peer, message: Welcome, now: float) -> Welcomed:
         """The peer introduced itself, asked or not."""
-        old_agent, repeated = peer.agent_info, peer.is_met
+        if peer.changes_too_often(message, now, self._settings.retry_s):
+            self._metrics.count("kvxfer_refused_messages_total", reason="rate")
+            if peer.is_met:
+                peer.state = PeerState.UNKNOWN  # what it is now is asked when it is needed
+            return Welcomed.NOTHING
+        old_name, old_agent, repeated = peer.agent_name, peer.agent_info, peer.is_met
         gone = peer.welcomed(self._me, message, now)
+        if old_agent != peer.agent_info:
+            self._leave_agent(peer, old_name, old_agent)
+            self._take_agent(peer, now)
         self._metrics.count("kvxfer_handshakes_total", outcome="met" if peer.error is None else peer.error.code)
-        if old_agent and old_agent != peer.agent_info:
-            self._out.append(ForgetAgent(old_agent))
         if gone is not None:
             what = "%r at %s was restarted (epoch %r, before %r)"
             _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
@@ -167,6 +174,36 @@ class Acquaintances:
         if isinstance(known, IncompatibleError):
             raise IncompatibleError(known.axis, str(known))  # not the same one: its traceback would grow with each read
         return known
+
+    def _take_agent(self, peer: Peer, now: float) -> None:
+        """Note whose agent it is that a peer brings. One agent has one description: the first, or that of the engine that a lease names."""
+        if not peer.agent_name:
+            return
+        bearers = self._bearers.setdefault(peer.agent_name, [])
+        others = [other for other in bearers if other.agent_info != peer.agent_info]
+        if any(other.confirmed for other in others) or (others and peer.name not in peer.needed_by.values()):
+            self._refuse_agent(peer, others[0], now)
+            return
+        bearers.append(peer)
+        for other in others:
+            self._leave_agent(other, other.agent_name, other.agent_info)
+            self._refuse_agent(other, peer, now)
+
+    def _refuse_agent(self, peer: Peer, rival: Peer, now: float) -> None:
+        why = f"{peer.address} brings {peer.agent_name!r}, of which {rival.address} has brought another description"
+        _log.log(peer.complaint(now), "%s", why)
+        peer.refused(HandshakeError("agent", why))
+        peer.agent_info, peer.agent_name = b"", ""
+
+    def _leave_agent(self, peer: Peer, name: str, agent_info: bytes) -> None:
+        """A peer has another agent now, or is forgotten: its agent is forgotten too, unless another peer has it."""
+        bearers = self._bearers.get(name, [])
+        if peer in bearers:
+            bearers.remove(peer)
+        if not bearers:
+            self._bearers.pop(name, None)
+        if agent_info and not any(other.agent_info == agent_info for other in bearers):
+            self._out.append(ForgetAgent(agent_info))
 
     def _forget_routers(self, peer: Peer) -> None:
         for key in [key for key in self._routers if any(address == peer.address for address, _ in key)]:

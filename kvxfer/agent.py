@@ -95,6 +95,22 @@ class _AgentInfo(msgspec.Struct, frozen=True):
     native: bytes
 
 
+class _Named(msgspec.Struct, frozen=True):
+    name: str
+
+
+def described_name(info: bytes) -> str:
+    """Name of the agent that a description is of.
+
+    Raises:
+        PeerInfoError: not a description.
+    """
+    try:
+        return msgspec.msgpack.decode(info, type=_Named).name
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise PeerInfoError(f"cannot read the description of a peer: {error}") from error
+
+
 @dataclass(eq=False)
 class AgentPeer:
     """Another agent, as this one knows it. Made by `TransferAgent.connect`; only that agent may use it."""

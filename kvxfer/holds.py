@@ -262,7 +262,7 @@ class Holds:
                 self._claim(hold, number)
 
     def _claim(self, hold: Hold, number: int) -> None:
-        hold.claims.append(Claim(self._peers.need(hold.addresses[number], number, hold.ref.token)))
+        hold.claims.append(Claim(self._peers.need(hold.addresses[number], number, hold.ref.token, hold.ref.owner)))
 
     def _pump_claim(self, hold: Hold, claim: Claim, now: float) -> None:
         peer = claim.peer
@@ -293,6 +293,7 @@ class Holds:
     def _ask_grant(self, hold: Hold, claim: Claim, now: float) -> None:
         peer, mistake = claim.peer, hold.mistake(claim)
         if mistake is None:
+            peer.confirmed = True
             self._ask(claim, Open(to=peer.epoch, token=hold.ref.token, early=hold.ref.early), now)
         elif hold.state is HoldState.READING:
             self.stop_read(hold, mistake)

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from kvxfer.errors import HandshakeError
+from kvxfer.agent import described_name
+from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.wire import PROTOCOL, Hello, Welcome
 
 if TYPE_CHECKING:
     from kvxfer.layout import CacheSpec
+
+
+_MOST_CHANGES = 4.0
+"""Of its agent or epoch, that a peer may tell unasked one after the other."""
 
 
 @dataclass
@@ -48,17 +53,19 @@ class PeerState(str, Enum):
     REFUSED = "refused"
 
 
-@dataclass
+@dataclass(eq=False)
 class Peer:
     """The endpoint at one control address. Survives restarts of the process there, whose ``epoch`` then changes.
 
     Attributes:
         rank: that it is expected to be, by the lease that named it first or by its own word.
-        name, epoch, agent_info: of the process met last; empty before.
+        name, epoch: of the process met last; empty before.
+        agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
+        confirmed: a lease expects an engine of this name there.
         spec: of its cache; None before.
         addressable, slot_nbytes, casts, addresses: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
-        needed_by: tokens of the leases for which it is known, in the order in which they came.
+        needed_by: tokens of the leases for which it is known, in the order in which they came, and the engine that each expects.
         met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
     """
 
@@ -68,6 +75,8 @@ class Peer:
     name: str = ""
     epoch: str = ""
     agent_info: bytes = b""
+    agent_name: str = ""
+    confirmed: bool = False
     spec: CacheSpec | None = None
     addressable: bool = True
     slot_nbytes: int = 0
@@ -78,7 +87,9 @@ class Peer:
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
     complained_at: float = float("-inf")
-    needed_by: dict[str, None] = field(default_factory=dict)
+    needed_by: dict[str, str] = field(default_factory=dict)
+    _changes: float = _MOST_CHANGES
+    _changed_at: float = float("-inf")
 
     @property
     def is_met(self) -> bool:
@@ -105,12 +116,29 @@ class Peer:
             the epoch of the process known here before, if this is another one: whatever was agreed with it is void.
         """
         before = self.epoch if self.epoch and self.epoch != message.epoch else None
-        self.name, self.epoch, self.agent_info, self.met_at = message.name, message.epoch, message.agent_info, now
+        if (self.name, self.epoch) != (message.name, message.epoch):
+            self.confirmed = False
+        self.name, self.epoch, self.met_at = message.name, message.epoch, now
         self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
         self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
-        self.error = self._check(me, message)
-        self.state = PeerState.MET if self.error is None else PeerState.REFUSED
+        self.agent_info, self.agent_name = message.agent_info, ""
+        self.error = self._check(me, message) or self._check_agent(message)
+        self.state = PeerState.MET
+        if self.error is not None:
+            self.refused(self.error)
+            self.agent_info, self.agent_name = b"", ""
         return before
+
+    def changes_too_often(self, message: Welcome, now: float, every_s: float) -> bool:
+        """It introduces itself, unasked, with another agent or epoch than before, and has done so too often lately."""
+        if (message.agent_info, message.epoch) == (self.agent_info, self.epoch):
+            return False
+        self._changes = min(_MOST_CHANGES, self._changes + (now - self._changed_at) / every_s)
+        self._changed_at = now
+        if self.state is not PeerState.GREETED and self._changes < 1.0:
+            return True
+        self._changes = max(0.0, self._changes - 1.0)
+        return False
 
     def complaint(self, now: float) -> int:
         """Level at which to log what it does wrong: a warning once a second, so that nobody can fill a disk."""
@@ -122,6 +150,16 @@ class Peer:
     def refused(self, error: HandshakeError) -> None:
         """The peer will not be met; the next thing asked of it begins a new handshake."""
         self.state, self.error = PeerState.REFUSED, error
+
+    def _check_agent(self, message: Welcome) -> HandshakeError | None:
+        """The agent that it brings is its own, by its name. Another engine's could otherwise be replaced by way of it."""
+        try:
+            self.agent_name = described_name(message.agent_info)
+        except PeerInfoError as error:
+            return HandshakeError("agent", f"{message.name!r} brings no transfer agent that could be met: {error}")
+        if not self.agent_name.startswith(f"{message.name}/{message.rank}/{message.epoch}/"):
+            return HandshakeError("agent", f"{message.name!r} brings {self.agent_name!r}, which is no agent of its own")
+        return None
 
     def _check(self, me: Identity, message: Welcome) -> HandshakeError | None:
         name = message.name

@@ -20,7 +20,7 @@ from kvxfer.errors import (
     TransferError,
 )
 from kvxfer.lease import LeaseRef
-from tests.core.virtual import Reading, block_bytes, nothing_left, said, small_cache
+from tests.core.virtual import Reading, agent_info, block_bytes, nothing_left, said, small_cache
 
 
 def test_a_read_from_end_to_end(world, producer, consumer):
@@ -377,7 +377,7 @@ def test_a_welcome_that_does_not_fit(world, producer, consumer, change, code):
         "epoch": "e",
         "rank": 0,
         "agent": "inproc",
-        "agent_info": b"i",
+        "agent_info": agent_info("producer"),
         "spec": producer.spec,
     }
     consumer.consumer.received(producer.address, wire.Welcome(**{**fields, **change}), world.now)
@@ -471,12 +471,13 @@ def test_a_replaced_agent_is_used_for_the_next_read(world, producer, consumer):
     ref = producer.lease(1)
     consumer.hold(ref)
     world.settle()
-    world.by_agent[b"second agent"] = producer
-    producer.producer.agent_replaced(b"second agent")
+    second = agent_info(producer.name, 0, producer.epoch, 2)
+    world.by_agent[second] = producer
+    producer.producer.agent_replaced(second)
     producer.perform()
     world.settle()
     consumer.read(ref, 1)
-    assert world.readings[0].job.sources[0].agent_info == b"second agent"
+    assert world.readings[0].job.sources[0].agent_info == second
 
 
 # -- a producer that means ill or is broken ------------------------------------------------------------------------------

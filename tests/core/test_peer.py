@@ -8,14 +8,23 @@ import pytest
 from kvxfer.errors import HandshakeError
 from kvxfer.peer import Identity, Peer, PeerState
 from kvxfer.wire import PROTOCOL, Welcome
-from tests.core.virtual import small_cache
+from tests.core.virtual import agent_info, small_cache
 
 ME = Identity("me", "my epoch", "inproc", b"", small_cache().spec)
 
 
 def welcome(**changes):
-    fields = {"protocol": PROTOCOL, "name": "p", "epoch": "e1", "rank": 0, "agent": "inproc", "agent_info": b"a1"}
-    return Welcome(**{**fields, "spec": small_cache().spec, **changes})
+    fields = {
+        "protocol": PROTOCOL,
+        "name": "p",
+        "epoch": "e1",
+        "rank": 0,
+        "agent": "inproc",
+        "spec": small_cache().spec,
+    }
+    fields.update(changes)
+    own = agent_info(fields["name"], fields["rank"], fields["epoch"])
+    return Welcome(**{"agent_info": own, **fields})
 
 
 def test_from_unknown_to_met():
@@ -42,10 +51,11 @@ def test_another_process_is_noticed():
     """Repeated welcomes of the same process change nothing, nor does a new agent; a new epoch voids what was agreed."""
     peer = Peer("tcp://p:1")
     peer.welcomed(ME, welcome(), 0)
+    second = agent_info("p", 0, "e1", 2)
     assert peer.welcomed(ME, welcome(), 1) is None
-    assert peer.welcomed(ME, welcome(agent_info=b"a2"), 2) is None and peer.agent_info == b"a2"
+    assert peer.welcomed(ME, welcome(agent_info=second), 2) is None and peer.agent_info == second
     assert peer.welcomed(ME, welcome(epoch="e2"), 3) == "e1"
-    assert (peer.epoch, peer.agent_info, peer.met_at) == ("e2", b"a1", 3)
+    assert (peer.epoch, peer.agent_info, peer.met_at) == ("e2", agent_info("p", 0, "e2"), 3)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def small_cache(
     return KVCache.from_layers(layers, block_tokens=tokens, fingerprint=fingerprint, **more)
 
 
+def agent_info(name: str, rank: int = 0, epoch: str = "e", number: int = 1) -> bytes:
+    """Description of a transfer agent that no data thread will meet: its name is all there is to it."""
+    return msgspec.msgpack.encode({"name": f"{name}/{rank}/{epoch}/{number}"})
+
+
 def block_bytes(*ids: int) -> list[bytes]:
     """Blocks of a cache of one group, as a lease holds them."""
     return [np.array(ids, dtype="<u4").tobytes()]
@@ -148,7 +153,9 @@ class Node:
         self.board = LeaseBoard(CELLS, 4)
         self.table = LeaseTable(self.settings, self.board)
         self.out: list[Any] = []
-        self.identity = Identity(self.name, self.epoch, self.agent, f"{self.name}#{number}".encode(), self.spec)
+        self.identity = Identity(
+            self.name, self.epoch, self.agent, agent_info(self.name, self.spec.rank, self.epoch, number), self.spec
+        )
         self.producer = Producer(self.identity, self.table, self.settings, self.metrics, self.out)
         self.consumer = Consumer(self.identity, self.settings, self.metrics, self.out, self._routes)
         self.world.nodes[self.address] = self

@@ -30,6 +30,7 @@ from kvxfer.plan import plan
 from kvxfer.producer import Producer
 from kvxfer.route import Costs, Router
 from kvxfer.transfer import Transfer
+from tests.core.virtual import agent_info
 
 PEER = "tcp://peer:1"
 LEASES, STEPS = 8, 60
@@ -216,7 +217,7 @@ def seeds() -> list[Any]:
             epoch="p" * 16,
             rank=0,
             agent="inproc",
-            agent_info=b"peer",
+            agent_info=agent_info("peer", 0, "p" * 16),
             spec=SPEC,
             slot_nbytes=1 << 16,
         )
@@ -246,7 +247,7 @@ def seeds() -> list[Any]:
         ["say", "a", {**hello, "readers": 2, "reader": 1}], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$7", "early": True}],
         ["say", "b", hello], ["say", "b", {"type": "Open", "to": "$epoch", "token": "$7"}], ["announce", 7], ["offer", 7], ["offer", 7],
         ["revoke", 7], ["read", 4], ["say", "peer", {"type": "Revoked", "token": "$4", "reason": "gone"}], ["drop", 4],
-        ["say", "peer", {**welcome, "epoch": "q" * 16}], ["read", 5],
+        ["say", "peer", {**welcome, "epoch": "q" * 16, "agent_info": agent_info("peer", 0, "q" * 16)}], ["read", 5],
         ["say", "peer", {"type": "Refused", "code": "stale_epoch", "reason": "r", "epoch": "z"}],
         ["say", "peer", {"type": "Refused", "code": "ended_lease", "reason": "r", "epoch": "z", "token": "$5"}], ["wait", 700.0],
     ]  # fmt: skip
@@ -255,7 +256,7 @@ def seeds() -> list[Any]:
         ["say", "peer", {"type": "Refused", "code": "staging", "reason": "r", "epoch": "z", "token": "$7"}],
         ["say", "peer", {**grant, "token": "$7", "first_tokens": [4]}], ["wait", 1.0], ["drop", 7],
     ]  # fmt: skip
-    other = {**welcome, "epoch": "q" * 16, "agent_info": b"other"}
+    other = {**welcome, "epoch": "q" * 16, "agent_info": agent_info("peer", 0, "q" * 16)}
     restarted = [
         ["hold", 1], ["read", 2], ["hold", 3], ["hold", 4], ["say", "peer", welcome], ["say", "peer", grant], ["say", "peer", {**grant, "token": "$3"}],
         ["drop", 4], ["say", "peer", other], ["wait", 0.6], ["say", "peer", {**grant, "token": "$1"}], ["take", 1], ["done", 1],
