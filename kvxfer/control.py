@@ -10,10 +10,8 @@ encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never 
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hmac
-import ipaddress
-import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 import zmq
 from zmq.utils import z85
 
-from kvxfer import wire
+from kvxfer import addresses, wire
 from kvxfer.admission import Buckets, Verdict
 from kvxfer.errors import ConfigError, WireError
 from kvxfer.incoming import Incoming, most_connections
+from kvxfer.outgoing import Outgoing
 from kvxfer.wakeup import WakeUp
 
 if TYPE_CHECKING:
@@ -53,7 +52,12 @@ _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIV
 """Connections of hosts that are gone end after two minutes; a frozen process keeps its own."""
 
 _LONGEST_WAIT_S = 3600.0
-_LAST_PORT = 65_535
+
+_MOST_PORTS_TRIED = 20
+"""Free ports of one address that are tried until one is free for all addresses of a listener."""
+
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV)
+"""An address is not this machine's."""
 
 _HARD_LIMIT = 2
 """Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
@@ -73,6 +77,14 @@ class Inbound:
     message: wire.Message | None
     reason: str = ""
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """A peer that something was sent to cannot be connected to, as its name cannot be resolved; ``why`` is a sentence."""
+
+    address: str
+    why: str
 
 
 class Channel(Protocol):
@@ -98,8 +110,8 @@ class Channel(Protocol):
     def hangup(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
 
-    def receive(self, timeout_s: float | None) -> Iterable[Inbound]:
-        """What arrives within ``timeout_s``."""
+    def receive(self, timeout_s: float | None) -> Iterable[Inbound | Unreachable]:
+        """What arrives within ``timeout_s``, and what was found out of peers meanwhile."""
 
     def close(self) -> None:
         """End it."""
@@ -109,8 +121,13 @@ class ControlChannel:
     """Sockets of one endpoint. Only `wake` and `address` may be used by other threads.
 
     Args:
-        bind: ``tcp://host:port``; port 0 takes a free one. A host name is resolved.
+        bind: ``tcp://host:port``; port 0 takes a free one. A host name means all of its addresses that are this machine's,
+            ``localhost`` both loopback addresses, and ``*`` all addresses of both families.
         advertise: host by which peers reach it, if that differs (bound to all interfaces, NAT).
+
+    Attributes:
+        address: where peers find it, a number unless ``advertise`` is a name.
+        bound: the numbers that it listens on; ``*`` if that is all.
         secret: of all endpoints that may talk to each other.
         allow_unauthenticated: an address that other machines reach may be bound without one.
 
@@ -136,14 +153,17 @@ class ControlChannel:
         self._router = self._context.socket(zmq.ROUTER)
         self._buckets = Buckets(settings.max_messages_per_s)
         """By file descriptor of a connection that came in, or address of a peer."""
-        self._dealers: dict[str, zmq.Socket[bytes]] = {}
-        self._addresses: dict[zmq.Socket[bytes], str] = {}
         self._wakeup = WakeUp()
+        self._poller = zmq.Poller()
+        most = most_connections(settings)
+        self._outgoing = Outgoing(self._dealer, self._push, self._poller, self._wakeup.ring, max(8, most // 2))
         try:
-            resolved = _resolved(bind)
+            host, port = addresses.parse_bind(bind)
+            advertised = None if advertise is None else addresses.checked_host(advertise, f"advertise={advertise!r}")
+            numbers = [addresses.ANY] if host == addresses.ANY else addresses.resolve(host)
             if secret is None and not allow_unauthenticated:
-                _refuse_strangers(bind, resolved)
-            self._configure(self._router, ipv6="[" in resolved)
+                _refuse_strangers(bind, numbers)
+            self._configure(self._router)
             self._router.setsockopt(zmq.BACKLOG, 1024)
             self._router.setsockopt(zmq.SNDHWM, _MOST_REPLIES)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that is dropped is counted
@@ -154,17 +174,16 @@ class ControlChannel:
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._incoming = Incoming(self._router, settings, metrics, self._buckets.forget, secret=secret is not None)
-            self._router.bind(resolved)
-            self._incoming.address = bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+            self.bound, port = self._listen(numbers, port)
         except ConfigError:
             self.close()
             raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             self.close()
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
-        self.address: str = _advertised(bound, advertise)
-        self.loopback: bool = _is_loopback(resolved)
-        self._poller = zmq.Poller()
+        self.address: str = addresses.join(advertised or addresses.told(self.bound), port)
+        self._incoming.address = self.address
+        self.loopback: bool = all(map(addresses.is_loopback, self.bound))
         for readable in (self._router, self._incoming.monitor, self._zap, self._wakeup):
             self._poller.register(readable, zmq.POLLIN)
 
@@ -173,28 +192,13 @@ class ControlChannel:
         self._wakeup.ring()
 
     def send(self, address: str, message: wire.Message) -> None:
-        """Queue a message to the peer at ``address``.
+        """Queue a message to the peer at ``address``; if its name cannot be resolved, `receive` tells that later.
 
         Raises:
             ConfigError: it is no address that can be connected to.
         """
-        dealer = self._dealers.get(address)
-        if dealer is None:
-            try:
-                dealer = self._context.socket(zmq.DEALER)  # fails when this process is out of sockets
-                self._configure(dealer)
-                if self._secret is not None:
-                    dealer.setsockopt(zmq.CURVE_SERVERKEY, self._secret.listener.public)
-                    dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._secret.caller.public)
-                    dealer.setsockopt(zmq.CURVE_SECRETKEY, self._secret.caller.private)
-                dealer.connect(address)
-            except (zmq.ZMQError, ValueError, TypeError) as error:
-                if dealer is not None:
-                    dealer.close(0)
-                raise ConfigError(f"cannot connect to {address!r}: {error}") from error
-            self._dealers[address], self._addresses[dealer] = dealer, address
-            self._poller.register(dealer, zmq.POLLIN)
-        self._push(dealer, [wire.encode(message)])
+        if not self._outgoing.send(address, wire.encode(message)):
+            self._refused("unmet")
 
     def reply(self, connection: bytes, message: wire.Message) -> None:
         """Queue a message on a connection that came in; lost if the peer has gone."""
@@ -202,20 +206,18 @@ class ControlChannel:
 
     def hangup(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
-        dealer = self._dealers.pop(address, None)
+        self._outgoing.hangup(address)
         self._buckets.forget(address)
-        if dealer is not None:
-            del self._addresses[dealer]
-            self._poller.unregister(dealer)
-            dealer.close(0)
 
-    def receive(self, timeout_s: float | None) -> Iterator[Inbound]:
+    def receive(self, timeout_s: float | None) -> Iterator[Inbound | Unreachable]:
         """What arrives within ``timeout_s`` (None: wait until something does), or nothing after a `wake`.
 
         Returns earlier with nothing where ``timeout_s`` is longer than anybody needs.
         """
         timeout_s = _LONGEST_WAIT_S if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)
-        timeout_s = min(timeout_s, self._incoming.look())
+        unreachable = [Unreachable(address, why) for address, why in self._outgoing.look()]
+        yield from unreachable
+        timeout_s = 0.0 if unreachable else min(timeout_s, self._incoming.look(), self._outgoing.wait_s())
         timeout_ms = max(0, int(timeout_s * 1000) + 1)
         for readable, _ in self._poller.poll(timeout_ms):
             if readable is self._router:
@@ -224,21 +226,56 @@ class ControlChannel:
                 self._incoming.follow()
             elif readable is self._zap:
                 self._admit()
-            elif readable in self._addresses:
-                yield from self._drain(readable, self._addresses[readable])
-            else:
+            elif not isinstance(readable, zmq.Socket):
                 self._wakeup.clear()
+            else:
+                address = self._outgoing.address_of(readable)
+                if address is not None:  # else it was closed in this turn
+                    yield from self._drain(readable, address)
 
     def close(self) -> None:
         """Close every socket; what was queued last still has a moment to leave."""
-        self._dealers.clear()
-        self._addresses.clear()
+        self._outgoing.clear()
         self._wakeup.close()
         self._context.destroy(linger=200)
 
-    def _configure(self, sock: zmq.Socket[bytes], *, ipv6: bool = True) -> None:
-        # A listener with it would call its IPv4 addresses [::ffff:1.2.3.4].
-        sock.setsockopt(zmq.IPV6, int(ipv6))
+    def _listen(self, numbers: list[str], port: int) -> tuple[list[str], int]:
+        """Bind to all of these numbers that are this machine's, at one port. Returns which they are, and the port."""
+        for _ in range(_MOST_PORTS_TRIED):
+            bound: list[str] = []
+            found, last = port, zmq.ZMQError(errno.EADDRNOTAVAIL)
+            for number in numbers:
+                self._router.setsockopt(zmq.IPV6, int(addresses.is_ipv6(number)))
+                try:
+                    self._router.bind(addresses.join(number, found))
+                except zmq.ZMQError as error:
+                    last = error
+                    if error.errno in _NOT_HERE:
+                        continue
+                    if port == 0 and bound and error.errno == errno.EADDRINUSE:
+                        break  # another process has this port of this address
+                    raise
+                bound.append(number)
+                found = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+            else:
+                if not bound:
+                    raise last
+                return bound, found
+            for number in bound:
+                self._router.unbind(addresses.join(number, found))
+        raise last
+
+    def _dealer(self, ipv6: bool) -> zmq.Socket[bytes]:
+        dealer = self._context.socket(zmq.DEALER)
+        self._configure(dealer)
+        dealer.setsockopt(zmq.IPV6, int(ipv6))
+        if self._secret is not None:
+            dealer.setsockopt(zmq.CURVE_SERVERKEY, self._secret.listener.public)
+            dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._secret.caller.public)
+            dealer.setsockopt(zmq.CURVE_SECRETKEY, self._secret.caller.private)
+        return dealer
+
+    def _configure(self, sock: zmq.Socket[bytes]) -> None:
         sock.setsockopt(zmq.MAXMSGSIZE, max(_HARD_LIMIT * self._limit, _LEAST_HARD_LIMIT_NBYTES))
         sock.setsockopt(zmq.RCVHWM, _MOST_WAITING)
         sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
@@ -271,8 +308,10 @@ class ControlChannel:
                     self._cut(connection if address is None else address)
             else:
                 frames = [frame.bytes for frame in received]
-                source: bytes | str = frames.pop(0) if address is None else address
-                yield self._decode(source, frames)
+                inbound = self._decode(frames.pop(0) if address is None else address, frames)
+                if address is not None and inbound.message is not None:
+                    self._outgoing.heard(sock)
+                yield inbound
             if sock.closed:
                 return
 
@@ -319,49 +358,10 @@ def _descriptor(frame: zmq.Frame) -> int:
         return -1
 
 
-def _resolved(bind: str) -> str:
-    """ZeroMQ binds numbers and interfaces, people write names."""
-    scheme, _, rest = bind.partition("://")
-    host, colon, port = rest.rpartition(":")
-    if scheme != "tcp" or not colon or not port.isdecimal() or int(port) > _LAST_PORT:
-        raise ConfigError(f"a control address is tcp://host:port, not {bind!r}")
-    host = host.strip("[]")
-    if host in ("*", ""):
-        return f"tcp://*:{port}"
-    found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    family, *_, sockaddr = min(found, key=lambda f: f[0] != socket.AF_INET)
-    literal = f"[{sockaddr[0]}]" if family == socket.AF_INET6 else str(sockaddr[0])
-    return f"tcp://{literal}:{port}"
-
-
-def _is_loopback(resolved: str) -> bool:
-    host = resolved.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    return host != "*" and ipaddress.ip_address(host.partition("%")[0]).is_loopback
-
-
-def _refuse_strangers(bind: str, resolved: str) -> None:
-    if not _is_loopback(resolved):
+def _refuse_strangers(bind: str, numbers: list[str]) -> None:
+    if not all(map(addresses.is_loopback, numbers)):
         raise ConfigError(
             f"{bind} can be reached from other machines, and without a secret whoever reaches it may ask for KV: set "
             "KVXFER_SECRET_FILE to a file that holds the same secret on all servers, or allow_unauthenticated "
             "(KVXFER_ALLOW_UNAUTHENTICATED=1) in a network where everybody may"
         )
-
-
-def _advertised(bound: str, advertise: str | None) -> str:
-    host, _, port = bound.removeprefix("tcp://").rpartition(":")
-    if advertise is not None:
-        host = f"[{advertise}]" if ":" in advertise and not advertise.startswith("[") else advertise
-    elif host in ("0.0.0.0", "[::]", "*"):  # noqa: S104 - compared, not bound
-        host = _own_address()
-    return f"tcp://{host}:{port}"
-
-
-def _own_address() -> str:
-    """The address of the interface that the default route uses; no packet is sent to find it."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # TEST-NET-1, never a real host
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"

@@ -13,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
+from kvxfer.control import Unreachable
 from kvxfer.defects import Defects
 from kvxfer.errors import ConfigError, InternalError
 
@@ -156,8 +157,12 @@ class Driver:
             self._guarded(lambda: self.producer.stood_still(now, late_s))
             self._guarded(lambda: self.consumer.stood_still(now, late_s))
 
-    def _take(self, inbound: Inbound) -> None:
-        source, message, now = inbound.source, inbound.message, self._now()
+    def _take(self, inbound: Inbound | Unreachable) -> None:
+        now = self._now()
+        if isinstance(inbound, Unreachable):
+            self._guarded(lambda: self.consumer.unreachable(inbound.address, inbound.why, now))
+            return
+        source, message = inbound.source, inbound.message
         token = getattr(message, "token", "")
         if isinstance(source, bytes):
             if message is None:

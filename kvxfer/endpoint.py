@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvxfer import arguments, registry
+from kvxfer.addresses import parse
 from kvxfer.blocks import ids_to_wire, tables
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
@@ -55,10 +56,11 @@ class Endpoint:
         cache: this rank's KV cache. Its memory must stay where it is until `close`.
         agent: what moves the bytes: a name of the registry, or a callable that makes an agent from its name. A callable that has an
             argument ``loopback_only`` is told by it whether ``bind`` is reached from this machine only (see `TransferAgent`).
-        bind: control address to listen on, ``tcp://host:port``; port 0 takes a free one (see `address`).
+        bind: control address to listen on, ``tcp://host:port``; port 0 takes a free one (see `address`). A host name means all of
+            its addresses that this machine has, ``localhost`` both loopback addresses, ``*`` all addresses of IPv4 and IPv6.
         name: of this engine, unique among its peers and new at each start; random by default.
         agent_options: for the adapter, see its documentation. Only with a registry name.
-        advertise: host by which peers reach ``bind``, if that is not what was bound.
+        advertise: host by which peers reach ``bind``, if that is not what was bound: a numeric address or a name, without a port.
         settings: times and limits; by default from the environment, see `Settings.resolve`.
         convert: elements of other dtypes may be converted on the way into this cache; else such a producer is refused.
         costs: by which routes are chosen; by default as ``kvxfer bench calibrate`` measured them, see `Costs.load`.
@@ -107,6 +109,8 @@ class Endpoint:
         self.name: str = name if name is not None else f"{socket.gethostname()}-{secrets.token_hex(6)}"
         if not 0 < len(arguments.text(self.name, "name")) <= MAX_NAME:
             raise ConfigError(f"name must have 1 to {MAX_NAME} characters, not {len(self.name)}")
+        if not self.name.isprintable():
+            raise ConfigError(f"name must be printable, for it stands in logs and messages: {self.name!r}")
         self.cache: KVCache = cache
         self._events = Events(self.metrics)
         self._ended = TransferEnds(self.metrics, self._events)
@@ -247,7 +251,9 @@ class Endpoint:
         """
         try:
             checked = msgspec.convert(list(addresses), list[Address])
-        except (msgspec.ValidationError, TypeError) as error:
+            for address in checked:
+                parse(address)
+        except (msgspec.ValidationError, ConfigError, TypeError) as error:
             raise ConfigError(f"addresses of ranks: {error}") from error
         if len(checked) != self.cache.spec.world:
             raise ConfigError(f"{len(checked)} addresses for {self.cache.spec.world} ranks")

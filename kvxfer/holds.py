@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_MOST_UNMET = 32
+"""Ranks of one lease at once that are to be met. A first rank may name any addresses as those of the others."""
+
 
 class Holds:
     """Leases by their token.
@@ -255,11 +258,16 @@ class Holds:
             self._timers.set(hold.ref.token, min(dues))
 
     def _spread(self, hold: Hold) -> None:
-        """Once the first rank was met, claim the lease at the others: a stranger's reference opens one connection only."""
+        """Once the first rank was met, claim the lease at the others, as many at a time as may be unmet.
+
+        So a stranger's reference opens one connection only.
+        """
         first = hold.claims[0]
         if not hold.spread and first.peer.is_met and hold.mistake(first) is None:
-            for number in range(1, len(hold.addresses)):
-                self._claim(hold, number)
+            unmet = sum(not claim.peer.is_met for claim in hold.claims)
+            while not hold.spread and unmet < _MOST_UNMET:
+                self._claim(hold, len(hold.claims))
+                unmet += not hold.claims[-1].peer.is_met
 
     def _claim(self, hold: Hold, number: int) -> None:
         hold.claims.append(Claim(self._peers.need(hold.addresses[number], number, hold.ref.token, hold.ref.owner)))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from kvxfer.errors import LeaseRefError, shown
+from kvxfer import addresses
+from kvxfer.errors import ConfigError, LeaseRefError, shown
 from kvxfer.layout import MAX_RANKS
 from kvxfer.wire import Address, Name, Token
 
@@ -40,7 +41,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = REF_VERSION
     token: Token
-    owner: Name
+    owner: Annotated[Name, msgspec.Meta(min_length=1)]
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
@@ -105,7 +106,9 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         try:
             ref = msgspec.convert(obj, cls)
             msgspec.json.encode(ref)  # half of a surrogate pair passes the conversion, and no message can carry it
-        except (msgspec.ValidationError, ValueError, RecursionError) as error:
+            for address in ref.addresses:
+                addresses.parse(address)
+        except (msgspec.ValidationError, ConfigError, ValueError, RecursionError) as error:
             raise LeaseRefError(f"malformed lease: {error}") from error
         if ref.v != REF_VERSION:
             raise LeaseRefError(f"lease of version {ref.v}; this kvxfer knows {REF_VERSION}")

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
+from kvxfer import addresses
 from kvxfer.config import Settings
 from kvxfer.errors import ConfigError
 
@@ -159,11 +159,13 @@ def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[
     The data parallel index is added to the port, as NixlConnector does; port 0 takes any free port.
 
     Raises:
-        ConfigError: a port is no number from 0 to 65535.
+        ConfigError: a port is no number from 0 to 65535, or a host is none.
     """
     host, port = "localhost", 5600
     for name in ("VLLM_NIXL_SIDE_CHANNEL", "KVXFER_SIDE_CHANNEL"):
-        host = environ.get(f"{name}_HOST") or host
+        given = environ.get(f"{name}_HOST")
+        if given:
+            host = given if given == addresses.ANY else addresses.checked_host(given, f"{name}_HOST={given}")
         text = environ.get(f"{name}_PORT") or ""
         if text:
             if not text.isdecimal() or int(text) > 2**16 - 1:
@@ -177,17 +179,9 @@ def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[
 
 def tcp_address(host: str, port: int) -> str:
     """A control address; an IPv6 host gets the brackets that it needs there."""
-    return f"tcp://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp://{host}:{port}"
+    return addresses.join(host, port)
 
 
 def advertised(host: str) -> str:
-    """The host that others are told: the listening one, unless that means "all interfaces", then this machine's address."""
-    if host.strip("[]") not in ("*", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        return host
-    # The source address that the kernel would use; connecting a UDP socket sends nothing.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
+    """The host that others are told: this machine's address for "all interfaces", a number for ``localhost``, else what is given."""
+    return addresses.told_host(host)

@@ -13,8 +13,9 @@ import pytest
 import zmq
 
 from kvxfer import wire
+from kvxfer.addresses import join
 from kvxfer.config import Settings
-from kvxfer.control import ControlChannel, _advertised
+from kvxfer.control import ControlChannel
 from kvxfer.errors import ConfigError
 from kvxfer.metrics import Metrics
 from kvxfer.secret import Secret
@@ -254,7 +255,7 @@ def test_names_are_resolved_and_advertised():
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics(), "example.org")
     assert channel.address.startswith("tcp://example.org:")
     channel.close()
-    assert _advertised("tcp://[::]:5", "fe80::1") == "tcp://[fe80::1]:5"
+    assert join("fe80::1", 5) == "tcp://[fe80::1]:5"
 
 
 @pytest.mark.parametrize(

@@ -434,7 +434,7 @@ def test_an_agent_that_cannot_be_made_is_the_callers_news():
 def test_addresses_that_are_nobodys(pair):
     """Reads from addresses where nobody lives fail in time and by name, and delay no read of a living peer."""
     source, sink = pair
-    nobody = ["tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5", "tcp://127.0.0.1:99999", "tcp://127.0.0.1:0"]
+    nobody = ["tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5"]
     lost = [sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[a]), [1]) for a in nobody]
     assert sink.endpoint.read(source.endpoint.lease([3]), [3]).wait(2.5)
     for transfer in lost:
