@@ -148,7 +148,23 @@ def test_side_channel_variables():
 def test_all_interfaces_are_not_told_to_others():
     """Listening on all interfaces, a server tells others an address that they can connect to."""
     assert advertised("10.1.2.3") == "10.1.2.3"
-    assert advertised("0.0.0.0") not in ("0.0.0.0", "")
+    for everything in ("0.0.0.0", "*", "::", "[::]"):
+        assert advertised(everything) not in (everything, "")
+
+
+def test_localhost_is_told_as_a_number():
+    """What ``localhost`` means is for each hosts file to say, so others are told a number; other names they look up themselves."""
+    assert advertised("localhost") == "127.0.0.1"
+    assert advertised("prefill-0.svc") == "prefill-0.svc"
+
+
+def test_the_host_of_the_side_channel_is_checked():
+    """A host that cannot be one ends the start, by the variable's name."""
+    assert side_channel({"KVXFER_SIDE_CHANNEL_HOST": "[::1]"}, 0) == ("::1", 5600)
+    assert side_channel({"KVXFER_SIDE_CHANNEL_HOST": "*"}, 0) == ("*", 5600)
+    for host in ("a b", "10.0.0.1:5600", "tcp://h"):
+        with pytest.raises(ConfigError, match="KVXFER_SIDE_CHANNEL_HOST="):
+            side_channel({"KVXFER_SIDE_CHANNEL_HOST": host}, 0)
 
 
 def test_ipv6_addresses():
