@@ -25,10 +25,10 @@ from kvxfer.errors import IncompatibleError
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
 from kvxfer.part import Match
 from kvxfer.plan import common
-from kvxfer.segment import Span, content_sizes, record_of
+from kvxfer.segment import Span, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -90,24 +90,43 @@ def _in_line(blocks: int, first_token: int, block_tokens: int) -> Table:
     return Table(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
 
 
+class Component(NamedTuple):
+    """What a layer holds of a record, in the order of the content.
+
+    Attributes:
+        nbytes: of one token of one head.
+        element_nbytes: of its elements, where those of a token are not side by side; else 0.
+    """
+
+    name: str
+    nbytes: int
+    element_nbytes: int
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Cells of a part that go into one kind of chunk.
+    """Cells of a part that go into one kind of chunk: layers of which the same heads are given, in the same components.
 
     Attributes:
         group: the target's group; ``source_group`` the source's.
+        heads: an interval of them, all of which the part gives.
+        components: of each of its layers, on the side that is imitated.
         layers: numbers at the source and at the target.
-        token_nbytes: bytes of one token of one layer in the image.
-        block_tokens: tokens of one of its blocks.
+        block_tokens: tokens of one block of the image.
     """
 
     source_group: int
     group: int
     record: str
     heads: Span
+    components: tuple[Component, ...]
     layers: tuple[tuple[int, int], ...]
-    token_nbytes: int
     block_tokens: int
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token of one layer in the image."""
+        return sum(each.nbytes for each in self.components) * (self.heads[1] - self.heads[0])
 
 
 class Images:
@@ -198,32 +217,28 @@ class Images:
             raise IncompatibleError("staging", f"{what}, a staging slot has {self.slot_nbytes}: give the arena more")
 
     def _tiles(self) -> Iterator[Tile]:
-        heads: dict[tuple[int, int, str, int, int], Span] = {}
+        heads: dict[tuple[int, int, str, tuple[int, int]], set[Span]] = defaultdict(set)
         for each in self.part.overlaps:
-            key = (each.source_group, each.target_group, record_of(each.source.region.component), *_layers(each))
-            known = heads.get(key, each.heads)
-            heads[key] = min(known[0], each.heads[0]), max(known[1], each.heads[1])
-        same: dict[tuple[int, int, str, Span, int], list[tuple[int, int]]] = defaultdict(list)
-        for (source_group, group, record, a, b), span in heads.items():
-            same[source_group, group, record, span, self._record_nbytes(source_group, group, record, (a, b))].append(
-                (a, b)
-            )
-        for (source_group, group, record, span, nbytes), layers in same.items():
-            ordered = tuple(sorted(layers, key=lambda pair: pair[1]))
+            record = record_of(each.source.region.component)
+            heads[each.source_group, each.target_group, record, _layers(each)].add(each.heads)
+        # Heads between two intervals are another rank's to give, and may not be here yet; components of another size are
+        # other components, though their sum be equal.
+        same: dict[tuple[int, int, str, Span, tuple[Component, ...]], list[tuple[int, int]]] = defaultdict(list)
+        held: dict[tuple[int, int], dict[tuple[int, str], tuple[Component, ...]]] = {}
+        for (source_group, group, record, layers), spans in heads.items():
+            components = held.get((source_group, group))
+            if components is None:
+                components = held[source_group, group] = _components(self._group(source_group, group))
+            mine = components[layers[0] if self._like == "source" else layers[1], record]
+            for span in _joined(spans):
+                same[source_group, group, record, span, mine].append(layers)
+        for (source_group, group, record, span, mine), pairs in same.items():
+            ordered = tuple(sorted(pairs, key=lambda pair: pair[1]))
             tokens = self._block_tokens(source_group, group, record)
-            yield Tile(source_group, group, record, span, ordered, nbytes * (span[1] - span[0]), tokens)
+            yield Tile(source_group, group, record, span, mine, ordered, tokens)
 
     def _group(self, source_group: int, group: int) -> CacheGroup:
         return self.part.source.groups[source_group] if self._like == "source" else self.part.target.groups[group]
-
-    def _components(self, source_group: int, group: int, record: str, layer: tuple[int, int]) -> dict[str, int]:
-        """Bytes of one token of one head, by component, in the order of the content."""
-        number = layer[0] if self._like == "source" else layer[1]
-        sizes = content_sizes(self._group(source_group, group))
-        return {name: size for (n, name), size in sorted(sizes.items()) if n == number and record_of(name) == record}
-
-    def _record_nbytes(self, source_group: int, group: int, record: str, layer: tuple[int, int]) -> int:
-        return sum(self._components(source_group, group, record, layer).values())
 
     def _block_tokens(self, source_group: int, group: int, record: str) -> int:
         regions = self._group(source_group, group).regions
@@ -237,12 +252,6 @@ class Images:
             if record_of(region.component) == tile.record and region.layout is not None:
                 return region.layout
         return KVLayout.LBHNC
-
-    @staticmethod
-    def _element_nbytes(group: CacheGroup, component: str, order: KVLayout) -> int:
-        """Of the elements of a token, where the side that is imitated has them apart, with the tokens inside."""
-        sizes = {region.element_nbytes for region in group.regions if region.component == component}
-        return max(sizes) if order.axes[-1] == "token" else 0
 
     def _shape(self, tile: Tile, tokens: int) -> tuple[int, int]:
         """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
@@ -273,8 +282,9 @@ class Images:
         for side, spec in ((0, self.part.source), (1, self.part.target)):
             numbers = tuple(pair[side] for pair in pairs)
             regions, end = [], 0
-            for component, nbytes in self._components(tile.source_group, tile.group, tile.record, pairs[0]).items():
-                strides, element = order.strides(extents, nbytes), self._element_nbytes(group, component, order)
+            for component, nbytes, element_nbytes in tile.components:
+                strides = order.strides(extents, nbytes)
+                element = element_nbytes if order.axes[-1] == "token" else 0
                 if element:  # as there: the tokens of an element side by side, instead of the elements of a token
                     strides = msgspec.structs.replace(strides, token=element)
                 stride = element * block_tokens
@@ -330,3 +340,24 @@ def digest(packed: npt.NDArray[np.uint8]) -> bytes:
 
 def _layers(each: Overlap) -> tuple[int, int]:
     return each.source.region.layers[each.source.position], each.target.region.layers[each.target.position]
+
+
+def _components(group: CacheGroup) -> dict[tuple[int, str], tuple[Component, ...]]:
+    """By layer and record."""
+    found: dict[tuple[int, str], list[Component]] = defaultdict(list)
+    for region in group.regions:
+        for layer in region.layers:
+            made = Component(region.component, region.content_nbytes, region.element_nbytes)
+            found[layer, record_of(region.component)].append(made)
+    return {cell: tuple(sorted(components)) for cell, components in found.items()}
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """Intervals as few that have nothing between them."""
+    joined: list[Span] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], stop)
+        else:
+            joined.append((start, stop))
+    return joined
