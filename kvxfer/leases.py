@@ -255,6 +255,16 @@ class LeaseTable:
         stands = lease is not None and lease.readable and holder in lease.waiting()
         return lease if stands else None
 
+    def why_not_held(self, token: str, holder: Holder) -> LeaseError:
+        """Why this process may not read the blocks of a lease now."""
+        try:
+            lease = self._find(token)
+        except LeaseError as error:
+            return error
+        if lease.holders.get(holder.rank) == holder and holder.rank in lease.settled:
+            return LeaseEndedError(f"rank {holder.rank} has settled lease {shown(token)}")
+        return LeaseUnknownError(f"no lease {shown(token)} is held by rank {holder.rank} of {holder.name!r}")
+
     def renew(self, tokens: Sequence[str], holder: Holder, now: float) -> list[str]:
         """Extend what this holder still waits for; returns the tokens of leases that do not stand."""
         ended = []

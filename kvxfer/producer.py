@@ -409,8 +409,9 @@ class Producer:
     def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:
         lease = self._table.held(message.token, holder)
         if lease is None:
-            why = f"no lease {shown(message.token)} is held by rank {holder.rank} of {holder.name!r}"
-            self._refuse(connection, "unknown_lease", why, message.token, counted=True)
+            error = self._table.why_not_held(message.token, holder)
+            code = "ended_lease" if isinstance(error, LeaseEndedError) else "unknown_lease"
+            self._refuse(connection, code, str(error), message.token, counted=True)
             return
         key = PackKey(message.token, holder.rank)
         chunks = self._chunks.setdefault(key, _Chunks())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import replace
@@ -162,6 +163,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
     # The limit is the process's, however many ranks live in it.
     settings = replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
     engine_id = vllm_config.kv_transfer_config.engine_id
+    secret = Secret.resolve(file=options.secret_file)
     endpoints: list[Endpoint] = []
     try:
         for cache in caches:
@@ -173,7 +175,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
                 agent_options=options.for_agent(),
                 advertise=advertised(host),
                 settings=settings,
-                secret=Secret.resolve(file=options.secret_file),
+                secret=secret,
                 allow_unauthenticated=options.allow_unauthenticated,
                 verify=options.verify,
             )
@@ -188,11 +190,23 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
         addresses = _of_all_ranks([endpoint.address for endpoint in endpoints], caches[0].spec.world)
         for endpoint in endpoints:
             endpoint.join(addresses)
-    except BaseException:
+    except BaseException as error:
         for endpoint in endpoints:
             endpoint.close()
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{error}{_what_to_set(error)}") from error
         raise
     return endpoints
+
+
+def _what_to_set(error: ConfigError) -> str:
+    """What helps when the side channel could not be bound; nothing for other errors."""
+    number = getattr(error.__cause__, "errno", None)
+    if number == errno.EADDRINUSE:
+        return (
+            "; another process has the side channel's port: set KVXFER_SIDE_CHANNEL_PORT to a free one, or to 0 for any"
+        )
+    return "; the side channel's host is KVXFER_SIDE_CHANNEL_HOST" if number is not None else ""
 
 
 def _of_all_ranks(addresses: Sequence[str], world: int) -> Sequence[str]:

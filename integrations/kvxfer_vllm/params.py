@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
 from kvxfer.layout import MAX_RANKS
 from kvxfer.lease import LeaseRef
@@ -89,12 +90,20 @@ class Role:
         engine_id: of this server.
         is_producer, is_consumer: from vLLM's ``kv_role``.
         push: requests may be sent to both servers at once.
+        addresses: side channels of this server, as far as they are known.
     """
 
     engine_id: str
     is_producer: bool
     is_consumer: bool
     push: bool = True
+    addresses: tuple[str, ...] = ()
+
+    def made(self, lease: LeaseRef) -> bool:
+        """A lease is of this server itself, and not only of one that was given the same engine_id."""
+        if lease.owner != self.engine_id or not self.is_producer:
+            return False
+        return not self.addresses or any(_same_place(a, own) for a in lease.addresses for own in self.addresses)
 
 
 def parse(params: object, role: Role, request_id: str = "") -> Serve | Fetch | Meet | Refused | None:
@@ -158,13 +167,13 @@ def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
     wrong = _checked_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _checked_sizes(params)
     if wrong is not None:
         return wrong
-    if params["remote_engine_id"] == role.engine_id:
-        return Refused(Refusal.OWN_ENGINE, "the prefill server is this engine")
     owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
     try:
-        LeaseRef.shared("", owner=owner, addresses=[address])
+        lease = LeaseRef.shared("", owner=owner, addresses=[address])
     except LeaseRefError as error:
         return Refused(Refusal.BAD_TYPE, f"no prefill server can be there: {error}")
+    if role.made(lease):
+        return Refused(Refusal.OWN_ENGINE, "the prefill server is this engine")
     return _key(params, lambda key: Meet(owner, address, key))
 
 
@@ -191,13 +200,22 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
         return wrong
     if params.get("transfer_mode", "pull") != "pull":
         return Refused(Refusal.OTHER_MODE, "transfer_mode is not 'pull'")
-    if lease.owner == role.engine_id:
+    if role.made(lease):
         return Refused(Refusal.OWN_ENGINE, "the lease was made by this engine")
     if params["remote_engine_id"] != lease.owner or params["remote_request_id"] != lease.request:
         return Refused(Refusal.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return Refused(Refusal.CONTRADICTION, "remote_num_tokens is not the lease's")
     return _checked_blocks(params.get("remote_block_ids"), lease) or Fetch(lease)
+
+
+def _same_place(address: str, own: str) -> bool:
+    """An address leads to this server, as far as can be told without asking for names."""
+    host, port = addresses.parse(address)
+    own_host, own_port = addresses.parse(own)
+    numbers, own_numbers = addresses.numbers(host) or [], addresses.numbers(own_host) or []
+    here = host == own_host or any(number in own_numbers or addresses.is_loopback(number) for number in numbers)
+    return port == own_port and here
 
 
 def _checked_keys(params: Mapping[str, Any], names: Iterable[str]) -> Refused | None:
@@ -252,6 +270,10 @@ def response(lease: LeaseRef, block_ids: Sequence[int], *, host: str, port: int,
     }
 
 
+class TokenIdError(ValueError):
+    """A prompt has something for a token id that cannot be one."""
+
+
 def shared_name(request_id: str) -> str:
     """What two servers call a request that came with one ``X-Request-Id``: vLLM adds eight random hex digits on each."""
     return _RANDOM_SUFFIX.sub("", request_id)
@@ -271,9 +293,15 @@ def prompt_digest(
         mm_items: content hash and position in the prompt of each image, sound, ...; their tokens are placeholders.
         lora: name of the LoRA adapter.
         cache_salt: what keeps one tenant's prefix cache from another's.
+
+    Raises:
+        TokenIdError: a token id is no whole number, or needs more than 32 bits.
     """
     # One list holds what is not tokens, in a form in which no two different values look alike.
     context = repr((len(token_ids), list(mm_items), lora, cache_salt)).encode()
     digest = hashlib.blake2b(context, digest_size=16)
-    digest.update(array.array("i", token_ids).tobytes())
+    try:
+        digest.update(array.array("i", token_ids).tobytes())
+    except (OverflowError, TypeError) as error:
+        raise TokenIdError(f"a token id of the prompt is no whole number of 32 bits: {error}") from error
     return digest.hexdigest()

@@ -34,10 +34,12 @@ class Refusal(str, enum.Enum):
     OTHER_MODE = "other_mode"
     """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
     OWN_ENGINE = "own_engine"
-    """The lease is this engine's own."""
+    """The lease is this server's own, or the prefill server that is named is this one."""
     OTHER_PROMPT = "other_prompt"
     """The lease is for another prompt than the one that came with it."""
     LEASE_USED = "lease_used"
     """Another request on this server has, or had, the same lease (``n`` > 1, several prompts in one call, a replay)."""
     NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
     """The prompt has no token ids (embeddings) or can still grow (streaming input)."""
+    BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
+    """A token id of the prompt needs more than 32 bits, or is no whole number."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
@@ -23,7 +23,18 @@ from kvxfer.errors import ConfigError
 from kvxfer.lease import LeaseRef
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.params import Fetch, Meet, Refused, Role, Serve, parse, prompt_digest, response, shared_name
+from kvxfer_vllm.params import (
+    Fetch,
+    Meet,
+    Refused,
+    Role,
+    Serve,
+    TokenIdError,
+    parse,
+    prompt_digest,
+    response,
+    shared_name,
+)
 from kvxfer_vllm.reasons import Refusal
 from kvxfer_vllm.stats import KvxferStats
 
@@ -86,11 +97,14 @@ class KvxferScheduler:
         self._block_tokens = block_tokens
         self._host = host
         self._port = port
-        self._addresses: tuple[str, ...] = (tcp_address(host, port),) if port else ()
+        self._addresses: tuple[str, ...] = ()
+        if port:
+            self._listens_at((tcp_address(host, port),))
         self._serving: dict[str, _Serving] = {}
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
         self._fetching: dict[str, _Fetching] = {}
         self._leases_used: OrderedDict[str, None] = OrderedDict()
+        self._namesake_told = False
         self._step = KvxferMetadata()
         self.stats = KvxferStats()
 
@@ -106,7 +120,7 @@ class KvxferScheduler:
         found = {rank: told.address for rank, told in handshakes.items() if isinstance(told, KvxferHandshake)}
         ranks = range(self._tp_size)
         if 0 in found:
-            self._addresses = tuple(found[rank] for rank in (ranks if sorted(found) == list(ranks) else (0,)))
+            self._listens_at(tuple(found[rank] for rank in (ranks if sorted(found) == list(ranks) else (0,))))
             self._port = int(self._addresses[0].rpartition(":")[2])
         elif not self._addresses:
             raise ConfigError(
@@ -119,24 +133,31 @@ class KvxferScheduler:
     def on_new_request(self, request: Request) -> None:
         """Judge a request's parameters once; a consumer's lease is held from here on."""
         asked = parse(request.kv_transfer_params, self._role, request.request_id)
-        if asked is not None and not isinstance(asked, Refused):
-            asked = self._judge_prompt(request, asked)
+        lease: LeaseRef | None = None
+        try:
+            if asked is not None and not isinstance(asked, Refused):
+                asked = self._judge_prompt(request, asked)
+            if isinstance(asked, Serve):
+                lease = self._lease(request, asked.key)
+        except TokenIdError as error:
+            asked = Refused(Refusal.BAD_TOKEN_IDS, str(error))
         if isinstance(asked, Refused):
-            self.stats.count("refused_params", label=asked.reason.value)
-            logger.warning(
-                "Request %s: kv_transfer_params refused (%s: %s); it is computed locally.",
-                request.request_id,
-                asked.reason.value,
-                asked.detail,
-            )
+            if not _aborted_already(request):  # else vLLM has rejected it, and it is not computed at all
+                self.stats.count("refused_params", label=asked.reason.value)
+                logger.warning(
+                    "Request %s: kv_transfer_params refused (%s: %s); it is computed locally.",
+                    request.request_id,
+                    asked.reason.value,
+                    asked.detail,
+                )
             if asked.reason is Refusal.NOT_AN_OBJECT:
                 # vLLM 0.32 calls .get() on it right after this hook, and its engine would not survive that.
                 request.kv_transfer_params = None
-        elif isinstance(asked, Serve):
-            lease = self._lease(request, asked.key)
+        elif lease is not None:
             self._serving[request.request_id] = _Serving(lease, [])
             self._step.announce.append(lease)
         elif isinstance(asked, Fetch):
+            self._warn_of_namesake(asked.lease)
             self._fetching[request.request_id] = _Fetching(asked.lease)
             _remember(self._leases_used, asked.lease.token)
             if not _aborted_already(request):
@@ -283,6 +304,21 @@ class KvxferScheduler:
         if serving.sealed < complete <= len(serving.blocks):
             self._step.seal.append(Seal(serving.lease, serving.blocks[:complete], serving.sealed))
             serving.sealed = complete
+
+    def _listens_at(self, addresses: tuple[str, ...]) -> None:
+        self._addresses = addresses
+        self._role = replace(self._role, addresses=addresses)
+
+    def _warn_of_namesake(self, lease: LeaseRef) -> None:
+        """Say once that two servers have one engine_id: transfers work, but routers, logs and metrics cannot tell them apart."""
+        if lease.owner == self._role.engine_id and not self._namesake_told:
+            self._namesake_told = True
+            logger.warning(
+                'The server at %s has the engine_id %r, as this one has: give each server its own ("engine_id" in '
+                "--kv-transfer-config).",
+                lease.addresses[0],
+                lease.owner,
+            )
 
     def _judge_prompt(self, request: Request, asked: Serve | Fetch | Meet) -> Serve | Fetch | Refused:
         """What only the request itself, and the other requests, can tell about its parameters."""

@@ -562,7 +562,8 @@ def test_no_chunk_of_a_lease_that_is_not_held(producer, talk, stager, why):
         stager.ranks[0] = meet(producer, talk, 0, 1, name="other")
     stager.acts()
     (refused,) = stager.stage(token=token)
-    assert (refused.code, refused.token) == ("unknown_lease", token) and refusals(producer, "unknown_lease") == 1
+    code = "ended_lease" if why in ("settled", "revoked", "expired") else "unknown_lease"
+    assert (refused.code, refused.token) == (code, token) and refusals(producer, code) == 1
 
 
 def test_one_rank_that_settled_has_no_more_chunks(producer):
@@ -572,7 +573,7 @@ def test_one_rank_that_settled_has_no_more_chunks(producer):
         stager.stage(rank=rank)
         stager.packed(rank=rank)
     assert stager.settle(0) == [wire.Settled(token=stager.token, stood=True), EndPack(stager.key(0))]
-    assert [a.code for a in stager.stage(1, rank=0)] == ["unknown_lease"]
+    assert [a.code for a in stager.stage(1, rank=0)] == ["ended_lease"]
     assert kinds(stager.stage(1, rank=1)) == ["StartPack"]
     assert kinds(stager.settle(1)) == ["Settled", "EndPack", "LeaseSettled"]
 

@@ -103,7 +103,6 @@ MALFORMED = {
     "context parallel": (good(dcp_size="x"), Refusal.BAD_TYPE),
     "push": (good(transfer_mode="push"), Refusal.OTHER_MODE),
     "mode of a list": (good(transfer_mode=[]), Refusal.OTHER_MODE),
-    "own engine": (good(kvxfer=lease(owner="D"), remote_engine_id="D"), Refusal.OWN_ENGINE),
     "another engine's id": (good(remote_engine_id="Q"), Refusal.CONTRADICTION),
     "another request's id": (good(remote_request_id="q"), Refusal.CONTRADICTION),
     "other number of tokens": (good(remote_num_tokens=41), Refusal.CONTRADICTION),
@@ -120,7 +119,6 @@ MALFORMED = {
     "huge list": (good(remote_block_ids=[list(range(1_000_000))]), Refusal.BAD_BLOCKS),
     "do_remote_decode at a consumer": (P_PARAMS, Refusal.NOT_A_PRODUCER),
     "to both, engine id of a number": (both(remote_engine_id=7), Refusal.BAD_TYPE),
-    "to both, own engine": (both(remote_engine_id="D"), Refusal.OWN_ENGINE),
     "to both, engine id without end": (both(remote_engine_id="P" * 10_000), Refusal.BAD_TYPE),
     "to both, host missing": (both(remote_host=...), Refusal.MISSING_KEY),
     "to both, host of a list": (both(remote_host=["a"]), Refusal.BAD_TYPE),
@@ -253,7 +251,6 @@ def test_a_prefill_server_named_by_vllm_router(place, owner, address):
         ("P@127.0.0.1:" + "9" * 10_000, Refusal.NO_LEASE),
         ("P@127.0.0.1:99999", Refusal.BAD_TYPE),
         ("P@a/b:1", Refusal.BAD_TYPE),
-        ("D@127.0.0.1:5600", Refusal.OWN_ENGINE),
         ("P" * 100_000 + "@127.0.0.1:5600", Refusal.BAD_TYPE),
         ("@:" * 100_000, Refusal.NO_LEASE),
     ],
@@ -261,6 +258,33 @@ def test_a_prefill_server_named_by_vllm_router(place, owner, address):
 def test_a_request_id_that_names_no_prefill_server(place, reason):
     """What cannot be an engine id and a side channel is refused by name."""
     assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)).reason is reason
+
+
+OWN = Role(engine_id="P", is_producer=True, is_consumer=True, addresses=("tcp://127.0.0.1:5600",))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_server_that_is_named_to_itself(host):
+    """A request that comes back to the server that prefilled it, or is to, is refused by name."""
+    assert parse(good(), OWN).reason is Refusal.OWN_ENGINE
+    assert parse(both(remote_host=host), OWN).reason is Refusal.OWN_ENGINE
+    unknown = Role(engine_id="P", is_producer=True, is_consumer=True)
+    assert parse(both(remote_host=host), unknown).reason is Refusal.OWN_ENGINE
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Role(engine_id="P", is_producer=False, is_consumer=True),
+        Role(engine_id="P", is_producer=True, is_consumer=True, addresses=("tcp://10.0.0.9:5600",)),
+        Role(engine_id="P", is_producer=True, is_consumer=True, addresses=("tcp://127.0.0.1:5601",)),
+    ],
+)
+def test_one_engine_id_on_two_servers(other):
+    """Another server with the same engine_id is another server: requests between them are served."""
+    params = good(remote_host="10.0.0.1", kvxfer=lease(addresses=["tcp://10.0.0.1:5600"]))
+    assert isinstance(parse(params, other), Fetch)
+    assert isinstance(parse(both(remote_host="10.0.0.1"), other), Meet)
 
 
 @given(request_id=st.text() | st.text().map(routed_id))

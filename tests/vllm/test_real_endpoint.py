@@ -112,11 +112,11 @@ def test_different_models_do_not_meet(engines):
 
 
 def test_port_taken(engines, monkeypatch):
-    """A side channel port that is in use ends the start with one sentence that names it."""
+    """A side channel port that is in use ends the start with one sentence that names it and says what to set."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", str(port))
-        with pytest.raises(ConfigError, match=f"cannot listen on tcp://127.0.0.1:{port}"):
+        with pytest.raises(ConfigError, match=f"cannot listen on tcp://127.0.0.1:{port}.*KVXFER_SIDE_CHANNEL_PORT"):
             engines("kv_producer", "P", agent="inproc")
 
 

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import LeaseEndedError
+from kvxfer_vllm import scheduler
 from kvxfer_vllm.plugin import register
 from kvxfer_vllm.worker import IDLE_WAIT_S
 from tests.vllm.rig import (
@@ -34,6 +35,14 @@ def pair():
     yield producer, consumer
     for engine in (producer, consumer):
         engine.close()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Warnings of the scheduler's half."""
+    lines = []
+    monkeypatch.setattr(scheduler.logger, "warning", lambda text, *values: lines.append(text % values))
+    return lines
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 700])
@@ -241,6 +250,61 @@ def test_request_rejected_by_the_front_end(pair):
     assert scripted(consumer).names() == ["drop"]
     assert producer.blocks_in_use == 0
     assert "refused_params" not in consumer.stats
+
+
+def test_a_failed_load_is_no_refusal(said):
+    """vLLM's notice of a request whose load failed brings its parameters once more: nothing is refused, computed or counted."""
+    net = {}
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), policy="fail")
+    scripted(consumer).automatic = False
+    params = handed_over(producer, "p", prompt_of(100))
+    consumer.add("d", prompt_of(100), params)
+    consumer.step()
+    scripted(consumer).finish(params["kvxfer"]["token"], LeaseEndedError("too late"))
+    consumer.run()
+    calls = scripted(consumer).names()
+    consumer.add("d again", [0], params, abort_immediately=True)
+    consumer.run()
+    assert scripted(consumer).names() == calls
+    assert consumer.stats["failed_transfers"] == {"LeaseEndedError": 1}
+    assert "refused_params" not in consumer.stats and not said
+
+
+def test_rejected_with_parameters_that_are_none(pair, said):
+    """A request that vLLM rejected is not computed, so that nothing is said of its parameters."""
+    _, consumer = pair
+    consumer.add("d", [0], {"do_remote_prefill": True}, abort_immediately=True)
+    consumer.run()
+    assert "refused_params" not in consumer.stats and not said
+
+
+@pytest.mark.parametrize("token_id", [2**31, -(2**31) - 1])
+def test_token_ids_beyond_32_bits(pair, token_id):
+    """A prompt with a token id that no digest can hold is refused by name on either side, and neither dies of it."""
+    producer, consumer = pair
+    params = handed_over(producer, "p", prompt_of(40))
+    for engine, asked in ((consumer, params), (producer, P_PARAMS)):
+        engine.add("r", [*prompt_of(39), token_id], asked)
+        engine.run_until_answered("r")
+        engine.step()
+        assert engine.stats["refused_params"] == {"bad_token_ids": 1}
+        assert engine.answers["r"].tokens and "hook_errors" not in engine.stats
+
+
+def test_one_engine_id_on_two_servers(said):
+    """Two servers that were given one engine_id transfer like others, and are told once that it should not be so."""
+    net = {}
+    producer = Engine("kv_producer", name="0", endpoint=ScriptedEndpoint(net))
+    consumer = Engine("kv_consumer", name="0", endpoint=ScriptedEndpoint(net))
+    for number in range(2):
+        params = handed_over(producer, f"p{number}", prompt_of(100 + number))
+        consumer.add(f"d{number}", prompt_of(100 + number), params, max_tokens=3)
+        consumer.run()
+        producer.run()
+        assert consumer.answers[f"d{number}"].tokens == expected(prompt_of(100 + number), 3)
+    assert len(consumer.stats["transfer_bytes"]) == 2
+    assert len(said) == 1 and "has the engine_id '0', as this one has: give each server its own" in said[0]
 
 
 def test_prefill_client_gone(pair):
