@@ -19,7 +19,7 @@ from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
     from kvxfer.testing.soak.resident import Geometry
@@ -43,6 +43,8 @@ class Member:
 
     pipe: Connection
     """To the process, for those who wait for several."""
+    body: Callable[..., None] = staticmethod(resident.live)
+    """What the process runs: a function that can be imported by its name."""
 
     def __init__(
         self, label: str, agent: str, agent_options: dict[str, Any], geometry: Geometry, *, elder: bool
@@ -67,7 +69,7 @@ class Member:
         self.pipe, theirs = spawn.Pipe()
         bind = self.address or "tcp://127.0.0.1:0"
         arguments = (theirs, self._log.name, self._agent, self._agent_options, self.geometry, bind)
-        self._process = spawn.Process(target=resident.live, args=arguments, name=f"soak {self.label}", daemon=True)
+        self._process = spawn.Process(target=self.body, args=arguments, name=f"soak {self.label}", daemon=True)
         self._process.start()
         theirs.close()
         self.life += 1

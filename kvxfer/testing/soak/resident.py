@@ -99,8 +99,8 @@ class Resident:
     ) -> None:
         self._pipe = pipe
         self._agent, self._agent_options, self._geometry = agent, agent_options, geometry
-        self._blocks = Blocks(geometry.order, geometry.block_tokens, 8192)
-        self._cache = KVCache.from_layers(self._blocks.layers)
+        self._blocks: Blocks = self._make_blocks()
+        self._cache: KVCache = self._make_cache()
         self._prefills: dict[str, _Prefill] = {}
         self._decodes: dict[Transfer, _Decode] = {}
         self._held: dict[int, _Decode] = {}
@@ -108,6 +108,12 @@ class Resident:
         self._order = itertools.count()
         self._endpoint = self._start(bind)
         self._tell("up", self._endpoint.address, self._endpoint.name)
+
+    def _make_blocks(self) -> Blocks:
+        return Blocks(self._geometry.order, self._geometry.block_tokens, 8192)
+
+    def _make_cache(self) -> KVCache:
+        return KVCache.from_layers(self._blocks.layers)
 
     def _start(self, bind: str) -> Endpoint:
         return Endpoint(
@@ -286,7 +292,7 @@ class Resident:
         self._later.clear()
 
 
-def live(pipe: Connection, log: str, *arguments: Any) -> None:
+def live(pipe: Connection, log: str, *arguments: Any, kind: type[Resident] = Resident) -> None:
     """Body of the process. All that it prints, and what it crashed of if it did, goes to the file ``log``."""
     with open(log, "ab") as sink:  # noqa: PTH123 - a descriptor is all that is wanted
         for printed in (1, 2):
@@ -295,7 +301,7 @@ def live(pipe: Connection, log: str, *arguments: Any) -> None:
     logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # misfortunes of peers that are killed are no news
     with pipe:
         try:
-            resident = Resident(pipe, *arguments)
+            resident = kind(pipe, *arguments)
         except KvxferError as error:
             pipe.send(("failed", (f"{type(error).__name__}: {error}",)))
             return
