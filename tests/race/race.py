@@ -33,7 +33,6 @@ LANES = {"cma": "", "tcp": "tcp"}
 """UCX_TLS, by name; without it two processes of one host copy by CMA."""
 
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
-AGAIN = False
 _LONGEST_S = 90.0
 _MOST_AT_ONCE = 8
 """Reads."""
@@ -63,7 +62,7 @@ class Figures:
         did = ", ".join(f"{name} {number:,}" for name, number in sorted(self.did.items()))
         ends = ", ".join(f"{name} {number:,}" for name, number in self.prefilled.most_common())
         return (
-            f"{self.seconds:.0f} s, {self.leases:,} leases ({ends}), {self.decoded['done']:,} reads done "
+            f"{self.seconds:.0f} s, {self.leases:,} leases ({ends}; tokens that came again {self.ways['came again']:,}), {self.decoded['done']:,} reads done "
             f"({self.nbytes >> 20:,} MiB), not done: {errors or 'none'}; {did}; "
             f"wrong elements {self.wrong:,}, late writes 0, ends missed or told twice 0, reads without end 0, in use 0"
             + (f", producers ended by their lane {self.died}" if self.died else "")
@@ -86,7 +85,10 @@ class Race:
             return RaceMember(label, "nixl", LOOPBACK, rank, elder=True)
 
         self._sources = [
-            member(f"producer {rank}", Rank("LBHN", 16, name=name, rank=rank, world=sources, tls=tls, seed=seed))
+            member(
+                f"producer {rank}",
+                Rank("LBHN", 16, name=name, rank=rank, world=sources, tls=tls, seed=seed, plant=plant),
+            )
             for rank in range(sources)
         ]
         self._sinks = [
@@ -204,7 +206,7 @@ class Race:
         self.figures.ways["shared"] += shared
         for source in self._sources:
             self._lease(source, job)
-        kind = chance.choice(["read", "read", "read", "read twice", "revoked", "again", "left"])
+        kind = chance.choice(["read", "read", "read", "read twice", "revoked", "again", "again", "left"])
         self.figures.ways[kind] += 1
         if kind == "left":
             return
@@ -212,9 +214,10 @@ class Race:
             self._read(job, wait_s=0.0 if shared else chance.uniform(0.0, 0.05))
         if kind == "revoked":
             self._after(chance.uniform(0.0, 0.5), lambda: self._order(self._sources, "abort", number))
-        if kind == "again" and shared and AGAIN:
+        if kind == "again" and shared:
             # The same request once more, in other blocks, when the first ones may have been given back: its token is the same.
-            self._after(chance.uniform(0.3, 2.5), lambda: self._again(job))
+            for _ in range(3):
+                self._after(chance.uniform(0.1, 2.5), lambda: self._again(job))
 
     def _order(self, members: list[RaceMember], *order: Any) -> None:
         for member in members:
@@ -223,6 +226,7 @@ class Race:
     def _again(self, job: Job) -> None:
         for source in self._sources:
             if source.ready and (source.label, job.number) not in self._leases:
+                self.figures.ways["came again"] += 1
                 self._lease(source, job)
 
     def _lease(self, source: RaceMember, job: Job) -> None:
@@ -365,7 +369,7 @@ def race(
         route: by which the consumer reads.
         ranks: of the producer and of the consumer.
         lane: of `LANES`.
-        plant: name of a bug of `tests.sim.planted` that the consumer is to have.
+        plant: name of a bug of `tests.sim.planted` that all engines are to have.
 
     Raises:
         SoakError: something that must hold did not.
@@ -381,7 +385,7 @@ def main() -> int:
     parser.add_argument("--route", choices=[*ROUTES, "all"], default="all", help="(%(default)s)")
     parser.add_argument("--ranks", choices=[*RANKS, "all"], default="all", help="producer's x consumer's (%(default)s)")
     parser.add_argument("--tls", choices=[*LANES, "all"], default="all", help="lane of UCX (%(default)s)")
-    parser.add_argument("--plant", default="", help="a bug of tests/sim/planted.py that the consumer has")
+    parser.add_argument("--plant", default="", help="a bug of tests/sim/planted.py that all engines have")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(20)
     chosen = [

@@ -73,13 +73,15 @@ class Racer(resident.Resident):
     def _start(self, bind: str) -> Endpoint:
         mine = self._geometry
         self._starts += 1
-        lease_s = 0.1 ** random.Random(f"{mine.seed} {self._starts}").random()
+        chance = random.Random(f"{mine.seed} {self._starts}")
+        lease_s = 0.1 ** chance.random()
+        remembered = chance.choice([0, 0, 16_384])  # a token may come again at once, or not
         return Endpoint(
             self._cache,
             self._agent,
             bind=bind,
             name=mine.name,
-            settings=Settings(**SETTINGS, lease_s=lease_s),
+            settings=Settings(**SETTINGS, lease_s=lease_s, remembered_leases=remembered),
             agent_options=self._agent_options,
             route=mine.route or None,
         )
