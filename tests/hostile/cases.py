@@ -160,9 +160,7 @@ def replies(scene: Scene) -> Iterator[None]:
             for _ in range(100):
                 me.say(wire.Open(token=ref.token))
             for _ in range(100):
-                me.say_raw(
-                    wire.encode(wire.Hello(protocol=1, name=me.name, epoch=me.epoch, rank=0, agent="nixl"))
-                )
+                me.say_raw(wire.encode(wire.Hello(protocol=1, name=me.name, epoch=me.epoch, rank=0, agent="nixl")))
         yield
 
 
@@ -260,7 +258,9 @@ def _read_in_between(scene: Scene, lease: Callable[[], LeaseRef], blocks: list[i
     scene.victim.read(lease().to_json(), blocks, timeout_s)
 
 
-def _bogus(scene: Scene, change: Callable[[CacheSpec, Fabric], CacheSpec], ids: np.ndarray, slot_nbytes: int, blocks: int = 4) -> Any:
+def _bogus(
+    scene: Scene, change: Callable[[CacheSpec, Fabric], CacheSpec], ids: np.ndarray, slot_nbytes: int, blocks: int = 4
+) -> Any:
     fabric = _fabric(scene)
     honest = _honest_welcome(scene)
     spec = change(honest.spec, fabric)

@@ -26,7 +26,7 @@ from tests.process.child import SMALL, Child, Engine
 
 _BLOCKS = list(range(16, 32))
 MANY_BLOCKS = (1 << 16, 1, 16, 2)
-_PACKED = {"turn", "slots", "queue", "tables"}
+PACKED = {"turn", "slots", "queue", "tables"}
 """Cases in which honest reads are packed by their source."""
 
 
@@ -36,6 +36,8 @@ class Member(Engine):
     def __init__(self, *arguments: Any) -> None:
         logging.getLogger("kvxfer").setLevel(logging.CRITICAL)
         super().__init__(*arguments)
+        route = self.options.get("route")
+        self.endpoint._route = None if route is None else Route(route)  # before it has met anybody
 
     def why(self, number: int) -> str:
         """How a read ended."""
@@ -44,16 +46,21 @@ class Member(Engine):
         except Exception as error:  # noqa: BLE001 - it is told
             return repr(error)
 
-    def by(self, route: str | None) -> None:
-        """Read by this route, and by no other."""
-        self.endpoint._route = None if route is None else Route(route)
+    def read_on(self, refs: list[str], into: list[int]) -> None:
+        """Read one lease after the other."""
+        for ref in refs:
+            self.read_and_wait(ref, into, 30.0)
+
+    def slots_taken(self) -> int:
+        """Of the arena, at this moment."""
+        return int(self.endpoint.in_use()["slots"])
 
 
 class Pair:
     """An engine that is attacked, and one beside it. Use it as a context."""
 
-    def __init__(self, shape: tuple[int, ...] = SMALL) -> None:
-        self.victim, self.honest = (Child(seed, shape, Member) for seed in (1, 2))
+    def __init__(self, shape: tuple[int, ...] = SMALL, **options: Any) -> None:
+        self.victim, self.honest = (Child(seed, shape, Member, **options) for seed in (1, 2))
 
     def __enter__(self) -> Pair:
         return self
@@ -130,7 +137,6 @@ def attack(name: str, seconds: float, pair: Pair) -> Outcome:
     with ExitStack() as stack:
         victim, honest = pair.victim.ready(), pair.honest.ready()
         source, sink = (honest, victim) if name in OF_PRODUCERS else (victim, honest)
-        sink.by("source_packed" if name in _PACKED else None)
         for _ in range(5):
             assert sink.read_and_wait(source.lease(_BLOCKS), _BLOCKS, 10.0)[0] == "done"
         process = psutil.Process(victim.process.pid)
@@ -159,7 +165,8 @@ def attack(name: str, seconds: float, pair: Pair) -> Outcome:
 
 def pair_for(name: str) -> Pair:
     """Engines of a size that suits a case."""
-    return Pair(MANY_BLOCKS if name == "replies" else SMALL)
+    options = {"route": "source_packed"} if name in PACKED else {}
+    return Pair(MANY_BLOCKS if name == "replies" else SMALL, **options)
 
 
 def main() -> int:
