@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz race hostile nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
@@ -49,6 +49,15 @@ search: full-env ## Random pairs of caches for an hour or so, looking for one th
 fuzz: fuzz-env ## Everything that reads what others wrote, five minutes for each reader, guided by coverage (make fuzz ARGS="--seconds 3600")
 	$(FUZZ) -m tests.fuzz.long $(ARGS)
 
+race: full-env ## Leases of 0.1 to 1 s, engines stopped at random, control messages lost; each element checked (make race ARGS="--seconds 1800 --route direct --seed 7")
+	$(FULL) -m tests.race.race $(ARGS)
+
+hostile: full-env ## What hostile members of the fleet cost a live endpoint and the honest reads beside it (make hostile ARGS="--only slots")
+	$(FULL) -m tests.hostile.hostile $(ARGS)
+
+nightly: full-env fuzz-env ## All of the long trials, four hours; ends with a table of what failed (make nightly ARGS="--share 0.1 --skip search")
+	$(FULL) -m tests.nightly --fuzz-python $(FUZZ) $(ARGS)
+
 bench: full-env ## Measure: reads beside raw NIXL in one run, binding, handshake, idle
 	$(PYTEST) benchmarks --ignore=benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
 
@@ -56,7 +65,7 @@ benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector i
 	$(PYTEST) benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
 
 clean: ## Remove what was made here: environments, caches, builds
-	rm -rf .venv .fuzz .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
+	rm -rf .venv .fuzz .nightly .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-env:
