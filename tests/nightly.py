@@ -43,6 +43,7 @@ class Task:
     environment: tuple[tuple[str, str], ...] = ()
 
 
+_KVXFER = ("-c", "import sys; from kvxfer.cli import main; sys.exit(main(sys.argv[1:]))")
 _ANY_PAIR = [f"tests/core/test_{name}.py" for name in ("any_pair", "any_pair_moved", "plan", "strided")]
 
 TASKS = (
@@ -50,14 +51,14 @@ TASKS = (
     Task("hostile", ("-m", "tests.hostile.hostile", "--seconds", "{n}"), 500, number=15),
     Task("killed", ("-m", "tests.hostile.dead", "--trials", "{n}"), 200, number=20),
     Task("stopped", ("-m", "tests.hostile.dead", "--trials", "{n}", "--stop"), 300, number=20),
-    Task("metadata", ("-m", "tests.nixl.metadata", "--mutations", "{n}", "--seed", "{seed}"), 200, number=600),
+    Task("metadata", ("-m", "tests.nixl.mutated_metadata", "--mutations", "{n}", "--seed", "{seed}"), 200, number=600),
     Task(
         "soak",
-        ("-m", "kvxfer.cli", "soak", "--minutes", "{n}", "--agent-options", json.dumps(LOOPBACK), "--seed", "{seed}"),
+        (*_KVXFER, "soak", "--minutes", "{n}", "--agent-options", json.dumps(LOOPBACK), "--seed", "{seed}"),
         900,
         number=15,
     ),
-    Task("sim", ("-m", "kvxfer.cli", "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=4000),
+    Task("sim", (*_KVXFER, "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=4000),
     Task("search", ("-m", "pytest", "-q", *_ANY_PAIR, "--timeout=0"), 3600, environment=(("HYPOTHESIS_PROFILE", "search"),)),
     Task("fuzz", ("-m", "tests.fuzz.long", "--seconds", "{n}"), 2100, number=120),
 )  # fmt: skip
@@ -66,8 +67,15 @@ TASKS = (
 def run(task: Task, share: float, python: str) -> tuple[bool, float, str]:
     """(whether it ended well, seconds, its last line)."""
     seed = random.SystemRandom().getrandbits(20)
-    filled = {"s": f"{max(1.0, task.seconds * share):g}", "n": str(max(1, round(task.number * share))), "seed": str(seed)}
-    command = [python, *(part.format(**filled) if part.startswith("{") and len(part) < 8 else part for part in task.command)]
+    filled = {
+        "s": f"{max(1.0, task.seconds * share):g}",
+        "n": str(max(1, round(task.number * share))),
+        "seed": str(seed),
+    }
+    command = [
+        python,
+        *(part.format(**filled) if part.startswith("{") and len(part) < 8 else part for part in task.command),
+    ]
     begun = time.monotonic()
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     log = LOGS / f"{task.name}.log"
@@ -109,7 +117,9 @@ def main() -> int:
     parser.add_argument("--only", choices=names, action="append", help="this one, and others so given")
     parser.add_argument("--skip", choices=names, action="append", default=[], help="not this one")
     parser.add_argument("--share", type=float, default=1.0, help="of the time that each has (%(default)g)")
-    parser.add_argument("--fuzz-python", default="", help="interpreter that has atheris; without one `fuzz` is left out")
+    parser.add_argument(
+        "--fuzz-python", default="", help="interpreter that has atheris; without one `fuzz` is left out"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is")
     options = parser.parse_args()
     if options.list:

@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,8 @@ from tests.hostile.actors import HostileConsumer, HostileProducer, image_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import ExitStack
+
 
 LOOPBACK = {"UCX": {"engine_config": "NET_DEVICES=lo"}}
 
@@ -160,7 +161,9 @@ def replies(scene: Scene) -> Iterator[None]:
             for _ in range(100):
                 me.say(wire.Open(token=ref.token))
             for _ in range(100):
-                me.say_raw(wire.encode(wire.Hello(protocol=1, name=me.name, epoch=me.epoch, rank=0, agent="nixl")))
+                me.say_raw(
+                    wire.encode(wire.Hello(protocol=wire.PROTOCOL, name=me.name, epoch=me.epoch, rank=0, agent="nixl"))
+                )
         yield
 
 
@@ -233,6 +236,7 @@ class Fabric:
         """A grant whose cell holds what the reader will look for."""
         cell = self.array[:CELL_NBYTES]
         cell[:] = np.frombuffer(bytes.fromhex(token), np.uint8)
+        fields["check"] = cell.tobytes()
         return wire.Grant(
             token=token, blocks=[ids_to_wire(ids)], cell=int(self.array.ctypes.data), ttl_s=30.0, **fields
         )
@@ -362,7 +366,13 @@ def names(scene: Scene) -> Iterator[None]:
         return msgspec.structs.replace(honest, name="hostile", epoch=epoch, agent_info=info)
 
     def grant(message: wire.Open) -> wire.Message:
-        return wire.Grant(token=message.token, blocks=[ids_to_wire(np.arange(4, dtype=np.uint32))], cell=4096, ttl_s=30)
+        return wire.Grant(
+            token=message.token,
+            blocks=[ids_to_wire(np.arange(4, dtype=np.uint32))],
+            cell=4096,
+            check=bytes(16),
+            ttl_s=30,
+        )
 
     mean = scene.producer(welcome, grant)
     while True:

@@ -57,7 +57,7 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10, help="(%(default)s)")
-    parser.add_argument("--dead", type=int, default=2, help="consumers that die in each (%(default)s)")
+    parser.add_argument("--dead", type=int, default=3, help="consumers that die in each (%(default)s)")
     parser.add_argument("--stop", action="store_true", help="they are stopped instead of killed")
     parser.add_argument("--bound", type=float, default=3.0, help="seconds that the next read may take (%(default)g)")
     options = parser.parse_args()

@@ -87,8 +87,14 @@ class Bound:
     failed: int = 0
 
 
-BOUNDS: dict[str, Bound] = {}
-"""Of cases that have others than the usual ones. None: nothing is promised yet."""
+BOUNDS: dict[str, Bound] = {
+    "tables": Bound(mib=512),
+    "replies": Bound(mib=1200),
+    "elements": Bound(mib=1200),
+    "cpu": Bound(worst_s=12),
+    "long_messages": Bound(worst_s=12),
+}
+"""Of cases that have others than the usual ones."""
 
 
 @dataclass

@@ -125,7 +125,7 @@ class Proxy:
                     continue
                 if self.disturbs and self._spell == "hold" and not command:
                     self.did["held"] += 1
-                    while self._spell == "hold" and self.disturbs:
+                    while self._spell == "hold" and self.disturbs:  # noqa: ASYNC110 - another thread ends it
                         await asyncio.sleep(0.01)
                 writer.write(head + body)
                 await writer.drain()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIXL's own metadata with anything in it changed, connected to and read from, in processes that may die of it.
 
-``python -m tests.nixl.metadata --mutations 600 --seed 1``. NIXL and UCX do not survive all that they read (docs/fuzzing.md): a process
+``python -m tests.nixl.mutated_metadata --mutations 600 --seed 1``. NIXL and UCX do not survive all that they read (docs/fuzzing.md): a process
 that dies is counted and another one goes on. What must not be: an exception other than our own, or a process that hangs.
 """
 
@@ -38,7 +38,9 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
             case 1:
                 changed[at : at + 8] = chance.randbytes(chance.randint(1, 8))
             case 2:
-                changed[at : at + 8] = chance.choice([0, 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]).to_bytes(8, "little")
+                changed[at : at + 8] = chance.choice([0, 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1]).to_bytes(
+                    8, "little"
+                )
             case 3:
                 del changed[at:]
             case 4:
@@ -94,7 +96,15 @@ def trial(mutations: int, seed: int) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     number = 0
     while number < mutations:
-        command = [sys.executable, "-m", "tests.nixl.metadata", "--here", str(number), "--mutations", str(mutations)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.nixl.mutated_metadata",
+            "--here",
+            str(number),
+            "--mutations",
+            str(mutations),
+        ]
         child = subprocess.Popen(
             [*command, "--seed", str(seed)],
             cwd=ROOT,
