@@ -58,7 +58,15 @@ class Engine:
         settings = Settings(**self.options.get("settings", {}))
         secret = Secret(self.options["secret"]) if "secret" in self.options else None
         cache = KVCache.from_layers(self.layers, block_tokens=16)
-        return Endpoint(cache, "nixl", bind=bind, settings=settings, agent_options=options, secret=secret)
+        return Endpoint(
+            cache,
+            "nixl",
+            bind=bind,
+            settings=settings,
+            agent_options=options,
+            secret=secret,
+            route=self.options.get("route"),
+        )
 
     def address(self) -> str:
         return self.endpoint.address
