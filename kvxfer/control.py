@@ -10,8 +10,10 @@ encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hmac
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -61,6 +63,9 @@ _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV)
 
 _HARD_LIMIT = 2
 """Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+
+_LEAST_FILES = 16
+"""What the sockets of a channel take of the process's files, before anybody connects."""
 
 _LEAST_HARD_LIMIT_NBYTES = 1 << 16
 """What a handshake needs, and more."""
@@ -148,16 +153,18 @@ class ControlChannel:
         self._limit = settings.max_message_nbytes
         self._metrics = metrics
         self._secret = secret
+        _check_room(bind)
         self._context = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, most_connections(settings) + 16)
-        self._router = self._context.socket(zmq.ROUTER)
         self._buckets = Buckets(settings.max_messages_per_s)
         """By file descriptor of a connection that came in, or address of a peer."""
-        self._wakeup = WakeUp()
+        self._wakeup: WakeUp | None = None
         self._poller = zmq.Poller()
         most = most_connections(settings)
-        self._outgoing = Outgoing(self._dealer, self._push, self._poller, self._wakeup.ring, max(8, most // 2))
+        self._outgoing = Outgoing(self._dealer, self._push, self._poller, self.wake, max(8, most // 2))
         try:
+            self._wakeup = WakeUp()
+            self._context.set(zmq.MAX_SOCKETS, most + 16)
+            self._router = self._context.socket(zmq.ROUTER)  # fails when this process is out of files
             host, port = addresses.parse_bind(bind)
             advertised = None if advertise is None else addresses.checked_host(advertise, f"advertise={advertise!r}")
             numbers = [addresses.ANY] if host == addresses.ANY else addresses.resolve(host)
@@ -188,8 +195,10 @@ class ControlChannel:
             self._poller.register(readable, zmq.POLLIN)
 
     def wake(self) -> None:
-        """Make `receive` return soon. Any thread."""
-        self._wakeup.ring()
+        """Make `receive` return soon. Any thread, and signal handlers."""
+        wakeup = self._wakeup
+        if wakeup is not None:
+            wakeup.ring()
 
     def send(self, address: str, message: wire.Message) -> None:
         """Queue a message to the peer at ``address``; if its name cannot be resolved, `receive` tells that later.
@@ -227,7 +236,8 @@ class ControlChannel:
             elif readable is self._zap:
                 self._admit()
             elif not isinstance(readable, zmq.Socket):
-                self._wakeup.clear()
+                if self._wakeup is not None:
+                    self._wakeup.clear()
             else:
                 address = self._outgoing.address_of(readable)
                 if address is not None:  # else it was closed in this turn
@@ -236,7 +246,11 @@ class ControlChannel:
     def close(self) -> None:
         """Close every socket; what was queued last still has a moment to leave."""
         self._outgoing.clear()
-        self._wakeup.close()
+        wakeup, self._wakeup = self._wakeup, None
+        if wakeup is not None:
+            wakeup.close()
+            with contextlib.suppress(KeyError):
+                self._poller.unregister(wakeup)  # its files are closed when nobody refers to it any more
         self._context.destroy(linger=200)
 
     def _listen(self, numbers: list[str], port: int) -> tuple[list[str], int]:
@@ -349,6 +363,18 @@ class ControlChannel:
 
     def _refused(self, reason: str) -> None:
         self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+
+
+def _check_room(bind: str) -> None:
+    """ZeroMQ ends the process if it finds no room for the first files of a context. Raises ConfigError."""
+    room: list[int] = []
+    try:
+        room.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(_LEAST_FILES))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {bind}: {error} (ulimit -n)") from error
+    finally:
+        for descriptor in room:
+            os.close(descriptor)
 
 
 def _descriptor(frame: zmq.Frame) -> int:

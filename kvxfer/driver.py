@@ -8,7 +8,6 @@ blocks on a copy, and no fault ends it.
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,6 @@ class Driver:
         self._defects = Defects(metrics, "control")
         self._emit = emit
         self._commands: deque[tuple[Command, Broken | None]] = deque()
-        self._command_lock = threading.RLock()  # a signal handler may come while the main thread has it
         self._accepting = True
         self.actions: list[Action] = []
         self.reports: Ends = _Reports(self)
@@ -79,10 +77,18 @@ class Driver:
             wake: at once.
             broken: ends what the command is about if that raises, which is a fault of kvxfer; gets its name and the time.
         """
-        with self._command_lock:
-            if not self._accepting:
-                return False
-            self._commands.append((command, broken))
+        # Without a lock: a signal handler that interrupts this may wait for the control thread, which would wait for the lock.
+        if not self._accepting:
+            return False
+        entry = (command, broken)
+        self._commands.append(entry)
+        if not self._accepting:
+            # Not accepting any more since then. Either it was taken as one of the last, or it is taken back.
+            try:
+                self._commands.remove(entry)
+            except ValueError:
+                return True
+            return False
         if wake:
             self._channel.wake()
         return True
@@ -111,8 +117,7 @@ class Driver:
         # Consumers are told before a copy that still runs is waited for.
         for step in (self._run_commands, self.producer.close, self._perform, self.data.close):
             self._guarded(step)
-        with self._command_lock:
-            self._accepting = False
+        self._accepting = False
         # The last commands: among them the reads that the data thread ended just now. Then everything has ended.
         for step in (self._run_commands, self.producer.close, self.consumer.close, self._perform):
             self._guarded(step)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from kvxfer.transfer import Transfer
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE_S = 0.5
 
 MOST_UNPOLLED = 4096
 """Ends of transfers that are kept for an engine that has never polled."""
@@ -32,30 +35,48 @@ class Events:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # a signal handler may come while its thread has it
+        self._lock = threading.Lock()
+        """Nobody waits for it for long: a signal handler that interrupts its holder may wait for a thread that wants it."""
         self._unpolled: dict[int, Event] | None = {}
         """By number, what happened before the first poll; None after it."""
+        self._late: deque[Event] = deque()
         self._ends: deque[int] = deque()
         """Numbers of the ends of transfers among them."""
         self._next = 0
+        self._dropped = False
 
     def put(self, event: Event) -> None:
         """Add an event."""
-        if self._unpolled is not None:
-            with self._lock:
-                if self._unpolled is not None:
-                    self._keep(event, self._unpolled)
-                    return
-        self._queue.put(event)
+        if self._unpolled is None:
+            self._queue.put(event)
+            return
+        self._late.append(event)
+        self._sort_in(first_poll=False)
+
+    def _sort_in(self, *, first_poll: bool) -> None:
+        """Put what came in where it belongs. What comes in meanwhile, and finds the lock taken, waits for the next one."""
+        while self._late or (first_poll and self._unpolled is not None):
+            if not self._lock.acquire(timeout=_PATIENCE_S):
+                return
+            try:
+                with contextlib.suppress(IndexError):
+                    while True:
+                        event = self._late.popleft()
+                        if self._unpolled is None:
+                            self._queue.put(event)
+                        else:
+                            self._keep(event, self._unpolled)
+                if first_poll and self._unpolled is not None:
+                    for event in self._unpolled.values():
+                        self._queue.put(event)
+                    self._unpolled = None
+                    self._ends.clear()
+            finally:
+                self._lock.release()
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Take what there is; waits up to ``timeout_s`` for the first."""
-        if self._unpolled is not None:
-            with self._lock:
-                for event in (self._unpolled or {}).values():
-                    self._queue.put(event)
-                self._unpolled = None
-                self._ends.clear()
+        self._sort_in(first_poll=True)
         events: list[Event] = []
         try:
             if timeout_s > 0:
@@ -73,7 +94,8 @@ class Events:
         self._ends.append(number)
         if len(self._ends) > MOST_UNPOLLED:
             del unpolled[self._ends.popleft()]
-            if not self._metrics.value("kvxfer_events_dropped_total"):
+            if not self._dropped:
+                self._dropped = True
                 _log.warning(
                     "more than %d transfers have ended and nobody has called poll(): the oldest Done and Failed events are "
                     "dropped; call poll() once at the start to keep all (wait() and await tell the same)",

@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
+from collections import deque
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -50,29 +56,61 @@ class Histogram:
         self.number += 1
 
 
+_PATIENCE_S = 0.5
+
+
 class Metrics:
-    """What one endpoint counted since it was made. Any thread may call any method."""
+    """What one endpoint counted since it was made. Any thread, and signal handlers, may call any method.
+
+    A signal handler may interrupt the thread that has the lock, and wait for another one that wants to count: so nobody waits
+    for the lock for long, and what could not be counted then is counted by the next.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._late: deque[Callable[[], None]] = deque()
         self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
         self._histograms = {name: Histogram(buckets) for name, (_, buckets) in HISTOGRAMS.items()}
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter of `COUNTERS`."""
         key = tuple(sorted(labels.items()))
-        with self._lock:
+
+        def add() -> None:
             series = self._counters[name]
             series[key] = series.get(key, 0) + amount
 
+        self._do(add)
+
     def observe(self, name: str, value: float) -> None:
         """Add to a histogram of `HISTOGRAMS`."""
-        with self._lock:
-            self._histograms[name].observe(value)
+        self._do(lambda: self._histograms[name].observe(value))
+
+    def _do(self, add: Callable[[], None]) -> None:
+        if not self._lock.acquire(timeout=_PATIENCE_S):
+            self._late.append(add)
+            return
+        try:
+            while self._late:
+                self._late.popleft()()
+            add()
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        held = self._lock.acquire(timeout=_PATIENCE_S)
+        try:
+            while held and self._late:
+                self._late.popleft()()
+            yield
+        finally:
+            if held:
+                self._lock.release()
 
     def counters(self) -> dict[str, dict[Labels, float]]:
         """A copy: series name -> labels -> value."""
-        with self._lock:
+        with self._reading():
             return {name: dict(series) for name, series in self._counters.items()}
 
     def value(self, name: str, **labels: str) -> float:
@@ -83,7 +121,7 @@ class Metrics:
     def prometheus_text(self) -> str:
         """All series in Prometheus' text format, version 0.0.4."""
         lines: list[str] = []
-        with self._lock:
+        with self._reading():
             for name, help_ in COUNTERS.items():
                 lines += [f"# HELP {name} {help_}", f"# TYPE {name} counter"]
                 lines += [

@@ -100,7 +100,8 @@ class Transfer:
         self._on_end = on_end
         self._error: KvxferError | None = None
         self._ended = Latch()
-        self._lock = threading.Lock()
+        self._ending: dict[str, object] = {}
+        """Who ends it. No lock: a signal handler that interrupts its holder may wait for a thread that wants it."""
         self._awaiting: dict[object, Callable[[], None]] = {}
 
     @property
@@ -141,15 +142,12 @@ class Transfer:
             with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
                 loop.call_soon_threadsafe(resolve)
 
-        with self._lock:
-            waiting = not self._ended.is_open
-            if waiting:
-                self._awaiting[ended] = wake
-        if waiting:
-            try:
+        self._awaiting[ended] = wake
+        try:
+            if not self._ended.is_open:  # whoever opens it from now on finds this one
                 yield from ended
-            finally:  # whoever waited may have been cancelled
-                self._awaiting.pop(ended, None)
+        finally:  # it may have been cancelled
+            self._awaiting.pop(ended, None)
         self.wait()
 
     def __repr__(self) -> str:
@@ -165,21 +163,21 @@ class Transfer:
         descriptors: int = 0,
         via: str = "",
     ) -> bool:
-        """For the endpoint: end it once; False (and no change) if it had ended."""
-        with self._lock:
-            if self._ended.is_open:
-                return False
-            self._error, self.descriptors, self.via = error, descriptors, via
-            self.nbytes, self.early_nbytes = nbytes, early_nbytes
-            self.seconds = self._now() - self.started
-            # The event is queued before waiters wake, so that whoever waited finds it in poll().
-            try:
-                self._on_end(self)
-            finally:
-                self._ended.open()
-                awaiting, self._awaiting = self._awaiting, {}
-        for wake in awaiting.values():
-            wake()
+        """For the endpoint: end it once; False (and no change) if it had ended, or another thread ends it now."""
+        me = object()
+        if self._ending.setdefault("by", me) is not me:
+            return False
+        self._error, self.descriptors, self.via = error, descriptors, via
+        self.nbytes, self.early_nbytes = nbytes, early_nbytes
+        self.seconds = self._now() - self.started
+        # The event is queued before waiters wake, so that whoever waited finds it in poll().
+        try:
+            self._on_end(self)
+        finally:
+            self._ended.open()
+        with contextlib.suppress(KeyError):
+            while True:
+                self._awaiting.popitem()[1]()
         return True
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import socket
-import threading
 from typing import Final
 
 _libc: Final = ctypes.PyDLL(None)  # unlike CDLL, calls keep the lock
@@ -25,35 +25,39 @@ _FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGN
 class WakeUp:
     """Any thread, and signal handlers, call `ring`; the one that polls calls the rest.
 
-    The bytes in the kernel are all the state there is. A ring puts one there, whoever else rings or clears meanwhile, so none
-    can be lost: what was rung for is done by the poller after a `clear` that came later, or the descriptor is readable.
+    The bytes in the kernel are all the state there is. A ring puts one there, whoever else rings or clears meanwhile and
+    whatever exception strikes it, so none can be lost: what was rung for is done by the poller after a `clear` that came later,
+    or the descriptor is readable. The descriptors are closed with this object, and not before, so that a ring that comes late
+    never writes to another file of the same number.
     """
 
     def __init__(self) -> None:
-        self._in, self._out = socket.socketpair()
-        self._in.setblocking(False)
-        self._out.setblocking(False)
-        self._open = threading.RLock()  # a signal handler may ring while its thread does
-        """Held while the descriptor is written to, so that it is not another file's by then."""
+        ends = socket.socketpair()
+        for end in ends:
+            end.setblocking(False)
+        self._in, self._out = (end.detach() for end in ends)
+        self._closed = False
 
     def fileno(self) -> int:
         """Readable from `ring` to `clear`; -1 when closed."""
-        return self._in.fileno()
+        return -1 if self._closed else self._in
 
     def ring(self) -> None:
         """Call it out of its poll. No effect if it is closed. Does not release the interpreter's lock."""
-        with self._open:
-            # Full: it is called already. Closed: nobody is left to call.
-            _libc.send(self._out.fileno(), b"w", 1, _FLAGS)
+        if not self._closed:
+            _libc.send(self._out, b"w", 1, _FLAGS)  # full: it is called already
 
     def clear(self) -> None:
         """Before it looks at what it was called for: what comes later rings again."""
         with contextlib.suppress(OSError):
-            while len(self._in.recv(_MOST)) == _MOST:
+            while len(os.read(self._in, _MOST)) == _MOST:
                 pass
 
     def close(self) -> None:
         """Nobody polls any more."""
-        with self._open:
-            self._in.close()
-            self._out.close()
+        self._closed = True
+
+    def __del__(self) -> None:
+        for descriptor in (getattr(self, "_in", -1), getattr(self, "_out", -1)):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -49,16 +51,92 @@ def test_it_can_be_polled():
     wakeup.close()
 
 
-def test_closed():
-    """Nobody is hurt by a ring after the end, least of all whoever got the file's number."""
+def orders(left):
+    """All orders in which threads can take so many steps each."""
+    if not any(left):
+        yield ()
+    for thread, steps in enumerate(left):
+        if steps:
+            rest = (*left[:thread], steps - 1, *left[thread + 1 :])
+            for order in orders(rest):
+                yield (thread, *order)
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["", "one is interrupted before it rings"])
+def test_no_wake_up_is_lost(interrupted):
+    """In whatever order the steps of two that ring and of the one that polls come: what was rung for is done, or it can be polled.
+
+    A ring is to leave word and to ring, a turn of the poller is to do what there is, to look, and to clear if it was rung.
+    """
     wakeup = WakeUp()
+    for order in orders((2, 2, 6)):
+        left_word, rung, done, stand = set(), set(), set(), [0, 0, 0]
+
+        def readable():
+            return bool(select.select([wakeup], [], [], 0)[0])
+
+        for thread in order:
+            step, stand[thread] = stand[thread], stand[thread] + 1
+            if thread == 2:
+                if step % 3 == 0:
+                    done |= left_word
+                elif step % 3 == 1:
+                    assert rung <= done or readable(), f"it would sleep for ever: {order}"
+                elif readable():
+                    wakeup.clear()
+            elif step == 0:
+                left_word.add(thread)
+            elif not (interrupted and thread == 0):
+                wakeup.ring()
+                rung.add(thread)
+        wakeup.clear()
     wakeup.close()
-    others = socket.socketpair()  # the lowest numbers that are free: those
+
+
+def test_a_ring_that_is_interrupted():
+    """An exception in the middle of a ring, as a signal handler may raise, takes no later ring away."""
+    wakeup = WakeUp()
+
+    class InterruptedHereError(Exception):
+        pass
+
+    def interrupt(frame, event, arg):
+        if frame.f_code is WakeUp.ring.__code__ and event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) == at_line:
+                raise InterruptedHereError
+        return interrupt
+
+    for at_line in range(1, 12):  # noqa: B007 - of the hook above
+        lines = []
+        sys.settrace(interrupt)
+        try:
+            wakeup.ring()
+        except InterruptedHereError:
+            pass
+        finally:
+            sys.settrace(None)
+        wakeup.clear()
+        wakeup.ring()
+        assert select.select([wakeup], [], [], 0)[0], f"lost after an interruption at line {lines[-1]}"
+        wakeup.clear()
+    wakeup.close()
+
+
+def test_closed():
+    """Nobody is hurt by a ring after the end, least of all whoever gets the file's number; the files go with the object."""
+    wakeup = WakeUp()
+    number = wakeup.fileno()
+    wakeup.close()
+    others = socket.socketpair()
     wakeup.ring()
     assert wakeup.fileno() == -1
     assert select.select(others, [], [], 0)[0] == []
     for each in others:
         each.close()
+    del wakeup
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
 
 
 @pytest.mark.parametrize("request_blocks", [64, 2048])
