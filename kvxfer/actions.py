@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvxfer.errors import shown
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -107,6 +109,9 @@ class PackKey(NamedTuple):
 
     token: str
     rank: int
+
+    def __repr__(self) -> str:
+        return f"PackKey({shown(self.token)!r}, {self.rank})"
 
 
 @dataclass(frozen=True)

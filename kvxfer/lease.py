@@ -127,6 +127,9 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         # Logs show it, and whoever reads logs is not to read KV.
         return f"<LeaseRef {shown(self.token)} of {self.owner!r}, request {self.request!r}>"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("token", shown(self.token)), ("owner", self.owner), ("request", self.request)]
+
     def to_obj(self) -> dict[str, Any]:
         """Plain JSON types."""
         obj: dict[str, Any] = msgspec.to_builtins(self)

@@ -80,7 +80,7 @@ class Lease:
         spared: it was given time because this process had stood still, and nobody has asked for it since.
     """
 
-    token: str
+    token: str = field(repr=False)
     request: str
     deadline: float
     state: LeaseState = LeaseState.ANNOUNCED

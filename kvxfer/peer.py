@@ -87,7 +87,7 @@ class Peer:
     heard_at: float = float("-inf")
     greeted_at: float = float("-inf")
     complained_at: float = float("-inf")
-    needed_by: dict[str, str] = field(default_factory=dict)
+    needed_by: dict[str, str] = field(default_factory=dict, repr=False)
     _changes: float = _MOST_CHANGES
     _changed_at: float = float("-inf")
 

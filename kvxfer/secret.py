@@ -7,7 +7,8 @@ import hashlib
 import hmac
 import logging
 import os
-from pathlib import Path
+import select
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import zmq
@@ -23,6 +24,13 @@ _log = logging.getLogger(__name__)
 LEAST_NBYTES = 16
 """Shorter ones can be guessed."""
 
+LEAST_DIFFERENT = 5
+"""One of fewer different bytes can be guessed: of 16 random ones, in whatever notation, more than that differ."""
+
+_MOST_NBYTES = 1 << 16
+_FILE_S = 10.0
+"""A file that is a pipe has to end within this."""
+
 _VARIABLE, _FILE_VARIABLE = "KVXFER_SECRET", "KVXFER_SECRET_FILE"
 _SALT = b"kvxfer secret, version 1"  # one for all: two servers that were told nothing but the secret have to agree
 _COST = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20}  # 32 MiB and about a tenth of a second
@@ -36,6 +44,9 @@ class KeyPair(NamedTuple):
 
     def __repr__(self) -> str:
         return "KeyPair(...)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("keys are not pickled: give each process its own secret")
 
 
 class Secret:
@@ -57,8 +68,15 @@ class Secret:
     __slots__ = ("_tokens", "caller", "listener")
 
     def __init__(self, secret: bytes, origin: str = "argument") -> None:
+        if not isinstance(secret, bytes):
+            raise ConfigError(f"a secret is bytes, the one from {origin} is a {type(secret).__name__}")
         if len(secret) < LEAST_NBYTES:
             raise ConfigError(f"a secret has at least {LEAST_NBYTES} bytes, the one from {origin} has {len(secret)}")
+        if len(set(secret)) < LEAST_DIFFERENT:
+            raise ConfigError(
+                f"the secret from {origin} has {len(set(secret))} different bytes and can be guessed: take 32 random ones, "
+                "as of openssl rand -base64 32"
+            )
         root = hashlib.scrypt(secret, salt=_SALT, dklen=32, **_COST)
         self.listener: KeyPair = _pair(_expand(root, b"listener"))
         self.caller: KeyPair = _pair(_expand(root, b"caller"))
@@ -74,7 +92,8 @@ class Secret:
     def resolve(cls, *, file: str | None = None, environ: Mapping[str, str] | None = None) -> Secret | None:
         """From a file, else ``KVXFER_SECRET_FILE``, else ``KVXFER_SECRET``; None if there is none.
 
-        White space at the end does not count.
+        White space at the end does not count. A file may be a pipe, and has at most 64 KiB. The variable ``KVXFER_SECRET`` is
+        inherited by every child of the process; a file is read once and is not.
 
         Raises:
             ConfigError: it cannot be read, or is too short. The message names where it comes from and never shows it.
@@ -83,7 +102,7 @@ class Secret:
         path = file or environ.get(_FILE_VARIABLE) or ""
         if path:
             try:
-                content, mode = Path(path).read_bytes(), Path(path).stat().st_mode
+                content, mode = _read(path)
             except (OSError, ValueError) as error:
                 raise ConfigError(f"cannot read the secret: {error}") from error
             if mode & 0o077:
@@ -95,6 +114,25 @@ class Secret:
     def digest(self, known: bytes) -> bytes:
         """128 bits of something that can only be told from the outside by who has the secret."""
         return hmac.digest(self._tokens, known, "sha256")[:16]
+
+
+def _read(path: str) -> tuple[bytes, int]:
+    """Content and mode of a file, also of a pipe, which may have no writer, or one that never ends. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode, content, deadline = os.fstat(descriptor).st_mode, b"", time.monotonic() + _FILE_S
+        while True:
+            readable = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]
+            if not readable:
+                raise OSError(f"{path} has not ended after {_FILE_S:g} s")
+            more = os.read(descriptor, _MOST_NBYTES)
+            content += more
+            if len(content) > _MOST_NBYTES:
+                raise OSError(f"{path} holds more than {_MOST_NBYTES} bytes")
+            if not more:
+                return content, mode
+    finally:
+        os.close(descriptor)
 
 
 def _expand(root: bytes, purpose: bytes) -> bytes:

@@ -25,13 +25,13 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from kvxfer.blocks import MAX_TOKENS
 from kvxfer.config import MAX_S
-from kvxfer.errors import WireError
+from kvxfer.errors import WireError, shown
 from kvxfer.layout import MAX_RANKS, CacheSpec
 
 PROTOCOL = 2
@@ -54,6 +54,19 @@ Address = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):
     to: Epoch = ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """Fields as people and logs may see them: tokens of leases are cut short."""
+        return [(name, _shown(name, getattr(self, name))) for name in self.__struct_fields__]
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name == "token" and value:
+        return shown(value)
+    return [shown(token) for token in value] if name in ("tokens", "ended") and isinstance(value, list) else value
 
 
 class Hello(_Message, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import socket
 import subprocess
@@ -15,13 +16,18 @@ import pytest
 import zmq
 
 from kvxfer import Endpoint, LeaseRef, Secret, wire
+from kvxfer.actions import PackKey, SendTo, StartPack
 from kvxfer.config import Settings
 from kvxfer.control import ControlChannel
 from kvxfer.errors import ConfigError, PeerTimeoutError
+from kvxfer.hold import Claim, Hold
+from kvxfer.leases import Lease
 from kvxfer.metrics import Metrics
+from kvxfer.peer import Peer
 from kvxfer.secret import KeyPair
 from kvxfer.testing import eventually
 from tests.core.test_control import introduce
+from tests.core.virtual import small_cache
 
 TEXT = b"what all servers of this fleet know"
 OURS, THEIRS = Secret(TEXT), Secret(b"what another fleet's servers know")
@@ -63,8 +69,9 @@ def test_it_is_not_shown(tmp_path):
     shown = " ".join(map(repr, (OURS, OURS.listener, [OURS.caller]))) + str(OURS)
     for hidden in (TEXT, OURS.listener.private, OURS.caller.private, OURS.listener.public):
         assert hidden.decode() not in shown
-    with pytest.raises(TypeError, match="not pickled"):
-        pickle.dumps(OURS)
+    for keys in (OURS, OURS.listener, [OURS.caller]):
+        with pytest.raises(TypeError, match="not pickled"):
+            pickle.dumps(keys)
     short = tmp_path / "secret"
     short.write_text("too short")
     with pytest.raises(ConfigError) as caught:
@@ -72,16 +79,62 @@ def test_it_is_not_shown(tmp_path):
     assert "too short" not in str(caught.value) and str(short) in str(caught.value)
 
 
+@pytest.mark.parametrize("text", [bytes(16), b"a" * 40, b"abcd" * 10, b"0" * 31 + b"1", "a text of a person"])
+def test_a_secret_that_can_be_guessed(text):
+    """Bytes that hardly differ, and what is no bytes, are refused by name, and not shown."""
+    with pytest.raises(ConfigError) as told:
+        Secret(text)
+    assert repr(text) not in str(told.value)
+
+
+def test_a_file_that_does_not_end(tmp_path, monkeypatch):
+    """A pipe without a writer, one that is never closed and a file without end are refused by name, in time."""
+    monkeypatch.setattr("kvxfer.secret._FILE_S", 0.3)
+    pipe, silent = tmp_path / "pipe", tmp_path / "silent"
+    for each in (pipe, silent):
+        os.mkfifo(each, 0o600)
+    end = os.open(silent, os.O_RDWR)
+    for path in (pipe, silent, "/dev/zero", tmp_path / "none"):
+        with pytest.raises(ConfigError):
+            Secret.resolve(file=str(path), environ={})
+    os.close(end)
+    begin, end = os.pipe()
+    os.write(end, TEXT + b"\n")
+    os.close(end)
+    found = Secret.resolve(file=f"/dev/fd/{begin}", environ={})
+    os.close(begin)
+    assert found is not None and found.listener == OURS.listener
+
+
+def test_tokens_are_not_shown():
+    """What holds the token of a lease that lives does not show it, to people, to logs or to rich."""
+    token = "0123456789abcdef" * 2
+    grant = wire.Grant(token=token, blocks=[b""], cell=1, check=bytes(16), ttl_s=1.0)
+    ref = LeaseRef.shared("key", owner="x", addresses=["tcp://x:1"])
+    peer = Peer("tcp://x:1", 0)
+    peer.needed_by[token] = None
+    stage = wire.Stage(token=token, number=0, image=small_cache().spec, tokens=(0, 1))
+    holds = [
+        grant, wire.Renew(tokens=[token]), wire.Renewed(ended=[token]), wire.Settle(token=token, read=True), stage, ref,
+        Claim(peer, grant), Hold(ref, 0.0, 1.0, [Claim(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),
+        SendTo("tcp://x:1", grant), StartPack(PackKey(token, 0), 0, stage.image, (0, 1), []),
+    ]  # fmt: skip
+    for each in holds:
+        told = repr(each) + str(each) + repr(list(getattr(each, "__rich_repr__", tuple)()))
+        assert token not in told and ref.token not in told, type(each)
+    assert token[:8] in repr(grant)
+
+
 def test_where_it_comes_from(tmp_path, caplog):
     """A given file before the file of the environment before the variable; a line's end does not count."""
     files = {name: tmp_path / name for name in ("a", "b")}
     for name, file in files.items():
-        file.write_bytes(name.encode() * 40 + b"\n")
+        file.write_bytes(name.encode() + TEXT + b"\n")
         file.chmod(0o600)
-    environ = {"KVXFER_SECRET_FILE": str(files["b"]), "KVXFER_SECRET": "c" * 40}
+    environ = {"KVXFER_SECRET_FILE": str(files["b"]), "KVXFER_SECRET": "c" + TEXT.decode()}
     found = [Secret.resolve(file=str(files["a"]), environ=environ), Secret.resolve(environ=environ)]
-    found.append(Secret.resolve(environ={"KVXFER_SECRET": "c" * 40 + "\n"}))
-    assert [each.listener for each in found] == [Secret(letter * 40).listener for letter in (b"a", b"b", b"c")]
+    found.append(Secret.resolve(environ={"KVXFER_SECRET": "c" + TEXT.decode() + "\n"}))
+    assert [each.listener for each in found] == [Secret(letter + TEXT).listener for letter in (b"a", b"b", b"c")]
     assert Secret.resolve(environ={}) is None
     assert not caplog.records
     files["a"].chmod(0o644)
@@ -93,7 +146,7 @@ def test_where_it_comes_from(tmp_path, caplog):
 def test_a_file_that_cannot_be_read(file):
     """A secret that was asked for and is not there stops the start: nothing runs without it by mistake."""
     with pytest.raises(ConfigError, match="cannot read the secret"):
-        Secret.resolve(file=file, environ={"KVXFER_SECRET": "c" * 40})
+        Secret.resolve(file=file, environ={"KVXFER_SECRET": "c" + TEXT.decode()})
 
 
 # -- who is served -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A consumer that stood still reads what its producer's ranks said meanwhile before it blames one for its silence."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from kvxfer import Endpoint, KVCache, LeaseRef
+from kvxfer.config import Settings
+from kvxfer.errors import KvxferError
+
+PATIENT = Settings(lease_s=30.0, retry_s=0.3)
+IMPATIENT = Settings(lease_s=30.0, retry_s=0.3, peer_timeout_s=2.0)
+STANDS_S = 3.0
+
+
+def cache(rank, world, seed=0):
+    """Two layers of a model of two heads, or one rank's share of them."""
+    heads = 2 // world
+    rng = np.random.default_rng(seed + rank)
+    layers = {f"layer.{i}": rng.integers(0, 99, (16, heads, 4, 16)).astype(np.uint16) for i in range(2)}
+    share = {"heads_total": 2, "head_start": rank * heads, "rank": rank, "world": world}
+    return layers, KVCache.from_layers(layers, block_tokens=4, **share)
+
+
+def consume(pipe):
+    """Read what the pipe says, and tell how that ended and what is there."""
+    layers, target = cache(0, 1, seed=9)
+    with Endpoint(target, "nixl", settings=IMPATIENT) as endpoint, contextlib.suppress(EOFError):
+        while True:
+            transfer = endpoint.read(LeaseRef.from_json(pipe.recv()), [3], timeout_s=60)
+            pipe.send("reads")
+            try:
+                transfer.wait()
+                pipe.send([layer[3].tobytes() for layer in layers.values()])
+            except KvxferError as error:
+                pipe.send(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_answers_are_read_first(world):
+    """Whatever the producer's ranks said while the consumer was stopped counts, also where its patience ran out meanwhile."""
+    pytest.importorskip("nixl")
+    context = mp.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    child = context.Process(target=consume, args=(theirs,), daemon=True)
+    child.start()
+    theirs.close()
+    made = [cache(rank, world) for rank in range(world)]
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(Endpoint(each, "nixl", settings=PATIENT, name=f"producer-{world}-{os.getpid()}"))
+            for _, each in made
+        ]
+
+        def begin():
+            ref = LeaseRef.mint(owner=ranks[0].name, addresses=[rank.address for rank in ranks])
+            for rank in ranks:
+                rank.announce(ref)
+            pipe.send(ref.to_json())
+            assert pipe.poll(60) and pipe.recv() == "reads"
+            return ref
+
+        def offered(ref):
+            for rank in ranks:
+                rank.offer(ref, [5])
+
+        def read():
+            assert pipe.poll(60)
+            whole = [np.concatenate([layers[f"layer.{i}"][5] for layers, _ in made]).tobytes() for i in range(2)]
+            assert pipe.recv() == whole
+
+        offered(begin())
+        read()
+        for _ in range(2):
+            ref = begin()
+            time.sleep(0.5)  # so that it waits, with all its questions answered
+            os.kill(child.pid, signal.SIGSTOP)
+            offered(ref)
+            time.sleep(STANDS_S)  # what passes for the consumer at once
+            os.kill(child.pid, signal.SIGCONT)
+            read()
+    pipe.close()
+    child.join(30)
+    child.kill()
