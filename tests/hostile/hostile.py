@@ -20,7 +20,6 @@ from typing import Any
 
 import psutil
 
-from kvxfer.route import Route
 from tests.hostile.cases import CASES, OF_PRODUCERS, Scene
 from tests.process.child import SMALL, Child, Engine
 
