@@ -11,6 +11,7 @@ of blocks is one descriptor, however long. Nothing here loops over blocks in Pyt
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,34 +198,75 @@ Lane = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Nest:
-    """Segments of one shape, to be expanded together. All that does not depend on blocks is expanded once, here.
+    """Segments of one shape, to be expanded together.
+
+    All that does not depend on blocks is expanded once, when it is needed: how much that is depends on the strides, which may be
+    a peer's, and is known before.
 
     Attributes:
         shape: what they have in common.
-        sources, targets: address in block 0 of each run outside the block: starts of the segments and their outer loops.
-            Those of one lane stand together, in the order of the source's memory.
-        lanes: in which allocations each of them lies; ``lane_of`` the same as a number.
-        inner: the loops inside a block.
-        inner_sources, inner_targets: offsets of the runs inside a block.
+        segments: those of one lane together, in the order of the source's memory.
+        outer, inner: the loops outside and inside a block.
     """
 
     shape: Shape
-    sources: IntArray
-    targets: IntArray
-    lanes: tuple[Lane, ...]
-    lane_of: LaneArray
+    segments: tuple[Segment, ...]
+    outer: tuple[Loop, ...]
     inner: tuple[Loop, ...]
-    inner_sources: IntArray
-    inner_targets: IntArray
 
     def runs(self, pairs: BlockPairs) -> int:
         """How many descriptors it makes of these blocks, before neighbours of other nests are joined to them."""
-        blocks = len(pairs.run_source) if self.shape.joins_blocks else len(pairs)
-        return len(self.sources) * len(self.inner_sources) * blocks
+        return self._of_block * (len(pairs.run_source) if self.shape.joins_blocks else len(pairs))
 
     def nbytes(self, pairs: BlockPairs) -> int:
         """Bytes at the source."""
-        return len(self.sources) * len(self.inner_sources) * len(pairs) * self.shape.nbytes
+        return self._of_block * len(pairs) * self.shape.nbytes
+
+    @cached_property
+    def size(self) -> int:
+        """Places that it remembers once it was expanded."""
+        return len(self.segments) * math.prod(loop.count for loop in self.outer) + math.prod(
+            loop.count for loop in self.inner
+        )
+
+    @cached_property
+    def _of_block(self) -> int:
+        """Runs of one block."""
+        return len(self.segments) * math.prod(loop.count for loop in self.shape.loops)
+
+    @property
+    def sources(self) -> IntArray:
+        """Address in block 0 of each run outside the block: starts of the segments and their outer loops."""
+        return self._outside[0]
+
+    @property
+    def targets(self) -> IntArray:
+        """The same at the target."""
+        return self._outside[1]
+
+    @property
+    def inner_sources(self) -> IntArray:
+        """Offsets of the runs inside a block."""
+        return self._inside[0]
+
+    @property
+    def inner_targets(self) -> IntArray:
+        """The same at the target."""
+        return self._inside[1]
+
+    @cached_property
+    def _outside(self) -> tuple[IntArray, IntArray]:
+        return _looped([each.source for each in self.segments], [each.target for each in self.segments], self.outer)
+
+    @cached_property
+    def _inside(self) -> tuple[IntArray, IntArray]:
+        return _looped([0], [0], self.inner)
+
+    @cached_property
+    def lane_of(self) -> LaneArray:
+        """The allocations in which each of ``sources`` and ``targets`` lies, as a number."""
+        lanes = np.array([a * MAX_REGIONS + b for _, _, a, b, _ in self.segments], dtype=np.uint32)
+        return np.repeat(lanes, len(self.sources) // len(lanes))
 
     def expand(self, along: _Along) -> _Runs:
         """Each run, axes nested in the order of the source's memory; ``along`` is of `along_blocks`."""
@@ -306,8 +348,11 @@ class Nest:
     @cached_property
     def _by_lane(self) -> list[tuple[Lane, IntArray, IntArray]]:
         """(lane, sources, targets) of each."""
-        mine = {lane: np.array([each == lane for each in self.lanes]) for lane in sorted(set(self.lanes))}
-        return [(lane, self.sources[each], self.targets[each]) for lane, each in mine.items()]
+        lanes = sorted({(each.source_buffer, each.target_buffer) for each in self.segments})
+        if len(lanes) == 1:
+            return [(lanes[0], self.sources, self.targets)]
+        mine = [(lane, self.lane_of == lane[0] * MAX_REGIONS + lane[1]) for lane in lanes]
+        return [(lane, self.sources[each], self.targets[each]) for lane, each in mine]
 
 
 def _steps(places: IntArray) -> IntArray:
@@ -334,11 +379,7 @@ def nests_of(segments: Iterable[Segment]) -> list[Nest]:
         same.sort(key=lambda x: (x.source_buffer, x.target_buffer, x.source))
         outer = tuple(loop for loop in shape.loops if loop.source_stride >= shape.source_block)
         inner = tuple(loop for loop in shape.loops if loop.source_stride < shape.source_block)
-        sources, targets = _looped([x.source for x in same], [x.target for x in same], outer)
-        times = len(sources) // len(same)
-        lanes = tuple((x.source_buffer, x.target_buffer) for x in same for _ in range(times))
-        lane_of = np.array([a * MAX_REGIONS + b for a, b in lanes], dtype=np.uint32)
-        nests.append(Nest(shape, sources, targets, lanes, lane_of, inner, *_looped([0], [0], inner)))
+        nests.append(Nest(shape, tuple(same), outer, inner))
     return nests
 
 

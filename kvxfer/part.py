@@ -25,8 +25,12 @@ Tokens = tuple[int, "int | None"]
 
 
 _SAMPLE_TOKENS = 512
+_SAMPLE_RUNS = 1 << 20
+"""A sample has no more runs than about these: fewer tokens then."""
 _MOST_GRAINS = 1024
 """Kept for the next request. Whole blocks need a handful; where requests begin and end in theirs makes some hundred more."""
+_MOST_PLACES = 1 << 21
+"""Kept of them, in 16 bytes each, unless one has more."""
 
 
 class Channel(NamedTuple):
@@ -58,6 +62,24 @@ class BoundCopy(NamedTuple):
     copy: Copy
 
 
+class _Nests(dict[tuple["Channel", Grain], list[Nest]]):
+    """The loop nests of a part by channel and grain, as many as are worth keeping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._places = 0
+
+    def keep(self, key: tuple[Channel, Grain], nests: list[Nest]) -> list[Nest]:
+        """Remember these; returns them."""
+        places = sum(nest.size for nest in nests)
+        if len(self) >= _MOST_GRAINS or self._places + places > _MOST_PLACES:
+            self.clear()
+            self._places = 0
+        self._places += places
+        self[key] = nests
+        return nests
+
+
 @dataclass(frozen=True, eq=False)
 class PlanPart:
     """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
@@ -77,7 +99,7 @@ class PlanPart:
     target_groups: frozenset[int] = field(init=False)
     unequal_blocks: bool = field(init=False)
     _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
-    _nests: dict[tuple[Channel, Grain], list[Nest]] = field(init=False, repr=False)
+    _nests: _Nests = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         channels: dict[Channel, list[Overlap]] = defaultdict(list)
@@ -88,7 +110,7 @@ class PlanPart:
         object.__setattr__(self, "target_groups", frozenset(channel.target_group for channel in channels))
         object.__setattr__(self, "unequal_blocks", any(c.source_tokens != c.target_tokens for c in channels))
         object.__setattr__(self, "_channels", dict(channels))
-        object.__setattr__(self, "_nests", {})
+        object.__setattr__(self, "_nests", _Nests())
 
     def match(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Match:
         """The block tables of one request on both sides, checked against each other.
@@ -172,9 +194,7 @@ class PlanPart:
                 key = channel, grain
                 nests = self._nests.get(key)
                 if nests is None:
-                    if len(self._nests) >= _MOST_GRAINS:
-                        self._nests.clear()
-                    nests = self._nests[key] = nests_of(segments(overlaps, *grain))
+                    nests = self._nests.keep(key, nests_of(segments(overlaps, *grain)))
                 bound += [(nest, pairs) for nest in nests]
         return Bound(self, match, bound)
 
@@ -205,14 +225,35 @@ class Bound(NamedTuple):
             nbytes += nest.nbytes(pairs)
         return runs, nbytes
 
+    def in_pieces(self, most: int) -> list[Match]:
+        """The same tokens as several requests, each of about ``most`` descriptors, but of one token at least."""
+        pieces = -(-self.runs()[0] // most)
+        if pieces <= 1:
+            return [self.match]
+        match, spans = self.match, self.match.tokens
+        longest = max(stop - start for start, stop in spans)
+        cuts = []
+        for (start, stop), table in zip(spans, match.targets, strict=True):
+            # At the ends of blocks where pieces have so many tokens: what is one run there stays one.
+            grid = table.tokens if longest >= pieces * table.tokens else 1
+            at = [max(start, (start + (stop - start) * i // pieces) // grid * grid) for i in range(pieces)]
+            cuts.append([*at, stop])
+        made = [[(cut[i], cut[i + 1]) for cut in cuts] for i in range(pieces)]
+        return [match._replace(tokens=piece) for piece in made if any(start < stop for start, stop in piece)]
+
     def likely_runs(self) -> tuple[int, int]:
         """As `runs`, but where blocks differ in size and so many runs turn out to be neighbours, judged by a sample."""
         runs, nbytes = self.runs()
         if self.part.converts or not self.part.unequal_blocks:
             return runs, nbytes
-        spans = [(start, min(stop, start + _SAMPLE_TOKENS)) for start, stop in self.match.tokens]
-        sample = self.part.bound(Match(self.match.sources, self.match.targets, spans))
-        before, _ = sample.runs()
+        tokens = _SAMPLE_TOKENS
+        while True:
+            spans = [(start, min(stop, start + tokens)) for start, stop in self.match.tokens]
+            sample = self.part.bound(Match(self.match.sources, self.match.targets, spans))
+            before, _ = sample.runs()
+            if before <= _SAMPLE_RUNS or tokens == 1:
+                break
+            tokens = max(1, tokens * _SAMPLE_RUNS // before)
         return (max(1, runs * len(sample.descriptors()) // before) if before else runs), nbytes
 
 

@@ -17,12 +17,12 @@ way of a `Carrier`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
 from kvxfer.depth import Ends
-from kvxfer.errors import KvxferError, LeaseEndedError, TransferTimeoutError
+from kvxfer.errors import IncompatibleError, KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.fence import CELL_NBYTES
 from kvxfer.integrity import Check
 from kvxfer.memory import Descriptors
@@ -39,8 +39,16 @@ if TYPE_CHECKING:
     from kvxfer.chunking import Size
     from kvxfer.errors import Difference
     from kvxfer.image import Chunk, Image
-    from kvxfer.part import Match
+    from kvxfer.part import Bound, Match
     from kvxfer.staging import Bytes
+
+
+_MOST_DESCRIPTORS: Final = 1 << 19
+"""Made at a time, with about 150 bytes each: how many a read has depends on its source's description of its cache."""
+_MOST_OF_A_READ: Final = 1 << 26
+"""From one source; they would take minutes."""
+_MOST_GATHERED: Final = 1 << 21
+"""For one chunk."""
 
 
 class Carrier(Protocol):
@@ -225,6 +233,9 @@ class Leg:
             self._work = _Packed(self, match, choice.route, choice.size, moved)
             self._work.go_on(carrier)
             return
+        if choice.bound.runs()[0] > _MOST_DESCRIPTORS:
+            self._move_in_pieces(carrier, choice.bound, moved)
+            return
         spans = choice.bound.descriptors()
         self.count(spans)
         if not len(spans):
@@ -234,6 +245,25 @@ class Leg:
             self._fence(carrier, spans)
         else:
             carrier.submit(self, [spans], moved)
+
+    def _move_in_pieces(self, carrier: Carrier, bound: Bound, then: Callable[[], None]) -> None:
+        """Move what is too many descriptors to be made at once: a piece, and when it is here the next."""
+        runs, _ = bound.runs()
+        if runs > _MOST_OF_A_READ:
+            what = f"{runs:,} runs would have to be moved one by one, more than {_MOST_OF_A_READ:,}"
+            raise IncompatibleError("descriptors", f"{what}: read fewer tokens at a time, or let chunks be packed")
+        pieces = iter(bound.in_pieces(_MOST_DESCRIPTORS))
+
+        def go_on() -> None:
+            piece = next(pieces, None)
+            if piece is None:
+                then()
+                return
+            spans = bound.part.descriptors(piece)
+            self.count(spans)
+            carrier.submit(self, [spans], go_on)
+
+        go_on()
 
     def count(self, spans: Descriptors) -> None:
         """Add what goes over the wire to the read's figures."""
@@ -359,7 +389,12 @@ class _Packed:
             if address is not None:
                 spans = Descriptors.of(slot, address, image.nbytes)
             else:
-                gathered = image.from_source.descriptors(image.filled(chunk, self._match))
+                bound = image.from_source.bound(image.filled(chunk, self._match))
+                if bound.runs()[0] > _MOST_GATHERED:
+                    raise IncompatibleError(
+                        "descriptors", f"a chunk of the source is more than {_MOST_GATHERED:,} runs"
+                    )
+                gathered = bound.descriptors()
                 spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
             self._submit(carrier, spans, lambda: landed(slot))
 
