@@ -25,6 +25,14 @@ MAX_GROUPS: Final = 64
 MAX_REGIONS: Final = 4096
 MAX_SMALL_EXTENT: Final = 1 << 20
 """Limit for layers, heads, tokens of a block: far above any model, far below what makes sums overflow."""
+MAX_LAYERS: Final = 4096
+"""Of one region. What a reader of a description pays grows with the layers in it."""
+MAX_CELLS: Final = 1 << 14
+"""Layers times components of one rank."""
+MAX_KERNEL_BLOCKS: Final = 1 << 16
+"""Blocks of a region that one entry of the block table stands for."""
+MAX_CACHE_NBYTES: Final = 1 << 50
+"""Of one rank: more than any machine has."""
 MAX_RANKS: Final = 1024
 """Of one engine: a lease names the address of each."""
 MAX_TEXT: Final = 256
@@ -187,13 +195,13 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
         if bool(self.element_nbytes) != bool(self.element_stride) or self.content_nbytes % (self.element_nbytes or 1):
             raise LayoutError(f"content of {self.content_nbytes} bytes holds no elements of {self.element_nbytes}")
         for axis in Axes.__struct_fields__:
-            limit = MAX_BLOCKS if axis == "block" else MAX_SMALL_EXTENT
+            limit = {"block": MAX_BLOCKS, "layer": MAX_LAYERS}.get(axis, MAX_SMALL_EXTENT)
             _check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
             _check_int(f"the stride of {axis}s", getattr(self.strides, axis), 0, MAX_ADDRESS - 1)
-        for layer in self.layers:
-            _check_int("a layer number", layer, 0, MAX_SMALL_EXTENT)
         if len(self.layers) != self.extents.layer or len(set(self.layers)) != len(self.layers):
             raise LayoutError(f"{len(self.layers)} layer numbers do not name {self.extents.layer} layers")
+        for layer in self.layers:
+            _check_int("a layer number", layer, 0, MAX_SMALL_EXTENT)
         self._check_no_aliasing()
         if self.end > MAX_ADDRESS:
             raise LayoutError(f"the region at {self.address:#x} does not fit in the address space")
@@ -307,6 +315,11 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
                     f"a region of group {self.name!r} has {kernel} tokens in a block, of which its group's"
                     f" {self.table_tokens} are no multiple"
                 )
+            if self.table_tokens // kernel > MAX_KERNEL_BLOCKS:
+                raise LayoutError(
+                    f"one entry of the block table of group {self.name!r} stands for {self.table_tokens // kernel} blocks"
+                    f" of a region, more than {MAX_KERNEL_BLOCKS}"
+                )
             want = (self.num_blocks * (self.table_tokens // kernel), len(self.heads))
             for axis, has, should in zip(
                 ("blocks", "heads"), (region.extents.block, region.extents.head), want, strict=True
@@ -404,6 +417,12 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         regions = [region for group in self.groups for region in group.regions]
         if len(regions) > MAX_REGIONS:
             raise LayoutError(f"{len(regions)} regions are more than {MAX_REGIONS}")
+        cells = sum(len(region.layers) for region in regions)
+        if cells > MAX_CELLS:
+            raise LayoutError(f"{cells} layers and components are more than {MAX_CELLS}")
+        nbytes = sum(region.block_nbytes * region.extents.block for region in regions)
+        if nbytes > MAX_CACHE_NBYTES:
+            raise LayoutError(f"a cache of {nbytes} bytes is larger than any machine: the limit is {MAX_CACHE_NBYTES}")
         if len({group.name for group in self.groups}) != len(self.groups):
             raise LayoutError("two groups have the same name")
         self._check_parts()
