@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from kvxfer import registry
-from kvxfer.cli.table import table
+from kvxfer.cli.table import add_format, table
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.calibrate import Sample, calibrate
-from kvxfer.cli.table import Progress, size, table
+from kvxfer.cli.calibrate import Sample, calibrate, needed_nbytes
+from kvxfer.cli.checks import check_agent, check_memory, check_writable
+from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError
 from kvxfer.route import Costs
 
@@ -27,26 +28,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--mib", type=int, default=128, help="size of the largest read, in MiB (default: %(default)s)")
     sub.add_argument("--repeats", type=int, default=5, help="of each measurement (default: %(default)s)")
     sub.add_argument("--out", default=_OUT, help="file to write (default: %(default)s); '-' writes none")
-    sub.add_argument("--format", choices=("text", "json"), default="text")
+    add_format(sub)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, write."""
     if options.mib < 1 or options.repeats < 1:
         raise ConfigError("--mib and --repeats must be at least 1")
+    check_agent(options.agent, "a calibration")
+    check_memory(needed_nbytes(options.mib), "take less --mib")
+    if options.out != "-":
+        check_writable(options.out)
     costs, samples = calibrate(
         options.agent, Progress(quiet=options.format == "json"), mib=options.mib, repeats=options.repeats
     )
-    if options.out != "-":
-        try:
-            costs.save(options.out)
-        except OSError as error:
-            raise ConfigError(f"cannot write {options.out}: {error}") from error
     if options.format == "json":
         print(json.dumps({"costs": asdict(costs), "samples": [asdict(sample) for sample in samples]}, indent=2))
     else:
         print(_text(costs, samples))
-        if options.out != "-":
+    if options.out != "-":
+        costs.save(options.out)
+        if options.format == "table":
             print(f"\n  written; to use it: export KVXFER_COSTS={Path(options.out).resolve()}")
     return 0
 

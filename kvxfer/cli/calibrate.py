@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvxfer.cache import KVCache
-from kvxfer.cli.child import Child, ChildError
+from kvxfer.cli.child import PROCESS_NBYTES, Child, ChildError
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.image import Images
@@ -43,6 +43,11 @@ class Sample:
     runs: int
     nbytes: int
     seconds: float
+
+
+def needed_nbytes(mib: int) -> int:
+    """What a calibration takes: a cache in each process, two more while copies are measured, and the processes."""
+    return 4 * (mib << 20) + (64 << 20) + 2 * PROCESS_NBYTES
 
 
 def _cache(order: str, blocks: int, head_dim: int = _HEAD_DIM) -> KVCache:

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.errors import KvxferError
+from kvxfer.errors import ConfigError, KvxferError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+PROCESS_NBYTES = 200 << 20
+"""What a process takes beside its cache: Python, NumPy, the transfer engine, one layer of the oracle's pattern."""
+
 _GOODBYE_S = 10.0
 _HASTY_S = 1.0
+
+
+_PLAIN = {"ConfigError": ConfigError, "UnavailableError": UnavailableError}
 
 
 class ChildError(KvxferError):
@@ -48,7 +55,9 @@ class Child:
         self._pipe, theirs = context.Pipe()
         lifeline, self._lifeline = context.Pipe(duplex=False)
         self._process = context.Process(target=_live, args=(theirs, lifeline, make, arguments), name=name, daemon=True)
-        # Blocked signals stay blocked in a spawned process: ctrl-C is the parent's business from the first moment on.
+        # A spawned process inherits blocked signals: ctrl-C is the parent's business from the first moment on. The
+        # resource tracker, which is started with the first process, would unblock them, so it has to run before.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -63,7 +72,7 @@ class Child:
         return self._process.pid or 0
 
     def ready(self) -> None:
-        """Wait until the object is made. Raises ChildError if that failed."""
+        """Wait until the object is made. Raises ConfigError or UnavailableError as its constructor did, else ChildError."""
         self.answer()
 
     def call(self, method: str, *arguments: object) -> Any:
@@ -88,7 +97,10 @@ class Child:
             self._process.join(1)
             raise ChildError(f"the {self.name} process ended ({_ending(self._process.exitcode)})") from error
         if not good:
-            raise ChildError(f"in the {self.name} process: {answer}")
+            kind, text = answer
+            if kind in _PLAIN:  # it would have been the same here: no word of processes
+                raise _PLAIN[kind](text)
+            raise ChildError(f"in the {self.name} process: {kind}: {text}")
         return answer
 
     def freeze(self) -> None:
@@ -152,8 +164,8 @@ def _live(pipe: Connection, lifeline: Connection, make: Callable[..., object], a
             close()
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _told(error: Exception) -> tuple[str, str]:
+    return type(error).__name__, str(error)
 
 
 def _end_with_parent(lifeline: Connection) -> None:

@@ -6,34 +6,28 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import statistics
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvxfer import registry
-from kvxfer.agent import Reach, TransferAgent
-from kvxfer.cli.child import Child
+from kvxfer.cli import own_version
+from kvxfer.cli.checks import check_agent, check_memory
+from kvxfer.cli.child import PROCESS_NBYTES, Child
 from kvxfer.cli.parties import Consumer, Geometry, Outcome, Producer
-from kvxfer.cli.table import Progress, size, table
-from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.cli.table import Progress, add_format, size, table
+from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
 MODELS = {
     "llama-3-8b": Geometry(layers=32, heads=8, head_dim=128),
     "llama-3-70b": Geometry(layers=80, heads=8, head_dim=128),
     "tiny": Geometry(layers=4, heads=2, head_dim=32),
 }
-_PROCESS_NBYTES = 200 << 20
-"""What a process takes beside its cache: Python, NumPy, the transfer engine, one layer of the oracle's pattern."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a request; default %(default)s")
     parser.add_argument("--model", choices=sorted(MODELS), default="llama-3-8b", help="geometry; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="times each request is moved; default %(default)s")
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -94,13 +88,13 @@ def run(options: argparse.Namespace) -> int:
     geometry = MODELS[options.model]
     if options.tokens < 2 * geometry.block_tokens or options.rounds < 1:
         raise ConfigError(f"--tokens is at least {2 * geometry.block_tokens} and --rounds at least 1")
-    _check_agent(options.agent)
+    check_agent(options.agent, "the demo")
     wanted = -(-options.tokens // geometry.block_tokens)
     blocks = wanted + max(4, wanted // 4)
-    needed = (2 * blocks + wanted) * geometry.block_nbytes + 2 * _PROCESS_NBYTES
-    _check_memory(needed)
+    needed = (2 * blocks + wanted) * geometry.block_nbytes + 2 * PROCESS_NBYTES
+    check_memory(needed, "take fewer --tokens")
     progress = Progress()
-    with _ended_by_signals(), ExitStack() as stack:
+    with ExitStack() as stack:
         with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
             producer = stack.enter_context(Child("producer", Producer, geometry, blocks, options.agent))
             consumer = stack.enter_context(
@@ -117,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
             late, ended = demo.move_late(requests[0])
         found: dict[str, Any] = {
             "host": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-            "version": _version(),
+            "version": own_version(),
             "model": options.model,
             **asdict(geometry),
             "dtype": "bfloat16",
@@ -273,62 +267,3 @@ def _readable(found: dict[str, Any], rows: list[Row]) -> str:
         else "  FAILED: see above.",
     ]
     return "\n".join(lines)
-
-
-def _check_agent(name: str) -> None:
-    """Refuse before anything is started what cannot work between two processes."""
-    adapter = registry.load(name)
-    if issubclass(adapter, TransferAgent) and adapter.capabilities.reach is Reach.PROCESS:
-        raise UnavailableError(f"{name} moves bytes inside one process, and the demo has two: take another --agent")
-
-
-def _check_memory(needed: int) -> None:
-    available = available_nbytes()
-    if available is not None and available < needed:
-        raise UnavailableError(
-            f"this needs {size(needed)} of memory and {size(available)} are available here: take fewer --tokens"
-        )
-
-
-def available_nbytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process and its children may still take, by the kernel and by cgroups; None if nobody says."""
-    found: list[int] = []
-    said = [line.split()[1] for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
-    found += [int(kib) * 1024 for kib in said]
-    for limit, used in (
-        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        pair = [_lines(root / name) for name in (limit, used)]
-        if all(lines and lines[0].isdecimal() for lines in pair):
-            found.append(int(pair[0][0]) - int(pair[1][0]))
-    return min(found) if found else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like ctrl-C, so that no process is left behind."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _version() -> str:
-    try:
-        return version("kvxfer")
-    except PackageNotFoundError:
-        return "(source tree)"

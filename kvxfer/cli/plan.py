@@ -12,6 +12,7 @@ from kvxfer.cli.forecast import MAX_TOKENS, Conditions, Request, forecasts
 from kvxfer.cli.models import MODELS
 from kvxfer.cli.report import Report, as_json, as_text
 from kvxfer.cli.specs import FIRST_ADDRESS, read_side, same_model
+from kvxfer.cli.table import add_format
 from kvxfer.cli.words import OPTIONS, Written, whole, written
 from kvxfer.errors import ConfigError
 from kvxfer.route import Costs, Route
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     answer = parser.add_argument_group("the answer")
     answer.add_argument("--rank", metavar="N", help="of the target, in detail; all are summed up otherwise")
-    answer.add_argument("--format", choices=("text", "json"), default="text")
+    add_format(answer)
     answer.add_argument("--picture", metavar="FILE", help="draw which bytes land where (.png, .svg or .pdf)")
     answer.add_argument("--picture-by", choices=picture.MEANINGS, default="auto", help="what colours tell apart")
 
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     print(json.dumps(as_json(report), indent=2) if options.format == "json" else as_text(report))
     if options.picture and not all(each.refused for each in found):
         shown = picture.draw(options.picture, report, by=options.picture_by)
-        if options.format == "text":
+        if options.format == "table":
             print(f"\npicture   {options.picture}: {shown}")
     return 0 if report.good else 1
 

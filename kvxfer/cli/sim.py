@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.table import Progress, size, table
+from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", default=_ALL, help="what goes wrong: a profile's name, or every one of them (the default)"
     )
+    add_format(parser)
     parser.add_argument(
         "--shrink",
         type=int,
@@ -47,11 +49,14 @@ def run(options: argparse.Namespace) -> int:
         raise UnavailableError(f"the simulator needs what kvxfer[test] installs: {error}") from error
     if options.seeds < 1:
         raise ConfigError("--seeds must be at least 1")
+    if options.first < 0:
+        raise ConfigError("--from must not be negative")
     if options.shrink < 0:
         raise ConfigError("--shrink must not be negative")
     if options.profile not in (*PROFILES, _ALL):
         raise ConfigError(f"unknown profile {options.profile!r}; known are {', '.join(PROFILES)}, and {_ALL}")
-    rows, faults, progress = [], Counter[str](), Progress()
+    rows, faults, progress = [], Counter[str](), Progress(quiet=options.format == "json")
+    found: dict[str, dict[str, int]] = {}
     for name, profile in PROFILES.items():
         if options.profile not in (name, _ALL):
             continue
@@ -62,7 +67,11 @@ def run(options: argparse.Namespace) -> int:
                 try:
                     report = run(seed, profile)
                 except SimulationError as error:
-                    _explain(error, name, profile, options.shrink, progress)
+                    if options.format == "json":
+                        what = {"profile": name, "seed": error.seed, "finding": error.finding, "what": error.what}
+                        print(json.dumps({"good": False, **what}, indent=2))
+                    else:
+                        _explain(error, name, profile, options.shrink, progress)
                     return 1
                 told += report.ends
                 told["requests"] += report.requests
@@ -73,7 +82,11 @@ def run(options: argparse.Namespace) -> int:
         counts = [
             f"{told[key]:,}" for key in ("requests", "Done", "Failed", "LeaseSettled", "LeaseExpired", "LeaseRevoked")
         ]
+        found[name] = {"seeds": options.seeds, **told}
         rows.append((name, f"{options.seeds:,}", *counts, size(told["nbytes"]), f"{time.monotonic() - begin:.0f} s"))
+    if options.format == "json":
+        print(json.dumps({"good": True, "first_seed": options.first, "profiles": found, "faults": faults}, indent=2))
+        return 0
     heads = ("profile", "seeds", "requests", "done", "failed", "settled", "expired", "revoked", "moved", "took")
     print(table(heads, rows))
     print("\nwent wrong: " + (", ".join(f"{kind} {number:,}" for kind, number in faults.most_common()) or "nothing"))

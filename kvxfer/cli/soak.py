@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.cli.table import Progress, size
+from kvxfer.cli.checks import check_agent
+from kvxfer.cli.table import Progress, add_format, size
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="how long things go wrong (default: %(default)g)")
     parser.add_argument("--agent", default="nixl", help="transfer agent of all engines (default: %(default)s)")
     parser.add_argument("--agent-options", default="{}", metavar="JSON", help="for the agent, as `Endpoint` takes them")
+    add_format(parser)
     parser.add_argument(
         "--seed", type=int, help="of what is asked for and what goes wrong; by default another one each time"
     )
@@ -37,23 +40,32 @@ def run(options: argparse.Namespace) -> int:
         raise UnavailableError(f"a soak needs what kvxfer[test] installs: {error}") from error
     if not 0 < options.minutes < 1e6:
         raise ConfigError("--minutes must be more than 0")
+    agent_options = _agent_options(options.agent_options)
+    check_agent(options.agent, "a soak")
     seconds = options.minutes * 60
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(32)
-    progress = Progress()
+    progress = Progress(quiet=options.format == "json")
     with progress.step(f"{options.minutes:g} minutes of churn, seed {seed}"):
         try:
             report = run(
                 seconds,
                 agent=options.agent,
-                agent_options=_agent_options(options.agent_options),
+                agent_options=agent_options,
                 seed=seed,
                 calm_every_s=min(_CALM_EVERY_S, seconds / 2),
                 tell=progress.tell,
             )
         except SoakError as error:
-            print(f"\nseed {seed}, {error}")
+            if options.format == "json":
+                print(json.dumps({"good": False, "seed": seed, "error": str(error)}, indent=2))
+            else:
+                print(f"\nseed {seed}, {error}")
             return 1
-    print(_told(report))
+    print(
+        json.dumps({"good": True, "seed": seed, **asdict(report)}, indent=2)
+        if options.format == "json"
+        else _told(report)
+    )
     return 0
 
 

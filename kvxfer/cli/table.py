@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
+
+
+def add_format(parser: argparse._ActionsContainer) -> None:
+    """The option ``--format``, the same in every command."""
+    parser.add_argument(
+        "--format", choices=("table", "json"), default="table", help="for people (the default) or for programs"
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvxfer import registry
-from kvxfer.cli import demo, main
+from kvxfer.cli import checks, demo, main
 from kvxfer.errors import UnavailableError
 from kvxfer.testing.eventually import eventually
 
@@ -122,8 +122,8 @@ def test_a_process_that_dies_is_an_error_with_its_name():
 
 def test_too_little_memory_is_refused_before_anything_starts(monkeypatch, capsys):
     """The message says how much is needed, how much there is, and what to do; the exit code is that of a usage error."""
-    monkeypatch.setattr(demo, "available_nbytes", lambda: 300 << 20)
-    monkeypatch.setattr(demo, "_check_agent", lambda _: None)
+    monkeypatch.setattr(checks, "available_nbytes", lambda: 300 << 20)
+    monkeypatch.setattr(demo, "check_agent", lambda *_: None)
     assert main(["demo"]) == 2
     error = capsys.readouterr().err
     assert "1.3 GiB" in error and "300.0 MiB" in error and "--tokens" in error
@@ -131,22 +131,22 @@ def test_too_little_memory_is_refused_before_anything_starts(monkeypatch, capsys
 
 def test_available_memory_is_the_smaller_of_kernel_and_cgroup(tmp_path):
     """A container's limit counts where it is below what the kernel has; without either, nothing is known."""
-    assert demo.available_nbytes(tmp_path) is None
+    assert checks.available_nbytes(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert demo.available_nbytes(tmp_path) == 5000 * 1024
+    assert checks.available_nbytes(tmp_path) == 5000 * 1024
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000\n")
-    assert demo.available_nbytes(tmp_path) == 5000 * 1024
+    assert checks.available_nbytes(tmp_path) == 5000 * 1024
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000\n")
-    assert demo.available_nbytes(tmp_path) == 2000
+    assert checks.available_nbytes(tmp_path) == 2000
 
 
 def test_an_agent_that_stays_in_one_process_is_refused(capsys):
     """inproc cannot reach another process: said before anything is started."""
     assert main(["demo", "--agent", "inproc"]) == 2
-    assert "two" in capsys.readouterr().err
+    assert "several" in capsys.readouterr().err
 
 
 def test_an_unknown_agent_is_refused_with_those_there_are(capsys):

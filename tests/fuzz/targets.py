@@ -541,13 +541,20 @@ def seeds_model_file() -> list[bytes]:
         "hidden_size": 64,
         "torch_dtype": "bfloat16",
     }
+    mla = {"model_type": "deepseek_v3", "num_hidden_layers": 3, "kv_lora_rank": 64, "qk_rope_head_dim": 8}
     return _dumped(
         llama,
-        {"num_hidden_layers": 3, "kv_lora_rank": 64, "qk_rope_head_dim": 8, "dtype": "torch.float16"},
+        {**mla, "dtype": "torch.float16"},
         {**llama, "head_dim": 16, "sliding_window": 128, "layer_types": ["full_attention", "sliding_attention"]},
-        {"text_config": {**llama, "sliding_window": 64, "model_type": "gemma3"}, "torch_dtype": "float16"},
-        {**llama, "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+        {"model_type": "gemma3", "text_config": {**llama, "sliding_window": 64}, "torch_dtype": "float16"},
+        {**llama, "model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+        {**llama, "model_type": "mistral", "sliding_window": 64},
+        {**llama, "model_type": "qwen2_vl", "quantization_config": {"kv_cache_scheme": None}},
+        {"model_type": "falcon", "multi_query": False, "num_kv_heads": 71},
+        {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 64},
+        {"model_type": "cwm", "num_hidden_layers": 6},
         {**llama, "mamba_d_state": 4},
+        {**llama, "frobs": 4},
     )
 
 
@@ -598,7 +605,7 @@ TARGETS = [
     Target("descriptors", "json", run_descriptors, seeds_descriptors, {"kvxfer/memory.py": 75}),
     Target("words", "bytes", run_words, seeds_words, {"kvxfer/cli/words.py": 85}),
     Target("side_file", "json", run_side_file, seeds_side_file, {"kvxfer/cli/specs.py": 70}),
-    Target("model_file", "json", run_model_file, seeds_model_file, {"kvxfer/cli/models.py": 85}),
+    Target("model_file", "json", run_model_file, seeds_model_file, {"kvxfer/cli/hf_config.py": 80}),
     Target("costs", "json", run_costs, seeds_costs, {}),
     Target("secret", "bytes", run_secret, seeds_secret, {"kvxfer/secret.py": 85}),
 ]  # fmt: skip

@@ -259,8 +259,8 @@ class Race:
     def _told_up(self, member: RaceMember, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
 
-    def _told_failed(self, member: RaceMember, why: str) -> None:
-        raise self._wrong(f"{member.label} does not start: {why}")
+    def _told_failed(self, member: RaceMember, kind: str, why: str) -> None:
+        raise self._wrong(f"{member.label} does not start: {kind}: {why}")
 
     def _told_violated(self, member: RaceMember, what: str) -> None:
         raise self._wrong(f"{member.label}: {what}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvxfer.cli import main
-from kvxfer.testing.soak import run
+from kvxfer.testing.soak import SoakError, run
 from kvxfer.testing.soak.memory import CONTENT, HEADS, LAYERS, Blocks, content
 from kvxfer.testing.soak.report import Usage
 from kvxfer_nixl import NixlAgent
@@ -52,6 +52,21 @@ def test_what_cannot_be_run(capsys, arguments, why):
     """Wrong usage is said by name, before any process starts."""
     assert main(["soak", *arguments]) == 2
     assert why in capsys.readouterr().err
+
+
+@needs_nixl
+def test_options_that_the_agent_does_not_know_are_wrong_usage(capsys):
+    """What a process of the soak finds wrong in its options is said as if it had been found here."""
+    assert main(["soak", "--minutes", "0.01", "--agent-options", '{"frobs": 1}']) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "unknown option of the nixl agent: frobs" in told.err
+
+
+def test_a_soak_that_moved_nothing_has_failed(capsys):
+    """A fabric that carries no byte passes no test: one line, exit code 1."""
+    with pytest.raises(SoakError, match=r"^not one byte was moved in 0\.1 s") as failed:
+        run(0.1, agent="inproc", seed=1, calm_every_s=0.1)
+    assert "\n" not in str(failed.value)
 
 
 @pytest.mark.parametrize("order", ["LBHN", "BLNH", "HLNB"])

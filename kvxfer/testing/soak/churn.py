@@ -33,6 +33,7 @@ _PEERS = 2
 _MARGIN_S = 15.0
 """For a fence and a busy machine, after the time in which something has to end."""
 _QUIET_S = 60.0
+_GOODBYE_S = 20.0
 _EVERY_S = {"kill": 12.0, "freeze": 10.0, "restart": 15.0, "abort": 0.7}
 """On average."""
 
@@ -62,17 +63,25 @@ class Churn:
 
     def run(self, seconds: float, calm_every_s: float) -> Report:
         """All of it. Raises SoakError."""
+        hurry = True  # who has failed, or is interrupted, does not wait for anybody
         try:
-            wait_up(self._members)
+            try:
+                wait_up(self._members)
+            except AssertionError as error:
+                raise SoakError(str(error)) from error
             left_s = seconds
             while left_s > 0:
                 self._churn(min(left_s, calm_every_s))
                 left_s -= calm_every_s
                 self._calm()
             self._close()
+            hurry = False
         finally:
             for member in self._members:
-                member.end()
+                member.end(0.0 if hurry else _GOODBYE_S)
+        if not self.report.nbytes:
+            how = ", ".join(f"{name} {number:,}" for name, number in self.report.decoded.most_common()) or "none"
+            raise SoakError(f"not one byte was moved in {seconds:g} s, so nothing was tried; reads: {how}")
         self.report.seconds = time.monotonic() - self._begun
         self._check_flat()
         return self.report
@@ -198,8 +207,8 @@ class Churn:
     def _told_up(self, member: Member, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
 
-    def _told_failed(self, member: Member, why: str) -> None:
-        self.fail(f"{member.label} does not start: {why}")
+    def _told_failed(self, member: Member, kind: str, why: str) -> None:
+        self.fail(f"{member.label} does not start: {kind}: {why}")
 
     def _told_violated(self, member: Member, what: str) -> None:
         self.fail(f"{member.label}: {what}")

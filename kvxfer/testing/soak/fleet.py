@@ -9,11 +9,13 @@ import os
 import signal
 import tempfile
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from kvxfer.testing.soak.resident import Geometry
 
+_PLAIN = {"ConfigError": ConfigError, "UnavailableError": UnavailableError}
 _UP_S = 60.0
 _LAST_WORDS = 40
 """Lines."""
@@ -70,7 +73,14 @@ class Member:
         bind = self.address or "tcp://127.0.0.1:0"
         arguments = (theirs, self._log.name, self._agent, self._agent_options, self.geometry, bind)
         self._process = spawn.Process(target=self.body, args=arguments, name=f"soak {self.label}", daemon=True)
-        self._process.start()
+        # A spawned process inherits blocked signals: ctrl-C is this process's business. The resource tracker, which is
+        # started with the first process, would unblock them, so it has to run before.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.life += 1
         self.ready = False
@@ -150,11 +160,11 @@ class Member:
         with process.oneshot():
             return Usage(process.memory_info().rss, process.num_fds(), process.num_threads())
 
-    def end(self) -> int | None:
-        """End it however it is; returns its exit code."""
+    def end(self, goodbye_s: float = 20.0) -> int | None:
+        """End it however it is, by force after ``goodbye_s``; returns its exit code."""
         if self.frozen_until:
             self.thaw()
-        self._process.join(20)
+        self._process.join(goodbye_s)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -164,15 +174,25 @@ class Member:
 
 
 def wait_up(members: list[Member]) -> None:
-    """Wait until all of them have said where they are. Raises AssertionError."""
+    """Wait until all of them have said where they are.
+
+    Raises:
+        ConfigError, UnavailableError: the agent or its options will not do, as a process says.
+        AssertionError: one does not come up.
+    """
 
     def up() -> bool:
         for member in members:
             for what, told in member.told():
                 if what != "up":
-                    raise AssertionError(f"{member.label} does not start: {what} {told}")
+                    kind, why = told if what == "failed" else (what, str(told))
+                    if kind in _PLAIN:
+                        raise _PLAIN[kind](why)
+                    raise AssertionError(f"{member.label} does not start: {kind}: {why}")
                 member.address, member.name = told
                 member.ready = True
+            if not member.alive:
+                raise AssertionError(f"{member.label} died, with exit code {member.exitcode}: {member.last_words}")
         return all(member.ready for member in members)
 
     eventually(up, timeout_s=_UP_S, interval_s=0.01, what="every engine is up")

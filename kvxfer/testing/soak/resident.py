@@ -303,6 +303,6 @@ def live(pipe: Connection, log: str, *arguments: Any, kind: type[Resident] = Res
         try:
             resident = kind(pipe, *arguments)
         except KvxferError as error:
-            pipe.send(("failed", (f"{type(error).__name__}: {error}",)))
+            pipe.send(("failed", (type(error).__name__, str(error))))
             return
         resident.live()
