@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvxfer.errors import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from kvxfer.blocks import BlockTable
     from kvxfer.errors import KvxferError
@@ -125,6 +125,8 @@ class StartPack:
     blocks: Sequence[BlockTable]
     digest: bool = False
     """Only that is wanted."""
+    reader: Hashable = None
+    """The consumer's process: no one of them gets more than its share of slots while others wait."""
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,15 @@ _LEAST_HARD_LIMIT_NBYTES = 1 << 16
 class Inbound:
     """Something arrived. ``source`` is a connection (bytes) of the ROUTER or the address (str) of a peer.
 
-    ``message`` is None if it was garbage: then ``reason`` is a word to count it by and ``why`` a sentence.
+    ``message`` is None if it was garbage: then ``reason`` is a word to count it by and ``why`` a sentence. ``gone``: no message
+    came but the end of the connection.
     """
 
     source: bytes | str
     message: wire.Message | None
     reason: str = ""
     why: str = ""
+    gone: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,9 @@ class ControlChannel:
         self._poller = zmq.Poller()
         most = most_connections(settings)
         self._outgoing = Outgoing(self._dealer, self._push, self._poller, self.wake, max(8, most // 2))
+        self._spoken: dict[int, set[bytes]] = {}
+        """By file descriptor, ZeroMQ's names of the connections that a message came by."""
+        self._gone: list[bytes] = []
         try:
             self._wakeup = WakeUp()
             self._context.set(zmq.MAX_SOCKETS, most + 16)
@@ -180,7 +185,7 @@ class ControlChannel:
                 self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvxfer")
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
-            self._incoming = Incoming(self._router, settings, metrics, self._buckets.forget, secret=secret is not None)
+            self._incoming = Incoming(self._router, settings, metrics, self._ended, secret=secret is not None)
             self.bound, port = self._listen(numbers, port)
         except ConfigError:
             self.close()
@@ -233,6 +238,9 @@ class ControlChannel:
                 yield from self._drain(self._router, None)
             elif readable is self._incoming.monitor:
                 self._incoming.follow()
+                gone, self._gone = self._gone, []
+                for connection in gone:
+                    yield Inbound(connection, None, gone=True)
             elif readable is self._zap:
                 self._admit()
             elif not isinstance(readable, zmq.Socket):
@@ -315,6 +323,7 @@ class ControlChannel:
             connection = _descriptor(received[-1]) if address is None else -1
             if connection >= 0:
                 self._incoming.places.heard(connection)
+                self._spoken.setdefault(connection, set()).add(received[0].bytes)
             verdict = self._buckets.take(address or connection, sum(map(len, received)), time.monotonic())
             if verdict is not Verdict.TAKE:
                 self._refused("rate")
@@ -360,6 +369,11 @@ class ControlChannel:
             return
         self._refused("flood")
         self.hangup(peer)
+
+    def _ended(self, connection: int) -> None:
+        """One that came in."""
+        self._buckets.forget(connection)
+        self._gone += self._spoken.pop(connection, ())
 
     def _refused(self, reason: str) -> None:
         self._metrics.count("kvxfer_refused_messages_total", reason=reason)

@@ -46,6 +46,9 @@ class Ends(ReadEnds, Protocol):
     def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
         """A chunk was packed, or cannot be."""
 
+    def short_of_slots(self, share: int) -> object:
+        """Chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""
+
 
 class _Close:
     pass
@@ -75,7 +78,7 @@ class DataPath:
         longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
         self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
         self._defects = Defects(metrics, "data")
-        self._packer = Packer(cache, self.arena, ends.packed, self._defects)
+        self._packer = Packer(cache, self.arena, ends.packed, self._defects, ends.short_of_slots)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
         self._running: Running | None = None

@@ -170,7 +170,9 @@ class Driver:
         source, message = inbound.source, inbound.message
         token = getattr(message, "token", "")
         if isinstance(source, bytes):
-            if message is None:
+            if inbound.gone:
+                self._guarded(lambda: self.producer.gone(source, now))
+            elif message is None:
                 self._guarded(lambda: self.producer.garbage(source, inbound.reason, inbound.why))
             else:
                 self._guarded(lambda: self.producer.received(source, message, now))
@@ -235,7 +237,10 @@ class _Reports:
         self._tell(lambda _: self._driver.producer.agent_replaced(agent_info))
 
     def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
-        self._tell(lambda _: self._driver.producer.packed(key, number, chunk, error))
+        self._tell(lambda now: self._driver.producer.packed(key, number, chunk, error, now))
+
+    def short_of_slots(self, share: int) -> None:
+        self._tell(lambda now: self._driver.producer.short_of_slots(share, now))
 
     def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
         self._tell(

@@ -10,10 +10,11 @@ cache and a chunk: packing, the wire and unpacking are three plans of one algebr
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+import threading
+from collections import OrderedDict, defaultdict
 from copy import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,6 +65,11 @@ class Image:
     to_target: PlanPart
     of_target: PlanPart
 
+    @cached_property
+    def described(self) -> msgspec.Raw:
+        """`source` as a message carries it."""
+        return msgspec.Raw(msgspec.msgpack.encode(self.source))
+
     def table(self, chunk: Chunk) -> Table:
         """The block table of the image when it holds ``chunk``."""
         return image_table(self.source, chunk.tokens)
@@ -78,16 +84,38 @@ class Image:
 
 
 def image_table(spec: CacheSpec, tokens: Span) -> Table:
-    """The block table of an image that holds the tokens ``[start, stop)`` from the beginning of its first block on."""
+    """The block table of an image that holds the tokens ``[start, stop)`` from the beginning of their first block on.
+
+    It is no longer than they need, however many blocks the image has; nor than the image.
+    """
     group = spec.groups[0]
     tokens_of_block = group.table_tokens
-    return _in_line(group.num_blocks, tokens[0] // tokens_of_block * tokens_of_block, tokens_of_block)
+    first = tokens[0] // tokens_of_block
+    needed = -(-tokens[1] // tokens_of_block) - first
+    return _in_line(min(needed, group.num_blocks), first * tokens_of_block, tokens_of_block)
 
 
-@lru_cache(maxsize=64)
+_in_line_lock = threading.Lock()
+_in_line_before: OrderedDict[tuple[int, int, int], Table] = OrderedDict()
+_MOST_IN_LINE = 64
+_MOST_IN_LINE_NBYTES = 8 << 20
+
+
 def _in_line(blocks: int, first_token: int, block_tokens: int) -> Table:
-    """The same object each time, so that what is known of it is found again (`kvxfer.binding.Walks`)."""
-    return Table(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
+    """The same object each time, so that what is known of it is found again (`kvxfer.binding.Walks`). The last few are remembered."""
+    key = blocks, first_token, block_tokens
+    with _in_line_lock:
+        table = _in_line_before.get(key)
+        if table is None:
+            table = _in_line_before[key] = Table(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
+            while (
+                len(_in_line_before) > _MOST_IN_LINE
+                or sum(each.ids.nbytes for each in _in_line_before.values()) > _MOST_IN_LINE_NBYTES
+            ):
+                _in_line_before.popitem(last=False)
+        else:
+            _in_line_before.move_to_end(key)
+    return table
 
 
 class Component(NamedTuple):

@@ -79,7 +79,9 @@ class Check:
             self._asked[number] = chunk
             told, self._told = self._told, []
             token, image = self._leg.reading.job.transfer.ref.token, self._images.image(chunk)
-            stage = Stage(token=token, number=number, image=image.source, tokens=chunk.tokens, taken=told, digest=True)
+            stage = Stage(
+                token=token, number=number, image=image.described, tokens=chunk.tokens, taken=told, digest=True
+            )
             carrier.stage(self._leg, stage)
         if not self._busy and not self._over:
             self._over = True

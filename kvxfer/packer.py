@@ -8,7 +8,7 @@ whoever still reads from it then finds the lease's cell wiped, and throws away w
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from kvxfer.plan import common
 from kvxfer.staging import FairQueue, StagingArena, Use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from kvxfer.actions import Packed, PackKey, StartPack
     from kvxfer.blocks import BlockTable, Table
@@ -52,16 +52,31 @@ class Packer:
         arena: to pack into.
         packed: called when a chunk is packed, with its address or digest, or cannot be, with the reason.
         defects: counts what is a fault of kvxfer.
+        short: called when chunks wait and no slot is free, with the share of slots that each consumer has then, and with 0
+            when that is over.
     """
 
-    def __init__(self, cache: KVCache, arena: StagingArena, packed: Told, defects: Defects | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        arena: StagingArena,
+        packed: Told,
+        defects: Defects | None = None,
+        short: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._defects = defects if defects is not None else Defects(Metrics(), "data")
         self._cache = cache
         self._arena = arena
         self._packed = packed
+        self._most_layers = sum(len(region.layers) for region in cache.spec.regions)
+        self._short = short
+        self._is_short = False
+        self._share = max(1, (arena.slots - 1) // 3)
+        self._kept: Counter[Hashable] = Counter()
+        """Slots by consumer."""
         self._waiting: FairQueue[StartPack] = FairQueue()
         self._running: list[tuple[StartPack, int, list[Completion]]] = []
-        self._slots: dict[PackKey, dict[int, int]] = defaultdict(dict)
+        self._slots: dict[PackKey, dict[int, tuple[int, Hashable]]] = defaultdict(dict)
         self._plans: OrderedDict[CacheSpec, PlanPart] = OrderedDict()
         self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
         """Block tables of a lease, checked, and what is known of them: for all chunks of a reader."""
@@ -84,24 +99,28 @@ class Packer:
         """Chunks were taken or are not needed; all of ``key``'s without numbers."""
         if not numbers:
             self._waiting.drop(key)
+        else:
+            self._waiting.remove(key, lambda job: job.number in numbers)
         running = {(job.key, job.number) for job, _, _ in self._running}
-        slots = self._slots.get(key, {})
-        for number in list(numbers) or list(slots):
+        for number in list(numbers) or list(self._slots.get(key, {})):
             # Into a slot whose copy still runs nothing else may be packed: it is given back when that has ended.
-            if number in slots and (key, number) not in running:
-                self._arena.give(slots.pop(number))
-        if not slots:
-            self._slots.pop(key, None)
+            if (key, number) not in running:
+                self._give(key, number)
 
     def turn(self) -> bool:
-        """Start what can start, and see what has ended; True if anything did."""
+        """Start one chunk if one can start, and see what has ended; True if anything did.
+
+        One at a time, so that whoever asks for many does not keep the thread from what others want of it.
+        """
         moved = False
-        while self._waiting:
-            slot = self._arena.take(Use.OUTGOING)
-            if slot is None:
-                break
+        slot = self._arena.take(Use.OUTGOING) if self._waiting else None
+        if slot is not None:
             moved = True
-            self._pack(self._waiting.take(), slot)
+            self._pack(self._waiting.take(lambda job: self._kept[job.reader] < self._share), slot)
+        is_short = slot is None and bool(self._waiting)
+        if is_short is not self._is_short:
+            self._is_short = is_short
+            self._short(self._share if is_short else 0)
         for entry in list(self._running):
             job, slot, copies = entry
             if all(copy.done for copy in copies):
@@ -116,11 +135,12 @@ class Packer:
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:
-        self._slots[job.key][job.number] = slot
+        self._slots[job.key][job.number] = slot, job.reader
+        self._kept[job.reader] += 1
         try:
             copies = self._start(job, self._arena.view(slot, self._arena.slot_nbytes))
         except Exception as error:  # noqa: BLE001 - one bad request must not end the thread
-            self._refuse(job, slot, error)
+            self._refuse(job, error)
             return
         if all(copy.done for copy in copies):
             self._finish(job, slot, copies)
@@ -131,13 +151,14 @@ class Packer:
         image = job.image
         part = self._part(image, len(out))
         start, stop = job.tokens
-        table = image_table(image, job.tokens)
-        if not table.first_token <= start < stop <= table.end_token:
-            raise BlockError(f"tokens {start} to {stop} are not in the {len(table.ids)} blocks of the chunk")
+        group = image.groups[0]
+        if not start < stop <= (start // group.table_tokens + group.num_blocks) * group.table_tokens:
+            raise BlockError(f"tokens {start} to {stop} are not in the {group.num_blocks} blocks of the chunk")
         sources, walks = self._leased(tuple(job.blocks))
         for number in {each.source_group for each in part.overlaps}:
             if not sources[number].first_token <= start < stop <= sources[number].end_token:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
+        table = image_table(image, job.tokens)
         if job.digest:
             out[: max(region.end for region in image.regions)] = 0
         match = Match(sources, [table], [job.tokens], walks)
@@ -155,6 +176,8 @@ class Packer:
             raise IncompatibleError("image", "a chunk is a cache of one group of this model")
         if max(region.end for region in image.regions) > slot_nbytes:
             raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")
+        if sum(len(region.layers) for region in image.regions) > self._most_layers:
+            raise IncompatibleError("image", "the chunk has more layers than this cache")
         part = common(self._cache.spec, image)
         wanted = sum(region.block_nbytes for region in image.regions)
         found = sum(
@@ -179,18 +202,28 @@ class Packer:
             if job.digest:
                 told = digest(self._arena.view(slot, max(region.end for region in job.image.regions)))
         except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
-            self._refuse(job, slot, error)
+            self._refuse(job, error)
             return
         if told is not None:
-            self._slots[job.key].pop(job.number, None)
-            self._arena.give(slot)
+            self._give(job.key, job.number)
             self._packed(job.key, job.number, told, None)
         else:
             self._packed(job.key, job.number, slot, None)
 
-    def _refuse(self, job: StartPack, slot: int, error: Exception) -> None:
-        self._slots[job.key].pop(job.number, None)
-        self._arena.give(slot)
+    def _give(self, key: PackKey, number: int) -> None:
+        """A slot into which nothing is packed any more is free again."""
+        slots = self._slots.get(key, {})
+        slot, reader = slots.pop(number, (None, None))
+        if not slots:
+            self._slots.pop(key, None)
+        if slot is not None:
+            self._arena.give(slot)
+            self._kept[reader] -= 1
+            if not self._kept[reader]:
+                del self._kept[reader]
+
+    def _refuse(self, job: StartPack, error: Exception) -> None:
+        self._give(job.key, job.number)
         told = error if isinstance(error, KvxferError) else self._defects.caught(error)
         self._packed(job.key, job.number, None, told)
 

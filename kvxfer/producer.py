@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
 from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.defects import Defects
-from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, shown
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, WireError, shown
 from kvxfer.gate import Gate
 from kvxfer.leases import ContradictionError, Holder, Lease, LeaseTable
+from kvxfer.staged import MOST_CHUNKS, Seen, StagedChunks
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
     PROTOCOL,
@@ -33,6 +33,7 @@ from kvxfer.wire import (
     Staged,
     Unstage,
     Welcome,
+    image_of,
 )
 
 if TYPE_CHECKING:
@@ -45,32 +46,11 @@ if TYPE_CHECKING:
     from kvxfer.peer import Identity
 
 _MOST_CONNECTIONS = 4096
-_MOST_CHUNKS = 256
-"""Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+_LOOK_S = 0.25
+"""How often it is looked for readers that keep slots for which others wait."""
 _CATCH_UP_RETRIES = 4
 """For so many times that a consumer asks again, a lease is spared after this process stood still: some have to connect first."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Chunks:
-    """What one reader of one lease asked to have packed and has not taken: where each chunk is, or its digest, or why there is none.
-
-    They are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
-    """
-
-    asked: dict[int, Packed | KvxferError | None] = field(default_factory=dict)
-    missed: set[int] = field(default_factory=set)
-    next_number: int = 0
-
-    def is_taken(self, number: int) -> bool:
-        return number < self.next_number and number not in self.missed and number not in self.asked
-
-    def ask(self, number: int) -> None:
-        self.asked[number] = None
-        self.missed.discard(number)
-        self.missed.update(range(self.next_number, number))
-        self.next_number = max(self.next_number, number + 1)
 
 
 class Producer:
@@ -94,7 +74,9 @@ class Producer:
         # Bounded: the least recently heard connection is forgotten, and has to introduce itself again.
         self._holders: OrderedDict[bytes, Holder] = OrderedDict()
         self._connections: dict[Holder, bytes] = {}
-        self._chunks: dict[PackKey, _Chunks] = {}
+        self._seen: dict[Holder, Seen] = {}
+        self._chunks = StagedChunks()
+        self._look_at = 0.0
         self._untold: dict[str, object] = {}
         """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
         self._defects = Defects(metrics, "control")
@@ -233,16 +215,30 @@ class Producer:
         """The ranks of this engine listen there."""
         self._me.addresses = tuple(addresses)
 
-    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> None:
+    def packed(
+        self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None, now: float = 0.0
+    ) -> None:
         """The data thread has packed a chunk, or cannot."""
-        chunks, lease = self._chunks.get(key), self._table.get(key.token)
-        if chunks is None or number not in chunks.asked or lease is None:
+        chunks, result = self._chunks.get(key), error if chunk is None else chunk
+        if chunks is None or number not in chunks.asked or result is None:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
-        chunks.asked[number] = error if chunk is None else chunk
-        connection = self._connections.get(lease.holders[key.rank])
+        self._chunks.packed(chunks, number, result, now)
+        connection = self._connections.get(chunks.reader)
         if connection is not None:
-            self._tell_chunk(connection, key.token, number, chunks.asked[number])
+            self._tell_chunk(connection, key.token, number, result)
+
+    def short_of_slots(self, share: int, now: float) -> None:
+        """The data thread has no slot for chunks that wait, of which each consumer's share is so many; 0: it has again."""
+        self._chunks.short_of_slots(share)
+        self._look_at = now
+
+    def gone(self, connection: bytes, now: float) -> None:
+        """A connection has ended. What came by it may still be read; its consumer may come by another one."""
+        holder = self._holders.get(connection)
+        if holder is not None and self._connections.get(holder) == connection:
+            del self._connections[holder]
+            self._seen[holder] = self._seen[holder]._replace(gone_at=now)
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
@@ -255,6 +251,7 @@ class Producer:
     def tick(self, now: float) -> None:
         """End what has expired, and learn what devices have written."""
         self._gate.tick(now)
+        self._withdraw(now)
         for lease in self._table.expire(now):
             why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
             self._tell(lease, Revoked(token=lease.token, reason=why))
@@ -266,10 +263,13 @@ class Producer:
         """This process ran nothing for so long: consumers that renewed meanwhile have to be heard before their leases end."""
         self._gate.spare(late_s)
         self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
+        self._chunks.stood_still(now)
+        self._seen = {holder: Seen(now, None if seen.gone_at is None else now) for holder, seen in self._seen.items()}
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
-        times = [at for at in (self._gate.next_deadline(), self._table.next_deadline()) if at is not None]
+        look_at = self._look_at if self._chunks.short else None
+        times = [at for at in (self._gate.next_deadline(), self._table.next_deadline(), look_at) if at is not None]
         return min(times, default=None)
 
     def close(self) -> None:
@@ -291,7 +291,7 @@ class Producer:
     def received(self, connection: bytes, message: Message, now: float) -> None:
         """Answer one message of a consumer."""
         if isinstance(message, Hello):
-            self._hello(connection, message)
+            self._hello(connection, message, now)
             return
         if not isinstance(message, (Open, Renew, Settle, Stage, Unstage)):
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
@@ -305,6 +305,8 @@ class Producer:
             self._refuse(connection, "not_introduced", "Hello comes first", token, counted=True)
             return
         self._holders.move_to_end(connection)
+        self._connections.setdefault(holder, connection)
+        self._seen[holder] = Seen(now, None)
         if isinstance(message, Open):
             self._open(connection, holder, message, now)
         elif isinstance(message, Renew):
@@ -334,7 +336,18 @@ class Producer:
             self._end(LeaseRevoked(token, request), "revoked")
             _log.warning("cannot offer the blocks of %r: %s", request, error)
 
-    def _hello(self, connection: bytes, hello: Hello) -> None:
+    def _withdraw(self, now: float) -> None:
+        """End the leases of readers that keep staging slots for which others wait."""
+        if not self._chunks.short or now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        never = Seen(float("-inf"), float("-inf"))
+        for token, why in list(self._chunks.to_withdraw(now, lambda holder: self._seen.get(holder, never))):
+            _log.warning("lease %s is revoked: %s", shown(token), why)
+            self._metrics.count("kvxfer_withdrawn_total")
+            self.revoke(token, why)
+
+    def _hello(self, connection: bytes, hello: Hello, now: float) -> None:
         me = self._me
         if hello.protocol != PROTOCOL:
             why = f"protocol {hello.protocol} is not spoken here, {PROTOCOL} is"
@@ -348,7 +361,7 @@ class Producer:
             why = f"bytes move by {me.agent!r} here, not by {hello.agent!r}"
             self._refuse(connection, "agent", why, counted=True)
         else:
-            self._introduce(connection, Holder(hello.name, hello.epoch, hello.reader, hello.readers))
+            self._introduce(connection, Holder(hello.name, hello.epoch, hello.reader, hello.readers), now)
             self._reply(connection, self._welcome())
 
     def _welcome(self) -> Welcome:
@@ -367,17 +380,20 @@ class Producer:
             addresses=list(me.addresses),
         )
 
-    def _introduce(self, connection: bytes, holder: Holder) -> None:
+    def _introduce(self, connection: bytes, holder: Holder, now: float) -> None:
         before = self._holders.get(connection)
-        if before is not None and self._connections.get(before) == connection:
-            del self._connections[before]
+        if before is not None:
+            self._forget(connection, before)
         self._holders[connection] = holder
         self._holders.move_to_end(connection)
-        self._connections[holder] = connection
+        self._connections[holder], self._seen[holder] = connection, Seen(now, None)
         while len(self._holders) > _MOST_CONNECTIONS:
-            old, gone = self._holders.popitem(last=False)
-            if self._connections.get(gone) == old:
-                del self._connections[gone]
+            self._forget(*self._holders.popitem(last=False))
+
+    def _forget(self, connection: bytes, holder: Holder) -> None:
+        if self._connections.get(holder, connection) == connection:  # it has not come by another one since
+            self._connections.pop(holder, None)
+            self._seen.pop(holder, None)
 
     def _open(self, connection: bytes, holder: Holder, message: Open, now: float) -> None:
         try:
@@ -413,18 +429,25 @@ class Producer:
             code = "ended_lease" if isinstance(error, LeaseEndedError) else "unknown_lease"
             self._refuse(connection, code, str(error), message.token, counted=True)
             return
-        key = PackKey(message.token, holder.rank)
-        chunks = self._chunks.setdefault(key, _Chunks())
-        if message.number in chunks.asked:
-            self._tell_chunk(connection, message.token, message.number, chunks.asked[message.number])
-        elif chunks.is_taken(message.number):
+        key, number = PackKey(message.token, holder.rank), message.number
+        chunks = self._chunks.of(key, holder)
+        if number in chunks.asked:
+            self._tell_chunk(connection, message.token, number, chunks.asked[number].result)
+        elif chunks.is_taken(number):
             return  # asked again before it was known to be there, and taken by now
-        elif len(chunks.asked) + len(chunks.missed) + message.number - chunks.next_number >= _MOST_CHUNKS:
-            self._refuse(connection, "staging", f"more than {_MOST_CHUNKS} chunks at once", message.token, counted=True)
+        elif not chunks.may_ask(number):
+            self._refuse(connection, "staging", f"more than {MOST_CHUNKS} chunks at once", message.token, counted=True)
+        elif self._chunks.is_busy(holder):
+            self._reply(connection, Pending(token=message.token))  # it asks again
         else:
-            chunks.ask(message.number)
+            try:
+                image = image_of(message)
+            except WireError as error:
+                self._refuse(connection, "staging", str(error), message.token, counted=True)
+                return
+            self._chunks.ask(chunks, number, len(bytes(message.image)))
             blocks = _read(tuple(lease.blocks), tuple(lease.first_tokens))
-            self._out.append(StartPack(key, message.number, message.image, message.tokens, blocks, message.digest))
+            self._out.append(StartPack(key, number, image, message.tokens, blocks, message.digest, holder))
 
     def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
         if isinstance(chunk, bytes):
@@ -435,13 +458,10 @@ class Producer:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
 
     def _taken(self, key: PackKey, holder: Holder, numbers: Sequence[int]) -> None:
-        chunks, lease = self._chunks.get(key), self._table.get(key.token)
-        if chunks is None or lease is None or lease.holders.get(key.rank) != holder:
+        chunks = self._chunks.get(key)
+        if chunks is None or chunks.reader != holder:
             return
-        taken = [number for number in dict.fromkeys(numbers) if number in chunks.asked]
-        for number in taken:
-            del chunks.asked[number]
-        chunks.missed.difference_update(numbers)  # given up before the question was here
+        taken = self._chunks.take(chunks, numbers)
         if taken:
             self._out.append(EndPack(key, taken))
 
@@ -450,7 +470,7 @@ class Producer:
             self._end_pack(PackKey(lease.token, rank))
 
     def _end_pack(self, key: PackKey) -> None:
-        if self._chunks.pop(key, None) is not None:
+        if self._chunks.end(key):
             self._out.append(EndPack(key))
 
     def _tell(self, lease: Lease, message: Message) -> None:

@@ -359,7 +359,7 @@ class _Packed:
                 taken, self._taken = self._taken, []
                 carrier.stage(
                     self._leg,
-                    Stage(token=token, number=number, image=image.source, tokens=chunk.tokens, taken=taken),
+                    Stage(token=token, number=number, image=image.described, tokens=chunk.tokens, taken=taken),
                 )
         if self._taken:
             taken, self._taken = self._taken, []

@@ -12,7 +12,7 @@ import numpy as np
 from kvxfer.memory import Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     import numpy.typing as npt
 
@@ -111,16 +111,30 @@ class FairQueue(Generic[_Item]):
         """Wait in the line of one transfer."""
         self._lines.setdefault(whose, deque()).append(item)
 
-    def take(self) -> _Item:
-        """The next one, whose transfer then waits until the others had theirs. Raises KeyError: nobody waits."""
+    def take(self, prefer: Callable[[_Item], bool] | None = None) -> _Item:
+        """The next one, whose transfer then waits until the others had theirs. Raises KeyError: nobody waits.
+
+        Args:
+            prefer: transfers whose first item is not preferred wait until no other one is.
+        """
         whose = next(iter(self._lines), None)
         if whose is None:
             raise KeyError("nothing waits")
+        if prefer is not None:
+            whose = next((each for each, line in self._lines.items() if prefer(line[0])), whose)
         line = self._lines.pop(whose)
         item = line.popleft()
         if line:
             self._lines[whose] = line
         return item
+
+    def remove(self, whose: Hashable, unwanted: Callable[[_Item], bool]) -> None:
+        """Forget some of what waits in one line."""
+        line = deque(item for item in self._lines.get(whose, ()) if not unwanted(item))
+        if line:
+            self._lines[whose] = line
+        else:
+            self._lines.pop(whose, None)
 
     def drop(self, whose: Hashable) -> list[_Item]:
         """Forget all that waits in one line; returns it."""

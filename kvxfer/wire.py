@@ -25,6 +25,7 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -40,6 +41,9 @@ PROTOCOL = 2
 MAX_TOKENS_PER_RENEW = 4096
 
 MAX_NAME = 256
+
+MAX_IMAGE_NBYTES = 1 << 18
+"""Of the description of one chunk: a thousand layers with a scale for each of 16 heads."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Epoch = Annotated[str, msgspec.Meta(max_length=32)]
@@ -157,8 +161,9 @@ class Stage(_Message, frozen=True, kw_only=True):
     token: Token
     number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     """Of this chunk, among those of this lease and reader; never used again for another."""
-    image: CacheSpec
-    """What the chunk looks like: a cache of one group in blocks 0, 1, ..., at addresses that count from the chunk's begin."""
+    image: msgspec.Raw
+    """What the chunk looks like, a `CacheSpec`: a cache of one group in blocks 0, 1, ..., at addresses that count from the
+    chunk's begin. Decoded by `image_of` when it is known that the sender may ask for it."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
     taken: _Numbers = []
@@ -240,6 +245,32 @@ Message = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+_spec_decoder = msgspec.msgpack.Decoder(CacheSpec)
+
+
+def described(image: CacheSpec) -> msgspec.Raw:
+    """What a chunk looks like, as `Stage` carries it."""
+    return msgspec.Raw(msgspec.msgpack.encode(image))
+
+
+@lru_cache(maxsize=64)
+def _decode_image(data: bytes) -> CacheSpec:
+    return _spec_decoder.decode(data)
+
+
+def image_of(stage: Stage) -> CacheSpec:
+    """What a chunk looks like that somebody asks for.
+
+    Raises:
+        WireError: it is no cache, or takes more bytes than that of any chunk.
+    """
+    data = bytes(stage.image)
+    if len(data) > MAX_IMAGE_NBYTES:
+        raise WireError(f"the description of a chunk has {len(data)} bytes, more than {MAX_IMAGE_NBYTES}")
+    try:
+        return _decode_image(data)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise WireError(f"not the description of a chunk: {error}") from error
 
 
 def encode(message: Message) -> bytes:

@@ -274,7 +274,7 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     world.advance(6)
     assert transfer.done and consumer.holds
     stages, unstages = len(said(consumer, wire.Stage)), len(said(consumer, wire.Unstage))
-    message = wire.Stage(token=ref.token, number=9, image=consumer.spec, tokens=(0, 4))
+    message = wire.Stage(token=ref.token, number=9, image=wire.described(consumer.spec), tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)
     consumer.consumer.unstage(transfer, 0, [0])
     consumer.perform()

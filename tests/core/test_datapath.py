@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvxfer import wire
 from kvxfer.actions import ChunkStaged, EndPack, ForgetAgent, PackKey, Source, StartPack, StartRead, StopRead
 from kvxfer.blocks import BlockTable, tables
 from kvxfer.buffer import HostBuffer
@@ -49,7 +50,7 @@ class Ends:
     def __init__(self, rig):
         self.rig = rig
         self.ended = queue.SimpleQueue()
-        self.replaced = []
+        self.replaced, self.shares = [], []
         self.staged = queue.SimpleQueue()
         self.unstaged = []
         self.packs = queue.SimpleQueue()
@@ -64,6 +65,9 @@ class Ends:
 
     def packed(self, key, number, address, error):
         self.packs.put((key, number, address, error))
+
+    def short_of_slots(self, share):
+        self.shares.append(share)
 
     def stage(self, transfer, source, message):
         if message.taken:
@@ -96,7 +100,7 @@ class Sender:
         key = PackKey(stage.token, 0)
         while self.taken:
             self.packer.end(key, self.taken.pop())
-        self.packer.start(StartPack(key, stage.number, stage.image, stage.tokens, [BlockTable(list(blocks))]))
+        self.packer.start(StartPack(key, stage.number, wire.image_of(stage), stage.tokens, [BlockTable(list(blocks))]))
         self.packer.turn()
         (_, _, address, error) = self.packs.pop()
         assert error is None, error

@@ -18,7 +18,7 @@ from kvxfer.blocks import BlockTable, tables
 from kvxfer.buffer import HostBuffer
 from kvxfer.cache import KVCache
 from kvxfer.errors import BlockError, KvxferError, TransferFailedError
-from kvxfer.image import Images
+from kvxfer.image import _MOST_IN_LINE_NBYTES, Images, _in_line_before, image_table
 from kvxfer.layout import Axes, CacheGroup, CacheRegion, Interval
 from kvxfer.packer import Packer, start_copies
 from kvxfer.part import Match
@@ -428,7 +428,7 @@ def test_what_finds_no_slot_waits(rig):
     assert rig.arena.take(Use.LANDING) is not None
     key = rig.told[0][0]
     rig.packer.end(key, [2, 4])
-    assert rig.packer.turn() and [number for _, number, *_ in rig.told[7:]] == [7, 8]
+    assert rig.packer.turn() and rig.packer.turn() and [number for _, number, *_ in rig.told[7:]] == [7, 8]
     assert not rig.packer.turn()
 
 
@@ -440,8 +440,71 @@ def test_readers_take_turns(rig):
     rig.pack(rig.image(), token="b" * 32)
     rig.told.clear()
     rig.packer.end(long, list(range(7)))
-    rig.packer.turn()
+    for _ in range(3):
+        rig.packer.turn()
     assert [(key.token[0], number) for key, number, *_ in rig.told][:3] == [("a", 7), ("b", 0), ("a", 8)]
+
+
+def test_one_chunk_a_turn(rig):
+    """However many wait, a turn packs one, so that the thread has time for what else is asked of it."""
+    key = PackKey("a" * 32, 0)
+    for number in range(5):
+        rig.packer.start(StartPack(key, number, rig.image(), (0, 12), [BlockTable(list(LEASED), 0)]))
+    for number in range(5):
+        assert rig.packer.turn() and len(rig.told) == number + 1
+    assert not rig.packer.turn()
+
+
+def test_a_chunk_that_nobody_wants_any_more_waits_no_more(rig):
+    """What is given up while it waits for a slot leaves the line, and is not packed."""
+    for number in range(12):
+        key = rig.pack(rig.image(), number=number)
+    rig.told.clear()
+    rig.packer.end(key, [7, 8, 10])
+    rig.packer.end(key, [0, 1, 2, 3])
+    while rig.packer.turn():
+        pass
+    assert [number for _, number, *_ in rig.told] == [9, 11]
+
+
+def test_nobody_gets_more_than_its_share_while_others_wait():
+    """A consumer that has its share of slots waits behind others; where nobody else waits it gets all."""
+    rig = Rig()
+    shares = []
+    rig.packer._short = shares.append
+    jobs = {name: [] for name in "ab"}
+
+    def ask(name, number):
+        key = PackKey(name * 32, 0)
+        rig.packer.start(StartPack(key, number, rig.image(), (0, 12), [BlockTable(list(LEASED), 0)], reader=name))
+        jobs[name].append(key)
+
+    for number in range(20):
+        ask("a", number)
+    while rig.packer.turn():
+        pass
+    assert len(rig.told) == 7 and shares == [2]
+    for number in range(20):
+        ask("b", number)
+    rig.packer.end(PackKey("a" * 32, 0), [0, 1, 2, 3])
+    rig.told.clear()
+    while rig.packer.turn():
+        pass
+    assert [key.token[0] for key, *_ in rig.told][:2] == ["b", "b"] and len(rig.told) == 4
+    rig.packer.end(PackKey("a" * 32, 0), [])
+    rig.packer.end(PackKey("b" * 32, 0), [])
+    while rig.packer.turn():
+        pass
+    assert shares[-1] == 0 and rig.arena.in_use == 0 and not rig.packer._kept
+
+
+def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
+    """Blocks that a chunk has and its tokens do not need cost nothing, neither then nor afterwards."""
+    huge = rig.image(blocks=1 << 22)
+    assert len(image_table(huge, (0, 12)).ids) == 3
+    for first in range(0, 1 << 22, 1 << 16):
+        assert len(image_table(huge, (first, first + (1 << 20))).ids) == 1 << 18
+    assert sum(table.ids.nbytes for table in _in_line_before.values()) <= _MOST_IN_LINE_NBYTES
 
 
 def test_the_end_of_a_lease_empties_its_line(rig):

@@ -9,7 +9,8 @@ from kvxfer import wire
 from kvxfer.actions import Emit, EndPack, PackKey, Reply, StartPack
 from kvxfer.config import Settings
 from kvxfer.errors import IncompatibleError
-from kvxfer.producer import _MOST_CHUNKS, _MOST_CONNECTIONS
+from kvxfer.producer import _MOST_CONNECTIONS
+from kvxfer.staged import MOST_CHUNKS
 from tests.core.virtual import CELLS, block_bytes
 
 A, B = b"connection-a", b"connection-b"
@@ -421,7 +422,7 @@ class Stager:
             to=self.node.epoch,
             token=token or self.token,
             number=number,
-            image=self.node.spec,
+            image=wire.described(self.node.spec),
             tokens=(1, 7),
             taken=list(taken),
         )
@@ -463,7 +464,7 @@ def test_the_next_question_tells_what_was_taken(producer, stager):
     stager.packed()
     assert kinds(stager.stage(1, taken=[0])) == ["EndPack", "StartPack"]
     assert stager.stage(1, taken=[0]) == []
-    (chunks,) = producer.producer._chunks.values()
+    (chunks,) = producer.producer._chunks._by_key.values()
     assert list(chunks.asked) == [1]
 
 
@@ -475,7 +476,9 @@ def test_first_tokens_go_with_the_blocks(producer, talk):
     connection = meet(producer, talk, 0, 1)
     (grant,) = talk(wire.Open(to=producer.epoch, token=ref.token), connection)
     assert grant.first_tokens == [16]
-    stage = wire.Stage(to=producer.epoch, token=ref.token, number=0, image=producer.spec, tokens=(16, 20))
+    stage = wire.Stage(
+        to=producer.epoch, token=ref.token, number=0, image=wire.described(producer.spec), tokens=(16, 20)
+    )
     producer.producer.received(connection, stage, producer.world.now)
     (start,) = producer.out
     assert [(list(table.ids), table.first_token) for table in start.blocks] == [([5], 16)]
@@ -519,18 +522,18 @@ def test_a_reader_that_leaves_numbers_out(producer, stager):
     stager.stage(0)
     (refused,) = stager.stage(1 << 30)
     assert refused.code == "staging"
-    (chunks,) = producer.producer._chunks.values()
+    (chunks,) = producer.producer._chunks._by_key.values()
     assert not chunks.missed and kinds(stager.stage(1)) == ["StartPack"]
 
 
 def test_a_long_read_is_remembered_in_little(producer, stager):
     """What was taken of a read of very many chunks leaves nothing behind but where it stands."""
-    for number in range(3 * _MOST_CHUNKS):
+    for number in range(3 * MOST_CHUNKS):
         stager.stage(number)
         stager.packed(number)
         stager.unstage(number)
-    (chunks,) = producer.producer._chunks.values()
-    assert (chunks.asked, chunks.missed, chunks.next_number) == ({}, set(), 3 * _MOST_CHUNKS)
+    (chunks,) = producer.producer._chunks._by_key.values()
+    assert (chunks.asked, chunks.missed, chunks.next_number) == ({}, set(), 3 * MOST_CHUNKS)
     assert stager.stage(5) == []
 
 
@@ -628,12 +631,12 @@ def test_a_chunk_that_cannot_be_packed(producer, stager):
 
 def test_more_chunks_than_anybody_needs(producer, stager):
     """A reader that asks for chunks without end is refused by name; what it takes makes room."""
-    for number in range(_MOST_CHUNKS):
+    for number in range(MOST_CHUNKS):
         assert kinds(stager.stage(number)) == ["StartPack"]
-    (refused,) = stager.stage(_MOST_CHUNKS)
+    (refused,) = stager.stage(MOST_CHUNKS)
     assert refused.code == "staging" and refusals(producer, "staging") == 1
     stager.unstage(7)
-    assert kinds(stager.stage(_MOST_CHUNKS)) == ["StartPack"]
+    assert kinds(stager.stage(MOST_CHUNKS)) == ["StartPack"]
 
 
 def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
@@ -655,7 +658,9 @@ def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     assert stager.packed() == []
     assert kinds(
         talk(
-            wire.Stage(to=producer.epoch, token=stager.token, number=0, image=producer.spec, tokens=(1, 7)),
+            wire.Stage(
+                to=producer.epoch, token=stager.token, number=0, image=wire.described(producer.spec), tokens=(1, 7)
+            ),
             stager.ranks[0],
         )
     ) == ["Refused"]

@@ -28,7 +28,9 @@ MESSAGES = [
     wire.Settled(token=TOKEN, stood=False),
     wire.Revoked(token=TOKEN, reason="because"),
     wire.Refused(code="garbage", reason="because", epoch="e"),
-    wire.Stage(to="e", token=TOKEN, number=(1 << 31) - 1, image=SPEC, tokens=(3, 1 << 40), taken=[0, 7]),
+    wire.Stage(
+        to="e", token=TOKEN, number=(1 << 31) - 1, image=wire.described(SPEC), tokens=(3, 1 << 40), taken=[0, 7]
+    ),
     wire.Staged(token=TOKEN, number=0, address=(1 << 63) - 1),
     wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
     wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
@@ -118,7 +120,7 @@ def _changed(message, **fields):
 def test_absurd_values_are_refused(number, fields):
     """A value outside its field's range is refused at the border, before anything is done with it."""
     with pytest.raises(WireError):
-        wire.decode(_changed(MESSAGES[number], **fields))
+        _read(_changed(MESSAGES[number], **fields))
 
 
 @pytest.mark.parametrize(("number", "field"), [(1, "spec"), (11, "image")])
@@ -127,7 +129,21 @@ def test_a_contradictory_spec_is_refused(number, field):
     spec = msgspec.to_builtins(SPEC)
     spec["dtype"] = "complex128"
     with pytest.raises(WireError, match="complex128"):
-        wire.decode(_changed(MESSAGES[number], **{field: spec}))
+        _read(_changed(MESSAGES[number], **{field: spec}))
+
+
+def _read(data):
+    """All of it: the description of a chunk too."""
+    message = wire.decode(data)
+    if isinstance(message, wire.Stage):
+        wire.image_of(message)
+
+
+def test_a_description_of_a_chunk_is_bounded():
+    """What takes more bytes than that of any chunk is refused before it is decoded."""
+    stage = msgspec.structs.replace(MESSAGES[11], image=msgspec.Raw(bytes(wire.MAX_IMAGE_NBYTES + 1)))
+    with pytest.raises(WireError, match="262145 bytes"):
+        wire.image_of(stage)
 
 
 def test_a_peer_without_the_new_fields_is_understood():

@@ -586,7 +586,10 @@ class World:
         if leg.chunks:
             leg.number, leg.asks, leg.at = leg.number + 1, True, math.inf
             stage = wire.Stage(
-                token=transfer.ref.token, number=leg.number, image=reading.node.spec, tokens=leg.chunks.pop(0)
+                token=transfer.ref.token,
+                number=leg.number,
+                image=wire.described(reading.node.spec),
+                tokens=leg.chunks.pop(0),
             )
             consumer.stage(transfer, number, stage, self.now)
         elif leg.source.complete:

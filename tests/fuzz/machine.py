@@ -115,7 +115,9 @@ class Machine:
         elif self.reading:
             transfer = self.reading[0].transfer
             if what == "stage":
-                stage = wire.Stage(token=transfer.ref.token, number=number % 99, image=SPEC, tokens=(0, 4))
+                stage = wire.Stage(
+                    token=transfer.ref.token, number=number % 99, image=wire.described(SPEC), tokens=(0, 4)
+                )
                 self.consumer.stage(transfer, 0, stage, self.now)
             elif what == "unstage":
                 self.consumer.unstage(transfer, 0, [number % 99])
@@ -209,7 +211,7 @@ def seeds() -> list[Any]:
         return {**msgspec.msgpack.decode(wire.encode(message)), **more}
 
     hello = said(wire.Hello(protocol=wire.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = wire.Stage(token="0" * 32, number=0, image=SPEC, tokens=(0, 8), taken=[])
+    stage = wire.Stage(token="0" * 32, number=0, image=wire.described(SPEC), tokens=(0, 8), taken=[])
     welcome = said(
         wire.Welcome(
             protocol=wire.PROTOCOL,

@@ -130,7 +130,7 @@ def seeds_wire() -> list[bytes]:
             wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             wire.Renew(to="e", tokens=[TOKEN] * 3),
             wire.Renewed(ended=[TOKEN]),
-            wire.Stage(to="e", token=TOKEN, number=5, image=machine.SPEC, tokens=(3, 9), taken=[0, 7]),
+            wire.Stage(to="e", token=TOKEN, number=5, image=wire.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
             wire.Staged(token=TOKEN, number=0, address=4096),
             wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
             wire.Settle(to="e", token=TOKEN, read=True),
@@ -324,12 +324,16 @@ def run_image(data: bytes) -> bool:
         return False
     if not isinstance(message, wire.Stage):
         return False
+    try:
+        image = wire.image_of(message)
+    except WireError:
+        return False
     packer, arena, packed, _ = _packing()
     packed.clear()
     key = PackKey("t", 0)
     everything = arena.view(arena.memory.address, arena.memory.nbytes)
     everything[:] = 0xA5
-    packer.start(StartPack(key, message.number, message.image, message.tokens, [BlockTable(np.arange(1, 9), 0)]))
+    packer.start(StartPack(key, message.number, image, message.tokens, [BlockTable(np.arange(1, 9), 0)]))
     packer.turn()
     ((_, number, address, error),) = packed
     assert number == message.number and (address is None) != (error is None)
@@ -349,7 +353,7 @@ def seeds_image() -> list[bytes]:
         part = plan([machine.SPEC], machine.SPEC).parts[0]
         images = Images(part, like, 1 << 12)
         for chunk in list(images.chunks([tokens]))[:2]:
-            stage = wire.Stage(token=TOKEN, number=1, image=images.image(chunk).source, tokens=chunk.tokens)
+            stage = wire.Stage(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
             found.append(wire.encode(stage))
     return found
 

@@ -21,6 +21,7 @@ from kvxfer import (
     producer,
     reading,
     reads,
+    staged,
     staging,
 )
 from kvxfer.actions import Emit
@@ -475,7 +476,7 @@ def closed_without_a_word(patch):
 @bug
 def overtaken_chunk_taken_for_an_old_one(patch):
     """A chunk that is asked for after the one behind it is taken for one that was here before."""
-    patch(producer._Chunks, "is_taken", lambda self, number: number < self.next_number and number not in self.asked)
+    patch(staged.Chunks, "is_taken", lambda self, number: number < self.next_number and number not in self.asked)
 
 
 @bug

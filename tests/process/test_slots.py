@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readers that die or stand still while chunks are packed for them, in processes of their own: others go on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+import pytest
+
+from kvxfer.cache import KVCache
+from kvxfer.config import Settings
+from kvxfer.endpoint import Endpoint
+from kvxfer.testing import eventually
+from kvxfer.transfer import LeaseRevoked, LeaseSettled
+
+LEASE_S = 120.0
+"""So long that nothing here waits for the end of a lease."""
+BOUND_S = 10.0
+"""0.03 s on a quiet machine; before, as long as the lease."""
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A producer with a staging arena of eight slots, a consumer of another layout that reads packed, and what its cache is."""
+    settings = Settings(lease_s=LEASE_S, staging_nbytes=1 << 17)
+    source, arrays = KVCache.allocate("HND", layers=2, blocks=64, heads=2, block_tokens=16, head_dim=64, dtype="int16")
+    target, mine = KVCache.allocate("NHD", layers=2, blocks=64, heads=2, block_tokens=16, head_dim=64, dtype="int16")
+    arrays["kv"][...] = 7
+    spec = tmp_path / "spec.json"
+    spec.write_bytes(msgspec.json.encode(target.spec))
+    with (
+        Endpoint(source, "inproc", settings=settings) as producer,
+        Endpoint(target, "inproc", settings=settings, route="source_packed") as consumer,
+    ):
+        yield producer, consumer, spec, mine["kv"]
+
+
+@pytest.fixture
+def reader(pair):
+    """Starts a reader that has chunks packed and takes none; returns it when all slots that it gets are taken."""
+    producer, _, spec, _ = pair
+    made = []
+
+    def start(chunks, *options):
+        ref = producer.lease(list(range(32)))
+        command = [sys.executable, "-m", "tests.process.reader", ref.to_json(), str(spec), str(chunks), *options]
+        made.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert made[-1].stdout is not None
+        return made[-1], int(made[-1].stdout.readline()), ref
+
+    yield start
+    for each in made:
+        each.kill()
+        with each:
+            pass
+
+
+def reads(pair, timeout_s=60.0):
+    """Seconds that a packed read of all blocks takes."""
+    producer, consumer, _, mine = pair
+    mine[...] = 0
+    begin = time.monotonic()
+    transfer = consumer.read(producer.lease(list(range(64))), list(range(64)), timeout_s=timeout_s)
+    assert transfer.wait(timeout_s + 30)
+    assert (mine == 7).all()
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_two_readers_end_in_packed_reads(pair, reader, how):
+    """Slots of readers that died or stand still are free as soon as others need them; their leases are revoked by name."""
+    producer = pair[0]
+    readers = [reader(4), reader(3)]
+    assert [packed for _, packed, _ in readers] == [4, 3] and producer.in_use()["slots"] == 7
+    for process, _, _ in readers:
+        process.send_signal(how)
+    assert reads(pair) < BOUND_S
+    revoked = {event.token for event in producer.poll() if isinstance(event, LeaseRevoked)}
+    assert revoked and revoked <= {ref.token for _, _, ref in readers}
+    assert producer.metrics.value("kvxfer_withdrawn_total") == len(revoked)
+    for _, _, ref in readers:
+        producer.revoke(ref)
+    eventually(lambda: producer.in_use()["slots"] == 0)
+
+
+def test_a_reader_that_renews_and_takes_nothing(pair, reader):
+    """One that lives and keeps more than its share of the slots loses its lease when others need them."""
+    producer = pair[0]
+    _, packed, ref = reader(40, "--renew")
+    assert packed == 7
+    assert reads(pair) < BOUND_S
+    assert LeaseRevoked(ref.token, "") in producer.poll()
+
+
+def test_slots_stay_where_nobody_else_needs_them(pair, reader):
+    """A reader that is slow harms nobody, and keeps its chunks and its lease."""
+    producer = pair[0]
+    process, packed, ref = reader(7)
+    assert packed == 7
+    process.send_signal(signal.SIGSTOP)
+    stood = time.monotonic() + 6.0
+    eventually(lambda: time.monotonic() > stood, timeout_s=30)
+    assert producer.in_use()["slots"] == 7 and producer.poll() == []
+    producer.revoke(ref)
+    assert reads(pair) < BOUND_S
+    assert not any(isinstance(event, LeaseSettled) and event.token == ref.token for event in producer.poll())
