@@ -240,6 +240,10 @@ class Producer:
             del self._connections[holder]
             self._seen[holder] = self._seen[holder]._replace(gone_at=now)
 
+    def hoarders(self) -> list[Holder]:
+        """Consumers that keep more than their share of staging slots while others wait: `tick` ends that."""
+        return self._chunks.hoarders()
+
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
         # Blocks that a device still writes are in use, also if their lease has ended.

@@ -162,13 +162,8 @@ class StagedChunks:
         """Leases to be revoked so that others get slots: the token of each, and why."""
         if not self._share:
             return
-        kept: dict[Holder, list[tuple[PackKey, Chunk]]] = defaultdict(list)
-        for key, chunks in self._by_key.items():
-            for chunk in chunks.asked.values():
-                if chunk.keeps_slot:
-                    kept[chunks.reader].append((key, chunk))
-        for reader, held in kept.items():
-            if not any(number and other != reader for other, number in self._waiting.items()):
+        for reader, held in self._kept().items():
+            if not self._others_wait(reader):
                 continue
             heard_at, gone_at = seen(reader)
             oldest = min(chunk.packed_at for _, chunk in held)
@@ -182,6 +177,22 @@ class StagedChunks:
                 continue
             for token in dict.fromkeys(key.token for key, chunk in held if chunk.packed_at <= limit):
                 yield token, f"{why}, and others wait for a staging slot"
+
+    def hoarders(self) -> list[Holder]:
+        """Consumers that keep more than their share while others wait."""
+        kept = self._kept().items() if self._share else ()
+        return [reader for reader, held in kept if len(held) > self._share and self._others_wait(reader)]
+
+    def _kept(self) -> dict[Holder, list[tuple[PackKey, Chunk]]]:
+        kept: dict[Holder, list[tuple[PackKey, Chunk]]] = defaultdict(list)
+        for key, chunks in self._by_key.items():
+            for chunk in chunks.asked.values():
+                if chunk.keeps_slot:
+                    kept[chunks.reader].append((key, chunk))
+        return kept
+
+    def _others_wait(self, reader: Holder) -> bool:
+        return any(other != reader for other in self._waiting)
 
     def _waits_no_more(self, reader: Holder, chunk: Chunk) -> None:
         if chunk.result is None:

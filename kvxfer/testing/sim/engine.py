@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvxfer.lease import LeaseRef
+    from kvxfer.leases import Holder
     from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
     from kvxfer.transfer import Event, Transfer
@@ -49,6 +50,8 @@ PACKED = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 DIRECT = Costs(descriptor_s=1e-9, ask_s=1.0, chunk_s=1.0, land_s=1.0)
 """By which it never does."""
 
+HOARD_S = 3.5
+"""For so long may a reader keep more than its share of staging slots while others wait, on the clock of the world."""
 OVERDUE_S = 3.0
 """For so long may a read go on after its deadline on the clock of its process, while that process runs: ``quarantine_s``, what
 polling costs, and the time of an agent that cannot be made again at once."""
@@ -111,6 +114,7 @@ class Rank:
         self.memory: RankMemory = RankMemory(self.process, engine.shape, number)
         self.shadow: Array = self.memory.read(range(engine.shape.blocks))
         self.reads: dict[Transfer, Overdue] = {}
+        self._hoards: dict[Holder, float] = {}
 
         def make_agent(name: str) -> VirtualAgent:
             self._agent = VirtualAgent(name, self.process, story.agents)
@@ -147,6 +151,10 @@ class Rank:
             self.engine.story.fail("fault survived", f"a fault was survived inside {self.process.name}")
         for event in self.endpoint.poll():
             self.engine.told(self, event)
+        hoarders = self.endpoint._producer.hoarders()  # noqa: SLF001 - nothing that an engine has to know
+        self._hoards = {reader: self._hoards.get(reader, 0.0) + passed_s for reader in hoarders}
+        if max(self._hoards.values(), default=0.0) > HOARD_S:
+            self.engine.story.fail("slots kept", f"readers keep slots of {self.process.name} for which others wait")
         for transfer, read in self.reads.items():
             read.seconds += passed_s if self.process.now() > transfer.deadline else 0.0
             if read.seconds > OVERDUE_S:

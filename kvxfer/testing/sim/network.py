@@ -98,6 +98,7 @@ class VirtualChannel:
         self._inbox: deque[Inbound] = deque()
         self._numbers = itertools.count()
         process.network.channels[self.address] = self
+        process.deaths.append(self._ended)
 
     def wake(self) -> None:
         """See `Channel`."""
@@ -135,7 +136,14 @@ class VirtualChannel:
 
     def hangup(self, address: str) -> None:
         """See `Channel`."""
-        self.made.pop(address, None)
+        connection = self.made.pop(address, None)
+        target = self.process.network.channels.get(address)
+        if connection is not None and target is not None and target.process.alive:
+            target.gone(connection)
+
+    def _ended(self) -> None:
+        for address in list(self.made):
+            self.hangup(address)
 
     def receive(self, timeout_s: float | None) -> list[Inbound]:  # noqa: ARG002
         """See `Channel`."""
@@ -147,6 +155,11 @@ class VirtualChannel:
         channels = self.process.network.channels
         if channels.get(self.address) is self:
             del channels[self.address]
+
+    def gone(self, connection: bytes) -> None:
+        """A connection has ended."""
+        self._inbox.append(Inbound(connection, None, gone=True))
+        self.process.wake()
 
     def take(self, source: bytes | str, data: bytes) -> None:
         """A message has arrived."""
