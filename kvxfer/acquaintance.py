@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, ForgetAgent, Hangup, SendTo
 from kvxfer.errors import HandshakeError, IncompatibleError
+from kvxfer.grants import most_ids
 from kvxfer.peer import Peer, PeerState
 from kvxfer.timers import Timers
 
@@ -52,6 +53,8 @@ class Acquaintances:
         self, identity: Identity, settings: Settings, metrics: Metrics, out: list[Action], routes: Routes
     ) -> None:
         self._me = identity
+        self.most_ids: int = most_ids(identity.spec)
+        """Block ids that this side takes of one lease."""
         self._settings = settings
         self._metrics = metrics
         self._out = out

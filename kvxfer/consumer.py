@@ -253,19 +253,33 @@ class Consumer:
             if hold.state is HoldState.READING and claim.grant is not None and claim.grant.check != message.check:
                 # The same token was offered anew, with other blocks. Bytes that are all on their way are judged by their cell.
                 self._holds.stop_read(hold, LeaseEndedError("the lease ended, and its token was offered again"))
-            elif claim.granted(message):
-                if claim.complete:
-                    claim.ask_at = claim.renew_at(now)
-                if hold.state is HoldState.READING:
-                    self._holds.more_granted(hold, claim, now)
-                else:
-                    self._holds.pump(hold, now)
+            else:
+                self._granted(hold, claim, message, now)
         elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
             source = hold.claims.index(claim)
             if hold.asked.pop((source, message.number), None) is not None:
                 self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address, message.digest))
         elif isinstance(message, Settled) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
             self._holds.done_with(hold, claim, now)
+
+    def _granted(self, hold: Hold, claim: Claim, grant: Grant, now: float) -> None:
+        try:
+            if not claim.granted(grant, now):
+                if claim.wants_more:
+                    self._holds.pump(hold, now)
+                return
+        except BlockError as error:
+            if hold.state is HoldState.READING:
+                self._holds.stop_read(hold, error)
+            else:
+                self._holds.fail(hold, error, now)
+            return
+        if claim.complete:
+            claim.ask_at = claim.renew_at(now)
+        if hold.state is HoldState.READING:
+            self._holds.more_granted(hold, claim, now)
+        else:
+            self._holds.pump(hold, now)
 
     def _welcome(self, peer: Peer, message: Welcome, now: float) -> None:
         welcomed = self._peers.welcomed(peer, message, now)

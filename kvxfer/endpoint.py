@@ -19,9 +19,10 @@ from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.datapath import DataPath
 from kvxfer.driver import Driver
-from kvxfer.errors import ClosedError, ConfigError, LeaseError, shown
+from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, shown
 from kvxfer.events import Events, TransferEnds
 from kvxfer.fence import LeaseBoard
+from kvxfer.grants import most_ids
 from kvxfer.host import REAL, is_own_thread
 from kvxfer.lease import LeaseRef
 from kvxfer.leases import LeaseTable
@@ -465,6 +466,9 @@ class Endpoint:
     def _on_the_wire(self, blocks: Any) -> tuple[list[bytes], list[int]]:
         """Block tables of this cache as messages carry them: ids, and first tokens. Raises BlockError."""
         given = tables(self.cache.spec, blocks)
+        number, most = sum(len(table.ids) for table in given), most_ids(self.cache.spec)
+        if number > most:
+            raise BlockError(f"{number} block ids are more than one lease may have with a cache of this size: {most}")
         return [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
 
 

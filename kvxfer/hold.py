@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.blocks import Table
+    from kvxfer.grants import Assembly
     from kvxfer.lease import LeaseRef
     from kvxfer.peer import Peer
     from kvxfer.route import Router
@@ -43,25 +44,44 @@ class Claim:
         grant: the blocks there that are readable, once some are.
         settled: nothing more is to be said to that rank.
         ask_at: when to say the next thing to it.
+        pieces: of a grant of which more is to come.
     """
 
     peer: Peer
+    pieces: Assembly
     grant: Grant | None = None
     settled: bool = False
     ask_at: float = 0.0
     tables: Sequence[Table] | None = field(default=None, repr=False)
+    wants_more: bool = False
 
     @property
     def complete(self) -> bool:
         """All blocks that there will be are readable."""
         return self.grant is not None and self.grant.complete
 
-    def granted(self, grant: Grant) -> bool:
-        """Take what its rank grants; False if that is nothing new."""
+    def granted(self, grant: Grant, now: float) -> bool:
+        """Take what its rank grants; False if that is nothing new, or more is to be asked for (`wants_more`).
+
+        Raises:
+            BlockError: see `Assembly.add`.
+        """
         known = self.grant
+        if known is not None and known.complete and known.check == grant.check:
+            return False
+        self.wants_more = False
+        if grant.more or grant.skip or grant.runs:
+            before = sum(self.pieces.have)
+            whole = self.pieces.add(grant)
+            if whole is None:
+                # A rank that says nothing new is not asked as fast as it answers.
+                self.wants_more, grew = True, sum(self.pieces.have) > before
+                self.ask_at = now if grew else min(self.ask_at, now + _SHORTEST_RENEWAL_S)
+                return False
+            grant = whole
         if known is not None and known.check == grant.check:
             more = sum(map(len, grant.blocks)) > sum(map(len, known.blocks))
-            if known.complete or not (grant.complete or more):
+            if not (grant.complete or more):
                 return False
         self.grant, self.tables = grant, None
         return True

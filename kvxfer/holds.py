@@ -30,6 +30,7 @@ from kvxfer.errors import (
     PeerTimeoutError,
     shown,
 )
+from kvxfer.grants import Assembly
 from kvxfer.hold import Asked, Claim, Hold, HoldState
 from kvxfer.peer import PeerState
 from kvxfer.timers import Timers
@@ -270,7 +271,8 @@ class Holds:
                 unmet += not hold.claims[-1].peer.is_met
 
     def _claim(self, hold: Hold, number: int) -> None:
-        hold.claims.append(Claim(self._peers.need(hold.addresses[number], number, hold.ref.token, hold.ref.owner)))
+        peer = self._peers.need(hold.addresses[number], number, hold.ref.token, hold.ref.owner)
+        hold.claims.append(Claim(peer, Assembly(self._peers.most_ids)))
 
     def _pump_claim(self, hold: Hold, claim: Claim, now: float) -> None:
         peer = claim.peer
@@ -302,7 +304,9 @@ class Holds:
         peer, mistake = claim.peer, hold.mistake(claim)
         if mistake is None:
             peer.confirmed = True
-            self._ask(claim, Open(to=peer.epoch, token=hold.ref.token, early=hold.ref.early), now)
+            have, check = (claim.pieces.have, claim.pieces.check) if claim.wants_more else ([], b"")
+            message = Open(to=peer.epoch, token=hold.ref.token, early=hold.ref.early, have=have, check=check)
+            self._ask(claim, message, now)
         elif hold.state is HoldState.READING:
             self.stop_read(hold, mistake)
         elif peer.met_at >= hold.since:

@@ -68,7 +68,9 @@ class Packer:
         self._cache = cache
         self._arena = arena
         self._packed = packed
-        self._most_layers = 2 * sum(len(region.layers) for region in cache.spec.regions)  # K and V may be apart in a chunk
+        self._most_layers = 2 * sum(
+            len(region.layers) for region in cache.spec.regions
+        )  # K and V may be apart in a chunk
         self._short = short
         self._is_short = False
         self._share = max(1, (arena.slots - 1) // 3)

@@ -13,6 +13,7 @@ from kvxfer.blocks import BlockTable, ids_from_wire
 from kvxfer.defects import Defects
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, WireError, shown
 from kvxfer.gate import Gate
+from kvxfer.grants import PIECE_NBYTES, next_piece
 from kvxfer.leases import ContradictionError, Holder, Lease, LeaseTable
 from kvxfer.staged import MOST_CHUNKS, Seen, StagedChunks
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
@@ -77,6 +78,7 @@ class Producer:
         self._seen: dict[Holder, Seen] = {}
         self._chunks = StagedChunks()
         self._look_at = 0.0
+        self._piece_nbytes = min(PIECE_NBYTES, settings.max_message_nbytes // 2)
         self._untold: dict[str, object] = {}
         """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
         self._defects = Defects(metrics, "control")
@@ -132,7 +134,7 @@ class Producer:
             return
         for holder in lease.waiting():
             self._table.open(token, holder, now)
-        self._tell(lease, self._grant(lease))
+        self._tell(lease, self._grant(lease, asked=False))
 
     def seal(
         self,
@@ -159,7 +161,7 @@ class Producer:
         except LeaseError as error:
             _log.debug("nobody is told of the sealed blocks, which are offered again at the end: %s", error)
         else:
-            self._tell(lease, self._grant(lease))
+            self._tell(lease, self._grant(lease, asked=False))
 
     def _contradicted(self, token: str, error: ContradictionError) -> None:
         """Blocks that were sealed may have been read: what takes their place is another request, for all that readers know."""
@@ -411,14 +413,24 @@ class Producer:
         except LeaseError as error:
             self._refuse(connection, "taken_lease", str(error), message.token, counted=True)
         else:
-            self._reply(connection, self._grant(lease) if lease.readable else Pending(token=lease.token))
+            if not lease.readable:
+                self._reply(connection, Pending(token=lease.token))
+            else:
+                self._reply(connection, self._grant(lease, message.have if message.check == lease.check else ()))
 
-    def _grant(self, lease: Lease) -> Grant:
+    def _grant(self, lease: Lease, have: Sequence[int] = (), *, asked: bool = True) -> Grant:
+        """The next of its blocks; unasked all of them, or where they are many that there are some."""
         ttl_s = self._settings.lease_s
         first_tokens = lease.first_tokens if any(lease.first_tokens) else []
+        piece = next_piece(lease.blocks, have, self._piece_nbytes)
+        if piece.more and not asked:
+            piece = next_piece(lease.blocks, nbytes=0)
         return Grant(
             token=lease.token,
-            blocks=lease.blocks,
+            blocks=piece.blocks,
+            skip=piece.skip,
+            runs=piece.runs,
+            more=piece.more,
             cell=lease.cell or 0,
             check=lease.check,
             ttl_s=ttl_s,

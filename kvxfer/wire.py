@@ -109,12 +109,19 @@ class Welcome(_Message, frozen=True, kw_only=True):
     """Where the producer's ranks listen, in rank order, if this one was told."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
+
+
 class Open(_Message, frozen=True, kw_only=True):
     """May I have the blocks of this lease? Idempotent."""
 
     token: Token
     early: bool = False
     """Its producer may not know it yet, and keeps me a place until it does."""
+    have: Annotated[list[_Count], msgspec.Meta(max_length=1024)] = []
+    """Per cache group, how many of its block ids I have: grant what comes after them."""
+    check: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    """Of the offering that those are of."""
 
 
 class Pending(_Message, frozen=True, kw_only=True):
@@ -128,7 +135,7 @@ class Grant(_Message, frozen=True, kw_only=True):
 
     token: Token
     blocks: Annotated[list[bytes], msgspec.Meta(max_length=1024)]
-    """Per cache group the block ids, in token order, as little-endian uint32."""
+    """Per cache group the block ids, in token order, as little-endian uint32; or those that fit into a message (`kvxfer.grants`)."""
     cell: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     """Address of the lease's cell on the producer's board."""
     check: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
@@ -138,6 +145,12 @@ class Grant(_Message, frozen=True, kw_only=True):
     complete: bool = True
     """There will be no more. Otherwise further grants follow, each of which repeats what came before."""
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
+    skip: Annotated[list[_Count], msgspec.Meta(max_length=1024)] = []
+    """Per cache group, how many block ids come before these; empty: none."""
+    runs: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1024)]], msgspec.Meta(max_length=1024)] = []
+    """Groups whose ids are given as runs: pairs of the first id and a length, each little-endian uint32."""
+    more: bool = False
+    """More of these blocks follow, to be asked for by an `Open` that says what is there (`Open.have`)."""
 
 
 class Renew(_Message, frozen=True, kw_only=True):
