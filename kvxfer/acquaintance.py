@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, ForgetAgent, Hangup, SendTo
+from kvxfer.admission import Pace
 from kvxfer.errors import HandshakeError, IncompatibleError
 from kvxfer.grants import most_ids
 from kvxfer.peer import Peer, PeerState
@@ -69,7 +70,9 @@ class Acquaintances:
 
     def need(self, address: str, rank: int, token: str, owner: str) -> Peer:
         """The peer at an address, for a lease that expects this rank of that engine there."""
-        peer = self.by_address.setdefault(address, Peer(address, rank))
+        peer = self.by_address.get(address)
+        if peer is None:
+            peer = self.by_address[address] = Peer(address, rank, Pace(self._settings.max_messages_per_s))
         peer.needed_by[token] = owner
         self._retirements.cancel(address)
         return peer

@@ -37,11 +37,15 @@ class Verdict(Enum):
 
 
 class Bucket:
-    """How much one peer may still say: so much a second, a second's worth at once. What is dropped counts too."""
+    """How much one peer may still say: so much a second, a second's worth at once. What is dropped counts too.
 
-    def __init__(self, per_s: float, now: float) -> None:
+    Args:
+        asked: it is one that this side connects to, and answers what it is asked; else a new connection may say less at once.
+    """
+
+    def __init__(self, per_s: float, now: float, *, asked: bool = False) -> None:
         self._per_s = per_s
-        self._left = per_s * _FIRST_SHARE
+        self._left = per_s if asked else per_s * _FIRST_SHARE
         self._at = now
 
     def take(self, nbytes: int, now: float) -> Verdict:
@@ -53,8 +57,35 @@ class Bucket:
         return Verdict.DROP if self._left > -self._per_s else Verdict.CUT
 
 
+class Pace:
+    """When messages to one peer may be sent, so that its `Bucket` of the same rate takes them all, and what else is said to it.
+
+    Args:
+        per_s: messages a second that the peer takes.
+    """
+
+    def __init__(self, per_s: float) -> None:
+        self._apart_s = 2.0 / per_s
+        self._ahead_s = _FIRST_SHARE / 2 * per_s * self._apart_s
+        self._next = float("-inf")
+
+    def reserve(self, now: float) -> float:
+        """The time at which one more may be sent; some at once, and then one after the other."""
+        at = max(now, self._next - self._ahead_s)
+        self._next = max(self._next, now) + self._apart_s
+        return at
+
+    def repeat_s(self, number: int) -> float:
+        """How long to wait before ``number`` questions are repeated, so that they take an eighth of what the peer takes."""
+        return number * self._apart_s * 4
+
+
 class Buckets:
-    """A bucket for each peer. ``key`` names one; messages whose sender cannot be told share one."""
+    """A bucket for each peer.
+
+    ``key`` names one: the address of a peer that this side connects to, or the number of a connection that came in. Messages whose
+    sender cannot be told share one.
+    """
 
     def __init__(self, per_s: float) -> None:
         self._per_s = per_s
@@ -64,7 +95,7 @@ class Buckets:
         """See `Bucket.take`."""
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = Bucket(self._per_s, now)
+            bucket = self._buckets[key] = Bucket(self._per_s, now, asked=isinstance(key, str))
         return bucket.take(nbytes, now)
 
     def forget(self, key: Hashable) -> None:

@@ -13,9 +13,15 @@ from kvxfer.config import MAX_S
 from kvxfer.errors import BlockError, ConfigError, LeaseRefError
 from kvxfer.lease import LeaseRef
 from kvxfer.route import Route
+from kvxfer.wire import MAX_ADDRESS, described
 
 if TYPE_CHECKING:
     from kvxfer.buffer import Completion
+    from kvxfer.config import Settings
+    from kvxfer.layout import CacheSpec
+
+_AGENT_INFO_NBYTES = 16 << 10
+"""What a transfer agent says of itself is shorter."""
 
 
 def instance_of(what: Any, kind: type, name: str) -> None:
@@ -83,3 +89,14 @@ def finite(timeout_s: Any) -> float:
     if not isinstance(timeout_s, (int, float)) or isinstance(timeout_s, bool) or math.isnan(timeout_s):
         raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r:.200}")
     return min(float(timeout_s), MAX_S)
+
+
+def check_description(spec: CacheSpec, settings: Settings) -> None:
+    """Raise ConfigError unless a cache fits into the message that tells peers what it looks like."""
+    nbytes = len(bytes(described(spec))) + spec.world * MAX_ADDRESS + _AGENT_INFO_NBYTES
+    if nbytes > settings.max_message_nbytes:
+        raise ConfigError(
+            f"to tell a peer what this cache looks like takes up to {nbytes} bytes, and a message has {settings.max_message_nbytes}: "
+            f"shorten the names of its {len(spec.layer_names)} layers, or raise max_message_nbytes (KVXFER_MAX_MESSAGE_NBYTES) on "
+            "all servers"
+        )

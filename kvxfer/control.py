@@ -166,6 +166,8 @@ class ControlChannel:
         self._spoken: dict[int, set[bytes]] = {}
         """By file descriptor, ZeroMQ's names of the connections that a message came by."""
         self._gone: list[bytes] = []
+        self._replied: tuple[wire.Message | None, bytes] = None, b""
+        """The last reply, and how it is encoded."""
         try:
             self._wakeup = WakeUp()
             self._context.set(zmq.MAX_SOCKETS, most + 16)
@@ -216,7 +218,9 @@ class ControlChannel:
 
     def reply(self, connection: bytes, message: wire.Message) -> None:
         """Queue a message on a connection that came in; lost if the peer has gone."""
-        self._push(self._router, [connection, wire.encode(message)])
+        if message is not self._replied[0]:  # a Welcome is the same for all that greet
+            self._replied = message, wire.encode(message)
+        self._push(self._router, [connection, self._replied[1]])
 
     def hangup(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
@@ -368,7 +372,7 @@ class ControlChannel:
             self._incoming.cut(peer, "flood")
             return
         self._refused("flood")
-        self.hangup(peer)
+        self._outgoing.hangup(peer)  # and what it has said counts on
 
     def _ended(self, connection: int) -> None:
         """One that came in."""

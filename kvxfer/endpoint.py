@@ -113,6 +113,7 @@ class Endpoint:
         if not self.name.isprintable():
             raise ConfigError(f"name must be printable, for it stands in logs and messages: {self.name!r}")
         self.cache: KVCache = cache
+        arguments.check_description(cache.spec, self.settings)
         self._events = Events(self.metrics)
         self._ended = TransferEnds(self.metrics, self._events)
         self._verify = verify

@@ -43,7 +43,7 @@ class Claim:
     Attributes:
         grant: the blocks there that are readable, once some are.
         settled: nothing more is to be said to that rank.
-        ask_at: when to say the next thing to it.
+        ask_at: when to say the next thing to it; ``turn_at`` its turn among all that is said to that rank, if it waits for it.
         pieces: of a grant of which more is to come.
     """
 
@@ -52,6 +52,7 @@ class Claim:
     grant: Grant | None = None
     settled: bool = False
     ask_at: float = 0.0
+    turn_at: float | None = None
     tables: Sequence[Table] | None = field(default=None, repr=False)
     wants_more: bool = False
 

@@ -317,8 +317,16 @@ class Holds:
             claim.ask_at = now + self._settings.retry_s
 
     def _ask(self, claim: Claim, message: Open | Settle, now: float) -> None:
-        if now >= claim.ask_at:
-            claim.ask_at = now + self._settings.retry_s
+        """Say it when it is due, and when it is this claim's turn: thousands of leases do not all ask one peer at once."""
+        if now < claim.ask_at:
+            return
+        pace = claim.peer.pace
+        if claim.turn_at is None:
+            claim.turn_at = pace.reserve(now)
+        claim.ask_at = claim.turn_at
+        if now >= claim.turn_at:
+            claim.turn_at = None
+            claim.ask_at = now + max(self._settings.retry_s, pace.repeat_s(len(claim.peer.needed_by)))
             self._send(claim.peer, message)
 
     def _ask_again(self, hold: Hold, now: float) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from kvxfer.admission import Pace
 from kvxfer.agent import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.wire import PROTOCOL, Hello, Welcome
@@ -59,6 +60,7 @@ class Peer:
 
     Attributes:
         rank: that it is expected to be, by the lease that named it first or by its own word.
+        pace: how fast it is asked for grants and told of ends.
         name, epoch: of the process met last; empty before.
         agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
         confirmed: a lease expects an engine of this name there.
@@ -71,6 +73,7 @@ class Peer:
 
     address: str
     rank: int = 0
+    pace: Pace = field(default_factory=lambda: Pace(5000.0))
     state: PeerState = PeerState.UNKNOWN
     name: str = ""
     epoch: str = ""

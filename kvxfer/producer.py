@@ -79,6 +79,7 @@ class Producer:
         self._chunks = StagedChunks()
         self._look_at = 0.0
         self._piece_nbytes = min(PIECE_NBYTES, settings.max_message_nbytes // 2)
+        self._welcome_before: Welcome | None = None
         self._untold: dict[str, object] = {}
         """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
         self._defects = Defects(metrics, "control")
@@ -209,13 +210,13 @@ class Producer:
 
     def agent_replaced(self, agent_info: bytes) -> None:
         """Our transfer agent is another one now: whoever introduced itself is told, before it reads from the old one."""
-        self._me.agent_info = agent_info
+        self._me.agent_info, self._welcome_before = agent_info, None
         for connection in self._connections.values():
             self._reply(connection, self._welcome())
 
     def joined(self, addresses: Sequence[str]) -> None:
         """The ranks of this engine listen there."""
-        self._me.addresses = tuple(addresses)
+        self._me.addresses, self._welcome_before = tuple(addresses), None
 
     def packed(
         self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None, now: float = 0.0
@@ -371,6 +372,12 @@ class Producer:
             self._reply(connection, self._welcome())
 
     def _welcome(self) -> Welcome:
+        """The same object as long as it says the same, so that it is encoded once."""
+        if self._welcome_before is None:
+            self._welcome_before = self._introduction()
+        return self._welcome_before
+
+    def _introduction(self) -> Welcome:
         me = self._me
         return Welcome(
             protocol=PROTOCOL,

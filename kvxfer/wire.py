@@ -41,6 +41,7 @@ PROTOCOL = 2
 MAX_TOKENS_PER_RENEW = 4096
 
 MAX_NAME = 256
+MAX_ADDRESS = 256
 
 MAX_IMAGE_NBYTES = 1 << 18
 """Of the description of one chunk: a thousand layers with a scale for each of 16 heads."""
@@ -53,7 +54,7 @@ TokenIndex = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
 Reason = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
-Address = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")]
+Address = Annotated[str, msgspec.Meta(max_length=MAX_ADDRESS, pattern=r"^tcp://[^\s/;]+:[0-9]{1,5}\Z")]
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_only=True):

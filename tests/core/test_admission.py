@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer import LeaseSettled, wire
-from kvxfer.admission import MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Places, Verdict
+from kvxfer.admission import MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Pace, Places, Verdict
 from kvxfer.config import Settings
 from kvxfer.control import ControlChannel
 from kvxfer.incoming import _ours
 from kvxfer.metrics import Metrics
 from kvxfer.testing import eventually
-from tests.core.engine import Engine
+from tests.core.engine import QUICK, Engine
 from tests.core.test_control import GREETING, READY, SECRET, raw
 
 # -- a bucket ------------------------------------------------------------------------------------------------------------
@@ -405,3 +406,30 @@ def test_few_descriptors(monkeypatch):
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(), Metrics())
     assert channel._incoming.places.most == 25
     channel.close()
+
+
+def test_the_pace_of_one_peer():
+    """Some messages at once, then one after the other at half the rate that the peer takes; a pause earns the first ones again."""
+    pace = Pace(1000)
+    times = [pace.reserve(0.0) for _ in range(1050)]
+    assert times[:50] == [0.0] * 50 and times == sorted(times) and times[-1] == pytest.approx(2.0, abs=0.01)
+    assert [pace.reserve(100.0) for _ in range(50)] == [100.0] * 50 and [pace.reserve(100.0) for _ in range(3)][
+        -1
+    ] > 100.0
+    bucket = Bucket(1000, 0.0)
+    assert all(bucket.take(50, at) is Verdict.TAKE for at in times)
+
+
+def test_a_burst_of_leases(engines):
+    """8,000 leases that are held at once are all granted and settled, and nobody is cut off or dropped for asking too much."""
+    settings = replace(QUICK, lease_s=300.0, peer_timeout_s=120.0)
+    source, sink = engines(settings=settings).endpoint, engines(settings=settings).endpoint
+    refs = [source.lease([number % 32]) for number in range(8000)]
+    for ref in refs:
+        sink.hold(ref)
+    eventually(lambda: all(sink.granted(ref) for ref in refs), timeout_s=120)
+    for ref in refs:
+        sink.drop(ref)
+    eventually(lambda: source.in_use()["leases"] == 0, timeout_s=120)
+    refused = "kvxfer_refused_messages_total"
+    assert source.metrics.value(refused) == sink.metrics.value(refused) == 0
