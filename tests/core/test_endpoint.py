@@ -736,8 +736,8 @@ def test_a_second_offer_before_the_first_has_ended(engines):
 
 def test_a_cache_that_no_message_describes():
     """Layer names that do not fit into a message are refused when the endpoint is made, by name and with the setting."""
-    layers = {f"{i:0256}": np.zeros((2, 1, 4, 8), np.uint8) for i in range(4096)}
-    cache = KVCache.from_layers(layers)
+    layers = {f"{'name' * 58}.layers.{i}.attention": np.zeros((2, 1, 4, 8), np.uint8) for i in range(4096)}
+    cache = KVCache.from_layers(layers, name_layers=True)
     with pytest.raises(ConfigError, match=r"names of its 4096 layers, or raise max_message_nbytes"):
         Endpoint(cache, "inproc")
     with Endpoint(cache, "inproc", settings=Settings(max_message_nbytes=4 << 20)) as endpoint:

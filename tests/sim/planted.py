@@ -281,12 +281,6 @@ def chunks_outlive_their_lease(patch):
 
 
 @bug
-def slots_of_the_dead_are_kept(patch):
-    """Readers that take nothing any more keep their slots until their leases end, whoever waits for one."""
-    patch(staged.StagedChunks, "to_withdraw", lambda self, now, seen: iter(()))
-
-
-@bug
 def slots_withdrawn_under_a_lease_that_stands(patch):
     """A reader that keeps too many slots loses them, and what it still reads from them counts."""
 
