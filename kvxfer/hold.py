@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from kvxfer.actions import Source, StartRead
 from kvxfer.blocks import BlockTable, ids_from_wire, tables
 from kvxfer.errors import BlockError, HandshakeError, KvxferError
+from kvxfer.grants import Assembly
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.blocks import Table
-    from kvxfer.grants import Assembly
     from kvxfer.lease import LeaseRef
     from kvxfer.peer import Peer
     from kvxfer.route import Router
@@ -48,12 +48,12 @@ class Claim:
     """
 
     peer: Peer
-    pieces: Assembly
     grant: Grant | None = None
     settled: bool = False
     ask_at: float = 0.0
     turn_at: float | None = None
     tables: Sequence[Table] | None = field(default=None, repr=False)
+    pieces: Assembly = field(default_factory=lambda: Assembly(1 << 22), repr=False)
     wants_more: bool = False
 
     @property

@@ -272,7 +272,7 @@ class Holds:
 
     def _claim(self, hold: Hold, number: int) -> None:
         peer = self._peers.need(hold.addresses[number], number, hold.ref.token, hold.ref.owner)
-        hold.claims.append(Claim(peer, Assembly(self._peers.most_ids)))
+        hold.claims.append(Claim(peer, pieces=Assembly(self._peers.most_ids)))
 
     def _pump_claim(self, hold: Hold, claim: Claim, now: float) -> None:
         peer = claim.peer

@@ -113,11 +113,11 @@ def test_tokens_are_not_shown():
     ref = LeaseRef.shared("key", owner="x", addresses=["tcp://x:1"])
     peer = Peer("tcp://x:1", 0)
     peer.needed_by[token] = None
-    stage = wire.Stage(token=token, number=0, image=small_cache().spec, tokens=(0, 1))
+    stage = wire.Stage(token=token, number=0, image=wire.described(small_cache().spec), tokens=(0, 1))
     holds = [
         grant, wire.Renew(tokens=[token]), wire.Renewed(ended=[token]), wire.Settle(token=token, read=True), stage, ref,
         Claim(peer, grant), Hold(ref, 0.0, 1.0, [Claim(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),
-        SendTo("tcp://x:1", grant), StartPack(PackKey(token, 0), 0, stage.image, (0, 1), []),
+        SendTo("tcp://x:1", grant), StartPack(PackKey(token, 0), 0, small_cache().spec, (0, 1), []),
     ]  # fmt: skip
     for each in holds:
         told = repr(each) + str(each) + repr(list(getattr(each, "__rich_repr__", tuple)()))

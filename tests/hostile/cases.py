@@ -89,7 +89,11 @@ def tables(scene: Scene) -> Iterator[None]:
     number = 0
     while True:
         for _ in range(8):
-            me.say(wire.Stage(token=ref.token, number=number, image=spec, tokens=(number, number + 1), taken=[]))
+            me.say(
+                wire.Stage(
+                    token=ref.token, number=number, image=wire.described(spec), tokens=(number, number + 1), taken=[]
+                )
+            )
             number += 1
         yield
 
@@ -107,7 +111,16 @@ def turn(scene: Scene) -> Iterator[None]:
         for me, ref in zip(readers, refs, strict=True):
             for at in range(number, number + 60):
                 taken = list(range(max(0, at - 200), at - 100))
-                me.say(wire.Stage(token=ref.token, number=at, image=image, tokens=(0, 512), digest=True, taken=taken))
+                me.say(
+                    wire.Stage(
+                        token=ref.token,
+                        number=at,
+                        image=wire.described(image),
+                        tokens=(0, 512),
+                        digest=True,
+                        taken=taken,
+                    )
+                )
             while me.hear(0):
                 pass
         number += 60
@@ -122,7 +135,7 @@ def slots(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(7):
-        me.say(wire.Stage(token=ref.token, number=number, image=image, tokens=(0, 512)))
+        me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
     while True:
         me.say(wire.Renew(tokens=[ref.token]))
         yield
@@ -136,11 +149,11 @@ def queue(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(8):
-        me.say(wire.Stage(token=ref.token, number=number, image=image, tokens=(0, 512)))
+        me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
     number = 8
     while True:
         for _ in range(100):
-            me.say(wire.Stage(token=ref.token, number=number, image=image, tokens=(0, 512)))
+            me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
             me.say(wire.Unstage(token=ref.token, numbers=[number]))
             number += 1
         me.say(wire.Renew(tokens=[ref.token]))
@@ -204,7 +217,9 @@ def cpu(scene: Scene) -> Iterator[None]:
     me = scene.consumer()
     image = _many_layers(me.welcome.spec, 200_000)
     data = wire.encode(
-        wire.Stage(to=me.welcome.epoch, token=secrets.token_hex(16), number=0, image=image, tokens=(0, 1))
+        wire.Stage(
+            to=me.welcome.epoch, token=secrets.token_hex(16), number=0, image=wire.described(image), tokens=(0, 1)
+        )
     )
     assert len(data) < 1 << 20, len(data)
     while True:

@@ -281,21 +281,6 @@ def chunks_outlive_their_lease(patch):
 
 
 @bug
-def slots_withdrawn_under_a_lease_that_stands(patch):
-    """A reader that keeps too many slots loses them, and what it still reads from them counts."""
-
-    def withdraw(self, now):
-        if not self._chunks.short or now < self._look_at:
-            return
-        self._look_at = now + 0.25
-        never = staged.Seen(float("-inf"), float("-inf"))
-        for token, _ in list(self._chunks.to_withdraw(now, lambda holder: self._seen.get(holder, never))):
-            self._unstage(self._table.get(token))
-
-    patch(producer.Producer, "_withdraw", withdraw)
-
-
-@bug
 def one_chunk_is_taken_for_all(patch):
     """A reader that has taken one chunk is taken to have taken all it asked for: others are given their slots."""
     taken = producer.Producer._taken
