@@ -11,7 +11,12 @@ from hypothesis import HealthCheck, settings
 
 # derandomize: a red run on one machine is red on every machine; `HYPOTHESIS_PROFILE=search` looks for new examples.
 settings.register_profile("repeat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("search", deadline=None, max_examples=2_000, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "search",
+    deadline=None,
+    max_examples=int(os.environ.get("SEARCH_EXAMPLES", "2000")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 # A shell that starts pytest in the background lets it, and all its children, ignore ctrl-C. Some tests press it.

@@ -52,6 +52,7 @@ TASKS = (
     Task("killed", ("-m", "tests.hostile.dead", "--trials", "{n}"), 200, number=20),
     Task("stopped", ("-m", "tests.hostile.dead", "--trials", "{n}", "--stop"), 300, number=20),
     Task("metadata", ("-m", "tests.nixl.mutated_metadata", "--mutations", "{n}", "--seed", "{seed}"), 200, number=600),
+    Task("steady", ("-m", "tests.race.steady", "--transfers", "{n}"), 150, number=90_000),
     Task(
         "soak",
         (*_KVXFER, "soak", "--minutes", "{n}", "--agent-options", json.dumps(LOOPBACK), "--seed", "{seed}"),
@@ -59,7 +60,13 @@ TASKS = (
         number=15,
     ),
     Task("sim", (*_KVXFER, "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=4000),
-    Task("search", ("-m", "pytest", "-q", *_ANY_PAIR, "--timeout=0"), 3600, environment=(("HYPOTHESIS_PROFILE", "search"),)),
+    Task(
+        "search",
+        ("-m", "pytest", "-q", "-p", "no:xdist", *_ANY_PAIR, "--timeout=0"),
+        3600,
+        number=2000,
+        environment=(("HYPOTHESIS_PROFILE", "search"), ("SEARCH_EXAMPLES", "{n}")),
+    ),
     Task("fuzz", ("-m", "tests.fuzz.long", "--seconds", "{n}"), 2100, number=120),
 )  # fmt: skip
 
@@ -85,7 +92,7 @@ def run(task: Task, share: float, python: str) -> tuple[bool, float, str]:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, **dict(task.environment)},
+            env={**os.environ, "PYTHONPATH": paths, **{key: value.format(**filled) for key, value in task.environment}},
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
