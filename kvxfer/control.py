@@ -11,17 +11,17 @@ encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hmac
 import os
 import time
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import zmq
 from zmq.utils import z85
 
-from kvxfer import addresses, wire
+from kvxfer import addresses, listener, wire
 from kvxfer.admission import Buckets, Verdict
 from kvxfer.errors import ConfigError, WireError
 from kvxfer.incoming import Incoming, most_connections
@@ -29,7 +29,7 @@ from kvxfer.outgoing import Outgoing
 from kvxfer.wakeup import WakeUp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
@@ -54,12 +54,6 @@ _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIV
 """Connections of hosts that are gone end after two minutes; a frozen process keeps its own."""
 
 _LONGEST_WAIT_S = 3600.0
-
-_MOST_PORTS_TRIED = 20
-"""Free ports of one address that are tried until one is free for all addresses of a listener."""
-
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV)
-"""An address is not this machine's."""
 
 _HARD_LIMIT = 2
 """Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
@@ -131,12 +125,12 @@ class ControlChannel:
         bind: ``tcp://host:port``; port 0 takes a free one. A host name means all of its addresses that are this machine's,
             ``localhost`` both loopback addresses, and ``*`` all addresses of both families.
         advertise: host by which peers reach it, if that differs (bound to all interfaces, NAT).
+        secret: of all endpoints that may talk to each other.
+        allow_unauthenticated: an address that other machines reach may be bound without one.
 
     Attributes:
         address: where peers find it, a number unless ``advertise`` is a name.
         bound: the numbers that it listens on; ``*`` if that is all.
-        secret: of all endpoints that may talk to each other.
-        allow_unauthenticated: an address that other machines reach may be bound without one.
 
     Raises:
         ConfigError: the address cannot be bound, or not without a secret; the message says why.
@@ -162,7 +156,7 @@ class ControlChannel:
         self._wakeup: WakeUp | None = None
         self._poller = zmq.Poller()
         most = most_connections(settings)
-        self._outgoing = Outgoing(self._dealer, self._push, self._poller, self.wake, max(8, most // 2))
+        self._outgoing = Outgoing(self._dealer, self._push, self._poller, _weakly(self.wake), max(8, most // 2))
         self._spoken: dict[int, set[bytes]] = {}
         """By file descriptor, ZeroMQ's names of the connections that a message came by."""
         self._gone: list[bytes] = []
@@ -176,7 +170,7 @@ class ControlChannel:
             advertised = None if advertise is None else addresses.checked_host(advertise, f"advertise={advertise!r}")
             numbers = [addresses.ANY] if host == addresses.ANY else addresses.resolve(host)
             if secret is None and not allow_unauthenticated:
-                _refuse_strangers(bind, numbers)
+                listener.refuse_strangers(bind, numbers)
             self._configure(self._router)
             self._router.setsockopt(zmq.BACKLOG, 1024)
             self._router.setsockopt(zmq.SNDHWM, _MOST_REPLIES)
@@ -188,14 +182,14 @@ class ControlChannel:
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._incoming = Incoming(self._router, settings, metrics, self._ended, secret=secret is not None)
-            self.bound, port = self._listen(numbers, port)
+            self.bound, port = listener.listen(self._router, numbers, port)
         except ConfigError:
             self.close()
             raise
         except (zmq.ZMQError, OSError, ValueError) as error:
             self.close()
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
-        self.address: str = addresses.join(advertised or addresses.told(self.bound), port)
+        self.address: str = listener.told(self.bound, port, advertised)
         self._incoming.address = self.address
         self.loopback: bool = all(map(addresses.is_loopback, self.bound))
         for readable in (self._router, self._incoming.monitor, self._zap, self._wakeup):
@@ -264,32 +258,6 @@ class ControlChannel:
             with contextlib.suppress(KeyError):
                 self._poller.unregister(wakeup)  # its files are closed when nobody refers to it any more
         self._context.destroy(linger=200)
-
-    def _listen(self, numbers: list[str], port: int) -> tuple[list[str], int]:
-        """Bind to all of these numbers that are this machine's, at one port. Returns which they are, and the port."""
-        for _ in range(_MOST_PORTS_TRIED):
-            bound: list[str] = []
-            found, last = port, zmq.ZMQError(errno.EADDRNOTAVAIL)
-            for number in numbers:
-                self._router.setsockopt(zmq.IPV6, int(addresses.is_ipv6(number)))
-                try:
-                    self._router.bind(addresses.join(number, found))
-                except zmq.ZMQError as error:
-                    last = error
-                    if error.errno in _NOT_HERE:
-                        continue
-                    if port == 0 and bound and error.errno == errno.EADDRINUSE:
-                        break  # another process has this port of this address
-                    raise
-                bound.append(number)
-                found = int(self._router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-            else:
-                if not bound:
-                    raise last
-                return bound, found
-            for number in bound:
-                self._router.unbind(addresses.join(number, found))
-        raise last
 
     def _dealer(self, ipv6: bool) -> zmq.Socket[bytes]:
         dealer = self._context.socket(zmq.DEALER)
@@ -402,10 +370,13 @@ def _descriptor(frame: zmq.Frame) -> int:
         return -1
 
 
-def _refuse_strangers(bind: str, numbers: list[str]) -> None:
-    if not all(map(addresses.is_loopback, numbers)):
-        raise ConfigError(
-            f"{bind} can be reached from other machines, and without a secret whoever reaches it may ask for KV: set "
-            "KVXFER_SECRET_FILE to a file that holds the same secret on all servers, or allow_unauthenticated "
-            "(KVXFER_ALLOW_UNAUTHENTICATED=1) in a network where everybody may"
-        )
+def _weakly(method: Callable[[], object]) -> Callable[[], object]:
+    """A method to be called by threads that outlive its object: they do not keep that alive, and then nothing is called."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        bound = reference()
+        if bound is not None:
+            bound()
+
+    return call

@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvxfer import wire
+from kvxfer import holds, wire
 from kvxfer.errors import (
     BlockError,
     ClosedError,
@@ -402,3 +402,19 @@ def test_close_settles_at_every_rank(world):
     world.settle()
     assert isinstance(transfer.error, ClosedError)
     assert source.ends(held.token) == [["LeaseSettled"]] * 3 and not any(len(node.table) for node in source.nodes)
+
+
+def test_ranks_are_met_a_few_at_a_time(world, monkeypatch):
+    """A lease of more ranks than may be unmet at once is read, and no more of them than that are asked to be met at a time."""
+    monkeypatch.setattr(holds, "_MOST_UNMET", 2)
+    source, sink = world.engine("source", 6), world.engine("sink", 1)
+    ref = source.lease(1, 2)
+    world.perfect = False
+    (transfer,) = sink.read(ref, 3, 4)
+    most = 0
+    while world.network:
+        most = max(most, sum(not peer.is_met for peer in sink.nodes[0].peers.values()))
+        world.deliver()
+    world.perfect = True
+    world.advance(1)
+    assert sink.nodes[0].outcomes(transfer) == ["Done"] and most == 2
