@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from kvxfer.errors import LayoutError
 from kvxfer.layout import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -67,7 +68,7 @@ class KVCache:
         cls,
         layers: Mapping[str, Any],
         *,
-        block_tokens: int | None = None,
+        block_tokens: int | Mapping[str, int] | None = None,
         components: Sequence[str] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         kinds: Mapping[str, str] | None = None,
@@ -93,8 +94,9 @@ class KVCache:
                 whatever its strides, or several of them, one per component. A layer's number is the only number among
                 the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
                 otherwise its position in the mapping after ``layer_start``.
-            block_tokens: tokens of a block of the block table, if not those of the arrays' blocks: a multiple of them
-                where a kernel's blocks are smaller, anything for the state of state-space layers.
+            block_tokens: tokens of a block of the block table, of all groups or of each by its name, if not those of the
+                arrays' blocks: a multiple of them where a kernel's blocks are smaller, anything for the state of
+                state-space layers.
             components: what the arrays of a layer hold; by default ``("kv",)`` for one and ``("k", "v")`` for two.
             groups: names of the layers that share a block table, by name of the group; by default one group, ``"0"``.
             kinds: kinds of groups that are not ``full_attention``.
@@ -143,7 +145,8 @@ class KVCache:
             extents = cells[0].extents
             kind = (kinds or {}).get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
             total = heads_total if heads_total is not None else head_start + extents.head
-            tokens = extents.token if block_tokens is None else block_tokens
+            tokens = block_tokens.get(group_name) if isinstance(block_tokens, Mapping) else block_tokens
+            tokens = extents.token if tokens is None else tokens
             kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
             regions = tuple(_regions(cells))
             present = {layer for region in regions for layer in region.layers}

@@ -4,8 +4,7 @@
 vLLM's engine dies of an exception in any of these methods, so those of the scheduler's half that concern one request are
 guarded: a defect is logged and counted, and that request is computed locally.
 
-The class does not declare SupportsHMA: vLLM then keeps all layers in one cache group, which is what is supported, and
-refuses models that need several.
+The class declares SupportsHMA: layers of several kinds have cache groups, and block tables, of their own.
 """
 
 from __future__ import annotations
@@ -22,17 +21,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    SupportsHMA,
 )
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
+from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
 from kvxfer_vllm.options import Options, advertised, side_channel
 from kvxfer_vllm.params import Role
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
-from kvxfer_vllm.support import block_tokens, refuse_unsupported, reporting_workers
+from kvxfer_vllm.support import hit_source, refuse_unsupported, reporting_workers
 from kvxfer_vllm.worker import KvxferWorker
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
     return guard
 
 
-class KvxferConnector(KVConnectorBase_V1):
+class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector over kvxfer.
 
     Args:
@@ -91,7 +91,7 @@ class KvxferConnector(KVConnectorBase_V1):
         ConfigError: an option is unknown or this configuration is not supported; the server does not start.
     """
 
-    _cache_hit_source = CacheHitSource.P2P
+    _cache_hit_source = hit_source()
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -101,7 +101,8 @@ class KvxferConnector(KVConnectorBase_V1):
         if not transfer.engine_id:
             raise ConfigError("KvxferConnector needs an engine_id")
         # vLLM adds layers that share another's cache to the groups later; only owners are transferred.
-        self._layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
+        layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
+        self._groups = layer_groups(kv_cache_config, self._options.parts(layer_names), local_layers(vllm_config))
         self._scheduler: KvxferScheduler | None = None
         self._worker: KvxferWorker | None = None
         self._handshake: KvxferHandshake | None = None
@@ -115,7 +116,8 @@ class KvxferConnector(KVConnectorBase_V1):
                     push=self._options.mode != "pull",
                 ),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
-                block_tokens=block_tokens(kv_cache_config),
+                tables=tables_of(kv_cache_config),
+                backoff_tokens=backoff_tokens(vllm_config, kv_cache_config),
                 host=advertised(host),
                 port=port,
                 secret=Secret.resolve(file=self._options.secret_file),
@@ -152,6 +154,13 @@ class KvxferConnector(KVConnectorBase_V1):
 
     @_guarded((False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """As :meth:`request_finished_all_groups`, of the one group there is."""
+        return self._of_scheduler().request_finished(request, (block_ids,))
+
+    @_guarded((False, None))
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """See :meth:`KvxferScheduler.request_finished`."""
         return self._of_scheduler().request_finished(request, block_ids)
 
@@ -179,9 +188,7 @@ class KvxferConnector(KVConnectorBase_V1):
         # Imported here and not above: nothing of a transfer engine is loaded until a worker needs it.
         from kvxfer_vllm.launch import cache_of_rank  # noqa: PLC0415
 
-        self._start(
-            [cache_of_rank(kv_caches, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)]
-        )
+        self._start([cache_of_rank(kv_caches, self._groups, self._vllm_config, self._kv_cache_config, self._options)])
 
     def register_runner(self, runner: Runner) -> None:
         """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
@@ -191,15 +198,14 @@ class KvxferConnector(KVConnectorBase_V1):
         """
         from kvxfer_vllm.runner import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
 
-        lent = RunnerCaches(runner, self._layer_names, self._vllm_config, self._kv_cache_config, self._options)
+        lent = RunnerCaches(runner, self._groups, self._vllm_config, self._kv_cache_config, self._options)
         self._start(lent.caches, lent)
 
     def _start(self, caches: Sequence[KVCache], turns: Turns | None = None) -> None:
         from kvxfer_vllm.launch import start_endpoints  # noqa: PLC0415 - as above
 
         endpoints = start_endpoints(caches, self._vllm_config, self._options)
-        parts, mark = self._options.parts(self._layer_names), caches[0].buffers[0].mark
-        self._worker = KvxferWorker(endpoints, parts, mark, turns)
+        self._worker = KvxferWorker(endpoints, self._groups, caches[0].buffers[0].mark, turns)
         self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -15,8 +15,9 @@ from kvxfer.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
+from kvxfer_vllm.groups import specs_of
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
-from kvxfer_vllm.support import block_tokens, buffers, is_mla, model_fingerprint
+from kvxfer_vllm.support import buffers, is_mla, model_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer.cache import BufferMaker
+    from kvxfer_vllm.groups import LayerGroup
     from kvxfer_vllm.options import Options
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -33,60 +35,65 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 def describe_cache(
     kv_caches: Mapping[str, torch.Tensor],
-    layer_names: Sequence[str],
+    groups: Sequence[LayerGroup],
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     *,
     tp_rank: int,
     fingerprint: str,
     instruction_set: str = "",
-    parts: Sequence[Sequence[str]] = (),
     buffers: BufferMaker = HostBuffer,
 ) -> KVCache:
     """The cache of one rank as kvxfer sees it; nothing is copied.
 
     Args:
         kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content.
-        layer_names: layers that own their cache; vLLM adds names of layers that share another's.
+        groups: layers that own their cache; vLLM adds names of layers that share another's.
         vllm_config: for the model's heads and the block size.
         kv_cache_config: for the number of blocks and the kind of the cache.
         tp_rank: of this worker.
         fingerprint: see :func:`kvxfer_vllm.support.model_fingerprint`.
         instruction_set: of vLLM's CPU attention. Those whose order within a block is not known here make it part of the
             fingerprint, with the block size: blocks are then moved whole, between two servers that agree.
-        parts: of the layers, if there are several that become complete one after the other; each gets a block table.
         buffers: class of the buffers of the device that the caches are on.
 
     Raises:
         ConfigError: the tensors do not hold the blocks of the block table.
         KvxferError: the tensors are not on that device, or make no cache.
     """
-    layers = {name: kv_caches[name] for name in layer_names}
-    for name, tensor in layers.items():
-        # The blocks of an attention kernel may be smaller than those of the block table.
-        if tensor.shape[0] * tensor.shape[2] != kv_cache_config.num_blocks * block_tokens(kv_cache_config):
-            raise ConfigError(
-                f"{name} has {tensor.shape[0]} blocks of {tensor.shape[2]} tokens, the block table"
-                f" {kv_cache_config.num_blocks} of {block_tokens(kv_cache_config)}"
-            )
+    layers = {name: kv_caches[name] for group in groups for name in group.layers}
+    for group in groups:
+        for name in group.layers:
+            # The blocks of an attention kernel may be smaller than those of the block table.
+            blocks, _, tokens, _ = layers[name].shape
+            if blocks * tokens != kv_cache_config.num_blocks * group.block_tokens:
+                raise ConfigError(
+                    f"{name} has {blocks} blocks of {tokens} tokens, the block table"
+                    f" {kv_cache_config.num_blocks} of {group.block_tokens}"
+                )
     arrays: Mapping[str, Any] = layers
     components: tuple[str, ...] = ("kv",)
     if instruction_set == "vec":
         arrays = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
         components = ("k", "v")
     elif instruction_set:
-        fingerprint += f" stored for {instruction_set} in blocks of {block_tokens(kv_cache_config)}"
+        fingerprint += f" stored for {instruction_set} in blocks of {groups[0].block_tokens}"
+    heads = {group.heads for group in groups}
+    total: int | None = None
+    start = 0
     if is_mla(kv_cache_config):
-        components, total, start = ("latent",), 1, 0
-    else:
+        components, total = ("latent",), 1
+    elif len(heads) == 1:
         total = vllm_config.model_config.get_total_num_kv_heads()
         # Fewer heads than ranks: consecutive ranks hold copies of the same head.
         start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
     return KVCache.from_layers(
         arrays,
-        block_tokens=block_tokens(kv_cache_config),
+        block_tokens={group.name: group.block_tokens for group in groups},
         components=components,
-        groups={f"0/{number}": names for number, names in enumerate(parts)} if len(parts) > 1 else None,
+        groups={group.name: group.layers for group in groups},
+        kinds={group.name: group.kind for group in groups},
+        name_layers=_can_be_named(list(layers)),
         heads_total=total,
         head_start=start,
         fingerprint=fingerprint,
@@ -94,6 +101,16 @@ def describe_cache(
         world=vllm_config.parallel_config.tensor_parallel_size,
         buffers=buffers,
     )
+
+
+def _can_be_named(names: Sequence[str]) -> bool:
+    """Whether layers can be matched by name: those of a draft model count from 0 as the model's do, and names tell them apart.
+
+    Where some layers share the cache of others, the numbers of the rest have gaps, and there are no names for these.
+    """
+    numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
+    single = {found[0] for found in numbers if len(found) == 1}
+    return len(single) < len(names) or max(single) + 1 - min(single) == len(names)
 
 
 def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,18 +127,29 @@ def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """By which vLLM's CPU attention orders what it stores; empty for MLA and on GPUs, where things lie as they look."""
+    """By which vLLM's CPU attention orders what it stores; empty for MLA and on GPUs, where things lie as they look.
+
+    Raises:
+        ConfigError: it is not the same for all layers.
+    """
     if is_mla(kv_cache_config) or vllm_config.device_config.device_type != "cpu":
         return ""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - it imports torch's kernels
 
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    return str(_get_attn_isa(model.dtype, block_tokens(kv_cache_config), model.get_head_size(), cache.cache_dtype))
+    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
+    sizes = {(int(spec.block_size), int(spec.head_size)) for spec in specs}
+    found = sorted({str(_get_attn_isa(dtype, *size, cache_dtype)) for size in sizes})
+    if len(found) > 1:
+        raise ConfigError(
+            f"KvxferConnector does not support layers that vLLM stores in different ways: {', '.join(found)}"
+        )
+    return found[0]
 
 
 def cache_of_rank(
     kv_caches: Mapping[str, torch.Tensor],
-    layer_names: Sequence[str],
+    groups: Sequence[LayerGroup],
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     options: Options,
@@ -135,13 +163,12 @@ def cache_of_rank(
 
     return describe_cache(
         kv_caches,
-        layer_names,
+        groups,
         vllm_config,
         kv_cache_config,
         tp_rank=get_tensor_model_parallel_rank(),
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
         instruction_set=_instruction_set(vllm_config, kv_cache_config),
-        parts=options.parts(layer_names),
         buffers=cast("BufferMaker", registry.load(buffers(vllm_config), "buffers")),
     )
 

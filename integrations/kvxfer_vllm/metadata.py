@@ -13,34 +13,38 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 if TYPE_CHECKING:
     from kvxfer.lease import LeaseRef
+    from kvxfer_vllm.groups import Blocks
 
 
 @dataclass(frozen=True)
 class Read:
-    """Fill ``blocks`` of this engine with the lease's KV, from the token on with which they begin."""
+    """Fill ``blocks`` of this engine, by cache group, with the lease's KV from ``first_token`` on."""
 
     request_id: str
     lease: LeaseRef
-    blocks: list[int]
+    blocks: list[Blocks]
     first_token: int
 
 
 @dataclass(frozen=True)
 class Seal:
-    """When this step has been computed, these first blocks of a prefill that goes on are complete; ``before`` of them are now."""
+    """First blocks of a prefill that goes on, by cache group, which are complete when this step has been computed.
+
+    ``before`` says how many of each group are complete now. Groups that drop blocks give none.
+    """
 
     lease: LeaseRef
-    blocks: list[int]
-    before: int
+    blocks: list[list[int]]
+    before: list[int]
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Prefill is done: these blocks belong to the lease until it ends, then ``request_id`` is reported as sent."""
+    """Prefill is done: these blocks, by cache group, are the lease's until it ends; then ``request_id`` is reported as sent."""
 
     request_id: str
     lease: LeaseRef
-    blocks: list[int]
+    blocks: list[Blocks]
 
 
 @dataclass

@@ -22,7 +22,7 @@ import msgspec
 
 from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
-from kvxfer.layout import MAX_RANKS
+from kvxfer.layout import MAX_GROUPS, MAX_RANKS
 from kvxfer.lease import LeaseRef
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.reasons import Refusal
@@ -238,23 +238,35 @@ def _checked_sizes(params: Mapping[str, Any]) -> Refused | None:
 
 
 def _checked_blocks(groups: object, lease: LeaseRef) -> Refused | None:
-    """A block holds at least one token, which bounds the work spent on a list of any length."""
-    blocks = groups[0] if isinstance(groups, (list, tuple)) and len(groups) == 1 else None
-    if not isinstance(blocks, (list, tuple)) or not blocks:
-        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids is not one non-empty list of block ids")
-    if len(blocks) > lease.num_tokens:
-        return Refused(Refusal.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
-    if not all(type(block) is int and 0 <= block <= _MAX_BLOCK_ID for block in blocks):
-        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
+    """A block holds at least one token, which bounds the work spent on lists of any length."""
+    if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= MAX_GROUPS:
+        return Refused(
+            Refusal.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {MAX_GROUPS} groups"
+        )
+    if not any(groups):
+        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids names no block")
+    for blocks in groups:
+        if not isinstance(blocks, (list, tuple)):
+            return Refused(Refusal.BAD_BLOCKS, "a group of remote_block_ids is no list of block ids")
+        if len(blocks) > lease.num_tokens:
+            return Refused(Refusal.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
+        if not all(type(block) is int and 0 <= block <= _MAX_BLOCK_ID for block in blocks):
+            return Refused(Refusal.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
     return None
 
 
-def response(lease: LeaseRef, block_ids: Sequence[int], *, host: str, port: int, tp_size: int) -> dict[str, Any]:
-    """What the producer answers: every key of NixlConnector's pull response, with its types, and the lease."""
+def response(
+    lease: LeaseRef, block_ids: Sequence[Sequence[int]], *, host: str, port: int, tp_size: int
+) -> dict[str, Any]:
+    """What the producer answers: every key of NixlConnector's pull response, with its types, and the lease.
+
+    Args:
+        block_ids: by cache group.
+    """
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
-        "remote_block_ids": [list(block_ids)],
+        "remote_block_ids": [list(ids) for ids in block_ids],
         "remote_engine_id": lease.owner,
         "remote_request_id": lease.request,
         "remote_host": host,

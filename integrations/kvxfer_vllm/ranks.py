@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
+    from kvxfer.blocks import BlockTable
     from kvxfer.buffer import Completion
     from kvxfer.lease import LeaseRef
     from kvxfer.metrics import Metrics
     from kvxfer.transfer import Event, Transfer
 
-    Tables: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
+    Tables: TypeAlias = Sequence[Sequence[int]] | Sequence[BlockTable]
     LeaseEvent: TypeAlias = LeaseSettled | LeaseExpired | LeaseRevoked
 
 logger = logging.getLogger(f"vllm.{__name__}")

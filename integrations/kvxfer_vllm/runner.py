@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvxfer import registry
 from kvxfer.cache import KVCache
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer_vllm.support import block_tokens, model_fingerprint, specs_of
+from kvxfer_vllm.groups import specs_of
+from kvxfer_vllm.support import model_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from kvxfer_vllm.groups import LayerGroup
     from kvxfer_vllm.options import Options
 
 
@@ -49,10 +51,10 @@ class RunnerCaches:
 
     Args:
         runner: whose caches they are.
-        layer_names: layers that own their cache.
+        groups: layers that own their cache, in one group.
         vllm_config: for the model's heads.
         kv_cache_config: for the number of blocks, and how many heads of which size the caches have.
-        options: for the fingerprint and for the parts of the layers.
+        options: for the fingerprint.
 
     Raises:
         ConfigError: the arrays are not what ``kv_cache_config`` says, or some of their devices are other processes'.
@@ -62,7 +64,7 @@ class RunnerCaches:
     def __init__(
         self,
         runner: Runner,
-        layer_names: Sequence[str],
+        groups: Sequence[LayerGroup],
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
         options: Options,
@@ -72,9 +74,10 @@ class RunnerCaches:
             raise UnavailableError(reason)
         from kvxfer_jax import Arrays, JaxBuffer  # noqa: PLC0415 - nobody who has no such runner imports it
 
+        (group,) = groups
         self._runner = runner
         self._arrays = Arrays(runner.kv_caches)
-        shares = self._arrays.shares(_names(runner, layer_names), heads=_heads(runner, kv_cache_config))
+        shares = self._arrays.shares(_names(runner, group.layers), heads=_heads(runner, kv_cache_config))
         if len(shares) != shares[0].world:
             raise ConfigError(
                 f"KvxferConnector does not support caches whose devices are of several hosts yet: {len(shares)} of"
@@ -86,7 +89,8 @@ class RunnerCaches:
             KVCache.from_layers(
                 share.layers,
                 buffers=JaxBuffer,
-                block_tokens=block_tokens(kv_cache_config),
+                block_tokens=group.block_tokens,
+                groups={group.name: list(share.layers)},
                 components=("kv",),
                 heads_total=total,
                 # Fewer heads than devices: consecutive devices hold copies of the same head, as in vLLM.

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvxfer.secret import Secret
+    from kvxfer_vllm.groups import Blocks, GroupTable
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -65,13 +66,18 @@ class _Serving:
     """A prefill for another server.
 
     Attributes:
-        blocks: all that vLLM has given it so far.
+        blocks: all that vLLM has given it so far, by cache group.
         sealed: how many of them were sealed.
     """
 
     lease: LeaseRef
-    blocks: list[int]
-    sealed: int = 0
+    blocks: list[list[int]]
+    sealed: list[int]
+
+    @classmethod
+    def of(cls, lease: LeaseRef, num_groups: int) -> _Serving:
+        """A prefill that has no blocks yet."""
+        return cls(lease, [[] for _ in range(num_groups)], [0] * num_groups)
 
 
 class KvxferScheduler:
@@ -83,18 +89,28 @@ class KvxferScheduler:
     Args:
         role: what kv_transfer_params are judged against.
         tp_size: tensor parallel size of this server.
-        block_tokens: tokens of one KV cache block.
+        tables: how the block tables of each cache group are to be read.
+        backoff_tokens: last tokens of a prompt that prefill leaves to decode, see `kvxfer_vllm.groups`.
         host, port: of the side channel of rank 0, for NixlConnector's keys; port 0 until `set_addresses`.
         secret: of all servers, if they have one: nobody else can tell the token of a request that was sent to both.
     """
 
     def __init__(
-        self, role: Role, *, tp_size: int, block_tokens: int, host: str, port: int, secret: Secret | None = None
+        self,
+        role: Role,
+        *,
+        tp_size: int,
+        tables: Sequence[GroupTable],
+        backoff_tokens: int = 0,
+        host: str,
+        port: int,
+        secret: Secret | None = None,
     ) -> None:
         self._role = role
         self._secret = secret
         self._tp_size = tp_size
-        self._block_tokens = block_tokens
+        self._tables = tables
+        self._backoff_tokens = backoff_tokens
         self._host = host
         self._port = port
         self._addresses: tuple[str, ...] = ()
@@ -154,7 +170,8 @@ class KvxferScheduler:
                 # vLLM 0.32 calls .get() on it right after this hook, and its engine would not survive that.
                 request.kv_transfer_params = None
         elif lease is not None:
-            self._serving[request.request_id] = _Serving(lease, [])
+            self._leave_to_decode(request)
+            self._serving[request.request_id] = _Serving.of(lease, len(self._tables))
             self._step.announce.append(lease)
         elif isinstance(asked, Fetch):
             self._warn_of_namesake(asked.lease)
@@ -183,13 +200,12 @@ class KvxferScheduler:
             self._step.drop.append(fetching.lease)
             self.stats.count("local_hits")
             return
-        (block_ids,) = blocks.get_block_ids()
         num_tokens = fetching.lease.num_tokens
-        skip = (num_tokens - num_external_tokens) // self._block_tokens
-        target = block_ids[skip : self._num_blocks(num_tokens)]
-        if len(target) != self._num_blocks(num_tokens) - skip:
-            raise RuntimeError(f"{len(block_ids)} blocks were allocated for {num_tokens} tokens")
-        self._step.read.append(Read(request_id, fetching.lease, target, skip * self._block_tokens))
+        first_token = num_tokens - num_external_tokens
+        target = self._blocks(blocks.get_block_ids(), first_token, num_tokens)
+        if target is None:
+            raise RuntimeError(f"too few blocks were allocated for {num_tokens} tokens")
+        self._step.read.append(Read(request_id, fetching.lease, target, first_token))
         fetching.loading = True
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvxferMetadata:
@@ -209,8 +225,10 @@ class KvxferScheduler:
         for request_id in request_ids:
             self._fetching.pop(request_id, None)
 
-    def request_finished(self, request: Request, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
-        """A request is over. True: its blocks stay until a worker reports it as sent."""
+    def request_finished(
+        self, request: Request, block_ids: Sequence[Sequence[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request is over. True: its blocks, of each cache group, stay until a worker reports it as sent."""
         request_id = request.request_id
         fetching = self._fetching.pop(request_id, None)
         if fetching is not None and fetching.loading:
@@ -221,15 +239,13 @@ class KvxferScheduler:
         if serving is None:
             return False, None
         lease = serving.lease
-        offered = list(block_ids[: self._num_blocks(lease.num_tokens)])
-        if (
-            request.status not in _DELIVERED
-            or request.num_computed_tokens < lease.num_tokens
-            or len(offered) != self._num_blocks(lease.num_tokens)
-        ):
+        offered = self._blocks(block_ids, 0, lease.num_tokens)
+        if request.status not in _DELIVERED or request.num_computed_tokens < lease.num_tokens or offered is None:
             self._step.withdraw.append(lease)
             return False, None
-        answer = response(lease, offered, host=self._host, port=self._port, tp_size=self._tp_size)
+        answer = response(
+            lease, [blocks.ids for blocks in offered], host=self._host, port=self._port, tp_size=self._tp_size
+        )
         self._step.offer.append(Offer(request_id, lease, offered))
         return True, answer
 
@@ -268,41 +284,75 @@ class KvxferScheduler:
             owner=owner,
             addresses=addresses,
             request=request.request_id,
-            num_tokens=request.num_prompt_tokens,
+            num_tokens=self._num_tokens(request.num_prompt_tokens),
             digest=_digest(request),
             secret=self._secret,
         )
+
+    def _num_tokens(self, num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that prefill computes for decode."""
+        backoff = self._backoff_tokens
+        return num_prompt_tokens - backoff if num_prompt_tokens > backoff else num_prompt_tokens
+
+    def _leave_to_decode(self, request: Request) -> None:
+        """Cut off the prompt's tokens that decode computes, as NixlConnector does where it has to (vLLM 0.32)."""
+        left = request.num_prompt_tokens - self._num_tokens(request.num_prompt_tokens)
+        # Who asked for the logprobs of the prompt is given all of them, and decode loads nothing.
+        if not left or request.get_skip_reading_prefix_cache():
+            return
+        del request.prompt_token_ids[-left:]
+        del request._all_token_ids[-left:]  # noqa: SLF001 - vLLM has no other way
+        request.num_prompt_tokens -= left
+        request.max_tokens = 1
+
+    def _blocks(self, tables: Sequence[Sequence[int]], first_token: int, num_tokens: int) -> list[Blocks] | None:
+        """Of each cache group the blocks from one token to another; None if one has not all that are needed."""
+        pairs = zip(self._tables, tables, strict=True)
+        found = [table.blocks(ids, first_token, num_tokens) for table, ids in pairs]
+        return None if None in found else [blocks for blocks in found if blocks is not None]
 
     def _seal_step(self, output: SchedulerOutput) -> None:
         """Which blocks of which prefills will be complete when this step has been computed."""
         if not self._serving or not self._role.push:
             return
         for new in output.scheduled_new_reqs:
-            self._seal(new.req_id, new.block_ids[0], new.num_computed_tokens, output, afresh=True)
+            self._seal(new.req_id, new.block_ids, new.num_computed_tokens, output, afresh=True)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             blocks, resumed = cached.new_block_ids[i], request_id in cached.resumed_req_ids
-            self._seal(request_id, blocks[0] if blocks else (), cached.num_computed_tokens[i], output, afresh=resumed)
+            self._seal(request_id, blocks or (), cached.num_computed_tokens[i], output, afresh=resumed)
 
     def _seal(
-        self, request_id: str, blocks: Sequence[int], num_computed: int, output: SchedulerOutput, *, afresh: bool
+        self,
+        request_id: str,
+        blocks: Sequence[Sequence[int]],
+        num_computed: int,
+        output: SchedulerOutput,
+        *,
+        afresh: bool,
     ) -> None:
         serving = self._serving.get(request_id)
         if serving is None:
             return
-        if afresh and not serving.sealed:
-            serving.blocks = []
-        elif afresh:
-            # It was preempted: what was sealed is other requests' by now, and whoever has read it must not go on.
-            self._step.withdraw.append(serving.lease)
-            lease = _with_another_token(serving.lease)
-            serving = self._serving[request_id] = _Serving(lease, [])
-            self._step.announce.append(lease)
-        serving.blocks += blocks
+        if afresh:
+            lease = serving.lease
+            if any(serving.sealed):
+                # It was preempted: what was sealed is other requests' by now, and whoever has read it must not go on.
+                self._step.withdraw.append(lease)
+                lease = _with_another_token(lease)
+                self._step.announce.append(lease)
+            serving = self._serving[request_id] = _Serving.of(lease, len(self._tables))
+        for held, new in zip(serving.blocks, blocks, strict=False):
+            held.extend(new)
         num_tokens = min(num_computed + output.num_scheduled_tokens.get(request_id, 0), serving.lease.num_tokens)
-        complete = num_tokens // self._block_tokens
-        if serving.sealed < complete <= len(serving.blocks):
-            self._step.seal.append(Seal(serving.lease, serving.blocks[:complete], serving.sealed))
+        # Of what a window drops nothing is complete before the end.
+        complete = [
+            0 if table.is_local else min(num_tokens // table.block_tokens, len(held))
+            for table, held in zip(self._tables, serving.blocks, strict=True)
+        ]
+        if any(now > before for now, before in zip(complete, serving.sealed, strict=True)):
+            sealed = [held[:number] for held, number in zip(serving.blocks, complete, strict=True)]
+            self._step.seal.append(Seal(serving.lease, sealed, serving.sealed))
             serving.sealed = complete
 
     def _listens_at(self, addresses: tuple[str, ...]) -> None:
@@ -333,13 +383,11 @@ class KvxferScheduler:
             return Refused(Refusal.LEASE_USED, "another request on this server has, or had, the same lease")
         # A request that vLLM aborts at once only brings a lease to be dropped; its prompt is a stand-in.
         if not _aborted_already(request) and (
-            asked.lease.num_tokens != request.num_prompt_tokens or asked.lease.digest != _digest(request)
+            asked.lease.num_tokens != self._num_tokens(request.num_prompt_tokens)
+            or asked.lease.digest != _digest(request)
         ):
             return Refused(Refusal.OTHER_PROMPT, "the lease is for another prompt")
         return asked
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
 
 
 def _with_another_token(lease: LeaseRef) -> LeaseRef:

@@ -8,19 +8,27 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from kvxfer.errors import ConfigError
+from kvxfer_vllm.groups import specs_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
 _DEVICES = ("cpu", "cuda", "tpu")
 """As vLLM calls them."""
+
+_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 
 
 def refuse_unsupported(
@@ -55,19 +63,23 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         yield f"kv_buffer_device {by_way_of!r} with caches on {device!r}; set {device!r} or 'cpu'"
     if device == "tpu" and is_mla(kv_cache_config):
         yield "MLA on TPUs yet, whose caches are divided between blocks and not between heads"
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding yet; leave out --speculative-config"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         yield "KV scales computed at run time, which would differ between the two servers"
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        yield f"models with {len(groups)} KV cache groups yet; set --disable-hybrid-kv-cache-manager"
+    if device == "tpu" and len(groups) != 1:
+        yield f"models with {len(groups)} KV cache groups on TPUs yet; set --disable-hybrid-kv-cache-manager"
     for group in groups:
         if not getattr(group, "enable_kv_transfer", True) or getattr(group, "host_resident", False):
             yield "KV cache groups that vLLM keeps out of transfers or on the host"
         for spec in specs_of(group.kv_cache_spec):
-            if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
-                yield f"layers with {type(spec).__name__} yet, only full attention and MLA"
+            if type(spec) not in _SPECS:
+                yield f"layers with {type(spec).__name__} yet, only full, sliding-window, chunked and latent attention"
+    specs = [spec for group in groups for spec in specs_of(group.kv_cache_spec)]
+    if len({isinstance(spec, MLAAttentionSpec) for spec in specs}) > 1:
+        yield "models that mix latent attention with another kind yet"
+    heads = {getattr(spec, "num_kv_heads", 1) for spec in specs}
+    if len(heads) > 1 and parallel.tensor_parallel_size > 1:
+        yield f"layers with different numbers of KV heads ({sorted(heads)}) and tensor parallelism yet; set it to 1"
 
 
 def buffers(vllm_config: VllmConfig) -> str:
@@ -99,14 +111,13 @@ def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
         yield "granularity 'layer' with micro-batches, which compute each layer several times in a step; use 'chunk'"
 
 
-def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
-    """Of the layers of a group."""
-    return spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else (spec,)
-
-
-def block_tokens(kv_cache_config: KVCacheConfig) -> int:
-    """Tokens of one block of the block table."""
-    return int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+def hit_source() -> Any:
+    """How vLLM's metrics call what comes from another server; None before vLLM 0.32, which does not ask."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.32
+    except ImportError:
+        return None
+    return CacheHitSource.P2P
 
 
 def is_mla(kv_cache_config: KVCacheConfig) -> bool:
@@ -140,5 +151,22 @@ def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
             "quantization": str(model.quantization),
             "config": config,
         }
+    facts |= _drafting(vllm_config)
     text = json.dumps(facts, sort_keys=True, default=str)
     return f"vllm:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+
+
+def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What the KV of draft layers depends on that read the model's hidden states (EAGLE, MTP); other drafts change nothing."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or not speculative.use_eagle():
+        return {}
+    draft = speculative.draft_model_config
+    return {
+        "draft": [
+            speculative.method,
+            draft.model if draft is not None else "",
+            draft.revision if draft is not None else "",
+            str(speculative.kv_cache_dtype or vllm_config.cache_config.cache_dtype),
+        ]
+    }

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from kvxfer.blocks import BlockTable
 from kvxfer.buffer import FINISHED
 from kvxfer.errors import KvxferError, LeaseError
 from kvxfer.transfer import LeaseExpired, LeaseRevoked
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvxfer.buffer import Completion
+    from kvxfer_vllm.groups import Blocks, LayerGroup
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
     from kvxfer_vllm.ranks import EndpointLike, LeaseEvent
 
@@ -71,7 +73,7 @@ class KvxferWorker:
 
     Args:
         endpoints: of these ranks. Closed by :meth:`shutdown`.
-        parts: names of layers, as the groups of the endpoint's cache hold them; one part for all by default.
+        groups: of the endpoint's cache, in its order; by default one.
         mark: when all that vLLM has asked the device to do by now has ended. Kernels run long after the calls that started
             them: what they write is complete, and what they use is free, when a mark made behind them says so.
         turns: who may use the caches, the engine's steps or kvxfer; by default both at any time.
@@ -80,7 +82,7 @@ class KvxferWorker:
     def __init__(
         self,
         endpoints: Sequence[EndpointLike],
-        parts: Sequence[Sequence[str]] = (),
+        groups: Sequence[LayerGroup] = (),
         mark: Callable[[], Completion] = lambda: FINISHED,
         turns: Turns | None = None,
     ) -> None:
@@ -89,10 +91,12 @@ class KvxferWorker:
         self._turns: Turns = turns if turns is not None else AtAnyTime()
         self._step_mark: list[Completion] = []
         """Of the beginning of this step, made when an order first needs it."""
-        self._parts: Sequence[Sequence[str]] = parts or [()]
-        self._part_of = {name: number for number, names in enumerate(self._parts) for name in names}
+        self._table_of: Sequence[int] = [group.table for group in groups] or [0]
+        """Of each group of the endpoint's cache, whose block tables its layers have."""
+        self._layers: Sequence[Sequence[str]] = [group.layers for group in groups] or [()]
+        self._group_of = {name: number for number, names in enumerate(self._layers) for name in names}
         self._to_compute: list[set[str]] = []
-        """Of each part, the layers that this step has not computed yet."""
+        """Of each group, the layers that this step has not computed yet."""
         self._loading: dict[str, Read] = {}
         self._readings: dict[Reading, str] = {}
         self._sending: dict[str, Offer] = {}
@@ -111,7 +115,7 @@ class KvxferWorker:
         """Carry out one step's orders. Never raises: an order that fails ends its request's transfer."""
         self._seal()
         self._to_seal = step.seal
-        self._to_compute = [set(names) for names in self._parts] if len(self._parts) > 1 and step.seal else []
+        self._to_compute = [set(names) for names in self._layers] if len(self._layers) > 1 and step.seal else []
         self._idle = step.idle
         self._step_mark = []
         self._each(step.announce, self._ranks.announce, "announce")
@@ -155,16 +159,19 @@ class KvxferWorker:
         """A step has asked the device for a layer, and for nothing of the next one. Never raises."""
         if not self._to_compute:
             return
-        part = self._part_of.get(name)
-        if part is None or name not in self._to_compute[part]:
+        group = self._group_of.get(name)
+        if group is None or name not in self._to_compute[group]:
             return  # one that shares the cache of another, or a layer that is computed again
-        left = self._to_compute[part]
+        left = self._to_compute[group]
         left.remove(name)
         if not left and any(self._to_compute):
-            self._each(self._to_seal, self._seal_parts, "seal")
+            self._each(self._to_seal, self._seal_groups, "seal")
 
-    def _seal_parts(self, seal: Seal) -> None:
-        tables = [seal.blocks[: seal.before] if left else seal.blocks for left in self._to_compute]
+    def _seal_groups(self, seal: Seal) -> None:
+        tables = [
+            seal.blocks[table][: seal.before[table]] if left else seal.blocks[table]
+            for table, left in zip(self._table_of, self._to_compute, strict=True)
+        ]
         self._ranks.seal(seal.lease, tables, after=[self._mark()])
         self.stats.count("early_seals")
 
@@ -173,7 +180,9 @@ class KvxferWorker:
         seals, self._to_seal, self._to_compute = self._to_seal, (), []
         if seals:
             after = [self._mark()]
-            self._each(seals, lambda seal: self._ranks.seal(seal.lease, self._tables(seal.blocks), after=after), "seal")
+            self._each(
+                seals, lambda seal: self._ranks.seal(seal.lease, self._each_table(seal.blocks), after=after), "seal"
+            )
 
     def _behind(self) -> list[Completion]:
         """All that was asked of the device before this step."""
@@ -181,9 +190,13 @@ class KvxferWorker:
             self._step_mark = [self._mark()]
         return self._step_mark
 
-    def _tables(self, blocks: list[int]) -> Sequence[int] | Sequence[Sequence[int]]:
-        """The same blocks for each part of the layers."""
-        return blocks if len(self._parts) == 1 else [blocks] * len(self._parts)
+    def _each_table(self, blocks: Sequence[list[int]]) -> Sequence[Sequence[int]]:
+        """The block tables of each group of the endpoint's cache, of those of each cache group of vLLM's."""
+        return [blocks[table] for table in self._table_of]
+
+    def _tables(self, blocks: Sequence[Blocks]) -> Sequence[BlockTable]:
+        """As `_each_table`, of tables that need not begin with the first token."""
+        return [BlockTable(*blocks[table]) for table in self._table_of]
 
     def _offer(self, offer: Offer) -> None:
         try:
@@ -273,7 +286,7 @@ class KvxferWorker:
 
     def _fail(self, read: Read, reason: str) -> None:
         self.stats.count("failed_transfers", label=reason)
-        self._failed_blocks.update(read.blocks)
+        self._failed_blocks.update(block for blocks in read.blocks for block in blocks.ids)
 
     def take_failed_blocks(self) -> set[int]:
         """Target blocks of the loads that failed since the last call, for a vLLM that asks per block."""

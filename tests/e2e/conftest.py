@@ -45,6 +45,7 @@ _ORDER = (
     "test_first_request",
     "test_same_tokens",
     "test_unequal_pairs",
+    "test_hybrid",
     "test_two_hosts",
     "test_malformed_params",
     "test_side_channel",

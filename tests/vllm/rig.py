@@ -15,6 +15,7 @@ import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,11 +40,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvxfer_vllm.groups import LayerGroup
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -163,11 +165,31 @@ class Stranger(KVConnectorBase_V1):
     def wait_for_save(self) -> None: ...
 
 
-def kv_cache_config(num_blocks: int = 128, heads: int = HEADS) -> KVCacheConfig:
-    """One group of full attention."""
-    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=heads, head_size=HEAD_DIM, dtype=torch.float32)
-    names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(names, spec)])
+def kv_cache_config(
+    num_blocks: int = 128, heads: int = HEADS, windows: Sequence[int] = (0,), *, hybrid: bool = True
+) -> KVCacheConfig:
+    """Groups of two layers each: of full attention, or where ``windows`` has a number, of a window of so many tokens.
+
+    Without the hybrid manager they are one group, of which vLLM only says that some layer has a window.
+    """
+    sizes = {"block_size": BLOCK_TOKENS, "num_kv_heads": heads, "head_size": HEAD_DIM, "dtype": torch.float32}
+    groups = []
+    for number, window in enumerate(windows):
+        names = [f"model.layers.{number + i * len(windows)}.self_attn.attn" for i in range(LAYERS)]
+        spec = SlidingWindowSpec(**sizes, sliding_window=window) if window else FullAttentionSpec(**sizes)
+        groups.append(KVCacheGroupSpec(names, spec))
+    if not hybrid:
+        names = [name for group in groups for name in group.layer_names]
+        groups = [KVCacheGroupSpec(names, FullAttentionSpec(**sizes, sliding_window=max(windows) or None))]
+    return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def in_groups(parts: Sequence[Sequence[str]]) -> list[LayerGroup]:
+    """Layers of full attention behind one block table, in parts."""
+    return [
+        LayerGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS)
+        for number, names in enumerate(parts)
+    ]
 
 
 @dataclass
@@ -195,16 +217,28 @@ class Engine:
         policy: str = "fail",
         multi: bool = False,
         chunk: int = 2048,
+        windows: Sequence[int] = (0,),
+        hybrid: bool = True,
         **extra: Any,
     ) -> None:
         self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
         if multi:
             self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
+            self.config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM does with MultiConnector
         self._adapt(self.config)
         self.config.cache_config.num_gpu_blocks = num_blocks
         self.config.scheduler_config.max_num_batched_tokens = chunk
-        self.cache_config = kv_cache_config(num_blocks, self.heads)
-        self.kv = self._caches(self.cache_config.kv_cache_groups[0].layer_names)
+        self.cache_config = kv_cache_config(num_blocks, self.heads, windows, hybrid=hybrid)
+        groups = self.cache_config.kv_cache_groups
+        self._group_of = {name: number for number, group in enumerate(groups) for name in group.layer_names}
+        layers = (group.layer_names for group in kv_cache_config(windows=windows).kv_cache_groups)
+        self._window_of = {name: window for window, names in zip(windows, layers, strict=True) for name in names}
+        attention = {layer: SimpleNamespace(sliding_window=window or None) for layer, window in self._window_of.items()}
+        self.config.compilation_config.static_forward_context.update(attention)
+        self.kv = self._caches(groups[0].layer_names)
+        # As vLLM does: layers of other groups lie in the same memory, in other blocks of it.
+        for group in groups[1:]:
+            self.kv |= dict(zip(group.layer_names, list(self.kv.values())[:LAYERS], strict=True))
         with set_current_vllm_config(self.config):
             self.scheduler = Scheduler(
                 self.config,
@@ -217,8 +251,7 @@ class Engine:
             self.worker = self._make_worker()
         if endpoint is not None:
             endpoint.kv = list(self.kv.values())
-            options = self.kvxfer._options
-            self.kvxfer._worker = KvxferWorker([endpoint], options.parts(self.kvxfer._layer_names))
+            self.kvxfer._worker = KvxferWorker([endpoint], self.kvxfer._groups)
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.stats: dict[str, Any] = {}
         self.computed_tokens = 0
@@ -348,7 +381,7 @@ class Engine:
         for depth, name in enumerate(self.kv if scheduled else ()):
             self.worker.wait_for_layer_load(name)
             for request_id, count in scheduled.items():
-                rows, offsets, content = self._computed(depth, request_id, count)
+                rows, offsets, content = self._computed(name, depth, request_id, count)
                 for view, half in zip(self._keys_and_values(name), content.chunk(2, dim=-1), strict=True):
                     view[rows, :, offsets, :] = half
             self.worker.save_kv_layer(name, self.kv[name], None)
@@ -360,19 +393,21 @@ class Engine:
         sampled = {}
         for request_id, count in scheduled.items():
             request = self.scheduler.requests[request_id]
-            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+            tables = self.scheduler.kv_cache_manager.get_block_ids(request_id)
             stop = request.num_computed_tokens
             self.computed_tokens += count
             if stop >= request.num_tokens:
-                sampled[request_id] = [self._sample(blocks, stop)]
+                sampled[request_id] = [self._sample(tables, stop)]
             else:
                 sampled[request_id] = []
         return sampled
 
-    def _computed(self, depth: int, request_id: str, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _computed(
+        self, name: str, depth: int, request_id: str, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a layer writes for the last tokens of a request: (block, place in it, ``[head, content]``) of each."""
         request = self.scheduler.requests[request_id]
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        blocks = self.scheduler.kv_cache_manager.get_block_ids(request_id)[self._group_of[name]]
         stop = request.num_computed_tokens  # vLLM has advanced it already
         tokens = torch.tensor(list(request.all_token_ids)[stop - count : stop])
         positions = torch.arange(stop - count, stop)
@@ -392,10 +427,16 @@ class Engine:
         """``[block, head, token, K and V]`` of a layer."""
         return torch.cat([view[blocks] for view in self._keys_and_values(name)], dim=-1)
 
-    def _sample(self, blocks: list[int], num_tokens: int) -> int:
-        used = blocks[: -(-num_tokens // BLOCK_TOKENS)]
-        stored = [self._stored(name, used).transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM) for name in self.kv]
-        text = b"".join(each[:, :num_tokens].contiguous().numpy().tobytes() for each in stored)
+    def _sample(self, tables: Sequence[list[int]], num_tokens: int) -> int:
+        """A token made of all that the last one attends to."""
+        text = b""
+        for name, window in self._window_of.items():
+            first = max(0, num_tokens - window) if window else 0
+            skipped = first // BLOCK_TOKENS
+            used = tables[self._group_of[name]][skipped : -(-num_tokens // BLOCK_TOKENS)]
+            stored = self._stored(name, used).transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM)
+            attended = stored[:, first - skipped * BLOCK_TOKENS : num_tokens - skipped * BLOCK_TOKENS]
+            text += attended.contiguous().numpy().tobytes()
         return zlib.crc32(text) % VOCAB
 
     def close(self) -> None:
@@ -405,14 +446,20 @@ class Engine:
             self.scheduler.shutdown()
 
 
-def expected(prompt: Sequence[int], max_tokens: int) -> list[int]:
+def expected(prompt: Sequence[int], max_tokens: int, windows: Sequence[int] = (0,)) -> list[int]:
     """Tokens of an engine that has nothing to do with kvxfer's transfers."""
-    return list(_computed_alone(tuple(prompt), max_tokens))
+    return list(_computed_alone(tuple(prompt), max_tokens, tuple(windows)))
 
 
 @cache
-def _computed_alone(prompt: tuple[int, ...], max_tokens: int) -> list[int]:
-    engine = Engine("kv_producer", name="lone", endpoint=ScriptedEndpoint())
+def _computed_alone(prompt: tuple[int, ...], max_tokens: int, windows: tuple[int, ...]) -> list[int]:
+    engine = Engine(
+        "kv_producer",
+        name="lone",
+        endpoint=ScriptedEndpoint(),
+        windows=windows,
+        num_blocks=512 if any(windows) else 128,
+    )
     engine.add("lone", prompt, max_tokens=max_tokens)
     engine.run()
     return engine.answers["lone"].tokens

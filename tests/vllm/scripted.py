@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.blocks import BlockTable
 from kvxfer.metrics import Metrics
 from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from kvxfer.buffer import Completion
     from kvxfer.errors import KvxferError
     from kvxfer.lease import LeaseRef
+
+
+def plain(tables: Sequence[Any]) -> Any:
+    """Block ids by cache group; of one group alone, bare."""
+    ids = [list(table.ids if isinstance(table, BlockTable) else table) for table in tables]
+    return ids[0] if len(ids) == 1 else ids
 
 
 class ScriptedTransfer:
@@ -62,15 +69,15 @@ class ScriptedEndpoint:
     def join(self, addresses: Sequence[str]) -> None:
         self._called("join", addresses)
 
-    def seal(self, ref: LeaseRef, blocks: Sequence[int], *, after: Sequence[Completion] = ()) -> None:
+    def seal(self, ref: LeaseRef, blocks: Sequence[Any], *, after: Sequence[Completion] = ()) -> None:
         self.after.append(("seal", list(after)))
-        self._called("seal", ref.token, list(blocks))
+        self._called("seal", ref.token, plain(blocks))
 
-    def offer(self, ref: LeaseRef, blocks: Sequence[int], *, after: Sequence[Completion] = ()) -> None:
+    def offer(self, ref: LeaseRef, blocks: Sequence[Any], *, after: Sequence[Completion] = ()) -> None:
         token = ref.token
         self.after.append(("offer", list(after)))
-        self._called("offer", token, list(blocks))
-        self.offered[token] = list(blocks)
+        self._called("offer", token, plain(blocks))
+        self.offered[token] = plain(blocks)
         self.net[token] = self
 
     def revoke(self, ref: LeaseRef) -> None:
@@ -83,11 +90,11 @@ class ScriptedEndpoint:
         self._called("hold", ref.token)
 
     def read(
-        self, ref: LeaseRef, into: Sequence[int], *, tokens: tuple[int, int | None], after: Sequence[Completion] = ()
+        self, ref: LeaseRef, into: Sequence[Any], *, tokens: tuple[int, int | None], after: Sequence[Completion] = ()
     ) -> ScriptedTransfer:
         self.after.append(("read", list(after)))
-        self._called("read", ref.token, list(into), tokens)
-        transfer = self.reading[ref.token] = ScriptedTransfer(ref, list(into), tokens)
+        self._called("read", ref.token, plain(into), tokens)
+        transfer = self.reading[ref.token] = ScriptedTransfer(ref, plain(into), tokens)
         return transfer
 
     def drop(self, ref: LeaseRef) -> None:

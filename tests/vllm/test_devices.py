@@ -18,11 +18,12 @@ import torch
 from kvxfer import registry
 from kvxfer.errors import ConfigError
 from kvxfer.lease import LeaseRef
+from kvxfer_vllm.groups import Blocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.support import buffers, refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.devices.host_gpu import RowsBuffer
-from tests.vllm.rig import drain, expected, handed_over, kv_cache_config, prompt_of, vllm_config
+from tests.vllm.rig import drain, expected, handed_over, in_groups, kv_cache_config, prompt_of, vllm_config
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
@@ -84,18 +85,18 @@ def test_everything_is_behind_what_the_device_was_asked_for():
         made.append(next(marks))
         return made[-1]
 
-    worker = KvxferWorker([endpoint], [["a"], ["b"]], mark)
+    worker = KvxferWorker([endpoint], in_groups([["a"], ["b"]]), mark)
     first, second, third = (LeaseRef.mint(owner="P", addresses=["tcp://p:1"]) for _ in range(3))
-    worker.follow(KvxferMetadata(seal=[Seal(first, [7, 8], 1)]))
+    worker.follow(KvxferMetadata(seal=[Seal(first, [[7, 8]], [1])]))
     assert made == []
     worker.layer_computed("a")
     assert endpoint.after == [("seal", [made[0]])]
     worker.results()
     assert endpoint.after[1:] == [("seal", [made[1]])] and len(made) == 2
     endpoint.after.clear()
-    worker.follow(KvxferMetadata(offer=[Offer("r", second, [1])], read=[Read("q", third, [2], 0)]))
+    worker.follow(KvxferMetadata(offer=[Offer("r", second, [Blocks([1])])], read=[Read("q", third, [Blocks([2])], 0)]))
     assert endpoint.after == [("offer", [made[2]]), ("read", [made[2]])] and len(made) == 3
-    worker.follow(KvxferMetadata(read=[Read("s", first, [3], 0)]))
+    worker.follow(KvxferMetadata(read=[Read("s", first, [Blocks([3])], 0)]))
     assert endpoint.after[-1] == ("read", [made[3]])
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.testing import eventually
+from kvxfer_vllm.groups import Blocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.worker import KvxferWorker
 from tests.core.intruder import Intruder
@@ -42,12 +43,12 @@ def test_steps_of_a_worker(blocks):
             for number in range(30):
                 name = str(number)
                 ref = LeaseRef.mint(owner=endpoints[0].name, addresses=[endpoints[0].address])
-                step(producer, announce=[ref], seal=[Seal(ref, source[:-5], 0)])
+                step(producer, announce=[ref], seal=[Seal(ref, [source[:-5]], [0])])
                 step(consumer, hold=[ref])
-                step(producer, offer=[Offer(name, ref, source)])
+                step(producer, offer=[Offer(name, ref, [Blocks(source)])])
                 if number % 2:
                     eventually(lambda ref=ref: endpoints[1].granted(ref))
-                step(consumer, read=[Read(name, ref, target, 0)])
+                step(consumer, read=[Read(name, ref, [Blocks(target)], 0)])
                 eventually(lambda name=name: step(consumer) or name in received)
                 eventually(lambda name=name: step(producer) or name in sent)
     finally:

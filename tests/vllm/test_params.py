@@ -35,7 +35,7 @@ json_values = st.recursive(
 def good(**changes):
     """Parameters as a producer answers them, changed; ... removes a key."""
     lease = LeaseRef.mint(owner="P", addresses=["tcp://127.0.0.1:5600"], request="p", num_tokens=40, digest="d")
-    params = response(lease, [4, 9], host="127.0.0.1", port=5600, tp_size=1) | changes
+    params = response(lease, [[4, 9]], host="127.0.0.1", port=5600, tp_size=1) | changes
     return {key: value for key, value in params.items() if value is not ...}
 
 
@@ -111,7 +111,8 @@ MALFORMED = {
     "blocks of text": (good(remote_block_ids="12"), Refusal.BAD_BLOCKS),
     "blocks not grouped": (good(remote_block_ids=[1, 2]), Refusal.BAD_BLOCKS),
     "empty blocks": (good(remote_block_ids=[[]]), Refusal.BAD_BLOCKS),
-    "two groups": (good(remote_block_ids=[[1], [2]]), Refusal.BAD_BLOCKS),
+    "no block in any group": (good(remote_block_ids=[[], []]), Refusal.BAD_BLOCKS),
+    "absurdly many groups": (good(remote_block_ids=[[1]] * 1000), Refusal.BAD_BLOCKS),
     "negative block": (good(remote_block_ids=[[-1, 2]]), Refusal.BAD_BLOCKS),
     "absurd block": (good(remote_block_ids=[[2**40]]), Refusal.BAD_BLOCKS),
     "block of text": (good(remote_block_ids=[["a"]]), Refusal.BAD_BLOCKS),

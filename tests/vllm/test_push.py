@@ -14,7 +14,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_vllm.metadata import KvxferMetadata, Seal
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, in_groups, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
@@ -136,11 +136,11 @@ def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
 def test_layers_in_any_order_and_again():
     """A part is told complete when the last of its layers is, whichever that is; what is no layer of ours changes nothing."""
     endpoint = ScriptedEndpoint()
-    worker = KvxferWorker([endpoint], [["a", "b"], ["c"]])
+    worker = KvxferWorker([endpoint], in_groups([["a", "b"], ["c"]]))
     lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
 
     def step(*names):
-        worker.follow(KvxferMetadata(seal=[Seal(lease, [7, 8, 9], 1)]))
+        worker.follow(KvxferMetadata(seal=[Seal(lease, [[7, 8, 9]], [1])]))
         for name in names:
             worker.layer_computed(name)
         sealed = [blocks for _, _, blocks in endpoint.calls]
@@ -155,7 +155,7 @@ def test_layers_in_any_order_and_again():
     worker.layer_computed("c")
     assert endpoint.calls == []
     endpoint.raises["seal"] = RuntimeError("on purpose")
-    worker.follow(KvxferMetadata(seal=[Seal(lease, [7], 0)]))
+    worker.follow(KvxferMetadata(seal=[Seal(lease, [[7]], [0])]))
     worker.layer_computed("c")
     assert worker.stats.data["hook_errors"] == {"seal": 1}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,18 @@ import torch
 from vllm.config import CUDAGraphMode, KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from kvxfer.errors import ConfigError, KvxferError
 from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.groups import GroupTable, backoff_tokens, layer_groups
 from kvxfer_vllm.launch import describe_cache
 from kvxfer_vllm.metadata import KvxferHandshake
 from kvxfer_vllm.options import Options, advertised, side_channel, tcp_address
@@ -25,7 +34,7 @@ from kvxfer_vllm.params import Role
 from kvxfer_vllm.plugin import register
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
-from tests.vllm.rig import Engine, kv_cache_config, vllm_config
+from tests.vllm.rig import Engine, in_groups, kv_cache_config, vllm_config
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
@@ -188,7 +197,6 @@ def _with(config, path, value):
         ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
         ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu, cuda, tpu"),
         ("kv_transfer_config.kv_buffer_device", "cuda", "kv_buffer_device 'cuda' with caches on 'cpu'"),
-        ("speculative_config", object(), "speculative decoding"),
     ],
 )
 def test_unsupported_configuration(path, value, message):
@@ -232,27 +240,117 @@ def test_parts_of_layers(layers, sizes):
     assert Options.parse({}).parts(names) == [names]
 
 
+def group_of(spec, *names):
+    return KVCacheGroupSpec(list(names), spec)
+
+
+_FULL = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32)
+_WINDOW = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=64)
+_CHUNKS = ChunkedLocalAttentionSpec(
+    block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, attention_chunk_size=128
+)
+_LATENT = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [group_of(_WINDOW, "a")],
+        [group_of(_LATENT, "a")],
+        [group_of(_FULL, "a"), group_of(_WINDOW, "b", "c"), group_of(_CHUNKS, "d")],
+        [group_of(_FULL, "a"), group_of(_FULL, "b")],
+    ],
+    ids=["window", "latent", "three kinds", "two of a kind"],
+)
+def test_supported_caches(groups):
+    """Full, sliding-window, chunked and latent attention is served, in one cache group or in several."""
+    config = kv_cache_config()
+    config.kv_cache_groups = groups
+    refuse_unsupported(vllm_config(), config)
+
+
 def test_unsupported_caches():
-    """Several cache groups and layers that keep only a window are refused; MLA is not."""
-    config, two, window, mla = vllm_config(), kv_cache_config(), kv_cache_config(), kv_cache_config()
-    two.kv_cache_groups = two.kv_cache_groups * 2
-    with pytest.raises(ConfigError, match="2 KV cache groups"):
-        refuse_unsupported(config, two)
-    spec = SlidingWindowSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=64)
-    window.kv_cache_groups = [KVCacheGroupSpec(["a"], spec)]
-    with pytest.raises(ConfigError, match="SlidingWindowSpec"):
-        refuse_unsupported(config, window)
-    latent = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    mla.kv_cache_groups = [KVCacheGroupSpec(["a"], latent)]
-    refuse_unsupported(config, mla)
+    """What no transfer could bring over right is refused at start-up, in a sentence that names it."""
+    states = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=32)
+    other_heads = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=4, dtype=torch.float32)
+    two_ranks = vllm_config()
+    two_ranks.parallel_config.tensor_parallel_size = 2
+    for config, groups, message in (
+        (vllm_config(), [group_of(_FULL, "a"), group_of(states, "b")], "MambaSpec"),
+        (vllm_config(), [group_of(_FULL, "a"), group_of(_LATENT, "b")], "latent attention with another kind"),
+        (two_ranks, [group_of(_FULL, "a"), group_of(other_heads, "b")], "different numbers of KV heads"),
+    ):
+        caches = kv_cache_config()
+        caches.kv_cache_groups = groups
+        with pytest.raises(ConfigError, match=message):
+            refuse_unsupported(config, caches)
 
 
-def test_hybrid_allocator_is_not_claimed():
-    """Without SupportsHMA vLLM keeps every layer in one cache group, which is what is supported."""
+def test_hybrid_manager_is_left_on():
+    """vLLM may keep cache groups of several kinds: the connector says that it takes them."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
 
-    assert not supports_hma(KvxferConnector)
-    assert vllm_config().scheduler_config.disable_hybrid_kv_cache_manager
+    assert supports_hma(KvxferConnector)
+    assert not vllm_config().scheduler_config.disable_hybrid_kv_cache_manager
+
+
+def test_groups_of_a_hybrid_model():
+    """Layers of one kind are one group under one name, in a part for each block table; windows are told by their size."""
+    config = kv_cache_config()
+    config.kv_cache_groups = [
+        group_of(_FULL, "l.0", "l.3"),
+        group_of(_WINDOW, "l.1", "l.4"),
+        group_of(_WINDOW, "l.2", "l.5"),
+    ]
+    found = layer_groups(config)
+    assert [(group.name, group.table, group.layers, group.kind) for group in found] == [
+        ("full/0", 0, ("l.0", "l.3"), "full_attention"),
+        ("window-64/0", 1, ("l.1", "l.4"), "sliding_window"),
+        ("window-64/1", 2, ("l.2", "l.5"), "sliding_window"),
+    ]
+    parted = layer_groups(config, [["l.0", "l.1", "l.2"], ["l.3", "l.4", "l.5"]])
+    assert [(group.name, group.table, group.layers) for group in parted[:3]] == [
+        ("full/0", 0, ("l.0",)),
+        ("full/1", 0, ("l.3",)),
+        ("window-64/0", 1, ("l.1",)),
+    ]
+
+
+def test_groups_without_the_hybrid_manager():
+    """Where vLLM keeps all blocks of all layers, layers with a window have the same name as elsewhere, and all tokens."""
+    config = kv_cache_config()
+    one = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=64)
+    config.kv_cache_groups = [group_of(one, "l.0", "l.1", "l.2")]
+    found = layer_groups(config, (), {"l.1": "window-64", "l.2": "window-64"})
+    assert [(group.name, group.layers, group.kind) for group in found] == [
+        ("full/0", ("l.0",), "full_attention"),
+        ("window-64/0", ("l.1", "l.2"), "full_attention"),
+    ]
+    assert backoff_tokens(vllm_config(), config) == 1 and backoff_tokens(vllm_config(), kv_cache_config()) == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "ids", "first", "tokens", "found"),
+    [
+        (GroupTable(4), [5, 6, 7], 0, 10, ([5, 6, 7], 0)),
+        (GroupTable(4), [5, 6, 7, 8], 4, 10, ([6, 7], 4)),
+        (GroupTable(4), [5, 6], 0, 10, None),
+        (GroupTable(4), [0, 6, 7], 0, 10, None),
+        (GroupTable(4, window_tokens=6), [0, 6, 7], 0, 10, ([6, 7], 4)),
+        (GroupTable(4, window_tokens=6), [5, 6, 7], 0, 10, ([5, 6, 7], 0)),
+        (GroupTable(4, window_tokens=6), [0, 0, 7], 0, 10, None),
+        (GroupTable(4, window_tokens=6), [0, 0, 7], 8, 10, ([7], 8)),
+        (GroupTable(4, window_tokens=3), [0, 0, 7], 0, 10, ([7], 8)),
+        (GroupTable(4, window_tokens=6), [0, 6, 0], 0, 10, None),
+        (GroupTable(4, chunk_tokens=8), [0, 0, 7], 0, 10, ([7], 8)),
+        (GroupTable(4, chunk_tokens=8), [0, 6], 0, 7, None),
+        (GroupTable(4, chunk_tokens=8), [0, 0], 0, 8, ([], 8)),
+    ],
+)
+def test_blocks_of_a_table(table, ids, first, tokens, found):
+    """What a block table holds from one token to another: null blocks stand for what no later token needs, and nothing else."""
+    blocks = table.blocks(ids, first, tokens)
+    assert (None if blocks is None else tuple(blocks)) == found
 
 
 def _caches(num_blocks=8, heads=2, tokens=32):
@@ -266,7 +364,7 @@ def test_cache_of_one_rank():
     layers, names = _caches(heads=1)
     config.parallel_config.tensor_parallel_size = 2
     layers["model.layers.7.shares"] = layers[names[0]]
-    cache = describe_cache(layers, names, config, kv_cache_config(8), tp_rank=1, fingerprint="f")
+    cache = describe_cache(layers, in_groups([names]), config, kv_cache_config(8), tp_rank=1, fingerprint="f")
     (group,) = cache.spec.groups
     assert (group.heads.start, group.heads.stop, group.heads.total) == (1, 2, 2)
     assert (cache.spec.rank, cache.spec.world, cache.spec.fingerprint) == (1, 2, "f")
@@ -277,7 +375,7 @@ def test_cache_of_one_rank():
 def test_kernel_blocks_smaller_than_table_blocks():
     """A cache cut into smaller blocks than the block table's is described as such: ids are the block table's."""
     layers, names = _caches(num_blocks=16, tokens=16)
-    cache = describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+    cache = describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
     (group,) = cache.spec.groups
     assert (group.block_tokens, group.num_blocks) == (32, 8)
     assert {(region.extents.block, region.extents.token) for region in group.regions} == {(16, 16)}
@@ -288,7 +386,7 @@ def test_a_cache_that_is_not_the_block_tables(num_blocks, tokens):
     """A cache that holds more or fewer tokens than the block table is refused at start-up, with the numbers of both."""
     layers, names = _caches(num_blocks=num_blocks, tokens=tokens)
     with pytest.raises(ConfigError, match=f"{num_blocks} blocks of {tokens} tokens, the block table 8 of 32"):
-        describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
 
 
 def test_cache_not_in_host_memory():
@@ -296,7 +394,7 @@ def test_cache_not_in_host_memory():
     layers, names = _caches()
     layers = {name: tensor.to("meta") for name, tensor in layers.items()}
     with pytest.raises(KvxferError):
-        describe_cache(layers, names, vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
 
 
 def test_fingerprint():
@@ -317,9 +415,45 @@ def test_fingerprint():
     assert model_fingerprint(moved, "same") == model_fingerprint(vllm_config(), "same") != base
 
 
+def drafting(method, model, *, eagle):
+    """A configuration whose server drafts."""
+    draft = SimpleNamespace(model=model, revision=None)
+    config = vllm_config()
+    config.speculative_config = SimpleNamespace(
+        method=method, draft_model_config=draft, kv_cache_dtype=None, use_eagle=lambda: eagle
+    )
+    return config
+
+
+def test_fingerprint_of_a_server_that_drafts():
+    """Drafts that read the model's hidden states must be the same on both servers; other drafts may differ, or be on one side."""
+    base = model_fingerprint(vllm_config())
+    assert model_fingerprint(drafting("ngram", "", eagle=False)) == base
+    assert model_fingerprint(drafting("draft_model", "small", eagle=False)) == base
+    one, other = (model_fingerprint(drafting("eagle", model, eagle=True)) for model in ("head-1", "head-2"))
+    assert len({base, one, other}) == 3
+
+
+def test_layers_of_a_draft_model_are_matched_by_name():
+    """A draft model counts its layers from 0 as the model does: names tell them apart, and a gap in the numbers is no name."""
+    layers, names = _caches()
+    drafts = {f"draft_model.{name}": torch.zeros_like(tensor) for name, tensor in layers.items()}
+    config = kv_cache_config(8)
+
+    def described(tensors):
+        return describe_cache(
+            tensors, in_groups([list(tensors)]), vllm_config(), config, tp_rank=0, fingerprint=""
+        ).spec
+
+    assert described(layers | drafts).layer_names == (*names, *drafts)
+    assert described(layers).layer_names == tuple(names)
+    gap = dict(zip([names[0], "model.layers.5.self_attn.attn"], layers.values(), strict=True))
+    assert described(gap).layer_names == () and described(gap).groups[0].layers == (0, 5)
+
+
 def _scheduler(tp_size=1, port=5600):
     role = Role(engine_id="P", is_producer=True, is_consumer=False)
-    return KvxferScheduler(role, tp_size=tp_size, block_tokens=32, host="h", port=port)
+    return KvxferScheduler(role, tp_size=tp_size, tables=[GroupTable(32)], host="h", port=port)
 
 
 def test_addresses_of_all_ranks():

@@ -30,6 +30,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.groups import Blocks
 from kvxfer_vllm.launch import _instruction_set
 from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
@@ -278,7 +279,13 @@ class InHostMemory:
         self.content = [numbers((BLOCKS, block_tokens, HEADS, 2 * HEAD_DIM), seed + i) for i in range(2)]
         self.arrays = [each.copy() for each in self.content]
         seen = {f"layers.{i}": each.transpose(0, 2, 1, 3) for i, each in enumerate(self.arrays)}
-        cache = KVCache.from_layers(seen, components=("kv",), dtype="bfloat16", fingerprint=model_fingerprint(config))
+        cache = KVCache.from_layers(
+            seen,
+            components=("kv",),
+            dtype="bfloat16",
+            groups={"full/0": list(seen)},
+            fingerprint=model_fingerprint(config),
+        )
         endpoint = Endpoint(cache, "inproc", name=name)
         self.addresses = [endpoint.address]
         self.worker = KvxferWorker([endpoint])
@@ -320,8 +327,8 @@ def test_every_byte(source, target, request, monkeypatch):
         there[into] = here[blocks].reshape(len(into), target[2], HEADS, -1)
     lease = LeaseRef.mint(owner="P", addresses=near.addresses, num_tokens=64)
     near.step(announce=[lease])
-    near.step(offer=[Offer("p", lease, blocks)])
-    loaded = far.step(read=[Read("d", lease, into, 0)])
+    near.step(offer=[Offer("p", lease, [Blocks(blocks)])])
+    loaded = far.step(read=[Read("d", lease, [Blocks(into)], 0)])
     while not loaded.finished_recving:
         loaded = far.step()
     assert not loaded.failed_recving

@@ -149,8 +149,8 @@ class TpuEngine(Engine):
         blocks: list[int] = []
         places: list[int] = []
         contents = []
-        for depth in range(len(self.kv)):
-            found = [self._computed(depth, request_id, count) for request_id, count in counts.items()]
+        for depth, name in enumerate(self.kv):
+            found = [self._computed(name, depth, request_id, count) for request_id, count in counts.items()]
             blocks, places = ([int(x) for each in found for x in each[i]] for i in (0, 1))
             contents.append(self._packed(torch.cat([each[2] for each in found])) if found else np.zeros(0))
         with self._its_connector():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models made on the spot: small enough for a laptop, strict enough to notice one wrong KV block.
 
-No weights are downloaded. A model is a recipe (sizes, seed) turned into a Llama checkpoint with random weights and a
+No weights are downloaded. A model is a recipe (sizes, seed) turned into a Llama or Gemma 3 checkpoint with random weights and a
 byte-level BPE tokenizer with a chat template, so that completions and chat both work. The weights are drawn with a wide
 spread (``initializer_range`` 0.3): greedy output then depends strongly on every cached key and value, whereas vLLM's
 own dummy weights (or the usual 0.02) answer the same tokens whatever the KV cache holds.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KV_HEAVY", "SMALL", "ModelRecipe", "default_model_folder", "make_model"]
+__all__ = ["HYBRID", "KV_HEAVY", "SMALL", "ModelRecipe", "default_model_folder", "make_model"]
 
 # Bumped whenever the code below would make different files from the same recipe.
 _RECIPE_VERSION = 1
@@ -58,6 +58,7 @@ class ModelRecipe:
 
     ``max_positions`` is the longest context in tokens. ``dtype`` is the dtype of weights and KV cache; float32 leaves
     so little rounding noise that greedy tokens do not depend on how a server happens to batch its requests.
+    ``window_tokens`` makes it a Gemma 3 instead of a Llama: all layers but each sixth attend to so many tokens only.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ModelRecipe:
     vocabulary: int = 512
     max_positions: int = 8192
     seed: int = 20260
+    window_tokens: int = 0
 
     @property
     def kv_nbytes_per_token(self) -> int:
@@ -97,6 +99,9 @@ SMALL = ModelRecipe(
     head_dim=32,
     dtype="float32",
 )
+
+#: A model with layers of two kinds, and so with several cache groups in vLLM.
+HYBRID = dataclasses.replace(SMALL, name="kvxfer-hybrid", layers=6, window_tokens=128)
 
 #: For transfer benchmarks through real servers: 128 KiB of KV per token behind very little compute.
 KV_HEAVY = ModelRecipe(
@@ -181,11 +186,18 @@ def _write_tokenizer(recipe: ModelRecipe, folder: Path) -> None:
 
 def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
     import torch  # noqa: PLC0415 - heavy, and only here
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - as torch
+    from transformers import (  # noqa: PLC0415 - as torch
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
     from transformers.utils import logging  # noqa: PLC0415 - as torch
 
     dtype: Any = getattr(torch, recipe.dtype)
-    config = LlamaConfig(
+    make_config: Any = Gemma3TextConfig if recipe.window_tokens else LlamaConfig  # untyped upstream
+    kind = {"sliding_window": recipe.window_tokens, "query_pre_attn_scalar": recipe.head_dim}
+    config = make_config(
         vocab_size=recipe.vocabulary,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
@@ -198,11 +210,12 @@ def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
         tie_word_embeddings=False,
         bos_token_id=_SPECIAL_TOKENS.index(_BOS),
         eos_token_id=_SPECIAL_TOKENS.index(_EOS),
+        **(kind if recipe.window_tokens else {}),
     )
     # fork_rng: the caller's random state is none of our business.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        make: Any = LlamaForCausalLM  # untyped upstream
+        make: Any = Gemma3ForCausalLM if recipe.window_tokens else LlamaForCausalLM  # untyped upstream
         model = make(config).to(dtype)
     chatter: Any = logging  # untyped upstream
     chatter.disable_progress_bar()

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's cache groups: what a request's block table in each of them holds, and which layers lie behind it.
+
+A model whose layers do not all attend alike has several groups, each with block tables of its own. kvxfer matches layers, not
+groups, so the two servers may group differently. Layers of one kind are one group of kvxfer's (``full``, ``window-128``), in as
+many parts (``full/0``, ``full/1``) as there are block tables behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs as UniformSpecs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+NULL_BLOCK = 0
+"""vLLM's block id where a table has no block: tokens there that no later token attends to (``BlockPool.null_block``)."""
+
+
+class Blocks(NamedTuple):
+    """Blocks of one cache group that hold tokens of a request, in token order.
+
+    ``first_token`` is the token with which the first of them begins.
+    """
+
+    ids: list[int]
+    first_token: int = 0
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """How the block tables of one cache group are to be read.
+
+    Attributes:
+        block_tokens: tokens of a block.
+        window_tokens: a token attends to so many, itself among them; 0 for all before it.
+        chunk_tokens: a token attends to those of its own chunk of so many; 0 if there are no chunks.
+    """
+
+    block_tokens: int
+    window_tokens: int = 0
+    chunk_tokens: int = 0
+
+    @classmethod
+    def of(cls, spec: KVCacheSpec) -> GroupTable:
+        """The table of a group with this spec: where vLLM drops blocks that are not needed any more, it says so."""
+        first = next(iter(specs_of(spec)))
+        return cls(
+            int(spec.block_size),
+            int(first.sliding_window) if isinstance(first, SlidingWindowSpec) else 0,
+            int(first.attention_chunk_size) if isinstance(first, ChunkedLocalAttentionSpec) else 0,
+        )
+
+    @property
+    def is_local(self) -> bool:
+        """Blocks of earlier tokens are dropped."""
+        return bool(self.window_tokens or self.chunk_tokens)
+
+    def first_needed(self, num_tokens: int) -> int:
+        """The first token whose KV the token after the first ``num_tokens`` attends to."""
+        if self.window_tokens:
+            return max(0, num_tokens - self.window_tokens + 1)
+        return num_tokens // self.chunk_tokens * self.chunk_tokens if self.chunk_tokens else 0
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that the first ``num_tokens`` tokens take."""
+        return -(-num_tokens // self.block_tokens)
+
+    def blocks(self, table: Sequence[int], first_token: int, num_tokens: int) -> Blocks | None:
+        """The blocks that hold tokens from the block of ``first_token`` to ``num_tokens``, as far as they are needed.
+
+        Args:
+            table: of the request, from its first token on; what was dropped is `NULL_BLOCK`.
+
+        Returns:
+            None if a block is missing that holds a token which is needed.
+        """
+        first = first_token // self.block_tokens
+        ids = list(table[first : self.num_blocks(num_tokens)])
+        dropped = 0
+        if self.is_local:
+            dropped = next((i for i, block in enumerate(ids) if block != NULL_BLOCK), len(ids))
+        held = Blocks(ids[dropped:], (first + dropped) * self.block_tokens)
+        whole = len(ids) == max(0, self.num_blocks(num_tokens) - first) and NULL_BLOCK not in held.ids
+        return held if whole and held.first_token <= max(first_token, self.first_needed(num_tokens)) else None
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of one kind behind one block table: a group of the cache as kvxfer sees it.
+
+    Attributes:
+        name: see the module.
+        table: number of the cache group whose block tables are these layers'.
+        layers: their names.
+        kind: kvxfer's, see `kvxfer.layout.GROUP_KINDS`.
+        block_tokens: of the block table.
+        heads: KV heads of each layer on this rank.
+    """
+
+    name: str
+    table: int
+    layers: tuple[str, ...]
+    kind: str
+    block_tokens: int
+    heads: int
+
+
+def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
+    """Specs of the layers of a group."""
+    return spec.kv_cache_specs.values() if isinstance(spec, UniformSpecs) else (spec,)
+
+
+def tables_of(kv_cache_config: KVCacheConfig) -> list[GroupTable]:
+    """How the block tables of each cache group are to be read."""
+    return [GroupTable.of(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+
+
+def layer_groups(
+    kv_cache_config: KVCacheConfig,
+    parts: Sequence[Sequence[str]] = (),
+    attends_to: Mapping[str, str] | None = None,
+) -> list[LayerGroup]:
+    """The groups of the cache as kvxfer sees it, in the order in which their block tables are handed over.
+
+    Args:
+        parts: of the layers, if several become complete one after the other.
+        attends_to: for layers whose group does not say so: what they attend to (`local_layers`). Without the hybrid manager
+            vLLM keeps the whole prompt for such layers, and so they are ``full_attention`` here, under their own name.
+    """
+    shared = attends_to or {}
+    part_of = {name: number for number, names in enumerate(parts) for name in names}
+    found: dict[tuple[str, int, int, int], list[str]] = {}
+    several_sizes = len({_heads(spec) for _, _, spec in _layers(kv_cache_config)}) > 1
+    for number, name, spec in _layers(kv_cache_config):
+        table = GroupTable.of(kv_cache_config.kv_cache_groups[number].kv_cache_spec)
+        whole = _attention(table.window_tokens, table.chunk_tokens) if table.is_local else shared.get(name, "full")
+        if isinstance(spec, MLAAttentionSpec):
+            whole = "latent"
+        if several_sizes:
+            whole += f"-{_heads(spec)}"
+        found.setdefault((whole, number, part_of.get(name, 0), _heads(spec)), []).append(name)
+    groups, counts = [], dict.fromkeys((key[0] for key in found), 0)
+    for (whole, number, _, heads), names in found.items():
+        group = kv_cache_config.kv_cache_groups[number].kv_cache_spec
+        local = "sliding_window" if GroupTable.of(group).is_local else "full_attention"
+        kind = "mla" if whole.startswith("latent") else local
+        groups.append(LayerGroup(f"{whole}/{counts[whole]}", number, tuple(names), kind, int(group.block_size), heads))
+        counts[whole] += 1
+    return groups
+
+
+def local_layers(vllm_config: VllmConfig) -> dict[str, str]:
+    """What the layers of this worker's model attend to, of those that do not attend to all earlier tokens."""
+    found = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        window, chunk = getattr(layer, "sliding_window", None), getattr(layer, "attention_chunk_size", None)
+        if isinstance(window, int) and window > 0:
+            found[name] = _attention(window, 0)
+        elif isinstance(chunk, int) and chunk > 0:
+            found[name] = _attention(0, chunk)
+    return found
+
+
+def backoff_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Last tokens of a prompt that prefill leaves to decode, of a prompt that is longer.
+
+    Decode computes the last token of a prompt itself, for its first output. With a window it attends to one token more than
+    what is kept for the token after it: prefill stops one token short, so that both keep the same. With several modules of
+    multi-token prediction the drafts of prefill's last tokens would be of no use to decode. A rule of the model, not of how a
+    server groups its layers, for both servers have to follow it.
+    """
+    specs = [spec for _, _, spec in _layers(kv_cache_config)]
+    local = any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs)
+    lookahead = int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0) or 0)
+    return max(1 if local else 0, lookahead - 1)
+
+
+def _layers(kv_cache_config: KVCacheConfig) -> Iterable[tuple[int, str, KVCacheSpec]]:
+    """(number of its cache group, name, spec) of each layer that owns its cache."""
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        for name in group.layer_names:
+            yield number, name, spec.kv_cache_specs[name] if isinstance(spec, UniformSpecs) else spec
+
+
+def _heads(spec: KVCacheSpec) -> int:
+    return 1 if isinstance(spec, MLAAttentionSpec) else int(getattr(spec, "num_kv_heads", 1))
+
+
+def _attention(window_tokens: int, chunk_tokens: int) -> str:
+    return f"window-{window_tokens}" if window_tokens else f"chunk-{chunk_tokens}"
