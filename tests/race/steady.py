@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 
 from kvxfer import Endpoint, LeaseRef
 from kvxfer.cache import KVCache
@@ -94,6 +95,8 @@ def transfers(number: int, told: Any = print) -> float:
         halves: list[list[dict[str, int]]] = []
         done, step = 0, 500
         begun = time.monotonic()
+        processes = [psutil.Process(child.process.pid) for child in (source, sink)]
+        cpu = sum(sum(process.cpu_times()[:2]) for process in processes)
         for at in range(0, number, step):
             done += sink.read_all(source.leases(step))
             source.take_events()
@@ -101,7 +104,9 @@ def transfers(number: int, told: Any = print) -> float:
                 halves.append([child.usage() for child in (source, sink)])
         assert done >= number, f"{done} of {number} were done"
         grown = max((b["kib"] - a["kib"]) / 1024 for a, b in zip(halves[0], halves[-1], strict=True))
-        told(f"{done:,} transfers in {time.monotonic() - begun:.0f} s: {halves[0]} at half, {halves[-1]} at the end")
+        cpu = sum(sum(process.cpu_times()[:2]) for process in processes) - cpu
+        took = f"{done:,} transfers in {time.monotonic() - begun:.0f} s, {cpu / done * 1e3:.2f} ms of CPU each on both sides"
+        told(f"{took}: {halves[0]} at half, {halves[-1]} at the end")
         assert all(b["threads"] <= a["threads"] for a, b in zip(halves[0], halves[-1], strict=True)), halves
         assert all(b["files"] <= a["files"] + 2 for a, b in zip(halves[0], halves[-1], strict=True)), halves
         return grown
