@@ -35,6 +35,10 @@ def image_of(spec: CacheSpec, tokens: int) -> CacheSpec:
     return image
 
 
+def _as_bytes(message: wire.Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else wire.encode(message)
+
+
 class HostileConsumer:
     """One connection to a producer's control port, introduced as a consumer.
 
@@ -119,7 +123,7 @@ class HostileProducer:
 
     def __init__(
         self,
-        welcome: Callable[[], wire.Message],
+        welcome: Callable[[], wire.Message | bytes],
         grant: Callable[[wire.Open], wire.Message | None],
         *,
         name: str = "hostile",
@@ -132,7 +136,7 @@ class HostileProducer:
         self._name = name
         self.heard = 0
         self._known: list[bytes] = []
-        self._unasked: list[wire.Message] = []
+        self._unasked: list[wire.Message | bytes] = []
         self._over = False
         self._thread = threading.Thread(target=self._run, name="hostile producer", daemon=True)
         self._thread.start()
@@ -149,14 +153,14 @@ class HostileProducer:
         """A reference to a lease of its own."""
         return LeaseRef.mint(owner=self._name, addresses=[self.address], num_tokens=num_tokens)
 
-    def tell(self, message: wire.Message) -> None:
+    def tell(self, message: wire.Message | bytes) -> None:
         """Say something to everybody who has spoken, unasked."""
         self._unasked.append(message)
 
     def _run(self) -> None:
         while not self._over:
             while self._unasked:
-                data = wire.encode(self._unasked.pop(0))
+                data = _as_bytes(self._unasked.pop(0))
                 for connection in self._known:
                     self._socket.send_multipart([connection, data])
             if not self._socket.poll(20):
@@ -169,7 +173,7 @@ class HostileProducer:
                 message = wire.decode(data)
             except wire.WireError:
                 continue
-            answer: wire.Message | None = None
+            answer: wire.Message | bytes | None = None
             if isinstance(message, wire.Hello):
                 answer = self._welcome()
             elif isinstance(message, wire.Open):
@@ -179,4 +183,4 @@ class HostileProducer:
             elif isinstance(message, wire.Settle):
                 answer = wire.Settled(token=message.token, stood=True)
             if answer is not None:
-                self._socket.send_multipart([connection, wire.encode(answer)])
+                self._socket.send_multipart([connection, _as_bytes(answer)])
