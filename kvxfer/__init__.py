@@ -3,12 +3,12 @@
 
 from kvxfer.agent import Capabilities, TransferAgent
 from kvxfer.blocks import BlockTable
-from kvxfer.buffer import DeviceBuffer, HostBuffer
+from kvxfer.buffer import Completion, DeviceBuffer, HostBuffer
 from kvxfer.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError
-from kvxfer.layout import CacheGroup, CacheRegion, CacheSpec, KVLayout
+from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 from kvxfer.lease import LeaseRef
 from kvxfer.memory import Descriptors, Memory, MemoryKind
 from kvxfer.plan import TransferPlan, plan
@@ -17,11 +17,13 @@ from kvxfer.secret import Secret
 from kvxfer.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
 
 __all__ = [
+    "Axes",
     "BlockTable",
     "CacheGroup",
     "CacheRegion",
     "CacheSpec",
     "Capabilities",
+    "Completion",
     "Costs",
     "Descriptors",
     "DeviceBuffer",
@@ -30,6 +32,7 @@ __all__ = [
     "Event",
     "Failed",
     "HostBuffer",
+    "Interval",
     "KVCache",
     "KVLayout",
     "KvxferError",
@@ -40,6 +43,7 @@ __all__ = [
     "Memory",
     "MemoryKind",
     "Route",
+    "Scale",
     "Secret",
     "Settings",
     "Transfer",

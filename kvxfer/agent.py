@@ -25,7 +25,7 @@ from kvxfer.errors import (
     ClosedError,
     DescriptorError,
     KvxferError,
-    PeerConflictError,
+    OwnPeerError,
     PeerInfoError,
     PeerUnknownError,
     RegistrationError,
@@ -323,7 +323,7 @@ class TransferAgent(ABC):
         if decoded.adapter != self.adapter:
             raise PeerInfoError(f"the peer moves bytes with {decoded.adapter!r}, this side with {self.adapter!r}")
         if decoded.name == self.name:
-            raise PeerConflictError(f"{self.name!r} is this agent itself")
+            raise OwnPeerError(f"{self.name!r} is this agent itself")
         known = self._peers.get(decoded.name)
         if known is not None and known.info == info:
             return known

@@ -72,7 +72,7 @@ class Table:
     def repeats(self) -> bool:
         """Some id is given more than once."""
         ids = self.ids
-        if len(ids) < 2 or all(_ascend(ids[one]) for one in _pieces(len(ids), overlap=1)):
+        if len(ids) < 2 or all(_ascend(ids[one]) for one in pieces(len(ids), overlap=1)):
             return False
         # np.sort would let go of the lock.
         bound = self.bound or _largest(ids) + 1
@@ -80,7 +80,7 @@ class Table:
             return len(set(ids.tolist())) < len(ids)
         # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
         numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
-        parts = [(ids[one], numbers[one]) for one in _pieces(len(ids))]
+        parts = [(ids[one], numbers[one]) for one in pieces(len(ids))]
         last = np.empty(bound, dtype=_NUMBERS.dtype)
         for part, places in parts:
             last[part] = places
@@ -136,7 +136,7 @@ def ids_from_wire(raw: bytes) -> BlockIds:
     return _cast(np.frombuffer(raw, dtype="<u4"), np.dtype(np.int64))
 
 
-def _pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
+def pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
     """So many elements, few enough at a time for NumPy to keep the interpreter's lock."""
     return (slice(begin, begin + _UNDER_THE_LOCK + overlap) for begin in range(0, number, _UNDER_THE_LOCK))
 
@@ -153,7 +153,7 @@ def _array(blocks: Any) -> npt.NDArray[Any]:
 def _largest(numbers: npt.NDArray[Any]) -> int:
     if len(numbers) <= _UNDER_THE_LOCK:
         return int(np.maximum.reduce(numbers))
-    return max(int(np.maximum.reduce(numbers[one])) for one in _pieces(len(numbers)))
+    return max(int(np.maximum.reduce(numbers[one])) for one in pieces(len(numbers)))
 
 
 def _ascend(ids: npt.NDArray[Any]) -> bool:
@@ -162,7 +162,7 @@ def _ascend(ids: npt.NDArray[Any]) -> bool:
 
 def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     cast = np.empty(len(ids), dtype)
-    for one in _pieces(len(ids)):
+    for one in pieces(len(ids)):
         cast[one] = ids[one]
     return cast
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kvxfer.buffer import HostBuffer
+from kvxfer.disjoint import neighbours, share_bytes
 from kvxfer.dlpack import allocations
 from kvxfer.errors import LayoutError
 from kvxfer.layout import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
@@ -118,8 +120,24 @@ class KVCache:
             LayoutError: the arrays do not make a cache.
             UnsupportedBufferError: an array cannot be used, see `HostBuffer`.
         """
+        _mapping("layers", layers, "an array, or a list of them, for each layer's name")
+        for name in layers:
+            if not isinstance(name, str):
+                raise LayoutError(f"the name of a layer is a string, not {name!r:.80}")
         if not layers:
             raise LayoutError("a cache has at least one layer")
+        if isinstance(block_tokens, Mapping):
+            block_tokens = {name: _whole(f"block_tokens of group {name!r}", n) for name, n in block_tokens.items()}
+        elif block_tokens is not None:
+            block_tokens = _whole("block_tokens", block_tokens)
+        heads_total = None if heads_total is None else _whole("heads_total", heads_total)
+        layers_total = None if layers_total is None else _whole("layers_total", layers_total)
+        head_start, layer_start = _whole("head_start", head_start), _whole("layer_start", layer_start)
+        rank, world = _whole("rank", rank), _whole("world", world)
+        kinds = {} if kinds is None else _mapping("kinds", kinds, "a kind for each group's name")
+        scales = {} if scales is None else _mapping("scales", scales, "factors by component for each layer's name")
+        for name, factors in scales.items():
+            _mapping(f"the scales of layer {name!r}", factors, "factors for each component")
         views = {name: _views_of(name, arrays, components, buffers) for name, arrays in layers.items()}
         flat = [view for parts in views.values() for view in parts.values()]
         numbers = _layer_numbers(list(layers), layer_start)
@@ -131,7 +149,14 @@ class KVCache:
         bases = [_base(made_buffers[number], in_buffer[number]) for number in sorted(in_buffer)]
         if groups is None:
             groups = {"0": list(layers)}
-        elif sorted(name for names in groups.values() for name in names) != sorted(layers):
+        groups = _mapping("groups", groups, "names of layers for each group's name")
+        if not kinds.keys() <= groups.keys():
+            unknown = min(kinds.keys() - groups.keys(), key=str)
+            raise LayoutError(f"there is no group {unknown!r} to be {kinds[unknown]!r}: there are {_names(groups)}")
+        if isinstance(block_tokens, Mapping) and not block_tokens.keys() <= groups.keys():
+            unknown = min(block_tokens.keys() - groups.keys(), key=str)
+            raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {_names(groups)}")
+        if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
             raise LayoutError("the groups do not hold each layer once")
         made = []
         for group_name, names in groups.items():
@@ -143,12 +168,13 @@ class KVCache:
             if not cells:
                 raise LayoutError(f"group {group_name!r} has no layers")
             extents = cells[0].extents
-            kind = (kinds or {}).get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
+            kind = kinds.get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
             total = heads_total if heads_total is not None else head_start + extents.head
             tokens = block_tokens.get(group_name) if isinstance(block_tokens, Mapping) else block_tokens
             tokens = extents.token if tokens is None else tokens
             kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
             regions = tuple(_regions(cells))
+            _refuse_overlaps(group_name, regions)
             present = {layer for region in regions for layer in region.layers}
             made.append(
                 CacheGroup(
@@ -158,11 +184,11 @@ class KVCache:
                     num_blocks=extents.block // kernel_blocks,
                     heads=Interval(head_start, head_start + extents.head, total),
                     regions=regions,
-                    scales=tuple(_scales({n: numbers[n] for n in names if numbers[n] in present}, scales or {})),
+                    scales=tuple(_scales({n: numbers[n] for n in names if numbers[n] in present}, scales)),
                 )
             )
-        if scales and not scales.keys() <= layers.keys():
-            raise LayoutError(f"there is no layer {min(scales.keys() - layers.keys())!r} to have a scale")
+        if not scales.keys() <= layers.keys():
+            raise LayoutError(f"there is no layer {min(scales.keys() - layers.keys(), key=str)!r} to have a scale")
         first, last = min(numbers.values()), max(numbers.values())
         if name_layers and last + 1 - first != len(layers):
             raise LayoutError(f"{len(layers)} names cannot name all layers from {first} to {last}")
@@ -215,12 +241,45 @@ class KVCache:
         """
         if dtype not in DTYPE_NBYTES:
             raise LayoutError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
+        layers, blocks, heads = _whole("layers", layers), _whole("blocks", blocks), _whole("heads", heads)
+        block_tokens, head_dim = _whole("block_tokens", block_tokens), _whole("head_dim", head_dim)
         order = layout if isinstance(layout, KVLayout) else KVLayout.parse(layout)
         extents = Axes(layers, blocks, heads, block_tokens)
         content = {"k": head_dim, "v": head_dim} if apart else {"kv": 2 * head_dim}
         arrays = {name: _zeros(order, extents, elements, dtype, padding) for name, elements in content.items()}
         by_layer = {f"layers.{i}": [array[i] for array in arrays.values()] for i in range(layers)}
         return cls.from_layers(by_layer, fingerprint=fingerprint, dtype=dtype), arrays
+
+
+def _whole(what: str, value: Any) -> int:
+    """An integer of any library. Raises LayoutError."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return index(value)
+    except TypeError:
+        pass
+    raise LayoutError(f"{what} is no whole number: {value!r:.80}")
+
+
+def _mapping(what: str, value: Any, of: str) -> Any:
+    """What is given by name. Raises LayoutError."""
+    if not isinstance(value, Mapping):
+        raise LayoutError(f"{what} must be a mapping ({of}), not {type(value).__name__}")
+    return value
+
+
+def _names(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _refuse_overlaps(group: str, regions: Sequence[CacheRegion]) -> None:
+    """Layers and components of one block table have no byte in common."""
+    for a, b in neighbours(regions):
+        if share_bytes(a, b):
+            what = (f"{each.component!r} of layers {_names(each.layers)}" for each in (a, b))
+            raise LayoutError(
+                f"in group {group!r} some bytes belong to {' and to '.join(what)}: give each layer and component memory of its own"
+            )
 
 
 class _Cell:
@@ -334,7 +393,10 @@ def _zeros(order: KVLayout, extents: Axes, elements: int, dtype: str, padding: A
     strides = order.strides(extents, elements * itemsize, padding=padding)
     outermost = order.axes[0]
     nbytes = int(getattr(strides, outermost) * getattr(extents, outermost))
-    memory = np.zeros(nbytes + _PAGE_NBYTES, dtype=np.uint8)
+    try:
+        memory = np.zeros(nbytes + _PAGE_NBYTES, dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise LayoutError(f"there is no memory for a cache of {nbytes / (1 << 30):,.1f} GiB: {error}") from error
     shape = (extents.layer, extents.block, extents.head, extents.token, elements)
     steps = (strides.layer, strides.block, strides.head, strides.token, itemsize)
     # Not np.dtype(dtype): whether NumPy knows bfloat16 depends on who has imported ml_dtypes.

@@ -3,15 +3,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Final
 
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+
+_log = logging.getLogger(__name__)
+
+OTHER_VARIABLES: Final = (
+    "KVXFER_ALLOW_UNAUTHENTICATED",
+    "KVXFER_COSTS",
+    "KVXFER_MODEL_FOLDER",
+    "KVXFER_SECRET",
+    "KVXFER_SECRET_FILE",
+    "KVXFER_SIDE_CHANNEL_HOST",
+    "KVXFER_SIDE_CHANNEL_PORT",
+)
+"""Environment variables that are no settings, also those of the integrations that come with kvxfer."""
+
+_told: set[str] = set()
+"""Unknown variables of which a warning was logged."""
 
 MAX_S = 366.0 * 86_400.0
 """Longest time that can be set: a year, so that no sum of times overflows anything."""
@@ -108,6 +126,8 @@ class Settings:
     def resolve(cls, *, environ: Mapping[str, str] | None = None, **explicit: float | None) -> Settings:
         """Explicit values (None counts as not given) before ``KVXFER_<NAME>`` variables before defaults.
 
+        A ``KVXFER_*`` variable that means nothing is logged as a warning, once.
+
         Raises:
             ConfigError: an unknown name, or a value that is not a positive number; the message names its origin.
         """
@@ -115,6 +135,7 @@ class Settings:
         unknown = sorted(set(explicit) - set(names()))
         if unknown:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(names())}")
+        _warn_of_unknown(environ)
         values: dict[str, float] = {}
         origin: dict[str, str] = {}
         for name in names():
@@ -134,6 +155,16 @@ class Settings:
         set_ = [f"{n}={getattr(self, n)} ({self.origin[n]})" for n in names() if n in self.origin]
         rest = [f"{n}={getattr(self, n)}" for n in names() if n not in self.origin]
         return ", ".join([*set_, *rest])
+
+
+def _warn_of_unknown(environ: Mapping[str, str]) -> None:
+    known = [*(f"KVXFER_{name.upper()}" for name in names()), *OTHER_VARIABLES]
+    unknown = [name for name in environ if name.startswith("KVXFER_") and name not in known and name not in _told]
+    for name in sorted(unknown):
+        _told.add(name)
+        near = get_close_matches(name, known, n=1, cutoff=0.75)
+        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+        _log.warning("the environment variable %.100r means nothing to kvxfer and is ignored%s", name, hint)
 
 
 def names() -> list[str]:

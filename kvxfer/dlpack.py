@@ -141,7 +141,11 @@ def _span_end(address: int, shape: tuple[int, ...], strides: tuple[int, ...], it
 
 def _from_array_interface(array: Any) -> ArrayView:
     interface = array.__array_interface__
-    dtype = np.dtype(interface["typestr"])
+    try:
+        # What the type of an ndarray is called there, NumPy itself cannot always read: float8_e5m2 of ml_dtypes is "<f1".
+        dtype = array.dtype if isinstance(array, np.ndarray) else np.dtype(interface["typestr"])
+    except TypeError as error:
+        raise UnsupportedBufferError(f"elements of type {interface['typestr']!r:.40} are unknown: {error}") from error
     if dtype.hasobject:
         raise UnsupportedBufferError("an array of Python objects has no bytes to move")
     if not dtype.isnative:

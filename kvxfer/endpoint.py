@@ -32,6 +32,7 @@ from kvxfer.producer import Producer
 from kvxfer.route import Costs
 from kvxfer.routes import Routes, casts
 from kvxfer.secret import Secret
+from kvxfer.target_blocks import TargetBlocks
 from kvxfer.transfer import Event, LeaseRevoked, Transfer
 from kvxfer.wire import MAX_NAME, Address
 
@@ -115,7 +116,8 @@ class Endpoint:
         self.cache: KVCache = cache
         arguments.check_description(cache.spec, self.settings)
         self._events = Events(self.metrics)
-        self._ended = TransferEnds(self.metrics, self._events)
+        self._targets = TargetBlocks(cache.spec)
+        self._ended = TransferEnds(self.metrics, self._events, self._targets)
         self._verify = verify
         costs = costs if costs is not None else Costs.load()
         only = None if route is None else arguments.route(route)
@@ -352,7 +354,8 @@ class Endpoint:
             belong to kvxfer.
 
         Raises:
-            BlockError: not blocks of this cache, or one twice; or ``tokens`` is no interval.
+            BlockError: not blocks of this cache, or one twice, or one into which another read is under way; or ``tokens`` is no
+                interval.
             ConfigError: ``timeout_s`` is no number of seconds, or ``after`` holds something that cannot be waited for.
             LeaseRefError: ``ref`` is none.
         """
@@ -378,6 +381,7 @@ class Endpoint:
             verify=self._verify if verify is None else verify,
             after=after,
         )
+        self._targets.take(targets)
         # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
         consumer = self._consumer
         job = consumer.take(transfer)

@@ -19,6 +19,7 @@
     +-- DescriptorError          a descriptor lies outside what both sides registered
     +-- PeerInfoError            a peer's description cannot be read by this adapter
     +-- PeerConflictError        another agent already goes by this name
+    |   +-- OwnPeerError             the peer is this agent itself
     +-- PeerUnknownError         the peer was disconnected or never connected
     +-- TransferError            bytes did not arrive
     |   +-- PeerLostError            the peer died or its connection broke
@@ -118,6 +119,12 @@ class PeerConflictError(KvxferError):
     """Another agent already goes by this name."""
 
     retryable = True
+
+
+class OwnPeerError(PeerConflictError):
+    """The peer is this agent itself: an endpoint was asked to read a lease of its own."""
+
+    retryable = False
 
 
 class PeerUnknownError(KvxferError):

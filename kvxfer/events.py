@@ -14,6 +14,7 @@ from kvxfer.transfer import Done, Event, Failed
 
 if TYPE_CHECKING:
     from kvxfer.metrics import Metrics
+    from kvxfer.target_blocks import TargetBlocks
     from kvxfer.transfer import Transfer
 
 _log = logging.getLogger(__name__)
@@ -105,14 +106,16 @@ class Events:
 
 
 class TransferEnds:
-    """What an endpoint does when a transfer of its ends: counts it, and tells its engine. Holds no endpoint."""
+    """What an endpoint does when a transfer of its ends: its blocks are free, it is counted, and its engine is told. Holds no endpoint."""
 
-    def __init__(self, metrics: Metrics, events: Events) -> None:
+    def __init__(self, metrics: Metrics, events: Events, targets: TargetBlocks) -> None:
         self._metrics = metrics
         self._events = events
+        self._targets = targets
 
     def __call__(self, transfer: Transfer) -> None:
         """The transfer has ended. Any thread."""
+        self._targets.give_back(transfer.into)
         error, metrics = transfer.error, self._metrics
         metrics.count("kvxfer_transfers_total", outcome="done" if error is None else type(error).__name__)
         if error is None:

@@ -98,6 +98,8 @@ class KVLayout(str, Enum):
         Raises:
             LayoutError: no such order.
         """
+        if not isinstance(text, str):
+            raise LayoutError(f"a cache layout is a name such as HND, not {text!r:.40}")
         name = text.upper()
         try:
             return cls({"HND": "LBHNC", "NHD": "LBNHC"}.get(name, name))
@@ -119,6 +121,7 @@ class KVLayout(str, Enum):
             content_nbytes: bytes of one token of one head.
             padding: bytes left unused after each layer, block, head and token; none by default.
         """
+        _check_kind("padding", padding, (Axes, type(None)))
         strides: dict[str, int] = {}
         inner = content_nbytes
         for axis in reversed(self.axes):
@@ -194,6 +197,9 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
         _check_int("element_stride", self.element_stride, 0, MAX_ADDRESS - 1)
         if bool(self.element_nbytes) != bool(self.element_stride) or self.content_nbytes % (self.element_nbytes or 1):
             raise LayoutError(f"content of {self.content_nbytes} bytes holds no elements of {self.element_nbytes}")
+        _check_kind("the extents of a region", self.extents, Axes)
+        _check_kind("the strides of a region", self.strides, Axes)
+        _check_kind("the layers of a region", self.layers, tuple)
         for axis in Axes.__struct_fields__:
             limit = {"block": MAX_BLOCKS, "layer": MAX_LAYERS}.get(axis, MAX_SMALL_EXTENT)
             _check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
@@ -264,6 +270,7 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
     factors: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        _check_kind("the factors of a scale", self.factors, tuple)
         if self.component not in SCALED_COMPONENTS:
             raise LayoutError(f"{self.component!r} has no scale: only {', '.join(SCALED_COMPONENTS)} have")
         _check_int("the layer of a scale", self.layer, 0, MAX_SMALL_EXTENT)
@@ -304,6 +311,9 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
             raise LayoutError(f"group {self.name!r} has unknown kind {self.kind!r}: known are {', '.join(GROUP_KINDS)}")
         _check_int("block_tokens", self.block_tokens, 1, MAX_SMALL_EXTENT)
         _check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
+        _check_kind("the heads of a group", self.heads, Interval)
+        _check_all("the regions of a group", self.regions, CacheRegion)
+        _check_all("the scales of a group", self.scales, Scale)
         if not self.regions:
             raise LayoutError(f"group {self.name!r} has no regions")
         if len(self.regions) > MAX_REGIONS:
@@ -407,6 +417,10 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     layer_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_all("the groups of a cache", self.groups, CacheGroup)
+        _check_kind("the layers of a cache", self.layers, Interval)
+        _check_all("the names of layers", self.layer_names, str)
+        _check_kind("a dtype", self.dtype, str)
         if self.dtype not in DTYPE_NBYTES:
             raise LayoutError(f"unknown dtype {self.dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
         _check_text("the fingerprint", self.fingerprint)
@@ -466,6 +480,19 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             if group.name == name:
                 return group
         raise KeyError(name)
+
+
+def _check_kind(what: str, value: object, kind: type | tuple[type, ...]) -> None:
+    # A decoder has looked; a constructor takes anything.
+    if not isinstance(value, kind):
+        one = kind[0] if isinstance(kind, tuple) else kind
+        raise LayoutError(f"{what} must be of class {one.__name__}, not {type(value).__name__}: {value!r:.80}")
+
+
+def _check_all(what: str, values: object, kind: type) -> None:
+    _check_kind(what, values, tuple)
+    for value in values:  # type: ignore[attr-defined]
+        _check_kind(f"one of {what}", value, kind)
 
 
 def _check_int(what: str, value: object, low: int, high: int) -> None:

@@ -8,17 +8,18 @@ be served; the algebra is in `kvxfer.segment`, the expansion for given blocks in
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvxfer.errors import IncompatibleError
+from kvxfer.errors import IncompatibleError, LayoutError
 from kvxfer.layout import CacheSpec
 from kvxfer.part import PlanPart
 from kvxfer.segment import Box, Overlap, Span, boxes, overlap, stretches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from kvxfer.layout import CacheGroup
 
@@ -55,6 +56,7 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
 
     Raises:
         IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.
+        LayoutError: something is no `CacheSpec`.
     """
     return Planner(source, convert=convert).plan(target)
 
@@ -67,13 +69,16 @@ class Planner:
 
     Raises:
         IncompatibleError: there are no ranks.
+        LayoutError: something is no `CacheSpec`.
     """
 
     def __init__(self, source: CacheSpec | Sequence[CacheSpec], *, convert: bool = False) -> None:
-        self._sources = (source,) if isinstance(source, CacheSpec) else tuple(source)
+        self._sources = tuple(source) if isinstance(source, Iterable) else (source,)
         self._convert = convert
         if not self._sources:
             raise IncompatibleError("ranks", "the source has no ranks")
+        for spec in self._sources:
+            _refuse_other_things(spec)
         self._named = all(spec.layer_names for spec in self._sources)
         # Ranks that look the same to `_refuse_unlike`: one stands for all.
         self._unlike: dict[tuple[object, ...], CacheSpec] = {}
@@ -83,6 +88,7 @@ class Planner:
 
     def plan(self, target: CacheSpec) -> TransferPlan:
         """See `plan`. Raises IncompatibleError: the pair cannot be served."""
+        _refuse_other_things(target)
         sources, convert = self._sources, self._convert
         by_name = bool(target.layer_names) and self._named
         for spec in self._unlike.values():
@@ -140,6 +146,12 @@ _Key = tuple[str, "str | int", str]
 
 _Cells = dict[_Key, tuple[int, list[Box]]]
 """The group's number, and the boxes."""
+
+
+def _refuse_other_things(spec: object) -> None:
+    if not isinstance(spec, CacheSpec):
+        hint = ": give its spec" if isinstance(getattr(spec, "spec", None), CacheSpec) else ""
+        raise LayoutError(f"a plan is made of CacheSpecs, not of {type(spec).__name__}{hint}")
 
 
 def _cells(spec: CacheSpec, *, by_name: bool) -> _Cells:

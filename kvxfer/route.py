@@ -230,13 +230,17 @@ class Router:
         """Chunks of which both sides can tell the digest, see `kvxfer.integrity`.
 
         Raises:
-            IncompatibleError: the source's device cannot make them.
+            IncompatibleError: the source's device cannot make them, or a slot is too small for one.
         """
         if self._comparison is None:
             if self.part.converts and not self._dtypes <= self._source_casts:
                 what = " and ".join(sorted(self._dtypes))
                 raise IncompatibleError("verify", f"the source's device does not convert {what} (kvxfer[dtypes])")
-            self._comparison = Images(self.part, "target", self._slot_nbytes)
+            try:
+                self._comparison = Images(self.part, "target", self._slot_nbytes)
+            except IncompatibleError as error:
+                what = "to verify (verify=True), chunks are packed on both sides, also where bytes travel directly"
+                raise IncompatibleError("verify", f"{what}; {error}") from error
         return self._comparison
 
     def choose(self, match: Match) -> Choice:

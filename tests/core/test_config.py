@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
-from kvxfer.config import MAX_S, Settings, names
+from kvxfer.config import MAX_S, OTHER_VARIABLES, Settings, names
 from kvxfer.errors import ConfigError
 
 
@@ -64,3 +66,30 @@ def test_whole_numbers_of_the_environment_are_whole():
     """A count given as a fraction in the environment is refused too."""
     with pytest.raises(ConfigError, match="KVXFER_MAX_LEASES"):
         Settings.resolve(environ={"KVXFER_MAX_LEASES": "2.5"})
+
+
+def test_unknown_variables_are_told_once(caplog):
+    """A KVXFER_* variable that means nothing is a warning with the name that is nearest to it, once; those of kvxfer are none."""
+    known = {"KVXFER_LEASE_S": "5", **dict.fromkeys(OTHER_VARIABLES, "")}
+    strange = {"KVXFER_LEASE_SECONDS": "5", "KVXFER_READ_TIMEOUT": "1", "KVXFER_XYZ": "1", "OTHER_LEASE_S": "1"}
+    for _ in range(3):
+        assert Settings.resolve(environ=known | strange).lease_s == 5
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3
+    assert "'KVXFER_LEASE_SECONDS' means nothing to kvxfer and is ignored; did you mean KVXFER_LEASE_S?" in told[0]
+    assert "KVXFER_READ_TIMEOUT' means nothing to kvxfer and is ignored; did you mean KVXFER_READ_TIMEOUT_S?" in told[1]
+    assert "KVXFER_XYZ' means nothing" in told[2] and "KVXFER_SECRET_FILE" in told[2]
+
+
+def test_the_variables_of_this_repository_are_known():
+    """No part of the product reads a KVXFER_* variable that would be told as unknown."""
+    root = Path(__file__).parents[2]
+    read = {
+        name
+        for folder in ("kvxfer", "adapters", "integrations")
+        for path in (root / folder).rglob("*.py")
+        for name in re.findall(r"KVXFER_[A-Z_]*[A-Z]", path.read_text())
+    }
+    settings = {f"KVXFER_{name.upper()}" for name in names()}
+    assert read - settings - {"KVXFER_SIDE_CHANNEL"} <= set(OTHER_VARIABLES)
+    assert len(read & set(OTHER_VARIABLES)) == len(OTHER_VARIABLES)
