@@ -125,12 +125,12 @@ def test_await(pair):
     asyncio.run(main())
 
 
-def test_await_uses_no_threads(pair):
+def test_await_uses_no_threads(engines):
     """Two hundred awaited reads do not fill the event loop's thread pool."""
-    source, sink = pair
+    source, sink = engines(), engines(blocks=200)
 
     async def main():
-        reads = [sink.endpoint.read(source.endpoint.announce(), [i % 32], timeout_s=2.0) for i in range(200)]
+        reads = [sink.endpoint.read(source.endpoint.announce(), [i], timeout_s=2.0) for i in range(200)]
         waiting = asyncio.gather(*reads, return_exceptions=True)
         await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, int), 1.5)
         assert not waiting.done()
@@ -435,7 +435,7 @@ def test_addresses_that_are_nobodys(pair):
     """Reads from addresses where nobody lives fail in time and by name, and delay no read of a living peer."""
     source, sink = pair
     nobody = ["tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5"]
-    lost = [sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[a]), [1]) for a in nobody]
+    lost = [sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[a]), [i]) for i, a in enumerate(nobody)]
     assert sink.endpoint.read(source.endpoint.lease([3]), [3]).wait(2.5)
     for transfer in lost:
         with pytest.raises((PeerTimeoutError, HandshakeError)):
@@ -656,19 +656,20 @@ def test_many_read_one_lease_at_once(engines):
 
 def test_threads_hammering(engines):
     """Eight threads that announce, offer, hold, read, drop and revoke at random: each lease and each read ends once."""
-    source, sinks = engines(settings=replace(QUICK, lease_s=3.0)), [engines(), engines()]
+    source, sinks = engines(settings=replace(QUICK, lease_s=3.0)), [engines(blocks=960), engines(blocks=960)]
     offered, transfers, lock, faults = [], [], threading.Lock(), []
 
     def hammer(seed):
         rng = random.Random(seed)
         try:
-            for _ in range(60):
+            for i in range(60):
                 ref = source.endpoint.announce(request=f"{seed}")
+                into = [2 * (60 * seed + i), 2 * (60 * seed + i) + 1]
                 sink = rng.choice(sinks)
                 order = [
                     lambda ref=ref: source.endpoint.offer(ref, rng.sample(range(32), 2)),
                     lambda ref=ref, sink=sink: sink.endpoint.hold(ref),
-                    lambda ref=ref, sink=sink: transfers.append(sink.endpoint.read(ref, rng.sample(range(32), 2))),
+                    lambda ref=ref, sink=sink, into=into: transfers.append(sink.endpoint.read(ref, into)),
                 ]
                 if rng.random() < 0.3:
                     order.append(lambda ref=ref, sink=sink: sink.endpoint.drop(ref))
