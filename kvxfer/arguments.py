@@ -13,7 +13,7 @@ from kvxfer.config import MAX_S
 from kvxfer.errors import BlockError, ConfigError, LeaseRefError
 from kvxfer.lease import LeaseRef
 from kvxfer.route import Route
-from kvxfer.wire import MAX_ADDRESS, described
+from kvxfer.wire import MAX_ADDRESS, MAX_NAME, described
 
 if TYPE_CHECKING:
     from kvxfer.buffer import Completion
@@ -35,6 +35,16 @@ def text(what: Any, name: str) -> str:
     if not isinstance(what, str):
         raise ConfigError(f"{name} must be a string, not {what!r:.200}")
     return what
+
+
+def name_of_engine(what: Any) -> str:
+    """A name that peers and logs can show. Raises ConfigError."""
+    name = text(what, "name")
+    if not 0 < len(name) <= MAX_NAME:
+        raise ConfigError(f"name must have 1 to {MAX_NAME} characters, not {len(name)}")
+    if not name.isprintable():
+        raise ConfigError(f"name must be printable, not {name!r}")
+    return name
 
 
 def seconds(what: Any, name: str) -> float:

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +16,7 @@ import msgspec
 from kvxfer import arguments, registry
 from kvxfer.addresses import parse
 from kvxfer.blocks import ids_to_wire, tables
+from kvxfer.cache import KVCache
 from kvxfer.config import MAX_S, Settings
 from kvxfer.consumer import Consumer
 from kvxfer.datapath import DataPath
@@ -34,14 +36,13 @@ from kvxfer.routes import Routes, casts
 from kvxfer.secret import Secret
 from kvxfer.target_blocks import TargetBlocks
 from kvxfer.transfer import Event, LeaseRevoked, Transfer
-from kvxfer.wire import MAX_NAME, Address
+from kvxfer.wire import Address
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
     from kvxfer.buffer import Completion
-    from kvxfer.cache import KVCache
     from kvxfer.host import Host, Running
     from kvxfer.route import Route
 
@@ -98,19 +99,25 @@ class Endpoint:
         allow_unauthenticated: bool | None = None,
         host: Host = REAL,
     ) -> None:
+        if cache is None:
+            raise ConfigError("cache must be a kvxfer.KVCache, not None")
         for option, kind, what in (
+            (cache, KVCache, "cache"),
             (settings, Settings, "settings"),
             (costs, Costs, "costs"),
             (secret, Secret, "secret"),
         ):
             arguments.instance_of(option, kind, what)
+        arguments.text(bind, "bind")
+        if agent_options is not None and not isinstance(agent_options, Mapping):
+            raise ConfigError(f"agent_options must be a mapping, not {agent_options!r:.200}")
         self._now = host.now
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
         self.epoch: str = secrets.token_hex(8)
-        self.name: str = name if name is not None else f"{socket.gethostname()}-{secrets.token_hex(6)}"
-        if not 0 < len(arguments.text(self.name, "name")) <= MAX_NAME:
-            raise ConfigError(f"name must have 1 to {MAX_NAME} characters, not {len(self.name)}")
+        self.name: str = (
+            f"{socket.gethostname()}-{secrets.token_hex(6)}" if name is None else arguments.name_of_engine(name)
+        )
         if not self.name.isprintable():
             raise ConfigError(f"name must be printable, for it stands in logs and messages: {self.name!r}")
         self.cache: KVCache = cache

@@ -133,7 +133,8 @@ class Packer:
 
     def close(self) -> None:
         """Wait for the copies that run; the arena must not be used afterwards."""
-        let_end([copy for _, _, copies in self._running for copy in copies])
+        if not let_end([copy for _, _, copies in self._running for copy in copies]):
+            self._arena.keep()
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:

@@ -195,7 +195,8 @@ class Reads:
 
     def shut(self) -> None:
         """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
-        let_end([copy for each in self._copying for copy in each.copies])
+        if not let_end([copy for each in self._copying for copy in each.copies]):
+            self._arena.keep()
         self._flying.clear()
         self._copying.clear()
         for reading in list(self._readings.values()):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _PAGE_NBYTES = 4096
 _FEWEST_SLOTS = 8
 
+_kept: list[Bytes] = []
+"""Memory that must outlive the endpoints that it was made for."""
+
 
 class Use(str, Enum):
     """What a slot is taken for."""
@@ -88,6 +91,10 @@ class StagingArena:
         index = (address - self._base) // self.slot_nbytes
         self._used[self._taken.pop(index)] -= 1
         self._free.append(index)
+
+    def keep(self) -> None:
+        """Never free this memory: a device that was given up may still copy to or from it."""
+        _kept.append(self._bytes)
 
     def view(self, address: int, nbytes: int) -> Bytes:
         """The first bytes of a slot."""

@@ -67,6 +67,7 @@ TASKS = (
         number=2000,
         environment=(("HYPOTHESIS_PROFILE", "search"), ("SEARCH_EXAMPLES", "{n}")),
     ),
+    Task("jax", ("-m", "tests.xla.jax_pairs", "--seeds", "{n}", "--from", "{seed}", "--stops"), 1200, number=1000),
     Task("fuzz", ("-m", "tests.fuzz.long", "--seconds", "{n}"), 2100, number=120),
 )  # fmt: skip
 

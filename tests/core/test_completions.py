@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import pytest
 
-from kvxfer.buffer import FINISHED, let_end
+from kvxfer import reads
+from kvxfer.buffer import FINISHED, HostBuffer, let_end
 from kvxfer.completions import _MOST_ASKERS, is_completion, watched
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.testing import eventually, stays
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from tests.core.engine import Engine
 
 
 class Raising:
@@ -214,3 +217,34 @@ def test_what_is_none(pair, after):
         after = [type("NoWait", (), {"done": True})()]
     with pytest.raises(ConfigError, match="able to say done and wait"):
         sink.endpoint.read(source.endpoint.lease([1]), [7], after=after)
+
+
+class StuckBuffer(HostBuffer):
+    """A device that does not end what it unpacks, and does not even come back when it is asked."""
+
+    held = None
+
+    def _unpack(self, copies, packed):
+        return self.held()
+
+
+def test_a_device_that_hangs(hanging, monkeypatch):
+    """A device whose copies hang ends neither other reads nor, after a while, the close."""
+    monkeypatch.setattr(reads, "let_end", partial(let_end, timeout_s=0.5))
+    source, other = Engine(0), Engine(1)
+    sink = Engine(2, route="target_unpacked")
+    StuckBuffer.held = staticmethod(hanging)
+    try:
+        for buffer in sink.cache.buffers:
+            buffer.__class__ = StuckBuffer
+        stuck = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=0.5)
+        late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
+        with pytest.raises(KvxferError):
+            late.wait(20)
+        assert other.endpoint.read(sink.endpoint.lease([2]), [8]).wait(20)
+        assert not stuck.done, "its blocks are not quiet"
+        sink.endpoint.close()
+        assert stuck.done
+    finally:
+        for engine in (source, other, sink):
+            engine.endpoint.close()

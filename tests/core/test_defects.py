@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kvxfer import arguments, routes
+from kvxfer import Endpoint, arguments, routes
 from kvxfer.config import Settings
 from kvxfer.consumer import Consumer
 from kvxfer.defects import Defects
@@ -146,13 +146,20 @@ def test_traces_are_bounded(caplog):
     "options",
     [
         {"costs": {}}, {"costs": {"descriptor_s": 1.0}}, {"secret": "a text"}, {"secret": b"0123456789abcdef"},
-        {"settings": {}}, {"name": 7}, {"agent": None}, {"agent": 3}, {"agent": lambda _: None},
+        {"settings": {}}, {"name": 7}, {"name": "a\nb"}, {"name": "\ud800"}, {"bind": 7}, {"agent_options": 3}, {"agent": None}, {"agent": 3}, {"agent": lambda _: None},
     ],
 )  # fmt: skip
 def test_options_of_a_wrong_type(options):
     """An option that is something else is refused by name where it is given, and leaves nothing behind."""
     with pytest.raises(ConfigError):
         Engine(**options)
+
+
+@pytest.mark.parametrize("cache", [None, "a cache", {}])
+def test_a_cache_that_is_none(cache):
+    """Something that is no cache is refused by name."""
+    with pytest.raises(ConfigError, match="KVCache"):
+        Endpoint(cache, "inproc")
 
 
 def test_an_agent_that_raises_when_it_is_made():

@@ -4,7 +4,7 @@
 ``python -m tests.xla.jax_pairs --seeds 1000``. Each seed makes two endpoints in this process, of which at least one has a
 cache of jax.Arrays, reads some requests at once, compares every block and closes both. A profile hook puts the threads of
 kvxfer and of its JAX adapter to sleep at random calls and returns, which reaches orders of events that a quiet machine does
-not. A pair that takes longer than ``--limit`` seconds ends the process with the stacks of all threads, and its seed.
+not. ``--stops`` stops the whole process now and then. A pair that takes longer than ``--limit`` seconds ends the process with the stacks of all threads, and its seed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import argparse
 import faulthandler
 import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -115,14 +117,30 @@ def pair(seed: int) -> None:
             engine.endpoint.close()
 
 
+def stopped_at_random(arguments: list[str]) -> int:
+    """Run this command in another process, which is stopped and goes on at random moments."""
+    chance = random.Random(0)
+    with subprocess.Popen([sys.executable, "-m", "tests.xla.jax_pairs", *arguments]) as child:
+        while True:
+            try:
+                return child.wait(chance.expovariate(1 / 0.2))
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGSTOP)
+                time.sleep(min(chance.expovariate(1 / 0.02), 1.0))
+                child.send_signal(signal.SIGCONT)
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many pairs (default %(default)s)")
     parser.add_argument("--from", dest="first", type=int, default=0, help="the first seed (default %(default)s)")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one pair (default %(default)s)")
+    parser.add_argument("--stops", action="store_true", help="stop the whole process at random moments, too")
     parser.add_argument("--pauses", type=float, default=0.002, help="probability of a pause (default %(default)s)")
     options = parser.parse_args()
+    if options.stops:
+        return stopped_at_random([each for each in sys.argv[1:] if each != "--stops"])
     sys.setswitchinterval(1e-4)
     slowest = 0.0
     for seed in range(options.first, options.first + options.seeds):
