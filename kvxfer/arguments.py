@@ -68,6 +68,8 @@ def completions(after: Any) -> tuple[Completion, ...]:
         ends = tuple(after)
     except TypeError:
         ends = (after,)
+    if not ends:
+        return ends
     for each in ends:
         if not is_completion(each):
             raise ConfigError(f"what is waited for must be able to say done and wait: {each!r:.200}")

@@ -210,15 +210,18 @@ class DataPath:
 
     def _turn(self) -> None:
         """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
-        for part in (self._packer.turn, self._ends.flush, self._remake, self._reads.turn):
-            try:
-                self._moved = bool(part()) or self._moved
-            except BaseException as error:  # noqa: BLE001 - no fault ends this thread
-                self._defects.caught(error)
-
-    def _remake(self) -> None:
+        moved = self._step(self._packer.turn)
+        self._step(self._ends.flush)
         if self._life.agent is None:
-            self._life.remake()
+            self._step(self._life.remake)
+        self._moved = self._step(self._reads.turn) or moved or self._moved
+
+    def _step(self, part: Callable[[], object]) -> bool:
+        try:
+            return bool(part())
+        except BaseException as error:  # noqa: BLE001 - no fault ends this thread
+            self._defects.caught(error)
+            return False
 
     def _broken(self, job: DataAction | _Close | None, error: BaseException) -> None:
         """A fault of kvxfer: what the job is about ends by name."""

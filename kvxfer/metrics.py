@@ -64,7 +64,7 @@ class Metrics:
     """What one endpoint counted since it was made. Any thread, and signal handlers, may call any method.
 
     A signal handler may interrupt the thread that has the lock, and wait for another one that wants to count: so nobody waits
-    for the lock for long, and what could not be counted then is counted by the next.
+    for the lock for long, and what could not be counted then is counted by the next who reads.
     """
 
     def __init__(self) -> None:
@@ -76,27 +76,27 @@ class Metrics:
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter of `COUNTERS`."""
         key = tuple(sorted(labels.items()))
+        if self._lock.acquire(timeout=_PATIENCE_S):
+            try:
+                self._add(name, key, amount)
+            finally:
+                self._lock.release()
+        else:
+            self._late.append(lambda: self._add(name, key, amount))
 
-        def add() -> None:
-            series = self._counters[name]
-            series[key] = series.get(key, 0) + amount
-
-        self._do(add)
+    def _add(self, name: str, key: Labels, amount: float) -> None:
+        series = self._counters[name]
+        series[key] = series.get(key, 0) + amount
 
     def observe(self, name: str, value: float) -> None:
         """Add to a histogram of `HISTOGRAMS`."""
-        self._do(lambda: self._histograms[name].observe(value))
-
-    def _do(self, add: Callable[[], None]) -> None:
-        if not self._lock.acquire(timeout=_PATIENCE_S):
-            self._late.append(add)
-            return
-        try:
-            while self._late:
-                self._late.popleft()()
-            add()
-        finally:
-            self._lock.release()
+        if self._lock.acquire(timeout=_PATIENCE_S):
+            try:
+                self._histograms[name].observe(value)
+            finally:
+                self._lock.release()
+        else:
+            self._late.append(lambda: self._histograms[name].observe(value))
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -177,21 +177,23 @@ class Reads:
 
         A fault in one part keeps none of the others from its turn: deadlines are kept, and memory is made quiet.
         """
-        under_way, moved = len(self._readings), False
-        parts: tuple[Callable[[], object], ...] = (
-            self._poll,
-            self._see_copies,
-            self._begin_unoccupied,
-            self._serve_waiting,
-            self._give_up_late,
-            self._fence_if_due,
-        )
-        for part in parts:
-            try:
-                moved = bool(part()) or moved
-            except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
-                self._defects.caught(error)
+        under_way = len(self._readings)
+        moved = bool(self._flying) and self._step(self._poll)
+        moved = (bool(self._copying) and self._step(self._see_copies)) or moved
+        if self._occupied:
+            self._step(self._begin_unoccupied)
+        self._step(self._serve_waiting)
+        if self._readings:
+            self._step(self._give_up_late)
+            self._step(self._fence_if_due)
         return moved or len(self._readings) != under_way
+
+    def _step(self, part: Callable[[], object]) -> bool:
+        try:
+            return bool(part())
+        except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
+            self._defects.caught(error)
+            return False
 
     def shut(self) -> None:
         """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""

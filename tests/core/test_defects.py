@@ -28,6 +28,16 @@ class PlantedError(Exception):
     """The fault."""
 
 
+class Never:
+    """A device that does not end."""
+
+    answers_at_once = True
+    done = False
+
+    def wait(self, timeout_s=None):
+        return False
+
+
 def fault(*_, **__):
     raise PlantedError("on purpose")
 
@@ -105,22 +115,21 @@ def test_a_fault_in_the_producer(pair, monkeypatch, method):
     assert len(source.ends(ref)) == 1
 
 
-@pytest.mark.parametrize(
-    "method", ["_poll", "_see_copies", "_begin_unoccupied", "_serve_waiting", "_fence_if_due", "start"]
-)
+@pytest.mark.parametrize("method", ["_poll", "_begin_unoccupied", "_serve_waiting", "_fence_if_due", "start"])
 def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
     """Whichever part fails with each turn, deadlines are kept, reads end, and the log is not flooded."""
     source, sink = pair
     monkeypatch.setattr(Reads, method, fault)
     late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=1.0)
+    occupied = sink.endpoint.read(source.endpoint.lease([1]), [9], timeout_s=1.0, after=[Never()])
     eventually(lambda: faults(sink, "data"), timeout_s=10)
-    for each in (late, transfer):
+    for each in (late, transfer, occupied):
         eventually(lambda each=each: each.done or method == "_poll", timeout_s=10)
     traces = [record for record in caplog.records if "fault in the data thread" in record.message]
     assert 0 < len(traces) <= 40
     monkeypatch.undo()
-    eventually(lambda: transfer.done and late.done, timeout_s=10)
+    eventually(lambda: transfer.done and late.done and occupied.done, timeout_s=10)
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
 
 
