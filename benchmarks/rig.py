@@ -25,7 +25,7 @@ import kvxfer
 from benchmarks.calls import Calls
 from benchmarks.paced import PacedBuffer
 from kvxfer import registry
-from kvxfer.layout import Interval
+from kvxfer.layout import DTYPE_NBYTES, Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ class Geometry:
     order: str = "HND"
     apart: bool = False
     device: str = "host"
+    dtype: str = "bfloat16"
 
     @property
     def block_nbytes(self) -> int:
         """Of one block, all layers."""
-        return self.layers * self.heads * self.block_tokens * 2 * self.head_dim * 2
+        return self.layers * self.heads * self.block_tokens * 2 * self.head_dim * DTYPE_NBYTES[self.dtype]
 
     def allocate(self, value: int, rank: int = 0, world: int = 1) -> tuple[kvxfer.KVCache, list[np.ndarray[Any, Any]]]:
         """The cache of one rank and its arrays; every page is touched, for first touch costs more than any copy."""
@@ -71,6 +72,7 @@ class Geometry:
             heads=heads,
             block_tokens=self.block_tokens,
             head_dim=self.head_dim,
+            dtype=self.dtype,
             apart=self.apart,
         )
         for array in arrays.values():
@@ -253,9 +255,13 @@ class Pair:
         geometry: of the producer.
         target: of the consumer; by default the same.
         ranks: of the producer, which share its heads.
+        convert: elements may change their dtype.
+        more: for the consumer's endpoint.
     """
 
-    def __init__(self, geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1) -> None:
+    def __init__(
+        self, geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1, convert: bool = False, **more: Any
+    ) -> None:
         self.geometry = target or geometry
         self.source_geometry = geometry
         self.cache, self.arrays = self.geometry.allocate(0xEE)
@@ -275,8 +281,8 @@ class Pair:
         self.source_specs = self.call_all("spec")
         self.addresses = self.call_all("address")
         self._sinks: dict[str | None, kvxfer.Endpoint] = {}
-        self.endpoint = self.sink()
-        self.plan = kvxfer.plan(self.source_specs, self.cache.spec)
+        self.endpoint = self.sink(convert=convert, **more)
+        self.plan = kvxfer.plan(self.source_specs, self.cache.spec, convert=convert)
 
     def sink(self, route: str | None = None, **more: Any) -> kvxfer.Endpoint:
         """The consumer's endpoint, or another one over the same cache that takes only one route."""
@@ -400,9 +406,11 @@ class Pair:
 
 
 @contextlib.contextmanager
-def pair_of(geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1) -> Iterator[Pair]:
-    """A pair, ended in any case."""
-    pair = Pair(geometry, target, ranks=ranks)
+def pair_of(
+    geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1, convert: bool = False, **more: Any
+) -> Iterator[Pair]:
+    """A pair, ended in any case; ``more`` is for the consumer's endpoint."""
+    pair = Pair(geometry, target, ranks=ranks, convert=convert, **more)
     try:
         yield pair
     finally:

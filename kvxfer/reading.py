@@ -108,6 +108,7 @@ class Reading:
         attempts: how often it was started again on a new agent because the first contact with a source hung. Each time is
             given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
         nbytes, descriptors: what went over the wire so far.
+        routes: which it took so far.
         early_nbytes: what was here when the last source had granted all.
         differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
@@ -124,6 +125,7 @@ class Reading:
         self.early_nbytes = 0
         self.descriptors = 0
         self.via: str = ""
+        self.routes: set[str] = set()
         self.differences: list[Difference] = []
         self.quarantined_at: float | None = None
 
@@ -229,6 +231,7 @@ class Leg:
             self._go_on(carrier)
 
         choice = self.source.router.choose(match)
+        self.reading.routes.add(choice.route.value)
         if choice.size is not None:
             self._work = _Packed(self, match, choice.route, choice.size, moved)
             self._work.go_on(carrier)

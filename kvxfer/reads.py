@@ -408,6 +408,7 @@ class Reads:
                 early_nbytes=reading.early_nbytes,
                 descriptors=reading.descriptors,
                 via=reading.via,
+                route=" and ".join(sorted(reading.routes)),
             )
         else:
             transfer.end(error)

@@ -70,6 +70,8 @@ class Transfer:
         early_nbytes: so many of these bytes were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
         via: how they travelled, in the words of the transfer agent; empty until done.
+        route: where they were packed, in the words of `kvxfer.route.Route` (``direct``, ``source_packed``, ...); several joined
+            by "and" if the ranks of the source took different ones; empty until done.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Transfer:
         self.early_nbytes: int = 0
         self.descriptors: int = 0
         self.via: str = ""
+        self.route: str = ""
         self._on_end = on_end
         self._error: KvxferError | None = None
         self._ended = Latch()
@@ -162,12 +165,13 @@ class Transfer:
         early_nbytes: int = 0,
         descriptors: int = 0,
         via: str = "",
+        route: str = "",
     ) -> bool:
         """For the endpoint: end it once; False (and no change) if it had ended, or another thread ends it now."""
         me = object()
         if self._ending.setdefault("by", me) is not me:
             return False
-        self._error, self.descriptors, self.via = error, descriptors, via
+        self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
         self.nbytes, self.early_nbytes = nbytes, early_nbytes
         self.seconds = self._now() - self.started
         # The event is queued before waiters wake, so that whoever waited finds it in poll().
