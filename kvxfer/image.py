@@ -213,6 +213,17 @@ class Images:
             for at in range(base, end, step):
                 yield Chunk(number, span, (max(at, start), min(at + step, stop)))
 
+    def number_of(self, number: int, tokens: Sequence[Span]) -> int:
+        """How many `chunks_of` makes."""
+        tile = self.tiles[number]
+        start, stop = tokens[tile.group]
+        if start >= stop:
+            return 0
+        block = tile.block_tokens
+        base, end = start // block * block, -(-stop // block) * block
+        layers, step = self._shape(tile, end - base)
+        return -(-len(tile.layers) // layers) * -(-(end - base) // step)
+
     def halves(self, chunk: Chunk) -> list[Chunk]:
         """Two chunks that make up this one; none if it is a block of a layer, or less."""
         (first, last), (start, stop) = chunk.layers, chunk.tokens

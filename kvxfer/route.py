@@ -20,7 +20,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvxfer.chunking import Chunking, Legs
 from kvxfer.depth import Depth
@@ -28,12 +28,19 @@ from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.image import Images
 from kvxfer.layout import DTYPE_NBYTES
 from kvxfer.plan import CASTABLE
+from kvxfer.strided import effort_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvxfer.blocks import Table
     from kvxfer.chunking import Size
     from kvxfer.part import Bound, Match, PlanPart
+    from kvxfer.strided import Effort
+
+
+_TELLING: Final = 64
+"""So many block ids show whether the blocks of a request lie in a row."""
 
 
 class Route(str, Enum):
@@ -57,6 +64,9 @@ class Costs:
         land_s: what one more chunk costs that the target fetches alone.
         chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
         ask_s: from asking for the first chunk until it is there, but for the packing itself.
+        index_s: what one more run takes that is found by an index, for blocks that lie anywhere.
+        second_pass_nbytes_per_s: what is moved once more where neither side has the runs in a row.
+        lookup_s, convert_s: what one more element takes that changes its type, by a table (float8) and by arithmetic.
     """
 
     descriptor_s: float = 1.6e-6
@@ -67,6 +77,10 @@ class Costs:
     land_s: float = 200e-6
     chunk_s: float = 400e-6
     ask_s: float = 900e-6
+    index_s: float = 45e-9
+    second_pass_nbytes_per_s: float = 6e9
+    lookup_s: float = 0.9e-9
+    convert_s: float = 3.5e-9
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -100,6 +114,11 @@ class Costs:
     def wire_s(self, descriptors: float, nbytes: float) -> float:
         """Seconds that the transfer engine takes."""
         return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
+
+    def effort_s(self, effort: Effort) -> float:
+        """Seconds that a device takes beside `pack_s` or `unpack_s`."""
+        found = effort.indexed_runs * self.index_s + effort.twice_nbytes / self.second_pass_nbytes_per_s
+        return found + effort.looked_up * self.lookup_s + effort.computed * self.convert_s
 
     def pack_s(self, runs: float, nbytes: float) -> float:
         """Seconds that the source's device takes."""
@@ -198,6 +217,7 @@ class Router:
             elif needs_target and not target:
                 self.barred[route] = "the target's memory has no address"
         self._comparison: Images | None = None
+        self._efforts: dict[tuple[object, ...], tuple[float, float]] = {}
         self._source_casts = casts[0]
         self._dtypes = dtypes = {part.source.dtype, part.target.dtype}
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
@@ -290,6 +310,7 @@ class Router:
         """(bytes of all chunks, chunks of the largest size, what they take)."""
         costs, images = self._costs, self._chunking[route].sizes[0].images
         pack_s = wire_s = unpack_s = 0.0
+        rows = all(map(_in_a_row, match.sources)), all(map(_in_a_row, match.targets))
         chunks = nbytes = 0.0
         for number, tile in enumerate(images.tiles):
             # One chunk stands for all of its tile.
@@ -298,20 +319,42 @@ class Router:
                 continue
             start, stop = match.tokens[tile.group]
             image = images.image(chunk)
-            packed, source_nbytes = image.from_source.bound(image.filled(chunk, match)).likely_runs()
-            spread, image_nbytes = image.to_target.bound(image.emptied(chunk, match)).likely_runs()
+            there, here = (
+                image.from_source.bound(image.filled(chunk, match)),
+                image.to_target.bound(image.emptied(chunk, match)),
+            )
+            (packed, source_nbytes), (spread, image_nbytes) = there.likely_runs(), here.likely_runs()
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
             times = len(tile.layers) * (stop - start) / cells
-            chunks += times
+            chunks += images.number_of(number, match.tokens)
             nbytes += times * image_nbytes
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
             wire_s += times * costs.wire_s(descriptors, image_nbytes)
-            pack_s += times * costs.pack_s(packed, source_nbytes)
-            unpack_s += times * costs.unpack_s(spread, image_nbytes)
+            # Efforts are remembered by the byte: to find them out takes longer than all the rest.
+            key = route, number, chunk.tokens[1] - chunk.tokens[0] > tile.block_tokens, *rows
+            efforts = self._efforts.get(key)
+            if efforts is None:
+                packs, unpacks = route is not Route.TARGET_UNPACKED, route is not Route.SOURCE_PACKED
+                efforts = self._efforts[key] = (
+                    costs.effort_s(_effort(there)) / max(1, source_nbytes) if packs else 0.0,
+                    costs.effort_s(_effort(here)) / max(1, image_nbytes) if unpacks else 0.0,
+                )
+            pack_s += times * (costs.pack_s(packed, source_nbytes) + source_nbytes * efforts[0])
+            unpack_s += times * (costs.unpack_s(spread, image_nbytes) + image_nbytes * efforts[1])
         if route is Route.TARGET_UNPACKED:
             return nbytes, chunks, Legs(0.0, 0.0, wire_s + unpack_s, costs.land_s)
         here_s = wire_s + (unpack_s if route is Route.BOTH else 0.0)
         return nbytes, chunks, Legs(costs.ask_s, pack_s, here_s, costs.chunk_s)
+
+
+def _in_a_row(table: Table) -> bool:
+    """Blocks follow each other, as far as the first of them tell."""
+    ids = table.ids[:_TELLING]
+    return len(ids) < 2 or bool((ids[1:] - ids[:-1] == ids[1] - ids[0]).all())
+
+
+def _effort(bound: Bound) -> Effort:
+    return effort_of(each.copy for each in bound.copies())
 
 
 def _ms(seconds: float) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.casting import caster
+from kvxfer.casting import caster, looks_up
 from kvxfer.layout import DTYPE_NBYTES
 from kvxfer.runs import SOURCE, TARGET, Axis, Runs, moved, runs_of, sums
 
@@ -64,6 +64,43 @@ def copy_runs(copies: Iterable[Copy], source: Bytes, target: Bytes) -> None:
                 _indexed(part, source, target, convert)
         else:
             carry(runs, source, target)
+
+
+class Effort(NamedTuple):
+    """What copies take beside their runs and bytes, for a prediction; see `effort_of`.
+
+    Attributes:
+        indexed_runs: runs that are found by an index.
+        twice_nbytes: bytes that are gathered first and scattered then, for neither side has them in a row.
+        looked_up, computed: elements that change their type, by a table and by arithmetic.
+    """
+
+    indexed_runs: int = 0
+    twice_nbytes: int = 0
+    looked_up: int = 0
+    computed: int = 0
+
+    def __add__(self, other: object) -> Effort:
+        if not isinstance(other, Effort):
+            return NotImplemented
+        return Effort(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def effort_of(copies: Iterable[Copy]) -> Effort:
+    """How `copy_runs` would carry copies out: nothing is copied."""
+    total = Effort()
+    for copy in copies:
+        runs = runs_of(copy)
+        number, nbytes = runs.number, runs.number * runs.nbytes[SOURCE]
+        if copy.cast is not None:
+            elements = nbytes // DTYPE_NBYTES[copy.cast.source]
+            short = runs.nbytes[SOURCE] < _CAST_NBYTES // 16
+            by_table = looks_up(copy.cast)
+            total += Effort(number if short else 0, 0, elements * by_table, elements * (not by_table))
+        elif runs.starts is not None and not _each_start_is_a_batch(runs):
+            one_pass = runs.in_line(TARGET) or runs.along(SOURCE).in_line(SOURCE)
+            total += Effort(number, 0 if one_pass else nbytes)
+    return total
 
 
 def carry(runs: Runs, source: Bytes, target: Bytes) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvxfer.cache import KVCache
+from kvxfer.casting import can_cast
 from kvxfer.cli.child import PROCESS_NBYTES, Child, ChildError
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
@@ -20,6 +21,7 @@ from kvxfer.packer import start_copies
 from kvxfer.plan import plan
 from kvxfer.route import Costs, Route
 from kvxfer.staging import StagingArena
+from kvxfer.strided import effort_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from kvxfer.cli.table import Progress
     from kvxfer.layout import CacheSpec
     from kvxfer.part import Match, PlanPart
+    from kvxfer.strided import Effort
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
@@ -50,9 +53,22 @@ def needed_nbytes(mib: int) -> int:
     return 4 * (mib << 20) + (64 << 20) + 2 * PROCESS_NBYTES
 
 
-def _cache(order: str, blocks: int, head_dim: int = _HEAD_DIM) -> KVCache:
+def _cache(
+    order: str,
+    blocks: int,
+    head_dim: int = _HEAD_DIM,
+    *,
+    block_tokens: int = _BLOCK_TOKENS,
+    dtype: str = "bfloat16",
+) -> KVCache:
     cache, arrays = KVCache.allocate(
-        order, layers=_LAYERS, blocks=blocks, heads=_HEADS, block_tokens=_BLOCK_TOKENS, head_dim=head_dim
+        order,
+        layers=_LAYERS,
+        blocks=blocks,
+        heads=_HEADS,
+        block_tokens=block_tokens,
+        head_dim=head_dim,
+        dtype=dtype,
     )
     arrays["kv"].fill(1)  # the first touch of memory costs more than moving it
     return cache
@@ -159,6 +175,8 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
             pack_nbytes_per_s=1 / pack,
             unpack_nbytes_per_s=1 / unpack,
         )
+        with progress.step("copies of blocks anywhere, and conversions"):
+            costs = _irregular(costs, blocks)
         with progress.step("chunks"):
             times = {}
             for route in (Route.TARGET_UNPACKED, Route.SOURCE_PACKED):
@@ -178,42 +196,84 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
 
 
 def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
-    """(seconds for each run, seconds for each byte) of a chunk after the other, in runs of all lengths."""
-    arena = StagingArena(32 << 20)
-    slot, address = arena.slot_nbytes, arena.memory.address
+    """(seconds for each run, seconds for each byte) of a chunk after the other, in regular runs of all lengths."""
     facts, times = [], []
+    ids = list(range(blocks))
     for head_dim, order in ((_HEAD_DIM, "HND"), (_HEAD_DIM, "NHD"), (16, "NHD"), (8, "NHD")):
-        cache = _cache("HND", blocks, head_dim)
-        target = _cache(order, blocks, head_dim)
-        part = plan(cache.spec, target.spec).parts[0]
-        match = part.match(list(range(blocks)), list(range(blocks)))
+        caches = _cache("HND", blocks, head_dim), _cache(order, blocks, head_dim)
         # Packed as for a target of another order, or unpacked as from a source of one.
-        images = Images(part if pack else plan(target.spec, cache.spec).parts[0], "target" if pack else "source", slot)
-
-        def work(cache: KVCache = cache, images: Images = images, match: Match = match) -> None:
-            for chunk in images.chunks(match.tokens):
-                image = images.image(chunk)
-                bound = (
-                    image.from_source.copies(image.filled(chunk, match))
-                    if pack
-                    else image.to_target.copies(image.emptied(chunk, match))
-                )
-                for copy in start_copies(cache, bound, arena.view(address, slot), pack=pack):
-                    copy.wait()
-
-        facts.append(part.runs(match))
-        times.append(_median_s(work))
+        facts.append(plan(*(cache.spec for cache in caches)).parts[0].runs(_matched(caches, ids, ids)[1]))
+        times.append(_copied(caches if pack else caches[::-1], ids, ids, pack=pack)[1])
     run_s, byte_s = _fit(facts, times)
     return run_s, byte_s
 
 
-def _median_s(step: Callable[[], None], repeats: int = 5) -> float:
+def _irregular(costs: Costs, blocks: int) -> Costs:
+    """What copies take that are not regular, beside what the constants say that there are: see `kvxfer.strided.Effort`."""
+    random = np.random.default_rng(1)
+    here = random.permutation(blocks).tolist()
+
+    def beside(source: KVCache, target: KVCache, wanted: int) -> tuple[Effort, float]:
+        effort, seconds, runs, nbytes = _copied((source, target), here, random.permutation(wanted).tolist(), pack=True)
+        return effort, max(0.0, seconds - costs.pack_s(runs, nbytes))
+
+    short, seconds = beside(_cache("HND", blocks), _cache("NHD", blocks), blocks)
+    index_s = max(seconds / max(1, short.indexed_runs), 1e-10)
+    wider = 3 * _BLOCK_TOKENS
+    target = _cache("HND", -(-blocks // 3), block_tokens=wider)
+    twice, seconds = beside(_cache("HND", blocks), target, -(-blocks // 3))
+    pass_s = max((seconds - twice.indexed_runs * index_s) / max(1, twice.twice_nbytes), 1e-12)
+    costs = replace(costs, index_s=index_s, second_pass_nbytes_per_s=1 / pass_s)
+    for name, source, into in (("lookup_s", "bfloat16", "float8_e4m3fn"), ("convert_s", "float16", "bfloat16")):
+        if can_cast(source, into):
+            cast, seconds = beside(_cache("HND", blocks, dtype=source), _cache("HND", blocks, dtype=into), blocks)
+            costs = replace(costs, **{name: max(seconds / (cast.looked_up + cast.computed), 1e-11)})
+    return costs
+
+
+def _matched(caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int]) -> tuple[PlanPart, Match]:
+    source, target = (cache.spec for cache in caches)
+    part = plan(source, target, convert=source.dtype != target.dtype).parts[0]
+    tokens = min(len(ids) * cache.spec.groups[0].block_tokens for ids, cache in zip((here, there), caches, strict=True))
+    return part, part.match(here, there, (0, tokens))
+
+
+def _copied(
+    caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int], *, pack: bool
+) -> tuple[Effort, float, int, int]:
+    """(effort, seconds, runs, bytes) of packing what a target wants, or of unpacking what a source sends."""
+    arena = StagingArena(32 << 20)
+    slot, address = arena.slot_nbytes, arena.memory.address
+    part, match = _matched(caches, here, there)
+    images = Images(part, "target" if pack else "source", slot)
+    bounds = []
+    for chunk in images.chunks(match.tokens):
+        image = images.image(chunk)
+        bounds.append(
+            image.from_source.bound(image.filled(chunk, match))
+            if pack
+            else image.to_target.bound(image.emptied(chunk, match))
+        )
+    copies = [bound.copies() for bound in bounds]
+
+    def work() -> None:
+        for each in copies:
+            for copy in start_copies(caches[0] if pack else caches[1], each, arena.view(address, slot), pack=pack):
+                copy.wait()
+
+    effort = effort_of(each.copy for some in copies for each in some)
+    counted = [bound.runs() for bound in bounds]
+    return effort, _fastest_s(work), sum(runs for runs, _ in counted), sum(nbytes for _, nbytes in counted)
+
+
+def _fastest_s(step: Callable[[], None], repeats: int = 7) -> float:
+    """Seconds of the fastest of several: copies take the same each time, but for what others do to the machine."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         begin = time.perf_counter()
         step()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    return min(times)
 
 
 def _fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

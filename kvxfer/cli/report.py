@@ -162,7 +162,8 @@ def _costs(conditions: Conditions) -> str:
     built_in = "built in, of a small x86-64 machine (kvxfer bench calibrate measures yours)"
     whose = built_in if conditions.costs == Costs() else "measured"
     slot = size(conditions.slot_nbytes)
-    return f"{whose}; parts one after the other; staging slots of {slot}"
+    warm = "for a pair that has met: a first read takes several times as long"
+    return f"{whose}; parts one after the other; staging slots of {slot}; {warm}"
 
 
 def _hint(report: Report) -> str:
