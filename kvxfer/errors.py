@@ -41,6 +41,7 @@ agent is closed; the endpoint does that itself before it reports a failed transf
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
@@ -244,6 +245,22 @@ def fresh(error: KvxferError) -> KvxferError:
     new.__dict__.update(error.__dict__)
     new.__cause__, new.__suppress_context__ = error.__cause__, error.__suppress_context__
     return new
+
+
+def release_frames(error: BaseException) -> None:
+    """Let go of what the functions that an error came through had in hand: an error may be kept for as long as an engine likes.
+
+    Where its causes were raised can still be told.
+    """
+    error.__traceback__ = None
+    seen = {id(error)}
+    rest = [error.__cause__, error.__context__]
+    while rest:
+        cause = rest.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            traceback.clear_frames(cause.__traceback__)
+            rest += [cause.__cause__, cause.__context__]
 
 
 def shown(token: str) -> str:

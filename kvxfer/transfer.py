@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvxfer.errors import fresh, shown
+from kvxfer.errors import fresh, release_frames, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -171,6 +171,8 @@ class Transfer:
         me = object()
         if self._ending.setdefault("by", me) is not me:
             return False
+        if error is not None:
+            release_frames(error)
         self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
         self.nbytes, self.early_nbytes = nbytes, early_nbytes
         self.seconds = self._now() - self.started

@@ -86,7 +86,6 @@ class Bound:
 
 
 BOUNDS: dict[str, Bound] = {
-    "elements": Bound(mib=768),  # half a million descriptors for each of its reads: they are what was asked for
     "long_messages": Bound(worst_s=10),
 }
 """Of cases that have others than the usual ones."""
