@@ -80,7 +80,7 @@ class Costs:
     index_s: float = 45e-9
     second_pass_nbytes_per_s: float = 6e9
     lookup_s: float = 0.9e-9
-    convert_s: float = 3.5e-9
+    convert_s: float = 2.2e-9
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
