@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 UNIT_NBYTES = 4096
 """A message counts once for each so many bytes of it: to decode takes time by length."""
 
+CPU_SHARE = 1 / 2
+"""Of the control thread's processor time may go to messages of one connection."""
+
 _FIRST_SHARE = 1 / 10
 """Of a second's worth is what a new connection may say at once, so that to connect again pays for nobody."""
 
@@ -46,14 +49,23 @@ class Bucket:
     def __init__(self, per_s: float, now: float, *, asked: bool = False) -> None:
         self._per_s = per_s
         self._left = per_s if asked else per_s * _FIRST_SHARE
+        self._left_s = CPU_SHARE
         self._at = now
+
+    def spend(self, seconds: float) -> None:
+        """A message that was taken has cost so much of the thread's time.
+
+        What is dropped for that does not get a peer cut: it cannot know what its messages cost.
+        """
+        self._left_s = max(self._left_s - seconds, -2 * CPU_SHARE)
 
     def take(self, nbytes: int, now: float) -> Verdict:
         """A message has come. A peer that is a second's worth in debt is cut."""
         self._left = min(self._left + (now - self._at) * self._per_s, self._per_s) - (1 + nbytes // UNIT_NBYTES)
+        self._left_s = min(self._left_s + (now - self._at) * CPU_SHARE, CPU_SHARE)
         self._at = now
         if self._left >= 0:
-            return Verdict.TAKE
+            return Verdict.TAKE if self._left_s >= 0 else Verdict.DROP
         return Verdict.DROP if self._left > -self._per_s else Verdict.CUT
 
 
@@ -97,6 +109,12 @@ class Buckets:
         if bucket is None:
             bucket = self._buckets[key] = Bucket(self._per_s, now, asked=isinstance(key, str))
         return bucket.take(nbytes, now)
+
+    def spend(self, key: Hashable, seconds: float) -> None:
+        """See `Bucket.spend`."""
+        bucket = self._buckets.get(key)
+        if bucket is not None:
+            bucket.spend(seconds)
 
     def forget(self, key: Hashable) -> None:
         """The peer has gone."""

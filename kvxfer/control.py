@@ -44,6 +44,9 @@ _MOST_PER_TURN = 256
 _MOST_WAITING = 64
 """Messages of one connection that wait to be taken. A peer that sends more waits."""
 
+_MOST_QUESTIONS = 8192
+"""Messages that wait for one peer to take them, which are short. Thousands of leases may ask a peer that is busy."""
+
 _MOST_REPLIES = 512
 """Replies that wait for one peer to take them. What is more is dropped."""
 
@@ -263,6 +266,7 @@ class ControlChannel:
         dealer = self._context.socket(zmq.DEALER)
         self._configure(dealer)
         dealer.setsockopt(zmq.IPV6, int(ipv6))
+        dealer.setsockopt(zmq.SNDHWM, _MOST_QUESTIONS)
         if self._secret is not None:
             dealer.setsockopt(zmq.CURVE_SERVERKEY, self._secret.listener.public)
             dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._secret.caller.public)
@@ -302,11 +306,18 @@ class ControlChannel:
                 if verdict is Verdict.CUT:
                     self._cut(connection if address is None else address)
             else:
+                began = time.thread_time()
                 frames = [frame.bytes for frame in received]
                 inbound = self._decode(frames.pop(0) if address is None else address, frames)
-                if address is not None and inbound.message is not None:
-                    self._outgoing.heard(sock)
-                yield inbound
+                if address is not None:
+                    # What follows from the answer is what this side asked for.
+                    self._buckets.spend(address, time.thread_time() - began)
+                    if inbound.message is not None:
+                        self._outgoing.heard(sock)
+                    yield inbound
+                else:
+                    yield inbound  # and by then it has been answered
+                    self._buckets.spend(connection, time.thread_time() - began)
             if sock.closed:
                 return
 

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer import LeaseSettled, wire
-from kvxfer.admission import MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Pace, Places, Verdict
+from kvxfer.admission import CPU_SHARE, MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Pace, Places, Verdict
 from kvxfer.config import Settings
 from kvxfer.control import ControlChannel
 from kvxfer.incoming import _ours
@@ -433,3 +433,21 @@ def test_a_burst_of_leases(engines):
     eventually(lambda: source.in_use()["leases"] == 0, timeout_s=120)
     refused = "kvxfer_refused_messages_total"
     assert source.metrics.value(refused) == sink.metrics.value(refused) == 0
+
+
+def test_a_rate_in_time():
+    """Messages that take long to handle are dropped when their sender has had its share of the thread, but nobody is cut for that."""
+    bucket, now, spent_s = Bucket(1000, 0.0, asked=True), 0.0, 0.0
+    for _ in range(100_000):
+        now += 0.001
+        verdict = bucket.take(0, now)
+        assert verdict is not Verdict.CUT
+        if verdict is Verdict.TAKE:
+            bucket.spend(0.01)
+            spent_s += 0.01
+    assert 0.9 * CPU_SHARE * now < spent_s <= (CPU_SHARE + 0.01) * now
+    quick = Bucket(1000, 0.0, asked=True)
+    for _ in range(10_000):
+        now += 0.0015
+        assert quick.take(0, now) is Verdict.TAKE
+        quick.spend(50e-6)
