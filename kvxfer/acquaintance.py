@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from kvxfer.actions import Action, ForgetAgent, Hangup, SendTo
 from kvxfer.admission import Pace
-from kvxfer.errors import HandshakeError, IncompatibleError
+from kvxfer.errors import HandshakeError, IncompatibleError, printable
 from kvxfer.grants import most_ids
 from kvxfer.peer import Peer, PeerState
 from kvxfer.timers import Timers
+from kvxfer.wire import REFUSAL_CODES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,8 +154,8 @@ class Acquaintances:
             if peer.state is PeerState.GREETED:
                 peer.rank = message.rank
         elif peer.state is PeerState.GREETED:
-            self._metrics.count("kvxfer_handshakes_total", outcome=code)
-            peer.refused(HandshakeError(code, f"{peer.address} refused: {message.reason}"))
+            self._metrics.count("kvxfer_handshakes_total", outcome=code if code in REFUSAL_CODES else "other")
+            peer.refused(HandshakeError(printable(code), f"{peer.address} refused: {printable(message.reason)}"))
             return True
         else:
             _log.log(peer.complaint(now), "%s refused a message: %r: %r", peer.address, code, message.reason)

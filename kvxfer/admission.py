@@ -13,7 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
 UNIT_NBYTES = 4096
 """A message counts once for each so many bytes of it: to decode takes time by length."""
@@ -67,6 +67,35 @@ class Bucket:
         if self._left >= 0:
             return Verdict.TAKE if self._left_s >= 0 else Verdict.DROP
         return Verdict.DROP if self._left > -self._per_s else Verdict.CUT
+
+
+class Untaken:
+    """How many bytes of replies each connection has not taken yet, so that one which takes none is not answered without end.
+
+    Args:
+        most: bytes that may wait for one connection; a reply is begun while no more than these do.
+        acknowledged: bytes that the other end of a connection has acknowledged so far; None where the system does not say.
+    """
+
+    def __init__(self, most: int, acknowledged: Callable[[int], int | None]) -> None:
+        self._most = most
+        self._acknowledged = acknowledged
+        self._waiting: dict[int, tuple[int, int]] = {}
+        """By connection, bytes that wait, and what was acknowledged when that was last looked at."""
+
+    def may_send(self, key: int, nbytes: int) -> bool:
+        """Count a reply of so many bytes, unless too many wait already."""
+        waiting, before = self._waiting.get(key, (0, 0))
+        if waiting > self._most // 2:
+            now = self._acknowledged(key)
+            waiting, before = (0, before) if now is None else (max(0, waiting - (now - before)), now)
+        allowed = waiting <= self._most
+        self._waiting[key] = waiting + (nbytes if allowed else 0), before
+        return allowed
+
+    def forget(self, key: int) -> None:
+        """The connection has ended."""
+        self._waiting.pop(key, None)
 
 
 class Pace:

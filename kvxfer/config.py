@@ -61,6 +61,8 @@ class Settings:
 
     lease_s: float = 30.0
     """Producer: how long offered blocks stay readable unless the holder renews (it does so every third of this)."""
+    max_lease_s: float = 3600.0
+    """Producer: how long offered blocks stay leased at the longest, however often the holder renews: then the lease is revoked."""
     announce_s: float = 3600.0
     """Producer: how long an announced lease may wait for its blocks, i.e. for prefill to end."""
     match_s: float = 30.0

@@ -22,6 +22,7 @@ from kvxfer.errors import (
     LeaseError,
     LeaseUnknownError,
     TransferFailedError,
+    printable,
     shown,
 )
 from kvxfer.hold import Claim, Hold, HoldState
@@ -238,7 +239,7 @@ class Consumer:
             for token in message.ended:
                 self._lease_over(peer, token, LeaseEndedError("the producer says the lease has ended"), now)
         elif isinstance(message, Revoked):
-            self._lease_over(peer, message.token, LeaseEndedError(message.reason), now)
+            self._lease_over(peer, message.token, LeaseEndedError(printable(message.reason)), now)
         elif isinstance(message, (Pending, Grant, Staged, Settled)):
             found = self._holds.at(peer, message.token)
             if found is not None:
@@ -289,7 +290,7 @@ class Consumer:
             self._holds.pump_all(peer, now)
 
     def _refused(self, peer: Peer, message: Refused, now: float) -> None:
-        code, reason = message.code, message.reason
+        code, reason = message.code, printable(message.reason)
         if code in _LEASE_ERRORS:
             self._lease_over(peer, message.token, _LEASE_ERRORS[code](reason), now)
         elif code == "staging":

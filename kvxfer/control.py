@@ -22,7 +22,7 @@ import zmq
 from zmq.utils import z85
 
 from kvxfer import addresses, listener, wire
-from kvxfer.admission import Buckets, Verdict
+from kvxfer.admission import Buckets, Untaken, Verdict
 from kvxfer.errors import ConfigError, WireError
 from kvxfer.incoming import Incoming, most_connections
 from kvxfer.outgoing import Outgoing
@@ -46,6 +46,9 @@ _MOST_WAITING = 64
 
 _MOST_QUESTIONS = 8192
 """Messages that wait for one peer to take them, which are short. Thousands of leases may ask a peer that is busy."""
+
+_MOST_UNTAKEN_NBYTES = 1 << 20
+"""Of replies that wait for one peer to take them, beside the last one. What is more is dropped."""
 
 _MOST_REPLIES = 512
 """Replies that wait for one peer to take them. What is more is dropped."""
@@ -162,6 +165,8 @@ class ControlChannel:
         self._outgoing = Outgoing(self._dealer, self._push, self._poller, _weakly(self.wake), max(8, most // 2))
         self._spoken: dict[int, set[bytes]] = {}
         """By file descriptor, ZeroMQ's names of the connections that a message came by."""
+        self._descriptors: dict[bytes, int] = {}
+        """The reverse."""
         self._gone: list[bytes] = []
         self._replied: tuple[wire.Message | None, bytes] = None, b""
         """The last reply, and how it is encoded."""
@@ -185,6 +190,7 @@ class ControlChannel:
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._incoming = Incoming(self._router, settings, metrics, self._ended, secret=secret is not None)
+            self._untaken = Untaken(max(_MOST_UNTAKEN_NBYTES, self._limit), self._incoming.acknowledged_nbytes)
             self.bound, port = listener.listen(self._router, numbers, port)
         except ConfigError:
             self.close()
@@ -217,7 +223,11 @@ class ControlChannel:
         """Queue a message on a connection that came in; lost if the peer has gone."""
         if message is not self._replied[0]:  # a Welcome is the same for all that greet
             self._replied = message, wire.encode(message)
-        self._push(self._router, [connection, self._replied[1]])
+        descriptor = self._descriptors.get(connection)
+        if descriptor is not None and not self._untaken.may_send(descriptor, len(self._replied[1])):
+            self._refused("unsendable")
+        else:
+            self._push(self._router, [connection, self._replied[1]])
 
     def hangup(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
@@ -299,7 +309,9 @@ class ControlChannel:
             connection = _descriptor(received[-1]) if address is None else -1
             if connection >= 0:
                 self._incoming.places.heard(connection)
-                self._spoken.setdefault(connection, set()).add(received[0].bytes)
+                name = received[0].bytes
+                self._spoken.setdefault(connection, set()).add(name)
+                self._descriptors[name] = connection
             verdict = self._buckets.take(address or connection, sum(map(len, received)), time.monotonic())
             if verdict is not Verdict.TAKE:
                 self._refused("rate")
@@ -356,7 +368,11 @@ class ControlChannel:
     def _ended(self, connection: int) -> None:
         """One that came in."""
         self._buckets.forget(connection)
-        self._gone += self._spoken.pop(connection, ())
+        self._untaken.forget(connection)
+        gone = self._spoken.pop(connection, ())
+        for name in gone:
+            self._descriptors.pop(name, None)
+        self._gone += gone
 
     def _refused(self, reason: str) -> None:
         self._metrics.count("kvxfer_refused_messages_total", reason=reason)

@@ -263,6 +263,13 @@ def release_frames(error: BaseException) -> None:
             rest += [cause.__cause__, cause.__context__]
 
 
+def printable(words: str) -> str:
+    """What a peer has said, as messages and logs may show it: without characters that move a cursor or begin a line."""
+    return (
+        words if words.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
+    )
+
+
 def shown(token: str) -> str:
     """A lease's token as messages and logs may show it: enough to tell leases apart, too little to claim one."""
     return f"{token[:8]}..."

@@ -47,8 +47,8 @@ _CUT = {
 }
 """Why somebody is hung up on, by the word that it is counted by."""
 
-_RECEIVED = struct.Struct("=128xQ")
-"""``tcpi_bytes_received`` in Linux' ``struct tcp_info`` (linux/tcp.h), since 4.1."""
+_ACKNOWLEDGED_RECEIVED = struct.Struct("=120xQQ")
+"""``tcpi_bytes_acked`` and ``tcpi_bytes_received`` in Linux' ``struct tcp_info`` (linux/tcp.h), since 4.1."""
 
 
 class Incoming:
@@ -119,10 +119,17 @@ class Incoming:
             self._look_at = now + _LOOK_S
             for connection in self.places:
                 with _ours(connection, self.address) as sock:
-                    received_nbytes = _received_nbytes(sock) if sock is not None else 0
+                    transferred = _transferred_nbytes(sock) if sock is not None else None
+                    received_nbytes = transferred[1] if transferred is not None else 0
                 if self.places.unfinished_nbytes(connection, received_nbytes) > MOST_UNFINISHED_NBYTES:
                     self.cut(connection, "oversized")
         return self._look_at - now
+
+    def acknowledged_nbytes(self, connection: int) -> int | None:
+        """What the other end of a connection has taken of what was sent to it; None where the system does not say."""
+        with _ours(connection, self.address) as sock:
+            transferred = _transferred_nbytes(sock) if sock is not None else None
+        return None if transferred is None else transferred[0]
 
     def cut(self, connection: int, reason: str) -> None:
         """Hang up on somebody, whom ZeroMQ connects again if it is a peer's. Counted by ``reason``."""
@@ -179,10 +186,11 @@ def _ours(descriptor: int, address: str) -> Iterator[socket.socket | None]:
         yield ours
 
 
-def _received_nbytes(sock: socket.socket) -> int:
-    """Bytes that arrived by a TCP connection since it was made; 0 where the system does not say."""
+def _transferred_nbytes(sock: socket.socket) -> tuple[int, int] | None:
+    """Bytes that the other end of a TCP connection has acknowledged, and that arrived from it; None where the system does not say."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        return int(_RECEIVED.unpack_from(info)[0])
+        acknowledged, received = _ACKNOWLEDGED_RECEIVED.unpack_from(info)
+        return int(acknowledged), int(received)
     except (OSError, struct.error, AttributeError):
-        return 0
+        return None

@@ -74,6 +74,7 @@ class Lease:
         first_tokens: per cache group the token with which the first block begins.
         cell: address of its cell on the lease board, while it has one; ``check`` what stands there, and nowhere else ever.
         announced: the engine made it known; else only consumers have named its token.
+        last_at: when it ends, however often it is renewed.
         holders: by rank, the processes of the consumer that have asked for it.
         settled: ranks that are done with it.
         read: some rank read it.
@@ -90,6 +91,7 @@ class Lease:
     check: bytes = field(default=b"", repr=False)
     announced: bool = False
     offered: bool = False
+    last_at: float = float("inf")
     holders: dict[int, Holder] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
     read: bool = False
@@ -217,7 +219,8 @@ class LeaseTable:
             self._end(lease, LeaseState.REVOKED)
             raise
         lease.state = LeaseState.OPEN
-        lease.deadline, lease.spared = now + self._settings.lease_s, False
+        lease.last_at = now + self._settings.max_lease_s
+        lease.deadline, lease.spared = min(now + self._settings.lease_s, lease.last_at), False
         self._timers.set(token, lease.deadline)
         return lease
 
@@ -317,12 +320,12 @@ class LeaseTable:
         return lease
 
     def expire(self, now: float) -> list[Lease]:
-        """End every lease whose time has passed."""
+        """End every lease whose time has passed; those that were renewed for as long as a lease may last are REVOKED."""
         expired = []
         for token in self._timers.due(now):
             lease = self._live[token]
             if lease.deadline <= now:
-                self._end(lease, LeaseState.EXPIRED)
+                self._end(lease, LeaseState.REVOKED if lease.last_at <= now else LeaseState.EXPIRED)
                 expired.append(lease)
             else:
                 self._timers.set(token, lease.deadline)  # it was renewed since
@@ -337,6 +340,11 @@ class LeaseTable:
             if not lease.spared and lease.deadline < until:
                 lease.spared = True
                 lease.deadline = until
+
+    def settled(self, token: str) -> Lease | None:
+        """The lease, if it is remembered as one that its consumer has settled."""
+        lease = self._ended.get(token)
+        return lease if lease is not None and lease.state is LeaseState.SETTLED else None
 
     def request(self, token: str) -> str:
         """The request a live or remembered lease is for; empty if unknown."""
@@ -377,7 +385,7 @@ class LeaseTable:
 
     def _extend(self, lease: Lease, now: float) -> None:
         # The timer stays where it is; expire() sets it again when it comes up too early.
-        lease.deadline = max(lease.deadline, now + self._settings.lease_s)
+        lease.deadline = max(lease.deadline, min(now + self._settings.lease_s, lease.last_at))
         lease.spared = False
 
     def _end(self, lease: Lease, state: LeaseState) -> None:

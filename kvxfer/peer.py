@@ -166,6 +166,8 @@ class Peer:
 
     def _check(self, me: Identity, message: Welcome) -> HandshakeError | None:
         name = message.name
+        if not name.isprintable():
+            return HandshakeError("identity", f"the name of the engine there is not printable: {name!r}")
         if message.protocol != PROTOCOL:
             return HandshakeError("protocol", f"{name!r} speaks protocol {message.protocol}, this side {PROTOCOL}")
         if message.agent != me.agent:

@@ -14,7 +14,7 @@ from kvxfer.defects import Defects
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, WireError, shown
 from kvxfer.gate import Gate
 from kvxfer.grants import PIECE_NBYTES, next_piece
-from kvxfer.leases import ContradictionError, Holder, Lease, LeaseTable
+from kvxfer.leases import ContradictionError, Holder, Lease, LeaseState, LeaseTable
 from kvxfer.staged import MOST_CHUNKS, Seen, StagedChunks
 from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.wire import (
@@ -118,7 +118,7 @@ class Producer:
         )
 
     def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
-        live = self._table.get(token)
+        live, before = self._table.get(token), self._table.offered(token)
         stands = live is not None and live.offered
         try:
             lease = self._table.offer(token, blocks, now, first_tokens)
@@ -131,7 +131,7 @@ class Producer:
             ):  # told already that this cannot be (`may_offer`): an event now would free blocks that are still leased
                 _log.warning("%s", error)
             else:
-                self._not_offered(token, error)
+                self._not_offered(token, error, before=before)
             return
         for holder in lease.waiting():
             self._table.open(token, holder, now)
@@ -197,7 +197,7 @@ class Producer:
             lease.offered = lease.offered or offered
             self.revoke(token, str(error)[:1024])
         elif offered and token in self._untold:
-            self._not_offered(token, LeaseError(str(error)))
+            self._not_offered(token, LeaseError(str(error)), before=True)
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
@@ -260,10 +260,18 @@ class Producer:
         self._gate.tick(now)
         self._withdraw(now)
         for lease in self._table.expire(now):
-            why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
+            if lease.state is LeaseState.REVOKED:
+                why = (
+                    f"the lease was renewed for {self._settings.max_lease_s:g} s and not settled (setting max_lease_s)"
+                )
+                _log.warning("lease %s of %r is revoked: %s", shown(lease.token), lease.request, why)
+            else:
+                why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
             self._tell(lease, Revoked(token=lease.token, reason=why))
             self._unstage(lease)
-            if lease.offered:
+            if lease.state is LeaseState.REVOKED:
+                self._end(LeaseRevoked(lease.token, lease.request), "revoked")
+            elif lease.offered:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
 
     def stood_still(self, now: float, late_s: float = 0.0) -> None:
@@ -333,9 +341,14 @@ class Producer:
                 event = LeaseSettled(lease.token, lease.request, lease.read)
                 self._end(event, "settled" if lease.read else "unread")
 
-    def _not_offered(self, token: str, error: LeaseError) -> None:
+    def _not_offered(self, token: str, error: LeaseError, *, before: bool) -> None:
+        """Tell the end of a lease that cannot be offered; ``before``: it was offered before, and that had its own end."""
         request = self._table.request(token)
-        if isinstance(error, LeaseEndedError):
+        settled = self._table.settled(token) if not before else None
+        if settled is not None:
+            # Its consumer has no need of these blocks, or not any more: that is no failure.
+            self._end(LeaseSettled(token, request, settled.read), "settled" if settled.read else "unread")
+        elif isinstance(error, LeaseEndedError):
             # The consumer gave up, or prefill took longer than announce_s: nobody will come for these blocks.
             self._end(LeaseRevoked(token, request), "unread")
             _log.info("nobody will come for the blocks of %r: %s", request, error)

@@ -226,6 +226,13 @@ class Revoked(_Message, frozen=True, kw_only=True):
     reason: Reason
 
 
+REFUSAL_CODES = frozenset(
+    {"garbage", "protocol", "stale_epoch", "not_introduced", "rank", "agent", "incompatible", "identity"}
+    | {"unknown_lease", "ended_lease", "taken_lease", "staging"}
+)
+"""Of `Refused`: what a producer of this version says."""
+
+
 class Refused(_Message, frozen=True, kw_only=True):
     """Something cannot be served. ``epoch`` is the refuser's, so that a stale peer learns whom to meet."""
 

@@ -17,13 +17,24 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer import LeaseSettled, wire
-from kvxfer.admission import CPU_SHARE, MOST_UNFINISHED_NBYTES, UNIT_NBYTES, Bucket, Buckets, Pace, Places, Verdict
+from kvxfer.admission import (
+    CPU_SHARE,
+    MOST_UNFINISHED_NBYTES,
+    UNIT_NBYTES,
+    Bucket,
+    Buckets,
+    Pace,
+    Places,
+    Untaken,
+    Verdict,
+)
 from kvxfer.config import Settings
 from kvxfer.control import ControlChannel
 from kvxfer.incoming import _ours
@@ -31,6 +42,7 @@ from kvxfer.metrics import Metrics
 from kvxfer.testing import eventually
 from tests.core.engine import QUICK, Engine
 from tests.core.test_control import GREETING, READY, SECRET, raw
+from tests.process.reader import Member
 
 # -- a bucket ------------------------------------------------------------------------------------------------------------
 
@@ -451,3 +463,33 @@ def test_a_rate_in_time():
         now += 0.0015
         assert quick.take(0, now) is Verdict.TAKE
         quick.spend(50e-6)
+
+
+def test_replies_that_nobody_takes():
+    """A connection that takes nothing is not answered without end; one that takes what it is sent always is."""
+    acknowledged = {1: 0, 2: 0, 3: None}
+    untaken = Untaken(1000, acknowledged.__getitem__)
+    assert [untaken.may_send(1, 300) for _ in range(6)] == [True] * 4 + [False] * 2
+    acknowledged[1] = 1000
+    assert untaken.may_send(1, 300)
+    for _ in range(100):
+        assert untaken.may_send(2, 900) and untaken.may_send(3, 900)
+        acknowledged[2] += 950
+    untaken.forget(1)
+    assert untaken.may_send(1, 5000) and not untaken.may_send(1, 1)
+
+
+def test_a_connection_that_takes_no_answers(engines):
+    """What waits for a member that asks for large grants and takes none of them is a few MiB, and others are answered."""
+    source = engines(blocks=1 << 16, settings=replace(QUICK, lease_s=300.0)).endpoint
+    ref = source.lease(list(np.random.default_rng(1).permutation(1 << 16)))
+    member = Member(source.address)
+    before = psutil.Process().memory_info().rss
+    for _ in range(20):
+        for _ in range(200):
+            member.say(wire.Open(to=member.welcome.epoch, token=ref.token))
+        time.sleep(0.05)
+    eventually(lambda: source.metrics.value("kvxfer_refused_messages_total", reason="unsendable") > 100)
+    assert psutil.Process().memory_info().rss - before < 48 << 20
+    other = Member(source.address, name="other")
+    assert other.welcome.epoch == source.epoch

@@ -113,7 +113,7 @@ def test_drop_gives_the_blocks_back(world, producer, consumer, when):
     world.advance(0.1)
     if when == "waiting":
         producer.offer(ref, 3)
-        assert producer.ends(ref.token) == ["LeaseRevoked"]
+        assert producer.ends(ref.token) == ["LeaseSettled"]
     else:
         assert producer.ends(ref.token) == ["LeaseSettled"] and not producer.events[0].read
     consumer.drop(ref)
@@ -225,7 +225,7 @@ def test_the_deadline_of_a_read_that_waits(world, producer, consumer):
     world.advance(0.2)
     assert isinstance(transfer.error, PeerTimeoutError) and transfer.error.retryable and transfer.error.quiet
     producer.offer(ref, 1)
-    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    assert producer.ends(ref.token) == ["LeaseSettled"]
     nothing_left(world, producer, consumer)
 
 
@@ -704,3 +704,21 @@ def test_claimed_while_the_producer_restarts(world, producer, consumer):
     world.advance(3)
     assert isinstance(first.error, TransferError)
     nothing_left(world, again, consumer)
+
+
+def test_words_of_a_peer_are_printable(world, producer, consumer):
+    """What a peer says reaches errors without control characters, and codes that nobody knows are one label of the metrics."""
+    ref = producer.announce()
+    transfer = consumer.read(ref, 1)
+    world.settle()
+    consumer.consumer.received(producer.address, wire.Revoked(token=ref.token, reason="gone\n\x1b[31mred"), world.now)
+    assert transfer.error is not None and "gone\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[31mred" in str(
+        transfer.error
+    )
+    for number in range(30):
+        stranger = LeaseRef.mint(owner="x", addresses=[f"tcp://nobody:{number + 1}"])
+        failing = consumer.read(stranger, 2)
+        refused = wire.Refused(code=f"code\n{number}", reason="no\nreason", epoch="e")
+        consumer.consumer.received(stranger.addresses[0], refused, world.now)
+        assert str(failing.error).isprintable() and failing.error.code.isprintable()
+    assert consumer.metrics.value("kvxfer_handshakes_total", outcome="other") == 30

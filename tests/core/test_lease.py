@@ -510,3 +510,14 @@ def test_no_json_value_gets_through_unnamed(obj):
             LeaseRef.from_json(msgspec.json.encode({**GOOD, **obj}))
         except LeaseRefError:
             pass
+
+
+def test_a_lease_that_is_renewed_for_ever(board):
+    """However often it is renewed, a lease ends after the longest time that one may last, and is revoked then."""
+    table = LeaseTable(Settings(lease_s=10.0, max_lease_s=60.0), board)
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [b"1234"], 5)
+    table.open(T1, ME, 5)
+    for now in range(6, 65):
+        assert table.renew([T1], ME, now) == [] and table.expire(now) == []
+    assert table.expire(65) == [lease] and lease.state is LeaseState.REVOKED and free(board)

@@ -186,7 +186,7 @@ def test_the_consumer_gives_up(world, producer, consumer, packed):
     producer.seal(ref, 1, 2, 3)
     producer.offer(ref, 1, 2, 3, 4)
     world.advance(1)
-    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    assert producer.ends(ref.token) == ["LeaseSettled"]
     nothing_left(world, producer, consumer)
 
 
@@ -320,7 +320,7 @@ def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer
     producer.seal(ref, 1)
     producer.offer(ref, 1)
     world.advance(1)
-    assert producer.ends(ref.token) == ["LeaseRevoked"]
+    assert producer.ends(ref.token) == ["LeaseSettled"]
     nothing_left(world, producer, consumer)
 
 
@@ -336,7 +336,7 @@ def test_a_consumer_that_was_never_heard_of_leaves(world, producer, consumer):
     assert [type(m).__name__ for m in consumer.sent if not isinstance(m, wire.Hello)] == ["Settle"]
     producer.announce(ref)
     producer.offer(ref, 1)
-    assert producer.ends(ref.token) == ["LeaseRevoked"] and len(producer.table) == 0
+    assert producer.ends(ref.token) == ["LeaseSettled"] and len(producer.table) == 0
 
 
 def test_only_what_is_early_is_waited_for(world, producer, consumer):
