@@ -119,8 +119,7 @@ def test_drop_gives_all_blocks_back(world, engines, when):
     world.advance(1)
     if when == "waiting":
         source.offer(ref, 3)
-    ends = "LeaseRevoked" if when == "waiting" else "LeaseSettled"
-    assert source.ends(ref.token) == [[ends]] * len(source.nodes)
+    assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
     assert not any(getattr(event, "read", False) for node in source.nodes for event in node.events)
     nothing_left(world, *source.nodes, *sink.nodes)
 
