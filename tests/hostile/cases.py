@@ -274,8 +274,8 @@ def _honest_welcome(scene: Scene) -> wire.Welcome:
         return asking.welcome
 
 
-def _read_in_between(scene: Scene, lease: Callable[[], LeaseRef], blocks: list[int], timeout_s: float) -> None:
-    scene.victim.read(lease().to_json(), blocks, timeout_s)
+def _read_in_between(scene: Scene, lease: Callable[[], LeaseRef], blocks: int, timeout_s: float) -> None:
+    scene.victim.read_if_free(lease().to_json(), blocks, timeout_s)
 
 
 def _bogus(
@@ -293,7 +293,7 @@ def _bogus(
 
     mean = scene.producer(welcome, lambda message: fabric.grant(message.token, ids))
     while True:
-        _read_in_between(scene, lambda: mean.lease(16 * blocks), list(range(32, 32 + blocks)), 5.0)
+        _read_in_between(scene, lambda: mean.lease(16 * blocks), blocks, 5.0)
         yield
         time.sleep(0.1)
 
@@ -392,7 +392,7 @@ def names(scene: Scene) -> Iterator[None]:
 
     mean = scene.producer(welcome, grant)
     while True:
-        _read_in_between(scene, mean.lease, [60, 61, 62, 63], 5.0)
+        _read_in_between(scene, mean.lease, 4, 5.0)
         yield
 
 
@@ -413,7 +413,7 @@ def parting(scene: Scene) -> Iterator[None]:
     ids = np.arange(4, dtype=np.uint32)
     mean = scene.producer(welcome, lambda message: fabric.grant(message.token, ids))
     while True:
-        _read_in_between(scene, mean.lease, [60, 61, 62, 63], 5.0)
+        _read_in_between(scene, mean.lease, 4, 5.0)
         for _ in range(4):
             mean.tell(welcome())
         yield
@@ -436,7 +436,7 @@ def addresses(scene: Scene) -> Iterator[None]:
 
     mean = scene.producer(welcome)
     while True:
-        _read_in_between(scene, mean.lease, [60, 61, 62, 63], 8.0)
+        _read_in_between(scene, mean.lease, 4, 8.0)
         yield
 
 
@@ -457,7 +457,7 @@ def silent_fabric(scene: Scene) -> Iterator[None]:
 
     mean = scene.producer(lambda: met, grant, name=met.name)
     while True:
-        _read_in_between(scene, mean.lease, [60, 61, 62, 63], 5.0)
+        _read_in_between(scene, mean.lease, 4, 5.0)
         yield
 
 
@@ -475,7 +475,7 @@ def words(scene: Scene) -> Iterator[None]:
     )
     while True:
         for _ in range(4):
-            _read_in_between(scene, mean.lease, [60, 61, 62, 63], 2.0)
+            _read_in_between(scene, mean.lease, 4, 2.0)
         yield
 
 
@@ -487,7 +487,7 @@ def long_messages(scene: Scene) -> Iterator[None]:
     data = _with_many_layers(said, "spec", 200_000)
     mean = scene.producer(lambda: data)
     while True:
-        _read_in_between(scene, mean.lease, [60, 61, 62, 63], 5.0)
+        _read_in_between(scene, mean.lease, 4, 5.0)
         for _ in range(10):
             mean.tell(data)
         yield

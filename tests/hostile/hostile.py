@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from kvxfer import LeaseRef
 from tests.hostile.cases import CASES, OF_PRODUCERS, Scene
 from tests.process.child import SMALL, Child, Engine
 
@@ -36,6 +37,16 @@ class Member(Engine):
     def __init__(self, *arguments: Any) -> None:
         logging.getLogger("kvxfer").setLevel(logging.CRITICAL)
         super().__init__(*arguments)
+        self.under_way: list[tuple[Any, list[int]]] = []
+
+    def read_if_free(self, ref: str, blocks: int, timeout_s: float) -> None:
+        """Begin to read into so many of the upper blocks that no read under way has; if there are not so many, do nothing."""
+        self.under_way = [each for each in self.under_way if not each[0].done]
+        taken = {block for _, into in self.under_way for block in into}
+        free = [block for block in range(32, 64) if block not in taken][:blocks]
+        if len(free) == blocks:
+            self.reads.append(self.endpoint.read(LeaseRef.from_json(ref), free, timeout_s=timeout_s))
+            self.under_way.append((self.reads[-1], free))
 
     def why(self, number: int) -> str:
         """How a read ended."""
