@@ -24,6 +24,10 @@ from kvxfer.lease import LeaseRef
 from kvxfer.route import Costs, Route
 from tests.core.pairs import pair_cases, pairs_in_parts
 
+pytestmark = pytest.mark.timeout(
+    900
+)  # hundreds of pairs of endpoints each: half a minute of a processor, on a machine that may be busy
+
 MANY = settings(max_examples=max(500, settings.default.max_examples))
 SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
 
