@@ -79,8 +79,7 @@ class Settings:
     quarantine_s: float = 1.0
     """How long to wait for abandoned bytes to land by themselves before the agent is torn down to stop them."""
     contact_s: float = 5.0
-    """The first few bytes read from a peer must arrive within this, or the agent is made anew and the read starts again,
-    each time with twice as long."""
+    """The first few bytes read from a peer must arrive within this, or its reads fail until they do (`kvxfer.contacts`)."""
     idle_peer_s: float = 300.0
     """A peer that nothing was asked of for this long is forgotten."""
     max_leases: int = 65_536

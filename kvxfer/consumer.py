@@ -21,6 +21,7 @@ from kvxfer.errors import (
     LeaseEndedError,
     LeaseError,
     LeaseUnknownError,
+    PeerTimeoutError,
     TransferFailedError,
     printable,
     shown,
@@ -224,6 +225,12 @@ class Consumer:
         if peer is not None:
             peer.refused(HandshakeError("address", why))
             self._holds.pump_all(peer, now)
+
+    def nobody_listens(self, address: str, why: str, now: float) -> None:
+        """A peer was asked something, does not answer, and its port is closed: whoever waits for it waits in vain."""
+        peer = self._peers.by_address.get(address)
+        if peer is not None:
+            self._holds.gone(peer, PeerTimeoutError(why), now)
 
     def received(self, address: str, message: Message, now: float) -> None:
         """Take one message of the peer at ``address``."""

@@ -88,10 +88,15 @@ class Inbound:
 
 @dataclass(frozen=True)
 class Unreachable:
-    """A peer that something was sent to cannot be connected to, as its name cannot be resolved; ``why`` is a sentence."""
+    """A peer that something was sent to cannot be connected to, as its name cannot be resolved; ``why`` is a sentence.
+
+    Attributes:
+        dead: it can be named, but nobody listens there.
+    """
 
     address: str
     why: str
+    dead: bool = False
 
 
 class Channel(Protocol):
@@ -241,6 +246,9 @@ class ControlChannel:
         """
         timeout_s = _LONGEST_WAIT_S if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)
         unreachable = [Unreachable(address, why) for address, why in self._outgoing.look()]
+        unreachable += [
+            Unreachable(address, f"nobody listens at {address}", dead=True) for address in self._outgoing.dead()
+        ]
         yield from unreachable
         timeout_s = 0.0 if unreachable else min(timeout_s, self._incoming.look(), self._outgoing.wait_s())
         timeout_ms = max(0, int(timeout_s * 1000) + 1)

@@ -165,7 +165,8 @@ class Driver:
     def _take(self, inbound: Inbound | Unreachable) -> None:
         now = self._now()
         if isinstance(inbound, Unreachable):
-            self._guarded(lambda: self.consumer.unreachable(inbound.address, inbound.why, now))
+            tell = self.consumer.nobody_listens if inbound.dead else self.consumer.unreachable
+            self._guarded(lambda: tell(inbound.address, inbound.why, now))
             return
         source, message = inbound.source, inbound.message
         token = getattr(message, "token", "")

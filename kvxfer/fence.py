@@ -33,13 +33,17 @@ class LeaseBoard:
     Args:
         cells: most leases offered at once.
         scratch: most reads of this endpoint checking their lease at once.
+
+    Attributes:
+        unread: address of a cell into which anything may be read, for its content means nothing.
     """
 
     def __init__(self, cells: int, scratch: int = 1024) -> None:
-        self._array = np.zeros((cells + scratch, CELL_NBYTES), dtype=np.uint8)
+        self._array = np.zeros((cells + scratch + 1, CELL_NBYTES), dtype=np.uint8)
         self._begin = int(self._array.ctypes.data)
         self._free = list(range(cells - 1, -1, -1))
         self._free_scratch = list(range(cells + scratch - 1, cells - 1, -1))
+        self.unread: int = self._address(cells + scratch)
 
     @property
     def memory(self) -> Memory:

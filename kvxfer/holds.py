@@ -132,6 +132,21 @@ class Holds:
                 claim.ask_at = now
                 self.pump(hold, now)
 
+    def gone(self, peer: Peer, error: KvxferError, now: float) -> None:
+        """Nobody listens at a peer's address any more. Its engine made these leases, so it did once, and with it they have ended.
+
+        A shared reference may be earlier than its engine, if that was never met: it is waited for.
+        """
+        for hold, claim in self._of(peer):
+            if hold.state in (HoldState.SETTLING, HoldState.ENDED):
+                self.done_with(hold, claim, now)
+            elif hold.ref.early and not peer.name:
+                continue
+            elif hold.state is HoldState.READING:
+                self.stop_read(hold, error)
+            else:
+                self.fail(hold, error, now, claim)
+
     def lost(self, peer: Peer, now: float) -> None:
         """Another process lives at a peer's address: what the one before had granted is void."""
         for hold, claim in self._of(peer):

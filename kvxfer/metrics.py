@@ -28,6 +28,7 @@ COUNTERS = {
     "kvxfer_refused_messages_total": "Control messages refused, by reason.",
     "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",
     "kvxfer_fences_total": "Times the transfer agent was torn down to stop late writes.",
+    "kvxfer_contacts_total": "First contacts with the fabrics of peers, by outcome (answered, failed, silent), and agents made anew for silent ones (renewed).",
     "kvxfer_events_dropped_total": "Done and Failed events dropped because poll() has never been called.",
     "kvxfer_withdrawn_total": "Leases revoked because their reader kept staging slots for which others waited.",
     "kvxfer_internal_errors_total": "Faults of kvxfer itself that were caught; each is a bug worth reporting.",

@@ -17,6 +17,7 @@ import zmq
 
 from kvxfer import addresses
 from kvxfer.errors import ConfigError
+from kvxfer.listening import Watch
 from kvxfer.resolver import Resolver
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class _Route:
     heard: bool = False
     unanswered_since: float | None = None
     queued: list[bytes] = field(default_factory=list)
+    watch: Watch | None = None
+    """Whether somebody listens there, while it does not answer."""
 
 
 class Outgoing:
@@ -87,6 +90,8 @@ class Outgoing:
         self._by_socket: dict[zmq.Socket[bytes], _Route] = {}
         self._retry_at = float("inf")
         """When a peer with a name may have been silent for too long."""
+        self._watch_at = float("inf")
+        """When to look whether somebody listens where a peer does not answer."""
 
     def send(self, address: str, data: bytes) -> bool:
         """Send a message to a peer, or queue it while its name is looked up.
@@ -102,8 +107,12 @@ class Outgoing:
             route = self._begin(address)
             if route is None:
                 return False
+        now = time.monotonic()
         if route.named and route.unanswered_since is None:
-            self._silent_from(route, time.monotonic())
+            self._silent_from(route, now)
+        if route.watch is None:
+            route.watch = Watch(now)
+            self._watch_at = min(self._watch_at, route.watch.due)
         if route.sockets:
             for each in list(route.sockets.values()):
                 self._push(each, [data])
@@ -122,6 +131,7 @@ class Outgoing:
         if route is None:
             return
         route.unanswered_since = None
+        self._watch_no_more(route)
         if not route.heard:
             route.heard = True
             self._unmet.pop(route.address, None)
@@ -155,10 +165,25 @@ class Outgoing:
             self._look_again(now)
         return failed
 
+    def dead(self) -> list[str]:
+        """Addresses of peers that do not answer and where nobody listens, as the operating system says for some time now."""
+        now = time.monotonic()
+        found: list[str] = []
+        if now < self._watch_at:
+            return found
+        self._watch_at = float("inf")
+        for route in self._routes.values():
+            if route.watch is None or not route.sockets:
+                continue
+            if now >= route.watch.due and route.watch.look(route.sockets, route.port, now):
+                found.append(route.address)
+            self._watch_at = min(self._watch_at, route.watch.due)
+        return found
+
     def wait_s(self) -> float:
         """For how long `look` need not be called, unless ``tell`` asks for it."""
         at = min((self._resolver.due_at(route.host) for route in self._unresolved.values()), default=float("inf"))
-        return max(0.0, min(at, self._retry_at) - time.monotonic())
+        return max(0.0, min(at, self._retry_at, self._watch_at) - time.monotonic())
 
     def hangup(self, address: str) -> None:
         """Close the connections to a peer, if there are some."""
@@ -166,15 +191,24 @@ class Outgoing:
         if route is not None:
             self._unmet.pop(address, None)
             self._unresolved.pop(address, None)
+            self._watch_no_more(route)
             for number in list(route.sockets):
                 self._close(route, number)
 
     def clear(self) -> None:
         """Forget all. Sockets are closed with their context."""
+        for route in self._routes.values():
+            self._watch_no_more(route)
         for each in (self._routes, self._unmet, self._unresolved, self._by_socket):
             each.clear()
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _watch_no_more(route: _Route) -> None:
+        if route.watch is not None:
+            route.watch.close()
+            route.watch = None
 
     def _begin(self, address: str) -> _Route | None:
         host, port = addresses.parse(address)

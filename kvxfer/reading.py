@@ -86,8 +86,8 @@ class Carrier(Protocol):
     def proven(self, agent_info: bytes) -> bool:
         """Something was read from that agent before."""
 
-    def prove(self, agent_info: bytes) -> None:
-        """Something was."""
+    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
+        """Call ``then`` when the leg's source, from which nothing was read before, has answered. Raises KvxferError: it does not."""
 
     def stage(self, leg: Leg, message: Stage) -> None:
         """Ask the leg's source to pack a chunk."""
@@ -105,8 +105,6 @@ class Reading:
     Attributes:
         pending: flights and copies that have to end before its blocks are quiet.
         error: why it failed; set once, and nothing new is started from then on.
-        attempts: how often it was started again on a new agent because the first contact with a source hung. Each time is
-            given twice as long, for a busy machine is slow to connect, and giving up on that can make the next one hang.
         nbytes, descriptors: what went over the wire so far.
         routes: which it took so far.
         early_nbytes: what was here when the last source had granted all.
@@ -114,9 +112,8 @@ class Reading:
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
 
-    def __init__(self, job: StartRead, *, attempts: int = 0) -> None:
+    def __init__(self, job: StartRead) -> None:
         self.job = job
-        self.attempts = attempts
         self.legs: list[Leg] = [Leg(self, source) for source in job.sources]
         self.ended_legs = 0
         self.pending = 0
@@ -134,11 +131,6 @@ class Reading:
         """When it ends at the latest."""
         return self.job.transfer.deadline
 
-    @property
-    def contacting_since(self) -> float | None:
-        """Since when a source is contacted for the first time, if one is."""
-        return min((leg.contacting_since for leg in self.legs if leg.contacting_since is not None), default=None)
-
     def start(self, carrier: Carrier) -> None:
         """Begin with all legs. Raises KvxferError: what is under way has to be waited for."""
         if carrier.now() >= self.deadline:
@@ -148,7 +140,7 @@ class Reading:
 
     def restarted(self, carrier: Carrier) -> Reading:
         """The same read, to be started on a new agent."""
-        reading = Reading(self.job, attempts=self.attempts)
+        reading = Reading(self.job)
         reading.legs = [leg.again(carrier, reading) for leg in self.legs]
         return reading
 
@@ -158,14 +150,14 @@ class Leg:
 
     Attributes:
         source: as far as it has granted its blocks.
-        contacting_since: when the first thing was asked of an agent that is new to this one; None before and after.
+        meets: its source has not answered yet.
         next_number: of the next chunk that is asked for.
     """
 
     def __init__(self, reading: Reading, source: Source) -> None:
         self.reading = reading
         self.source: Source = source
-        self.contacting_since: float | None = None
+        self.meets = False
         self.next_number = 0
         self._work: _Packed | Check | None = None
         self._moving = True
@@ -175,22 +167,18 @@ class Leg:
         self._sent_nbytes = self._here_nbytes = 0
 
     def start(self, carrier: Carrier) -> None:
-        """Move its bytes, after a first contact with a source that is new.
-
-        The first transfer also connects, and with UCX 1.23 that was seen to hang for ever, rarely, after other consumers
-        of the same producer had been killed. A few bytes, the lease's cell, tell it from a long copy, so that `contact_s`
-        can be short.
-        """
+        """Move its bytes: of a source that is new after a first contact (`kvxfer.contacts`), and if its lease still stands."""
         if carrier.proven(self.source.agent_info):
-            self._moving = False
-            self._go_on(carrier)
+            self._begin(carrier)
         else:
-            self.contacting_since = carrier.now()
-            self._read_cell(carrier, self._contacted)
+            self.meets = True
+            carrier.meet(self, lambda: self._met(carrier))
 
-    def _contacted(self, carrier: Carrier) -> None:
-        self.contacting_since = None
-        carrier.prove(self.source.agent_info)
+    def _met(self, carrier: Carrier) -> None:
+        self.meets = False
+        self._read_cell(carrier, self._begin)
+
+    def _begin(self, carrier: Carrier) -> None:
         self._moving = False
         self._go_on(carrier)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.agent import Flight, FlightState, Op
 from kvxfer.buffer import let_end
+from kvxfer.contacts import LOOK_EVERY_S, Contacts
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.integrity import verdict
@@ -115,6 +116,7 @@ class Reads:
         self._scratches = Supply(board.take_scratch, board.give_scratch)
         self._slots = Supply(lambda: arena.take(Use.LANDING), arena.give)
         self._supplies = (self._scratches, self._slots)
+        self._contacts = Contacts(life, board.unread, settings.contact_s, metrics, now)
 
     # -- what the data thread asks ----------------------------------------------------------------------------------
 
@@ -129,13 +131,14 @@ class Reads:
     @property
     def moving(self) -> bool:
         """Something is under way whose end nobody tells: it has to be looked for."""
-        return bool(self._flying or self._copying or self._occupied)
+        return bool(self._flying or self._copying or self._occupied or self._contacts.awaited)
 
     def due_s(self) -> float | None:
-        """Until the first deadline; None without reads."""
-        if not self._readings:
-            return None
-        return max(0.0, min(reading.deadline for reading in self._readings.values()) - self.now())
+        """Until the first deadline, or the next look at a peer that is silent; None if there is nothing to wait for."""
+        waits = [LOOK_EVERY_S] if self._contacts.pending else []
+        if self._readings:
+            waits.append(max(0.0, min(reading.deadline for reading in self._readings.values()) - self.now()))
+        return min(waits, default=None)
 
     def start(self, job: StartRead) -> None:
         """Begin a read, as soon as this side's device has done with its blocks."""
@@ -253,9 +256,9 @@ class Reads:
         """See `Carrier`."""
         return agent_info in self._life.proven
 
-    def prove(self, agent_info: bytes) -> None:
+    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
         """See `Carrier`."""
-        self._life.proven.add(agent_info)
+        self._contacts.meet(leg, then)
 
     def stage(self, leg: Leg, message: Stage) -> None:
         """See `Carrier`."""
@@ -283,7 +286,7 @@ class Reads:
 
     def _poll(self) -> bool:
         moved = False
-        while self._life.agent is not None and self._flying:
+        while self._life.agent is not None and (self._flying or self._contacts.pending):
             try:
                 changed = self._life.agent.poll()
             except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
@@ -346,6 +349,14 @@ class Reads:
                 self.guarded(leg, partial(then, place))
 
     def _changed(self, flight: Flight) -> None:
+        if self._contacts.owns(flight):
+            waiting, failed = self._contacts.ended(flight)
+            for leg, then in waiting:
+                if failed is None:
+                    self.guarded(leg, then)
+                else:
+                    self._fail(leg.reading, failed)
+            return
         flying = self._flying[flight]
         reading = flying.leg.reading
         if flight.state is FlightState.QUARANTINED:
@@ -389,6 +400,7 @@ class Reads:
                 waits = (
                     "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
                 )
+                waits = "for the fabric of its source" if any(leg.meets for leg in reading.legs) else waits
                 waits = "for this side's device" if reading in self._occupied else waits
                 self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
             except Exception as error:  # noqa: BLE001 - the others have deadlines too
@@ -420,18 +432,7 @@ class Reads:
 
     def _fence_if_due(self) -> None:
         now = self.now()
-        stuck = [
-            r
-            for r in self._readings.values()
-            if r.contacting_since is not None
-            and r.error is None
-            and now >= r.contacting_since + self._settings.contact_s * 2**r.attempts
-        ]
-        if stuck:
-            _log.warning("the first contact with a peer hangs: the transfer agent is made anew")
-            for reading in stuck:
-                reading.attempts += 1
-            self._fence()
+        if self._meet_the_silent():
             return
         rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]
         if not rest or self._life.agent is None:
@@ -440,6 +441,27 @@ class Reads:
             return
         _log.warning("tearing the transfer agent down to stop %d abandoned read(s)", len(rest))
         self._fence()
+
+    def _meet_the_silent(self) -> bool:
+        """Give up on contacts that hang; True if the agent was made anew, because some of those may go through on another one."""
+        hanging = self._contacts.hanging()
+        if not hanging:
+            return False
+        hung = {leg.reading for contact in hanging for leg, _ in contact.waiting}
+        busy = bool(self._flying) or any(reading not in hung for reading in self._readings.values())
+        if self._contacts.may_renew(hanging, busy=busy):
+            _log.warning(
+                "the transfer agent is made anew: first contacts hang with %s",
+                ", ".join(contact.name for contact in hanging),
+            )
+            self._contacts.renewed(hanging)
+            self._fence()
+            return True
+        for contact in hanging:
+            legs, error = self._contacts.silence(contact)
+            for leg in legs:
+                self._fail(leg.reading, error)
+        return False
 
     def _broken(self, error: Exception) -> None:
         _log.error("the transfer agent is broken and is torn down: %s", error, exc_info=error)
@@ -455,6 +477,7 @@ class Reads:
         self._metrics.count("kvxfer_fences_total")
         flying, self._flying = self._flying, {}
         self._life.close()
+        meeting = self._contacts.torn_down()
         touched = dict.fromkeys(each.leg.reading for each in flying.values())
         for each in flying.values():
             each.leg.reading.pending -= 1
@@ -478,3 +501,7 @@ class Reads:
         self._life.remake()
         for reading in again:
             self._start(reading)
+        for leg, then in meeting:
+            # A read that was begun again has new legs, which meet their sources by themselves.
+            if self._readings.get(leg.reading.job.transfer) is leg.reading and leg.reading.error is None:
+                self.guarded(leg, partial(self.meet, leg, then))

@@ -24,8 +24,9 @@ def test_a_cell_lies_inside_the_registered_memory():
     """Every cell and scratch cell is in the span that the endpoint registers, and none overlaps another."""
     board = LeaseBoard(3, 2)
     cells = [board.post(bytes([i + 1]) * 16) for i in range(3)] + [board.take_scratch(), board.take_scratch()]
-    assert len(set(cells)) == 5
-    assert board.memory.nbytes == 5 * CELL_NBYTES
+    cells.append(board.unread)
+    assert len(set(cells)) == 6
+    assert board.memory.nbytes == 6 * CELL_NBYTES
     assert all(board.memory.address <= cell and cell + CELL_NBYTES <= board.memory.end for cell in cells)
     assert [at(cell) for cell in cells[:3]] == [bytes([i + 1]) * 16 for i in range(3)]
 

@@ -85,6 +85,28 @@ def test_one_on_loopback_and_one_on_all_addresses(child, ucx):
     assert serves(open_to_all, near) and serves(near, open_to_all)
 
 
+@pytest.mark.parametrize("ucx", [{}, {"ucx": "TLS=tcp"}], ids=["any lane", "tcp"])
+def test_a_producer_whose_fabric_is_silent(child, ucx):
+    """Long reads from a healthy producer are all done while one is asked that answers on its control channel and nowhere else.
+
+    The agent is made anew for its sake at most once in eight times ``contact_s``; otherwise its reads fail at once, by name.
+    """
+    contact_s = 0.4
+    settings = {**PATIENT, "contact_s": contact_s}
+    good, silent, consumer = (child(seed, LARGE, settings=settings, **ucx) for seed in (1, 2, 3))
+    silent.silence_fabric()
+    blocks, refs = list(range(200)), [silent.lease([1]) for _ in range(40)]
+    begin, asked = time.monotonic(), []
+    while len(asked) < len(refs) and (time.monotonic() < begin + 10 * contact_s or len(asked) < 4):
+        asked.append(consumer.read(refs[len(asked)], [250], 10.0))
+        outcome, _ = consumer.read_and_wait(good.lease(blocks), blocks, 30.0)
+        assert outcome == "done"
+    assert consumer.holds_blocks_of(1, blocks, blocks)
+    outcomes = {consumer.outcome(number, 30.0) for number in asked}
+    assert outcomes == {"PeerTimeoutError"}
+    assert 1 <= consumer.metric("kvxfer_fences_total") <= 2 + (time.monotonic() - begin) / (8 * contact_s)
+
+
 @pytest.mark.parametrize("when", ["before", "during"])
 def test_the_producer_is_killed(child, when):
     """Every read ends, done or by name, in time; the consumer goes on with another producer."""
@@ -285,3 +307,24 @@ def test_nothing_grows(child):
         assert new["threads"] <= old["threads"]
         assert new["files"] <= old["files"] + 2 * cycles
         assert new["kib"] <= old["kib"] + 8192
+
+
+@pytest.mark.parametrize("how", ["waiting", "held"])
+def test_a_killed_producer_is_known_at_once(child, how):
+    """A read that waits for blocks, and one of a lease that is held, end in about a second when the producer's process is killed."""
+    producer, consumer = (child(seed, settings={}) for seed in (1, 2))
+    ref = producer.announce() if how == "waiting" else producer.lease([1, 2])
+    if how == "held":
+        consumer.hold(ref)
+        eventually(lambda: consumer.granted() == 1)
+        producer.kill()
+        begin = time.monotonic()
+        number = consumer.read(ref, [1, 2], 60.0)
+    else:
+        number = consumer.read(ref, [1, 2], 60.0)
+        assert consumer.outcome(number, 1.0) == "running"
+        producer.kill()
+        begin = time.monotonic()
+    outcome = consumer.outcome(number, 30.0)
+    assert outcome not in ("done", "running"), outcome
+    assert time.monotonic() - begin < 5.0  # 1 s, on a machine that is not busy; the time-out is 15 s

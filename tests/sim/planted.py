@@ -8,6 +8,7 @@ import pytest
 
 from kvxfer import (
     acquaintance,
+    contacts,
     driver,
     endpoint,
     fence,
@@ -158,7 +159,7 @@ def quarantine_is_the_end(patch):
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
             flight.state = FlightState.FAILED
-        if flight in self._flying:
+        if flight in self._flying or self._contacts.owns(flight):
             changed(self, flight)
 
     patch(reads.Reads, "_changed", told)
@@ -489,3 +490,31 @@ def part_in_flight_not_waited_for(patch):
         del flight._parts[1:]
 
     patch(TransferAgent, "_advance", first_only)
+
+
+@bug
+def agent_renewed_for_each_silent_contact(patch):
+    """Each first contact that hangs tears the agent down, as often as there are any."""
+    patch(contacts.Contacts, "may_renew", lambda self, hanging, *, busy: True)
+
+
+@bug
+def silent_peers_stop_all_reads(patch):
+    """While a peer is silent, nothing is begun with any other."""
+    meet = contacts.Contacts.meet
+
+    def one_after_the_other(self, leg, then):
+        others = [contact for info, contact in self._contacts.items() if info != leg.source.agent_info]
+        if any(contact.silent for contact in others):
+            others[0].waiting.append((leg, then))
+        else:
+            meet(self, leg, then)
+
+    patch(contacts.Contacts, "meet", one_after_the_other)
+    patch(reads.Reads, "proven", lambda self, info: False)
+
+
+@bug
+def lost_contact_is_never_made_again(patch):
+    """A peer that did not answer the first contact is not asked again on another agent, whoever wants it."""
+    patch(contacts.Contacts, "may_renew", lambda self, hanging, *, busy: False)

@@ -40,7 +40,7 @@ FOUND_BY = {
     "failed_is_quiet": ("crashy", 5, "free block written"),
     "agent_left_alive": ("crashy", 5, "free block written"),
     "told_before_it_is_quiet": ("stuck", 11, "free block written"),
-    "quarantine_is_the_end": ("crashy", 5, "free block written"),
+    "quarantine_is_the_end": ("crashy", 1, "free block written"),
     "copy_not_waited_for": ("calm", 0, "wrong bytes"),
     "read_deadline_dropped": ("calm", 3, "left behind"),
     "staged_read_deadline_dropped": ("calm", 1, "read without end"),
@@ -70,9 +70,12 @@ FOUND_BY = {
     "packing_not_waited_for": ("calm", 0, "wrong bytes"),
     "slot_given_back_while_it_is_packed": ("slow", 20, "wrong bytes"),
     "device_failure_at_the_producer_ignored": ("stuck", 0, "wrong bytes"),
-    "device_failure_at_the_consumer_ignored": ("stuck", 0, "wrong bytes"),
+    "device_failure_at_the_consumer_ignored": ("stuck", 3, "wrong bytes"),
     "closed_without_a_word": ("crashy", 0, "left behind"),
     "overtaken_chunk_taken_for_an_old_one": ("calm", 0, "failed for nothing"),
+    "agent_renewed_for_each_silent_contact": ("silent", 1, "torn down too often"),
+    "silent_peers_stop_all_reads": ("silent", 31, "failed for nothing"),
+    "lost_contact_is_never_made_again": ("stuck", 28, "failed for nothing"),
     "part_in_flight_not_waited_for": ("calm", 1, "wrong bytes"),
 }
 """Profile and seed by which each planted bug is found, and as what."""
@@ -104,6 +107,7 @@ def test_whatever_goes_wrong(name):
         "freeze": profile.freezes,
         "cut": profile.cuts,
         "reconnect": profile.reconnects,
+        "silence": profile.silences,
         "clock jump": profile.jumps,
     }
     # A fault that never happens proves nothing, and neither does a route that is never taken.

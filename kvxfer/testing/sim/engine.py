@@ -57,6 +57,10 @@ OVERDUE_S = 3.0
 polling costs, and the time of an agent that cannot be made again at once."""
 
 
+_RENEWAL_PAUSE = 8.0
+"""Times ``contact_s``: for the sake of silent peers an agent is not made anew more often than that."""
+
+
 @dataclass(eq=False)
 class Serving:
     """A request at its producer: blocks, and what they are to hold.
@@ -115,6 +119,7 @@ class Rank:
         self.shadow: Array = self.memory.read(range(engine.shape.blocks))
         self.reads: dict[Transfer, Overdue] = {}
         self._hoards: dict[Holder, float] = {}
+        self._began = self.process.now()
 
         def make_agent(name: str) -> VirtualAgent:
             self._agent = VirtualAgent(name, self.process, story.agents)
@@ -155,6 +160,12 @@ class Rank:
         self._hoards = {reader: self._hoards.get(reader, 0.0) + passed_s for reader in hoarders}
         if max(self._hoards.values(), default=0.0) > HOARD_S:
             self.engine.story.fail("slots kept", f"readers keep slots of {self.process.name} for which others wait")
+        renewed = self.endpoint.metrics.value("kvxfer_contacts_total", outcome="renewed")
+        if renewed > 1 + (self.process.now() - self._began) / (_RENEWAL_PAUSE * SETTINGS["contact_s"]):
+            self.engine.story.fail(
+                "torn down too often",
+                f"{self.process.name} made its agent anew {renewed:g} times for peers that are silent",
+            )
         for transfer, read in self.reads.items():
             read.seconds += passed_s if self.process.now() > transfer.deadline else 0.0
             if read.seconds > OVERDUE_S:

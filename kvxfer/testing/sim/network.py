@@ -30,12 +30,15 @@ class Network:
     Attributes:
         channels: by address.
         cut: ways that nothing gets through, as (engine, engine): in that direction.
+        silent: ways that no bytes of KV get through at this moment; ``silenced`` those that were silent at any time.
     """
 
     def __init__(self, world: World) -> None:
         self.world: World = world
         self.channels: dict[str, VirtualChannel] = {}
         self.cut: set[tuple[str, str]] = set()
+        self.silent: set[tuple[str, str]] = set()
+        self.silenced: set[tuple[str, str]] = set()
 
     @staticmethod
     def address(label: str) -> str:
@@ -44,7 +47,7 @@ class Network:
 
     def stalled(self, label: str, other: str) -> bool:
         """Bytes of KV cannot cross between these two."""
-        return not self.cut.isdisjoint([(label[0], other[0]), (other[0], label[0])])
+        return not (self.cut | self.silent).isdisjoint([(label[0], other[0]), (other[0], label[0])])
 
     def reconnect(self, engine: str, other: str) -> None:
         """All connections between two engines are new."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvxfer.errors import LeaseError
+from kvxfer.errors import LeaseError, PeerTimeoutError, TransferTimeoutError
 from kvxfer.lease import LeaseRef
 from kvxfer.testing.sim.cache import Work
 from kvxfer.testing.sim.engine import SETTINGS, Fetching, Overdue, Serving
@@ -63,6 +63,15 @@ class Request:
         elif self._tries and (self.must_be_read or (self._world.kind and not isinstance(error, LeaseError))):
             # Whatever its engines and clients do to it is about its lease, and its errors are too.
             self.story.fail("failed for nothing", f"{who}: {self.name} failed without a reason: {error}")
+        elif self._tries and self._beside_silence and isinstance(error, (PeerTimeoutError, TransferTimeoutError)):
+            self.story.fail("failed for nothing", f"{who}: {self.name} failed because others are silent: {error}")
+
+    @property
+    def _beside_silence(self) -> bool:
+        """All that went wrong so far is that the fabric between other engines was silent."""
+        ways = {frozenset(way) for way in self.story.network.silenced}
+        own = {frozenset((self._source.name, sink.name)) for sink in self._sinks}
+        return self._blameless and set(self._world.faults) <= {"silence"} and ways.isdisjoint(own)
 
     def expired(self, who: str) -> None:
         """Its lease did."""

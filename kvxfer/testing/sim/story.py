@@ -44,6 +44,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "crashy": Profile(delay_s=0.02, copy_s=0.1, copy_broken=0.05, coupled=0.3, crashes=3, closes=2, freezes=3),
     "clocks": Profile(delay_s=0.1, copy_s=0.3, copy_late=0.02, freezes=4, drift=0.1, jumps=8),
+    "silent": Profile(delay_s=0.02, copy_s=0.1, silences=5),
     "all": Profile(
         lost=0.1,
         repeated=0.05,
@@ -203,6 +204,7 @@ class Story:
         world = self.world
         world.calm = True
         self.network.cut.clear()
+        self.network.silent.clear()
         self.say("nothing goes wrong any more")
         for pair in itertools.permutations(self.engines, 2):
             name = f"probe from {pair[0].name} to {pair[1].name}"
@@ -238,6 +240,7 @@ class Story:
             ("freeze", profile.freezes),
             ("cut", profile.cuts),
             ("reconnect", profile.reconnects),
+            ("silence", profile.silences),
             ("clock jump", profile.jumps),
         ):
             for i in range(number):
@@ -260,6 +263,8 @@ class Story:
         elif kind == "cut" and strikes(f"{engine.name} to {other.name}" if one_way else between):
             ways = [(engine.name, other.name), (other.name, engine.name)]
             self._cut(set(ways[:1] if one_way else ways), seconds)
+        elif kind == "silence" and strikes(between):
+            self._silence((engine.name, other.name), seconds)
         elif kind == "crash" and engine.alive and strikes(engine.name):
             engine.crash()
         elif kind == "close" and engine.alive and strikes(engine.name):
@@ -283,6 +288,12 @@ class Story:
             self.network.cut -= ways
 
         self.world.after(seconds, heal)
+
+    def _silence(self, way: tuple[str, str], seconds: float) -> None:
+        self.say(f"the fabric of {way[0]} and {way[1]} is silent for {seconds:.1f} s")
+        self.network.silent.add(way)
+        self.network.silenced.add(way)
+        self.world.after(seconds, lambda: self.network.silent.discard(way))
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

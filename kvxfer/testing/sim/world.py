@@ -37,6 +37,7 @@ class Profile:
         device_s: longest time of that.
         crashes, closes, freezes: of processes; closed ones say so.
         cuts, reconnects: of the way between two engines, in both directions or in one; new connections of old acquaintances.
+        silences: of the fabric between two engines, whose control channels go on.
         drift: by how much clocks run too fast or too slow, as a share.
         jumps: of clocks, forward.
     """
@@ -59,6 +60,7 @@ class Profile:
     freezes: int = 0
     cuts: int = 0
     reconnects: int = 0
+    silences: int = 0
     drift: float = 0.0
     jumps: int = 0
 
