@@ -181,13 +181,14 @@ class Reads:
         A fault in one part keeps none of the others from its turn: deadlines are kept, and memory is made quiet.
         """
         under_way = len(self._readings)
-        moved = bool(self._flying) and self._step(self._poll)
+        moved = (bool(self._flying) or self._contacts.pending) and self._step(self._poll)
         moved = (bool(self._copying) and self._step(self._see_copies)) or moved
         if self._occupied:
             self._step(self._begin_unoccupied)
         self._step(self._serve_waiting)
         if self._readings:
             self._step(self._give_up_late)
+        if self._readings or self._contacts.pending:
             self._step(self._fence_if_due)
         return moved or len(self._readings) != under_way
 
