@@ -59,7 +59,7 @@ TASKS = (
         900,
         number=15,
     ),
-    Task("sim", (*_KVXFER, "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=4000),
+    Task("sim", (*_KVXFER, "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=600),
     Task(
         "search",
         ("-m", "pytest", "-q", "-p", "no:xdist", *_ANY_PAIR, "--timeout=0"),
