@@ -181,7 +181,9 @@ def _by_rule(config: Mapping[str, Any], name: str, how: ModelType, layers: int, 
         return tuple(range(layers))
     if how.slides is Slides.LATE:
         first = config.get("max_window_layers", how.period)
-        return tuple(range(first and min(layers, _count({"": first}, name, ("",), None)), layers))
+        if type(first) is not int or first:  # all layers may slide; anything else is a number of layers, or refused
+            first = min(layers, _count({"max_window_layers": first}, name, ("max_window_layers",), None))
+        return tuple(range(first, layers))
     period = _count(config, name, how.period_keys or ("",), how.period)
     full = 0 if how.slides is Slides.BUT_FIRST else period - 1
     return tuple(n for n in range(layers) if n % period != full)

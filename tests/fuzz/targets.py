@@ -196,7 +196,7 @@ def run_params(data: bytes) -> bool:
         asked = vllm_params.parse(value.get("params"), role, request_id)
         if isinstance(asked, vllm_params.Fetch):
             ref = asked.lease
-            answer = vllm_params.response(ref, [1], host="h", port=1, tp_size=len(ref.addresses))
+            answer = vllm_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
             again = vllm_params.parse(json.loads(json.dumps(answer)), role)
             assert again == vllm_params.Fetch(msgspec.structs.replace(ref, early=False)) or not ref.num_tokens
         assert asked is None or isinstance(
@@ -207,7 +207,7 @@ def run_params(data: bytes) -> bool:
 
 
 def seeds_params() -> list[bytes]:
-    fetch = vllm_params.response(_lease(), [1, 2], host="h", port=5600, tp_size=1)
+    fetch = vllm_params.response(_lease(), [[1, 2]], host="h", port=5600, tp_size=1)
     meet = {
         "do_remote_prefill": True,
         "remote_engine_id": "P2",
