@@ -96,6 +96,18 @@ class Machine:
             self.producer.offer(ref.token, blocks, self.now)
         elif what == "seal":
             self.producer.seal(ref.token, blocks, self.now)
+        elif what == "other":
+            other = [np.array([9, 8], dtype="<u4").tobytes()]  # which is no continuation of what is sealed
+            self.producer.seal(ref.token, other, self.now)
+        elif what == "short":
+            self.producer.short_of_slots(number % 3, self.now)
+        elif what == "gone":
+            self.producer.gone(b"a", self.now)
+        elif what == "still":
+            self.producer.stood_still(self.now, float(number % 60))
+            self.consumer.stood_still(self.now, float(number % 60))
+        elif what == "unreachable":
+            self.consumer.unreachable(PEER, "no such host", self.now)
         elif what == "revoke":
             self.producer.revoke(ref.token, "because")
         elif what == "hold":
@@ -245,6 +257,13 @@ def seeds() -> list[Any]:
         ["say", "peer", {"type": "Renewed", "ended": ["$3"]}], ["wait", 40.0],
         ["say", "peer", {"type": "Settled", "token": "$2", "stood": True}],
     ]  # fmt: skip
+    pressed = [
+        ["announce", 6], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$6"}], ["offer", 6],
+        ["say", "a", {**said(stage), "to": "$epoch", "token": "$6"}],
+        ["say", "a", {**said(stage), "to": "$epoch", "token": "$6", "number": 3}],
+        ["short", 1], ["still", 7], ["gone", 1], ["wait", 8.0], ["short", 0], ["announce", 8], ["seal", 8], ["other", 8], ["offer", 8],
+        ["hold", 9], ["unreachable", 9], ["read", 9], ["still", 50], ["read", 3], ["unreachable", 3], ["wait", 20.0],
+    ]  # fmt: skip
     troubled = [
         ["say", "a", {**hello, "readers": 2, "reader": 1}], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$7", "early": True}],
         ["say", "b", hello], ["say", "b", {"type": "Open", "to": "$epoch", "token": "$7"}], ["announce", 7], ["offer", 7], ["offer", 7],
@@ -284,4 +303,15 @@ def seeds() -> list[Any]:
         ["say", "a", {**hello, "protocol": 3}], ["say", "a", {**hello, "rank": 4}], ["say", "a", {**hello, "agent": "x"}],
         ["say", "a", {**hello, "reader": 3}], ["say", "peer", hello], ["wait", 20.0], ["say", "peer", {**welcome, "spec": None}],
     ]  # fmt: skip
-    return [producing, consuming, troubled, sealing, producing + consuming, restarted, staging, refusals, strangers]
+    return [
+        producing,
+        consuming,
+        troubled,
+        sealing,
+        producing + consuming,
+        restarted,
+        staging,
+        refusals,
+        strangers,
+        pressed,
+    ]
