@@ -512,9 +512,3 @@ def silent_peers_stop_all_reads(patch):
 
     patch(contacts.Contacts, "meet", one_after_the_other)
     patch(reads.Reads, "proven", lambda self, info: False)
-
-
-@bug
-def lost_contact_is_never_made_again(patch):
-    """A peer that did not answer the first contact is not asked again on another agent, whoever wants it."""
-    patch(contacts.Contacts, "may_renew", lambda self, hanging, *, busy: False)

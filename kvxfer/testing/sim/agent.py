@@ -77,6 +77,7 @@ class VirtualAgent(TransferAgent):
         self.process: Process = process
         self.at_once: bool = world.chooses(f"{process.name} copies at once", 0.3)
         self.met: set[str] = set()
+        self._asked: set[str] = set()
         self._agents = agents
         self.is_open: bool = True
         self._under_way: dict[_Copy, None] = {}
@@ -109,6 +110,7 @@ class VirtualAgent(TransferAgent):
             world.say(f"{copy.what}: refused")
             raise TransferFailedError("refused by the simulator")
         lost = world.strikes("copy lost", copy.what, profile.copy_lost, chance)
+        lost = self._loses_first(owner.process) or lost
         late = not lost and world.strikes("copy late", copy.what, profile.copy_late, chance)
         broken = not lost and not late and world.strikes("copy broken", copy.what, profile.copy_broken, chance)
         fate = "lost half way" if lost else "late" if late else "broken off" if broken else ""
@@ -132,6 +134,17 @@ class VirtualAgent(TransferAgent):
         if broken:
             world.after(times[stop_at], lambda: self._break(copy, TransferFailedError("broken off by the simulator")))
         return copy
+
+    def _loses_first(self, owner: Process) -> bool:
+        """The first copy from another process connects to it, and that fails without a word."""
+        pair, lost = (self.process.name, owner.name), self.process.network.lost_first
+        if owner.name in self._asked or pair in lost:
+            return False
+        self._asked.add(owner.name)
+        if self.process.world.strikes("first copy lost", " from ".join(pair), self.process.world.profile.first_lost):
+            lost.add(pair)
+            return True
+        return False
 
     def _move(self, copy: _Copy, piece: list[tuple[int, int, int]]) -> None:
         if not self.is_open or not self.process.alive:

@@ -31,6 +31,7 @@ class Network:
         channels: by address.
         cut: ways that nothing gets through, as (engine, engine): in that direction.
         silent: ways that no bytes of KV get through at this moment; ``silenced`` those that were silent at any time.
+        lost_first: processes, by name, of which one has lost its first copy from the other.
     """
 
     def __init__(self, world: World) -> None:
@@ -39,6 +40,7 @@ class Network:
         self.cut: set[tuple[str, str]] = set()
         self.silent: set[tuple[str, str]] = set()
         self.silenced: set[tuple[str, str]] = set()
+        self.lost_first: set[tuple[str, str]] = set()
 
     @staticmethod
     def address(label: str) -> str:

@@ -69,9 +69,11 @@ class Request:
     @property
     def _beside_silence(self) -> bool:
         """All that went wrong so far is that the fabric between other engines was silent."""
-        ways = {frozenset(way) for way in self.story.network.silenced}
+        network = self.story.network
+        ways = {frozenset(way) for way in network.silenced}
+        ways |= {frozenset((here[0], there[0])) for here, there in network.lost_first}
         own = {frozenset((self._source.name, sink.name)) for sink in self._sinks}
-        return self._blameless and set(self._world.faults) <= {"silence"} and ways.isdisjoint(own)
+        return self._blameless and set(self._world.faults) <= {"silence", "first copy lost"} and ways.isdisjoint(own)
 
     def expired(self, who: str) -> None:
         """Its lease did."""

@@ -44,7 +44,7 @@ PROFILES: dict[str, Profile] = {
     ),
     "crashy": Profile(delay_s=0.02, copy_s=0.1, copy_broken=0.05, coupled=0.3, crashes=3, closes=2, freezes=3),
     "clocks": Profile(delay_s=0.1, copy_s=0.3, copy_late=0.02, freezes=4, drift=0.1, jumps=8),
-    "silent": Profile(delay_s=0.02, copy_s=0.1, silences=5),
+    "silent": Profile(delay_s=0.02, copy_s=0.1, first_lost=0.2, silences=5),
     "all": Profile(
         lost=0.1,
         repeated=0.05,

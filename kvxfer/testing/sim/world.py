@@ -37,6 +37,7 @@ class Profile:
         device_s: longest time of that.
         crashes, closes, freezes: of processes; closed ones say so.
         cuts, reconnects: of the way between two engines, in both directions or in one; new connections of old acquaintances.
+        first_lost: first copies between two agents, which also connect them, that never end; once for each pair of processes.
         silences: of the fabric between two engines, whose control channels go on.
         drift: by how much clocks run too fast or too slow, as a share.
         jumps: of clocks, forward.
@@ -60,6 +61,7 @@ class Profile:
     freezes: int = 0
     cuts: int = 0
     reconnects: int = 0
+    first_lost: float = 0.0
     silences: int = 0
     drift: float = 0.0
     jumps: int = 0
