@@ -68,7 +68,7 @@ FOUND_BY = {
     "one_rank_grants_for_all": ("calm", 0, "wrong bytes"),
     "unpacking_not_waited_for": ("calm", 0, "wrong bytes"),
     "packing_not_waited_for": ("calm", 0, "wrong bytes"),
-    "slot_given_back_while_it_is_packed": ("slow", 20, "wrong bytes"),
+    "slot_given_back_while_it_is_packed": ("slow", 433, "wrong bytes"),
     "device_failure_at_the_producer_ignored": ("stuck", 0, "wrong bytes"),
     "device_failure_at_the_consumer_ignored": ("stuck", 3, "wrong bytes"),
     "closed_without_a_word": ("crashy", 0, "left behind"),
