@@ -63,7 +63,7 @@ class Contact:
         self.since = since
         self.waiting: list[Waiting] = []
         self.silent = False
-        self.wanted_at = -math.inf
+        self.wanted_at: float = -math.inf
 
 
 class Contacts:

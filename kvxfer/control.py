@@ -196,7 +196,8 @@ class ControlChannel:
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._incoming = Incoming(self._router, settings, metrics, self._ended, secret=secret is not None)
             self._untaken = Untaken(max(_MOST_UNTAKEN_NBYTES, self._limit), self._incoming.acknowledged_nbytes)
-            self.bound, port = listener.listen(self._router, numbers, port)
+            bound, port = listener.listen(self._router, numbers, port)
+            self.bound: list[str] = bound
         except ConfigError:
             self.close()
             raise

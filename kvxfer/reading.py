@@ -157,7 +157,7 @@ class Leg:
     def __init__(self, reading: Reading, source: Source) -> None:
         self.reading = reading
         self.source: Source = source
-        self.meets = False
+        self.meets: bool = False
         self.next_number = 0
         self._work: _Packed | Check | None = None
         self._moving = True

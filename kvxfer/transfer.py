@@ -35,7 +35,7 @@ class Latch:
     def __init__(self) -> None:
         self._closed = threading.Lock()
         self._closed.acquire()
-        self.is_open = False
+        self.is_open: bool = False
 
     def open(self) -> None:
         """Let everybody go on who waits. Once."""

@@ -13,6 +13,7 @@ from kvxfer import (
     endpoint,
     fence,
     gate,
+    grants,
     hold,
     holds,
     leases,
@@ -25,7 +26,7 @@ from kvxfer import (
     staged,
     staging,
 )
-from kvxfer.actions import Emit
+from kvxfer.actions import Emit, EndPack
 from kvxfer.agent import FlightState, TransferAgent
 from kvxfer.testing.sim import agent as virtual
 from kvxfer.transfer import LeaseExpired
@@ -512,3 +513,54 @@ def silent_peers_stop_all_reads(patch):
 
     patch(contacts.Contacts, "meet", one_after_the_other)
     patch(reads.Reads, "proven", lambda self, info: False)
+
+
+@bug
+def cell_not_wiped(patch):
+    """The check of a lease stays in its cell when the lease has ended, until the cell is another lease's."""
+
+    def free_only(self, address):
+        self._free.insert(0, self._index(address))  # to be taken last
+
+    patch(fence.LeaseBoard, "wipe", free_only)
+
+
+@bug
+def standing_still_is_silence(patch):
+    """A process that did not run takes its own pause for the silence of its peers and of its devices."""
+    patch(driver.Driver, "_judge_lateness", lambda self: None)
+
+
+@bug
+def first_piece_is_the_whole_grant(patch):
+    """Who is granted blocks in pieces takes the first one for all there are."""
+    next_piece = grants.next_piece
+
+    def small(blocks, have=(), nbytes=None):
+        return next_piece(blocks, have, 8)._replace(more=False)
+
+    patch(producer, "next_piece", small)
+
+
+@bug
+def slots_withdrawn_under_a_lease_that_stands(patch):
+    """Where others wait for slots, those of chunks that nobody has taken yet are packed anew, and their lease stands."""
+    short = producer.Producer.short_of_slots
+
+    def withdrawn(self, share, now):
+        short(self, share, now)
+        for key, chunks in self._chunks._by_key.items() if share else ():
+            packed = [number for number, chunk in chunks.asked.items() if isinstance(chunk.result, int)]
+            self._out.extend([EndPack(key, packed)] if packed else [])
+
+    patch(producer.Producer, "short_of_slots", withdrawn)
+
+
+@bug
+def slots_of_the_dead_are_kept(patch):
+    """Nobody looks whose staging slots others wait for."""
+
+    def looked_away(self, now):
+        self._look_at = now + producer._LOOK_S
+
+    patch(producer.Producer, "_withdraw", looked_away)

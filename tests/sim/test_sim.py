@@ -76,6 +76,11 @@ FOUND_BY = {
     "agent_renewed_for_each_silent_contact": ("silent", 1, "torn down too often"),
     "silent_peers_stop_all_reads": ("silent", 59, "failed for nothing"),
     "part_in_flight_not_waited_for": ("calm", 1, "wrong bytes"),
+    "cell_not_wiped": ("all", 6, "wrong bytes"),
+    "standing_still_is_silence": ("clocks", 4, "free block written"),
+    "first_piece_is_the_whole_grant": ("calm", 0, "failed for nothing"),
+    "slots_withdrawn_under_a_lease_that_stands": ("slow", 2, "wrong bytes"),
+    "slots_of_the_dead_are_kept": ("slow", 0, "slots kept"),
 }
 """Profile and seed by which each planted bug is found, and as what."""
 
