@@ -80,7 +80,7 @@ FOUND_BY = {
     "standing_still_is_silence": ("clocks", 4, "free block written"),
     "first_piece_is_the_whole_grant": ("calm", 0, "failed for nothing"),
     "slots_withdrawn_under_a_lease_that_stands": ("slow", 2, "wrong bytes"),
-    "slots_of_the_dead_are_kept": ("slow", 0, "slots kept"),
+    "one_check_for_all": ("slow", 13, "wrong bytes"),
 }
 """Profile and seed by which each planted bug is found, and as what."""
 
