@@ -98,7 +98,7 @@ def test_a_producer_whose_fabric_is_silent(child, ucx):
     blocks, refs = list(range(200)), [silent.lease([1]) for _ in range(40)]
     begin, asked = time.monotonic(), []
     while len(asked) < len(refs) and (time.monotonic() < begin + 10 * contact_s or len(asked) < 4):
-        asked.append(consumer.read(refs[len(asked)], [250], 10.0))
+        asked.append(consumer.read(refs[len(asked)], [200 + len(asked)], 10.0))
         outcome, _ = consumer.read_and_wait(good.lease(blocks), blocks, 30.0)
         assert outcome == "done"
     assert consumer.holds_blocks_of(1, blocks, blocks)
@@ -259,7 +259,7 @@ def test_handshakes_go_on_side_by_side(child):
     producers, consumer = [child(i) for i in range(1, 4)], child(9)
     refs = [p.lease([1]) for p in producers]
     dead = [LeaseRef.mint(owner="x", addresses=[a]).to_json() for a in ("tcp://127.0.0.1:1", "tcp://192.0.2.1:5")]
-    lost = [consumer.read(ref, [1], TIMEOUT_S) for ref in dead]
+    lost = [consumer.read(ref, [1 + i], TIMEOUT_S) for i, ref in enumerate(dead)]
     numbers = [consumer.read(ref, [10 + i], TIMEOUT_S) for i, ref in enumerate(refs)]
     for i, (producer, number) in enumerate(zip(producers, numbers, strict=True)):
         assert consumer.outcome(number, TIMEOUT_S) == "done"
