@@ -18,6 +18,7 @@ from kvxfer import LeaseRef, registry
 GOAL_US = 200
 ORDER = ("announce", "seal", "offer", "hold", "read", "poll", Calls.NOTHING, "waited")
 UNDER_WAY = 4
+PLACES = UNDER_WAY + 2
 STEP_S = 0.5e-3
 
 
@@ -44,16 +45,16 @@ def test_engine_thread(benchmark, measuring, report, device, target, route, bloc
     source = Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, device=device)
     calls = Calls()
     with pair_of(
-        source, Geometry(layers=4, blocks=2 * blocks, heads=4, head_dim=16, order=target, device=device)
+        source, Geometry(layers=4, blocks=2 * PLACES * blocks, heads=4, head_dim=16, order=target, device=device)
     ) as pair:
         consumer = pair.sink(route)
 
         def go() -> None:
             running = []
             for i in range(rounds):
-                from_blocks, into = (
-                    np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks].tolist() for j in (0, 1)
-                )
+                from_blocks, into = (np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks] for j in (0, 1))
+                from_blocks = from_blocks.tolist()
+                into = (into + i % PLACES * 2 * blocks).tolist()  # of no read that is under way
                 ref = LeaseRef.mint(owner=pair.name, addresses=pair.addresses)
                 pair.call("announce", ref.to_obj())
                 calls("hold", consumer.hold, ref)

@@ -21,6 +21,8 @@ FIRST_S = 0.15
 """After a message was sent that has no answer yet, look for the first time."""
 AGAIN_S = 0.4
 """A port that was refused has to be refused again so much later: a server that is restarted may listen by then."""
+NAMED_S = 5.0
+"""A port at a host with a name has to be refused for so long: its process may come back, or up, at another address of the name."""
 REST_S = 2.0
 """Pause after somebody was found to listen."""
 _SOON_S = 0.02
@@ -32,16 +34,20 @@ _REFUSED = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 class Watch:
     """Looks at one peer for as long as it does not answer. Used by the thread that owns the channel.
 
+    Args:
+        patience_s: how long the port has to be refused.
+
     Attributes:
         due: when to call `look` next, on the monotonic clock.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, patience_s: float = AGAIN_S) -> None:
         self.due: float = now + FIRST_S
+        self._patience_s = patience_s
         self._pending: list[_Attempt] = []
         self._until = 0.0
-        self._refused = False
-        """It was refused the last time."""
+        self._refused_since: float | None = None
+        """When it was refused for the first time without an end since."""
 
     def look(self, numbers: Iterable[str], port: int, now: float) -> bool:
         """Go on; True if nobody listens at any of these addresses, now as some time ago."""
@@ -56,9 +62,12 @@ class Watch:
             return False
         self.close()
         refused = all(outcome in _REFUSED for outcome in outcomes)
-        again, self._refused = self._refused and refused, refused
-        self.due = now + (AGAIN_S if refused else REST_S)
-        return again
+        if not refused:
+            self._refused_since, self.due = None, now + REST_S
+            return False
+        since = self._refused_since = now if self._refused_since is None else self._refused_since
+        self.due = now + AGAIN_S
+        return now >= since + self._patience_s
 
     def close(self) -> None:
         """Give up what is under way."""

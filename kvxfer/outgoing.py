@@ -17,7 +17,7 @@ import zmq
 
 from kvxfer import addresses
 from kvxfer.errors import ConfigError
-from kvxfer.listening import Watch
+from kvxfer.listening import AGAIN_S, NAMED_S, Watch
 from kvxfer.resolver import Resolver
 
 if TYPE_CHECKING:
@@ -111,7 +111,8 @@ class Outgoing:
         if route.named and route.unanswered_since is None:
             self._silent_from(route, now)
         if route.watch is None:
-            route.watch = Watch(now)
+            looked_up = addresses.numbers(route.host) is None
+            route.watch = Watch(now, NAMED_S if looked_up else AGAIN_S)
             self._watch_at = min(self._watch_at, route.watch.due)
         if route.sockets:
             for each in list(route.sockets.values()):

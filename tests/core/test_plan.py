@@ -400,6 +400,15 @@ def reshaped(**changes):
     return msgspec.structs.replace(spec, **changes)
 
 
+def test_a_window_is_read_from_who_keeps_everything():
+    """A source that keeps the blocks of all tokens serves a target that keeps a window of them, and not the other way round."""
+    window = reshaped(kind="sliding_window")
+    assert plan(other(), window).parts[0].overlaps
+    with pytest.raises(IncompatibleError) as refused:
+        plan(window, other())
+    assert refused.value.axis == "kind"
+
+
 @pytest.mark.parametrize(
     ("target", "axis", "values"),
     [
@@ -408,7 +417,7 @@ def reshaped(**changes):
         (lambda: other(heads=4), "heads", ["8 in the model", "4 in the model"]),
         (lambda: other(layers=30), "layers", ["32 in the model", "30 in the model"]),
         (lambda: other(head_dim=64), "content", ["256", "128"]),
-        (lambda: reshaped(kind="sliding_window"), "kind", ["full_attention", "sliding_window"]),
+        (lambda: reshaped(kind="mla"), "kind", ["full_attention", "mla"]),
     ],
 )
 def test_unequal_caches_are_refused_by_axis_with_both_values(target, axis, values):

@@ -14,7 +14,7 @@ from kvxfer.config import Settings
 from kvxfer.layout import Interval
 from kvxfer.testing.devices import on_device
 from tests.devices.known import DEVICES
-from tests.process.child import LOOPBACK, Child, Engine
+from tests.process.child import Child, Engine
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 3, 4, 8, 90
 """Of the model, and of its one request."""
@@ -74,11 +74,10 @@ class DeviceEngine(Engine):
         group = msgspec.structs.replace(cache.spec.groups[0], heads=mine)
         spec = msgspec.structs.replace(cache.spec, groups=(group,), rank=shape.rank, world=shape.world)
         self.cache = on_device(KVCache(spec, cache.buffers), list(arrays.values()), self.device)
-        agent_options = {"backend_options": {"UCX": {"engine_config": LOOPBACK}}}
         # A small arena, so that there are several chunks.
         settings = Settings(staging_nbytes=1 << 16, lease_s=60.0)
         name = f"engine-{self.seed}"
-        return Endpoint(self.cache, "nixl", bind=bind, name=name, settings=settings, agent_options=agent_options)
+        return Endpoint(self.cache, "nixl", bind=bind, name=name, settings=settings)
 
     def announce(self, ref: str) -> None:
         self.endpoint.announce(LeaseRef.from_json(ref))

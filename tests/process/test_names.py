@@ -132,12 +132,12 @@ def test_a_producer_that_is_up_later():
 
 def _silent_name_server():
     assert _hangs(), "this resolver does not ask the name server"
-    source, sink = Engine(1, settings=Settings(lease_s=3.0)), Engine(2, settings=Settings(retry_s=0.1))
+    source, sink = Engine(1, settings=Settings(lease_s=3.0)), Engine(2, settings=Settings(retry_s=0.1), blocks=64)
     held = source.endpoint.lease([1])
     sink.endpoint.hold(held)
     assert sink.endpoint.read(source.endpoint.lease([2]), [2]).wait(30)
     lost = [
-        sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://a{number}.slow.example:9999"]), [9])
+        sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://a{number}.slow.example:9999"]), [9 + number])
         for number in range(40)
     ]
     longest = 0.0

@@ -275,6 +275,7 @@ def test_sent_twice(engines):
     drain(consumer, producer)
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("granularity", "moments"), [("chunk", 500), ("layer", 200)])
 def test_a_consumer_that_aborts_at_any_moment(engines, granularity, moments):
     """Seeded moments: no request on the decode server, before or after, ever has tokens made of foreign bytes."""
