@@ -494,3 +494,5 @@ def test_a_connection_that_takes_no_answers(engines):
     assert psutil.Process().memory_info().rss - before < 96 << 20
     other = Member(source.address, name="other")
     assert other.welcome.epoch == source.epoch
+    for each in (member, other):
+        each.socket.close()
