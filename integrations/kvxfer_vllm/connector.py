@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvxfer.errors import ConfigError
+from kvxfer.layout import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
@@ -108,16 +109,19 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._handshake: KvxferHandshake | None = None
         if role is KVConnectorRole.SCHEDULER:
             host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+            backoff = backoff_tokens(vllm_config, kv_cache_config)
+            alike = not backoff and len(kv_cache_config.kv_cache_groups) == 1
             self._scheduler = KvxferScheduler(
                 Role(
                     engine_id=transfer.engine_id,
                     is_producer=transfer.is_kv_producer,
                     is_consumer=transfer.is_kv_consumer,
                     push=self._options.mode != "pull",
+                    max_groups=1 if alike else MAX_GROUPS,
                 ),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
                 tables=tables_of(kv_cache_config),
-                backoff_tokens=backoff_tokens(vllm_config, kv_cache_config),
+                backoff_tokens=backoff,
                 host=advertised(host),
                 port=port,
                 secret=Secret.resolve(file=self._options.secret_file),

@@ -22,7 +22,7 @@ import msgspec
 
 from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
-from kvxfer.layout import MAX_GROUPS, MAX_RANKS
+from kvxfer.layout import MAX_RANKS
 from kvxfer.lease import LeaseRef
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.reasons import Refusal
@@ -90,6 +90,7 @@ class Role:
         engine_id: of this server.
         is_producer, is_consumer: from vLLM's ``kv_role``.
         push: requests may be sent to both servers at once.
+        max_groups: cache groups that a prefill server of this model may have: one where all layers are alike.
         addresses: side channels of this server, as far as they are known.
     """
 
@@ -97,6 +98,7 @@ class Role:
     is_producer: bool
     is_consumer: bool
     push: bool = True
+    max_groups: int = 1
     addresses: tuple[str, ...] = ()
 
     def made(self, lease: LeaseRef) -> bool:
@@ -206,7 +208,7 @@ def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
         return Refused(Refusal.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return Refused(Refusal.CONTRADICTION, "remote_num_tokens is not the lease's")
-    return _checked_blocks(params.get("remote_block_ids"), lease) or Fetch(lease)
+    return _checked_blocks(params.get("remote_block_ids"), lease, role.max_groups) or Fetch(lease)
 
 
 def _same_place(address: str, own: str) -> bool:
@@ -237,11 +239,11 @@ def _checked_sizes(params: Mapping[str, Any]) -> Refused | None:
     return None
 
 
-def _checked_blocks(groups: object, lease: LeaseRef) -> Refused | None:
+def _checked_blocks(groups: object, lease: LeaseRef, most: int) -> Refused | None:
     """A block holds at least one token, which bounds the work spent on lists of any length."""
-    if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= MAX_GROUPS:
+    if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= most:
         return Refused(
-            Refusal.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {MAX_GROUPS} groups"
+            Refusal.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {most} groups"
         )
     if not any(groups):
         return Refused(Refusal.BAD_BLOCKS, "remote_block_ids names no block")

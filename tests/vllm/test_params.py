@@ -111,6 +111,7 @@ MALFORMED = {
     "blocks of text": (good(remote_block_ids="12"), Refusal.BAD_BLOCKS),
     "blocks not grouped": (good(remote_block_ids=[1, 2]), Refusal.BAD_BLOCKS),
     "empty blocks": (good(remote_block_ids=[[]]), Refusal.BAD_BLOCKS),
+    "two groups": (good(remote_block_ids=[[1], [2]]), Refusal.BAD_BLOCKS),
     "no block in any group": (good(remote_block_ids=[[], []]), Refusal.BAD_BLOCKS),
     "absurdly many groups": (good(remote_block_ids=[[1]] * 1000), Refusal.BAD_BLOCKS),
     "negative block": (good(remote_block_ids=[[-1, 2]]), Refusal.BAD_BLOCKS),
