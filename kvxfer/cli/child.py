@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
+from kvxfer.spawning import start_uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,14 +55,7 @@ class Child:
         self._pipe, theirs = context.Pipe()
         lifeline, self._lifeline = context.Pipe(duplex=False)
         self._process = context.Process(target=_live, args=(theirs, lifeline, make, arguments), name=name, daemon=True)
-        # A spawned process inherits blocked signals: ctrl-C is the parent's business from the first moment on. The
-        # resource tracker, which is started with the first process, would unblock them, so it has to run before.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_uninterruptible(self._process)
         theirs.close()
         lifeline.close()
 

@@ -9,13 +9,13 @@ import os
 import signal
 import tempfile
 import time
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.spawning import start_uninterruptible
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
@@ -73,14 +73,7 @@ class Member:
         bind = self.address or "tcp://127.0.0.1:0"
         arguments = (theirs, self._log.name, self._agent, self._agent_options, self.geometry, bind)
         self._process = spawn.Process(target=self.body, args=arguments, name=f"soak {self.label}", daemon=True)
-        # A spawned process inherits blocked signals: ctrl-C is this process's business. The resource tracker, which is
-        # started with the first process, would unblock them, so it has to run before.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        start_uninterruptible(self._process)
         theirs.close()
         self.life += 1
         self.ready = False
