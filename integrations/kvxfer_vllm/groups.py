@@ -8,6 +8,7 @@ many parts (``full/0``, ``full/1``) as there are block tables behind them.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ NULL_BLOCK = 0
 """vLLM's block id where a table has no block: tokens there that no later token attends to (``BlockPool.null_block``)."""
 
 
-class Blocks(NamedTuple):
+class HeldBlocks(NamedTuple):
     """Blocks of one cache group that hold tokens of a request, in token order.
 
     ``first_token`` is the token with which the first of them begins.
@@ -73,7 +74,7 @@ class GroupTable:
         """Blocks that the first ``num_tokens`` tokens take."""
         return -(-num_tokens // self.block_tokens)
 
-    def blocks(self, table: Sequence[int], first_token: int, num_tokens: int) -> Blocks | None:
+    def blocks(self, table: Sequence[int], first_token: int, num_tokens: int) -> HeldBlocks | None:
         """The blocks that hold tokens from the block of ``first_token`` to ``num_tokens``, as far as they are needed.
 
         Args:
@@ -87,13 +88,13 @@ class GroupTable:
         dropped = 0
         if self.is_local:
             dropped = next((i for i, block in enumerate(ids) if block != NULL_BLOCK), len(ids))
-        held = Blocks(ids[dropped:], (first + dropped) * self.block_tokens)
+        held = HeldBlocks(ids[dropped:], (first + dropped) * self.block_tokens)
         whole = len(ids) == max(0, self.num_blocks(num_tokens) - first) and NULL_BLOCK not in held.ids
         return held if whole and held.first_token <= max(first_token, self.first_needed(num_tokens)) else None
 
 
 @dataclass(frozen=True)
-class LayerGroup:
+class AttentionGroup:
     """Layers of one kind behind one block table: a group of the cache as kvxfer sees it.
 
     Attributes:
@@ -127,7 +128,7 @@ def layer_groups(
     kv_cache_config: KVCacheConfig,
     parts: Sequence[Sequence[str]] = (),
     attends_to: Mapping[str, str] | None = None,
-) -> list[LayerGroup]:
+) -> list[AttentionGroup]:
     """The groups of the cache as kvxfer sees it, in the order in which their block tables are handed over.
 
     Args:
@@ -135,24 +136,27 @@ def layer_groups(
         attends_to: for layers whose group does not say so: what they attend to (`local_layers`). Without the hybrid manager
             vLLM keeps the whole prompt for such layers, and so they are ``full_attention`` here, under their own name.
     """
-    shared = attends_to or {}
+    tables, shared = tables_of(kv_cache_config), attends_to or {}
     part_of = {name: number for number, names in enumerate(parts) for name in names}
-    found: dict[tuple[str, int, int, int], list[str]] = {}
-    several_sizes = len({_heads(spec) for _, _, spec in _layers(kv_cache_config)}) > 1
-    for number, name, spec in _layers(kv_cache_config):
-        table = GroupTable.of(kv_cache_config.kv_cache_groups[number].kv_cache_spec)
-        whole = _attention(table.window_tokens, table.chunk_tokens) if table.is_local else shared.get(name, "full")
+    layers = list(_layers(kv_cache_config))
+    several_sizes = len({_heads(spec) for _, _, spec in layers}) > 1
+    found: dict[tuple[str, str, int, int, int], list[str]] = {}
+    for number, name, spec in layers:
+        table, heads = tables[number], _heads(spec)
         if isinstance(spec, MLAAttentionSpec):
-            whole = "latent"
+            kind, whole = "mla", "latent"
+        elif table.is_local:
+            kind, whole = "sliding_window", _attention(table.window_tokens, table.chunk_tokens)
+        else:
+            kind, whole = "full_attention", shared.get(name, "full")
         if several_sizes:
-            whole += f"-{_heads(spec)}"
-        found.setdefault((whole, number, part_of.get(name, 0), _heads(spec)), []).append(name)
-    groups, counts = [], dict.fromkeys((key[0] for key in found), 0)
-    for (whole, number, _, heads), names in found.items():
-        group = kv_cache_config.kv_cache_groups[number].kv_cache_spec
-        local = "sliding_window" if GroupTable.of(group).is_local else "full_attention"
-        kind = "mla" if whole.startswith("latent") else local
-        groups.append(LayerGroup(f"{whole}/{counts[whole]}", number, tuple(names), kind, int(group.block_size), heads))
+            whole += f"-{heads}"
+        found.setdefault((whole, kind, number, part_of.get(name, 0), heads), []).append(name)
+    groups, counts = [], Counter[str]()
+    for (whole, kind, number, _, heads), names in found.items():
+        groups.append(
+            AttentionGroup(f"{whole}/{counts[whole]}", number, tuple(names), kind, tables[number].block_tokens, heads)
+        )
         counts[whole] += 1
     return groups
 

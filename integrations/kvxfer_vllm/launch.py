@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer.cache import BufferMaker
-    from kvxfer_vllm.groups import LayerGroup
+    from kvxfer_vllm.groups import AttentionGroup
     from kvxfer_vllm.options import Options
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -35,7 +35,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 def describe_cache(
     kv_caches: Mapping[str, torch.Tensor],
-    groups: Sequence[LayerGroup],
+    groups: Sequence[AttentionGroup],
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     *,
@@ -149,7 +149,7 @@ def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
 
 def cache_of_rank(
     kv_caches: Mapping[str, torch.Tensor],
-    groups: Sequence[LayerGroup],
+    groups: Sequence[AttentionGroup],
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     options: Options,

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 if TYPE_CHECKING:
     from kvxfer.lease import LeaseRef
-    from kvxfer_vllm.groups import Blocks
+    from kvxfer_vllm.groups import HeldBlocks
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Read:
 
     request_id: str
     lease: LeaseRef
-    blocks: list[Blocks]
+    blocks: list[HeldBlocks]
     first_token: int
 
 
@@ -44,7 +44,7 @@ class Offer:
 
     request_id: str
     lease: LeaseRef
-    blocks: list[Blocks]
+    blocks: list[HeldBlocks]
 
 
 @dataclass

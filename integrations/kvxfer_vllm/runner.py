@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from kvxfer_vllm.groups import LayerGroup
+    from kvxfer_vllm.groups import AttentionGroup
     from kvxfer_vllm.options import Options
 
 
@@ -64,7 +64,7 @@ class RunnerCaches:
     def __init__(
         self,
         runner: Runner,
-        groups: Sequence[LayerGroup],
+        groups: Sequence[AttentionGroup],
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
         options: Options,

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvxfer.secret import Secret
-    from kvxfer_vllm.groups import Blocks, GroupTable
+    from kvxfer_vllm.groups import GroupTable, HeldBlocks
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -305,7 +305,7 @@ class KvxferScheduler:
         request.num_prompt_tokens -= left
         request.max_tokens = 1
 
-    def _blocks(self, tables: Sequence[Sequence[int]], first_token: int, num_tokens: int) -> list[Blocks] | None:
+    def _blocks(self, tables: Sequence[Sequence[int]], first_token: int, num_tokens: int) -> list[HeldBlocks] | None:
         """Of each cache group the blocks from one token to another; None if one has not all that are needed."""
         pairs = zip(self._tables, tables, strict=True)
         found = [table.blocks(ids, first_token, num_tokens) for table, ids in pairs]

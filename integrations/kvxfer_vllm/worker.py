@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvxfer.buffer import Completion
-    from kvxfer_vllm.groups import Blocks, LayerGroup
+    from kvxfer_vllm.groups import AttentionGroup, HeldBlocks
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
     from kvxfer_vllm.ranks import EndpointLike, LeaseEvent
 
@@ -82,7 +82,7 @@ class KvxferWorker:
     def __init__(
         self,
         endpoints: Sequence[EndpointLike],
-        groups: Sequence[LayerGroup] = (),
+        groups: Sequence[AttentionGroup] = (),
         mark: Callable[[], Completion] = lambda: FINISHED,
         turns: Turns | None = None,
     ) -> None:
@@ -194,7 +194,7 @@ class KvxferWorker:
         """The block tables of each group of the endpoint's cache, of those of each cache group of vLLM's."""
         return [blocks[table] for table in self._table_of]
 
-    def _tables(self, blocks: Sequence[Blocks]) -> Sequence[BlockTable]:
+    def _tables(self, blocks: Sequence[HeldBlocks]) -> Sequence[BlockTable]:
         """As `_each_table`, of tables that need not begin with the first token."""
         return [BlockTable(*blocks[table]) for table in self._table_of]
 

@@ -45,7 +45,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelR
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvxfer_vllm.groups import LayerGroup
+from kvxfer_vllm.groups import AttentionGroup
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -184,10 +184,10 @@ def kv_cache_config(
     return KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def in_groups(parts: Sequence[Sequence[str]]) -> list[LayerGroup]:
+def in_groups(parts: Sequence[Sequence[str]]) -> list[AttentionGroup]:
     """Layers of full attention behind one block table, in parts."""
     return [
-        LayerGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS)
+        AttentionGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS)
         for number, names in enumerate(parts)
     ]
 

@@ -18,7 +18,7 @@ import torch
 from kvxfer import registry
 from kvxfer.errors import ConfigError
 from kvxfer.lease import LeaseRef
-from kvxfer_vllm.groups import Blocks
+from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.support import buffers, refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
@@ -94,9 +94,11 @@ def test_everything_is_behind_what_the_device_was_asked_for():
     worker.results()
     assert endpoint.after[1:] == [("seal", [made[1]])] and len(made) == 2
     endpoint.after.clear()
-    worker.follow(KvxferMetadata(offer=[Offer("r", second, [Blocks([1])])], read=[Read("q", third, [Blocks([2])], 0)]))
+    worker.follow(
+        KvxferMetadata(offer=[Offer("r", second, [HeldBlocks([1])])], read=[Read("q", third, [HeldBlocks([2])], 0)])
+    )
     assert endpoint.after == [("offer", [made[2]]), ("read", [made[2]])] and len(made) == 3
-    worker.follow(KvxferMetadata(read=[Read("s", first, [Blocks([3])], 0)]))
+    worker.follow(KvxferMetadata(read=[Read("s", first, [HeldBlocks([3])], 0)]))
     assert endpoint.after[-1] == ("read", [made[3]])
 
 

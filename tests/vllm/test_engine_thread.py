@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.testing import eventually
-from kvxfer_vllm.groups import Blocks
+from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.worker import KvxferWorker
 from tests.core.intruder import Intruder
@@ -45,10 +45,10 @@ def test_steps_of_a_worker(blocks):
                 ref = LeaseRef.mint(owner=endpoints[0].name, addresses=[endpoints[0].address])
                 step(producer, announce=[ref], seal=[Seal(ref, [source[:-5]], [0])])
                 step(consumer, hold=[ref])
-                step(producer, offer=[Offer(name, ref, [Blocks(source)])])
+                step(producer, offer=[Offer(name, ref, [HeldBlocks(source)])])
                 if number % 2:
                     eventually(lambda ref=ref: endpoints[1].granted(ref))
-                step(consumer, read=[Read(name, ref, [Blocks(target)], 0)])
+                step(consumer, read=[Read(name, ref, [HeldBlocks(target)], 0)])
                 eventually(lambda name=name: step(consumer) or name in received)
                 eventually(lambda name=name: step(producer) or name in sent)
     finally:

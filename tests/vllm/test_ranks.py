@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from kvxfer.errors import BlockError, LeaseError, TransferFailedError
 from kvxfer.lease import LeaseRef
 from kvxfer.transfer import Done, LeaseExpired, LeaseRevoked, LeaseSettled
-from kvxfer_vllm.groups import Blocks
+from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
@@ -29,10 +29,10 @@ class Scene:
         self.lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
 
     def read(self):
-        self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [Blocks([7, 8])], 0)]))
+        self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [HeldBlocks([7, 8])], 0)]))
 
     def offer(self):
-        self.worker.follow(KvxferMetadata(announce=[self.lease], offer=[Offer("r", self.lease, [Blocks([7, 8])])]))
+        self.worker.follow(KvxferMetadata(announce=[self.lease], offer=[Offer("r", self.lease, [HeldBlocks([7, 8])])]))
 
     def end(self, number, error=None):
         """The read of one rank."""
@@ -137,7 +137,7 @@ def test_what_a_rank_has_told_is_kept(scene):
 
 def test_idle_steps_wait_no_longer_for_more_ranks(scene):
     """A step that computes nothing waits as long for all ranks together as for one."""
-    scene.worker.follow(KvxferMetadata(read=[Read("r", scene.lease, [Blocks([7])], 0)], idle=True))
+    scene.worker.follow(KvxferMetadata(read=[Read("r", scene.lease, [HeldBlocks([7])], 0)], idle=True))
     scene.loaded()
     assert sum(rank.waited[-1] for rank in scene.ranks) == pytest.approx(0.005)
 
@@ -180,7 +180,7 @@ def test_caches_that_were_replaced(scene):
     turns = Turns()
     scene.worker = KvxferWorker(scene.ranks, turns=turns)
     sent = LeaseRef.mint(owner="D", addresses=["tcp://d:1"])
-    scene.worker.follow(KvxferMetadata(announce=[sent], offer=[Offer("s", sent, [Blocks([1])])]))
+    scene.worker.follow(KvxferMetadata(announce=[sent], offer=[Offer("s", sent, [HeldBlocks([1])])]))
     scene.read()
     assert scene.loaded() == (set(), set())
     turns.kept = False

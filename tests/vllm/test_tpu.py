@@ -30,7 +30,7 @@ from kvxfer.lease import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
-from kvxfer_vllm.groups import Blocks
+from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.launch import _instruction_set
 from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
@@ -327,8 +327,8 @@ def test_every_byte(source, target, request, monkeypatch):
         there[into] = here[blocks].reshape(len(into), target[2], HEADS, -1)
     lease = LeaseRef.mint(owner="P", addresses=near.addresses, num_tokens=64)
     near.step(announce=[lease])
-    near.step(offer=[Offer("p", lease, [Blocks(blocks)])])
-    loaded = far.step(read=[Read("d", lease, [Blocks(into)], 0)])
+    near.step(offer=[Offer("p", lease, [HeldBlocks(blocks)])])
+    loaded = far.step(read=[Read("d", lease, [HeldBlocks(into)], 0)])
     while not loaded.finished_recving:
         loaded = far.step()
     assert not loaded.failed_recving
