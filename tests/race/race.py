@@ -18,11 +18,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NoReturn
 
 from kvxfer.lease import LeaseRef
 from kvxfer.testing.soak.churn import SoakError
 from kvxfer.testing.soak.fleet import wait_up
+from kvxfer.testing.soak.inquiry import Inquiry
 from kvxfer.testing.soak.resident import Job
 from tests.race.proxy import Proxy
 from tests.race.racer import RaceMember, Rank
@@ -107,7 +108,7 @@ class Race:
         self._leases: dict[tuple[str, int], Job] = {}
         self._later: list[tuple[float, int, Any]] = []
         self._next_stop = {member.label: 0.0 for member in self._members}
-        self._figures: dict[str, tuple[Any, ...]] = {}
+        self._inquiry = Inquiry(self._members, self._fail)
 
     def run(self, seconds: float) -> Figures:
         """All of it. Raises SoakError."""
@@ -129,7 +130,7 @@ class Race:
                         self.figures.did["restarts"] += 1
                         self._random.choice(able).restart()
             self._calm()
-            self._close()
+            self._inquiry.close(self._hear)
         except BaseException:
             for member in self._members:
                 member.give_up()
@@ -154,9 +155,7 @@ class Race:
     def _step(self, wait_s: float = 0.005) -> None:
         pipes = {member.pipe: member for member in self._members}
         for pipe in connection.wait(list(pipes), wait_s):
-            member = pipes[pipe]
-            for what, told in member.told():
-                getattr(self, f"_told_{what}")(member, *told)
+            self._hear(pipes[pipe])
         for member in self._members:
             if not member.alive:
                 self._died(member)
@@ -256,6 +255,10 @@ class Race:
 
     # -- what is told
 
+    def _hear(self, member: RaceMember) -> None:
+        for what, told in member.told():
+            getattr(self, f"_told_{what}")(member, *told)
+
     def _told_up(self, member: RaceMember, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
 
@@ -290,10 +293,10 @@ class Race:
             raise self._wrong(f"{member.label}: {wrong} elements of read {number} are wrong, and it was told as done")
 
     def _told_figures(self, member: RaceMember, *figures: Any) -> None:
-        self._figures[member.label] = figures
+        self._inquiry.answers[member.label] = figures
 
     def _told_closed(self, member: RaceMember, left: dict[str, int]) -> None:
-        self._figures[member.label] = (left,)
+        self._inquiry.answers[member.label] = (left,)
 
     # -- what must hold
 
@@ -304,6 +307,9 @@ class Race:
         for key in [key for key in self._leases if key[0] == member.label]:
             del self._leases[key]
         member.kill()
+
+    def _fail(self, what: str) -> NoReturn:
+        raise self._wrong(what)
 
     def _wrong(self, what: str) -> SoakError:
         return SoakError(f"{what}\nafter {time.monotonic() - self._begun:.1f} s")
@@ -321,41 +327,10 @@ class Race:
             if self._reads or self._leases or not all(member.runs for member in self._members):
                 left = {f"{who} {number}": "has no end" for who, number in (*self._reads, *self._leases)}
                 continue
-            left = self._in_use()
+            left, _ = self._inquiry.in_use(self._step)
             if not left:
                 return
         raise self._wrong(f"{_QUIET_S:g} s after the last request this is in use: {left}")
-
-    def _in_use(self) -> dict[str, Any]:
-        self._figures.clear()
-        for member in self._members:
-            member.order("figures")
-        by = time.monotonic() + 10
-        while len(self._figures) < len(self._members) and time.monotonic() < by:
-            self._step(0.05)
-        left: dict[str, Any] = {}
-        for label, (in_use, touched, faults, _) in self._figures.items():
-            if touched:
-                raise self._wrong(f"{label}: blocks {touched[:5]} were written to after they had been given back")
-            if faults:
-                raise self._wrong(f"{label}: {faults:g} faults were survived inside the endpoint")
-            left.update({f"{label}: {what}": number for what, number in in_use.items() if number})
-        return left if len(self._figures) == len(self._members) else {"answers missing": len(self._figures)}
-
-    def _close(self) -> None:
-        self._figures.clear()
-        for member in self._members:
-            member.order("close")
-        by = time.monotonic() + 30
-        while len(self._figures) < len(self._members) and time.monotonic() < by:
-            for member in self._members:
-                for what, told in member.told():
-                    getattr(self, f"_told_{what}")(member, *told)
-            time.sleep(0.01)
-        for member in self._members:
-            (left,) = self._figures.get(member.label, ({"not closed": 1},))
-            if left:
-                raise self._wrong(f"{member.label} is closed and left with {left}")
 
 
 def race(

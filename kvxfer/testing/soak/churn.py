@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvxfer.lease import LeaseRef
 from kvxfer.testing.soak.fleet import Member, wait_up
+from kvxfer.testing.soak.inquiry import Inquiry
 from kvxfer.testing.soak.report import Report, Request
 from kvxfer.testing.soak.resident import SETTINGS, Geometry, Job
 
@@ -59,7 +60,7 @@ class Churn:
         self._requests: dict[int, Request] = {}
         self._due = {kind: self._begun + self._random.expovariate(1 / every_s) for kind, every_s in _EVERY_S.items()}
         self._lost: Counter[str] = Counter()
-        self._figures: dict[str, tuple[Any, ...]] = {}
+        self._inquiry = Inquiry(self._members, self.fail)
 
     def run(self, seconds: float, calm_every_s: float) -> Report:
         """All of it. Raises SoakError."""
@@ -74,7 +75,7 @@ class Churn:
                 self._churn(min(left_s, calm_every_s))
                 left_s -= calm_every_s
                 self._calm()
-            self._close()
+            self._inquiry.close(self._hear)
             hurry = False
         finally:
             for member in self._members:
@@ -195,14 +196,16 @@ class Churn:
     def _listen(self, timeout_s: float) -> None:
         pipes = {member.pipe: member for member in self._members}
         for pipe in connection.wait(list(pipes), timeout_s):
-            member = pipes[pipe]  # type: ignore[index]
-            for what, told in member.told():
-                getattr(self, f"_told_{what}")(member, *told)
+            self._hear(pipes[pipe])  # type: ignore[index]
         for member in self._members:
             if not member.alive:
                 self.fail(f"{member.label} died by itself, with exit code {member.exitcode}:\n{member.last_words}")
             if member.stuck:
                 self.fail(f"{member.label} does not come up:\n{member.last_words}")
+
+    def _hear(self, member: Member) -> None:
+        for what, told in member.told():
+            getattr(self, f"_told_{what}")(member, *told)
 
     def _told_up(self, member: Member, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
@@ -251,10 +254,10 @@ class Churn:
         self._forget(request)
 
     def _told_figures(self, member: Member, *figures: Any) -> None:
-        self._figures[member.label] = figures
+        self._inquiry.answers[member.label] = figures
 
     def _told_closed(self, member: Member, left: dict[str, int]) -> None:
-        self._figures[member.label] = (left,)
+        self._inquiry.answers[member.label] = (left,)
 
     def _forget(self, request: Request) -> None:
         if request.prefilled and request.decoded:
@@ -288,7 +291,7 @@ class Churn:
             if self._requests or not all(member.runs for member in self._members):
                 left = {f"request {number}": each for number, each in list(self._requests.items())[:3]}
                 continue
-            left = self._ask_figures()
+            left, self.report.fences = self._inquiry.in_use(self._listen)
             if not left:
                 break
         else:
@@ -306,40 +309,6 @@ class Churn:
                 f"{who}: {u.rss_nbytes >> 20} MiB, {u.files} files, {u.threads} threads" for who, u in told.items()
             )
         )
-
-    def _ask_figures(self) -> dict[str, Any]:
-        """What is in use, by engine; empty if nothing is."""
-        self._figures.clear()
-        for member in self._members:
-            member.order("figures")
-        by = time.monotonic() + 10
-        while len(self._figures) < len(self._members) and time.monotonic() < by:
-            self._listen(0.05)
-        left: dict[str, Any] = {}
-        self.report.fences = 0
-        for label, (in_use, touched, faults, fences) in self._figures.items():
-            if touched:
-                self.fail(f"{label}: free blocks {touched[:5]} were written to")
-            if faults:
-                self.fail(f"{label}: {faults:g} faults were survived inside the endpoint")
-            self.report.fences += int(fences)
-            left.update({f"{label}: {what}": number for what, number in in_use.items() if number})
-        return left if len(self._figures) == len(self._members) else {"answers missing": len(self._figures)}
-
-    def _close(self) -> None:
-        self._figures.clear()
-        for member in self._members:
-            member.order("close")
-        by = time.monotonic() + 30
-        while len(self._figures) < len(self._members) and time.monotonic() < by:
-            for member in self._members:
-                for what, told in member.told():
-                    getattr(self, f"_told_{what}")(member, *told)
-            time.sleep(0.01)
-        for member in self._members:
-            (left,) = self._figures.get(member.label, ({"not closed": 1},))
-            if left:
-                self.fail(f"{member.label} is closed and left with {left}")
 
     def _check_flat(self) -> None:
         """Engines that lived all the time are no larger than they were."""
