@@ -44,7 +44,7 @@ soak: full-env ## Engines in real processes for an hour, killed, frozen and rest
 	$(dir $(FULL))kvxfer soak $(ARGS)
 
 search: full-env ## Random pairs of caches for an hour or so, looking for one that fails (CI runs a fixed few thousand)
-	HYPOTHESIS_PROFILE=search $(PYTEST) tests/core/test_any_pair.py tests/core/test_any_pair_moved.py tests/core/test_plan.py tests/core/test_strided.py --timeout=0 $(ARGS)
+	HYPOTHESIS_PROFILE=search $(PYTEST) tests/core/planner/test_any_pair.py tests/core/runtime/test_any_pair_moved.py tests/core/planner/test_plan.py tests/core/buffers/test_host_copy.py --timeout=0 $(ARGS)
 
 fuzz: fuzz-env ## Everything that reads what others wrote, five minutes for each reader, guided by coverage (make fuzz ARGS="--seconds 3600")
 	$(FUZZ) -m tests.fuzz.long $(ARGS)

@@ -13,13 +13,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvxfer.buffer import HostBuffer
-from kvxfer.strided import copy_runs
+from kvxfer.buffers.base import HostBuffer
+from kvxfer.buffers.host_copy import copy_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.copies import Copy
+    from kvxfer.memory.copies import Copy
 
 
 class _Job:

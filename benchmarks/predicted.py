@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rig import Geometry, Pair, pair_of
 from kvxfer.cli.table import table
-from kvxfer.route import Costs, Router
+from kvxfer.planner.router import Costs, Router
 
 
 class Case(NamedTuple):

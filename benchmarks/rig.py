@@ -25,14 +25,14 @@ import kvxfer
 from benchmarks.calls import Calls
 from benchmarks.paced import PacedBuffer
 from kvxfer import registry
-from kvxfer.layout import DTYPE_NBYTES, Interval
+from kvxfer.layout.spec import DTYPE_NBYTES, Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from multiprocessing.connection import Connection
 
-    from kvxfer.memory import Descriptors
+    from kvxfer.memory.spans import Descriptors
 
 ANSWER_TIMEOUT_S = 120.0
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from kvxfer import KVCache, plan
-from kvxfer.actions import PackKey, StartPack
-from kvxfer.blocks import BlockTable
-from kvxfer.copies import Copy
-from kvxfer.packer import Packer, start_copies
-from kvxfer.route import Costs, Route, Router
-from kvxfer.staging import StagingArena, Use
+from kvxfer.layout.block_table import BlockTable
+from kvxfer.memory.copies import Copy
+from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.protocol.actions import PackKey, StartPack
+from kvxfer.runtime.packer import Packer, start_copies
+from kvxfer.runtime.staging import StagingArena, Use
 
 torch = pytest.importorskip("torch")
 

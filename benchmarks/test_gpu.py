@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer.copies import Copy, Loop
-from kvxfer.staging import StagingArena, Use
+from kvxfer.memory.copies import Copy, Loop
+from kvxfer.runtime.staging import StagingArena, Use
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Triton")

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from kvxfer import Endpoint, KVCache, plan, registry
-from kvxfer.wire import PROTOCOL, Hello, Welcome, decode, encode
+from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome, decode, encode
 
 BLOCKS = (1_000, 1_000_000)
 GOAL = 1.5

@@ -7,9 +7,9 @@ import statistics
 import time
 
 from kvxfer.config import Settings
-from kvxfer.fence import LeaseBoard
-from kvxfer.lease import LeaseRef
-from kvxfer.leases import Holder, LeaseTable
+from kvxfer.protocol.lease_board import LeaseBoard
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.lease_table import Holder, LeaseTable
 
 GOAL_RATIO = 1.5
 WAITING = (10, 1_000, 10_000)

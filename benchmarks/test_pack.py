@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from kvxfer import HostBuffer
-from kvxfer.copies import Cast, Copy, Loop
-from kvxfer.layout import DTYPE_NBYTES, Axes, KVLayout
+from kvxfer.layout.spec import DTYPE_NBYTES, Axes, KVLayout
+from kvxfer.memory.copies import Cast, Copy, Loop
 
 MIB = 1 << 20
 GOAL_SHARE = 0.4

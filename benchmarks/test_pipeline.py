@@ -19,9 +19,9 @@ import pytest
 from benchmarks.paced import PacedBuffer
 from benchmarks.rig import Geometry, pair_of
 from kvxfer import registry
-from kvxfer.buffer import let_end, pack_all, unpack_all
-from kvxfer.copies import Copy
-from kvxfer.staging import StagingArena, Use
+from kvxfer.buffers.base import let_end, pack_all, unpack_all
+from kvxfer.memory.copies import Copy
+from kvxfer.runtime.staging import StagingArena, Use
 
 MIB = 1 << 20
 GOAL = 0.8

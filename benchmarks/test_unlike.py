@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.rig import Geometry, pair_of
 from kvxfer import registry
-from kvxfer.route import Costs, Route, Router
+from kvxfer.planner.router import Costs, Route, Router
 
 MIB = 1 << 20
 GOAL_TIMES, GOAL_SHARE = 12, 0.2

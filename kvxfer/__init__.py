@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvxfer moves the KV cache of a request from the engine that computed it to the engine that continues it."""
 
-from kvxfer.agent import Capabilities, TransferAgent
-from kvxfer.blocks import BlockTable
-from kvxfer.buffer import Completion, DeviceBuffer, HostBuffer
-from kvxfer.cache import KVCache
+from kvxfer.agents.base import Capabilities, TransferAgent
+from kvxfer.buffers.base import Completion, DeviceBuffer, HostBuffer
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError
-from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
-from kvxfer.lease import LeaseRef
-from kvxfer.memory import Descriptors, Memory, MemoryKind
-from kvxfer.plan import TransferPlan, plan
-from kvxfer.route import Costs, Route
+from kvxfer.layout.block_table import BlockTable
+from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
+from kvxfer.planner.plan import TransferPlan, plan
+from kvxfer.planner.router import Costs, Route
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
 from kvxfer.secret import Secret
-from kvxfer.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
 
 __all__ = [
     "Axes",

@@ -79,7 +79,7 @@ class Settings:
     quarantine_s: float = 1.0
     """How long to wait for abandoned bytes to land by themselves before the agent is torn down to stop them."""
     contact_s: float = 5.0
-    """The first few bytes read from a peer must arrive within this, or its reads fail until they do (`kvxfer.contacts`)."""
+    """The first few bytes read from a peer must arrive within this, or its reads fail until they do (`kvxfer.runtime.contacts`)."""
     idle_peer_s: float = 300.0
     """A peer that nothing was asked of for this long is forgotten."""
     max_leases: int = 65_536
@@ -97,9 +97,9 @@ class Settings:
     """Host memory for chunks of packed transfers, in both directions together: a hard limit."""
     chunks_in_flight: int = 8
     """Consumer: most chunks of one transfer from one source at a time. How many there are follows from how long they take
-    (`kvxfer.depth`)."""
+    (`kvxfer.planner.pipeline_depth`)."""
     min_chunk_nbytes: int = 512 << 10
-    """Consumer: chunks are not made smaller than this; how large they are follows from what they take (`kvxfer.chunking`)."""
+    """Consumer: chunks are not made smaller than this; how large they are follows from what they take (`kvxfer.planner.chunk_size`)."""
     max_chunk_nbytes: int = 1 << 40
     """Consumer: nor larger than this, nor than a slot of either side's staging arena. As much as the least: all have this size.
     A block of one layer is not divided."""

@@ -13,38 +13,39 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kvxfer import arguments, registry
+from kvxfer import registry
 from kvxfer.addresses import parse
-from kvxfer.blocks import ids_to_wire, tables
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import MAX_S, Settings
-from kvxfer.consumer import Consumer
-from kvxfer.datapath import DataPath
-from kvxfer.driver import Driver
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, shown
-from kvxfer.events import Events, TransferEnds
-from kvxfer.fence import LeaseBoard
-from kvxfer.grants import most_ids
-from kvxfer.host import REAL, is_own_thread
-from kvxfer.lease import LeaseRef
-from kvxfer.leases import LeaseTable
+from kvxfer.layout.block_table import ids_to_wire, tables
 from kvxfer.metrics import Metrics
-from kvxfer.peer import Identity
-from kvxfer.producer import Producer
-from kvxfer.route import Costs
-from kvxfer.routes import Routes, casts
+from kvxfer.planner.router import Costs
+from kvxfer.protocol.consumer import Consumer
+from kvxfer.protocol.grants import most_ids
+from kvxfer.protocol.lease_board import LeaseBoard
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.lease_table import LeaseTable
+from kvxfer.protocol.messages import Address
+from kvxfer.protocol.peer import Identity
+from kvxfer.protocol.producer import Producer
+from kvxfer.protocol.transfer import Event, LeaseRevoked, Transfer
+from kvxfer.runtime import arguments
+from kvxfer.runtime.control_loop import Driver
+from kvxfer.runtime.data_loop import DataPath
+from kvxfer.runtime.environment import REAL, is_own_thread
+from kvxfer.runtime.events import Events, TransferEnds
+from kvxfer.runtime.routes import Routes, casts
+from kvxfer.runtime.target_blocks import TargetBlocks
 from kvxfer.secret import Secret
-from kvxfer.target_blocks import TargetBlocks
-from kvxfer.transfer import Event, LeaseRevoked, Transfer
-from kvxfer.wire import Address
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    from kvxfer.buffer import Completion
-    from kvxfer.host import Host, Running
-    from kvxfer.route import Route
+    from kvxfer.buffers.base import Completion
+    from kvxfer.planner.router import Route
+    from kvxfer.runtime.environment import Host, Running
 
 _log = logging.getLogger(__name__)
 
@@ -436,7 +437,7 @@ class Endpoint:
         """What happened since the last call; waits up to ``timeout_s`` for the first event. Each comes once.
 
         From the first call on nothing is lost. Before it, the ends of transfers are kept for the newest 4,096 only
-        (`kvxfer.events`): an engine that only waits for its transfers need not poll. Ends of leases are always kept.
+        (`kvxfer.runtime.events`): an engine that only waits for its transfers need not poll. Ends of leases are always kept.
 
         Raises:
             ConfigError: ``timeout_s`` is no number.

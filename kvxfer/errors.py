@@ -165,7 +165,7 @@ class Difference(NamedTuple):
     Attributes:
         group: of the reader's cache.
         layer: its number, and ``layer_name`` its name, empty where layers have none.
-        record: ``"kv"`` or another of `kvxfer.layout`.
+        record: ``"kv"`` or another of `kvxfer.layout.spec`.
         tokens: of the request, first and first after the last.
         blocks: ids of the reader's blocks that hold them.
     """

@@ -12,10 +12,10 @@ import logging
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, Union
 
-from kvxfer.agent import TransferAgent
-from kvxfer.buffer import DeviceBuffer
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.inproc import InprocAgent
+from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
-from kvxfer.inproc import InprocAgent
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,22 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRODUCT = ["kvxfer", "adapters", "integrations"]
 MAX_LINES = 400
-OPEN_TO_ADAPTERS = {
-    "agent",
-    "background",
-    "buffer",
-    "casting",
-    "config",
-    "copies",
-    "dlpack",
-    "errors",
-    "gather",
-    "layout",
-    "memory",
-    "ports",
-    "runs",
-    "strided",
-}
+OPEN_TO_ADAPTERS = {"agents", "buffers", "config", "errors", "layout", "memory"}
 
 
 def files_of_the_project(*suffixes: str) -> list[Path]:

@@ -39,7 +39,7 @@ def after(statement: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import kvxfer", "import kvxfer.cli", "import kvxfer.inproc", "import kvxfer_nixl"]
+    "statement", ["import kvxfer", "import kvxfer.cli", "import kvxfer.agents.inproc", "import kvxfer_nixl"]
 )
 def test_import_brings_no_vendor_and_changes_nothing(statement: str) -> None:
     """Importing the core or an adapter imports no vendor, starts no thread, and leaves environment and logging alone."""

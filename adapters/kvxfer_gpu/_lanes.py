@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.buffer import let_end
-from kvxfer.copies import Loop
-from kvxfer.strided import copy_runs
+from kvxfer.buffers.base import let_end
+from kvxfer.buffers.host_copy import copy_runs
+from kvxfer.memory.copies import Loop
 from kvxfer_gpu._task import tasks
 from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.copies import Copy
+    from kvxfer.memory.copies import Copy
     from kvxfer_gpu._task import Detour, Task
     from kvxfer_gpu.runtime import Runtime
 

@@ -9,7 +9,7 @@ from kvxfer_gpu._task import HEADER
 from kvxfer_gpu._torch import torch
 
 if TYPE_CHECKING:
-    from kvxfer.copies import Cast
+    from kvxfer.memory.copies import Cast
     from kvxfer_gpu._task import Task
 
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.copies import Copy, Loop
-from kvxfer.layout import DTYPE_NBYTES
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.memory.copies import Copy, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
-    from kvxfer.copies import Cast
+    from kvxfer.memory.copies import Cast
 
     IntArray = npt.NDArray[np.int64]
 

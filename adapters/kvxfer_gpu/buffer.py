@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvxfer.buffer import DeviceBuffer
-from kvxfer.casting import CASTABLE
-from kvxfer.dlpack import ArrayView, read_array, views_of_one
-from kvxfer.memory import Memory, MemoryKind
+from kvxfer.buffers.base import DeviceBuffer
+from kvxfer.buffers.host_cast import CASTABLE
+from kvxfer.memory.arrays import ArrayView, read_array, views_of_one
+from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
 from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvxfer.buffer import Completion
-    from kvxfer.copies import Copy
+    from kvxfer.buffers.base import Completion
+    from kvxfer.memory.copies import Copy
 
     Bytes = npt.NDArray[np.uint8]
 
@@ -68,7 +68,7 @@ class GpuBuffer(DeviceBuffer):
 
     @classmethod
     def view_of(cls, array: Any) -> ArrayView:
-        """See `kvxfer.dlpack.read_array`."""
+        """See `kvxfer.memory.arrays.read_array`."""
         return read_array(array, cls.devices)
 
     @property

@@ -16,7 +16,7 @@ _LONGEST_NAP_S = 1e-3
 
 
 class EventCompletion:
-    """A `kvxfer.buffer.Completion` of everything that was put on a stream before an event was recorded there.
+    """A `kvxfer.buffers.base.Completion` of everything that was put on a stream before an event was recorded there.
 
     For an engine that tells kvxfer when its blocks are written: ``endpoint.seal(ref, blocks, after=[EventCompletion(event)])``.
 
@@ -26,7 +26,7 @@ class EventCompletion:
     """
 
     answers_at_once: ClassVar[bool] = True
-    """See `kvxfer.buffer.Completion`."""
+    """See `kvxfer.buffers.base.Completion`."""
 
     def __init__(self, event: Any, finish: Callable[[], object] | None = None) -> None:
         self._event = event
@@ -49,7 +49,7 @@ class EventCompletion:
         return self._ended
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """See `kvxfer.buffer.Completion`. Raises TransferFailedError: the GPU failed."""
+        """See `kvxfer.buffers.base.Completion`. Raises TransferFailedError: the GPU failed."""
         if timeout_s is None and not self._ended:
             with self._lock:
                 try:

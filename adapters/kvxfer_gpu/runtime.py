@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvxfer.copies import Cast
+    from kvxfer.memory.copies import Cast
     from kvxfer_gpu._task import Task
 
     Bytes = npt.NDArray[np.uint8]

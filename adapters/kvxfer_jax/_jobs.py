@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from kvxfer.buffers.index_gather import pick, units_of
 from kvxfer.errors import TransferFailedError
-from kvxfer.gather import pick, units_of
-from kvxfer.runs import SOURCE, TARGET
+from kvxfer.memory.normal_form import SOURCE, TARGET
 from kvxfer_jax import _programs
 from kvxfer_jax._programs import Program
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any, TypeAlias
 
-    from kvxfer.buffer import Bytes
-    from kvxfer.copies import Copy
-    from kvxfer.gather import Picked, Piece
+    from kvxfer.buffers.base import Bytes
+    from kvxfer.buffers.index_gather import Picked, Piece
+    from kvxfer.memory.copies import Copy
     from kvxfer_jax.arrays import Place
 
     Work: TypeAlias = Sequence[tuple[Place, Sequence[Copy]]]

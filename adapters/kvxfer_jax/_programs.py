@@ -115,7 +115,7 @@ def _rows(array: jax.Array, unit_nbytes: int) -> jax.Array:
 
 
 def _cast(elements: jax.Array, cast: tuple[str, str], factor: jax.Array) -> jax.Array:
-    """See `kvxfer.copies.Cast`."""
+    """See `kvxfer.memory.copies.Cast`."""
     source, target = (numpy_dtype(name) for name in cast)
     values = as_dtype(elements, source).astype(jnp.float32) * factor
     largest = _LARGEST.get(cast[1])

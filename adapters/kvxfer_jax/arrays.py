@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.background import Turn
-from kvxfer.dlpack import ArrayView
+from kvxfer.buffers.background import Turn
+from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.gather import paged, stand_in
-from kvxfer.layout import DTYPE_NBYTES
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.memory.arrays import ArrayView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -8,11 +8,11 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
-from kvxfer.background import Background
-from kvxfer.buffer import DeviceBuffer
-from kvxfer.casting import CASTABLE
-from kvxfer.dlpack import ArrayView
+from kvxfer.buffers.background import Background
+from kvxfer.buffers.base import DeviceBuffer
+from kvxfer.buffers.host_cast import CASTABLE
 from kvxfer.errors import UnsupportedBufferError
+from kvxfer.memory.arrays import ArrayView
 from kvxfer_jax.arrays import Arrays, Place
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     import jax
 
-    from kvxfer.buffer import Bytes, Completion, Shares
-    from kvxfer.copies import Copy
+    from kvxfer.buffers.base import Bytes, Completion, Shares
+    from kvxfer.memory.copies import Copy
 
 _background: Final = Background("kvxfer-jax", threads=2)
 """One job may take the arrays and start programs while the one before waits for its bytes."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from kvxfer.ports import Port
+    from kvxfer.agents.ports import Port
 
 _log = logging.getLogger("kvxfer.nixl")
 

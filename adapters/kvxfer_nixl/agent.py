@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import numpy as np
 
-from kvxfer.agent import AgentPeer, Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import AgentPeer, Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.ports import Port, open_ports
 from kvxfer.errors import ConfigError, PeerInfoError, TransferError, UnavailableError
-from kvxfer.memory import Descriptors, Memory, MemoryKind
-from kvxfer.ports import Port, open_ports
+from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer_nixl import _errors
 from kvxfer_nixl._ibverbs import without_exit_crash
 from kvxfer_nixl._lane import Lane, LaneWatch, Surroundings, predict

@@ -11,20 +11,20 @@ import torch
 import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
+from kvxfer.buffers.index_gather import pick, units_of
 from kvxfer.errors import TransferFailedError
-from kvxfer.gather import pick, units_of
-from kvxfer.layout import DTYPE_NBYTES
-from kvxfer.runs import SOURCE, TARGET
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.memory.normal_form import SOURCE, TARGET
 from kvxfer_xla import _programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import TypeAlias
 
-    from kvxfer.background import Turn
-    from kvxfer.buffer import Bytes
-    from kvxfer.copies import Copy
-    from kvxfer.gather import Picked, Piece
+    from kvxfer.buffers.background import Turn
+    from kvxfer.buffers.base import Bytes
+    from kvxfer.buffers.index_gather import Picked, Piece
+    from kvxfer.memory.copies import Copy
     from kvxfer_xla.buffer import Facts
 
     Work: TypeAlias = Sequence[tuple[Facts, Sequence[Copy]]]

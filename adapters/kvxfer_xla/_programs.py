@@ -53,7 +53,7 @@ def _widens(tensor: torch.Tensor) -> bool:
 
 
 def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:
-    """See `kvxfer.copies.Cast`: elements of the source's type, in any integers, to those of the target's, in integers."""
+    """See `kvxfer.memory.copies.Cast`: elements of the source's type, in any integers, to those of the target's, in integers."""
     values = as_dtype(elements, getattr(torch, source)).to(torch.float32) * factor
     largest = _LARGEST.get(target)
     if largest is not None:

@@ -8,21 +8,21 @@ from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvxfer.background import Background, Turn
-from kvxfer.buffer import DeviceBuffer
-from kvxfer.casting import CASTABLE
-from kvxfer.dlpack import ArrayView
+from kvxfer.buffers.background import Background, Turn
+from kvxfer.buffers.base import DeviceBuffer
+from kvxfer.buffers.host_cast import CASTABLE
+from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.gather import paged, stand_in
-from kvxfer.layout import DTYPE_NBYTES
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.memory.arrays import ArrayView
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from kvxfer.buffer import Bytes, Completion, Shares
-    from kvxfer.copies import Copy
+    from kvxfer.buffers.base import Bytes, Completion, Shares
+    from kvxfer.memory.copies import Copy
 
 TURN: Final = Turn()
 """Held by whoever uses tensors of caches: torch_xla records what is done to tensors, for all threads of a process in common,

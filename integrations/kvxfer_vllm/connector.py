@@ -25,7 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvxfer.errors import ConfigError
-from kvxfer.layout import MAX_GROUPS
+from kvxfer.layout.spec import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-    from kvxfer.cache import KVCache
+    from kvxfer.buffers.cache import KVCache
     from kvxfer_vllm.runner import Runner
     from kvxfer_vllm.worker import Turns
 

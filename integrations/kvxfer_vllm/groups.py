@@ -101,7 +101,7 @@ class AttentionGroup:
         name: see the module.
         table: number of the cache group whose block tables are these layers'.
         layers: their names.
-        kind: kvxfer's, see `kvxfer.layout.GROUP_KINDS`.
+        kind: kvxfer's, see `kvxfer.layout.spec.GROUP_KINDS`.
         block_tokens: of the block table.
         heads: KV heads of each layer on this rank.
     """

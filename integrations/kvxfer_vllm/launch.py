@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from kvxfer import registry
-from kvxfer.buffer import HostBuffer
-from kvxfer.cache import KVCache
+from kvxfer.buffers.base import HostBuffer
+from kvxfer.buffers.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from kvxfer.cache import BufferMaker
+    from kvxfer.buffers.cache import BufferMaker
     from kvxfer_vllm.groups import AttentionGroup
     from kvxfer_vllm.options import Options
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 if TYPE_CHECKING:
-    from kvxfer.lease import LeaseRef
+    from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer_vllm.groups import HeldBlocks
 
 

@@ -22,8 +22,8 @@ import msgspec
 
 from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
-from kvxfer.layout import MAX_RANKS
-from kvxfer.lease import LeaseRef
+from kvxfer.layout.spec import MAX_RANKS
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.reasons import Refusal
 

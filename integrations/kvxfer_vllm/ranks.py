@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.errors import KvxferError
-from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
-    from kvxfer.blocks import BlockTable
-    from kvxfer.buffer import Completion
-    from kvxfer.lease import LeaseRef
+    from kvxfer.buffers.base import Completion
+    from kvxfer.layout.block_table import BlockTable
     from kvxfer.metrics import Metrics
-    from kvxfer.transfer import Event, Transfer
+    from kvxfer.protocol.lease_ref import LeaseRef
+    from kvxfer.protocol.transfer import Event, Transfer
 
     Tables: TypeAlias = Sequence[Sequence[int]] | Sequence[BlockTable]
     LeaseEvent: TypeAlias = LeaseSettled | LeaseExpired | LeaseRevoked

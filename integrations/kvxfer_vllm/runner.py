@@ -16,7 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvxfer import registry
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer_vllm.groups import specs_of
 from kvxfer_vllm.support import model_fingerprint

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from kvxfer.errors import ConfigError
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.params import (

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from kvxfer.blocks import BlockTable
-from kvxfer.buffer import FINISHED
+from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import KvxferError, LeaseError
-from kvxfer.transfer import LeaseExpired, LeaseRevoked
+from kvxfer.layout.block_table import BlockTable
+from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked
 from kvxfer_vllm.ranks import Ranks, Reading
 from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from kvxfer.buffer import Completion
+    from kvxfer.buffers.base import Completion
     from kvxfer_vllm.groups import AttentionGroup, HeldBlocks
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
     from kvxfer_vllm.ranks import EndpointLike, LeaseEvent

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the constants of the cost model (`kvxfer.route.Costs`) on this machine, between two processes."""
+"""Measures the constants of the cost model (`kvxfer.planner.router.Costs`) on this machine, between two processes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvxfer.cache import KVCache
-from kvxfer.casting import can_cast
+from kvxfer.buffers.cache import KVCache
+from kvxfer.buffers.host_cast import can_cast
+from kvxfer.buffers.host_copy import effort_of
 from kvxfer.cli.child import PROCESS_NBYTES, Child, ChildError
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.image import Images
-from kvxfer.lease import LeaseRef
-from kvxfer.packer import start_copies
-from kvxfer.plan import plan
-from kvxfer.route import Costs, Route
-from kvxfer.staging import StagingArena
-from kvxfer.strided import effort_of
+from kvxfer.planner.chunks import Images
+from kvxfer.planner.plan import plan
+from kvxfer.planner.router import Costs, Route
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.runtime.packer import start_copies
+from kvxfer.runtime.staging import StagingArena
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvxfer.buffers.host_copy import Effort
     from kvxfer.cli.table import Progress
-    from kvxfer.layout import CacheSpec
-    from kvxfer.part import Match, PlanPart
-    from kvxfer.strided import Effort
+    from kvxfer.layout.spec import CacheSpec
+    from kvxfer.planner.rank_plan import Match, PlanPart
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
@@ -209,7 +209,7 @@ def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
 
 
 def _irregular(costs: Costs, blocks: int) -> Costs:
-    """What copies take that are not regular, beside what the constants say that there are: see `kvxfer.strided.Effort`."""
+    """What copies take that are not regular, beside what the constants say that there are: see `kvxfer.buffers.host_copy.Effort`."""
     random = np.random.default_rng(1)
     here = random.permutation(blocks).tolist()
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from kvxfer import registry
-from kvxfer.agent import Reach, TransferAgent
+from kvxfer.agents.base import Reach, TransferAgent
 from kvxfer.cli.table import size
 from kvxfer.errors import ConfigError, UnavailableError
 

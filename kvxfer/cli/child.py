@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
-from kvxfer.spawning import start_uninterruptible
+from kvxfer.testing.spawning import start_uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable

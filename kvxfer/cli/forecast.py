@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvxfer.blocks import BlockTable
 from kvxfer.errors import BlockError, ConfigError, IncompatibleError
-from kvxfer.part import PlanPart
-from kvxfer.plan import Planner, plan
-from kvxfer.route import Costs, Route, Router
-from kvxfer.segment import stretches
+from kvxfer.layout.block_table import BlockTable
+from kvxfer.planner.intersect import stretches
+from kvxfer.planner.plan import Planner, plan
+from kvxfer.planner.rank_plan import PlanPart
+from kvxfer.planner.router import Costs, Route, Router
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvxfer.cli.specs import Side
-    from kvxfer.layout import CacheGroup, CacheSpec
-    from kvxfer.part import Match
-    from kvxfer.segment import Box, Overlap
+    from kvxfer.layout.spec import CacheGroup, CacheSpec
+    from kvxfer.planner.intersect import Box, Overlap
+    from kvxfer.planner.rank_plan import Match
 
 MAX_TOKENS: Final = 1 << 22
 """Of a request; longer ones would only make this command slow."""

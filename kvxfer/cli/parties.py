@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.cli import pattern
 from kvxfer.cli.forecast import unmerged
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError, PeerTimeoutError
-from kvxfer.lease import LeaseRef
-from kvxfer.plan import plan
-from kvxfer.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.planner.plan import plan
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from kvxfer.layout import CacheSpec
+    from kvxfer.layout.spec import CacheSpec
 
 PREFILL_SEED = 1
 DECODE_SEED = 2

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvxfer.cli.report import Report
     from kvxfer.cli.specs import Side
     from kvxfer.cli.window import Window
-    from kvxfer.layout import CacheSpec
+    from kvxfer.layout.spec import CacheSpec
 
 FORMATS: Final = (".png", ".svg", ".pdf")
 

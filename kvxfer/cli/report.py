@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer.cli.forecast import ranges
 from kvxfer.cli.table import size, table
-from kvxfer.layout import KVLayout
-from kvxfer.plan import CASTABLE
-from kvxfer.route import Costs, Route
+from kvxfer.layout.spec import KVLayout
+from kvxfer.planner.plan import CASTABLE
+from kvxfer.planner.router import Costs, Route
 
 if TYPE_CHECKING:
     from kvxfer.cli.forecast import Conditions, Forecast, FromRank, Request
     from kvxfer.cli.specs import Side
-    from kvxfer.layout import CacheGroup, CacheSpec
+    from kvxfer.layout.spec import CacheGroup, CacheSpec
 
 _LEGEND = (
     "  runs: contiguous on both sides within one layer of one block, a descriptor each for a connector without a plan;",

@@ -21,7 +21,7 @@ from kvxfer.cli.hf_config import from_config
 from kvxfer.cli.models import Model, known
 from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
-from kvxfer.layout import (
+from kvxfer.layout.spec import (
     DTYPE_NBYTES,
     MAX_BLOCKS,
     Axes,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kvxfer.cli.models import LayerGroup
     from kvxfer.cli.words import Written
-    from kvxfer.layout import KVLayout
+    from kvxfer.layout.spec import KVLayout
 
 FIRST_ADDRESS: Final = 0x10_0000_0000
 """Of made-up memory."""

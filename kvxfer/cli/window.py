@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvxfer.blocks import Table
-    from kvxfer.layout import CacheRegion
-    from kvxfer.part import Match, PlanPart
-    from kvxfer.segment import Box, Overlap, Span
+    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.spec import CacheRegion
+    from kvxfer.planner.intersect import Box, Overlap, Span
+    from kvxfer.planner.rank_plan import Match, PlanPart
 
 MOST_CELLS: Final = 320
 """On one side; more cannot be told apart."""

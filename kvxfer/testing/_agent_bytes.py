@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pytest
 
-from kvxfer.agent import FlightState, Op
-from kvxfer.memory import MemoryKind
+from kvxfer.agents.base import FlightState, Op
+from kvxfer.memory.spans import MemoryKind
 from kvxfer.testing.eventually import eventually, tries
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agent import Capabilities, FlightState, Op, Reach, TransferAgent
+from kvxfer.agents.base import Capabilities, FlightState, Op, Reach, TransferAgent
 from kvxfer.errors import (
     ClosedError,
     DescriptorError,
@@ -18,7 +18,7 @@ from kvxfer.errors import (
     RegistrationError,
     UnsupportedError,
 )
-from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer.testing.actor import descriptors
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.stage import KIB, unique

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agent import FlightState, Op, Reach
+from kvxfer.agents.base import FlightState, Op, Reach
 from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
 from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.oracle import same_bytes
@@ -16,7 +16,7 @@ from kvxfer.testing.peers import ProcessPeer
 from kvxfer.testing.stage import KIB, MIB, PLACES
 
 if TYPE_CHECKING:
-    from kvxfer.agent import Flight
+    from kvxfer.agents.base import Flight
     from kvxfer.testing.stage import Pair, Stage
 
 _places = pytest.mark.parametrize("place", PLACES)

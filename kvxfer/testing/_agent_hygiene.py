@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agent import FlightState, Reach
-from kvxfer.ports import open_ports
+from kvxfer.agents.base import FlightState, Reach
+from kvxfer.agents.ports import open_ports
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.stage import KIB
 

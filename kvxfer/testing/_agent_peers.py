@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 import pytest
 
-from kvxfer.agent import FlightState
+from kvxfer.agents.base import FlightState
 from kvxfer.errors import DescriptorError, KvxferError, PeerConflictError, PeerInfoError, PeerUnknownError
 from kvxfer.testing.oracle import noise, same_bytes
 from kvxfer.testing.stage import KIB, PLACES, unique

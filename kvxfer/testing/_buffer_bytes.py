@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pytest
 
-from kvxfer.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, Loop
 from kvxfer.testing._buffer_stage import (
     ORDERS,
     BufferTests,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts: elements come out as `kvxfer.copies.Cast` defines them, or the device says that it cannot."""
+"""Casts: elements come out as `kvxfer.memory.copies.Cast` defines them, or the device says that it cannot."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pytest
 
-from kvxfer.copies import Cast, Copy, Loop
 from kvxfer.errors import UnsupportedError
-from kvxfer.layout import DTYPE_NBYTES
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.memory.copies import Cast, Copy, Loop
 from kvxfer.testing._buffer_stage import BufferTests, Logical, i64, nest, one_copy, packed, unpack
 from kvxfer.testing._floats import cast, same_elements, some_elements
 from kvxfer.testing.oracle import noise, same_bytes
 
 if TYPE_CHECKING:
-    from kvxfer.buffer import DeviceBuffer
+    from kvxfer.buffers.base import DeviceBuffer
 
 _FLOATS = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 _sources = pytest.mark.parametrize("source", _FLOATS)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import pytest
 
-from kvxfer.agent import FlightState, Op
-from kvxfer.buffer import DeviceBuffer
-from kvxfer.copies import Cast, Copy, Loop
+from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.inproc import InprocAgent
+from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import DescriptorError
-from kvxfer.inproc import InprocAgent
-from kvxfer.memory import Memory, MemoryKind
+from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer.testing._buffer_stage import PATIENCE_S, BufferTests, copies_of, finish, i64, one_copy, packed, unpack
 from kvxfer.testing.actor import Actor
 from kvxfer.testing.oracle import noise, same_bytes

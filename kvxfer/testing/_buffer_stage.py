@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from kvxfer.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, Loop
 from kvxfer.testing.oracle import noise, same_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.buffer import Completion, DeviceBuffer
+    from kvxfer.buffers.base import Completion, DeviceBuffer
 
     Bytes = npt.NDArray[np.uint8]
 

@@ -77,7 +77,7 @@ def decoded(name: str, elements: Bytes) -> Doubles:
 
 
 def cast(elements: Bytes, source: str, target: str, factor: float) -> Bytes:
-    """Bytes of the elements that `kvxfer.copies.Cast` asks for; NaN with any bits."""
+    """Bytes of the elements that `kvxfer.memory.copies.Cast` asks for; NaN with any bits."""
     with np.errstate(all="ignore"):
         products: npt.NDArray[np.float32] = decoded(source, elements).astype(np.float32) * np.float32(factor)
     if target == "float32":

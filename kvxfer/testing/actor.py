@@ -8,17 +8,17 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
 from kvxfer.errors import KvxferError
-from kvxfer.memory import Descriptors
+from kvxfer.memory.spans import Descriptors
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.oracle import HostSpan, noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.agent import AgentPeer, Flight, Registration, TransferAgent
-    from kvxfer.memory import Memory
+    from kvxfer.agents.base import AgentPeer, Flight, Registration, TransferAgent
+    from kvxfer.memory.spans import Memory
     from kvxfer.testing.oracle import OracleMemory
 
 Spans = list[tuple[int, int, int]]

@@ -19,7 +19,7 @@ from kvxfer.testing.suite import Suite
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvxfer.agent import TransferAgent
+    from kvxfer.agents.base import TransferAgent
     from kvxfer.testing.oracle import OracleMemory
     from kvxfer.testing.peers import ProcessPeer
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from kvxfer.buffer import HostBuffer
-from kvxfer.cache import KVCache
+from kvxfer.buffers.base import HostBuffer
+from kvxfer.buffers.cache import KVCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from kvxfer.buffer import DeviceBuffer
-    from kvxfer.layout import CacheRegion
+    from kvxfer.buffers.base import DeviceBuffer
+    from kvxfer.layout.spec import CacheRegion
 
     Array = npt.NDArray[Any]
     Bytes = npt.NDArray[np.uint8]

@@ -12,14 +12,14 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from kvxfer.agent import TransferAgent
+from kvxfer.agents.base import TransferAgent
 from kvxfer.errors import KvxferError, TransferFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
-    from kvxfer.agent import Capabilities, Op
-    from kvxfer.memory import Descriptors, Memory
+    from kvxfer.agents.base import Capabilities, Op
+    from kvxfer.memory.spans import Descriptors, Memory
 
 NEVER: Container[int] = ()
 ALWAYS: Container[int] = range(1 << 60)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvxfer.memory import Memory
+from kvxfer.memory.spans import Memory
 
 GUARD_NBYTES = 4096
 """Width of the band on either side of a `HostSpan` that nobody registered and nobody may touch."""

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from kvxfer.agent import FlightState, Op, TransferAgent
-    from kvxfer.memory import Memory
+    from kvxfer.agents.base import FlightState, Op, TransferAgent
+    from kvxfer.memory.spans import Memory
     from kvxfer.testing.actor import Spans
     from kvxfer.testing.oracle import OracleMemory
 

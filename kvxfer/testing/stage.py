@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvxfer.agent import Capabilities, FlightState, Op, Reach
+from kvxfer.agents.base import Capabilities, FlightState, Op, Reach
 from kvxfer.testing.actor import Actor
 from kvxfer.testing.oracle import noise
 from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
@@ -20,8 +20,8 @@ from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.agent import Flight, TransferAgent
-    from kvxfer.memory import Memory
+    from kvxfer.agents.base import Flight, TransferAgent
+    from kvxfer.memory.spans import Memory
     from kvxfer.testing.actor import Spans
     from kvxfer.testing.oracle import OracleMemory
     from kvxfer.testing.peers import Peer

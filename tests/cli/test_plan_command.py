@@ -25,7 +25,7 @@ from kvxfer.cli.specs import read_side, same_model, stages
 from kvxfer.cli.window import MOST_CELLS, window
 from kvxfer.cli.words import OPTIONS, Words, written
 from kvxfer.errors import ConfigError
-from kvxfer.layout import CacheSpec, KVLayout
+from kvxfer.layout.spec import CacheSpec, KVLayout
 
 
 def ask(*arguments: str) -> tuple[int, str, str]:

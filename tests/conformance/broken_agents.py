@@ -11,10 +11,10 @@ import time
 from dataclasses import replace
 from typing import ClassVar
 
-from kvxfer.agent import Op, Reach
+from kvxfer.agents.base import Op, Reach
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerConflictError, TransferFailedError
-from kvxfer.inproc import InprocAgent
-from kvxfer.memory import Descriptors
+from kvxfer.memory.spans import Descriptors
 from kvxfer.testing import AgentSuite
 from tests.conformance.socket_agent import SocketAgent
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvxfer.buffer import FINISHED, HostBuffer
-from kvxfer.copies import Loop
-from kvxfer.memory import Memory
+from kvxfer.buffers.base import FINISHED, HostBuffer
+from kvxfer.memory.copies import Loop
+from kvxfer.memory.spans import Memory
 from kvxfer.testing import BufferSuite, MadeBuffer
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvxfer.agent import Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import Capabilities, Op, Reach, TransferAgent
 from kvxfer.errors import PeerConflictError, PeerInfoError, PeerLostError, TransferFailedError
-from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
 _PIECE_NBYTES = 1 << 20
 _TURN_NBYTES = 8 << 20

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerInfoError, RegistrationError, TransferFailedError, TransferTimeoutError
-from kvxfer.inproc import InprocAgent
 from kvxfer.testing import Actor, AgentSuite, Faults, FaultyAgent
 from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.faults import ALWAYS

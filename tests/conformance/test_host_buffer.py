@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvxfer.buffer import HostBuffer
+from kvxfer.buffers.base import HostBuffer
 from kvxfer.testing import BufferSuite, MadeBuffer
 
 

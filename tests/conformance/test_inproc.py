@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from kvxfer.inproc import InprocAgent
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.testing import AgentSuite
 
 

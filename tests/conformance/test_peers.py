@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
 from kvxfer.errors import ConfigError, RegistrationError
-from kvxfer.memory import Memory
+from kvxfer.memory.spans import Memory
 from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise
 from kvxfer.testing.peers import PeerRaisedError
 from kvxfer.testing.stage import unique

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from kvxfer.inproc import InprocAgent
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.testing import AgentSuite
 
 _HERE = Path(__file__).parent

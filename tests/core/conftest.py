@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.core.engine import Engine, ShardedEngine
-from tests.core.virtual import World
+from tests.core.protocol.virtual import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.core.virtual import Node
+    from tests.core.protocol.virtual import Node
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import numpy as np
 
 from kvxfer import Endpoint, KVCache
 from kvxfer.config import Settings
-from kvxfer.layout import Interval
-from kvxfer.lease import LeaseRef
-from kvxfer.route import Costs, Route
+from kvxfer.layout.spec import Interval
+from kvxfer.planner.router import Costs, Route
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 
 QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_s=0.1, quarantine_s=0.05)

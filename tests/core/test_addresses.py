@@ -14,12 +14,14 @@ import weakref
 import numpy as np
 import pytest
 
-from kvxfer import Endpoint, KVCache, LeaseRef, addresses, resolver, wire
+from kvxfer import Endpoint, KVCache, LeaseRef, addresses
+from kvxfer.channel import resolver
+from kvxfer.channel.resolver import Resolver
+from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.config import Settings
-from kvxfer.control import ControlChannel
 from kvxfer.errors import ConfigError, HandshakeError, LeaseRefError, PeerTimeoutError
 from kvxfer.metrics import Metrics
-from kvxfer.resolver import Resolver
+from kvxfer.protocol import messages
 from kvxfer.testing import eventually
 from tests.core.engine import QUICK, Engine
 
@@ -250,7 +252,7 @@ def test_what_was_known_is_used_until_there_is_news(silent, monkeypatch):
 def test_a_name_that_hangs_keeps_nothing_alive(silent):
     """An endpoint's channel is closed, and collected, while a name of its is still looked up."""
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics())
-    channel.send("tcp://hangs:1", wire.Renew(tokens=[]))
+    channel.send("tcp://hangs:1", messages.Renew(tokens=[]))
     begin = time.monotonic()
     channel.close()
     assert time.monotonic() - begin < 5
@@ -308,7 +310,7 @@ def test_peers_that_were_never_heard_from_are_few():
     """However many addresses are named, connections to peers that never answered are bounded, and the oldest give way."""
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(max_connections=16), Metrics())
     for port in range(1, 101):
-        channel.send(f"tcp://127.0.0.1:{port}", wire.Renew(tokens=[]))
+        channel.send(f"tcp://127.0.0.1:{port}", messages.Renew(tokens=[]))
     assert len(channel._outgoing._routes) == 8
     channel.close()
 

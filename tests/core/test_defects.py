@@ -8,17 +8,18 @@ import time
 
 import pytest
 
-from kvxfer import Endpoint, arguments, routes
+from kvxfer import Endpoint
 from kvxfer.config import Settings
-from kvxfer.consumer import Consumer
 from kvxfer.defects import Defects
 from kvxfer.errors import ConfigError, InternalError, KvxferError, UnavailableError
-from kvxfer.holds import Holds
-from kvxfer.leases import LeaseTable
 from kvxfer.metrics import Metrics
-from kvxfer.reads import Reads
+from kvxfer.protocol.consumer import Consumer
+from kvxfer.protocol.held_leases import Holds
+from kvxfer.protocol.lease_table import LeaseTable
+from kvxfer.protocol.transfer import LeaseRevoked
+from kvxfer.runtime import arguments, routes
+from kvxfer.runtime.read_executor import Reads
 from kvxfer.testing import eventually
-from kvxfer.transfer import LeaseRevoked
 from tests.core.engine import Engine
 
 BRIEF = Settings(lease_s=1.5, peer_timeout_s=5.0, read_timeout_s=3.0, retry_s=0.1, hold_s=5.0)

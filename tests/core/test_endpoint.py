@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from kvxfer import Endpoint
-from kvxfer.buffer import FINISHED
-from kvxfer.cache import KVCache
+from kvxfer.agents.inproc import InprocAgent
+from kvxfer.buffers.base import FINISHED
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import (
     BlockError,
@@ -33,12 +34,11 @@ from kvxfer.errors import (
     TransferTimeoutError,
     UnavailableError,
 )
-from kvxfer.hold import HoldState
-from kvxfer.inproc import InprocAgent
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.held_lease import HoldState
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer.testing import eventually, same_bytes
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
-from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 from tests.core.engine import QUICK, Engine
 
 

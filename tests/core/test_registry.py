@@ -11,8 +11,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from kvxfer import registry
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer.inproc import InprocAgent
 
 
 class Fine(InprocAgent):
@@ -86,7 +86,7 @@ def test_a_name_claimed_twice(installed):
 
 def test_installed_twice_is_not_claimed_twice(installed):
     """The same entry seen twice, as with an editable install beside a wheel, is one."""
-    installed(same="a_strangers_package:Fine a_strangers_package:Fine", inproc="kvxfer.inproc:InprocAgent")
+    installed(same="a_strangers_package:Fine a_strangers_package:Fine", inproc="kvxfer.agents.inproc:InprocAgent")
     assert registry.load("same") is Fine and registry.load("inproc") is InprocAgent
 
 

@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 
 from kvxfer import Endpoint, LeaseRef
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
-from kvxfer.layout import Interval
+from kvxfer.layout.spec import Interval
 from kvxfer.testing.devices import on_device
 from tests.devices.known import DEVICES
 from tests.process.child import Child, Engine

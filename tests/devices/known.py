@@ -13,7 +13,7 @@ import numpy as np
 from kvxfer.testing.devices import Device, HostDevice
 
 if TYPE_CHECKING:
-    from kvxfer.buffer import DeviceBuffer
+    from kvxfer.buffers.base import DeviceBuffer
 
 _ELSEWHERE = "make test-xla runs this in an environment of its own"
 

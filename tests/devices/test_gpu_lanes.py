@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from kvxfer import Endpoint, KVCache, registry
-from kvxfer.buffer import Completion, pack_all, unpack_all
-from kvxfer.copies import Copy, Loop
+from kvxfer.buffers.base import Completion, pack_all, unpack_all
 from kvxfer.errors import TransferFailedError, UnavailableError, UnsupportedBufferError
+from kvxfer.memory.copies import Copy, Loop
 from kvxfer.testing.oracle import noise
 
 torch = pytest.importorskip("torch")

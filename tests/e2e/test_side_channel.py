@@ -20,7 +20,7 @@ from collections import Counter
 import pytest
 import zmq
 
-from kvxfer import wire
+from kvxfer.protocol import messages
 from kvxfer.secret import Secret
 
 _ANSWER_MS = 10_000
@@ -43,8 +43,10 @@ RAW = {
     "greeting, then a frame of 2**62 bytes": _GREETING + b"\x02" + struct.pack(">Q", 1 << 62) + b"x",
 }
 
-_HELLO = wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="somebody", epoch="e" * 16, rank=0, agent="nixl"))
-_OPEN = wire.encode(wire.Open(to="e" * 16, token="0" * 32))
+_HELLO = messages.encode(
+    messages.Hello(protocol=messages.PROTOCOL, name="somebody", epoch="e" * 16, rank=0, agent="nixl")
+)
+_OPEN = messages.encode(messages.Open(to="e" * 16, token="0" * 32))
 
 # Frames of a well-formed ZeroMQ message.
 MESSAGES = {
@@ -60,12 +62,16 @@ MESSAGES = {
     "two at once": [_HELLO + _HELLO],
     "oversized": [_HELLO + b"\0" * (2 << 20)],
     "oversized by far": [b"\0" * (80 << 20)],
-    "wrong rank": [wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="a", epoch="e", rank=7, agent="nixl"))],
+    "wrong rank": [
+        messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="a", epoch="e", rank=7, agent="nixl"))
+    ],
     "absurd rank": [_HELLO.replace(b"\xa4rank\x00", b"\xa4rank\xcf" + b"\x7f" * 8)],
-    "wrong protocol": [wire.encode(wire.Hello(protocol=99, name="a", epoch="e", rank=0, agent="nixl"))],
-    "wrong agent": [wire.encode(wire.Hello(protocol=wire.PROTOCOL, name="a", epoch="e", rank=0, agent="telepathy"))],
+    "wrong protocol": [messages.encode(messages.Hello(protocol=99, name="a", epoch="e", rank=0, agent="nixl"))],
+    "wrong agent": [
+        messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="a", epoch="e", rank=0, agent="telepathy"))
+    ],
     "not introduced": [_OPEN],
-    "an answer nobody asked for": [wire.encode(wire.Settled(token="0" * 32, stood=True))],
+    "an answer nobody asked for": [messages.encode(messages.Settled(token="0" * 32, stood=True))],
 }
 
 
@@ -85,14 +91,14 @@ def _dealer(context, port, secret: Secret | None = None) -> zmq.Socket:
 def hello() -> bytes:
     """How somebody whom nobody knows introduces itself properly."""
     name, epoch = uuid.uuid4().hex, uuid.uuid4().hex[:16]
-    return wire.encode(wire.Hello(protocol=wire.PROTOCOL, name=name, epoch=epoch, rank=0, agent="nixl"))
+    return messages.encode(messages.Hello(protocol=messages.PROTOCOL, name=name, epoch=epoch, rank=0, agent="nixl"))
 
 
-def shake_hands(lab, port) -> wire.Message:
+def shake_hands(lab, port) -> messages.Message:
     """What the server answers to an insider that introduces itself properly."""
     with zmq.Context() as context, _dealer(context, port, lab.secret) as dealer:
         dealer.send(hello())
-        return wire.decode(dealer.recv())
+        return messages.decode(dealer.recv())
 
 
 def refused(lab, server) -> Counter[str]:
@@ -115,7 +121,7 @@ def test_bytes_that_are_no_zeromq(lab, role, name):
         with contextlib.suppress(ConnectionError):  # refused in the middle of it
             stranger.sendall(RAW[name])
         # It may stay as long as it likes.
-        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
     assert server.alive
 
 
@@ -127,7 +133,7 @@ def test_messages_that_are_not_ours(lab, role, name):
     before = refused(lab, server)
     with zmq.Context() as context, _dealer(context, server.side_channel_port, lab.secret) as dealer:
         dealer.send_multipart(MESSAGES[name])
-        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
         if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
             # It was looked at: what strangers say is counted as theirs, whatever it is.
             assert lab.eventually(lambda: (refused(lab, server) - before).keys() - {STRANGER})
@@ -145,7 +151,7 @@ def test_strangers_hear_nothing(lab, role, whose):
         dealer.send(hello())
         dealer.send(_OPEN)
         assert lab.eventually(lambda: refused(lab, server)[STRANGER] > before[STRANGER])
-        assert isinstance(shake_hands(lab, server.side_channel_port), wire.Welcome)
+        assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
         assert not dealer.poll(0)
     # Nothing that was said was looked at: it would have been counted by what is wrong with it.
     assert (refused(lab, server) - before).keys() == {STRANGER}
@@ -232,8 +238,8 @@ def test_insiders_cannot_end_a_lease(lab, way):
     params, _ = lab.begin(way, prompt)
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.send(_HELLO)
-        epoch = wire.decode(dealer.recv()).epoch
-        dealer.send(wire.encode(wire.Settle(to=epoch, token="0" * 32, read=True)))
+        epoch = messages.decode(dealer.recv()).epoch
+        dealer.send(messages.encode(messages.Settle(to=epoch, token="0" * 32, read=True)))
         dealer.recv()
     answer = lab.decode.ask(prompt, max_tokens=8, kv_transfer_params=params)
     assert answer.tokens == lab.expect(prompt, 8)
@@ -244,10 +250,10 @@ def test_an_insider_that_waits_for_leases(lab):
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.send(_HELLO)
-        epoch = wire.decode(dealer.recv()).epoch
+        epoch = messages.decode(dealer.recv()).epoch
         for _ in range(20_000):
-            dealer.send(wire.encode(wire.Open(to=epoch, token=uuid.uuid4().hex, early=True)))
-        assert isinstance(wire.decode(dealer.recv()), wire.Pending)
+            dealer.send(messages.encode(messages.Open(to=epoch, token=uuid.uuid4().hex, early=True)))
+        assert isinstance(messages.decode(dealer.recv()), messages.Pending)
         lab.assert_works()
 
 

@@ -14,23 +14,23 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvxfer import wire
-from kvxfer.actions import Emit, Reply, SendTo, StartPack, StartRead, StopRead
-from kvxfer.blocks import tables
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
-from kvxfer.consumer import Consumer
 from kvxfer.errors import TransferTimeoutError, WireError
-from kvxfer.fence import LeaseBoard
-from kvxfer.lease import LeaseRef
-from kvxfer.leases import LeaseTable
+from kvxfer.layout.block_table import tables
 from kvxfer.metrics import Metrics
-from kvxfer.peer import Identity
-from kvxfer.plan import plan
-from kvxfer.producer import Producer
-from kvxfer.route import Costs, Router
-from kvxfer.transfer import Transfer
-from tests.core.virtual import agent_info
+from kvxfer.planner.plan import plan
+from kvxfer.planner.router import Costs, Router
+from kvxfer.protocol import messages
+from kvxfer.protocol.actions import Emit, Reply, SendTo, StartPack, StartRead, StopRead
+from kvxfer.protocol.consumer import Consumer
+from kvxfer.protocol.lease_board import LeaseBoard
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.lease_table import LeaseTable
+from kvxfer.protocol.peer import Identity
+from kvxfer.protocol.producer import Producer
+from kvxfer.protocol.transfer import Transfer
+from tests.core.protocol.virtual import agent_info
 
 PEER = "tcp://peer:1"
 LEASES, STEPS = 8, 60
@@ -127,8 +127,8 @@ class Machine:
         elif self.reading:
             transfer = self.reading[0].transfer
             if what == "stage":
-                stage = wire.Stage(
-                    token=transfer.ref.token, number=number % 99, image=wire.described(SPEC), tokens=(0, 4)
+                stage = messages.Stage(
+                    token=transfer.ref.token, number=number % 99, image=messages.described(SPEC), tokens=(0, 4)
                 )
                 self.consumer.stage(transfer, 0, stage, self.now)
             elif what == "unstage":
@@ -138,7 +138,7 @@ class Machine:
 
     def _say(self, who: Any, message: Any) -> None:
         try:
-            decoded = wire.decode(msgspec.msgpack.encode(_filled(message)))
+            decoded = messages.decode(msgspec.msgpack.encode(_filled(message)))
         except (WireError, msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError):
             if who == "peer":
                 self.consumer.garbage(PEER, "no message", self.now)
@@ -155,7 +155,7 @@ class Machine:
         while self.out:
             action = self.out.pop(0)
             if isinstance(action, (SendTo, Reply)):
-                assert wire.decode(wire.encode(action.message)) == action.message
+                assert messages.decode(messages.encode(action.message)) == action.message
             elif isinstance(action, StartPack):
                 self.producer.packed(action.key, action.number, 4096, None)
             elif isinstance(action, StartRead):
@@ -220,14 +220,14 @@ def run(steps: Any) -> bool:
 def seeds() -> list[Any]:
     """Conversations as they should be, each with what may go wrong in it."""
 
-    def said(message: wire.Message, **more: Any) -> Any:
-        return {**msgspec.msgpack.decode(wire.encode(message)), **more}
+    def said(message: messages.Message, **more: Any) -> Any:
+        return {**msgspec.msgpack.decode(messages.encode(message)), **more}
 
-    hello = said(wire.Hello(protocol=wire.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = wire.Stage(token="0" * 32, number=0, image=wire.described(SPEC), tokens=(0, 8), taken=[])
+    hello = said(messages.Hello(protocol=messages.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
+    stage = messages.Stage(token="0" * 32, number=0, image=messages.described(SPEC), tokens=(0, 8), taken=[])
     welcome = said(
-        wire.Welcome(
-            protocol=wire.PROTOCOL,
+        messages.Welcome(
+            protocol=messages.PROTOCOL,
             name="peer",
             epoch="p" * 16,
             rank=0,

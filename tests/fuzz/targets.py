@@ -20,13 +20,10 @@ import msgspec
 import numpy as np
 
 from kvxfer import secret as secrets_room
-from kvxfer import wire
-from kvxfer.actions import PackKey, StartPack
-from kvxfer.blocks import BlockTable, ids_from_wire, ids_to_wire, tables
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.cli.specs import read_side
 from kvxfer.cli.words import Written, written
 from kvxfer.config import Settings, names
-from kvxfer.copies import Cast, Copy, Loop
 from kvxfer.errors import (
     BlockError,
     ConfigError,
@@ -38,15 +35,18 @@ from kvxfer.errors import (
     PeerInfoError,
     WireError,
 )
-from kvxfer.image import Images
-from kvxfer.inproc import InprocAgent
-from kvxfer.layout import CacheSpec
-from kvxfer.lease import LeaseRef
-from kvxfer.memory import Descriptors, Memory, RegionTable
-from kvxfer.packer import Packer
-from kvxfer.plan import plan
-from kvxfer.route import Costs
-from kvxfer.staging import StagingArena
+from kvxfer.layout.block_table import BlockTable, ids_from_wire, ids_to_wire, tables
+from kvxfer.layout.spec import CacheSpec
+from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.spans import Descriptors, Memory, RegionTable
+from kvxfer.planner.chunks import Images
+from kvxfer.planner.plan import plan
+from kvxfer.planner.router import Costs
+from kvxfer.protocol import messages
+from kvxfer.protocol.actions import PackKey, StartPack
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.runtime.packer import Packer
+from kvxfer.runtime.staging import StagingArena
 from kvxfer_vllm import params as vllm_params
 from kvxfer_vllm.options import Options
 from tests.fuzz import machine
@@ -54,7 +54,7 @@ from tests.fuzz import machine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.cache import KVCache
+    from kvxfer.buffers.cache import KVCache
 
 _CHEAP = {"n": 2, "r": 1, "p": 1}
 """What a secret costs to derive is not the question here."""
@@ -110,33 +110,33 @@ def _file(name: str, data: bytes) -> str:
 
 def run_wire(data: bytes) -> bool:
     try:
-        message = wire.decode(data)
+        message = messages.decode(data)
     except WireError:
         return False
-    assert wire.decode(wire.encode(message)) == message
+    assert messages.decode(messages.encode(message)) == message
     return True
 
 
 def seeds_wire() -> list[bytes]:
     return [
-        wire.encode(message)
+        messages.encode(message)
         for message in (
-            wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl", reader=1, readers=2),
-            wire.Welcome(
-                protocol=wire.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
+            messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl", reader=1, readers=2),
+            messages.Welcome(
+                protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
                 slot_nbytes=9, casts=["float16"], addresses=["tcp://h:1"],
             ),
-            wire.Open(to="e", token=TOKEN, early=True),
-            wire.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
-            wire.Renew(to="e", tokens=[TOKEN] * 3),
-            wire.Renewed(ended=[TOKEN]),
-            wire.Stage(to="e", token=TOKEN, number=5, image=wire.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
-            wire.Staged(token=TOKEN, number=0, address=4096),
-            wire.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
-            wire.Settle(to="e", token=TOKEN, read=True),
-            wire.Settled(token=TOKEN, stood=False),
-            wire.Revoked(token=TOKEN, reason="because"),
-            wire.Refused(code="rank", reason="because", epoch="e", token=TOKEN, rank=2),
+            messages.Open(to="e", token=TOKEN, early=True),
+            messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
+            messages.Renew(to="e", tokens=[TOKEN] * 3),
+            messages.Renewed(ended=[TOKEN]),
+            messages.Stage(to="e", token=TOKEN, number=5, image=messages.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
+            messages.Staged(token=TOKEN, number=0, address=4096),
+            messages.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
+            messages.Settle(to="e", token=TOKEN, read=True),
+            messages.Settled(token=TOKEN, stood=False),
+            messages.Revoked(token=TOKEN, reason="because"),
+            messages.Refused(code="rank", reason="because", epoch="e", token=TOKEN, rank=2),
         )
     ]  # fmt: skip
 
@@ -319,13 +319,13 @@ def _packing() -> tuple[Packer, StagingArena, list[Any], KVCache]:
 def run_image(data: bytes) -> bool:
     """A chunk that a stranger asks for is packed into its slot, and nothing beside the slot changes; or it is refused by name."""
     try:
-        message = wire.decode(data)
+        message = messages.decode(data)
     except WireError:
         return False
-    if not isinstance(message, wire.Stage):
+    if not isinstance(message, messages.Stage):
         return False
     try:
-        image = wire.image_of(message)
+        image = messages.image_of(message)
     except WireError:
         return False
     packer, arena, packed, _ = _packing()
@@ -353,8 +353,8 @@ def seeds_image() -> list[bytes]:
         part = plan([machine.SPEC], machine.SPEC).parts[0]
         images = Images(part, like, 1 << 12)
         for chunk in list(images.chunks([tokens]))[:2]:
-            stage = wire.Stage(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
-            found.append(wire.encode(stage))
+            stage = messages.Stage(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
+            found.append(messages.encode(stage))
     return found
 
 
@@ -593,21 +593,21 @@ def seeds_secret() -> list[bytes]:
 
 
 TARGETS = [
-    Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/wire.py": 95}),
+    Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/protocol/messages.py": 95}),
     Target("machine", "msgpack", run_machine, seeds_machine, {
         # Not more of the consumer: what it does after faults of kvxfer itself no message can reach.
-        "kvxfer/producer.py": 85, "kvxfer/consumer.py": 82, "kvxfer/holds.py": 80, "kvxfer/acquaintance.py": 80, "kvxfer/leases.py": 70,
+        "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/params.py": 85}),
     Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_vllm/options.py": 60}),
     Target("settings", "json", run_settings, seeds_settings, {"kvxfer/config.py": 90}),
-    Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout.py": 85, "kvxfer/image.py": 75}),
-    Target("image", "msgpack", run_image, seeds_image, {"kvxfer/packer.py": 70}),
-    Target("blocks", "json", run_blocks, seeds_blocks, {"kvxfer/blocks.py": 85}),
+    Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout/spec.py": 85, "kvxfer/planner/chunks.py": 75}),
+    Target("image", "msgpack", run_image, seeds_image, {"kvxfer/runtime/packer.py": 70}),
+    Target("blocks", "json", run_blocks, seeds_blocks, {"kvxfer/layout/block_table.py": 85}),
     Target("agent", "msgpack", run_agent, seeds_agent, {}),
-    Target("copy", "json", run_copy, seeds_copy, {"kvxfer/copies.py": 85}),
-    Target("descriptors", "json", run_descriptors, seeds_descriptors, {"kvxfer/memory.py": 75}),
+    Target("copy", "json", run_copy, seeds_copy, {"kvxfer/memory/copies.py": 85}),
+    Target("descriptors", "json", run_descriptors, seeds_descriptors, {"kvxfer/memory/spans.py": 75}),
     Target("words", "bytes", run_words, seeds_words, {"kvxfer/cli/words.py": 85}),
     Target("side_file", "json", run_side_file, seeds_side_file, {"kvxfer/cli/specs.py": 70}),
     Target("model_file", "json", run_model_file, seeds_model_file, {"kvxfer/cli/hf_config.py": 80}),

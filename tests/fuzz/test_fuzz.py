@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("kvxfer_vllm.params")
 
-from kvxfer import wire
+from kvxfer.protocol import messages
 from tests.core.test_endpoint import Engine
 from tests.fuzz.bulk import CORPUS, kept, run
 from tests.fuzz.mutate import mutated
@@ -101,14 +101,14 @@ def test_a_live_endpoint():
             sock.send(mutated(random, random.choice(pool), "msgpack", [random.choice(pool)]))
             while sock.poll(0):
                 sock.recv()
-        hello = wire.Hello(protocol=wire.PROTOCOL, name="n", epoch="the last", rank=0, agent="inproc")
+        hello = messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="the last", rank=0, agent="inproc")
         until = time.monotonic() + 20
         answer = None
-        while not isinstance(answer, wire.Welcome) and time.monotonic() < until:
-            sock.send(wire.encode(hello))
+        while not isinstance(answer, messages.Welcome) and time.monotonic() < until:
+            sock.send(messages.encode(hello))
             if sock.poll(200):
-                answer = wire.decode(sock.recv())
-    assert isinstance(answer, wire.Welcome)
+                answer = messages.decode(sock.recv())
+    assert isinstance(answer, messages.Welcome)
     with_another = Engine(2)
     assert with_another.endpoint.read(source.endpoint.lease([1]), [1]).wait(30)
     assert source.endpoint.metrics.value("kvxfer_internal_errors_total") == 0

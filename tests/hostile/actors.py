@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A consumer and a producer that speak the wire as members of the fleet do, and use it to harm: ZeroMQ sockets and `kvxfer.wire`."""
+"""A consumer and a producer that speak the wire as members of the fleet do, and use it to harm: ZeroMQ sockets and `kvxfer.protocol.messages`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from kvxfer import wire
-from kvxfer.image import Images
-from kvxfer.lease import LeaseRef
-from kvxfer.plan import plan
+from kvxfer.planner.chunks import Images
+from kvxfer.planner.plan import plan
+from kvxfer.protocol import messages
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.layout import CacheSpec
+    from kvxfer.layout.spec import CacheSpec
 
 SLOT_NBYTES = 8 << 20
 
@@ -35,8 +35,8 @@ def image_of(spec: CacheSpec, tokens: int) -> CacheSpec:
     return image
 
 
-def _as_bytes(message: wire.Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else wire.encode(message)
+def _as_bytes(message: messages.Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else messages.encode(message)
 
 
 class HostileConsumer:
@@ -66,45 +66,45 @@ class HostileConsumer:
     def __exit__(self, *error: object) -> None:
         self._context.destroy(linger=0)
 
-    def greet(self) -> wire.Welcome:
+    def greet(self) -> messages.Welcome:
         """Introduce itself."""
-        hello = wire.Hello(protocol=wire.PROTOCOL, name=self.name, epoch=self.epoch, rank=0, agent=self._agent)
+        hello = messages.Hello(protocol=messages.PROTOCOL, name=self.name, epoch=self.epoch, rank=0, agent=self._agent)
 
-        def welcomed() -> wire.Message | None:
-            self._socket.send(wire.encode(hello))
-            return self.hear(0.5, wire.Welcome)
+        def welcomed() -> messages.Message | None:
+            self._socket.send(messages.encode(hello))
+            return self.hear(0.5, messages.Welcome)
 
         answer = eventually(welcomed, timeout_s=30, what="the producer answers Hello")
-        assert isinstance(answer, wire.Welcome)
+        assert isinstance(answer, messages.Welcome)
         return answer
 
-    def say(self, message: wire.Message) -> None:
+    def say(self, message: messages.Message) -> None:
         """Send what is meant for the process that was met; dropped where ZeroMQ takes no more."""
-        self.say_raw(wire.encode(msgspec.structs.replace(message, to=self.welcome.epoch)))
+        self.say_raw(messages.encode(msgspec.structs.replace(message, to=self.welcome.epoch)))
 
     def say_raw(self, data: bytes) -> None:
         """Send bytes."""
         with contextlib.suppress(zmq.Again):
             self._socket.send(data, zmq.NOBLOCK)
 
-    def hear(self, timeout_s: float, kind: Any = object) -> wire.Message | None:
+    def hear(self, timeout_s: float, kind: Any = object) -> messages.Message | None:
         """The next message of a kind; None if none comes in time."""
         until = time.monotonic() + timeout_s
         while self._socket.poll(max(0, int((until - time.monotonic()) * 1e3))):
-            message = wire.decode(self._socket.recv())
+            message = messages.decode(self._socket.recv())
             if isinstance(message, kind):
                 return message
         return None
 
-    def open(self, ref: LeaseRef) -> wire.Grant:
+    def open(self, ref: LeaseRef) -> messages.Grant:
         """Take a lease."""
 
-        def granted() -> wire.Message | None:
-            self.say(wire.Open(token=ref.token))
-            return self.hear(0.5, wire.Grant)
+        def granted() -> messages.Message | None:
+            self.say(messages.Open(token=ref.token))
+            return self.hear(0.5, messages.Grant)
 
         answer = eventually(granted, timeout_s=30, what="the lease is granted")
-        assert isinstance(answer, wire.Grant)
+        assert isinstance(answer, messages.Grant)
         return answer
 
 
@@ -123,8 +123,8 @@ class HostileProducer:
 
     def __init__(
         self,
-        welcome: Callable[[], wire.Message | bytes],
-        grant: Callable[[wire.Open], wire.Message | None],
+        welcome: Callable[[], messages.Message | bytes],
+        grant: Callable[[messages.Open], messages.Message | None],
         *,
         name: str = "hostile",
     ) -> None:
@@ -136,7 +136,7 @@ class HostileProducer:
         self._name = name
         self.heard = 0
         self._known: list[bytes] = []
-        self._unasked: list[wire.Message | bytes] = []
+        self._unasked: list[messages.Message | bytes] = []
         self._over = False
         self._thread = threading.Thread(target=self._run, name="hostile producer", daemon=True)
         self._thread.start()
@@ -153,7 +153,7 @@ class HostileProducer:
         """A reference to a lease of its own."""
         return LeaseRef.mint(owner=self._name, addresses=[self.address], num_tokens=num_tokens)
 
-    def tell(self, message: wire.Message | bytes) -> None:
+    def tell(self, message: messages.Message | bytes) -> None:
         """Say something to everybody who has spoken, unasked."""
         self._unasked.append(message)
 
@@ -170,17 +170,17 @@ class HostileProducer:
             if connection not in self._known:
                 self._known.append(connection)
             try:
-                message = wire.decode(data)
-            except wire.WireError:
+                message = messages.decode(data)
+            except messages.WireError:
                 continue
-            answer: wire.Message | bytes | None = None
-            if isinstance(message, wire.Hello):
+            answer: messages.Message | bytes | None = None
+            if isinstance(message, messages.Hello):
                 answer = self._welcome()
-            elif isinstance(message, wire.Open):
+            elif isinstance(message, messages.Open):
                 answer = self._grant(message)
-            elif isinstance(message, wire.Renew):
-                answer = wire.Renewed(ended=[])
-            elif isinstance(message, wire.Settle):
-                answer = wire.Settled(token=message.token, stood=True)
+            elif isinstance(message, messages.Renew):
+                answer = messages.Renewed(ended=[])
+            elif isinstance(message, messages.Settle):
+                answer = messages.Settled(token=message.token, stood=True)
             if answer is not None:
                 self._socket.send_multipart([connection, _as_bytes(answer)])

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from kvxfer import wire
-from kvxfer.blocks import ids_to_wire
-from kvxfer.fence import CELL_NBYTES
-from kvxfer.layout import Axes, CacheGroup, CacheRegion, CacheSpec, Interval
-from kvxfer.lease import LeaseRef
-from kvxfer.memory import Memory, MemoryKind
+from kvxfer.layout.block_table import ids_to_wire
+from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval
+from kvxfer.memory.spans import Memory, MemoryKind
+from kvxfer.protocol import messages
+from kvxfer.protocol.lease_board import CELL_NBYTES
+from kvxfer.protocol.lease_ref import LeaseRef
 from tests.hostile.actors import HostileConsumer, HostileProducer, image_of
 
 if TYPE_CHECKING:
@@ -90,8 +90,12 @@ def tables(scene: Scene) -> Iterator[None]:
     while True:
         for _ in range(8):
             me.say(
-                wire.Stage(
-                    token=ref.token, number=number, image=wire.described(spec), tokens=(number, number + 1), taken=[]
+                messages.Stage(
+                    token=ref.token,
+                    number=number,
+                    image=messages.described(spec),
+                    tokens=(number, number + 1),
+                    taken=[],
                 )
             )
             number += 1
@@ -112,10 +116,10 @@ def turn(scene: Scene) -> Iterator[None]:
             for at in range(number, number + 60):
                 taken = list(range(max(0, at - 200), at - 100))
                 me.say(
-                    wire.Stage(
+                    messages.Stage(
                         token=ref.token,
                         number=at,
-                        image=wire.described(image),
+                        image=messages.described(image),
                         tokens=(0, 512),
                         digest=True,
                         taken=taken,
@@ -135,9 +139,9 @@ def slots(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(7):
-        me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
+        me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
     while True:
-        me.say(wire.Renew(tokens=[ref.token]))
+        me.say(messages.Renew(tokens=[ref.token]))
         yield
 
 
@@ -149,14 +153,14 @@ def queue(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(8):
-        me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
+        me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
     number = 8
     while True:
         for _ in range(100):
-            me.say(wire.Stage(token=ref.token, number=number, image=wire.described(image), tokens=(0, 512)))
-            me.say(wire.Unstage(token=ref.token, numbers=[number]))
+            me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
+            me.say(messages.Unstage(token=ref.token, numbers=[number]))
             number += 1
-        me.say(wire.Renew(tokens=[ref.token]))
+        me.say(messages.Renew(tokens=[ref.token]))
         while me.hear(0):
             pass
         yield
@@ -172,10 +176,12 @@ def replies(scene: Scene) -> Iterator[None]:
     while True:
         for me, ref in zip(readers, refs, strict=True):
             for _ in range(100):
-                me.say(wire.Open(token=ref.token))
+                me.say(messages.Open(token=ref.token))
             for _ in range(100):
                 me.say_raw(
-                    wire.encode(wire.Hello(protocol=wire.PROTOCOL, name=me.name, epoch=me.epoch, rank=0, agent="nixl"))
+                    messages.encode(
+                        messages.Hello(protocol=messages.PROTOCOL, name=me.name, epoch=me.epoch, rank=0, agent="nixl")
+                    )
                 )
         yield
 
@@ -186,7 +192,7 @@ def early(scene: Scene) -> Iterator[None]:
     me = scene.consumer()
     while True:
         for _ in range(400):
-            me.say(wire.Open(token=secrets.token_hex(16), early=True))
+            me.say(messages.Open(token=secrets.token_hex(16), early=True))
         while me.hear(0):
             pass
         yield
@@ -198,15 +204,15 @@ def flush(scene: Scene) -> Iterator[None]:
     me = scene.consumer()
     while True:
         for _ in range(400):
-            me.say(wire.Settle(token=secrets.token_hex(16), read=True))
+            me.say(messages.Settle(token=secrets.token_hex(16), read=True))
         while me.hear(0):
             pass
         yield
 
 
-def _with_many_layers(message: wire.Message, field: str, layers: int) -> bytes:
+def _with_many_layers(message: messages.Message, field: str, layers: int) -> bytes:
     """A message whose description of a cache names so many layers: more than our own classes would make, so it is changed as bytes."""
-    raw = msgspec.msgpack.decode(wire.encode(message))
+    raw = msgspec.msgpack.decode(messages.encode(message))
     raw[field]["layers"] = [0, layers, layers]
     group = raw[field]["groups"][0]
     group["regions"] = [["kv", list(range(layers)), 0, [layers, 2, 1, 1], [64, 32, 2, 2], 2]]
@@ -218,8 +224,12 @@ def _with_many_layers(message: wire.Message, field: str, layers: int) -> bytes:
 def cpu(scene: Scene) -> Iterator[None]:
     """Messages of 800 KB that take long to read: descriptions of 200,000 layers, from one who holds no lease."""
     me = scene.consumer()
-    asked = wire.Stage(
-        to=me.welcome.epoch, token=secrets.token_hex(16), number=0, image=wire.described(me.welcome.spec), tokens=(0, 1)
+    asked = messages.Stage(
+        to=me.welcome.epoch,
+        token=secrets.token_hex(16),
+        number=0,
+        image=messages.described(me.welcome.spec),
+        tokens=(0, 1),
     )
     data = _with_many_layers(asked, "image", 200_000)
     assert len(data) < 1 << 20, len(data)
@@ -248,12 +258,12 @@ class Fabric:
     name: str
     epoch: str
 
-    def grant(self, token: str, ids: np.ndarray, **fields: Any) -> wire.Grant:
+    def grant(self, token: str, ids: np.ndarray, **fields: Any) -> messages.Grant:
         """A grant whose cell holds what the reader will look for."""
         cell = self.array[:CELL_NBYTES]
         cell[:] = np.frombuffer(bytes.fromhex(token), np.uint8)
         fields["check"] = cell.tobytes()
-        return wire.Grant(
+        return messages.Grant(
             token=token, blocks=[ids_to_wire(ids)], cell=int(self.array.ctypes.data), ttl_s=30.0, **fields
         )
 
@@ -269,7 +279,7 @@ def _fabric(scene: Scene) -> Fabric:
     return Fabric(agent, array, name, epoch)
 
 
-def _honest_welcome(scene: Scene) -> wire.Welcome:
+def _honest_welcome(scene: Scene) -> messages.Welcome:
     with HostileConsumer(scene.honest.address()) as asking:
         return asking.welcome
 
@@ -286,7 +296,7 @@ def _bogus(
     spec = change(honest.spec, fabric)
     info = fabric.agent.describe()
 
-    def welcome() -> wire.Message:
+    def welcome() -> messages.Message:
         return msgspec.structs.replace(
             honest, name=fabric.name, epoch=fabric.epoch, agent_info=info, spec=spec, slot_nbytes=slot_nbytes
         )
@@ -378,11 +388,11 @@ def names(scene: Scene) -> Iterator[None]:
     info = msgspec.msgpack.encode(outer)
     epoch = secrets.token_hex(8)
 
-    def welcome() -> wire.Message:
+    def welcome() -> messages.Message:
         return msgspec.structs.replace(honest, name="hostile", epoch=epoch, agent_info=info)
 
-    def grant(message: wire.Open) -> wire.Message:
-        return wire.Grant(
+    def grant(message: messages.Open) -> messages.Message:
+        return messages.Grant(
             token=message.token,
             blocks=[ids_to_wire(np.arange(4, dtype=np.uint32))],
             cell=4096,
@@ -403,7 +413,7 @@ def parting(scene: Scene) -> Iterator[None]:
     infos = [honest.agent_info, fabric.agent.describe()]
     said = 0
 
-    def welcome() -> wire.Message:
+    def welcome() -> messages.Message:
         nonlocal said
         said += 1
         return msgspec.structs.replace(
@@ -429,7 +439,7 @@ def addresses(scene: Scene) -> Iterator[None]:
     spec = msgspec.structs.replace(honest.spec, world=1024)
     mean: HostileProducer
 
-    def welcome() -> wire.Message:
+    def welcome() -> messages.Message:
         return msgspec.structs.replace(
             honest, name="hostile", epoch="f" * 16, spec=spec, addresses=[mean.address, *others]
         )
@@ -452,7 +462,7 @@ def silent_fabric(scene: Scene) -> Iterator[None]:
         given = asking.open(LeaseRef.from_json(stopped.lease([1, 2, 3, 4])))
     stopped.signal(signal.SIGSTOP)
 
-    def grant(message: wire.Open) -> wire.Message:
+    def grant(message: messages.Open) -> messages.Message:
         return msgspec.structs.replace(given, to="", token=message.token)
 
     mean = scene.producer(lambda: met, grant, name=met.name)
@@ -466,12 +476,12 @@ def words(scene: Scene) -> Iterator[None]:
     """It refuses everything, each time with another code and with control characters in its reason."""
     honest = _honest_welcome(scene)
 
-    def grant(message: wire.Open) -> wire.Message:
+    def grant(message: messages.Open) -> messages.Message:
         code = secrets.token_hex(8) + "\x1b[31m\n"
-        return wire.Refused(code=code, reason="\x1b]0;owned\x07\r\nno", epoch="e" * 16, token=message.token)
+        return messages.Refused(code=code, reason="\x1b]0;owned\x07\r\nno", epoch="e" * 16, token=message.token)
 
     mean = scene.producer(
-        lambda: wire.Refused(code=secrets.token_hex(8), reason="\x1b[2J\n", epoch=honest.epoch), grant
+        lambda: messages.Refused(code=secrets.token_hex(8), reason="\x1b[2J\n", epoch=honest.epoch), grant
     )
     while True:
         for _ in range(4):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
-from kvxfer.memory import Memory
+from kvxfer.memory.spans import Memory
 from kvxfer_nixl import NixlAgent
 
 ON_LOOPBACK = "NET_DEVICES=lo"

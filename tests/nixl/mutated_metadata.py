@@ -52,9 +52,9 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
 
 def here(seed: int, first: int, last: int) -> None:
     """Try mutations in this process, telling of each before and after on the standard output."""
-    from kvxfer.agent import FlightState, Op
+    from kvxfer.agents.base import FlightState, Op
     from kvxfer.errors import KvxferError
-    from kvxfer.memory import Descriptors, Memory, MemoryKind
+    from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
     from tests.nixl.agents import nixl_agent
 
     bytes_there, bytes_here = np.full(4096, 7, np.uint8), np.zeros(4096, np.uint8)

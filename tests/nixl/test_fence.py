@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
 from kvxfer.errors import PeerLostError, TransferTimeoutError
 from kvxfer.testing import Actor, HostSpan, ProcessPeer, eventually, stays
 from tests.nixl.agents import (

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
 from kvxfer.testing import Actor
 from kvxfer_nixl import Lane
 from kvxfer_nixl._lane import LaneWatch, Surroundings, predict

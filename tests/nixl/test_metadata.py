@@ -11,9 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvxfer.agent import FlightState, Op
+from kvxfer.agents.base import FlightState, Op
 from kvxfer.errors import PeerInfoError
-from kvxfer.memory import Descriptors, Memory
+from kvxfer.memory.spans import Descriptors, Memory
 from kvxfer.testing import eventually
 from kvxfer_nixl._metadata import agent_name
 from tests.nixl.agents import nixl_agent

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError, UnsupportedError
-from kvxfer.memory import MemoryKind
+from kvxfer.memory.spans import MemoryKind
 from kvxfer.testing import eventually
 from kvxfer_nixl import NixlAgent
 from tests.nixl.agents import native_threads, nixl_agent

@@ -8,17 +8,17 @@ import socket
 
 import pytest
 
+from kvxfer.agents.ports import open_ports
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer.ports import open_ports
 from kvxfer_nixl import NixlAgent
 
 _PROGRAM = """
 import json, logging, sys
 import numpy as np
 from kvxfer import Endpoint
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer_nixl import NixlAgent
-from kvxfer.ports import open_ports
+from kvxfer.agents.ports import open_ports
 
 class Kept(logging.Handler):
     def emit(self, record):

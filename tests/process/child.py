@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from kvxfer import Endpoint, LeaseRef
-from kvxfer.cache import KVCache
+from kvxfer.agents.ports import open_ports
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
-from kvxfer.ports import open_ports
 from kvxfer.secret import Secret
 from kvxfer.testing import eventually
 from tests.process import hosts

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from kvxfer import Endpoint, KVCache
+from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import KvxferError
-from kvxfer.inproc import InprocAgent
 
 ended = threading.Event()
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import zmq
 
-from kvxfer import wire
-from kvxfer.image import Images
-from kvxfer.layout import CacheSpec
-from kvxfer.lease import LeaseRef
-from kvxfer.plan import plan
+from kvxfer.layout.spec import CacheSpec
+from kvxfer.planner.chunks import Images
+from kvxfer.planner.plan import plan
+from kvxfer.protocol import messages
+from kvxfer.protocol.lease_ref import LeaseRef
 
 QUIET_S = 0.5
 
@@ -32,21 +32,27 @@ class Member:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.connect(address)
-        hello = wire.Hello(
-            protocol=wire.PROTOCOL, name=name, epoch="e" * 16, rank=0, agent=agent, reader=reader, readers=reader + 1
+        hello = messages.Hello(
+            protocol=messages.PROTOCOL,
+            name=name,
+            epoch="e" * 16,
+            rank=0,
+            agent=agent,
+            reader=reader,
+            readers=reader + 1,
         )
         self.say(hello)
-        self.welcome: Any = self.hear(wire.Welcome)
+        self.welcome: Any = self.hear(messages.Welcome)
 
-    def say(self, message: wire.Message) -> None:
-        self.socket.send(wire.encode(message))
+    def say(self, message: messages.Message) -> None:
+        self.socket.send(messages.encode(message))
 
     def hear(self, kind: type = object, timeout_s: float = 30.0) -> Any:
         """The next message of that kind; None if there is none in time."""
         until = time.monotonic() + timeout_s
         while (left_s := until - time.monotonic()) > 0:
             if self.socket.poll(int(left_s * 1000) + 1):
-                message = wire.decode(self.socket.recv())
+                message = messages.decode(self.socket.recv())
                 if isinstance(message, kind):
                     return message
         return None
@@ -54,15 +60,15 @@ class Member:
     def stage(self, token: str, number: int, image: CacheSpec, tokens: tuple[int, int], **more: Any) -> None:
         """Ask for a chunk."""
         fields = {"to": self.welcome.epoch, "token": token, "number": number, "tokens": tokens}
-        self.say(wire.Stage(**fields, image=wire.described(image), **more))
+        self.say(messages.Stage(**fields, image=messages.described(image), **more))
 
 
 def main(ref: str, spec: str, chunks: str, *options: str) -> None:
     lease = LeaseRef.from_json(ref)
     mine = msgspec.json.decode(Path(spec).read_bytes(), type=CacheSpec)
     member = Member(lease.addresses[0], name=f"reader-{lease.token[:4]}")
-    member.say(wire.Open(to=member.welcome.epoch, token=lease.token))
-    member.hear(wire.Grant)
+    member.say(messages.Open(to=member.welcome.epoch, token=lease.token))
+    member.hear(messages.Grant)
     part = plan([member.welcome.spec], mine).parts[0]
     images = Images(part, "target", member.welcome.slot_nbytes)
     block = member.welcome.spec.groups[0].table_tokens
@@ -71,12 +77,12 @@ def main(ref: str, spec: str, chunks: str, *options: str) -> None:
         chunk = next(iter(images.chunks([tokens] * len(mine.groups))))
         member.stage(lease.token, number, images.image(chunk).source, chunk.tokens)
     packed = 0
-    while member.hear(wire.Staged, QUIET_S) is not None:
+    while member.hear(messages.Staged, QUIET_S) is not None:
         packed += 1
     print(packed, flush=True)  # noqa: T201
     while True:
         if "--renew" in options:
-            member.say(wire.Renew(to=member.welcome.epoch, tokens=[lease.token]))
+            member.say(messages.Renew(to=member.welcome.epoch, tokens=[lease.token]))
         time.sleep(0.2)
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_nixl import NixlAgent
 from tests.process.child import LARGE, Child

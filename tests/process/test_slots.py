@@ -11,11 +11,11 @@ import time
 import msgspec
 import pytest
 
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
+from kvxfer.protocol.transfer import LeaseRevoked, LeaseSettled
 from kvxfer.testing import eventually
-from kvxfer.transfer import LeaseRevoked, LeaseSettled
 
 LEASE_S = 120.0
 """So long that nothing here waits for the end of a lease."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any, NoReturn
 
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.soak.churn import SoakError
 from kvxfer.testing.soak.fleet import wait_up
 from kvxfer.testing.soak.inquiry import Inquiry

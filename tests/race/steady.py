@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from kvxfer import Endpoint, LeaseRef
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from tests.process.child import SMALL, Child, Engine
 
 MOST_MIB = 16.0

@@ -6,30 +6,14 @@ from __future__ import annotations
 
 import pytest
 
-from kvxfer import (
-    acquaintance,
-    contacts,
-    driver,
-    endpoint,
-    fence,
-    gate,
-    grants,
-    hold,
-    holds,
-    leases,
-    lifecycle,
-    packer,
-    part,
-    producer,
-    reading,
-    reads,
-    staged,
-    staging,
-)
-from kvxfer.actions import Emit, EndPack
-from kvxfer.agent import FlightState, TransferAgent
+from kvxfer import endpoint
+from kvxfer.agents.base import FlightState, TransferAgent
+from kvxfer.planner import rank_plan
+from kvxfer.protocol import deferred, grants, held_lease, held_leases, lease_board, lease_table, peers, producer, staged
+from kvxfer.protocol.actions import Emit, EndPack
+from kvxfer.protocol.transfer import LeaseExpired
+from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read_executor, read_task, staging
 from kvxfer.testing.sim import agent as virtual
-from kvxfer.transfer import LeaseExpired
 
 _BUGS = {}
 
@@ -58,13 +42,13 @@ def _unfenced(self, carrier, then, *before):
 @bug
 def fence_left_out(patch):
     """Nobody looks whether the lease stood when the bytes were in place."""
-    patch(reading.Leg, "_read_cell", _unfenced)
+    patch(read_task.Leg, "_read_cell", _unfenced)
 
 
 @bug
 def fence_before_the_bytes(patch):
     """The lease is looked at when the read begins, and not when it ends."""
-    read_cell = reading.Leg._read_cell
+    read_cell = read_task.Leg._read_cell
 
     def ended(self, carrier, then, *before):
         if self.source.complete and self._moved:
@@ -72,13 +56,13 @@ def fence_before_the_bytes(patch):
         else:
             read_cell(self, carrier, lambda carrier: _unfenced(self, carrier, then, *before))
 
-    patch(reading.Leg, "_read_cell", ended)
+    patch(read_task.Leg, "_read_cell", ended)
 
 
 @bug
 def fence_beside_the_bytes(patch):
     """The cell is read while the bytes are, and not when they are in place."""
-    read_cell = reading.Leg._read_cell
+    read_cell = read_task.Leg._read_cell
 
     def both(self, carrier, then, *before):
         if not before:
@@ -94,20 +78,20 @@ def fence_beside_the_bytes(patch):
         carrier.submit(self, before, one)
         read_cell(self, carrier, one)
 
-    patch(reading.Leg, "_read_cell", both)
+    patch(read_task.Leg, "_read_cell", both)
 
 
 @bug
 def check_is_the_token(patch):
     """What stands in a lease's cell is its token, which may be offered again."""
-    offered = leases.LeaseTable._make_readable
+    offered = lease_table.LeaseTable._make_readable
 
     def readable(self, lease, *args):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(leases.secrets, "token_bytes", lambda _: bytes.fromhex(lease.token))
+            patched.setattr(lease_table.secrets, "token_bytes", lambda _: bytes.fromhex(lease.token))
             offered(self, lease, *args)
 
-    patch(leases.LeaseTable, "_make_readable", readable)
+    patch(lease_table.LeaseTable, "_make_readable", readable)
 
 
 @bug
@@ -137,25 +121,25 @@ def agent_left_alive(patch):
         self._peers.clear()
         self.proven.clear()
 
-    patch(lifecycle.AgentLifecycle, "close", close)
+    patch(agent_lifecycle.AgentLifecycle, "close", close)
 
 
 @bug
 def told_before_it_is_quiet(patch):
     """A read that fails is told at once, whatever is in flight."""
-    fail = reads.Reads._fail
+    fail = read_executor.Reads._fail
 
     def failed(self, reading, error):
-        reading.pending = 0
+        read_task.pending = 0
         fail(self, reading, error)
 
-    patch(reads.Reads, "_fail", failed)
+    patch(read_executor.Reads, "_fail", failed)
 
 
 @bug
 def quarantine_is_the_end(patch):
     """A flight in quarantine is told as if it had ended."""
-    changed = reads.Reads._changed
+    changed = read_executor.Reads._changed
 
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
@@ -163,49 +147,49 @@ def quarantine_is_the_end(patch):
         if flight in self._flying or self._contacts.owns(flight):
             changed(self, flight)
 
-    patch(reads.Reads, "_changed", told)
+    patch(read_executor.Reads, "_changed", told)
 
 
 @bug
 def copy_not_waited_for(patch):
     """What is to be done when bytes are in place is done at once."""
-    submit = reads.Reads.submit
+    submit = read_executor.Reads.submit
 
     def hasty(self, leg, steps, then):
-        if steps[-1].total_nbytes == fence.CELL_NBYTES:
+        if steps[-1].total_nbytes == lease_board.CELL_NBYTES:
             submit(self, leg, steps, then)
         else:
             submit(self, leg, steps, lambda: None)
             then()
 
-    patch(reads.Reads, "submit", hasty)
+    patch(read_executor.Reads, "submit", hasty)
 
 
 @bug
 def read_deadline_dropped(patch):
     """A read whose blocks never come waits for ever."""
-    patch(holds.Holds, "_give_up", lambda self, hold, now: setattr(hold, "deadline", now + 1e9))
+    patch(held_leases.Holds, "_give_up", lambda self, hold, now: setattr(held_lease, "deadline", now + 1e9))
 
 
 @bug
 def staged_read_deadline_dropped(patch):
     """A read that waits for a chunk or a grant waits for ever."""
-    patch(reads.Reads, "_give_up_late", lambda self: None)
-    patch(reads.Reads, "due_s", lambda self: None)
-    patch(holds.Holds, "stop_read", lambda self, hold, error: None)
+    patch(read_executor.Reads, "_give_up_late", lambda self: None)
+    patch(read_executor.Reads, "due_s", lambda self: None)
+    patch(held_leases.Holds, "stop_read", lambda self, hold, error: None)
 
 
 @bug
 def lease_never_expires(patch):
     """Blocks that nobody comes for are never given back."""
-    patch(leases.LeaseTable, "expire", lambda self, now: [])
-    patch(leases.LeaseTable, "next_deadline", lambda self: None)
+    patch(lease_table.LeaseTable, "expire", lambda self, now: [])
+    patch(lease_table.LeaseTable, "next_deadline", lambda self: None)
 
 
 @bug
 def place_kept_for_ever(patch):
     """A consumer that comes first and never again leaves a lease behind."""
-    want = leases.LeaseTable.want
+    want = lease_table.LeaseTable.want
 
     def wanted(self, token, now):
         known = token in self._live
@@ -213,7 +197,7 @@ def place_kept_for_ever(patch):
         if not known and token in self._live:
             self._timers.cancel(token)
 
-    patch(leases.LeaseTable, "want", wanted)
+    patch(lease_table.LeaseTable, "want", wanted)
 
 
 @bug
@@ -231,43 +215,43 @@ def end_told_twice(patch):
 @bug
 def expiry_not_told(patch):
     """The engine is not told that a lease has run out."""
-    do = driver.Driver._do
+    do = control_loop.Driver._do
 
     def silent(self, action):
         if not (isinstance(action, Emit) and isinstance(action.event, LeaseExpired)):
             do(self, action)
 
-    patch(driver.Driver, "_do", silent)
+    patch(control_loop.Driver, "_do", silent)
 
 
 @bug
 def device_not_waited_for(patch):
     """Blocks count as complete before the device has written them."""
-    patch(gate.Gate, "then", lambda self, token, after, act, now, **_: act(now))
+    patch(deferred.Gate, "then", lambda self, token, after, act, now, **_: act(now))
 
 
 @bug
 def sealed_one_block_too_many(patch):
     """While prefill runs, one block more is read than is complete."""
-    sealed = part.sealed_interval
+    sealed = rank_plan.sealed_interval
 
     def more(group, source, target, tokens):
         start, stop = sealed(group, source, target, tokens)
         return (start, stop + group.table_tokens) if 0 < stop < target.end_token else (start, stop)
 
-    patch(part, "sealed_interval", more)
+    patch(rank_plan, "sealed_interval", more)
 
 
 @bug
 def moved_before_it_is_there(patch):
     """What is granted while a read is under way is taken to be here."""
-    granted = reading.Leg.granted
+    granted = read_task.Leg.granted
 
     def skip(self, carrier, source):
         self._moved.update({group: stop for group, (_, stop) in enumerate(source.match.tokens)})
         granted(self, carrier, source)
 
-    patch(reading.Leg, "granted", skip)
+    patch(read_task.Leg, "granted", skip)
 
 
 @bug
@@ -311,82 +295,82 @@ def slot_lent_twice(patch):
 @bug
 def restarted_producer_not_noticed(patch):
     """Grants of a process that is gone are taken for those of the one in its place."""
-    patch(holds.Holds, "lost", lambda self, peer, now: None)
-    patch(hold.Hold, "mistake", lambda self, claim: None)
-    patch(reading.Leg, "_read_cell", _unfenced)
+    patch(held_leases.Holds, "lost", lambda self, peer, now: None)
+    patch(held_lease.Hold, "mistake", lambda self, claim: None)
+    patch(read_task.Leg, "_read_cell", _unfenced)
 
 
 @bug
 def peers_never_forgotten(patch):
     """Whom nothing is asked of any more is remembered for ever."""
-    patch(acquaintance.Acquaintances, "tick", lambda self, now: None)
-    patch(acquaintance.Acquaintances, "next_deadline", lambda self: None)
+    patch(peers.Acquaintances, "tick", lambda self, now: None)
+    patch(peers.Acquaintances, "next_deadline", lambda self: None)
 
 
 @bug
 def settling_not_repeated(patch):
     """Who does not hear that a lease is settled is not told again, and waits for its end."""
-    patch(holds.Holds, "_ask_all", lambda self, hold, now: None)
+    patch(held_leases.Holds, "_ask_all", lambda self, hold, now: None)
 
 
 @bug
 def fault_in_the_control_thread(patch):
     """A fault of ours is survived, and nobody would know."""
-    pump = holds.Holds.pump
+    pump = held_leases.Holds.pump
 
     def faulty(self, hold, now):
         if len(self.by_token) > 3:
             raise PlantedError(len(self.by_token))
         pump(self, hold, now)
 
-    patch(holds.Holds, "pump", faulty)
+    patch(held_leases.Holds, "pump", faulty)
 
 
 @bug
 def hold_never_ends(patch):
     """A lease that is held and never read is renewed for ever."""
-    begin = holds.Holds.hold
+    begin = held_leases.Holds.hold
 
     def for_ever(self, ref, now):
         held = begin(self, ref, now)
-        if held.transfer is None and held.state is hold.HoldState.WAITING:
+        if held.transfer is None and held.state is held_lease.HoldState.WAITING:
             held.deadline = now + 1e9
         return held
 
-    patch(holds.Holds, "hold", for_ever)
+    patch(held_leases.Holds, "hold", for_ever)
 
 
 @bug
 def restarted_reads_number_anew(patch):
     """A read that is started again uses the numbers of chunks that it had asked for before."""
-    again = reading.Leg.again
+    again = read_task.Leg.again
 
     def anew(self, carrier, reading):
         leg = again(self, carrier, reading)
         leg.next_number = 0
         return leg
 
-    patch(reading.Leg, "again", anew)
+    patch(read_task.Leg, "again", anew)
 
 
 @bug
 def clock_of_agents_stands(patch):
     """What the transfer agent carries has a deadline on a clock that is not its process's."""
-    new = lifecycle.AgentLifecycle._new
+    new = agent_lifecycle.AgentLifecycle._new
 
     def made(self):
         agent = new(self)
         agent.now = lambda: 0.0
         return agent
 
-    patch(lifecycle.AgentLifecycle, "_new", made)
+    patch(agent_lifecycle.AgentLifecycle, "_new", made)
 
 
 @bug
 def clock_of_the_control_thread_is_behind(patch):
     """The control thread keeps the engine's deadlines on another clock than the one on which they were set."""
 
-    class Behind(driver.Driver):
+    class Behind(control_loop.Driver):
         def __init__(self, channel, metrics, emit, now):
             super().__init__(channel, metrics, emit, lambda: now() - 500.0)
 
@@ -396,30 +380,30 @@ def clock_of_the_control_thread_is_behind(patch):
 @bug
 def renewals_by_the_producers_clock(patch):
     """A lease is renewed when a third of its producer's time of day has passed, and not of its length."""
-    patch(hold.Claim, "renew_at", lambda self, now: now + 1e5 / 3)
+    patch(held_lease.Claim, "renew_at", lambda self, now: now + 1e5 / 3)
 
 
 @bug
 def one_rank_settles_for_all(patch):
     """The first rank of a consumer that has read its share gives the blocks of all back."""
-    settle = leases.LeaseTable.settle
+    settle = lease_table.LeaseTable.settle
 
     def settled(self, token, holder, *, read):
         return settle(self, token, holder._replace(world=1), read=read)
 
-    patch(leases.LeaseTable, "settle", settled)
+    patch(lease_table.LeaseTable, "settle", settled)
 
 
 @bug
 def one_rank_grants_for_all(patch):
     """What one rank of a producer has granted counts as granted by all."""
-    patch(hold.Hold, "readable", property(lambda self: any(claim.grant is not None for claim in self.claims)))
+    patch(held_lease.Hold, "readable", property(lambda self: any(claim.grant is not None for claim in self.claims)))
 
 
 @bug
 def unpacking_not_waited_for(patch):
     """Bytes count as unpacked while the device still unpacks them."""
-    patch(reads.Reads, "copying", lambda self, leg, copies, then: then())
+    patch(read_executor.Reads, "copying", lambda self, leg, copies, then: then())
 
 
 @bug
@@ -453,20 +437,20 @@ def slot_given_back_while_it_is_packed(patch):
 @bug
 def device_failure_at_the_producer_ignored(patch):
     """Blocks that a device has failed to write are offered all the same."""
-    init = gate.Gate.__init__
-    patch(gate.Gate, "__init__", lambda self, failed: init(self, lambda token, why: None))
+    init = deferred.Gate.__init__
+    patch(deferred.Gate, "__init__", lambda self, failed: init(self, lambda token, why: None))
 
 
 @bug
 def device_failure_at_the_consumer_ignored(patch):
     """Bytes that a device has failed to unpack count as delivered."""
-    copied = reads.Reads._copied
+    copied = read_executor.Reads._copied
 
     def whatever(self, each):
         each.copies = []
         copied(self, each)
 
-    patch(reads.Reads, "_copied", whatever)
+    patch(read_executor.Reads, "_copied", whatever)
 
 
 @bug
@@ -512,7 +496,7 @@ def silent_peers_stop_all_reads(patch):
             meet(self, leg, then)
 
     patch(contacts.Contacts, "meet", one_after_the_other)
-    patch(reads.Reads, "proven", lambda self, info: False)
+    patch(read_executor.Reads, "proven", lambda self, info: False)
 
 
 @bug
@@ -522,13 +506,13 @@ def cell_not_wiped(patch):
     def free_only(self, address):
         self._free.insert(0, self._index(address))  # to be taken last
 
-    patch(fence.LeaseBoard, "wipe", free_only)
+    patch(lease_board.LeaseBoard, "wipe", free_only)
 
 
 @bug
 def standing_still_is_silence(patch):
     """A process that did not run takes its own pause for the silence of its peers and of its devices."""
-    patch(driver.Driver, "_judge_lateness", lambda self: None)
+    patch(control_loop.Driver, "_judge_lateness", lambda self: None)
 
 
 @bug
@@ -559,12 +543,12 @@ def slots_withdrawn_under_a_lease_that_stands(patch):
 @bug
 def one_check_for_all(patch):
     """Every lease has the same check: a cell that is another lease's by now still stands for the one before."""
-    post = fence.LeaseBoard.post
-    make_readable = leases.LeaseTable._make_readable
+    post = lease_board.LeaseBoard.post
+    make_readable = lease_table.LeaseTable._make_readable
 
     def readable(self, lease, blocks, first_tokens):
         make_readable(self, lease, blocks, first_tokens)
         lease.check = b"\1" * 16
 
-    patch(fence.LeaseBoard, "post", lambda self, check: post(self, b"\1" * 16))
-    patch(leases.LeaseTable, "_make_readable", readable)
+    patch(lease_board.LeaseBoard, "post", lambda self, check: post(self, b"\1" * 16))
+    patch(lease_table.LeaseTable, "_make_readable", readable)

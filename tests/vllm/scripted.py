@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.blocks import BlockTable
+from kvxfer.layout.block_table import BlockTable
 from kvxfer.metrics import Metrics
-from kvxfer.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-    from kvxfer.buffer import Completion
+    from kvxfer.buffers.base import Completion
     from kvxfer.errors import KvxferError
-    from kvxfer.lease import LeaseRef
+    from kvxfer.protocol.lease_ref import LeaseRef
 
 
 def plain(tables: Sequence[Any]) -> Any:
@@ -26,7 +26,7 @@ def plain(tables: Sequence[Any]) -> Any:
 
 
 class ScriptedTransfer:
-    """Stands in for `kvxfer.transfer.Transfer`."""
+    """Stands in for `kvxfer.protocol.transfer.Transfer`."""
 
     def __init__(self, ref: LeaseRef, into: list[int], tokens: tuple[int, int | None]) -> None:
         self.ref, self.into, self.tokens = ref, into, tokens

@@ -17,7 +17,7 @@ import torch
 
 from kvxfer import registry
 from kvxfer.errors import ConfigError
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.support import buffers, refuse_unsupported

@@ -13,7 +13,7 @@ from kvxfer.testing import eventually
 from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.worker import KvxferWorker
-from tests.core.intruder import Intruder
+from tests.core.channel.intruder import Intruder
 
 pytestmark = pytest.mark.vllm
 

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.v1.request import RequestStatus
 
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.params import Fetch, Meet, Refused, Role, Serve, parse, prompt_digest, response
 from kvxfer_vllm.reasons import Refusal
 from tests.vllm.rig import P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted

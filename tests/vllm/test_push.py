@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import registry
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_vllm.metadata import KvxferMetadata, Seal
 from kvxfer_vllm.worker import KvxferWorker

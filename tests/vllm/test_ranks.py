@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import BlockError, LeaseError, TransferFailedError
-from kvxfer.lease import LeaseRef
-from kvxfer.transfer import Done, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import Done, LeaseExpired, LeaseRevoked, LeaseSettled
 from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.worker import KvxferWorker

@@ -13,8 +13,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 
-from kvxfer.lease import LeaseRef
-from kvxfer.transfer import LeaseSettled
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import LeaseSettled
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, Offer
 from kvxfer_vllm.reasons import Refusal

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvxfer.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, Loop
 
 BLOCKS, TOKENS, HEADS, CONTENT_NBYTES = 64, 16, 4, 256
 SHAPE = (BLOCKS, TOKENS, HEADS, CONTENT_NBYTES // 2)

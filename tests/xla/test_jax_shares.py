@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from tests.xla.requests import noise
 
 jax = pytest.importorskip("jax", reason="jax is not installed: make test-xla")

@@ -8,10 +8,10 @@ import threading
 import numpy as np
 import pytest
 
-from kvxfer.cache import KVCache
-from kvxfer.copies import Copy
+from kvxfer.buffers.cache import KVCache
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import UnsupportedBufferError
+from kvxfer.memory.copies import Copy
 from kvxfer.testing import BufferSuite, MadeBuffer
 from tests.xla.requests import (
     BLOCK_NBYTES,

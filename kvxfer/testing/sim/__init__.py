@@ -2,7 +2,7 @@
 """A simulator: real endpoints in one process, on one virtual clock, moving real bytes through a world in which things go wrong.
 
 Nothing in it imitates the protocol: each process holds a real `kvxfer.Endpoint`, given another clock, another control channel
-and turns instead of threads (`kvxfer.host`), and a transfer agent that copies real memory when the world says so. What is
+and turns instead of threads (`kvxfer.runtime.environment`), and a transfer agent that copies real memory when the world says so. What is
 made up is the world (messages that are lost, repeated, delayed and overtaken; copies that are late, torn, lost or go on after
 they were given up; devices that end late or fail; processes that crash, freeze and come back; clocks that drift, jump and
 stand) and the engines that use the endpoints, of one rank or several, whatever their caches look like in memory.

@@ -12,9 +12,9 @@ import ctypes
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from kvxfer.agent import Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import Capabilities, Op, Reach, TransferAgent
 from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError, UnavailableError
-from kvxfer.memory import Descriptors, Memory, MemoryKind
+from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
 if TYPE_CHECKING:
     from kvxfer.testing.sim.process import Process

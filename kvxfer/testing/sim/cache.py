@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import numpy as np
 
-from kvxfer.buffer import DeviceBuffer
-from kvxfer.cache import KVCache
+from kvxfer.buffers.base import DeviceBuffer
+from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import TransferFailedError
-from kvxfer.layout import KVLayout
+from kvxfer.layout.spec import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
-    from kvxfer.buffer import Completion
-    from kvxfer.copies import Copy
-    from kvxfer.layout import CacheSpec
-    from kvxfer.memory import Memory
+    from kvxfer.buffers.base import Completion
+    from kvxfer.layout.spec import CacheSpec
+    from kvxfer.memory.copies import Copy
+    from kvxfer.memory.spans import Memory
     from kvxfer.testing.sim.process import Process
 
     Bytes = npt.NDArray[np.uint8]

@@ -10,21 +10,21 @@ import numpy as np
 
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.layout import KVLayout
-from kvxfer.route import Costs
+from kvxfer.layout.spec import KVLayout
+from kvxfer.planner.router import Costs
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired
 from kvxfer.testing.sim.agent import VirtualAgent
 from kvxfer.testing.sim.cache import RankMemory, Shape, noise
 from kvxfer.testing.sim.process import Process
-from kvxfer.transfer import Done, Failed, LeaseExpired
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.lease import LeaseRef
-    from kvxfer.leases import Holder
+    from kvxfer.protocol.lease_ref import LeaseRef
+    from kvxfer.protocol.lease_table import Holder
+    from kvxfer.protocol.transfer import Event, Transfer
     from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
-    from kvxfer.transfer import Event, Transfer
 
     Array = np.ndarray[Any, Any]
 

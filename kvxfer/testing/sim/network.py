@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network of the simulator: messages are lost, repeated, late and overtaken, ways are cut, and connections are made anew.
 
-What goes over it is what would go over TCP: bytes. Authentication and encryption are the real channel's (`kvxfer.control`)
+What goes over it is what would go over TCP: bytes. Authentication and encryption are the real channel's (`kvxfer.channel.zmq_channel`)
 and have no part here.
 """
 
@@ -11,9 +11,9 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvxfer import wire
-from kvxfer.control import Inbound
+from kvxfer.channel.zmq_channel import Inbound
 from kvxfer.errors import ConfigError
+from kvxfer.protocol import messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,10 +57,10 @@ class Network:
             for address in [a for a in channel.made if {channel.process.label[0], _label(a)[0]} == {engine, other}]:
                 channel.hangup(address)
 
-    def carry(self, source: str, target: str, message: wire.Message, deliver: Callable[[bytes], bool]) -> None:
+    def carry(self, source: str, target: str, message: messages.Message, deliver: Callable[[bytes], bool]) -> None:
         """Send a message from one label to another. ``deliver`` may say False: there is nobody, and it may be tried again."""
         world, profile = self.world, self.world.profile
-        data = wire.encode(message)
+        data = messages.encode(message)
         world.digest = hash((world.digest, len(data)))
         world.seen[type(message).__name__] += 1
         request = world.requests.get(getattr(message, "token", ""), "")
@@ -87,7 +87,7 @@ class Network:
 
 
 class VirtualChannel:
-    """`kvxfer.control.Channel` through the network.
+    """`kvxfer.channel.zmq_channel.Channel` through the network.
 
     Attributes:
         made: its connections by the address that they lead to, each under a name that no other ever has.
@@ -109,7 +109,7 @@ class VirtualChannel:
         """See `Channel`."""
         self.process.wake()
 
-    def send(self, address: str, message: wire.Message) -> None:
+    def send(self, address: str, message: messages.Message) -> None:
         """See `Channel`."""
         if not address.startswith("tcp://"):
             raise ConfigError(f"cannot connect to {address!r}")
@@ -126,7 +126,7 @@ class VirtualChannel:
 
         network.carry(self.process.label, _label(address), message, deliver)
 
-    def reply(self, connection: bytes, message: wire.Message) -> None:
+    def reply(self, connection: bytes, message: messages.Message) -> None:
         """See `Channel`."""
         caller = self.callers.get(connection)
         if caller is None:
@@ -168,7 +168,7 @@ class VirtualChannel:
 
     def take(self, source: bytes | str, data: bytes) -> None:
         """A message has arrived."""
-        self._inbox.append(Inbound(source, wire.decode(data)))
+        self._inbox.append(Inbound(source, messages.decode(data)))
         self.process.wake()
 
 
@@ -176,14 +176,14 @@ def _label(address: str) -> str:
     return address.removeprefix("tcp://").partition(":")[0]
 
 
-def _details(message: wire.Message) -> str:
+def _details(message: messages.Message) -> str:
     """What of a message helps to follow a trace."""
-    if isinstance(message, wire.Grant):
+    if isinstance(message, messages.Grant):
         return "" if message.complete else ", more to come"
-    if isinstance(message, wire.Refused):
+    if isinstance(message, messages.Refused):
         return f", {message.code}"
-    if isinstance(message, (wire.Stage, wire.Staged)):
+    if isinstance(message, (messages.Stage, messages.Staged)):
         return f", chunk {message.number}"
-    if isinstance(message, wire.Settled):
+    if isinstance(message, messages.Settled):
         return "" if message.stood else ", it had ended"
     return ""

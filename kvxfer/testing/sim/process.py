@@ -10,7 +10,7 @@ from kvxfer.testing.sim.network import VirtualChannel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.host import Loop
+    from kvxfer.runtime.environment import Loop
     from kvxfer.testing.sim.network import Network
     from kvxfer.testing.sim.world import World
 

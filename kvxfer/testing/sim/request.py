@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvxfer.errors import LeaseError, PeerTimeoutError, TransferTimeoutError
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.sim.cache import Work
 from kvxfer.testing.sim.engine import SETTINGS, Fetching, Overdue, Serving
 

@@ -10,7 +10,7 @@ from collections import Counter
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from kvxfer.lease import LeaseRef
+from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.soak.fleet import Member, wait_up
 from kvxfer.testing.soak.inquiry import Inquiry
 from kvxfer.testing.soak.report import Report, Request

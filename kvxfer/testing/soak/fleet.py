@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer.spawning import start_uninterruptible
 from kvxfer.testing.eventually import eventually
 from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
+from kvxfer.testing.spawning import start_uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

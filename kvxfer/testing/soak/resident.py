@@ -13,21 +13,21 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.cache import KVCache
+from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError
-from kvxfer.lease import LeaseRef
-from kvxfer.route import Costs
+from kvxfer.planner.router import Costs
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import Done, Failed
 from kvxfer.secret import Secret
 from kvxfer.testing.soak.memory import Blocks
-from kvxfer.transfer import Done, Failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from kvxfer.transfer import Event, Transfer
+    from kvxfer.protocol.transfer import Event, Transfer
 
 SETTINGS: dict[str, Any] = {
     "lease_s": 4.0, "announce_s": 20.0, "match_s": 3.0, "read_timeout_s": 8.0, "peer_timeout_s": 5.0, "hold_s": 6.0,

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A KV cache as an engine holds it: its description and the memory behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kvxfer.buffers.base import HostBuffer
+from kvxfer.errors import LayoutError
+from kvxfer.layout.spec import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.memory.arrays import allocations
+from kvxfer.memory.disjoint import neighbours, share_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy.typing as npt
+
+    from kvxfer.buffers.base import DeviceBuffer
+    from kvxfer.memory.arrays import ArrayView
+
+_PAGE_NBYTES = 4096
+
+
+class BufferMaker(Protocol):
+    """A class of `DeviceBuffer`s that are made of arrays."""
+
+    def view_of(self, array: Any, /) -> ArrayView:
+        """See `DeviceBuffer.view_of`."""
+
+    def __call__(self, *arrays: Any) -> DeviceBuffer:
+        """The buffer of all these views of one allocation."""
+
+
+class KVCache:
+    """A `CacheSpec` together with the buffers that its regions lie in. Immutable; keeps the memory alive.
+
+    Args:
+        spec: its regions name their buffer by position in ``buffers``.
+        buffers: one for each allocation.
+
+    Raises:
+        LayoutError: a region does not lie inside its buffer.
+    """
+
+    def __init__(self, spec: CacheSpec, buffers: Sequence[DeviceBuffer]) -> None:
+        self.spec: CacheSpec = spec
+        self.buffers: tuple[DeviceBuffer, ...] = tuple(buffers)
+        for region in spec.regions:
+            if region.buffer >= len(self.buffers):
+                raise LayoutError(f"a region lies in buffer {region.buffer}, of which there are {len(self.buffers)}")
+            memory = self.buffers[region.buffer].memory
+            # A device without addresses counts its regions' from the start of the buffer.
+            low, high = (memory.address, memory.end) if memory else (0, self.buffers[region.buffer].nbytes)
+            if region.address < low or region.end > high:
+                raise LayoutError(
+                    f"region [{region.address:#x}, {region.end:#x}) is not inside its buffer [{low:#x}, {high:#x})"
+                )
+
+    def __repr__(self) -> str:
+        nbytes = sum(buffer.nbytes for buffer in self.buffers)
+        return f"KVCache({len(self.spec.regions)} regions in {len(self.buffers)} buffers of {nbytes} bytes)"
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Mapping[str, Any],
+        *,
+        block_tokens: int | Mapping[str, int] | None = None,
+        components: Sequence[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        heads_total: int | None = None,
+        head_start: int = 0,
+        layer_start: int = 0,
+        layers_total: int | None = None,
+        scales: Mapping[str, Mapping[str, Any]] | None = None,
+        name_layers: bool = False,
+        fingerprint: str = "",
+        dtype: str | None = None,
+        rank: int = 0,
+        world: int = 1,
+        buffers: BufferMaker = HostBuffer,
+    ) -> KVCache:
+        """Describe the arrays of an engine; nothing is copied.
+
+        Orders, padding and allocations are read from addresses and strides. A layer that is the same memory as an
+        earlier one of its group (layers that share their KV) is left out.
+
+        Args:
+            layers: for each layer's name a writable array, seen as ``[block, head, token, content]``
+                whatever its strides, or several of them, one per component. A layer's number is the only number among
+                the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
+                otherwise its position in the mapping after ``layer_start``.
+            block_tokens: tokens of a block of the block table, of all groups or of each by its name, if not those of the
+                arrays' blocks: a multiple of them where a kernel's blocks are smaller, anything for the state of
+                state-space layers.
+            components: what the arrays of a layer hold; by default ``("kv",)`` for one and ``("k", "v")`` for two.
+            groups: names of the layers that share a block table, by name of the group; by default one group, ``"0"``.
+            kinds: kinds of groups that are not ``full_attention``.
+            heads_total: KV heads of the model; by default no more than this rank holds.
+            head_start: the first KV head of this rank.
+            layer_start: the first layer of this rank, where names do not number themselves.
+            layers_total: layers of the model; by default no more than this rank holds.
+            scales: of quantised layers: for a layer's name and a component (``k`` and ``v`` also where an array holds
+                both, half each) one factor, or one for each head of this rank; see `Scale`.
+            name_layers: the names of ``layers`` are those of the model, and a peer that has them too matches layers by
+                name, whatever their numbers. This rank's layers must follow each other without a gap.
+            fingerprint: of everything outside the layout that must be equal, see `CacheSpec`.
+            rank: this rank.
+            world: number of ranks.
+            dtype: element type, if the arrays have another of storage (bytes or integers that stand for bfloat16).
+            buffers: class of the buffers of the device that the arrays are on; called with the views of one allocation.
+
+        Raises:
+            LayoutError: the arrays do not make a cache.
+            UnsupportedBufferError: an array cannot be used, see `HostBuffer`.
+        """
+        _mapping("layers", layers, "an array, or a list of them, for each layer's name")
+        for name in layers:
+            if not isinstance(name, str):
+                raise LayoutError(f"the name of a layer is a string, not {name!r:.80}")
+        if not layers:
+            raise LayoutError("a cache has at least one layer")
+        if isinstance(block_tokens, Mapping):
+            block_tokens = {name: _whole(f"block_tokens of group {name!r}", n) for name, n in block_tokens.items()}
+        elif block_tokens is not None:
+            block_tokens = _whole("block_tokens", block_tokens)
+        heads_total = None if heads_total is None else _whole("heads_total", heads_total)
+        layers_total = None if layers_total is None else _whole("layers_total", layers_total)
+        head_start, layer_start = _whole("head_start", head_start), _whole("layer_start", layer_start)
+        rank, world = _whole("rank", rank), _whole("world", world)
+        kinds = {} if kinds is None else _mapping("kinds", kinds, "a kind for each group's name")
+        scales = {} if scales is None else _mapping("scales", scales, "factors by component for each layer's name")
+        for name, factors in scales.items():
+            _mapping(f"the scales of layer {name!r}", factors, "factors for each component")
+        views = {name: _views_of(name, arrays, components, buffers) for name, arrays in layers.items()}
+        flat = [view for parts in views.values() for view in parts.values()]
+        numbers = _layer_numbers(list(layers), layer_start)
+        placed = dict(zip(map(id, flat), allocations(flat), strict=True))
+        in_buffer: dict[int, list[ArrayView]] = {}
+        for view in flat:
+            in_buffer.setdefault(placed[id(view)], []).append(view)
+        made_buffers = [buffers(*in_buffer[number]) for number in sorted(in_buffer)]
+        bases = [_base(made_buffers[number], in_buffer[number]) for number in sorted(in_buffer)]
+        if groups is None:
+            groups = {"0": list(layers)}
+        groups = _mapping("groups", groups, "names of layers for each group's name")
+        if not kinds.keys() <= groups.keys():
+            unknown = min(kinds.keys() - groups.keys(), key=str)
+            raise LayoutError(f"there is no group {unknown!r} to be {kinds[unknown]!r}: there are {_names(groups)}")
+        if isinstance(block_tokens, Mapping) and not block_tokens.keys() <= groups.keys():
+            unknown = min(block_tokens.keys() - groups.keys(), key=str)
+            raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {_names(groups)}")
+        if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
+            raise LayoutError("the groups do not hold each layer once")
+        made = []
+        for group_name, names in groups.items():
+            cells = [
+                _Cell(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
+                for name in names
+                for component, view in views[name].items()
+            ]
+            if not cells:
+                raise LayoutError(f"group {group_name!r} has no layers")
+            extents = cells[0].extents
+            kind = kinds.get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
+            total = heads_total if heads_total is not None else head_start + extents.head
+            tokens = block_tokens.get(group_name) if isinstance(block_tokens, Mapping) else block_tokens
+            tokens = extents.token if tokens is None else tokens
+            kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
+            regions = tuple(_regions(cells))
+            _refuse_overlaps(group_name, regions)
+            present = {layer for region in regions for layer in region.layers}
+            made.append(
+                CacheGroup(
+                    name=group_name,
+                    kind=kind,
+                    block_tokens=tokens,
+                    num_blocks=extents.block // kernel_blocks,
+                    heads=Interval(head_start, head_start + extents.head, total),
+                    regions=regions,
+                    scales=tuple(_scales({n: numbers[n] for n in names if numbers[n] in present}, scales)),
+                )
+            )
+        if not scales.keys() <= layers.keys():
+            raise LayoutError(f"there is no layer {min(scales.keys() - layers.keys(), key=str)!r} to have a scale")
+        first, last = min(numbers.values()), max(numbers.values())
+        if name_layers and last + 1 - first != len(layers):
+            raise LayoutError(f"{len(layers)} names cannot name all layers from {first} to {last}")
+        spec = CacheSpec(
+            groups=tuple(made),
+            dtype=_one_dtype(flat) if dtype is None else dtype,
+            layers=Interval(first, last + 1, last + 1 if layers_total is None else layers_total),
+            fingerprint=fingerprint,
+            rank=rank,
+            world=world,
+            layer_names=tuple(sorted(layers, key=lambda name: numbers[name])) if name_layers else (),
+        )
+        return cls(spec, made_buffers)
+
+    @classmethod
+    def allocate(
+        cls,
+        layout: KVLayout | str = KVLayout.LBHNC,
+        *,
+        layers: int,
+        blocks: int,
+        heads: int,
+        block_tokens: int,
+        head_dim: int,
+        dtype: str = "bfloat16",
+        apart: bool = False,
+        padding: Axes | None = None,
+        fingerprint: str = "",
+    ) -> tuple[KVCache, dict[str, npt.NDArray[Any]]]:
+        """A cache in fresh, zeroed, page-aligned host memory, for tests, benchmarks and demos.
+
+        Args:
+            layout: order of the axes.
+            layers: number of layers.
+            blocks: number of blocks.
+            heads: number of KV heads.
+            block_tokens: tokens of a block.
+            head_dim: elements of K, and of V, of one token of one head.
+            dtype: element type; where NumPy lacks it, the array has unsigned integers of that size.
+            apart: K and V in an allocation each, instead of side by side in one.
+            padding: bytes left unused after each layer, block, head and token.
+            fingerprint: see `CacheSpec`.
+
+        Returns:
+            the cache, and the logical array ``[layer, block, head, token, content]`` of each component: of ``"kv"``,
+            or of ``"k"`` and ``"v"``.
+
+        Raises:
+            LayoutError: extents that make no cache, or an unknown layout or dtype.
+        """
+        if dtype not in DTYPE_NBYTES:
+            raise LayoutError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
+        layers, blocks, heads = _whole("layers", layers), _whole("blocks", blocks), _whole("heads", heads)
+        block_tokens, head_dim = _whole("block_tokens", block_tokens), _whole("head_dim", head_dim)
+        order = layout if isinstance(layout, KVLayout) else KVLayout.parse(layout)
+        extents = Axes(layers, blocks, heads, block_tokens)
+        content = {"k": head_dim, "v": head_dim} if apart else {"kv": 2 * head_dim}
+        arrays = {name: _zeros(order, extents, elements, dtype, padding) for name, elements in content.items()}
+        by_layer = {f"layers.{i}": [array[i] for array in arrays.values()] for i in range(layers)}
+        return cls.from_layers(by_layer, fingerprint=fingerprint, dtype=dtype), arrays
+
+
+def _whole(what: str, value: Any) -> int:
+    """An integer of any library. Raises LayoutError."""
+    try:
+        if not isinstance(value, (bool, np.bool_)):
+            return index(value)
+    except TypeError:
+        pass
+    raise LayoutError(f"{what} is no whole number: {value!r:.80}")
+
+
+def _mapping(what: str, value: Any, of: str) -> Any:
+    """What is given by name. Raises LayoutError."""
+    if not isinstance(value, Mapping):
+        raise LayoutError(f"{what} must be a mapping ({of}), not {type(value).__name__}")
+    return value
+
+
+def _names(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _refuse_overlaps(group: str, regions: Sequence[CacheRegion]) -> None:
+    """Layers and components of one block table have no byte in common."""
+    for a, b in neighbours(regions):
+        if share_bytes(a, b):
+            what = (f"{each.component!r} of layers {_names(each.layers)}" for each in (a, b))
+            raise LayoutError(
+                f"in group {group!r} some bytes belong to {' and to '.join(what)}: give each layer and component memory of its own"
+            )
+
+
+class _Cell:
+    """One component of one layer: a region without a layer axis yet."""
+
+    def __init__(self, component: str, layer: int, view: ArrayView, buffer: int, base: int) -> None:
+        self.component, self.layer, self.address, self.buffer = component, layer, view.address - base, buffer
+        blocks, heads, tokens, content = view.shape
+        self.extents = Axes(1, blocks, heads, tokens)
+        self.content_nbytes = content * view.itemsize
+        apart = content > 1 and view.strides[3] != view.itemsize
+        self.element = (view.itemsize, view.strides[3]) if apart else (0, 0)
+        # The stride of an axis of one element is arbitrary: 0, so that equal layers look equal.
+        steps = (stride if extent > 1 else 0 for extent, stride in zip(view.shape, view.strides, strict=True))
+        self.strides = Axes(0, *list(steps)[:3])
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Equal for cells that may become one region."""
+        return self.component, self.buffer, self.extents, self.strides, self.content_nbytes, self.element
+
+
+def _base(buffer: DeviceBuffer, views: Sequence[ArrayView]) -> int:
+    """What the addresses of its regions count from: 0, or its first byte if its memory is not reached by address."""
+    return 0 if buffer.memory is not None else min(view.address for view in views)
+
+
+def _views_of(name: str, arrays: Any, components: Sequence[str] | None, buffers: BufferMaker) -> dict[str, ArrayView]:
+    parts = list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
+    if components is None:
+        components = {1: ("kv",), 2: ("k", "v")}.get(len(parts), ())
+    if len(parts) != len(components) or not parts:
+        raise LayoutError(f"layer {name!r} has {len(parts)} arrays for {len(components)} components")
+    views = [buffers.view_of(part) for part in parts]
+    for view in views:
+        if len(view.shape) != 4:
+            raise LayoutError(f"layer {name!r} has shape {view.shape}, not [blocks, heads, tokens, content]")
+    return dict(zip(components, views, strict=True))
+
+
+def _layer_numbers(names: list[str], start: int) -> dict[str, int]:
+    found = {name: [int(part) for part in name.split(".") if part.isdecimal()] for name in names}
+    if all(len(numbers) == 1 for numbers in found.values()):
+        single = {name: numbers[0] for name, numbers in found.items()}
+        if len(set(single.values())) == len(single):
+            return single
+    return {name: start + position for position, name in enumerate(names)}
+
+
+def _scales(numbers: Mapping[str, int], scales: Mapping[str, Mapping[str, Any]]) -> Iterable[Scale]:
+    for name, number in numbers.items():
+        for component, factors in scales.get(name, {}).items():
+            try:
+                flat = np.atleast_1d(np.asarray(factors, dtype=np.float64))
+            except (TypeError, ValueError) as error:
+                raise LayoutError(f"the scale of {component!r} of layer {name!r} is no number: {error}") from error
+            yield Scale(component, number, tuple(flat.ravel().tolist()))
+
+
+def _one_dtype(views: Iterable[ArrayView]) -> str:
+    names = sorted({view.dtype for view in views})
+    if len(names) > 1:
+        raise LayoutError(f"the arrays have different dtypes: {', '.join(names)}")
+    return names[0]
+
+
+def _regions(cells: list[_Cell]) -> Iterable[CacheRegion]:
+    """Cells of one group as few regions: those of one buffer at equal distances become one with a layer stride."""
+    by_shape: dict[tuple[object, ...], dict[int, _Cell]] = {}
+    for cell in cells:
+        # The first layer at an address stands for all that share it.
+        by_shape.setdefault(cell.shape, {}).setdefault(cell.address, cell)
+    for same in by_shape.values():
+        run: list[_Cell] = []
+        for address in sorted(same):
+            if len(run) > 1 and address - run[-1].address != run[1].address - run[0].address:
+                yield from _region(run)
+                run = []
+            run.append(same[address])
+        yield from _region(run)
+
+
+def _region(run: list[_Cell]) -> Iterable[CacheRegion]:
+    first = run[0]
+    stride = run[1].address - first.address if len(run) > 1 else 0
+    try:
+        yield CacheRegion(
+            component=first.component,
+            layers=tuple(cell.layer for cell in run),
+            address=first.address,
+            extents=Axes(len(run), first.extents.block, first.extents.head, first.extents.token),
+            strides=Axes(stride, first.strides.block, first.strides.head, first.strides.token),
+            content_nbytes=first.content_nbytes,
+            buffer=first.buffer,
+            element_nbytes=first.element[0],
+            element_stride=first.element[1],
+        )
+    except LayoutError:
+        if len(run) == 1:
+            raise
+        # Equally far apart by chance, but not nested: each for itself.
+        for cell in run:
+            yield from _region([cell])
+
+
+def _zeros(order: KVLayout, extents: Axes, elements: int, dtype: str, padding: Axes | None) -> npt.NDArray[Any]:
+    """A logical array [layer, block, head, token, content] whose memory is in ``order``."""
+    itemsize = DTYPE_NBYTES[dtype]
+    if min(*(getattr(extents, axis) for axis in Axes.__struct_fields__), elements) < 1:
+        raise LayoutError("every extent of a cache is at least 1")
+    strides = order.strides(extents, elements * itemsize, padding=padding)
+    outermost = order.axes[0]
+    nbytes = int(getattr(strides, outermost) * getattr(extents, outermost))
+    try:
+        memory = np.zeros(nbytes + _PAGE_NBYTES, dtype=np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise LayoutError(f"there is no memory for a cache of {nbytes / (1 << 30):,.1f} GiB: {error}") from error
+    shape = (extents.layer, extents.block, extents.head, extents.token, elements)
+    steps = (strides.layer, strides.block, strides.head, strides.token, itemsize)
+    # Not np.dtype(dtype): whether NumPy knows bfloat16 depends on who has imported ml_dtypes.
+    storage = np.dtype(f"u{itemsize}" if dtype.startswith(("bfloat", "float8")) else dtype)
+    offset = -memory.ctypes.data % _PAGE_NBYTES
+    array: npt.NDArray[Any] = np.ndarray(shape, storage, buffer=memory, offset=offset, strides=steps)
+    return array

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block tables as engines, plans and peers give them, checked once at the door, on the engine's thread."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from operator import index
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kvxfer.errors import BlockError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvxfer.layout.spec import CacheGroup, CacheSpec
+
+BlockIds = npt.NDArray[np.int64]
+"""Ids of one cache group, in token order."""
+
+MAX_TOKENS = 1 << 40
+"""Requests are shorter than this."""
+
+_UNDER_THE_LOCK: Final = 499
+"""NumPy lets go of the interpreter's lock for more than 500 elements. The engine's thread, which comes here, would get it back only
+when another one has had its turn: that takes longer than all that is done here."""
+_NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
+"""To make them lets go of the lock; a request of a million tokens has no more blocks of 16."""
+_MOST_PLACES: Final = 1 << 22
+"""A place for each block that a cache may have is made for no more than these: how many a peer's has is what it says."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Which blocks hold the tokens of one request, in one cache group.
+
+    Attributes:
+        ids: block ids in token order; integers as a list or array.
+        first_token: the request's token with which the first of them begins, a multiple of the group's ``block_tokens``:
+            0 but for a table that was cut at its beginning (a prefix that is elsewhere, a sliding window). States have no
+            tokens: theirs means nothing.
+    """
+
+    ids: BlockIds | Sequence[int]
+    first_token: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A `BlockTable` that was checked against its group.
+
+    Attributes:
+        tokens: that one entry stands for.
+        bound: all ids are below it, if it is known; else 0.
+    """
+
+    ids: BlockIds
+    first_token: int
+    tokens: int
+    bound: int = 0
+
+    @property
+    def end_token(self) -> int:
+        """First token after the last block's."""
+        return self.first_token + len(self.ids) * self.tokens
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Some id is given more than once."""
+        ids = self.ids
+        if len(ids) < 2 or all(_ascend(ids[one]) for one in pieces(len(ids), overlap=1)):
+            return False
+        # np.sort would let go of the lock.
+        bound = self.bound or _largest(ids) + 1
+        if len(ids) <= _UNDER_THE_LOCK or bound > _MOST_PLACES:
+            return len(set(ids.tolist())) < len(ids)
+        # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
+        numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
+        parts = [(ids[one], numbers[one]) for one in pieces(len(ids))]
+        last = np.empty(bound, dtype=_NUMBERS.dtype)
+        for part, places in parts:
+            last[part] = places
+        return not all((last[part] == places).all() for part, places in parts)
+
+
+def tables(
+    spec: CacheSpec, blocks: Any, whose: str = "", *, first_token: int = 0, distinct: bool = False
+) -> list[Table]:
+    """Block tables of one request, one for each cache group.
+
+    Args:
+        spec: of the cache that the ids index.
+        blocks: one block table per group, or its ids alone; for a cache of one group also that, bare.
+        whose: goes into the message, e.g. ``"source"``.
+        first_token: that of tables given as ids alone, rounded down to the beginning of a block.
+        distinct: refuse an id that is given twice.
+
+    Raises:
+        BlockError: not blocks of this cache.
+    """
+    groups = spec.groups
+    several = len(groups) > 1
+    if not several and not (_is_list(blocks) and len(blocks) and _is_table(blocks[0])):
+        blocks = (blocks,)
+    elif not _is_list(blocks) or len(blocks) != len(groups):
+        raise BlockError(f"{whose} block ids must be given for each of {len(groups)} cache groups".lstrip())
+    made = []
+    for given, group in zip(blocks, groups, strict=True):
+        where = f" of group {group.name!r}" if several else ""
+        tokens = group.table_tokens
+        if isinstance(given, BlockTable):
+            table, first = given.ids, _first(given.first_token, group, where)
+        else:
+            table, first = given, _first(first_token // tokens * tokens, group, where) if first_token else 0
+        ids = _ids(table, group.num_blocks, f"{whose} block".lstrip(), where)
+        checked = Table(ids, first, tokens, group.num_blocks)
+        if distinct and checked.repeats:
+            raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
+        made.append(checked)
+    return made
+
+
+def ids_to_wire(ids: BlockIds) -> bytes:
+    """Ids as little-endian uint32, as they travel."""
+    return _cast(ids, np.dtype("<u4")).tobytes()
+
+
+def ids_from_wire(raw: bytes) -> BlockIds:
+    """The reverse. Raises BlockError: not a whole number of ids."""
+    if len(raw) % 4:
+        raise BlockError(f"a list of block ids has {len(raw)} bytes")
+    return _cast(np.frombuffer(raw, dtype="<u4"), np.dtype(np.int64))
+
+
+def pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
+    """So many elements, few enough at a time for NumPy to keep the interpreter's lock."""
+    return (slice(begin, begin + _UNDER_THE_LOCK + overlap) for begin in range(0, number, _UNDER_THE_LOCK))
+
+
+def _array(blocks: Any) -> npt.NDArray[Any]:
+    if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
+        try:  # in a quarter of what NumPy takes
+            return np.frombuffer(struct.pack(f"{len(blocks)}q", *blocks), dtype=np.int64)
+        except struct.error:
+            pass  # NumPy says what is wrong
+    return np.asarray(blocks)
+
+
+def _largest(numbers: npt.NDArray[Any]) -> int:
+    if len(numbers) <= _UNDER_THE_LOCK:
+        return int(np.maximum.reduce(numbers))
+    return max(int(np.maximum.reduce(numbers[one])) for one in pieces(len(numbers)))
+
+
+def _ascend(ids: npt.NDArray[Any]) -> bool:
+    return bool(np.logical_and.reduce(ids[1:] > ids[:-1]))
+
+
+def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    cast = np.empty(len(ids), dtype)
+    for one in pieces(len(ids)):
+        cast[one] = ids[one]
+    return cast
+
+
+def _first(token: Any, group: CacheGroup, where: str) -> int:
+    if group.kind == "state":
+        return 0
+    try:
+        first = index(token)
+    except TypeError as error:
+        raise BlockError(f"the first token{where} is no whole number but {type(token).__name__}") from error
+    if not 0 <= first < MAX_TOKENS or first % group.table_tokens:
+        raise BlockError(f"no block of {group.table_tokens} tokens{where} begins with token {first}")
+    return first
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, range)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, BlockTable) or _is_list(value)
+
+
+def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:
+    try:
+        ids = _array(blocks)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BlockError(f"{block}s{where} are no list of integers: {error}") from error
+    if ids.ndim != 1:
+        raise BlockError(f"{block}s{where} are no list of integers")
+    if not ids.size:
+        return np.empty(0, dtype=np.int64)
+    if ids.dtype.kind not in "iu":
+        raise BlockError(f"{block}s{where} are no integers but {ids.dtype}")
+    checked: BlockIds = ids if ids.dtype == np.int64 else _cast(ids, np.dtype(np.int64))
+    # As unsigned numbers those below 0 are beyond any cache: one look finds both.
+    if _largest(checked.view(np.uint64)) >= num_blocks:
+        low, high = int(ids.min()), int(ids.max())
+        raise BlockError(f"{block} {low if low < 0 else high}{where} is not one of {num_blocks}")
+    return checked

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which bytes of one cache belong at which place of another.
+
+`plan` compares the caches of all ranks of a producer with that of one rank of a consumer and refuses, by name, what cannot
+be served; the algebra is in `kvxfer.planner.intersect`, the expansion for given blocks in `kvxfer.planner.expand`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvxfer.errors import IncompatibleError, LayoutError
+from kvxfer.layout.spec import CacheSpec
+from kvxfer.planner.intersect import Box, Overlap, Span, boxes, overlap, stretches
+from kvxfer.planner.rank_plan import PlanPart
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvxfer.layout.spec import CacheGroup
+
+CASTABLE = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
+"""Dtypes between which elements can be converted on the way, on request."""
+
+
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """How blocks of ``sources``, all ranks of a producer, become blocks of ``target``, one rank of a consumer.
+
+    Made by `plan`. Holds no addresses but those of the specs, and no memory.
+
+    Attributes:
+        parts: for each source rank, in order, what it gives; a part may be empty.
+    """
+
+    sources: tuple[CacheSpec, ...]
+    target: CacheSpec
+    parts: tuple[PlanPart, ...]
+
+
+def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert: bool = False) -> TransferPlan:
+    """How to copy the KV of a request from all ranks of one engine to one rank of another.
+
+    Needs no device and no peer. Memory orders, padding, block sizes, tensor and pipeline parallelism and the number of
+    blocks are each side's own affair. Where several source ranks hold the same heads, each byte is read from one of them, and
+    the layers are shared evenly between them, for each target rank and, as far as it can tell, for all of them together.
+
+    Args:
+        source: the caches of all ranks, in rank order; one alone may be given bare.
+        target: the cache to fill.
+        convert: elements may be converted between the dtypes of `CASTABLE`, and rescaled.
+
+    Raises:
+        IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.
+        LayoutError: something is no `CacheSpec`.
+    """
+    return Planner(source, convert=convert).plan(target)
+
+
+class Planner:
+    """`plan` for several target ranks of one producer, whose ranks are looked at once for all of them.
+
+    Args:
+        source, convert: as of `plan`.
+
+    Raises:
+        IncompatibleError: there are no ranks.
+        LayoutError: something is no `CacheSpec`.
+    """
+
+    def __init__(self, source: CacheSpec | Sequence[CacheSpec], *, convert: bool = False) -> None:
+        self._sources = tuple(source) if isinstance(source, Iterable) else (source,)
+        self._convert = convert
+        if not self._sources:
+            raise IncompatibleError("ranks", "the source has no ranks")
+        for spec in self._sources:
+            _refuse_other_things(spec)
+        self._named = all(spec.layer_names for spec in self._sources)
+        # Ranks that look the same to `_refuse_unlike`: one stands for all.
+        self._unlike: dict[tuple[object, ...], CacheSpec] = {}
+        for spec in self._sources:
+            self._unlike.setdefault(_looks(spec), spec)
+        self._held: dict[bool, _Held] = {}
+
+    def plan(self, target: CacheSpec) -> TransferPlan:
+        """See `plan`. Raises IncompatibleError: the pair cannot be served."""
+        _refuse_other_things(target)
+        sources, convert = self._sources, self._convert
+        by_name = bool(target.layer_names) and self._named
+        for spec in self._unlike.values():
+            _refuse_unlike(spec, target, convert=convert, by_name=by_name)
+        held = self._held.get(by_name)
+        if held is None:
+            held = self._held[by_name] = _Held(sources, by_name=by_name)
+        found: list[list[Overlap]] = [[] for _ in sources]
+        for number, group in enumerate(target.groups):
+            made = boxes(group, target.dtype)
+            whole = group.whole
+            wanted = {
+                (whole, _layer_key(target, layer, by_name=by_name), record): made[layer, record]
+                for layer, record in sorted(made)
+            }
+            for key, there in wanted.items():
+                if key not in held.cells:
+                    raise _missing(held.cells, target, group, key)
+                _refuse_other_content(held.contents[key], there, f"layer {key[1]!r}{_of(target, group)}")
+            for key, shares in _shares(target, group, held, wanted).items():
+                cells = held.cells[key]
+                for rank, heads in shares:
+                    number_here, here = cells[rank]
+                    cast = (sources[rank].dtype, target.dtype) if convert else None
+                    both = (overlap((number_here, number), a, b, heads, cast) for a in here for b in wanted[key])
+                    found[rank] += [each for each in both if each is not None]
+        for spec, overlaps in zip(sources, found, strict=True):
+            _refuse_other_scales(spec, target, overlaps, convert=convert)
+        parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
+        return TransferPlan(sources, target, tuple(parts))
+
+
+def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
+    """All that two caches have in common, whether or not the target gets everything it needs; elements are converted."""
+    by_name = bool(target.layer_names) and bool(source.layer_names)
+    held = _cells(source, by_name=by_name)
+    found = []
+    for number, group in enumerate(target.groups):
+        for (layer, record), there in boxes(group, target.dtype).items():
+            key = (group.whole, _layer_key(target, layer, by_name=by_name), record)
+            if key not in held:
+                continue
+            number_here, here = held[key]
+            every = (0, group.heads.total)
+            cast = (source.dtype, target.dtype)
+            made = (overlap((number_here, number), a, b, every, cast) for a in here for b in there)
+            found += [each for each in made if each is not None]
+    return PlanPart(source, target, tuple(found))
+
+
+# -- inside -------------------------------------------------------------------------------------------------------------
+
+_Key = tuple[str, "str | int", str]
+"""(group, whole; layer; record)."""
+
+_Cells = dict[_Key, tuple[int, list[Box]]]
+"""The group's number, and the boxes."""
+
+
+def _refuse_other_things(spec: object) -> None:
+    if not isinstance(spec, CacheSpec):
+        hint = ": give its spec" if isinstance(getattr(spec, "spec", None), CacheSpec) else ""
+        raise LayoutError(f"a plan is made of CacheSpecs, not of {type(spec).__name__}{hint}")
+
+
+def _cells(spec: CacheSpec, *, by_name: bool) -> _Cells:
+    return {
+        (group.whole, _layer_key(spec, layer, by_name=by_name), record): (number, cells)
+        for number, group in enumerate(spec.groups)
+        for (layer, record), cells in boxes(group, spec.dtype).items()
+    }
+
+
+class _Holders(NamedTuple):
+    """Who has the heads of the cells of a group.
+
+    Attributes:
+        patterns: ranks, and which heads each has.
+        of: the number of the pattern of each cell, in the order of the layers.
+    """
+
+    patterns: Sequence[tuple[tuple[int, Span], ...]]
+    of: dict[_Key, int]
+
+
+class _Held:
+    """What all ranks of a producer have.
+
+    Attributes:
+        cells: by rank.
+        contents: boxes of a rank for each way in which ranks have a cell's content; there is one unless they contradict each
+            other.
+        holders: by group, whole.
+    """
+
+    def __init__(self, sources: Sequence[CacheSpec], *, by_name: bool) -> None:
+        self.cells: dict[_Key, dict[int, tuple[int, list[Box]]]] = defaultdict(dict)
+        self.contents: dict[_Key, list[list[Box]]] = {}
+        for rank, spec in enumerate(sources):
+            for key, cell in _cells(spec, by_name=by_name).items():
+                self.cells[key][rank] = cell
+        places: dict[_Key, int] = {}
+        patterns: dict[str, dict[tuple[tuple[int, Span], ...], int]] = defaultdict(dict)
+        of: dict[str, dict[_Key, int]] = defaultdict(dict)
+
+        def in_order(key: _Key) -> tuple[int, str]:
+            return places[key], key[2]
+
+        for key, cells in self.cells.items():
+            contents: dict[tuple[tuple[str, int], ...], list[Box]] = {}
+            spans = []
+            for rank, (_, made) in cells.items():
+                contents.setdefault(tuple(sorted(_elements(made).items())), made)
+                first, *others = made
+                heads = first.heads
+                for box in others:
+                    heads = min(heads[0], box.heads[0]), max(heads[1], box.heads[1])
+                spans.append((rank, heads))
+                places[key] = first.region.layers[first.position]
+            self.contents[key] = list(contents.values())
+            known = patterns[key[0]]
+            of[key[0]][key] = known.setdefault(tuple(spans), len(known))
+        self.holders: dict[str, _Holders] = {
+            whole: _Holders(list(patterns[whole]), {key: numbers[key] for key in sorted(numbers, key=in_order)})
+            for whole, numbers in of.items()
+        }
+
+
+def _missing(cells: Iterable[_Key], target: CacheSpec, group: CacheGroup, key: _Key) -> IncompatibleError:
+    _, layer, record = key
+    wanted = {each.whole for each in target.groups}
+    has = {key for key in cells if key[0] in wanted}
+    names = sorted({name for name, _, _ in has})
+    if group.whole not in names:
+        return IncompatibleError(
+            "groups", f"no rank of the source has group {group.whole!r}, only {', '.join(names) or 'none'}"
+        )
+    others = sorted({r for name, number, r in has if (name, number) == (group.whole, layer)})
+    if others:
+        what = (
+            f"{' and '.join(map(_named, others))} of layer {layer!r}{_of(target, group)}, the target {_named(record)}"
+        )
+        return IncompatibleError("components", f"components must be equal: the source has {what}")
+    layers = _ranges(sorted({number for name, number, _ in has if name == group.whole}, key=str))
+    return IncompatibleError(
+        "layers", f"no rank of the source has layer {layer!r}{_of(target, group)}: they have {layers}"
+    )
+
+
+def _ranges(layers: Sequence[str | int]) -> str:
+    """Layers as a person writes them: ``0-15, 20``."""
+    numbers = (n for n in layers if isinstance(n, int))
+    spans = [f"{a}-{b}" if a != b else str(a) for a, b in stretches(numbers)]
+    return ", ".join([*spans, *(n for n in layers if isinstance(n, str))])
+
+
+def _layer_key(spec: CacheSpec, layer: int, *, by_name: bool) -> str | int:
+    return spec.layer_names[layer - spec.layers.start] if by_name else layer
+
+
+def _shares(
+    target: CacheSpec, group: CacheGroup, held: _Held, wanted: Iterable[_Key]
+) -> dict[_Key, list[tuple[int, Span]]]:
+    """Which rank gives which heads of which layer: each head once, and ranks that hold the same take turns.
+
+    Turns are counted over all that these ranks hold. A target rank takes those of its layers, and each rank of its stage is
+    one round ahead of the one before: so all target ranks together load the source evenly, as each does alone.
+
+    Raises:
+        IncompatibleError: nobody has some head.
+    """
+    first, end = group.heads.start, group.heads.stop
+    shares: dict[_Key, list[tuple[int, Span]]] = {key: [] for key in wanted}
+    patterns, of = held.holders[group.whole]
+    bounds = {bound for pattern in patterns for _, span in pattern for bound in span}
+    ahead = target.rank % max(1, target.world * len(target.layers) // target.layers.total)
+    for begin, stop in pairwise(sorted({first, end, *(bound for bound in bounds if first < bound < end)})):
+        alike: dict[tuple[int, ...], list[_Key]] = defaultdict(list)
+        whole = [tuple(rank for rank, (a, b) in pattern if a <= begin and stop <= b) for pattern in patterns]
+        for key, number in of.items():
+            alike[whole[number]].append(key)
+        for holders, keys in alike.items():
+            mine = [key for key in keys if key in shares]
+            if not mine:
+                continue
+            if not holders:
+                raise IncompatibleError("heads", f"no rank of the source has KV head {begin} of {group.heads.total}")
+            turn = keys.index(mine[0]) + ahead * len(keys)
+            # Who has a turn takes a stretch of layers: where neighbouring layers are one run, it stays long.
+            stretches = sorted(range(len(mine)), key=lambda i: i % len(holders))
+            for key, i in zip(mine, stretches, strict=True):
+                rank, share = holders[(turn + i) % len(holders)], shares[key]
+                if share and share[-1] == (rank, (share[-1][1][0], begin)):
+                    share[-1] = rank, (share[-1][1][0], stop)
+                else:
+                    share.append((rank, (begin, stop)))
+    return shares
+
+
+def _looks(spec: CacheSpec) -> tuple[object, ...]:
+    """All that `_refuse_unlike` looks at."""
+    groups = tuple((group.whole, group.kind, group.heads.total) for group in spec.groups)
+    return spec.fingerprint, spec.dtype, spec.layers.total, groups
+
+
+def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_name: bool) -> None:
+    _require_equal("fingerprint", repr(source.fingerprint), repr(target.fingerprint))
+    if not convert:
+        _require_equal("dtype", source.dtype, target.dtype)
+    elif source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
+        raise IncompatibleError("dtype", f"{source.dtype} cannot be converted to {target.dtype}")
+    if not by_name:
+        _require_equal("layers", f"{source.layers.total} in the model", f"{target.layers.total} in the model")
+    for a, b in product(source.groups, target.groups):
+        if a.whole != b.whole:
+            continue
+        where = _of(target, b)
+        # A source that keeps the blocks of all tokens has those of any window.
+        if (a.kind, b.kind) != ("full_attention", "sliding_window"):
+            _require_equal("kind", a.kind, b.kind, where)
+        _require_equal("heads", f"{a.heads.total} in the model", f"{b.heads.total} in the model", where)
+
+
+def _refuse_other_content(owners: list[list[Box]], there: list[Box], what: str) -> None:
+    wants = _elements(there)
+    for here in owners:
+        has = _elements(here)
+        if has == wants:
+            continue
+        # Equal sums of unequal parts would mix K and V.
+        for component in sorted(has.keys() & wants.keys()):
+            _require_equal(
+                "content", f"{has[component]}", f"{wants[component]}", f" elements of {component!r} of {what}"
+            )
+        _require_equal("content", f"{sum(has.values())}", f"{sum(wants.values())}", f" elements of {what}")
+
+
+def _elements(cells: list[Box]) -> dict[str, int]:
+    return {box.region.component: box.region.content_nbytes // box.itemsize for box in cells}
+
+
+def _refuse_other_scales(source: CacheSpec, target: CacheSpec, overlaps: Sequence[Overlap], *, convert: bool) -> None:
+    if convert and {source.dtype, target.dtype} <= CASTABLE:
+        return
+    for each in overlaps:
+        if each.source.scale != each.target.scale:
+            where = f" of {each.target.region.component!r}{_of(target, target.groups[each.target_group])}"
+            _require_equal("scale", repr(each.source.scale), repr(each.target.scale), where)
+
+
+def _require_equal(axis: str, source: str, target: str, where: str = "") -> None:
+    if source != target:
+        raise IncompatibleError(axis, f"{axis}{where} must be equal: the source has {source}, the target has {target}")
+
+
+def _of(spec: CacheSpec, group: CacheGroup) -> str:
+    return f" of group {group.name!r}" if len(spec.groups) > 1 else ""
+
+
+def _named(record: str) -> str:
+    return "K and V" if record == "kv" else repr(record)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the bytes of one part of a plan travel: in place, or packed on one side or on both. Chosen by predicted time.
+
+================  ==============================================================================================
+direct            the engine moves every run from cache to cache
+source_packed     the source gathers runs into chunks laid out like the target's memory; the engine spreads those
+target_unpacked   the engine gathers long runs into chunks laid out like the source's memory; the target scatters them
+both              the source packs, whole chunks cross, the target unpacks
+================  ==============================================================================================
+
+A route that cannot be taken has a reason: memory without an address cannot be reached in place, and bytes that change their
+type on the way have to be packed where they change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from kvxfer.buffers.host_copy import effort_of
+from kvxfer.errors import ConfigError, IncompatibleError
+from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.planner.chunk_size import Chunking, Legs
+from kvxfer.planner.chunks import Images
+from kvxfer.planner.pipeline_depth import Depth
+from kvxfer.planner.plan import CASTABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvxfer.buffers.host_copy import Effort
+    from kvxfer.layout.block_table import Table
+    from kvxfer.planner.chunk_size import Size
+    from kvxfer.planner.rank_plan import Bound, Match, PlanPart
+
+
+_TELLING: Final = 64
+"""So many block ids show whether the blocks of a request lie in a row."""
+
+
+class Route(str, Enum):
+    """See the module."""
+
+    DIRECT = "direct"
+    SOURCE_PACKED = "source_packed"
+    TARGET_UNPACKED = "target_unpacked"
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Constants of the cost model, measured by ``kvxfer bench calibrate``; the defaults are those of a small x86-64 machine.
+
+    Attributes:
+        descriptor_s: what the transfer engine takes for one more descriptor.
+        wire_nbytes_per_s: what it moves with long ones.
+        run_s: what a device takes for one more run when it packs or unpacks.
+        pack_nbytes_per_s, unpack_nbytes_per_s: what it packs and unpacks in long runs.
+        land_s: what one more chunk costs that the target fetches alone.
+        chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
+        ask_s: from asking for the first chunk until it is there, but for the packing itself.
+        index_s: what one more run takes that is found by an index, for blocks that lie anywhere.
+        second_pass_nbytes_per_s: what is moved once more where neither side has the runs in a row.
+        lookup_s, convert_s: what one more element takes that changes its type, by a table (float8) and by arithmetic.
+    """
+
+    descriptor_s: float = 1.6e-6
+    wire_nbytes_per_s: float = 6e9
+    run_s: float = 1e-9
+    pack_nbytes_per_s: float = 8e9
+    unpack_nbytes_per_s: float = 6e9
+    land_s: float = 200e-6
+    chunk_s: float = 400e-6
+    ask_s: float = 900e-6
+    index_s: float = 45e-9
+    second_pass_nbytes_per_s: float = 6e9
+    lookup_s: float = 0.9e-9
+    convert_s: float = 2.2e-9
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ConfigError(f"cost {name} must be a positive number, not {value!r}")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Costs:
+        """From the JSON file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``, else the defaults.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something else.
+        """
+        environ = os.environ if environ is None else environ
+        where = path or environ.get("KVXFER_COSTS") or None
+        if where is None:
+            return cls()
+        try:
+            held = json.loads(Path(where).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read the costs in {where}: {error}") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(held, dict) or not set(held) <= set(known):
+            raise ConfigError(f"{where} holds no costs; known are {', '.join(known)}")
+        return cls(**held)
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads. Raises OSError."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def wire_s(self, descriptors: float, nbytes: float) -> float:
+        """Seconds that the transfer engine takes."""
+        return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
+
+    def effort_s(self, effort: Effort) -> float:
+        """Seconds that a device takes beside `pack_s` or `unpack_s`."""
+        found = effort.indexed_runs * self.index_s + effort.twice_nbytes / self.second_pass_nbytes_per_s
+        return found + effort.looked_up * self.lookup_s + effort.computed * self.convert_s
+
+    def pack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the source's device takes."""
+        return runs * self.run_s + nbytes / self.pack_nbytes_per_s
+
+    def unpack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the target's device takes."""
+        return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
+
+
+class Choice(NamedTuple):
+    """A route, and what speaks for it.
+
+    Attributes:
+        bound: the loop nests between the two caches.
+        seconds: predicted time of each route that can be taken.
+        barred: why the others cannot.
+        runs: descriptors of the direct route, or what they would be.
+        nbytes: to move, as the source has them.
+        size: the chunks of a packed route; None if it is direct.
+        staging_nbytes: most that the route may have in staging slots of one process at a time, were it alone.
+    """
+
+    route: Route
+    bound: Bound
+    seconds: Mapping[Route, float]
+    barred: Mapping[Route, str]
+    runs: int
+    nbytes: int
+    size: Size | None
+    staging_nbytes: int
+
+    @property
+    def why(self) -> str:
+        """One sentence for people."""
+        mean = f"{self.runs:,} runs of {self.nbytes / max(self.runs, 1):,.0f} bytes on average"
+        direct = self.seconds.get(Route.DIRECT)
+        if self.route is Route.DIRECT:
+            others = [s for r, s in self.seconds.items() if r is not Route.DIRECT]
+            if not others:
+                return f"{mean}: packing them could save nothing"
+            return f"{mean} take {_ms(self.seconds[self.route])} in place, {_ms(min(others))} packed"
+        if direct is None:
+            return self.barred[Route.DIRECT]
+        return f"{mean} would take {_ms(direct)} in place, and take {_ms(self.seconds[self.route])} packed"
+
+
+class Router:
+    """Chooses the route of one part of a plan, and the size of its chunks, request by request. Remembers what they took.
+
+    Args:
+        part: of the plan.
+        costs: of the model.
+        slot_nbytes: of one staging slot: the smaller of both sides'.
+        addressable: whether the source's and the target's memory can be reached by the transfer engine.
+        casts: dtypes that the source's and the target's devices can turn into each other.
+        in_flight: most chunks of one transfer that are staged at a time.
+        chunk_nbytes: least and most of a chunk; what a slot and a block of a layer need stands above both.
+        only: take this route and no other.
+
+    Attributes:
+        comparing: how many of the chunks of `for_comparison` are asked for at a time.
+
+    Raises:
+        IncompatibleError: no route can be taken, whatever the request.
+    """
+
+    def __init__(
+        self,
+        part: PlanPart,
+        costs: Costs,
+        *,
+        slot_nbytes: int,
+        addressable: tuple[bool, bool] = (True, True),
+        casts: tuple[frozenset[str], frozenset[str]] = (CASTABLE, CASTABLE),
+        in_flight: int = 8,
+        chunk_nbytes: tuple[int, int] = (512 << 10, 1 << 40),
+        only: Route | None = None,
+    ) -> None:
+        self.part = part
+        self._costs = costs
+        self._slot_nbytes = slot_nbytes
+        self._in_flight = in_flight
+        self.comparing: Depth = Depth(in_flight)
+        self.barred: dict[Route, str] = {}
+        source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
+        if part.converts:
+            self.barred[Route.DIRECT] = "elements change their type on the way"
+        for route, needs_source, needs_target in (
+            (Route.DIRECT, True, True),
+            (Route.SOURCE_PACKED, False, True),
+            (Route.TARGET_UNPACKED, True, False),
+        ):
+            if needs_source and not source:
+                self.barred[route] = "the source's memory has no address"
+            elif needs_target and not target:
+                self.barred[route] = "the target's memory has no address"
+        self._comparison: Images | None = None
+        self._efforts: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._source_casts = casts[0]
+        self._dtypes = dtypes = {part.source.dtype, part.target.dtype}
+        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+            converting = 0 if self._like(route) == "target" else 1
+            if part.converts and not dtypes <= casts[converting]:
+                who = ("source", "target")[converting]
+                what = " and ".join(sorted(dtypes))
+                self.barred.setdefault(route, f"the {who}'s device does not convert {what} (kvxfer[dtypes])")
+        self._chunking: dict[Route, Chunking] = {}
+        least, most = chunk_nbytes
+        for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
+            if route not in self.barred:
+                try:
+                    images = Images(part, self._like(route), slot_nbytes)
+                except IncompatibleError as error:
+                    self.barred[route] = str(error)
+                    continue
+                if most < slot_nbytes:
+                    images = images.resized(max(most, images.least_nbytes))
+                self._chunking[route] = Chunking(images, least_nbytes=least, in_flight=in_flight)
+        if only is not None:
+            for route in Route:
+                if route is not only:
+                    self.barred.setdefault(route, f"only {only.value} is allowed")
+        self._packed = [self._least(route) for route in self._chunking if route not in self.barred]
+        if len(self.barred) == len(Route):
+            raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
+
+    def for_comparison(self) -> Images:
+        """Chunks of which both sides can tell the digest, see `kvxfer.runtime.verify`.
+
+        Raises:
+            IncompatibleError: the source's device cannot make them, or a slot is too small for one.
+        """
+        if self._comparison is None:
+            if self.part.converts and not self._dtypes <= self._source_casts:
+                what = " and ".join(sorted(self._dtypes))
+                raise IncompatibleError("verify", f"the source's device does not convert {what} (kvxfer[dtypes])")
+            try:
+                self._comparison = Images(self.part, "target", self._slot_nbytes)
+            except IncompatibleError as error:
+                what = "to verify (verify=True), chunks are packed on both sides, also where bytes travel directly"
+                raise IncompatibleError("verify", f"{what}; {error}") from error
+        return self._comparison
+
+    def choose(self, match: Match) -> Choice:
+        """The route that is predicted to be the fastest for these blocks."""
+        costs, bound = self._costs, self.part.bound(match)
+        runs, nbytes = bound.likely_runs()
+        seconds: dict[Route, float] = {}
+        packed: dict[Route, tuple[float, float, Legs]] = {}
+        if Route.DIRECT not in self.barred:
+            seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
+        direct_s = seconds.get(Route.DIRECT, math.inf)
+        for route, least_s, nbyte_s in self._packed:
+            # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
+            if least_s + nbytes * nbyte_s < direct_s:
+                packed[route] = self._legs(route, match)
+                seconds[route] = self._chunking[route].predicted_s(*packed[route])
+        route = min(seconds, key=lambda each: seconds[each])
+        return Choice(
+            route=route,
+            bound=bound,
+            seconds=seconds,
+            barred=self.barred,
+            runs=runs,
+            nbytes=nbytes,
+            size=None if route is Route.DIRECT else self._chunking[route].best(*packed[route]),
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self._in_flight * self._slot_nbytes),
+        )
+
+    def _like(self, route: Route) -> str:
+        if route is Route.BOTH:
+            # Converted where that makes the wire carry less.
+            sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.part.source, self.part.target))
+            return "source" if next(sizes) < next(sizes) else "target"
+        return "target" if route is Route.SOURCE_PACKED else "source"
+
+    def _least(self, route: Route) -> tuple[Route, float, float]:
+        """What a packed route cannot be less than where elements keep their type: seconds, and more for each byte.
+
+        One chunk at least, or full ones, unpacked in long runs.
+        """
+        costs = self._costs
+        if route is Route.TARGET_UNPACKED:
+            return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
+        return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
+
+    def _legs(self, route: Route, match: Match) -> tuple[float, float, Legs]:
+        """(bytes of all chunks, chunks of the largest size, what they take)."""
+        costs, images = self._costs, self._chunking[route].sizes[0].images
+        pack_s = wire_s = unpack_s = 0.0
+        rows = all(map(_in_a_row, match.sources)), all(map(_in_a_row, match.targets))
+        chunks = nbytes = 0.0
+        for number, tile in enumerate(images.tiles):
+            # One chunk stands for all of its tile.
+            chunk = next(images.chunks_of(number, match.tokens), None)
+            if chunk is None:
+                continue
+            start, stop = match.tokens[tile.group]
+            image = images.image(chunk)
+            there, here = (
+                image.from_source.bound(image.filled(chunk, match)),
+                image.to_target.bound(image.emptied(chunk, match)),
+            )
+            (packed, source_nbytes), (spread, image_nbytes) = there.likely_runs(), here.likely_runs()
+            cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
+            times = len(tile.layers) * (stop - start) / cells
+            chunks += images.number_of(number, match.tokens)
+            nbytes += times * image_nbytes
+            descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
+            wire_s += times * costs.wire_s(descriptors, image_nbytes)
+            # Efforts are remembered by the byte: to find them out takes longer than all the rest.
+            key = route, number, chunk.tokens[1] - chunk.tokens[0] > tile.block_tokens, *rows
+            efforts = self._efforts.get(key)
+            if efforts is None:
+                packs, unpacks = route is not Route.TARGET_UNPACKED, route is not Route.SOURCE_PACKED
+                efforts = self._efforts[key] = (
+                    costs.effort_s(_effort(there)) / max(1, source_nbytes) if packs else 0.0,
+                    costs.effort_s(_effort(here)) / max(1, image_nbytes) if unpacks else 0.0,
+                )
+            pack_s += times * (costs.pack_s(packed, source_nbytes) + source_nbytes * efforts[0])
+            unpack_s += times * (costs.unpack_s(spread, image_nbytes) + image_nbytes * efforts[1])
+        if route is Route.TARGET_UNPACKED:
+            return nbytes, chunks, Legs(0.0, 0.0, wire_s + unpack_s, costs.land_s)
+        here_s = wire_s + (unpack_s if route is Route.BOTH else 0.0)
+        return nbytes, chunks, Legs(costs.ask_s, pack_s, here_s, costs.chunk_s)
+
+
+def _in_a_row(table: Table) -> bool:
+    """Blocks follow each other, as far as the first of them tell."""
+    ids = table.ids[:_TELLING]
+    return len(ids) < 2 or bool((ids[1:] - ids[:-1] == ids[1] - ids[0]).all())
+
+
+def _effort(bound: Bound) -> Effort:
+    return effort_of(each.copy for each in bound.copies())
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f} ms"
+
+
+def as_json(choice: Choice) -> dict[str, Any]:
+    """A choice in plain JSON types."""
+    return {
+        "route": choice.route.value,
+        "why": choice.why,
+        "seconds": {route.value: seconds for route, seconds in choice.seconds.items()},
+        "barred": {route.value: why for route, why in choice.barred.items()},
+        "descriptors": choice.runs,
+        "nbytes": choice.nbytes,
+        "staging_nbytes": choice.staging_nbytes,
+    }

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a producer says of blocks that a device still writes: it counts when the device has ended, in the order it was said."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvxfer.errors import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kvxfer.buffers.base import Completion
+
+_log = logging.getLogger(__name__)
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
+"""How often a device is asked: at first often, for an engine's step takes several times as long, and then ever less."""
+
+_SHARE = 1 / 20
+"""Of the time that was waited already."""
+
+
+class _Step(NamedTuple):
+    after: Sequence[Completion]
+    act: Callable[[float], object]
+    late: Callable[[float], object]
+    deadline: float
+
+
+class Gate:
+    """Steps that wait, by lease. Those of one lease are taken in order; leases do not wait for each other.
+
+    Times are ``now`` of the caller's monotonic clock.
+
+    Args:
+        failed: called with a lease's token and the reason when a device failed, before the step that waited for it.
+    """
+
+    def __init__(self, failed: Callable[[str, str], object]) -> None:
+        self._failed = failed
+        self._waiting: dict[str, deque[_Step]] = {}
+        self._since: float = 0.0
+        self._ask_at: float = 0.0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._waiting)
+
+    def then(
+        self,
+        token: str,
+        after: Sequence[Completion],
+        act: Callable[[float], object],
+        now: float,
+        *,
+        deadline: float = math.inf,
+        late: Callable[[float], object] = lambda _: None,
+    ) -> None:
+        """Do it when everything in ``after`` has ended, and what was said of this lease before was done.
+
+        Args:
+            act: gets the time, and raises nothing; as ``late``.
+            deadline: then, at the latest, ``late`` is called instead, and nothing that was said of this lease before is
+                done any more.
+        """
+        steps = self._waiting.setdefault(token, deque())
+        steps.append(_Step(after, act, late, deadline))
+        if len(steps) == 1 and not self._turn(token, now):
+            self._since = self._ask_at = now
+
+    def tick(self, now: float) -> None:
+        """Do what has waited long enough."""
+        if now < self._ask_at:
+            return
+        moved = [self._turn(token, now) for token in list(self._waiting)]
+        if any(moved):
+            self._since = now
+        self._ask_at = now + min(max((now - self._since) * _SHARE, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
+
+    def spare(self, late_s: float) -> None:
+        """This process stood still for so long, in which it could not see that a device had ended."""
+        for token, steps in self._waiting.items():
+            self._waiting[token] = deque(step._replace(deadline=step.deadline + late_s) for step in steps)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next."""
+        return self._ask_at if self._waiting else None
+
+    def close(self) -> None:
+        """Do all that is left, whatever devices do. Every lease has ended, so nobody reads what it is about."""
+        waiting, self._waiting = self._waiting, {}
+        for steps in waiting.values():
+            for step in steps:
+                step.act(self._ask_at)
+
+    def _turn(self, token: str, now: float) -> bool:
+        """Do what need not wait any more; True if that was anything."""
+        moved = False
+        steps = self._waiting[token]
+        while steps:
+            try:
+                if not all(each.done for each in steps[0].after):
+                    return self._give_up_late(token, steps, now) or moved
+                for each in steps[0].after:
+                    each.wait(0)
+            except Exception as error:  # noqa: BLE001 - a vendor's, of any kind
+                _log.warning("a device failed to write the blocks of lease %s", shown(token), exc_info=True)
+                self._failed(token, f"a device failed to write its blocks: {type(error).__name__}: {error}")
+            steps.popleft().act(now)
+            moved = True
+        del self._waiting[token]
+        return moved
+
+    def _give_up_late(self, token: str, steps: deque[_Step], now: float) -> bool:
+        """Leave out what has waited too long, with all that was said before it; True if that was anything."""
+        late = max((number for number, step in enumerate(steps, 1) if now >= step.deadline), default=0)
+        for _ in range(late):
+            steps.popleft().late(now)
+        if not steps:
+            del self._waiting[token]
+        return late > 0

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One lease as its consumer holds it: a claim at each rank of the producer, and what there is to read. Pure, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvxfer.errors import BlockError, HandshakeError, KvxferError
+from kvxfer.layout.block_table import BlockTable, ids_from_wire, tables
+from kvxfer.protocol.actions import Source, StartRead
+from kvxfer.protocol.grants import Assembly
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvxfer.layout.block_table import Table
+    from kvxfer.planner.intersect import Span
+    from kvxfer.planner.router import Router
+    from kvxfer.protocol.lease_ref import LeaseRef
+    from kvxfer.protocol.messages import Grant, Stage
+    from kvxfer.protocol.peer import Peer
+    from kvxfer.protocol.transfer import Transfer
+
+_SHORTEST_RENEWAL_S = 0.02
+
+
+class HoldState(str, Enum):
+    """See the diagram of `kvxfer.protocol.held_leases`. ENDED is a hold that failed before anybody asked to read it."""
+
+    WAITING = "waiting"
+    GRANTED = "granted"
+    READING = "reading"
+    SETTLING = "settling"
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Claim:
+    """A lease at one rank of its producer.
+
+    Attributes:
+        grant: the blocks there that are readable, once some are.
+        settled: nothing more is to be said to that rank.
+        ask_at: when to say the next thing to it; ``turn_at`` its turn among all that is said to that rank, if it waits for it.
+        pieces: of a grant of which more is to come.
+    """
+
+    peer: Peer
+    grant: Grant | None = None
+    settled: bool = False
+    ask_at: float = 0.0
+    turn_at: float | None = None
+    tables: Sequence[Table] | None = field(default=None, repr=False)
+    pieces: Assembly = field(default_factory=lambda: Assembly(1 << 22), repr=False)
+    wants_more: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """All blocks that there will be are readable."""
+        return self.grant is not None and self.grant.complete
+
+    def granted(self, grant: Grant, now: float) -> bool:
+        """Take what its rank grants; False if that is nothing new, or more is to be asked for (`wants_more`).
+
+        Raises:
+            BlockError: see `Assembly.add`.
+        """
+        known = self.grant
+        if known is not None and known.complete and known.check == grant.check:
+            return False
+        self.wants_more = False
+        if grant.more or grant.skip or grant.runs:
+            before = sum(self.pieces.have)
+            whole = self.pieces.add(grant)
+            if whole is None:
+                # A rank that says nothing new is not asked as fast as it answers.
+                self.wants_more, grew = True, sum(self.pieces.have) > before
+                self.ask_at = now if grew else min(self.ask_at, now + _SHORTEST_RENEWAL_S)
+                return False
+            grant = whole
+        if known is not None and known.check == grant.check:
+            more = sum(map(len, grant.blocks)) > sum(map(len, known.blocks))
+            if not (grant.complete or more):
+                return False
+        self.grant, self.tables = grant, None
+        return True
+
+    def leased(self) -> Sequence[Table]:
+        """The block tables that the rank granted, checked once.
+
+        Raises:
+            BlockError: they are not blocks of its cache.
+        """
+        if self.tables is None:
+            grant, spec = self.grant, self.peer.spec
+            if grant is None or spec is None:
+                raise BlockError(f"{self.peer.address} has granted nothing")
+            firsts = grant.first_tokens or [0] * len(grant.blocks)
+            if len(firsts) != len(grant.blocks):
+                raise BlockError(f"{len(grant.blocks)} lists of leased blocks have {len(firsts)} beginnings")
+            given = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(grant.blocks, firsts, strict=True)]
+            self.tables = tables(spec, given, "leased")
+        return self.tables
+
+    def renew_at(self, now: float) -> float:
+        """Three renewals in the time a lease has: two may be lost. Not more often, whatever a producer grants."""
+        return now + max(self.grant.ttl_s / 3 if self.grant is not None else 0.0, _SHORTEST_RENEWAL_S)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A chunk that was asked for and is not there yet."""
+
+    message: Stage
+    since: float
+    again_at: float
+
+
+@dataclass(eq=False)
+class Hold:
+    """One lease held by this consumer.
+
+    Attributes:
+        claims: one for each rank of the producer, in rank order; only the first until that rank was met.
+        routers: how the part of each rank travels, once all ranks were met.
+        asked: chunks that the read waits for, by rank and number.
+    """
+
+    ref: LeaseRef
+    since: float
+    deadline: float
+    claims: list[Claim]
+    state: HoldState = HoldState.WAITING
+    routers: Sequence[Router] | None = None
+    transfer: Transfer | None = None
+    error: KvxferError | None = None
+    read: bool = False
+    asked: dict[tuple[int, int], Asked] = field(default_factory=dict)
+    _spans: dict[int, Span] = field(default_factory=dict, repr=False)
+    """By target group, the tokens that the ranks that have granted all will give."""
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Of all ranks of the producer, as far as they are known."""
+        told = self.ref.addresses
+        if len(told) == 1 and self.claims:
+            return self.claims[0].peer.addresses or told
+        return told
+
+    @property
+    def spread(self) -> bool:
+        """Every rank of the producer is known."""
+        return len(self.claims) == len(self.addresses)
+
+    @property
+    def met(self) -> bool:
+        """Every rank of the producer was met."""
+        return self.spread and all(claim.peer.is_met for claim in self.claims)
+
+    @property
+    def granted(self) -> bool:
+        """Every rank of the producer has granted all of it."""
+        return self.spread and all(claim.complete for claim in self.claims)
+
+    @property
+    def readable(self) -> bool:
+        """Every rank of the producer has granted some of it."""
+        return self.spread and all(claim.grant is not None for claim in self.claims)
+
+    @property
+    def may_begin(self) -> bool:
+        """A read of it could begin."""
+        unread = self.state in (HoldState.WAITING, HoldState.GRANTED)
+        return unread and self.readable and self.met and self.routers is not None
+
+    @property
+    def waits(self) -> bool:
+        """It is being read, and waits for a grant or a chunk."""
+        return self.state is HoldState.READING and (bool(self.asked) or not self.granted)
+
+    def claim_at(self, peer: Peer) -> Claim | None:
+        """The claim at one rank, if it is this lease's."""
+        return next((claim for claim in self.claims if claim.peer is peer), None)
+
+    def waits_for(self) -> list[tuple[Claim, float]]:
+        """Of which ranks a read wants something, and since when: to be met, a grant, a chunk."""
+        if self.transfer is None or self.state in (HoldState.SETTLING, HoldState.ENDED):
+            return []
+        if self.state is HoldState.READING:
+            since = {i: self.transfer.started for i, claim in enumerate(self.claims) if not claim.complete}
+            for (source, _), asked in self.asked.items():
+                since.setdefault(source, asked.since)
+            return [(self.claims[source], at) for source, at in since.items()]
+        waiting = self.state is HoldState.WAITING
+        started = self.transfer.started
+        return [(c, started) for c in self.claims if not c.peer.is_met or (waiting and not c.complete)]
+
+    def mistake(self, claim: Claim) -> HandshakeError | None:
+        """Why a peer that was met is not who the lease says that lives there."""
+        peer, ref, number = claim.peer, self.ref, self.claims.index(claim)
+        if peer.name != ref.owner:
+            return HandshakeError("identity", f"{peer.address} is {peer.name!r}, the lease is {ref.owner!r}'s")
+        if peer.rank != number:
+            why = f"{peer.address} is rank {peer.rank} of {peer.name!r}, and rank {number} for the lease"
+            return HandshakeError("rank", why)
+        if peer.spec is not None and peer.spec.world != len(self.addresses):
+            why = f"{peer.name!r} has {peer.spec.world} ranks, the lease names {len(self.addresses)}"
+            return HandshakeError("rank", why)
+        return None
+
+    def job(self, transfer: Transfer) -> StartRead | None:
+        """What the data thread needs to begin to read it; None before every rank has granted something.
+
+        Raises:
+            BlockError: the read does not fit the lease.
+        """
+        if not self.readable:
+            return None
+        sources = [self.source(number, transfer) for number in range(len(self.claims))]
+        return StartRead(transfer, [source for source in sources if source is not None])
+
+    def source(self, number: int, transfer: Transfer) -> Source | None:
+        """One rank, as a read needs it; None if it has nothing for it.
+
+        Raises:
+            BlockError: the read does not fit what the rank has leased, or another rank has leased other tokens.
+        """
+        claim = self.claims[number]
+        if claim.grant is None or self.routers is None or not self.routers[number].part.overlaps:
+            return None
+        router, complete = self.routers[number], claim.grant.complete
+        matched = router.part.match_tables if complete else router.part.sealed
+        match = matched(claim.leased(), transfer.into, transfer.tokens)
+        if complete:
+            for group in router.part.target_groups:
+                if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
+                    raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
+        return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, claim.grant.check, complete)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a producer as the consumer knows it: handshake, epoch, cache. Pure, no I/O."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvxfer.agents.base import described_name
+from kvxfer.errors import HandshakeError, PeerInfoError
+from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome
+from kvxfer.protocol.pace import Pace
+
+if TYPE_CHECKING:
+    from kvxfer.layout.spec import CacheSpec
+
+
+_MOST_CHANGES = 4.0
+"""Of its agent or epoch, that a peer may tell unasked one after the other."""
+
+
+@dataclass
+class Identity:
+    """Who this endpoint is: the part of a handshake that both halves send.
+
+    Attributes:
+        epoch: random, per start; a message for another epoch was meant for a process that is gone.
+        agent: name of the transfer adapter; ``agent_info`` its description, replaced when the agent is.
+        addressable: the cache's memory can be read and written in place.
+        slot_nbytes: largest chunk that this side can stage; 0 if none.
+        casts: dtypes that its devices can turn into each other.
+        addresses: of all ranks of its engine, in rank order; empty until they are known.
+    """
+
+    name: str
+    epoch: str
+    agent: str
+    agent_info: bytes
+    spec: CacheSpec
+    addressable: bool = True
+    slot_nbytes: int = 0
+    casts: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
+
+
+class PeerState(str, Enum):
+    """UNKNOWN until greeted, GREETED until answered; MET, or REFUSED with ``Peer.error``."""
+
+    UNKNOWN = "unknown"
+    GREETED = "greeted"
+    MET = "met"
+    REFUSED = "refused"
+
+
+@dataclass(eq=False)
+class Peer:
+    """The endpoint at one control address. Survives restarts of the process there, whose ``epoch`` then changes.
+
+    Attributes:
+        rank: that it is expected to be, by the lease that named it first or by its own word.
+        pace: how fast it is asked for grants and told of ends.
+        name, epoch: of the process met last; empty before.
+        agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
+        confirmed: a lease expects an engine of this name there.
+        spec: of its cache; None before.
+        addressable, slot_nbytes, casts, addresses: see `Identity`.
+        error: why it cannot be used; None unless REFUSED.
+        needed_by: tokens of the leases for which it is known, in the order in which they came, and the engine that each expects.
+        met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
+    """
+
+    address: str
+    rank: int = 0
+    pace: Pace = field(default_factory=lambda: Pace(5000.0))
+    state: PeerState = PeerState.UNKNOWN
+    name: str = ""
+    epoch: str = ""
+    agent_info: bytes = b""
+    agent_name: str = ""
+    confirmed: bool = False
+    spec: CacheSpec | None = None
+    addressable: bool = True
+    slot_nbytes: int = 0
+    casts: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()
+    error: HandshakeError | None = None
+    met_at: float = float("-inf")
+    heard_at: float = float("-inf")
+    greeted_at: float = float("-inf")
+    complained_at: float = float("-inf")
+    needed_by: dict[str, str] = field(default_factory=dict, repr=False)
+    _changes: float = _MOST_CHANGES
+    _changed_at: float = float("-inf")
+
+    @property
+    def is_met(self) -> bool:
+        """It introduced itself, and nothing since has put that in doubt."""
+        return self.state is PeerState.MET
+
+    def greet(self, me: Identity, now: float) -> Hello:
+        """Begin a handshake, or repeat it; the message to send."""
+        self.state, self.greeted_at = PeerState.GREETED, now
+        return Hello(
+            protocol=PROTOCOL,
+            name=me.name,
+            epoch=me.epoch,
+            rank=self.rank,
+            agent=me.agent,
+            reader=me.spec.rank,
+            readers=me.spec.world,
+        )
+
+    def welcomed(self, me: Identity, message: Welcome, now: float) -> str | None:
+        """The peer answered.
+
+        Returns:
+            the epoch of the process known here before, if this is another one: whatever was agreed with it is void.
+        """
+        before = self.epoch if self.epoch and self.epoch != message.epoch else None
+        if (self.name, self.epoch) != (message.name, message.epoch):
+            self.confirmed = False
+        self.name, self.epoch, self.met_at = message.name, message.epoch, now
+        self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
+        self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
+        self.agent_info, self.agent_name = message.agent_info, ""
+        self.error = self._check(me, message) or self._check_agent(message)
+        self.state = PeerState.MET
+        if self.error is not None:
+            self.refused(self.error)
+            self.agent_info, self.agent_name = b"", ""
+        return before
+
+    def changes_too_often(self, message: Welcome, now: float, every_s: float) -> bool:
+        """It introduces itself, unasked, with another agent or epoch than before, and has done so too often lately."""
+        if (message.agent_info, message.epoch) == (self.agent_info, self.epoch):
+            return False
+        self._changes = min(_MOST_CHANGES, self._changes + (now - self._changed_at) / every_s)
+        self._changed_at = now
+        if self.state is not PeerState.GREETED and self._changes < 1.0:
+            return True
+        self._changes = max(0.0, self._changes - 1.0)
+        return False
+
+    def complaint(self, now: float) -> int:
+        """Level at which to log what it does wrong: a warning once a second, so that nobody can fill a disk."""
+        if now < self.complained_at + 1.0:
+            return logging.DEBUG
+        self.complained_at = now
+        return logging.WARNING
+
+    def refused(self, error: HandshakeError) -> None:
+        """The peer will not be met; the next thing asked of it begins a new handshake."""
+        self.state, self.error = PeerState.REFUSED, error
+
+    def _check_agent(self, message: Welcome) -> HandshakeError | None:
+        """The agent that it brings is its own, by its name. Another engine's could otherwise be replaced by way of it."""
+        try:
+            self.agent_name = described_name(message.agent_info)
+        except PeerInfoError as error:
+            return HandshakeError("agent", f"{message.name!r} brings no transfer agent that could be met: {error}")
+        if not self.agent_name.startswith(f"{message.name}/{message.rank}/{message.epoch}/"):
+            return HandshakeError("agent", f"{message.name!r} brings {self.agent_name!r}, which is no agent of its own")
+        return None
+
+    def _check(self, me: Identity, message: Welcome) -> HandshakeError | None:
+        name = message.name
+        if not name.isprintable():
+            return HandshakeError("identity", f"the name of the engine there is not printable: {name!r}")
+        if message.protocol != PROTOCOL:
+            return HandshakeError("protocol", f"{name!r} speaks protocol {message.protocol}, this side {PROTOCOL}")
+        if message.agent != me.agent:
+            return HandshakeError("agent", f"{name!r} moves bytes by {message.agent!r}, this side by {me.agent!r}")
+        if (message.rank, message.spec.rank) != (self.rank, self.rank):
+            return HandshakeError("rank", f"{name!r} is rank {message.rank}, wanted is rank {self.rank}")
+        return None

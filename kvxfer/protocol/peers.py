@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producers that a consumer knows: handshakes, refusals, what their KV is to this side, and their retirement. Pure, no I/O.
+
+A peer is known as long as some lease needs it, and for a while after that. It is met before anything is asked of it, and met
+again when it was restarted, when a read from it failed, or when it says that it does not know us.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from kvxfer.errors import HandshakeError, IncompatibleError, printable
+from kvxfer.protocol.actions import Action, ForgetAgent, Hangup, SendTo
+from kvxfer.protocol.grants import most_ids
+from kvxfer.protocol.messages import REFUSAL_CODES
+from kvxfer.protocol.pace import Pace
+from kvxfer.protocol.peer import Peer, PeerState
+from kvxfer.protocol.timers import Timers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.config import Settings
+    from kvxfer.metrics import Metrics
+    from kvxfer.planner.router import Router
+    from kvxfer.protocol.messages import Refused, Welcome
+    from kvxfer.protocol.peer import Identity
+
+    Routes = Callable[[Sequence[Peer]], Sequence[Router]]
+
+_log = logging.getLogger(__name__)
+
+_CATCH_UP_RETRIES = 4
+"""For so many times that something is asked again, a peer is not taken for silent after this process stood still."""
+
+
+class Welcomed(str, Enum):
+    """What a `Welcome` changed: NOTHING, the peer is MET now, or another process is, and the one before was LOST."""
+
+    NOTHING = "nothing"
+    MET = "met"
+    LOST = "lost"
+
+
+class Acquaintances:
+    """Peers by their control address.
+
+    Args:
+        routes: how KV travels from these peers, all ranks of one producer, to this side; raises IncompatibleError.
+    """
+
+    def __init__(
+        self, identity: Identity, settings: Settings, metrics: Metrics, out: list[Action], routes: Routes
+    ) -> None:
+        self._me = identity
+        self.most_ids: int = most_ids(identity.spec)
+        """Block ids that this side takes of one lease."""
+        self._settings = settings
+        self._metrics = metrics
+        self._out = out
+        self._routes = routes
+        self.by_address: dict[str, Peer] = {}
+        self._routers: dict[tuple[tuple[str, str], ...], Sequence[Router] | IncompatibleError] = {}
+        """By address and epoch of each rank."""
+        self._bearers: dict[str, list[Peer]] = {}
+        """By name of a transfer agent, the peers that have brought it: several only where one engine is known by several addresses."""
+        self._retirements = Timers()
+        """By address, of peers that no lease needs."""
+
+    def need(self, address: str, rank: int, token: str, owner: str) -> Peer:
+        """The peer at an address, for a lease that expects this rank of that engine there."""
+        peer = self.by_address.get(address)
+        if peer is None:
+            peer = self.by_address[address] = Peer(address, rank, Pace(self._settings.max_messages_per_s))
+        peer.needed_by[token] = owner
+        self._retirements.cancel(address)
+        return peer
+
+    def need_no_more(self, peer: Peer, token: str, now: float) -> None:
+        """The lease is over: a peer that none needs is forgotten when it has been idle for long enough."""
+        peer.needed_by.pop(token, None)
+        if not peer.needed_by:
+            # A stranger's address that never became a peer is not worth keeping a socket for.
+            self._retirements.set(peer.address, now + (self._settings.idle_peer_s if peer.name else 0.0))
+
+    def tick(self, now: float) -> None:
+        """Forget peers whose time has come."""
+        for address in self._retirements.due(now):
+            peer = self.by_address.pop(address)
+            self._forget_routers(peer)
+            self._out.append(Hangup(address))
+            self._leave_agent(peer, peer.agent_name, peer.agent_info)
+
+    def stood_still(self, now: float, late_s: float) -> None:
+        """Time in which this process did not run is no silence of a peer; and what it said meanwhile is still to be read.
+
+        No more than that: a machine that is late all the time notices in the end that a peer is silent.
+        """
+        settings = self._settings
+        least = now - settings.peer_timeout_s + min(_CATCH_UP_RETRIES * settings.retry_s, settings.peer_timeout_s)
+        for peer in self.by_address.values():
+            peer.heard_at = min(max(peer.heard_at + late_s, least), now)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next; may be early, never late."""
+        return self._retirements.next_at()
+
+    # -- handshakes -------------------------------------------------------------------------------------------------
+
+    def greet(self, peer: Peer, now: float) -> None:
+        """Begin a handshake now."""
+        self._out.append(SendTo(peer.address, peer.greet(self._me, now)))
+
+    def meet(self, peer: Peer, now: float) -> None:
+        """Greet a peer that was not greeted a moment ago."""
+        if peer.state is not PeerState.GREETED or now >= peer.greeted_at + self._settings.retry_s:
+            self.greet(peer, now)
+
+    def welcomed(self, peer: Peer, message: Welcome, now: float) -> Welcomed:
+        """The peer introduced itself, asked or not."""
+        if peer.changes_too_often(message, now, self._settings.retry_s):
+            self._metrics.count("kvxfer_refused_messages_total", reason="rate")
+            if peer.is_met:
+                peer.state = PeerState.UNKNOWN  # what it is now is asked when it is needed
+            return Welcomed.NOTHING
+        old_name, old_agent, repeated = peer.agent_name, peer.agent_info, peer.is_met
+        gone = peer.welcomed(self._me, message, now)
+        if old_agent != peer.agent_info:
+            self._leave_agent(peer, old_name, old_agent)
+            self._take_agent(peer, now)
+        self._metrics.count("kvxfer_handshakes_total", outcome="met" if peer.error is None else peer.error.code)
+        if gone is not None:
+            what = "%r at %s was restarted (epoch %r, before %r)"
+            _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
+            self._forget_routers(peer)
+            return Welcomed.LOST
+        # A busy producer answers each Hello of a long wait: that must not multiply all questions.
+        return Welcomed.NOTHING if repeated and peer.is_met else Welcomed.MET
+
+    def refused(self, peer: Peer, message: Refused, now: float) -> bool:
+        """The peer refuses to be spoken to; True if it will not be met."""
+        code = message.code
+        if code in ("stale_epoch", "not_introduced"):
+            # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
+            if peer.is_met:
+                if now >= peer.greeted_at + self._settings.retry_s:
+                    self.greet(peer, now)
+                else:
+                    peer.state = PeerState.GREETED  # each lease greets again when it is due
+        elif code == "rank" and message.rank is not None:
+            # Some lease names it for another rank than its own. Leases that name it rightly ask again when they are due.
+            if peer.state is PeerState.GREETED:
+                peer.rank = message.rank
+        elif peer.state is PeerState.GREETED:
+            self._metrics.count("kvxfer_handshakes_total", outcome=code if code in REFUSAL_CODES else "other")
+            peer.refused(HandshakeError(printable(code), f"{peer.address} refused: {printable(message.reason)}"))
+            return True
+        else:
+            _log.log(peer.complaint(now), "%s refused a message: %r: %r", peer.address, code, message.reason)
+        return False
+
+    # -- what they have ---------------------------------------------------------------------------------------------
+
+    def routers(self, peers: Sequence[Peer]) -> Sequence[Router]:
+        """How the part of each of these peers travels, found out once for each set of processes.
+
+        Raises:
+            IncompatibleError: their caches cannot be read into ours.
+        """
+        key = tuple((peer.address, peer.epoch) for peer in peers)
+        known = self._routers.get(key)
+        if known is None:
+            try:
+                known = self._routes(peers)
+            except IncompatibleError as error:
+                self._metrics.count("kvxfer_handshakes_total", outcome="incompatible")
+                known = error
+            self._routers[key] = known
+        if isinstance(known, IncompatibleError):
+            raise IncompatibleError(known.axis, str(known))  # not the same one: its traceback would grow with each read
+        return known
+
+    def _take_agent(self, peer: Peer, now: float) -> None:
+        """Note whose agent it is that a peer brings. One agent has one description: the first, or that of the engine that a lease names."""
+        if not peer.agent_name:
+            return
+        bearers = self._bearers.setdefault(peer.agent_name, [])
+        others = [other for other in bearers if other.agent_info != peer.agent_info]
+        if any(other.confirmed for other in others) or (others and peer.name not in peer.needed_by.values()):
+            self._refuse_agent(peer, others[0], now)
+            return
+        bearers.append(peer)
+        for other in others:
+            self._leave_agent(other, other.agent_name, other.agent_info)
+            self._refuse_agent(other, peer, now)
+
+    def _refuse_agent(self, peer: Peer, rival: Peer, now: float) -> None:
+        why = f"{peer.address} brings {peer.agent_name!r}, of which {rival.address} has brought another description"
+        _log.log(peer.complaint(now), "%s", why)
+        peer.refused(HandshakeError("agent", why))
+        peer.agent_info, peer.agent_name = b"", ""
+
+    def _leave_agent(self, peer: Peer, name: str, agent_info: bytes) -> None:
+        """A peer has another agent now, or is forgotten: its agent is forgotten too, unless another peer has it."""
+        bearers = self._bearers.get(name, [])
+        if peer in bearers:
+            bearers.remove(peer)
+        if not bearers:
+            self._bearers.pop(name, None)
+        if agent_info and not any(other.agent_info == agent_info for other in bearers):
+            self._out.append(ForgetAgent(agent_info))
+
+    def _forget_routers(self, peer: Peer) -> None:
+        for key in [key for key in self._routers if any(address == peer.address for address, _ in key)]:
+            del self._routers[key]

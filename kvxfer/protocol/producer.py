@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's half of the protocol: answers consumers, and tells the engine how its leases end. Pure, no I/O."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from kvxfer.defects import Defects
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, WireError, shown
+from kvxfer.layout.block_table import BlockTable, ids_from_wire
+from kvxfer.protocol.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
+from kvxfer.protocol.deferred import Gate
+from kvxfer.protocol.grants import PIECE_NBYTES, next_piece
+from kvxfer.protocol.lease_table import ContradictionError, Holder, Lease, LeaseState, LeaseTable
+from kvxfer.protocol.messages import (
+    PROTOCOL,
+    Grant,
+    Hello,
+    Message,
+    Open,
+    Pending,
+    Refused,
+    Renew,
+    Renewed,
+    Revoked,
+    Settle,
+    Settled,
+    Stage,
+    Staged,
+    Unstage,
+    Welcome,
+    image_of,
+)
+from kvxfer.protocol.staged import MOST_CHUNKS, Seen, StagedChunks
+from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.buffers.base import Completion
+    from kvxfer.config import Settings
+    from kvxfer.errors import InternalError, KvxferError
+    from kvxfer.metrics import Metrics
+    from kvxfer.protocol.peer import Identity
+
+_MOST_CONNECTIONS = 4096
+_LOOK_S = 0.25
+"""How often it is looked for readers that keep slots for which others wait."""
+_CATCH_UP_RETRIES = 4
+"""For so many times that a consumer asks again, a lease is spared after this process stood still: some have to connect first."""
+_log = logging.getLogger(__name__)
+
+
+class Producer:
+    """Answers on the connections that consumers opened to this endpoint.
+
+    The engine gets exactly one event for each lease that it offered, and none for one that ended before that: it has
+    no blocks to take back then, and a later offer is answered with LeaseRevoked.
+
+    ``connection`` is an opaque id of one; a consumer that reconnects introduces itself again. All calls come from the
+    control thread, which then takes what has been added to ``out``.
+    """
+
+    def __init__(
+        self, identity: Identity, table: LeaseTable, settings: Settings, metrics: Metrics, out: list[Action]
+    ) -> None:
+        self._me = identity
+        self._table = table
+        self._settings = settings
+        self._metrics = metrics
+        self._out = out
+        # Bounded: the least recently heard connection is forgotten, and has to introduce itself again.
+        self._holders: OrderedDict[bytes, Holder] = OrderedDict()
+        self._connections: dict[Holder, bytes] = {}
+        self._seen: dict[Holder, Seen] = {}
+        self._chunks = StagedChunks()
+        self._look_at = 0.0
+        self._piece_nbytes = min(PIECE_NBYTES, settings.max_message_nbytes // 2)
+        self._welcome_before: Welcome | None = None
+        self._untold: dict[str, object] = {}
+        """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
+        self._defects = Defects(metrics, "control")
+        self._gate = Gate(lambda token, why: self.revoke(token, why[:1024]))
+
+    # -- the engine -------------------------------------------------------------------------------------------------
+
+    def announce(self, token: str, request: str, now: float) -> None:
+        """See `LeaseTable.announce`."""
+        self._table.announce(token, request, now)
+
+    def may_offer(self, token: str) -> bool:
+        """Any thread: note that a lease is offered now; False if it was before, and the engine was not told how that ended."""
+        mine = object()
+        return self._untold.setdefault(token, mine) is mine
+
+    def offer(
+        self,
+        token: str,
+        blocks: Sequence[bytes],
+        now: float,
+        first_tokens: Sequence[int] = (),
+        after: Sequence[Completion] = (),
+    ) -> None:
+        """Blocks of an announced lease are complete after that; a consumer that waits for them gets its grant.
+
+        If ``after`` does not end within ``lease_s``, the lease expires: nobody reads what may still be written.
+        """
+        self._gate.then(
+            token,
+            after,
+            lambda now: self._guarded(token, lambda: self._offer(token, blocks, now, first_tokens), offered=True),
+            now,
+            deadline=now + self._settings.lease_s,
+            late=lambda now: self._guarded(token, lambda: self._give_up(token, now), offered=True),
+        )
+
+    def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
+        live, before = self._table.get(token), self._table.offered(token)
+        stands = live is not None and live.offered
+        try:
+            lease = self._table.offer(token, blocks, now, first_tokens)
+        except ContradictionError as error:
+            self._contradicted(token, error)
+            return
+        except LeaseError as error:
+            if (
+                stands
+            ):  # told already that this cannot be (`may_offer`): an event now would free blocks that are still leased
+                _log.warning("%s", error)
+            else:
+                self._not_offered(token, error, before=before)
+            return
+        for holder in lease.waiting():
+            self._table.open(token, holder, now)
+        self._tell(lease, self._grant(lease, asked=False))
+
+    def seal(
+        self,
+        token: str,
+        blocks: Sequence[bytes],
+        now: float,
+        first_tokens: Sequence[int] = (),
+        after: Sequence[Completion] = (),
+    ) -> None:
+        """Some blocks of an announced lease are complete after that: who waits for them may begin to read."""
+        self._gate.then(
+            token,
+            after,
+            lambda _: self._guarded(token, lambda: self._seal(token, blocks, first_tokens), offered=False),
+            now,
+            deadline=now + self._settings.announce_s,
+        )
+
+    def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
+        try:
+            lease = self._table.seal(token, blocks, first_tokens)
+        except ContradictionError as error:
+            self._contradicted(token, error)
+        except LeaseError as error:
+            _log.debug("nobody is told of the sealed blocks, which are offered again at the end: %s", error)
+        else:
+            self._tell(lease, self._grant(lease, asked=False))
+
+    def _contradicted(self, token: str, error: ContradictionError) -> None:
+        """Blocks that were sealed may have been read: what takes their place is another request, for all that readers know."""
+        _log.error("revoked: the blocks do not continue what was sealed: %s", error)
+        self.revoke(token, f"its blocks changed after they were sealed: {error}"[:1024])
+
+    def _give_up(self, token: str, now: float) -> None:
+        why = f"the devices that write its blocks did not end within {self._settings.lease_s:g} s"
+        lease = self._table.give_up(token)
+        if lease is None:
+            self._offer(token, [], now, [])  # it had ended before, and its engine has not been told yet
+            return
+        _log.warning("lease %s of %r: %s", shown(token), lease.request, why)
+        self._tell(lease, Revoked(token=token, reason=why))
+        self._unstage(lease)
+        self._end(LeaseExpired(token, lease.request), "expired")
+
+    def _guarded(self, token: str, step: Callable[[], object], *, offered: bool) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - the other leases are not touched
+            self.broken(token, self._defects.caught(error), offered=offered)
+
+    def broken(self, token: str, error: InternalError, *, offered: bool) -> None:
+        """A fault of kvxfer while something was said of a lease: it is revoked.
+
+        Args:
+            offered: the engine has offered its blocks, and waits for the one event of their end.
+        """
+        lease = self._table.get(token)
+        if lease is not None:
+            lease.offered = lease.offered or offered
+            self.revoke(token, str(error)[:1024])
+        elif offered and token in self._untold:
+            self._not_offered(token, LeaseError(str(error)), before=True)
+
+    def revoke(self, token: str, reason: str) -> None:
+        """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
+        lease = self._table.revoke(token)
+        if lease is not None:
+            self._tell(lease, Revoked(token=token, reason=reason))
+            self._unstage(lease)
+            if lease.offered:
+                self._end(LeaseRevoked(token, lease.request), "revoked")
+
+    def agent_replaced(self, agent_info: bytes) -> None:
+        """Our transfer agent is another one now: whoever introduced itself is told, before it reads from the old one."""
+        self._me.agent_info, self._welcome_before = agent_info, None
+        for connection in self._connections.values():
+            self._reply(connection, self._welcome())
+
+    def joined(self, addresses: Sequence[str]) -> None:
+        """The ranks of this engine listen there."""
+        self._me.addresses, self._welcome_before = tuple(addresses), None
+
+    def packed(
+        self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None, now: float = 0.0
+    ) -> None:
+        """The data thread has packed a chunk, or cannot."""
+        chunks, result = self._chunks.get(key), error if chunk is None else chunk
+        if chunks is None or number not in chunks.asked or result is None:
+            self._out.append(EndPack(key, [number]))  # nobody waits for it any more
+            return
+        self._chunks.packed(chunks, number, result, now)
+        connection = self._connections.get(chunks.reader)
+        if connection is not None:
+            self._tell_chunk(connection, key.token, number, result)
+
+    def short_of_slots(self, share: int, now: float) -> None:
+        """The data thread has no slot for chunks that wait, of which each consumer's share is so many; 0: it has again."""
+        self._chunks.short_of_slots(share)
+        self._look_at = now
+
+    def gone(self, connection: bytes, now: float) -> None:
+        """A connection has ended. What came by it may still be read; its consumer may come by another one."""
+        holder = self._holders.get(connection)
+        if holder is not None and self._connections.get(holder) == connection:
+            del self._connections[holder]
+            self._seen[holder] = self._seen[holder]._replace(gone_at=now)
+
+    def hoarders(self) -> list[Holder]:
+        """Consumers that keep more than their share of staging slots while others wait: `tick` ends that."""
+        return self._chunks.hoarders()
+
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        # Blocks that a device still writes are in use, also if their lease has ended.
+        gated = sum(self._table.get(token) is None for token in list(self._gate))
+        return {"leases": len(self._table) + gated, "chunks": len(self._chunks)}
+
+    # -- the clock --------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """End what has expired, and learn what devices have written."""
+        self._gate.tick(now)
+        self._withdraw(now)
+        for lease in self._table.expire(now):
+            if lease.state is LeaseState.REVOKED:
+                why = (
+                    f"the lease was renewed for {self._settings.max_lease_s:g} s and not settled (setting max_lease_s)"
+                )
+                _log.warning("lease %s of %r is revoked: %s", shown(lease.token), lease.request, why)
+            else:
+                why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
+            self._tell(lease, Revoked(token=lease.token, reason=why))
+            self._unstage(lease)
+            if lease.state is LeaseState.REVOKED:
+                self._end(LeaseRevoked(lease.token, lease.request), "revoked")
+            elif lease.offered:
+                self._end(LeaseExpired(lease.token, lease.request), "expired")
+
+    def stood_still(self, now: float, late_s: float = 0.0) -> None:
+        """This process ran nothing for so long: consumers that renewed meanwhile have to be heard before their leases end."""
+        self._gate.spare(late_s)
+        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
+        self._chunks.stood_still(now)
+        self._seen = {holder: Seen(now, None if seen.gone_at is None else now) for holder, seen in self._seen.items()}
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do next."""
+        look_at = self._look_at if self._chunks.short else None
+        times = [at for at in (self._gate.next_deadline(), self._table.next_deadline(), look_at) if at is not None]
+        return min(times, default=None)
+
+    def close(self) -> None:
+        """End every lease; consumers that hold one are told."""
+        for lease in self._table.close():
+            self._tell(lease, Revoked(token=lease.token, reason="the producer was shut down"))
+            self._unstage(lease)
+            if lease.offered:
+                self._end(LeaseRevoked(lease.token, lease.request), "revoked")
+        self._gate.close()
+
+    # -- consumers --------------------------------------------------------------------------------------------------
+
+    def garbage(self, connection: bytes, reason: str, why: str) -> None:
+        """Something that is no message came in: counted by ``reason``, and answered so that its sender can tell."""
+        self._metrics.count("kvxfer_refused_messages_total", reason=reason)
+        self._refuse(connection, "garbage", why)
+
+    def received(self, connection: bytes, message: Message, now: float) -> None:
+        """Answer one message of a consumer."""
+        if isinstance(message, Hello):
+            self._hello(connection, message, now)
+            return
+        if not isinstance(message, (Open, Renew, Settle, Stage, Unstage)):
+            self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
+            return
+        token = "" if isinstance(message, Renew) else message.token
+        if message.to != self._me.epoch:
+            self._refuse(connection, "stale_epoch", f"meant for epoch {message.to or 'unknown'}", token, counted=True)
+            return
+        holder = self._holders.get(connection)
+        if holder is None:
+            self._refuse(connection, "not_introduced", "Hello comes first", token, counted=True)
+            return
+        self._holders.move_to_end(connection)
+        self._connections.setdefault(holder, connection)
+        self._seen[holder] = Seen(now, None)
+        if isinstance(message, Open):
+            self._open(connection, holder, message, now)
+        elif isinstance(message, Renew):
+            ended = self._table.renew(message.tokens, holder, now)
+            self._reply(connection, Renewed(ended=ended))
+        elif isinstance(message, Stage):
+            self._taken(PackKey(message.token, holder.rank), holder, message.taken)
+            self._stage(connection, holder, message)
+        elif isinstance(message, Unstage):
+            self._taken(PackKey(message.token, holder.rank), holder, message.numbers)
+        else:
+            stood, lease = self._table.settle(message.token, holder, read=message.read)
+            self._reply(connection, Settled(token=message.token, stood=stood))
+            if stood:
+                self._end_pack(PackKey(message.token, holder.rank))
+            if lease is not None and lease.offered:
+                event = LeaseSettled(lease.token, lease.request, lease.read)
+                self._end(event, "settled" if lease.read else "unread")
+
+    def _not_offered(self, token: str, error: LeaseError, *, before: bool) -> None:
+        """Tell the end of a lease that cannot be offered; ``before``: it was offered before, and that had its own end."""
+        request = self._table.request(token)
+        settled = self._table.settled(token) if not before else None
+        if settled is not None:
+            # Its consumer has no need of these blocks, or not any more: that is no failure.
+            self._end(LeaseSettled(token, request, settled.read), "settled" if settled.read else "unread")
+        elif isinstance(error, LeaseEndedError):
+            # The consumer gave up, or prefill took longer than announce_s: nobody will come for these blocks.
+            self._end(LeaseRevoked(token, request), "unread")
+            _log.info("nobody will come for the blocks of %r: %s", request, error)
+        else:
+            self._end(LeaseRevoked(token, request), "revoked")
+            _log.warning("cannot offer the blocks of %r: %s", request, error)
+
+    def _withdraw(self, now: float) -> None:
+        """End the leases of readers that keep staging slots for which others wait."""
+        if not self._chunks.short or now < self._look_at:
+            return
+        self._look_at = now + _LOOK_S
+        never = Seen(float("-inf"), float("-inf"))
+        for token, why in list(self._chunks.to_withdraw(now, lambda holder: self._seen.get(holder, never))):
+            _log.warning("lease %s is revoked: %s", shown(token), why)
+            self._metrics.count("kvxfer_withdrawn_total")
+            self.revoke(token, why)
+
+    def _hello(self, connection: bytes, hello: Hello, now: float) -> None:
+        me = self._me
+        if hello.protocol != PROTOCOL:
+            why = f"protocol {hello.protocol} is not spoken here, {PROTOCOL} is"
+            self._refuse(connection, "protocol", why, counted=True)
+        elif hello.rank != me.spec.rank:
+            why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
+            self._refuse(connection, "rank", why, counted=True, rank=me.spec.rank)
+        elif hello.reader >= hello.readers:
+            self._refuse(connection, "rank", f"no rank {hello.reader} of {hello.readers} reads", counted=True)
+        elif hello.agent != me.agent:
+            why = f"bytes move by {me.agent!r} here, not by {hello.agent!r}"
+            self._refuse(connection, "agent", why, counted=True)
+        else:
+            self._introduce(connection, Holder(hello.name, hello.epoch, hello.reader, hello.readers), now)
+            self._reply(connection, self._welcome())
+
+    def _welcome(self) -> Welcome:
+        """The same object as long as it says the same, so that it is encoded once."""
+        if self._welcome_before is None:
+            self._welcome_before = self._introduction()
+        return self._welcome_before
+
+    def _introduction(self) -> Welcome:
+        me = self._me
+        return Welcome(
+            protocol=PROTOCOL,
+            name=me.name,
+            epoch=me.epoch,
+            rank=me.spec.rank,
+            agent=me.agent,
+            agent_info=me.agent_info,
+            spec=me.spec,
+            addressable=me.addressable,
+            slot_nbytes=me.slot_nbytes,
+            casts=sorted(me.casts),
+            addresses=list(me.addresses),
+        )
+
+    def _introduce(self, connection: bytes, holder: Holder, now: float) -> None:
+        before = self._holders.get(connection)
+        if before is not None:
+            self._forget(connection, before)
+        self._holders[connection] = holder
+        self._holders.move_to_end(connection)
+        self._connections[holder], self._seen[holder] = connection, Seen(now, None)
+        while len(self._holders) > _MOST_CONNECTIONS:
+            self._forget(*self._holders.popitem(last=False))
+
+    def _forget(self, connection: bytes, holder: Holder) -> None:
+        if self._connections.get(holder, connection) == connection:  # it has not come by another one since
+            self._connections.pop(holder, None)
+            self._seen.pop(holder, None)
+
+    def _open(self, connection: bytes, holder: Holder, message: Open, now: float) -> None:
+        try:
+            if message.early:
+                self._table.want(message.token, now)
+            lease = self._table.open(message.token, holder, now)
+        except LeaseUnknownError as error:
+            self._refuse(connection, "unknown_lease", str(error), message.token, counted=True)
+        except LeaseEndedError as error:
+            self._refuse(connection, "ended_lease", str(error), message.token, counted=True)
+        except LeaseError as error:
+            self._refuse(connection, "taken_lease", str(error), message.token, counted=True)
+        else:
+            if not lease.readable:
+                self._reply(connection, Pending(token=lease.token))
+            else:
+                self._reply(connection, self._grant(lease, message.have if message.check == lease.check else ()))
+
+    def _grant(self, lease: Lease, have: Sequence[int] = (), *, asked: bool = True) -> Grant:
+        """The next of its blocks; unasked all of them, or where they are many that there are some."""
+        ttl_s = self._settings.lease_s
+        first_tokens = lease.first_tokens if any(lease.first_tokens) else []
+        piece = next_piece(lease.blocks, have, self._piece_nbytes)
+        if piece.more and not asked:
+            piece = next_piece(lease.blocks, nbytes=0)
+        return Grant(
+            token=lease.token,
+            blocks=piece.blocks,
+            skip=piece.skip,
+            runs=piece.runs,
+            more=piece.more,
+            cell=lease.cell or 0,
+            check=lease.check,
+            ttl_s=ttl_s,
+            first_tokens=first_tokens,
+            complete=lease.complete,
+        )
+
+    def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:
+        lease = self._table.held(message.token, holder)
+        if lease is None:
+            error = self._table.why_not_held(message.token, holder)
+            code = "ended_lease" if isinstance(error, LeaseEndedError) else "unknown_lease"
+            self._refuse(connection, code, str(error), message.token, counted=True)
+            return
+        key, number = PackKey(message.token, holder.rank), message.number
+        chunks = self._chunks.of(key, holder)
+        if number in chunks.asked:
+            self._tell_chunk(connection, message.token, number, chunks.asked[number].result)
+        elif chunks.is_taken(number):
+            return  # asked again before it was known to be there, and taken by now
+        elif not chunks.may_ask(number):
+            self._refuse(connection, "staging", f"more than {MOST_CHUNKS} chunks at once", message.token, counted=True)
+        elif self._chunks.is_busy(holder):
+            self._reply(connection, Pending(token=message.token))  # it asks again
+        else:
+            try:
+                image = image_of(message)
+            except WireError as error:
+                self._refuse(connection, "staging", str(error), message.token, counted=True)
+                return
+            self._chunks.ask(chunks, number, len(bytes(message.image)))
+            blocks = _read(tuple(lease.blocks), tuple(lease.first_tokens))
+            self._out.append(StartPack(key, number, image, message.tokens, blocks, message.digest, holder))
+
+    def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
+        if isinstance(chunk, bytes):
+            self._reply(connection, Staged(token=token, number=number, address=0, digest=chunk))
+        elif isinstance(chunk, int):
+            self._reply(connection, Staged(token=token, number=number, address=chunk))
+        elif chunk is not None:
+            self._refuse(connection, "staging", str(chunk), token, counted=True)
+
+    def _taken(self, key: PackKey, holder: Holder, numbers: Sequence[int]) -> None:
+        chunks = self._chunks.get(key)
+        if chunks is None or chunks.reader != holder:
+            return
+        taken = self._chunks.take(chunks, numbers)
+        if taken:
+            self._out.append(EndPack(key, taken))
+
+    def _unstage(self, lease: Lease) -> None:
+        for rank in lease.holders:
+            self._end_pack(PackKey(lease.token, rank))
+
+    def _end_pack(self, key: PackKey) -> None:
+        if self._chunks.end(key):
+            self._out.append(EndPack(key))
+
+    def _tell(self, lease: Lease, message: Message) -> None:
+        for holder in lease.waiting():
+            connection = self._connections.get(holder)
+            if connection is not None:
+                self._reply(connection, message)
+
+    def _reply(self, connection: bytes, message: Message) -> None:
+        self._out.append(Reply(connection, message))
+
+    def _refuse(
+        self,
+        connection: bytes,
+        code: str,
+        why: str,
+        token: str = "",
+        *,
+        counted: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        if counted:
+            self._metrics.count("kvxfer_refused_messages_total", reason=code)
+        self._reply(connection, Refused(code=code, reason=why[:1024], epoch=self._me.epoch, token=token, rank=rank))
+
+    def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
+        self._metrics.count("kvxfer_leases_total", end=end)
+        self._untold.pop(event.token, None)
+        self._out.append(Emit(event))
+
+
+@lru_cache(maxsize=32)
+def _read(blocks: tuple[bytes, ...], firsts: tuple[int, ...]) -> tuple[BlockTable, ...]:
+    """A lease's block tables: the same ones for all of its chunks, so that they are looked at once."""
+    tables = zip(blocks, firsts or (0,) * len(blocks), strict=True)
+    return tuple(BlockTable(ids_from_wire(ids), first) for ids, first in tables)

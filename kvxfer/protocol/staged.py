@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The producer's account of chunks: which a reader asked for, which are packed and not taken, and who keeps too many. Pure, no I/O.
+
+A packed chunk keeps a staging slot until its reader has taken it. A reader that died, or that stands still, takes nothing: as soon as
+chunks of others wait for a slot, its lease is revoked, which gives its slots back. Whatever it still reads from them does not count,
+because the check of its lease is gone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from kvxfer.errors import KvxferError
+    from kvxfer.protocol.actions import Packed, PackKey
+    from kvxfer.protocol.lease_table import Holder
+
+MOST_CHUNKS = 256
+"""Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+_MOST_WAITING = 1024
+_MOST_WAITING_NBYTES = 4 << 20
+"""Of descriptions of chunks that one consumer waits for, over all of its leases."""
+
+UNTAKEN_S = 2.0
+"""While others wait, a consumer may leave more than its share of chunks untaken for this long, ..."""
+SILENT_S = 5.0
+"""... and any chunk for this long if it says nothing, ..."""
+GONE_S = 0.5
+"""... and for this long after its connection has ended: time to connect again."""
+
+
+@dataclass
+class Chunk:
+    """One chunk of a reader.
+
+    Attributes:
+        nbytes: of its description.
+        result: where it lies, its digest, or why there is none; None until it is packed.
+        packed_at: when it was.
+    """
+
+    nbytes: int
+    result: Packed | KvxferError | None = None
+    packed_at: float = 0.0
+
+    @property
+    def keeps_slot(self) -> bool:
+        """It lies in a staging slot."""
+        return isinstance(self.result, int)
+
+
+@dataclass
+class Chunks:
+    """What one reader of one lease asked to have packed and has not taken.
+
+    Chunks are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
+    """
+
+    reader: Holder
+    asked: dict[int, Chunk] = field(default_factory=dict)
+    missed: set[int] = field(default_factory=set)
+    next_number: int = 0
+
+    def is_taken(self, number: int) -> bool:
+        """It was asked for before, and taken since."""
+        return number < self.next_number and number not in self.missed and number not in self.asked
+
+    def may_ask(self, number: int) -> bool:
+        """Not too many would be asked for and not taken."""
+        return len(self.asked) + len(self.missed) + number - self.next_number < MOST_CHUNKS
+
+    def ask(self, number: int, nbytes: int) -> None:
+        """Note that it is asked for."""
+        self.asked[number] = Chunk(nbytes)
+        self.missed.discard(number)
+        self.missed.update(range(self.next_number, number))
+        self.next_number = max(self.next_number, number + 1)
+
+
+class Seen(NamedTuple):
+    """When a consumer was last heard, and since when its connection is gone; None while it has one."""
+
+    heard_at: float
+    gone_at: float | None
+
+
+class StagedChunks:
+    """Chunks of all readers of an endpoint's leases."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[PackKey, Chunks] = {}
+        self._waiting: Counter[Holder] = Counter()
+        self._waiting_nbytes: Counter[Holder] = Counter()
+        self._share = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def get(self, key: PackKey) -> Chunks | None:
+        """What a reader has asked for and not taken."""
+        return self._by_key.get(key)
+
+    def of(self, key: PackKey, reader: Holder) -> Chunks:
+        """The same; empty for one that has asked for nothing yet."""
+        return self._by_key.setdefault(key, Chunks(reader))
+
+    def is_busy(self, reader: Holder) -> bool:
+        """So much waits for this consumer already that it has to ask again later."""
+        return self._waiting[reader] >= _MOST_WAITING or self._waiting_nbytes[reader] >= _MOST_WAITING_NBYTES
+
+    def ask(self, chunks: Chunks, number: int, nbytes: int) -> None:
+        """A chunk is asked for."""
+        chunks.ask(number, nbytes)
+        self._waiting[chunks.reader] += 1
+        self._waiting_nbytes[chunks.reader] += nbytes
+
+    def packed(self, chunks: Chunks, number: int, result: Packed | KvxferError, now: float) -> None:
+        """The data thread has packed one that is asked for, or cannot."""
+        chunk = chunks.asked[number]
+        self._waits_no_more(chunks.reader, chunk)
+        chunk.result, chunk.packed_at = result, now
+
+    def take(self, chunks: Chunks, numbers: Iterable[int]) -> list[int]:
+        """A reader has taken chunks, or does not want them any more; returns those that it had asked for."""
+        numbers = list(dict.fromkeys(numbers))
+        taken = [number for number in numbers if number in chunks.asked]
+        for number in taken:
+            self._waits_no_more(chunks.reader, chunks.asked.pop(number))
+        chunks.missed.difference_update(numbers)  # given up before the question was here
+        return taken
+
+    def end(self, key: PackKey) -> bool:
+        """A reader wants nothing more; True if it had asked for anything."""
+        chunks = self._by_key.pop(key, None)
+        if chunks is not None:
+            for chunk in chunks.asked.values():
+                self._waits_no_more(chunks.reader, chunk)
+        return chunks is not None
+
+    # -- slots --------------------------------------------------------------------------------------------------------
+
+    def short_of_slots(self, share: int) -> None:
+        """Chunks wait, and no slot is free: each consumer's share is so many. 0: none waits any more."""
+        self._share = share
+
+    @property
+    def short(self) -> bool:
+        """Chunks wait, and no slot is free."""
+        return bool(self._share)
+
+    def stood_still(self, now: float) -> None:
+        """What readers have said meanwhile is not read yet."""
+        for chunks in self._by_key.values():
+            for chunk in chunks.asked.values():
+                chunk.packed_at = max(chunk.packed_at, now)
+
+    def to_withdraw(self, now: float, seen: Callable[[Holder], Seen]) -> Iterator[tuple[str, str]]:
+        """Leases to be revoked so that others get slots: the token of each, and why."""
+        if not self._share:
+            return
+        for reader, held in self._kept().items():
+            if not self._others_wait(reader):
+                continue
+            heard_at, gone_at = seen(reader)
+            oldest = min(chunk.packed_at for _, chunk in held)
+            if gone_at is not None and now >= gone_at + GONE_S:
+                limit, why = now, "the connection of its reader has ended"
+            elif len(held) > self._share and now >= oldest + UNTAKEN_S:
+                limit, why = now - UNTAKEN_S, f"its reader has left chunks untaken for {UNTAKEN_S:g} s"
+            elif now >= max(oldest, heard_at) + SILENT_S:
+                limit, why = now - SILENT_S, f"its reader has said nothing for {SILENT_S:g} s"
+            else:
+                continue
+            for token in dict.fromkeys(key.token for key, chunk in held if chunk.packed_at <= limit):
+                yield token, f"{why}, and others wait for a staging slot"
+
+    def hoarders(self) -> list[Holder]:
+        """Consumers that keep more than their share while others wait."""
+        kept = self._kept().items() if self._share else ()
+        return [reader for reader, held in kept if len(held) > self._share and self._others_wait(reader)]
+
+    def _kept(self) -> dict[Holder, list[tuple[PackKey, Chunk]]]:
+        kept: dict[Holder, list[tuple[PackKey, Chunk]]] = defaultdict(list)
+        for key, chunks in self._by_key.items():
+            for chunk in chunks.asked.values():
+                if chunk.keeps_slot:
+                    kept[chunks.reader].append((key, chunk))
+        return kept
+
+    def _others_wait(self, reader: Holder) -> bool:
+        return any(other != reader for other in self._waiting)
+
+    def _waits_no_more(self, reader: Holder, chunk: Chunk) -> None:
+        if chunk.result is None:
+            self._waiting[reader] -= 1
+            self._waiting_nbytes[reader] -= chunk.nbytes
+            if not self._waiting[reader]:
+                del self._waiting[reader], self._waiting_nbytes[reader]

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First contacts: a peer's fabric has to answer once before anything is asked of it that could hold up others.
+
+The first transfer between two agents also connects them, and it may hang for ever: the peer's port is closed by a firewall, its
+process stands still, or the engine itself has lost the connection (seen with UCX 1.23, rarely, after other consumers of the same
+producer had been killed). So the first transfer is a contact: it reads a few bytes that nobody needs, belongs to no read, and has
+no deadline. Reads of that peer wait for it. When it has hung for ``contact_s`` the peer is *silent*: reads that want something of
+it fail at once, by name and retryably, until the contact ends; other peers are served by the same agent as before.
+
+A new agent would help only against a connection that the engine has lost, and costs everybody else something: reads under way
+begin again, and those who read from this endpoint fail once. So the agent is made anew for a silent peer only if some read wants
+it, preferably while nothing else is under way, and each time after a longer pause.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from kvxfer.agents.base import Flight, FlightState, Op
+from kvxfer.errors import KvxferError, PeerTimeoutError, TransferFailedError
+from kvxfer.memory.spans import Descriptors
+from kvxfer.protocol.lease_board import CELL_NBYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.metrics import Metrics
+    from kvxfer.runtime.agent_lifecycle import AgentLifecycle
+    from kvxfer.runtime.read_task import Leg
+
+    Waiting = tuple[Leg, Callable[[], None]]
+
+_log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.05
+"""How often to look whether a silent peer answers after all."""
+
+_PATIENCE = 2.0
+"""Times ``contact_s``, for a contact on an agent that was made anew: a busy machine is slow to connect."""
+_BUSY = 8.0
+"""Times ``contact_s``, for which a contact must have hung before an agent that others use is made anew."""
+_PAUSES = (8.0, 8.0, 24.0)
+"""Times ``contact_s``, between one new agent for the sake of silent peers and the next: by how many agents such a peer has not
+answered before this one; the last one from then on."""
+_MOST_REMEMBERED = 1024
+
+
+class Contact:
+    """A contact under way.
+
+    Attributes:
+        info: the description of the peer's agent; ``name`` its name.
+        waiting: legs, with what they do when the peer has answered.
+        silent: it has hung for too long.
+        wanted_at: when some read last wanted something of that peer, although it is silent.
+    """
+
+    def __init__(self, info: bytes, name: str, since: float) -> None:
+        self.info = info
+        self.name = name
+        self.since = since
+        self.waiting: list[Waiting] = []
+        self.silent = False
+        self.wanted_at: float = -math.inf
+
+
+class Contacts:
+    """Contacts with the peers of one endpoint's agent. Used by the data thread alone.
+
+    Args:
+        life: of the agent.
+        place: address of memory into which every contact reads, and whose content means nothing.
+        contact_s: how long a contact may hang before its peer is silent.
+        now: the clock.
+    """
+
+    def __init__(
+        self, life: AgentLifecycle, place: int, contact_s: float, metrics: Metrics, now: Callable[[], float]
+    ) -> None:
+        self._life = life
+        self._place = place
+        self._contact_s = contact_s
+        self._metrics = metrics
+        self._now = now
+        self._by_flight: dict[Flight, bytes] = {}
+        """Descriptions of peers."""
+        self._strays: set[Flight] = set()
+        """Flights of contacts that have failed, and may still land."""
+        self._contacts: dict[bytes, Contact] = {}
+        self._agents_tried: dict[bytes, int] = {}
+        """Of peers for whose sake the agent was made anew, how often it was."""
+        self._renewed_at = -math.inf
+
+    @property
+    def pending(self) -> bool:
+        """Something was asked of a peer's fabric that has not ended."""
+        return bool(self._by_flight)
+
+    @property
+    def awaited(self) -> bool:
+        """Some read waits for a contact."""
+        return any(leg.reading.error is None for each in self._contacts.values() for leg, _ in each.waiting)
+
+    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
+        """Do something with a leg's source as soon as its fabric has answered once.
+
+        Raises:
+            KvxferError: the peer is silent, or cannot be asked.
+        """
+        info = leg.source.agent_info
+        contact = self._contacts.get(info)
+        if contact is None:
+            agent, peer = self._life.ensure(), self._life.peer(info)
+            contact = Contact(info, peer.name, self._now())
+            some = Descriptors.of(self._place, leg.source.cell, CELL_NBYTES)
+            self._by_flight[agent.submit(Op.READ, peer, some, deadline=math.inf)] = info
+            self._contacts[info] = contact
+        elif contact.silent:
+            contact.wanted_at = self._now()
+            raise self._silence(contact)
+        contact.waiting.append((leg, then))
+
+    def owns(self, flight: Flight) -> bool:
+        """It is that of a contact."""
+        return flight in self._by_flight or flight in self._strays
+
+    def ended(self, flight: Flight) -> tuple[list[Waiting], KvxferError | None]:
+        """The flight of a contact has ended, or is given up because its peer is forgotten.
+
+        Returns:
+            whoever waited for the contact, and why it failed; None if the peer has answered.
+        """
+        self._strays.discard(flight)
+        if not flight.finished:
+            self._strays.add(flight)
+        info = self._by_flight.pop(flight, None)
+        if info is None:
+            return [], None
+        contact = self._contacts.pop(info)
+        answered = flight.state is FlightState.DONE
+        self._metrics.count("kvxfer_contacts_total", outcome="answered" if answered else "failed")
+        if answered:
+            self._life.proven.add(info)
+            self._agents_tried.pop(info, None)
+            if contact.silent:
+                _log.warning("the fabric of %s answers now", contact.name)
+            return contact.waiting, None
+        return contact.waiting, flight.error or TransferFailedError("no reason given")
+
+    def hanging(self) -> list[Contact]:
+        """Contacts that have just hung for too long, and those of silent peers that some read wanted a moment ago."""
+        now = self._now()
+        return [
+            contact
+            for info, contact in self._contacts.items()
+            if (
+                now < contact.wanted_at + self._contact_s
+                if contact.silent
+                else now >= contact.since + self._contact_s * (_PATIENCE if info in self._agents_tried else 1.0)
+            )
+        ]
+
+    def may_renew(self, hanging: Sequence[Contact], *, busy: bool) -> bool:
+        """The agent may be made anew for the sake of these; ``busy`` if it has something else to do."""
+        now = self._now()
+        tried = min(self._agents_tried.get(contact.info, 0) for contact in hanging)
+        if now < self._renewed_at + self._contact_s * _PAUSES[min(tried, len(_PAUSES) - 1)]:
+            return False
+        return not busy or now >= min(contact.since for contact in hanging) + self._contact_s * _BUSY
+
+    def renewed(self, hanging: Sequence[Contact]) -> None:
+        """The agent is made anew for the sake of these."""
+        self._metrics.count("kvxfer_contacts_total", outcome="renewed")
+        self._renewed_at = self._now()
+        if len(self._agents_tried) > _MOST_REMEMBERED:
+            self._agents_tried.clear()
+        for contact in hanging:
+            self._agents_tried[contact.info] = self._agents_tried.get(contact.info, 0) + 1
+
+    def silence(self, contact: Contact) -> tuple[list[Leg], KvxferError]:
+        """A peer is silent from now on; the legs that need not wait for it any longer, and what their reads end with."""
+        if not contact.silent:
+            self._metrics.count("kvxfer_contacts_total", outcome="silent")
+            _log.warning("the fabric of %s does not answer: reads from it fail until it does", contact.name)
+        contact.silent = True
+        legs, contact.waiting = [leg for leg, _ in contact.waiting], []
+        return legs, self._silence(contact)
+
+    def torn_down(self) -> list[Waiting]:
+        """The agent is gone, and every contact with it.
+
+        Returns:
+            whoever waited for one.
+        """
+        waiting = [each for contact in self._contacts.values() for each in contact.waiting]
+        self._contacts.clear()
+        self._by_flight.clear()
+        self._strays.clear()
+        return waiting
+
+    def _silence(self, contact: Contact) -> PeerTimeoutError:
+        return PeerTimeoutError(
+            f"the fabric of {contact.name!r} has not answered for {self._now() - contact.since:.1f} s, though its control channel does: "
+            "its process stands still, or its transfer engine's port cannot be reached from here"
+        )

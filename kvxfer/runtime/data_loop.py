@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data thread: owns the transfer agent and the staging arena, carries reads and packs chunks.
+
+A copy may block inside the agent for as long as it takes, so nothing that keeps time lives here.
+"""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from kvxfer.defects import Defects
+from kvxfer.errors import ClosedError, KvxferError
+from kvxfer.protocol.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
+from kvxfer.runtime.agent_lifecycle import REMAKE_EVERY_S, AgentLifecycle
+from kvxfer.runtime.packer import Packer
+from kvxfer.runtime.read_executor import ReadEnds, Reads
+from kvxfer.runtime.staging import StagingArena
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.agents.base import TransferAgent
+    from kvxfer.buffers.cache import KVCache
+    from kvxfer.config import Settings
+    from kvxfer.metrics import Metrics
+    from kvxfer.protocol.actions import DataAction, Packed
+    from kvxfer.protocol.lease_board import LeaseBoard
+    from kvxfer.runtime.environment import Host, Running
+
+_SHORTEST_NAP_S = 20e-6
+_LONGEST_NAP_S = 1e-3
+_COURTESY_S = 50e-6
+"""Whoever waits for a read goes on first when it has ended: the control thread, called in the same moment, would be given the
+interpreter's lock before them."""
+
+
+class Ends(ReadEnds, Protocol):
+    """Whom the data thread tells what happened. Called on the data thread; must not block."""
+
+    def agent_replaced(self, agent_info: bytes) -> object:
+        """A new agent took the place of the old one: what peers know of that is of no use any more."""
+
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
+        """A chunk was packed, or cannot be."""
+
+    def short_of_slots(self, share: int) -> object:
+        """Chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""
+
+
+class _Close:
+    pass
+
+
+class DataPath:
+    """Runs the data thread.
+
+    Args:
+        make_agent: called on the data thread, again after each fence; each agent has another name.
+        cache: of this endpoint. Its memory and the board's are registered with every agent, and outlive the data path.
+    """
+
+    def __init__(
+        self,
+        make_agent: Callable[[], TransferAgent],
+        cache: KVCache,
+        board: LeaseBoard,
+        settings: Settings,
+        metrics: Metrics,
+        ends: Ends,
+        host: Host,
+    ) -> None:
+        self._host = host
+        self._ends = ends
+        self._kinds = {type(buffer) for buffer in cache.buffers}
+        longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
+        self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
+        self._defects = Defects(metrics, "data")
+        self._packer = Packer(cache, self.arena, ends.packed, self._defects, ends.short_of_slots)
+        self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
+        self._started: Future[tuple[str, bytes]] = Future()
+        self._running: Running | None = None
+        self._nap_s = _SHORTEST_NAP_S
+        self._moved = self._over = False
+        memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
+        reachable = [memory for memory in memories if memory is not None]
+        self._life = AgentLifecycle(make_agent, reachable, metrics, ends.agent_replaced, host.now)
+        self._reads = Reads(cache, board, self.arena, self._life, settings, metrics, ends, host.now)
+        self._undo: list[Callable[[], object]] = []
+        """How devices take back what they did to the arena."""
+        self._shut_down = False
+
+    def start(self) -> tuple[str, bytes]:
+        """Start the thread and make the agent; returns the adapter's name and the agent's description.
+
+        Raises:
+            KvxferError: the agent cannot be made, or refuses the memory.
+        """
+        self._running = self._host.run("kvxfer-data", self)
+        return self._started.result()
+
+    def do(self, job: DataAction) -> None:
+        """Queue something. Any thread. After `close` a read ends at once."""
+        self._jobs.put(job)
+        if self._shut_down:
+            self._refuse_jobs()
+
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {"reads": len(self._reads), "flights": self._reads.flights, "slots": self.arena.in_use}
+
+    def close(self) -> None:
+        """End every read and tear the agent down; afterwards all memory is quiet. Blocks until a running copy ends."""
+        self._jobs.put(_Close())
+        if self._running is not None:
+            self._running.join()
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """See `kvxfer.runtime.environment.Loop`."""
+        try:
+            described = self._life.first()
+            prepared = [kind.prepare_staging(self.arena.bytes) for kind in self._kinds]
+            self._undo = [undo for undo in prepared if undo is not None]
+        except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
+            self._life.close()
+            self._over = True
+            self._started.set_exception(error)
+        else:
+            self._started.set_result(described)
+
+    def turn(self, longest_s: float | None) -> None:
+        """See `kvxfer.runtime.environment.Loop`."""
+        job: DataAction | _Close | None = None
+        try:
+            job = self._next_job(longest_s)
+            self._ends.flush()
+            self._moved = False
+            if isinstance(job, _Close):
+                self._over = True
+                return
+            self._moved = job is not None
+            if job is not None:
+                self._do(job)
+        except BaseException as error:  # noqa: BLE001 - no fault ends this thread
+            self._broken(job, error)
+        self._turn()
+        self._nap_s = _SHORTEST_NAP_S if self._moved else min(self._nap_s * 1.5, _LONGEST_NAP_S)
+
+    @property
+    def over(self) -> bool:
+        """See `kvxfer.runtime.environment.Loop`."""
+        return self._over
+
+    def end(self) -> None:
+        """See `kvxfer.runtime.environment.Loop`."""
+        if self._started.exception() is None:
+            self._shut()
+
+    def due_s(self) -> float | None:
+        """See `kvxfer.runtime.environment.Loop`."""
+        # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
+        anybody = len(self._reads) or not self._packer.idle
+        if not self._jobs.empty() or (self._moved and anybody):
+            return 0.0
+        waits = [_COURTESY_S] if self._ends.untold else []
+        if self._reads.moving or self._packer.busy:
+            eager = self._life.agent is not None and self._life.agent.eager
+            waits.append(0.0 if eager else self._nap_s)
+        else:
+            # Reads that are left wait for a chunk of a peer, or for each other.
+            reads_s = self._reads.due_s()
+            if reads_s is not None:
+                waits.append(reads_s)
+            # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
+            if self._life.agent is None:
+                waits.append(REMAKE_EVERY_S)
+        return min(waits, default=None)
+
+    def _do(self, job: DataAction) -> None:
+        reads = self._reads
+        if isinstance(job, StartRead):
+            reads.start(job)
+        elif isinstance(job, MoreGranted):
+            leg = reads.leg(job.transfer, job.source.number)
+            if leg is not None:
+                reads.guarded(leg, partial(leg.granted, reads, job.source))
+        elif isinstance(job, ChunkStaged):
+            leg = reads.leg(job.transfer, job.source)
+            if leg is not None:
+                reads.guarded(leg, partial(leg.staged, reads, job.number, job.address, job.digest))
+        elif isinstance(job, StopRead):
+            reads.stop(job.transfer, job.error)
+        elif isinstance(job, StartPack):
+            self._packer.start(job)
+        elif isinstance(job, EndPack):
+            self._packer.end(job.key, job.numbers)
+        else:
+            self._life.forget(job.agent_info, needed=reads.needs(job.agent_info))
+
+    def _next_job(self, longest_s: float | None) -> DataAction | _Close | None:
+        wait_s = min((wait_s for wait_s in (self.due_s(), longest_s) if wait_s is not None), default=None)
+        try:
+            return self._jobs.get_nowait() if wait_s == 0.0 else self._jobs.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    def _turn(self) -> None:
+        """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
+        moved = self._step(self._packer.turn)
+        self._step(self._ends.flush)
+        if self._life.agent is None:
+            self._step(self._life.remake)
+        self._moved = self._step(self._reads.turn) or moved or self._moved
+
+    def _step(self, part: Callable[[], object]) -> bool:
+        try:
+            return bool(part())
+        except BaseException as error:  # noqa: BLE001 - no fault ends this thread
+            self._defects.caught(error)
+            return False
+
+    def _broken(self, job: DataAction | _Close | None, error: BaseException) -> None:
+        """A fault of kvxfer: what the job is about ends by name."""
+        named = self._defects.caught(error)
+        try:
+            if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
+                self._reads.broken(job.transfer, named)
+            elif isinstance(job, StartPack):
+                self._ends.packed(job.key, job.number, None, named)
+        except BaseException as again:  # noqa: BLE001 - as above
+            self._defects.caught(again)
+
+    def _shut(self) -> None:
+        for step in (self._life.close, self._packer.close, self._reads.shut, *self._undo):
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the rest has to be shut all the same
+                self._defects.caught(error)
+        self._shut_down = True
+        self._refuse_jobs()
+
+    def _refuse_jobs(self) -> None:
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(job, StartRead):
+                job.transfer.end(ClosedError("the endpoint was closed"))
+                self._ends.read_ended(job.transfer, job.transfer.error)
+        self._ends.flush()

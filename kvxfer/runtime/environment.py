@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world that an endpoint lives in: a clock, a control channel, and somebody who gives its two loops their turns.
+
+`REAL` is that of this process. A simulator has another one, in which the same endpoint runs without threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvxfer.channel.zmq_channel import ControlChannel
+from kvxfer.errors import ConfigError
+from kvxfer.protocol.transfer import Latch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvxfer.channel.zmq_channel import Channel
+
+
+class Loop(Protocol):
+    """What one thread does. All methods are called by whoever runs it, one at a time."""
+
+    def begin(self) -> None:
+        """Once, first."""
+
+    def turn(self, longest_s: float | None) -> None:
+        """Wait for something to do, for ``longest_s`` at the longest (None: however long it takes), and do it. Raises nothing."""
+
+    def due_s(self) -> float | None:
+        """For how long there is nothing to do; None: until somebody asks for something. For those who do not wait in `turn`."""
+
+    @property
+    def over(self) -> bool:
+        """No more turns are needed."""
+
+    def end(self) -> None:
+        """Once, when it is over."""
+
+
+class Running(Protocol):
+    """A loop that has been given to a host."""
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait until it has ended; has no effect if the loop itself asks."""
+
+    def join_at_exit(self) -> None:
+        """Wait for a while until it has ended, if the interpreter ends; a loop that was only forgotten ends by itself."""
+
+
+class Host(Protocol):
+    """See the module."""
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back. Any thread."""
+
+    def channel(self, bind: str, **options: Any) -> Channel:
+        """A control channel, with the arguments of `ControlChannel`."""
+
+    def run(self, name: str, loop: Loop) -> Running:
+        """Give a loop its turns from now on."""
+
+
+_own = threading.local()
+_AT_EXIT_S = 10.0
+
+
+def is_own_thread() -> bool:
+    """The calling thread is one of kvxfer's loops."""
+    return bool(getattr(_own, "loop", False))
+
+
+class _Thread:
+    def __init__(self, name: str, loop: Loop) -> None:
+        self._process = os.getpid()
+        self._ended = Latch()
+        # It holds the loop only as long as it runs, and never this object.
+        thread = threading.Thread(target=_run, args=(loop, self._ended), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise ConfigError(
+                f"this process may start no further thread (ulimit -u, or its memory): {error}"
+            ) from error
+        self._identity = thread.ident
+
+    def join(self, timeout_s: float | None = None) -> None:
+        # Not Thread.join: an exception that interrupts it can make it return at once from then on, in Python 3.11.
+        # And no thread of the parent runs in a child process.
+        if threading.get_ident() != self._identity and os.getpid() == self._process:
+            self._ended.wait(timeout_s)
+
+    def join_at_exit(self) -> None:
+        if _exiting:
+            self.join(_AT_EXIT_S)
+
+
+def _run(loop: Loop, ended: Latch) -> None:
+    _own.loop = True
+    try:
+        loop.begin()
+        while not loop.over:
+            loop.turn(None)
+        loop.end()
+    finally:
+        ended.open()
+
+
+_exiting = False
+
+
+def _exit() -> None:
+    global _exiting  # noqa: PLW0603 - there is one interpreter
+    _exiting = True
+
+
+class _Real:
+    now: Callable[[], float] = staticmethod(time.monotonic)
+
+    def channel(self, bind: str, **options: Any) -> Channel:
+        return ControlChannel(bind, **options)
+
+    def run(self, name: str, loop: Loop) -> Running:
+        return _Thread(name, loop)
+
+
+REAL: Host = _Real()
+
+# Callbacks of atexit run in the reverse order: finalizers, which weakref registers with the first of them, come before those of
+# earlier imports. So the first finalizer is made here, and the note that the interpreter ends comes before it.
+weakref.finalize(REAL, lambda: None)
+atexit.register(_exit)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Did the bytes that landed mean what their source has? Asked on request (``verify``), chunk by chunk, before the fence.
+
+A chunk is named as on the packed route: some layers and tokens of one record, laid out like the reader's cache, elements of the
+reader's type. Its source packs it from its own blocks and sends a digest instead of the chunk; the reader packs the same from the
+blocks into which it read, and compares. So what is compared is what the cache means, whatever either side looks like in memory,
+and by whatever route the bytes came. The read goes on whatever is found: only its fence tells whether the source still had these
+blocks for it. A chunk that differs is halved, until a layer and a block are found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvxfer.errors import Difference, IncompatibleError, IntegrityError
+from kvxfer.planner.chunks import digest, image_table
+from kvxfer.planner.pipeline_depth import Ends
+from kvxfer.planner.rank_plan import Match
+from kvxfer.protocol.messages import Stage
+from kvxfer.runtime.packer import start_copies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kvxfer.planner.chunks import Chunk, Images
+    from kvxfer.runtime.read_task import Carrier, Leg
+
+MOST_DIFFERENCES = 16
+"""After so many are found no more are looked for."""
+
+
+def verdict(differences: Sequence[Difference]) -> IntegrityError | None:
+    """Why a read that is over has failed, if it has."""
+    return IntegrityError(differences, more=len(differences) >= MOST_DIFFERENCES) if differences else None
+
+
+class Check:
+    """Tokens of one leg, in chunks: as many as `kvxfer.planner.pipeline_depth` says are asked for or compared at a time. Data thread only.
+
+    Args:
+        images: the chunks.
+        match: what the leg has read.
+        then: called when all of it was compared.
+    """
+
+    def __init__(self, leg: Leg, match: Match, images: Images, then: Callable[[], None]) -> None:
+        self._leg = leg
+        self._match = match
+        self._images = images
+        self._then = then
+        self._todo: Iterator[Chunk] = images.chunks(match.tokens)
+        self._halves: list[Chunk] = []
+        self._asked: dict[int, Chunk] = {}
+        self._told: list[int] = []
+        self._busy = 0
+        self._depth = leg.source.router.comparing
+        self._ends = Ends(self._depth)
+        self._over = False
+
+    @property
+    def asks(self) -> bool:
+        """It waits for its source."""
+        return bool(self._asked)
+
+    def abandon(self, carrier: Carrier) -> None:
+        """Nobody waits for what was asked for."""
+        if self._asked or self._told:
+            carrier.unstage(self._leg, sorted([*self._asked, *self._told]))
+
+    def go_on(self, carrier: Carrier) -> None:
+        """Ask for further digests, until all are compared. What differs is noted with the read, which fails when it is over."""
+        while self._busy < self._depth.number:
+            chunk = self._next()
+            if chunk is None:
+                break
+            self._busy += 1
+            self._ends.begun(carrier.now())
+            number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
+            self._asked[number] = chunk
+            told, self._told = self._told, []
+            token, image = self._leg.reading.job.transfer.ref.token, self._images.image(chunk)
+            stage = Stage(
+                token=token, number=number, image=image.described, tokens=chunk.tokens, taken=told, digest=True
+            )
+            carrier.stage(self._leg, stage)
+        if not self._busy and not self._over:
+            self._over = True
+            if self._told:
+                carrier.unstage(self._leg, self._told)
+            self._then()
+
+    def staged(self, carrier: Carrier, number: int, address: int, theirs: bytes) -> None:  # noqa: ARG002
+        """The source has told the digest of a chunk."""
+        chunk = self._asked.pop(number, None)
+        if chunk is None:
+            return
+        self._told.append(number)
+        if not theirs:
+            raise IncompatibleError("verify", "the producer's version of kvxfer makes no digests")
+        image = self._images.image(chunk)
+
+        def pack(slot: int) -> None:
+            packed = carrier.view_slot(slot, image.nbytes)
+            packed.fill(0)
+            table = image_table(image.target, chunk.tokens)
+            match = Match(self._match.targets, [table], [chunk.tokens], self._match.walks)
+            copies = start_copies(carrier.cache, image.of_target.copies(match), packed, pack=True)
+            carrier.copying(self._leg, copies, lambda: compare(slot))
+
+        def compare(slot: int) -> None:
+            ours = digest(carrier.view_slot(slot, image.nbytes))
+            carrier.give_slot(self._leg, slot)
+            if ours != theirs:
+                self._differs(chunk)
+            self._busy -= 1
+            self._ends.ended(carrier.now())
+            self.go_on(carrier)
+
+        carrier.take_slot(self._leg, pack)
+
+    def _next(self) -> Chunk | None:
+        if len(self._leg.reading.differences) >= MOST_DIFFERENCES:
+            return None
+        return self._halves.pop() if self._halves else next(self._todo, None)
+
+    def _differs(self, chunk: Chunk) -> None:
+        halves = self._images.halves(chunk)
+        if halves:
+            self._halves += reversed(halves)
+            return
+        tile = self._images.tiles[chunk.tile]
+        spec, table = self._images.part.target, self._match.targets[tile.group]
+        number = tile.layers[chunk.layers[0]][1]
+        name = spec.layer_names[number - spec.layers.start] if spec.layer_names else ""
+        first, last = ((token - table.first_token) // table.tokens for token in (chunk.tokens[0], chunk.tokens[1] - 1))
+        blocks = tuple(table.ids[first : last + 1].tolist())
+        self._leg.reading.differences.append(
+            Difference(spec.groups[tile.group].name, number, name, tile.record, chunk.tokens, blocks)
+        )

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the base class does for every engine, where the conformance suite cannot see it from outside."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.inproc import InprocAgent
+from kvxfer.errors import DescriptorError, RegistrationError, TransferTimeoutError
+from kvxfer.memory.spans import Descriptors, Memory
+from kvxfer.testing import Actor
+from kvxfer.testing.actor import descriptors
+from kvxfer.testing.stage import unique
+
+
+class _Piecewise(InprocAgent):
+    """Takes little at once and notes what."""
+
+    capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=1000, max_descriptors=2)
+    piece_s = 0.0
+
+    def _submit(self, op, peer, spans, local, remote):
+        self.__dict__.setdefault("pieces", []).append(spans.nbytes.tolist())
+        deadline = time.monotonic() + self.piece_s
+        while time.monotonic() < deadline:
+            pass
+        super()._submit(op, peer, spans, local, remote)
+
+
+class _SlowPiecewise(_Piecewise):
+    piece_s = 0.02
+
+
+@pytest.fixture
+def meet():
+    """Connect an agent of this kind to a plain one: (actor, peer name, local, remote)."""
+    actors = []
+
+    def made(kind):
+        here, there = Actor(kind, unique("here")), Actor(InprocAgent, unique("there"))
+        actors.extend([here, there])
+        local, remote = here.allocate(100_000, 1), there.allocate(100_000, 2)
+        return here, here.connect(there.describe()), local, remote
+
+    yield made
+    for actor in actors:
+        actor.close()
+
+
+def test_engine_gets_merged_and_split_lists(meet):
+    """Adjacent spans reach the engine as one, and no call exceeds the engine's limits."""
+    here, peer, local, remote = meet(_Piecewise)
+    spans = [(local.address + i * 100, remote.address + i * 100, 100) for i in range(15)]
+    spans += [(local.address + 5000 + i * 100, remote.address + 9000 + i * 200, 10) for i in range(5)]
+    flight = here.log.wait(here.start(Op.READ, peer, spans, 10.0), timeout_s=10)
+    assert flight.state is FlightState.DONE
+    assert (flight.nbytes, flight.descriptors) == (1550, 6)
+    assert here.agent.pieces == [[1000], [500, 10], [10, 10], [10, 10]]
+
+
+def test_deadline_ends_a_transfer_between_its_parts(meet):
+    """An engine that copies inside submit does not run through a long list after the deadline; memory is quiet then."""
+    here, peer, local, remote = meet(_SlowPiecewise)
+    flight = here.start(Op.READ, peer, [(local.address, remote.address, 100_000)], 0.1)
+    here.log.wait(flight, timeout_s=5)
+    assert flight.state is FlightState.FAILED
+    assert isinstance(flight.error, TransferTimeoutError)
+    assert len(here.agent.pieces) < 20
+
+
+def test_close_returns_what_poll_did_not(meet):
+    """A flight that was done inside submit, but never polled, is returned by close as DONE."""
+    here, peer, local, remote = meet(InprocAgent)
+    spans = descriptors([(local.address, remote.address, 10)])
+    flight = here.agent.submit(Op.READ, here.peer(peer), spans, deadline=time.monotonic() + 10)
+    assert here.agent.close() == [flight]
+    assert flight.state is FlightState.DONE
+
+
+def test_impossible_region_never_reaches_the_engine(meet):
+    """A region that wraps around the address space is refused before the engine sees it."""
+    here, _, local, _ = meet(InprocAgent)
+    with pytest.raises(RegistrationError):
+        here.agent.register(Memory((1 << 63) - 10, 100))
+    assert here.agent._live == [local]
+
+
+def test_a_long_transfer_lets_others_have_their_turn():
+    """A list of many parts on an engine that copies inside submit does not keep a later short one waiting for its end."""
+
+    class Parted(InprocAgent):
+        capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=16)
+
+    near, far = Parted(unique("near")), Parted(unique("far"))
+    here, there = np.zeros(256, dtype=np.uint8), np.ones(256, dtype=np.uint8)
+    near.register(Memory(here.ctypes.data, 256))
+    far.register(Memory(there.ctypes.data, 256))
+    peer = near.connect(far.describe())
+    deadline = time.monotonic() + 60
+    long = near.submit(Op.READ, peer, Descriptors.of(here.ctypes.data, there.ctypes.data, 160), deadline=deadline)
+    assert near.eager
+    short = near.submit(
+        Op.READ, peer, Descriptors.of(here.ctypes.data + 200, there.ctypes.data + 200, 8), deadline=deadline
+    )
+    assert near.poll() == [short]
+    while not long.finished:
+        near.poll()
+    assert not near.eager
+    assert here.tolist() == [1] * 160 + [0] * 40 + [1] * 8 + [0] * 48
+
+
+def test_a_step_begins_when_the_one_before_is_complete(meet):
+    """What is to be read after something else is handed to the engine when that is in place, however long that takes."""
+
+    class Late(_Piecewise):
+        landed = False
+
+        def _poll(self, handle):
+            return self.landed
+
+    here, peer, local, remote = meet(Late)
+    first = descriptors([(local.address, remote.address, 1500)])
+    last = descriptors([(local.address + 5000, remote.address + 5000, 16)])
+    flight = here.agent.submit(Op.READ, here.peer(peer), first, last, deadline=time.monotonic() + 10)
+    assert (flight.nbytes, flight.descriptors) == (1516, 2)
+    for _ in range(3):
+        here.agent.poll()
+    assert here.agent.pieces == [[1000]]
+    Late.landed = True
+    assert here.log.wait(here.log.submitted(flight), timeout_s=10).state is FlightState.DONE
+    assert here.agent.pieces == [[1000], [500], [16]]
+
+
+@pytest.mark.parametrize("steps", [[], [(0, 0)], [(0, 10), (0, 0)], [(0, 10), (100_000, 10)]])
+def test_a_bad_step_starts_nothing(meet, steps):
+    """Steps are looked at before the first one begins: one that is empty, or not of registered memory, refuses them all."""
+    here, peer, local, remote = meet(_Piecewise)
+    lists = [
+        Descriptors.of(*(np.array([side.address + at][:n]) for side in (local, remote)), [n][:n]) for at, n in steps
+    ]
+    with pytest.raises(DescriptorError):
+        here.agent.submit(Op.READ, here.peer(peer), *lists, deadline=time.monotonic() + 10)
+    assert not hasattr(here.agent, "pieces")
+    assert here.agent.poll() == []

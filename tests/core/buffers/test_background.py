@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work on threads of its own, and turns that nobody can keep to himself."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvxfer.buffers.background import Background, Turn
+from kvxfer.buffers.base import Completion
+from kvxfer.testing import eventually
+
+
+def test_a_job_is_a_completion():
+    """A job tells when it has ended, to whoever asks and as often as asked, and waits no longer than it is told to."""
+    go = threading.Event()
+    job = Background("test", 1).start(go.wait)
+    assert isinstance(job, Completion)
+    assert job.done is False and job.wait(0.01) is False
+    go.set()
+    assert job.wait(30) is True and job.done is True and job.wait() is True
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("the job's own")])
+def test_a_job_that_fails(error):
+    """What a job raises is what waiting for it raises, a TimeoutError too; it is done all the same."""
+
+    def fail():
+        raise error
+
+    job = Background("test", 1).start(fail)
+    for _ in range(2):
+        with pytest.raises(type(error), match=str(error)):
+            job.wait(30)
+    assert job.done is True
+
+
+def test_jobs_begin_in_order():
+    """Jobs begin in the order in which they were given, and as many at a time as there are threads."""
+    background, begun, go = Background("test", 2), [], threading.Event()
+
+    def job(number):
+        begun.append(number)
+        go.wait(30)
+
+    jobs = [background.start(lambda i=i: job(i)) for i in range(4)]
+    eventually(lambda: begun == [0, 1])
+    go.set()
+    assert all(each.wait(30) for each in jobs) and sorted(begun) == [0, 1, 2, 3]
+
+
+def test_whoever_waits_is_next():
+    """One that takes its turn again and again lets another go first that waits, in the order of arrival."""
+    turn, order = Turn(), []
+
+    def wait(number):
+        with turn:
+            order.append(number)
+
+    turn.take()
+    threads = []
+    for number in range(3):
+        threads.append(threading.Thread(target=wait, args=(number,)))
+        threads[-1].start()
+        eventually(lambda n=number: len(turn._waiting) == n + 1)
+    turn.give()
+    with turn:
+        order.append("again")
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, "again"]
+
+
+def test_a_turn_is_waited_for_as_long_as_one_likes():
+    """Who gives up waiting is not served, and keeps nobody from being served."""
+    turn = Turn()
+    assert turn.take(0) is True
+    assert turn.take(0.01) is False and turn.take(0) is False
+    turn.give()
+    assert turn.take(0) is True
+
+
+def test_one_at_a_time():
+    """However many threads take turns, each has it alone."""
+    turn, inside, most, total = Turn(), 0, 0, 0
+
+    def work():
+        nonlocal inside, most, total
+        for _ in range(300):
+            with turn:
+                inside += 1
+                most = max(most, inside)
+                total += 1
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, total, inside) == (1, 2400, 0)

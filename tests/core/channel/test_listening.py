@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A peer that has died is known at once: its port is closed, and the operating system says so."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from kvxfer.channel.listening import AGAIN_S, Watch
+from kvxfer.config import Settings
+from kvxfer.errors import PeerTimeoutError
+from kvxfer.protocol.lease_ref import LeaseRef
+from tests.core.engine import Engine
+
+
+def port_of(sock):
+    return sock.getsockname()[1]
+
+
+@pytest.fixture
+def free_port():
+    """A port at which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        yield port_of(probe)  # bound, not listened at: nobody else takes it
+
+
+def watched(watch, port, *, for_s=20.0, numbers=("127.0.0.1",)):
+    """Whether it finds, within that time, that nobody listens."""
+    until = time.monotonic() + for_s
+    while time.monotonic() < until:
+        now = time.monotonic()
+        if now >= watch.due and watch.look(numbers, port, now):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_closed_port_is_found_the_second_time(free_port):
+    """A port that is refused once may belong to a server that is restarted: it has to be refused again a moment later."""
+    watch, begin = Watch(time.monotonic()), time.monotonic()
+    assert watched(watch, free_port)
+    assert time.monotonic() - begin >= AGAIN_S
+    watch.close()
+
+
+def test_an_open_port_is_never_found():
+    """Where somebody listens, frozen or not, nobody is called dead; nor where only one of several numbers is refused."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        watch = Watch(time.monotonic())
+        assert not watched(watch, port_of(listener), for_s=1.0)
+        watch.close()
+        watch = Watch(time.monotonic())
+        assert not watched(watch, port_of(listener), for_s=1.0, numbers=("127.0.0.2", "127.0.0.1"))
+        watch.close()
+
+
+def test_a_read_of_a_dead_address_fails_at_once(free_port):
+    """A lease whose producer is not there fails by name long before ``peer_timeout_s``, waiting or asked for later."""
+    sink = Engine(2, settings=Settings())
+    try:
+        for _ in range(2):
+            begin = time.monotonic()
+            ref = LeaseRef.mint(owner="gone", addresses=[f"tcp://127.0.0.1:{free_port}"])
+            with pytest.raises(PeerTimeoutError, match="nobody listens"):
+                sink.endpoint.read(ref, [1]).wait(30)
+            assert time.monotonic() - begin < 5.0  # about 0.7 s on a machine that is not busy; peer_timeout_s is 15
+    finally:
+        sink.endpoint.close()
+
+
+def test_a_shared_lease_waits_for_its_producer(free_port):
+    """A reference that both sides make for themselves may be earlier than its producer: it waits until somebody listens."""
+    sink = Engine(2, settings=Settings())
+    try:
+        ref = LeaseRef.shared("both know this", owner="later", addresses=[f"tcp://127.0.0.1:{free_port}"])
+        transfer = sink.endpoint.read(ref, [1])
+        assert not transfer.wait(2.0)
+        assert not transfer.done
+    finally:
+        sink.endpoint.close()

@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases at their owner: every transition of the diagram, and what travels with a request."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvxfer.config import Settings
+from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.protocol.lease_board import LeaseBoard
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.lease_table import Holder, LeaseState, LeaseTable
+
+ME, OTHER = Holder("me", "my epoch"), Holder("other", "another epoch")
+T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
+SETTINGS = Settings(lease_s=30.0, announce_s=100.0)
+
+
+@pytest.fixture
+def board():
+    return LeaseBoard(4, 1)
+
+
+@pytest.fixture
+def table(board):
+    return LeaseTable(SETTINGS, board)
+
+
+def cell(board, lease):
+    return board._array[board._index(lease.cell)].tobytes()
+
+
+def free(board):
+    """Every cell of the board is free and wiped."""
+    return len(board._free) == 4 and not board._array.any()
+
+
+def test_the_way_of_a_lease_that_is_read(table, board):
+    """Announced, offered, opened, settled; its cell holds its check from the offer to the settlement."""
+    table.announce(T1, "r", 0)
+    assert free(board)
+    lease = table.offer(T1, [b"1234"], 5)
+    assert lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
+    assert table.open(T1, ME, 6) is lease
+    assert lease.state is LeaseState.ACTIVE
+    assert table.settle(T1, ME, read=True) == (True, lease)
+    assert lease.state is LeaseState.SETTLED and lease.read and free(board) and len(table) == 0
+    assert table.next_deadline() is None
+
+
+def test_opened_before_it_is_offered(table):
+    """An open of an announced lease names its holder and starts no clock; the offer does."""
+    table.announce(T1, "r", 0)
+    assert table.open(T1, ME, 1).state is LeaseState.ANNOUNCED
+    assert table.expire(99.9) == []
+    lease = table.offer(T1, [], 99.9)
+    assert lease.holders == {0: ME} and lease.deadline == pytest.approx(129.9)
+
+
+@pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
+def test_each_state_expires(table, board, until, how):
+    """A lease nobody comes for ends at its state's deadline, and not a moment before."""
+    table.announce(T1, "r", 0)
+    if how != "announced":
+        table.offer(T1, [], 5)
+    if how == "opened":
+        table.open(T1, ME, 7)
+    assert table.expire(until - 0.001) == []
+    assert table.next_deadline() <= until
+    (lease,) = table.expire(until)
+    assert lease.state is LeaseState.EXPIRED and free(board)
+    assert table.expire(1e9) == [] and table.next_deadline() is None
+
+
+def test_spared_once_until_somebody_asks(table):
+    """After a standstill a lease gets a moment more, once: then it ends, or its holder is heard and it may be spared again."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, ME, 0)
+    table.spare(42.0)
+    assert table.expire(41.9) == [] and table.next_deadline() == 42.0
+    table.renew([T1], ME, 41.9)
+    table.spare(99.0)
+    table.spare(199.0)
+    assert table.expire(98.9) == []
+    assert [lease.token for lease in table.expire(99.0)] == [T1]
+
+
+def test_sparing_shortens_nothing(table):
+    """A lease that has more time than that keeps it."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [], 0)
+    table.spare(10.0)
+    assert lease.deadline == 30.0 and not lease.spared
+
+
+def test_renewed_for_as_long_as_the_holder_likes(table):
+    """Each renewal by the holder starts the time anew; when they stop, it ends."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, ME, 0)
+    for now in range(0, 600, 20):
+        assert table.expire(now) == []
+        assert table.renew([T1], ME, now) == []
+    assert [x.token for x in table.expire(580 + 30)] == [T1]
+
+
+def test_renewal_by_somebody_else_is_no_renewal(table):
+    """Only the holder renews; unknown, ended and foreign tokens come back as ended."""
+    for token in (T1, T2):
+        table.announce(token, "r", 0)
+        table.offer(token, [], 0)
+    table.open(T1, ME, 0)
+    table.open(T2, OTHER, 0)
+    assert table.renew([T1, T2, T3], ME, 10) == [T2, T3]
+    assert [x.token for x in table.expire(30)] == [T2]
+
+
+def test_a_renewal_never_shortens(table):
+    """A clock that is read late by one caller takes nothing away."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [], 50)
+    table.open(T1, ME, 10)
+    assert lease.deadline == 80
+
+
+@pytest.mark.parametrize("state", ["announced", "offered", "opened"])
+def test_revoked_in_any_state(table, board, state):
+    """Revoking ends a lease wherever it is, once."""
+    table.announce(T1, "r", 0)
+    if state != "announced":
+        table.offer(T1, [], 0)
+    if state == "opened":
+        table.open(T1, ME, 0)
+    assert table.revoke(T1).state is LeaseState.REVOKED
+    assert table.revoke(T1) is None and table.revoke(T2) is None
+    assert free(board)
+
+
+@pytest.mark.parametrize("end", ["settle", "revoke", "expire"])
+def test_an_ended_lease_stays_ended(table, end):
+    """Opening and offering it again are refused by name; announcing it again changes nothing."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    {
+        "settle": lambda: table.settle(T1, ME, read=False),
+        "revoke": lambda: table.revoke(T1),
+        "expire": lambda: table.expire(99),
+    }[end]()
+    table.announce(T1, "r", 99)
+    assert len(table) == 0
+    with pytest.raises(LeaseEndedError, match=end[:5]):
+        table.open(T1, ME, 99)
+    with pytest.raises(LeaseEndedError):
+        table.offer(T1, [], 99)
+    assert table.request(T1) == "r"
+
+
+def test_unknown_leases_are_unknown(table):
+    """Nothing can be done with a token that was never announced."""
+    with pytest.raises(LeaseUnknownError):
+        table.open(T1, ME, 0)
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T2, [], 0)
+    assert table.settle(T3, ME, read=True) == (False, None)
+    assert table.request(T3) == "" and len(table) == 0
+
+
+def test_who_was_offered_is_known(table):
+    """A lease was offered when `offer` was called, in vain too: its end is told, and no other's."""
+    table.announce(T1, "r", 0)
+    assert not table.offered(T1) and not table.offered(T2)
+    table.offer(T1, [], 0)
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T2, [], 0)
+    assert table.offered(T1) and table.offered(T2)
+    with pytest.raises(LeaseEndedError):
+        table.open(T2, ME, 1)
+
+
+def test_sealed_blocks_are_readable_before_the_offer(table, board):
+    """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
+    table.announce(T1, "r", 0)
+    lease = table.seal(T1, [b"1234"], [16])
+    assert lease.readable and not lease.complete and cell(board, lease) == lease.check
+    posted = lease.cell
+    assert table.seal(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == ([b"12345678"], [16])
+    assert table.offer(T1, [b"123456789abc"], 5, [16]) is lease and lease.complete
+    assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
+    with pytest.raises(LeaseError, match="offered before"):
+        table.seal(T1, [b"1234"])
+    assert lease.blocks == [b"123456789abc"] and len(board._free) == 3
+
+
+def test_a_place_for_a_consumer_that_comes_first(table, board):
+    """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
+    table.want(T1, 0)
+    lease = table.open(T1, ME, 1)
+    assert lease.state is LeaseState.WANTED and not lease.readable and table.expire(SETTINGS.match_s - 0.1) == []
+    table.announce(T1, "r", 2)
+    assert (lease.state, lease.request, lease.deadline) == (LeaseState.ANNOUNCED, "r", pytest.approx(102.0))
+    assert table.expire(101.9) == [] and table.offer(T1, [b"1234"], 101.9).holders == {0: ME}
+
+
+def test_a_place_is_no_lease(table, board):
+    """What was not announced cannot be sealed, nor offered; the offer ends it, and its blocks are the caller's."""
+    table.want(T1, 0)
+    with pytest.raises(LeaseUnknownError):
+        table.seal(T1, [b"1234"])
+    with pytest.raises(LeaseUnknownError):
+        table.offer(T1, [b"1234"], 1)
+    assert free(board) and len(table) == 0 and table.offered(T1)
+
+
+def test_places_are_few(board):
+    """At most ``max_leases`` are kept for consumers that came first; the one that was asked for longest ago makes room."""
+    table = LeaseTable(Settings(max_leases=2, match_s=3.0), board)
+    for token in (T1, T2, T1):
+        table.want(token, 0)
+    table.want(T3, 0)
+    assert table.get(T2) is None and table.get(T1) is not None and table.get(T3) is not None
+    table.announce(T1, "r", 0)
+    table.want(T2, 1)
+    assert [lease.token for lease in table.expire(3.0)] == [T3] and len(table) == 2
+    table.want(T3, 3.0)  # it has ended: no place is kept for it
+    assert table.get(T3) is None
+
+
+def test_who_settles_first_of_all(table, board):
+    """A lease that its consumer has settled before it was known here is not offered any more."""
+    assert table.settle(T1, ME, read=False) == (False, None)
+    table.announce(T1, "r", 0)
+    with pytest.raises(LeaseEndedError):
+        table.offer(T1, [b"1234"], 1)
+    assert free(board) and len(table) == 0
+
+
+def test_taken_by_one_consumer(table):
+    """The first that opens a lease has it: others cannot open, renew or settle it."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, ME, 0)
+    table.open(T1, ME, 1)
+    with pytest.raises(LeaseError, match="another consumer"):
+        table.open(T1, OTHER, 1)
+    assert table.settle(T1, OTHER, read=True) == (False, None)
+    assert len(table) == 1
+
+
+def test_settling_again_gives_the_same_answer(table):
+    """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    assert table.settle(T1, ME, read=True)[0]
+    assert table.settle(T1, ME, read=True) == (True, None)
+    assert table.settle(T1, OTHER, read=True) == (False, None)
+
+
+def test_settling_after_expiry_did_not_stand(table):
+    """Who settles too late learns it."""
+    table.announce(T1, "r", 0)
+    table.offer(T1, [], 0)
+    table.open(T1, ME, 0)
+    table.expire(30)
+    assert table.settle(T1, ME, read=True) == (False, None)
+
+
+def test_a_second_offer_changes_nothing(table, board):
+    """The blocks of a lease are named once; the lease goes on with those."""
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [b"1111"], 0)
+    with pytest.raises(LeaseError, match="before"):
+        table.offer(T1, [b"2222"], 1)
+    assert lease.blocks == [b"1111"] and lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
+
+
+def test_a_full_board_ends_the_lease(table, board):
+    """Without a free cell a lease cannot be offered: it ends, and the next one finds the cell that became free."""
+    tokens = [f"{i:032x}" for i in range(5)]
+    for token in tokens:
+        table.announce(token, "r", 0)
+    for token in tokens[:4]:
+        table.offer(token, [], 0)
+    with pytest.raises(LeaseError, match="max_leases"):
+        table.offer(tokens[4], [], 0)
+    with pytest.raises(LeaseEndedError):
+        table.open(tokens[4], ME, 0)
+    table.revoke(tokens[0])
+    table.announce(T1, "r", 0)
+    assert table.offer(T1, [], 0).cell is not None
+
+
+def test_close_ends_all(table, board):
+    """Closing ends what lives, whatever its state, and wipes the board."""
+    table.announce(T1, "r", 0)
+    table.announce(T2, "r", 0)
+    table.offer(T2, [], 0)
+    assert {x.token for x in table.close()} == {T1, T2}
+    assert table.close() == [] and free(board) and table.next_deadline() is None
+
+
+def test_memory_of_ended_leases_is_bounded(table):
+    """A producer that leases for months remembers the last few thousand ends and no timers."""
+    for i in range(20_000):
+        token = f"{i:032x}"
+        table.announce(token, "r", 0)
+        table.offer(token, [], 0)
+        table.settle(token, ME, read=True)
+    assert len(table._ended) <= 16_384
+    assert len(table._timers) == 0 and len(table._timers._heap) < 200
+    assert len(table) == 0
+
+
+# -- consumers of several ranks -----------------------------------------------------------------------------------------
+
+RANKS = [Holder("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
+
+
+@pytest.fixture
+def offered(table):
+    """A lease that anybody may open."""
+    table.announce(T1, "r", 0)
+    return table.offer(T1, [b"1234"], 0, [8])
+
+
+def test_settled_when_every_rank_has_settled(table, board, offered):
+    """The lease stands, cell and blocks, until the last rank of its consumer is done; one rank that read is enough for read."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    assert table.settle(T1, RANKS[2], read=True) == (True, None)
+    assert table.settle(T1, RANKS[2], read=True) == (True, None)
+    assert table.settle(T1, RANKS[0], read=False) == (True, None)
+    assert offered.state is LeaseState.ACTIVE and cell(board, offered) == offered.check
+    assert offered.blocks == [b"1234"] and offered.waiting() == [RANKS[1]]
+    assert table.settle(T1, RANKS[1], read=False) == (True, offered)
+    assert offered.state is LeaseState.SETTLED and offered.read and free(board)
+    assert [table.settle(T1, rank, read=True) for rank in RANKS] == [(True, None)] * 3
+
+
+def test_ranks_may_settle_what_they_never_opened(table, offered):
+    """Ranks that do not need the blocks settle unread, and that counts as much."""
+    assert [table.settle(T1, rank, read=False)[1] for rank in RANKS] == [None, None, offered]
+    assert not offered.read
+
+
+def test_a_rank_that_settled_is_done(table, offered):
+    """It can neither open the lease again nor renew it, while the others can; and it holds nothing any more."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    assert table.held(T1, RANKS[0]) is offered
+    table.settle(T1, RANKS[0], read=True)
+    with pytest.raises(LeaseEndedError, match="rank 0 has settled"):
+        table.open(T1, RANKS[0], 1)
+    assert table.renew([T1], RANKS[0], 10) == [T1] and table.renew([T1], RANKS[1], 20) == []
+    assert table.held(T1, RANKS[0]) is None and table.held(T1, RANKS[1]) is offered
+    assert offered.deadline == 50
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        Holder("other", "epoch 1", 1, 3),  # another engine
+        Holder("engine", "epoch x", 0, 3),  # the same rank, started again
+        Holder("engine", "epoch 1", 1, 2),  # another number of ranks
+        Holder("engine", "epoch 0", 0, 1),
+    ],
+    ids=["engine", "epoch", "world", "alone"],
+)
+def test_strangers_of_a_lease_in_use(table, offered, stranger):
+    """Another engine, another process of the same rank and an engine of another size cannot open, renew, hold or settle it."""
+    table.open(T1, RANKS[0], 0)
+    with pytest.raises(LeaseError, match="another consumer"):
+        table.open(T1, stranger, 1)
+    assert table.renew([T1], stranger, 10) == [T1] and table.held(T1, stranger) is None
+    assert table.settle(T1, stranger, read=True) == (False, None)
+    assert offered.deadline == 30 and offered.holders == {0: RANKS[0]} and not offered.settled
+
+
+def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
+    """Nothing is free early because the others are done, and their settlements are answered as before."""
+    for rank in RANKS:
+        table.open(T1, rank, 0)
+    for rank in RANKS[:2]:
+        table.settle(T1, rank, read=True)
+    assert table.expire(29.9) == [] and not free(board)
+    assert table.expire(30) == [offered] and offered.state is LeaseState.EXPIRED and free(board)
+    assert table.settle(T1, RANKS[0], read=True) == (True, None)
+    assert table.settle(T1, RANKS[2], read=True) == (False, None)
+
+
+def test_any_rank_keeps_it_alive(table, offered):
+    """One rank that renews is enough: the others may be late."""
+    table.open(T1, RANKS[0], 0)
+    for now in range(10, 200, 20):
+        assert table.renew([T1], RANKS[0], now) == [] and table.expire(now) == []
+    assert table.open(T1, RANKS[2], 210) is offered
+
+
+def test_held_only_while_it_stands(table, offered):
+    """Blocks are there for a rank that opened the lease, from the offer to its end; not before, and not for others."""
+    assert table.held(T1, RANKS[0]) is None and table.held(T2, RANKS[0]) is None
+    table.announce(T2, "r", 0)
+    table.open(T2, RANKS[0], 0)
+    assert table.held(T2, RANKS[0]) is None
+    table.open(T1, RANKS[0], 0)
+    assert table.held(T1, RANKS[0]) is offered and table.held(T1, RANKS[1]) is None
+    table.revoke(T1)
+    assert table.held(T1, RANKS[0]) is None and table.get(T1) is None
+
+
+def test_some_ranks_settle_before_the_offer(table):
+    """A lease that some ranks do not need is still offered to the others, and ends with the last of them."""
+    table.announce(T1, "r", 0)
+    table.settle(T1, RANKS[0], read=False)
+    lease = table.offer(T1, [], 1)
+    assert lease.state is LeaseState.OPEN and lease.waiting() == []
+    table.open(T1, RANKS[1], 2)
+    table.settle(T1, RANKS[1], read=True)
+    assert table.settle(T1, RANKS[2], read=False) == (True, lease)
+
+
+# -- the reference that travels -----------------------------------------------------------------------------------------
+
+
+def test_a_reference_survives_json():
+    """What one side mints and a router carries is what the other side gets."""
+    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1", "tcp://h:2"], request="req", num_tokens=7, digest="d")
+    assert LeaseRef.from_json(ref.to_json()) == ref == LeaseRef.from_obj(ref.to_obj())
+    assert LeaseRef.mint(owner="e", addresses=["tcp://h:1"]).token != ref.token
+
+
+def test_a_token_is_not_shown(table):
+    """Who reads logs and errors can tell leases apart, and read no KV."""
+    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1"])
+    said = [repr(ref), str([ref]), f"{ref}"]
+    for call in (lambda: table.offer(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
+        with pytest.raises(LeaseError) as caught:
+            call()
+        said.append(str(caught.value))
+    assert all(ref.token[:8] in text and ref.token[:9] not in text for text in said), said
+
+
+GOOD = {"v": 1, "token": T1, "owner": "o", "addresses": ["tcp://127.0.0.1:5600"], "request": "r", "num_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token": "1" * 31}, {"token": "g" * 32}, {"token": T1 + "\n"}, {"token": None}, {"token": "A" * 32},
+        {"owner": 5}, {"owner": "x" * 257}, {"owner": None},
+        {"addresses": []}, {"addresses": "tcp://h:1"}, {"addresses": ["h:1"]}, {"addresses": [None]},
+        {"addresses": ["ipc:///tmp/socket"]}, {"addresses": ["tcp://h"]}, {"addresses": ["tcp://h:1/../x"]},
+        {"addresses": ["tcp://h:123456"]}, {"addresses": ["tcp://h:1\n"]}, {"addresses": ["tcp://a b:1"]},
+        {"addresses": ["tcp://h:1"] * 4097}, {"addresses": ["tcp://" + "h" * 300 + ":1"]},
+        {"num_tokens": -1}, {"num_tokens": 1 << 40}, {"num_tokens": "3"}, {"num_tokens": 1.5}, {"num_tokens": 1 << 70},
+        {"request": "x" * 1025}, {"request": 1}, {"digest": "x" * 129}, {"v": 2}, {"v": "1"},
+    ],
+)  # fmt: skip
+def test_a_reference_from_a_stranger_is_checked(change):
+    """Each malformed field is refused by the one named error."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_obj({**GOOD, **change})
+
+
+@pytest.mark.parametrize("obj", [None, 1, "x", [], {}, {"v": 1}, float("nan"), {1: 2}, object(), [GOOD]])
+def test_no_reference_at_all(obj):
+    """Anything that is no mapping with the fields is refused by name."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_obj(obj)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 5000, "null", "1e999", b"\xff\xfe", '{"v":1}', 17])
+def test_no_json_at_all(text):
+    """Text that is no reference is refused by name."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.from_json(text)
+
+
+def test_minting_checks_too():
+    """An owner's own slip is refused before it travels; a long request name is cut, for it only serves logs."""
+    with pytest.raises(LeaseRefError):
+        LeaseRef.mint(owner="o" * 300, addresses=["tcp://h:1"])
+    with pytest.raises(LeaseRefError):
+        LeaseRef.mint(owner="o", addresses=[])
+    assert len(LeaseRef.mint(owner="o", addresses=["tcp://h:1"], request="r" * 5000).request) == 1024
+
+
+def test_unknown_fields_are_the_future():
+    """A field that a newer version added does not break an older one."""
+    assert LeaseRef.from_obj({**GOOD, "later": {"x": 1}}).token == T1
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.sampled_from([*GOOD, "z"]), x),
+    )
+)
+def test_no_json_value_gets_through_unnamed(obj):
+    """Any JSON value is a reference or one LeaseRefError."""
+    try:
+        assert isinstance(LeaseRef.from_obj(obj), LeaseRef)
+    except LeaseRefError as error:
+        assert str(error)
+    if isinstance(obj, dict):
+        try:
+            LeaseRef.from_json(msgspec.json.encode({**GOOD, **obj}))
+        except LeaseRefError:
+            pass
+
+
+def test_a_lease_that_is_renewed_for_ever(board):
+    """However often it is renewed, a lease ends after the longest time that one may last, and is revoked then."""
+    table = LeaseTable(Settings(lease_s=10.0, max_lease_s=60.0), board)
+    table.announce(T1, "r", 0)
+    lease = table.offer(T1, [b"1234"], 5)
+    table.open(T1, ME, 5)
+    for now in range(6, 65):
+        assert table.renew([T1], ME, now) == [] and table.expire(now) == []
+    assert table.expire(65) == [lease] and lease.state is LeaseState.REVOKED and free(board)

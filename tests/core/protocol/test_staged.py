@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A producer's account of chunks: what waits, what is kept, and whose lease has to go so that others get slots."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvxfer.protocol.actions import PackKey
+from kvxfer.protocol.lease_table import Holder
+from kvxfer.protocol.staged import GONE_S, MOST_CHUNKS, SILENT_S, UNTAKEN_S, Seen, StagedChunks
+
+SLOW, OTHER = Holder("slow", "1"), Holder("other", "2")
+
+
+class Account:
+    """One producer's, with a reader that keeps chunks and another one that waits."""
+
+    def __init__(self, kept, *, others=1, heard_at=0.0, gone_at=None, share=2):
+        self.staged = StagedChunks()
+        self.key = PackKey("a" * 32, 0)
+        self.seen = {SLOW: Seen(heard_at, gone_at), OTHER: Seen(0.0, None)}
+        mine = self.staged.of(self.key, SLOW)
+        for number in range(kept):
+            self.staged.ask(mine, number, 100)
+            self.staged.packed(mine, number, 4096 * number, 0.0)
+        theirs = self.staged.of(PackKey("b" * 32, 0), OTHER)
+        for number in range(others):
+            self.staged.ask(theirs, number, 100)
+        self.staged.short_of_slots(share)
+
+    def withdrawn(self, now):
+        return [token for token, _ in self.staged.to_withdraw(now, self.seen.__getitem__)]
+
+
+@pytest.mark.parametrize(
+    ("account", "after_s"),
+    [
+        (Account(3), UNTAKEN_S), (Account(2), SILENT_S), (Account(2, heard_at=3.0), 3.0 + SILENT_S),
+        (Account(1, gone_at=1.0), 1.0 + GONE_S), (Account(7, gone_at=1.8, heard_at=1.0), UNTAKEN_S),
+    ],
+)  # fmt: skip
+def test_who_loses_its_slots(account, after_s):
+    """More than the share untaken, silence, or a connection that has ended: each for its time, and no earlier."""
+    assert account.withdrawn(after_s - 0.01) == []
+    assert account.withdrawn(after_s) == [account.key.token]
+
+
+@pytest.mark.parametrize("account", [Account(7, others=0, gone_at=0.0), Account(7, share=0, gone_at=0.0)])
+def test_nobody_loses_slots_that_others_do_not_need(account):
+    """Where no other consumer waits, or slots are free, a reader may take its time."""
+    assert account.withdrawn(1000.0) == []
+
+
+def test_this_side_stood_still():
+    """What readers have taken meanwhile is in the socket: their time begins when it can be read."""
+    account = Account(7)
+    account.staged.stood_still(100.0)
+    assert account.withdrawn(100.0 + UNTAKEN_S - 0.01) == [] and account.withdrawn(100.0 + UNTAKEN_S)
+
+
+def test_what_one_consumer_may_wait_for():
+    """Chunks and bytes of their descriptions that wait are bounded for each consumer, over all its leases, and counted off again."""
+    staged = StagedChunks()
+    for lease in range(4):
+        chunks = staged.of(PackKey(f"{lease}" * 32, 0), SLOW)
+        for number in range(MOST_CHUNKS):
+            assert not staged.is_busy(SLOW) and chunks.may_ask(number)
+            staged.ask(chunks, number, 100)
+        assert not chunks.may_ask(MOST_CHUNKS)
+    assert staged.is_busy(SLOW) and not staged.is_busy(OTHER)
+    chunks = staged.of(PackKey("0" * 32, 0), SLOW)
+    assert staged.take(chunks, [0, 0, 999]) == [0] and not staged.is_busy(SLOW)
+    staged.ask(chunks, 256, 5 << 20)
+    assert staged.is_busy(SLOW)
+    staged.packed(chunks, 256, b"digest", 1.0)
+    assert not staged.is_busy(SLOW)
+    for lease in range(4):
+        assert staged.end(PackKey(f"{lease}" * 32, 0))
+    assert len(staged) == 0 and not staged._waiting and not staged._waiting_nbytes and not staged.end(PackKey("x", 0))

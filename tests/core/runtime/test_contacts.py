@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First contacts with peers whose fabric is silent: they cost their own reads something, and nobody else's."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kvxfer.agents.inproc import InprocAgent
+from kvxfer.errors import LeaseEndedError, PeerTimeoutError, PeerUnknownError, TransferTimeoutError
+from kvxfer.planner.plan import plan
+from kvxfer.planner.router import Costs, Router
+from kvxfer.protocol.actions import ForgetAgent
+from kvxfer.testing import eventually
+from tests.core.protocol.virtual import small_cache
+from tests.core.runtime.test_data_loop import Rig, Sender
+
+
+class Patient(InprocAgent):
+    """Transfers with agents that are silent do not end before those speak."""
+
+    quiet_on_abandon = False
+
+    def __init__(self, name, silent):
+        super().__init__(name)
+        self.silent = silent
+
+    def _submit(self, op, peer, spans, local, remote):
+        handle = (op, peer, spans, local, remote)
+        if peer not in self.silent:
+            super()._submit(*handle)
+        return [handle, peer not in self.silent]
+
+    def _poll(self, handle):
+        if not handle[1] and handle[0][1] not in self.silent:
+            super()._submit(*handle[0])
+            handle[1] = True
+        return handle[1]
+
+    def _abandon(self, handle):
+        return False
+
+
+class Two(Rig):
+    """A data path that reads from two producers, of which the fabric of the second one is silent for as long as it is in ``silent``."""
+
+    def __init__(self, contact_s):
+        self.silent = set()
+        super().__init__(contact_s=contact_s, met=False)
+        cache = small_cache(seed=9, heads_total=2)
+        self.other = Sender(f"silent-{id(self)}", cache)
+        self.other_router = Router(plan([cache.spec], self.cache.spec).parts[0], Costs(), slot_nbytes=1 << 12)
+        self.silent.add(self.other.agent.name)
+        self.path.start()
+
+    def _make(self):
+        self.agents.append(Patient(f"sink-{id(self)}-{len(self.agents)}", self.silent))
+        return self.agents[-1]
+
+    def ask(self, **more):
+        """A read from the silent one."""
+        here = self.senders, self.routers
+        self.senders, self.routers = [self.other], [self.other_router]
+        try:
+            return self.read(1, 9, **more)
+        finally:
+            self.senders, self.routers = here
+
+    def contacts(self):
+        return self.path._reads._contacts
+
+
+@pytest.fixture
+def two():
+    made = []
+
+    def make(contact_s=0.2):
+        made.append(Two(contact_s))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+        each.other.agent.close()
+        assert each.metrics.value("kvxfer_internal_errors_total") == 0
+
+
+def test_no_other_peer_is_harmed(two):
+    """While a silent peer is asked again and again, every read from another one goes through, and at most two agents are made anew."""
+    rig = two()
+    failed = done = 0
+    until = time.monotonic() + 1.5
+    cell = rig.other.board.post(bytes(16))
+    while time.monotonic() < until or failed < 3:
+        rig.ask(cell=cell)
+        assert rig.read(5, 5).wait(30)
+        done += 1
+        while not rig.ended.empty():
+            error = rig.end()[1]
+            assert error is None or isinstance(error, PeerTimeoutError)
+            failed += error is not None
+    assert rig.block(5) == rig.block(5, rig.source_cache)
+    assert 1 <= rig.fences() <= 2
+
+
+def test_a_read_under_way_is_not_disturbed(two):
+    """A long read from another peer goes on while contacts with a silent one are given up: its agent is not torn down under it."""
+    rig = two(contact_s=0.5)
+    assert rig.works()
+    slow = rig.senders[0].agent.name
+    rig.silent.add(slow)  # from now on a transfer from there takes as long as the test wants
+    transfer = rig.read(6, 6)
+    eventually(lambda: rig.path.in_use()["flights"] == 1, what="the long read is under way")
+    rig.ask()
+    assert isinstance(rig.end()[1], PeerTimeoutError)
+    rig.silent.discard(slow)
+    assert transfer.wait(30)
+    assert rig.block(6) == rig.block(6, rig.source_cache)
+    assert rig.fences() == 0
+
+
+def test_it_fails_fast_by_name(two):
+    """Reads of a peer that is known to be silent end at once, retryably, with its name."""
+    rig = two()
+    rig.ask()
+    rig.end()
+    for _ in range(20):
+        begin = time.monotonic()
+        rig.ask(timeout_s=60.0)
+        error = rig.end()[1]
+        assert isinstance(error, PeerTimeoutError)
+        assert error.retryable and rig.other.agent.name in str(error)
+        assert time.monotonic() - begin < 10.0
+
+
+def test_it_answers_after_all(two):
+    """A peer that was silent is read from as soon as its fabric answers, without a new agent."""
+    rig = two()
+    rig.ask()
+    assert isinstance(rig.end()[1], PeerTimeoutError)
+    fences = rig.fences()
+    rig.silent.clear()
+    eventually(lambda: not rig.contacts().pending, what="the contact has ended")
+    assert rig.ask().wait(30)
+    assert rig.end()[1] is None
+    assert rig.block(9) == rig.block(1, rig.other.cache)
+    rig.ask(posted=False)
+    assert isinstance(rig.end()[1], LeaseEndedError)
+    assert rig.fences() == fences
+
+
+def test_it_is_forgotten(two):
+    """When a silent peer is gone for good, its contact is too, those that wait for it fail, and nothing is looked at any more."""
+    rig = two(contact_s=20.0)
+    rig.ask()
+    eventually(lambda: rig.contacts().pending, what="the contact is under way")
+    rig.path.do(ForgetAgent(rig.other.agent.describe()))
+    assert isinstance(rig.end()[1], PeerUnknownError)
+    assert not rig.contacts().pending
+    assert rig.works()
+
+
+def test_many_wait_for_one_contact(two):
+    """Any number of reads of a new peer wait for one contact, and all of them begin when it has answered."""
+    rig = two(contact_s=20.0)
+    transfers = [rig.ask() for _ in range(50)]
+    eventually(lambda: rig.path.in_use()["reads"] == 50, what="all have begun")
+    assert rig.path.in_use()["flights"] == 0  # a contact is nobody's flight
+    rig.silent.clear()
+    assert all(transfer.wait(30) for transfer in transfers)
+
+
+def test_waiting_for_a_contact_has_the_deadline_of_the_read(two):
+    """A read whose time is over before the peer is called silent ends by its deadline, and says for what it waited."""
+    rig = two(contact_s=20.0)
+    rig.ask(timeout_s=0.2)
+    error = rig.end()[1]
+    assert isinstance(error, TransferTimeoutError)
+    assert "fabric" in str(error)
+
+
+def test_new_agents_for_the_silent_are_rare(two):
+    """However long a silent peer is asked, the pauses between new agents for its sake grow: 8 times contact_s, then 24 times."""
+    rig = two(contact_s=0.02)
+    cell = rig.other.board.post(bytes(16))
+    until = time.monotonic() + 2.0  # a hundred times contact_s
+    while time.monotonic() < until:
+        rig.ask(cell=cell)
+        assert isinstance(rig.end()[1], PeerTimeoutError)
+    assert 1 <= rig.fences() <= 6  # at 1, 9, 33, 57 and 81 times contact_s

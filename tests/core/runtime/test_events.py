@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is told, and what it costs an engine that does not listen, or that asks the same again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from kvxfer.errors import (
+    ClosedError,
+    Difference,
+    HandshakeError,
+    IncompatibleError,
+    IntegrityError,
+    LeaseEndedError,
+    fresh,
+)
+from kvxfer.metrics import Metrics
+from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.transfer import Done, Failed, LeaseSettled, Transfer
+from kvxfer.runtime import events
+from kvxfer.runtime.events import Events
+from kvxfer.testing import eventually
+
+REF = LeaseRef.mint(owner="x", addresses=["tcp://x:1"])
+
+
+def transfer():
+    return Transfer(REF, [], None, time.monotonic() + 10, lambda _: None)
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """Events of which few ends of transfers are kept before the first poll."""
+    monkeypatch.setattr(events, "MOST_UNPOLLED", 4)
+    return Events(Metrics())
+
+
+def test_an_engine_that_never_polls(queue, caplog):
+    """The ends of its transfers do not grow without end; the newest are kept, and those of leases all, in order."""
+    happened = []
+    for number in range(20):
+        happened.append(Done(transfer()) if number % 2 else Failed(transfer(), ClosedError("x")))
+        happened.append(LeaseSettled(f"{number}", "r", True))
+    for event in happened:
+        queue.put(event)
+    kept = [event for event in happened if isinstance(event, LeaseSettled) or event in happened[-8:]]
+    assert queue._metrics.value("kvxfer_events_dropped_total") == 16
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "poll()" in caplog.text
+    assert queue.poll(0.0) == kept and queue.poll(0.0) == []
+
+
+def test_an_engine_that_polls_late_loses_nothing(queue):
+    """From the first poll on everything is kept, however long nobody polls."""
+    assert queue.poll(0.0) == []
+    happened = [Done(transfer()) for _ in range(50)]
+    for event in happened:
+        queue.put(event)
+    assert queue.poll(0.1) == happened
+    assert queue._metrics.value("kvxfer_events_dropped_total") == 0
+
+
+def test_waiting_again_for_what_failed(engines):
+    """Each wait raises the same, with fields and cause, and a traceback of its own that does not grow."""
+    sink = engines()
+    sink.endpoint.close()
+    failed = sink.endpoint.read(REF, [1])
+    lengths = set()
+    for _ in range(100):
+        with pytest.raises(ClosedError, match="was closed") as told:
+            failed.wait()
+        lengths.add(len(told.traceback))
+        assert told.value is not failed.error
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        IncompatibleError("dtype", "a and b"),
+        HandshakeError("rank", "another"),
+        LeaseEndedError("it ended"),
+        IntegrityError([Difference("g", 1, "n", ("k",), (0, 4), (2,))], more=True),
+    ],
+)
+def test_a_fresh_error_is_equal(error):
+    """It has the class, the words, the fields and the cause of the one that it stands for."""
+    error.__cause__ = OSError("why")
+    new = fresh(error)
+    assert type(new) is type(error) and str(new) == str(error) and new.__cause__ is error.__cause__
+    assert vars(new) == vars(error) and new is not error
+
+
+def test_cancelled_awaits_leave_nothing():
+    """Whoever stops waiting is forgotten by the transfer, and those who still wait are woken."""
+
+    async def scene():
+        under_way = transfer()
+
+        async def waits():
+            await under_way
+
+        tasks = [asyncio.ensure_future(waits()) for _ in range(200)]
+        await asyncio.sleep(0)
+        assert len(under_way._awaiting) == 200
+        for task in tasks[:-1]:
+            task.cancel()
+        await asyncio.gather(*tasks[:-1], return_exceptions=True)
+        assert len(under_way._awaiting) == 1
+        assert under_way.end(None) and not under_way.end(ClosedError("again"))
+        await asyncio.wait_for(tasks[-1], 10)
+        await asyncio.wait_for(waits(), 10)
+        assert not under_way._awaiting
+
+    asyncio.run(scene())
+
+
+def test_a_fault_when_it_is_told():
+    """A transfer ends for those who wait, also if counting or telling its end raises."""
+
+    def fault(_):
+        raise ZeroDivisionError
+
+    ending = Transfer(REF, [], None, 0.0, fault)
+    with pytest.raises(ZeroDivisionError):
+        ending.end(None)
+    assert ending.done and ending.wait(1)
+
+
+def test_the_oldest_reads_of_a_real_endpoint(engines, monkeypatch):
+    """An endpoint whose engine only waits keeps few of its transfers."""
+    monkeypatch.setattr(events, "MOST_UNPOLLED", 4)
+    source, sink = engines(), engines()
+    for _ in range(12):
+        assert sink.endpoint.read(source.endpoint.lease([1]), [2]).wait(20)
+    eventually(lambda: len([e for e in source.poll() if isinstance(e, LeaseSettled)]) == 12)
+    assert len(sink.poll()) == 4
