@@ -171,10 +171,10 @@ class _Child:
     def spec(self) -> Any:
         return self.cache.spec
 
-    def offer(self, ref: Any, blocks: Sequence[int]) -> None:
+    def publish(self, ref: Any, blocks: Sequence[int]) -> None:
         lease = kvxfer.LeaseRef.from_obj(ref)
         self.endpoint.announce(lease)
-        self.endpoint.offer(lease, np.asarray(blocks))
+        self.endpoint.publish(lease, np.asarray(blocks))
 
     def announce(self, ref: Any) -> None:
         """With a look at the clock, as `complete`."""
@@ -184,10 +184,12 @@ class _Child:
         """Blocks of an announced lease are complete, in so many steps of prefill."""
         lease = kvxfer.LeaseRef.from_obj(ref)
         for step in range(1, steps):
-            self.calls("seal", self.endpoint.seal, lease, blocks[: len(blocks) * step // steps])
+            self.calls(
+                "publish part", self.endpoint.publish, lease, blocks[: len(blocks) * step // steps], complete=False
+            )
             self.calls.nothing()
             time.sleep(step_s)
-        self.calls("offer", self.endpoint.offer, lease, blocks)
+        self.calls("publish", self.endpoint.publish, lease, blocks)
         self.calls("poll", self.endpoint.poll)
 
     def took(self) -> dict[str, list[Any]]:
@@ -352,7 +354,7 @@ class Pair:
         """The producer leases blocks and this side has been granted them, as in vLLM when prefill has just ended."""
         ref = self.lease(blocks)
         endpoint = endpoint or self.endpoint
-        endpoint.hold(ref)
+        endpoint.acquire(ref)
         deadline = time.monotonic() + 10
         while not endpoint.granted(ref):
             if time.monotonic() > deadline:

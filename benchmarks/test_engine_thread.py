@@ -16,7 +16,7 @@ from benchmarks.rig import Geometry, pair_of
 from kvxfer import LeaseRef, registry
 
 GOAL_US = 200
-ORDER = ("announce", "seal", "offer", "hold", "read", "poll", Calls.NOTHING, "waited")
+ORDER = ("announce", "publish part", "publish", "acquire", "read", "poll", Calls.NOTHING, "waited")
 UNDER_WAY = 4
 PLACES = UNDER_WAY + 2
 STEP_S = 0.5e-3
@@ -57,7 +57,7 @@ def test_engine_thread(benchmark, measuring, report, device, target, route, bloc
                 into = (into + i % PLACES * 2 * blocks).tolist()  # of no read that is under way
                 ref = LeaseRef.mint(owner=pair.name, addresses=pair.addresses)
                 pair.call("announce", ref.to_obj())
-                calls("hold", consumer.hold, ref)
+                calls("hold", consumer.acquire, ref)
                 if how == "pull":
                     pair.call("complete", ref.to_obj(), from_blocks, 1, 0.0)
                     deadline = time.monotonic() + 10

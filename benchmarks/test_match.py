@@ -50,4 +50,4 @@ def test_matching(benchmark, measuring, report):
             goal=f"{GOAL_RATIO}",
         )
     ref = {"owner": "P", "addresses": ["tcp://p:1"], "num_tokens": 3000, "digest": "d" * 32}
-    benchmark(lambda: LeaseRef.shared("transfer", **ref))
+    benchmark(lambda: LeaseRef.for_rendezvous("transfer", **ref))

@@ -72,7 +72,7 @@ def test_pipeline(benchmark, measuring, report, target):
     legs = {"out": statistics.median(out), "wire": wire_s, "in": statistics.median(back)}
     took = statistics.median(staged)
     report(
-        f"Staged on both sides, emulated device of {PacedBuffer.nbytes_per_s / 1e9:g} GB/s each way",
+        f"ChunkReady on both sides, emulated device of {PacedBuffer.nbytes_per_s / 1e9:g} GB/s each way",
         **{
             "order": f"HND to {target}",
             "MiB": str(mib),

@@ -70,7 +70,7 @@ def _side_by_side(benchmark, pair, requests, lease: str, rounds: int) -> _Median
             at = (turn + i) % len(requests)
             ref = prepared(requests[at][0])
             times.append(read(spans[at]))
-            pair.endpoint.drop(ref)
+            pair.endpoint.release(ref)
         nonlocal last
         at = (turn + 2) % len(requests)
         last = source, target = requests[at]

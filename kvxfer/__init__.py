@@ -13,7 +13,7 @@ from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer.planner.plan import TransferPlan, plan
 from kvxfer.planner.router import Costs, Route
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import Done, Event, Failed, LeaseExpired, LeaseRevoked, LeaseSettled, Transfer
+from kvxfer.protocol.transfer import Done, Event, Failed, LeaseExpired, LeaseReleased, LeaseRevoked, Transfer
 from kvxfer.secret import Secret
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
     "KvxferError",
     "LeaseExpired",
     "LeaseRef",
+    "LeaseReleased",
     "LeaseRevoked",
-    "LeaseSettled",
     "Memory",
     "MemoryKind",
     "Route",

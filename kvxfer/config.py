@@ -65,11 +65,11 @@ class Settings:
     """Producer: how long offered blocks stay leased at the longest, however often the holder renews: then the lease is revoked."""
     announce_s: float = 3600.0
     """Producer: how long an announced lease may wait for its blocks, i.e. for prefill to end."""
-    match_s: float = 30.0
+    rendezvous_timeout_s: float = 30.0
     """Producer: how long a consumer that comes first is kept a place until its lease is announced."""
     read_timeout_s: float = 30.0
     """Consumer: a read ends this long after it was asked for, whatever happens; one of a shared reference, which may begin
-    before prefill does, ``match_s`` and ``announce_s`` later."""
+    before prefill does, ``rendezvous_timeout_s`` and ``announce_s`` later."""
     peer_timeout_s: float = 15.0
     """Consumer: reads waiting for a peer that says nothing for this long fail."""
     hold_s: float = 600.0

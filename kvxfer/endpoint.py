@@ -31,8 +31,8 @@ from kvxfer.protocol.peer import Identity
 from kvxfer.protocol.producer import Producer
 from kvxfer.protocol.transfer import Event, LeaseRevoked, Transfer
 from kvxfer.runtime import arguments
-from kvxfer.runtime.control_loop import Driver
-from kvxfer.runtime.data_loop import DataPath
+from kvxfer.runtime.control_loop import ControlLoop
+from kvxfer.runtime.data_loop import DataLoop
 from kvxfer.runtime.environment import REAL, is_own_thread
 from kvxfer.runtime.events import Events, TransferEnds
 from kvxfer.runtime.routes import Routes, casts
@@ -141,8 +141,8 @@ class Endpoint:
             allow_unauthenticated=allow_unauthenticated,
         )
         # Nothing that a thread holds leads to this object: one that is forgotten can be collected, and then ends.
-        self._driver = driver = Driver(channel, self.metrics, self._events.put, host.now)
-        data: DataPath | None = None
+        self._driver = driver = ControlLoop(channel, self.metrics, self._events.put, host.now)
+        data: DataLoop | None = None
         try:
             maker = registry.agent_maker(
                 agent,
@@ -150,7 +150,7 @@ class Endpoint:
                 f"{self.name}/{cache.spec.rank}/{self.epoch}",
                 loopback=channel.loopback,
             )
-            data = DataPath(maker, cache, board, self.settings, self.metrics, driver.reports, host)
+            data = DataLoop(maker, cache, board, self.settings, self.metrics, driver.reports, host)
             adapter, agent_info = data.start()
             addressable = all(buffer.memory is not None for buffer in cache.buffers)
             me = Identity(
@@ -215,37 +215,48 @@ class Endpoint:
         self._driver.command(lambda now: producer.announce(token, request, now))
         return ref
 
-    def offer(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
-        """The announced lease's blocks are complete. They must not change until the lease's end event.
+    def publish(self, ref: LeaseRef, blocks: Any, *, complete: bool = True, after: Sequence[Completion] = ()) -> None:
+        """Make the blocks of an announced lease readable. They must not change until the lease's end event.
 
-        Exactly one of LeaseSettled, LeaseExpired, LeaseRevoked follows, ``lease_s`` after the blocks are complete at the
-        latest unless a consumer renews; at once after `close`. Blocks that do not begin with those that were sealed before
-        revoke the lease.
+        While prefill goes on, publish as often as more blocks are complete, with ``complete=False``: a consumer that waits
+        begins to read them. The last call has ``complete=True``. After that, exactly one of LeaseReleased, LeaseExpired and
+        LeaseRevoked follows, ``lease_s`` after the blocks are complete at the latest unless a consumer renews; at once after
+        `close`. A lease that ends before its last call has no end event, for its blocks are in use by prefill anyway.
 
         Args:
-            blocks: block ids per cache group in token order, or a `BlockTable` where they do not begin with the first
-                token; the plain sequence or table for a cache of one group.
+            blocks: all blocks that are complete by now, with those that were published before: block ids per cache group in
+                token order, or a `BlockTable` where they do not begin with the first token; the plain sequence or table for a
+                cache of one group. Blocks that do not begin with those published before revoke the lease.
+            complete: these are all blocks of the request. Otherwise give no block that is partly filled, and none of sliding
+                windows and states, whose blocks change until prefill ends.
             after: what devices are still doing to these blocks (`Completion`, such as an event that was recorded behind
-                the kernels): nobody may read them before it has ended, and if it fails the lease is revoked. Asked by
-                kvxfer's own thread, every millisecond at first. If it has not ended ``lease_s`` from now, LeaseExpired
-                follows: nobody will read the blocks, which are the engine's own as soon as its device has done with
-                them; kvxfer cannot tell when. By default the blocks are complete now.
+                the kernels): nobody may read them before it has ended, and if it fails the lease is revoked. What is published
+                later counts after it too. Asked by kvxfer's own thread, every millisecond at first. If it has not ended
+                ``lease_s`` from now, LeaseExpired follows: nobody will read the blocks, which are the engine's own as soon as
+                its device has done with them; kvxfer cannot tell when. By default the blocks are complete now.
 
         Raises:
             BlockError: not blocks of this cache.
             ConfigError: something in ``after`` is no `Completion`.
             LeaseRefError: ``ref`` is none.
-            LeaseError: it was offered before, and no event has told yet how that ended. Nothing changes.
+            LeaseError: the complete blocks were published before, and no event has told yet how that lease ended. Nothing
+                changes.
         """
         raw, firsts = self._on_the_wire(blocks)
         token, request, ends = arguments.reference(ref).token, ref.request, arguments.completions(after)
         producer = self._producer
-        if not producer.may_offer(token):
+        if not complete:
+            self._driver.command(
+                lambda now: producer.publish_part(token, raw, now, firsts, ends),
+                broken=lambda error, _: producer.broken(token, error, offered=False),
+            )
+            return
+        if not producer.may_publish(token):
             raise LeaseError(
-                f"lease {shown(token)} was offered before: wait for its end event before offering it again"
+                f"lease {shown(token)} was published before: wait for its end event before publishing it again"
             )
         if not self._driver.command(
-            lambda now: producer.offer(token, raw, now, firsts, ends),
+            lambda now: producer.publish(token, raw, now, firsts, ends),
             broken=lambda error, _: producer.broken(token, error, offered=True),
         ):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
@@ -272,35 +283,11 @@ class Endpoint:
         producer = self._producer
         self._driver.command(lambda _: producer.joined(checked))
 
-    def seal(self, ref: LeaseRef, blocks: Any, *, after: Sequence[Completion] = ()) -> None:
-        """So many blocks of an announced lease are complete while prefill goes on: a consumer that waits begins to read them.
-
-        They must not change until the lease's end event, as if they were offered. To be called as often as there are more, and
-        then `offer`; an end before that is not told, for the blocks are in use anyway. What is partly filled is not sealed, and
-        neither are sliding windows and states, whose blocks change until the end: give no blocks of such groups.
-
-        Args:
-            blocks: as of `offer`: all that are complete by now, with those that were sealed before. Tables that do not begin
-                with those revoke the lease: LeaseRevoked follows its `offer`.
-            after: as of `offer`; what is sealed later, and the offer, count after it too.
-
-        Raises:
-            BlockError: not blocks of this cache.
-            ConfigError: something in ``after`` is no `Completion`.
-            LeaseRefError: ``ref`` is none.
-        """
-        raw, firsts = self._on_the_wire(blocks)
-        token, ends, producer = arguments.reference(ref).token, arguments.completions(after), self._producer
-        self._driver.command(
-            lambda now: producer.seal(token, raw, now, firsts, ends),
-            broken=lambda error, _: producer.broken(token, error, offered=False),
-        )
-
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
-        """`announce` and `offer` in one: blocks that are complete already."""
+        """`announce` and `publish` in one: blocks that are complete already."""
         tables(self.cache.spec, blocks)  # a bad call announces nothing
         ref = self.announce(request=request, num_tokens=num_tokens, digest=digest)
-        self.offer(ref, blocks)
+        self.publish(ref, blocks)
         return ref
 
     def revoke(self, ref: LeaseRef, reason: str = "revoked by the producer") -> None:
@@ -318,7 +305,7 @@ class Endpoint:
 
     # -- consumer ---------------------------------------------------------------------------------------------------
 
-    def hold(self, ref: LeaseRef) -> None:
+    def acquire(self, ref: LeaseRef) -> None:
         """Open a lease ahead of its `read` and keep it alive, for ``hold_s`` at the longest, until read or dropped.
 
         No effect after `close`.
@@ -328,7 +315,7 @@ class Endpoint:
         """
         ref, consumer = arguments.reference(ref), self._consumer
         self._driver.command(
-            lambda now: consumer.hold(ref, now),
+            lambda now: consumer.acquire(ref, now),
             broken=lambda error, now: consumer.broken(ref.token, "", error, now),
         )
 
@@ -349,8 +336,8 @@ class Endpoint:
                 with the block in which the first token to be read lies; a `BlockTable` says so for itself.
             tokens: read only the request's tokens ``[start, stop)``, whose first ones this cache has already, say; stop
                 None means to the end. By default all that ``into`` holds and the lease has.
-            timeout_s: the transfer ends by then, well or not. By default in ``read_timeout_s``, and ``match_s`` and
-                ``announce_s`` later if ``ref`` was `LeaseRef.shared`, so that prefill has its time.
+            timeout_s: the transfer ends by then, well or not. By default in ``read_timeout_s``, and ``rendezvous_timeout_s`` and
+                ``announce_s`` later if ``ref`` was `LeaseRef.for_rendezvous`, so that prefill has its time.
             verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
                 transfer by `IntegrityError`, which says where.
             after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
@@ -376,8 +363,8 @@ class Endpoint:
         wait_s = timeout_s
         if wait_s is None:
             wait_s = self.settings.read_timeout_s
-            if ref.early:
-                wait_s = min(wait_s + self.settings.match_s + self.settings.announce_s, MAX_S)
+            if ref.rendezvous:
+                wait_s = min(wait_s + self.settings.rendezvous_timeout_s + self.settings.announce_s, MAX_S)
         deadline = self._now() + arguments.seconds(wait_s, "timeout_s")
         transfer = Transfer(
             ref,
@@ -414,7 +401,7 @@ class Endpoint:
         """
         return self._consumer.granted(arguments.reference(ref).token)
 
-    def drop(self, ref: LeaseRef) -> None:
+    def release(self, ref: LeaseRef) -> None:
         """The blocks are not needed: the producer gets them back at once. No effect on a lease being read, nor after `close`.
 
         Raises:
@@ -422,7 +409,7 @@ class Endpoint:
         """
         ref, consumer = arguments.reference(ref), self._consumer
         self._driver.command(
-            lambda now: consumer.drop(ref, now),
+            lambda now: consumer.release(ref, now),
             broken=lambda error, now: consumer.broken(ref.token, "", error, now),
         )
 
@@ -485,7 +472,7 @@ class Endpoint:
         return [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
 
 
-def _forgotten(driver: Driver, running: Running) -> None:
+def _forgotten(driver: ControlLoop, running: Running) -> None:
     """Of an endpoint that was not closed, when nobody refers to it any more or the interpreter ends."""
     driver.close()
     running.join_at_exit()

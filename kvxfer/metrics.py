@@ -23,14 +23,14 @@ NBYTES_BUCKETS = tuple(float(4**i) for i in range(5, 19))
 COUNTERS = {
     "kvxfer_transfers_total": "Reads that ended, by outcome (done, or the error's name).",
     "kvxfer_bytes_total": "KV bytes read into this cache.",
-    "kvxfer_early_bytes_total": "Of these, those that were here before their prefill had ended.",
+    "kvxfer_partial_bytes_total": "Of these, those that were here before their prefill had ended.",
     "kvxfer_leases_total": "Leases of this producer that ended, by end (settled, expired, revoked, unread).",
     "kvxfer_refused_messages_total": "Control messages refused, by reason.",
     "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",
-    "kvxfer_fences_total": "Times the transfer agent was torn down to stop late writes.",
+    "kvxfer_agent_resets_total": "Times the transfer agent was torn down to stop late writes.",
     "kvxfer_contacts_total": "First contacts with the fabrics of peers, by outcome (answered, failed, silent), and agents made anew for silent ones (renewed).",
     "kvxfer_events_dropped_total": "Done and Failed events dropped because poll() has never been called.",
-    "kvxfer_withdrawn_total": "Leases revoked because their reader kept staging slots for which others waited.",
+    "kvxfer_slot_revocations_total": "Leases revoked because their reader kept staging slots for which others waited.",
     "kvxfer_internal_errors_total": "Faults of kvxfer itself that were caught; each is a bug worth reporting.",
 }
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {

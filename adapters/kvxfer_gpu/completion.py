@@ -18,7 +18,7 @@ _LONGEST_NAP_S = 1e-3
 class EventCompletion:
     """A `kvxfer.buffers.base.Completion` of everything that was put on a stream before an event was recorded there.
 
-    For an engine that tells kvxfer when its blocks are written: ``endpoint.seal(ref, blocks, after=[EventCompletion(event)])``.
+    For an engine that tells kvxfer when its blocks are written: ``endpoint.publish(ref, blocks, after=[EventCompletion(event)], complete=False)``.
 
     Args:
         event: recorded; a ``torch.cuda.Event`` or anything else with ``query()`` and ``synchronize()``.

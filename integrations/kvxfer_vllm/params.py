@@ -171,7 +171,7 @@ def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
         return wrong
     owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
     try:
-        lease = LeaseRef.shared("", owner=owner, addresses=[address])
+        lease = LeaseRef.for_rendezvous("", owner=owner, addresses=[address])
     except LeaseRefError as error:
         return Refused(Refusal.BAD_TYPE, f"no prefill server can be there: {error}")
     if role.made(lease):
@@ -280,7 +280,7 @@ def response(
         "remote_blocks_expiry_time": None,
         "transfer_mode": "pull",
         # Who gets this is told of a lease that is known here.
-        LEASE_KEY: msgspec.structs.replace(lease, early=False).to_obj(),
+        LEASE_KEY: msgspec.structs.replace(lease, rendezvous=False).to_obj(),
     }
 
 

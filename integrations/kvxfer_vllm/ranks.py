@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.errors import KvxferError
-from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.transfer import Event, Transfer
 
     Tables: TypeAlias = Sequence[Sequence[int]] | Sequence[BlockTable]
-    LeaseEvent: TypeAlias = LeaseSettled | LeaseExpired | LeaseRevoked
+    LeaseEvent: TypeAlias = LeaseReleased | LeaseExpired | LeaseRevoked
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -40,16 +40,15 @@ class EndpointLike(Protocol):
     def announce(self, ref: LeaseRef) -> object:
         """Make a token known."""
 
-    def seal(self, ref: LeaseRef, blocks: Tables, *, after: Sequence[Completion] = ()) -> None:
-        """Give the blocks of an announced lease that are complete so far, once the device has come that far."""
-
-    def offer(self, ref: LeaseRef, blocks: Tables, *, after: Sequence[Completion] = ()) -> None:
-        """Give the blocks of an announced lease."""
+    def publish(
+        self, ref: LeaseRef, blocks: Tables, *, complete: bool = True, after: Sequence[Completion] = ()
+    ) -> None:
+        """Make blocks of an announced lease readable, once the device has come that far."""
 
     def revoke(self, ref: LeaseRef) -> None:
         """End a lease early."""
 
-    def hold(self, ref: LeaseRef) -> None:
+    def acquire(self, ref: LeaseRef) -> None:
         """Open a lease and renew it."""
 
     def read(
@@ -57,7 +56,7 @@ class EndpointLike(Protocol):
     ) -> Transfer:
         """Start reading a lease, once the device has done with the blocks."""
 
-    def drop(self, ref: LeaseRef) -> None:
+    def release(self, ref: LeaseRef) -> None:
         """Give a lease back unread."""
 
     def poll(self, timeout_s: float = 0.0) -> Sequence[Event]:
@@ -113,7 +112,7 @@ class Reading:
             self.error = error
             for transfer, endpoint in self.transfers.items():
                 if transfer not in self._ended:
-                    endpoint.drop(self.ref)
+                    endpoint.release(self.ref)
 
 
 @dataclass
@@ -146,35 +145,37 @@ class Ranks:
         """See `EndpointLike.announce`."""
         self._each(lambda endpoint: endpoint.announce(ref))
 
-    def seal(self, ref: LeaseRef, blocks: Tables, *, after: Sequence[Completion]) -> None:
-        """See `EndpointLike.seal`."""
-        self._each(lambda endpoint: endpoint.seal(ref, blocks, after=after))
-
     def revoke(self, ref: LeaseRef) -> None:
         """See `EndpointLike.revoke`."""
         self._each(lambda endpoint: endpoint.revoke(ref))
 
-    def hold(self, ref: LeaseRef) -> None:
-        """See `EndpointLike.hold`."""
-        self._each(lambda endpoint: endpoint.hold(ref))
+    def acquire(self, ref: LeaseRef) -> None:
+        """See `EndpointLike.acquire`."""
+        self._each(lambda endpoint: endpoint.acquire(ref))
 
-    def drop(self, ref: LeaseRef) -> None:
-        """See `EndpointLike.drop`."""
-        self._each(lambda endpoint: endpoint.drop(ref))
+    def release(self, ref: LeaseRef) -> None:
+        """See `EndpointLike.release`."""
+        self._each(lambda endpoint: endpoint.release(ref))
 
-    def offer(self, ref: LeaseRef, blocks: Tables, *, after: Sequence[Completion]) -> None:
-        """Give the blocks of an announced lease, which then ends once for all ranks.
+    def publish(
+        self, ref: LeaseRef, blocks: Tables, *, complete: bool = True, after: Sequence[Completion] = ()
+    ) -> None:
+        """See `EndpointLike.publish`. A complete lease ends once for all ranks.
 
-        Raises what the first rank raised; then no rank has the blocks. If a later one raises, the lease is revoked.
+        Raises what the first rank raised; then no rank has published the complete blocks. If a later one raises, the lease is
+        revoked.
         """
+        if not complete:
+            self._each(lambda endpoint: endpoint.publish(ref, blocks, complete=False, after=after))
+            return
         took: list[EndpointLike] = []
         for endpoint in self._endpoints:
             try:
-                endpoint.offer(ref, blocks, after=after)
+                endpoint.publish(ref, blocks, after=after)
             except Exception:
                 if not took:
                     raise
-                logger.exception("A rank cannot offer the KV of %r, which is revoked at the others", ref.request)
+                logger.exception("A rank cannot publish the KV of %r, which is revoked at the others", ref.request)
                 for other in took:
                     other.revoke(ref)
                 break
@@ -256,6 +257,6 @@ class Ranks:
 
 def _badness(event: LeaseEvent) -> int:
     """Of an end, among those of the same lease at other ranks. A rank that needed nothing settles unread."""
-    if isinstance(event, LeaseSettled):
+    if isinstance(event, LeaseReleased):
         return int(event.read)
     return 3 if isinstance(event, LeaseExpired) else 2

@@ -279,7 +279,7 @@ class KvxferScheduler:
 
     def _shared(self, request: Request, key: str, *, owner: str, addresses: Sequence[str]) -> LeaseRef:
         """The lease of a request that both servers were sent, as both make it."""
-        return LeaseRef.shared(
+        return LeaseRef.for_rendezvous(
             key or shared_name(request.request_id),
             owner=owner,
             addresses=addresses,

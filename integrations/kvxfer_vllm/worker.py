@@ -41,8 +41,8 @@ IDLE_WAIT_S = 0.005
 _FORWARDED = {
     ("kvxfer_refused_messages_total", "reason"): "refused_messages",
     ("kvxfer_handshakes_total", "outcome"): "handshakes",
-    ("kvxfer_early_bytes_total", ""): "early_bytes",
-    ("kvxfer_fences_total", ""): "fences",
+    ("kvxfer_partial_bytes_total", ""): "partial_bytes",
+    ("kvxfer_agent_resets_total", ""): "fences",
     ("kvxfer_internal_errors_total", ""): "internal_errors",
 }
 
@@ -121,9 +121,9 @@ class KvxferWorker:
         self._each(step.announce, self._ranks.announce, "announce")
         self._each(step.offer, self._offer, "offer")
         self._each(step.withdraw, self._ranks.revoke, "withdraw")
-        self._each(step.hold, self._ranks.hold, "hold")
+        self._each(step.hold, self._ranks.acquire, "hold")
         self._each(step.read, self._read, "read")
-        self._each(step.drop, self._ranks.drop, "drop")
+        self._each(step.drop, self._ranks.release, "drop")
         self._each(step.cancel, self._cancel, "cancel")
         self._failed_at_once.update(step.fail)
         self._try("to a step", lambda _: self._begin_turn(), "lend the caches")
@@ -172,8 +172,8 @@ class KvxferWorker:
             seal.blocks[table][: seal.before[table]] if left else seal.blocks[table]
             for table, left in zip(self._table_of, self._to_compute, strict=True)
         ]
-        self._ranks.seal(seal.lease, tables, after=[self._mark()])
-        self.stats.count("early_seals")
+        self._ranks.publish(seal.lease, tables, after=[self._mark()], complete=False)
+        self.stats.count("partial_publishes")
 
     def _seal(self) -> None:
         """The device was asked for all of a step, so what it was to fill is complete when it has come that far."""
@@ -181,7 +181,11 @@ class KvxferWorker:
         if seals:
             after = [self._mark()]
             self._each(
-                seals, lambda seal: self._ranks.seal(seal.lease, self._each_table(seal.blocks), after=after), "seal"
+                seals,
+                lambda seal: self._ranks.publish(
+                    seal.lease, self._each_table(seal.blocks), after=after, complete=False
+                ),
+                "seal",
             )
 
     def _behind(self) -> list[Completion]:
@@ -200,7 +204,7 @@ class KvxferWorker:
 
     def _offer(self, offer: Offer) -> None:
         try:
-            self._ranks.offer(offer.lease, self._tables(offer.blocks), after=self._behind())
+            self._ranks.publish(offer.lease, self._tables(offer.blocks), after=self._behind())
         except BaseException:
             self._sent_at_once.add(offer.request_id)
             raise
@@ -227,7 +231,7 @@ class KvxferWorker:
         read = self._loading.get(request_id)
         if read is not None:
             # Without effect on bytes in flight; what still waits for its producer ends now and is reported as failed.
-            self._ranks.drop(read.lease)
+            self._ranks.release(read.lease)
 
     # ------------------------------------------------------------------------------------------------- results out
 

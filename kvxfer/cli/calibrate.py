@@ -111,7 +111,7 @@ class Sink:
 
     def _once(self, blocks: Sequence[int], into: Sequence[int]) -> float:
         ref = LeaseRef.from_json(self._source.call("lease", list(blocks)))
-        self.endpoint.hold(ref)
+        self.endpoint.acquire(ref)
         # Granted ahead, as in an engine; nothing tells when, but a read would wait for it.
         deadline = time.monotonic() + _GRANTED_TIMEOUT_S
         while not self.endpoint.granted(ref):

@@ -155,7 +155,7 @@ class _Demo:
     def move(self, request: Request) -> tuple[Outcome, str]:
         """Lease, hold, read, settle; and how the lease ended."""
         text = self._producer.call("lease", request.name, request.source)
-        self._consumer.call("hold", text)
+        self._consumer.call("acquire", text)
         outcome: Outcome = self._consumer.call("read", self._spec, request.source, request.target, request.skip)
         return outcome, self._producer.call("end", text)
 
@@ -191,7 +191,7 @@ class _Demo:
         """
         for copying in (True, False):
             text = self._producer.call("lease", "late", request.source)
-            self._consumer.call("hold", text)
+            self._consumer.call("acquire", text)
             if copying:
                 self._consumer.call("begin", request.target)
             self._consumer.freeze()

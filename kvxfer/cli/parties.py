@@ -22,7 +22,7 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError, PeerTimeoutError
 from kvxfer.planner.plan import plan
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,7 +116,7 @@ class Producer(_Party):
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             for event in self.endpoint.poll(timeout_s=0.1):
-                if isinstance(event, (LeaseSettled, LeaseExpired, LeaseRevoked)) and event.token == ref.token:
+                if isinstance(event, (LeaseReleased, LeaseExpired, LeaseRevoked)) and event.token == ref.token:
                     return type(event).__name__.removeprefix("Lease").lower()
         raise PeerTimeoutError(f"the lease of {ref.request!r} has not ended")
 
@@ -140,10 +140,10 @@ class Consumer(_Party):
         self._scratch = np.ones(most_nbytes, dtype=np.uint8)
         self._text = ""
 
-    def hold(self, text: str) -> None:
+    def acquire(self, text: str) -> None:
         """The request has arrived: hold its lease until there is room for it."""
         self._text = text
-        self.endpoint.hold(LeaseRef.from_json(text))
+        self.endpoint.acquire(LeaseRef.from_json(text))
         time.sleep(_WAIT_FOR_ROOM_S)
 
     def read(self, spec: CacheSpec, source: Sequence[int], target: Sequence[int], skip: int) -> Outcome:

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
                 if number and number % _TOLD_EVERY == 0:
                     progress.tell(f"{name}, {number:,} of {options.seeds:,} seeds")
         counts = [
-            f"{told[key]:,}" for key in ("requests", "Done", "Failed", "LeaseSettled", "LeaseExpired", "LeaseRevoked")
+            f"{told[key]:,}" for key in ("requests", "Done", "Failed", "LeaseReleased", "LeaseExpired", "LeaseRevoked")
         ]
         found[name] = {"seeds": options.seeds, **told}
         rows.append((name, f"{options.seeds:,}", *counts, size(told["nbytes"]), f"{time.monotonic() - begin:.0f} s"))

@@ -28,16 +28,16 @@ from kvxfer.protocol.actions import Action, ChunkStaged, SendTo, StartRead, Stop
 from kvxfer.protocol.held_lease import Claim, Hold, HoldState
 from kvxfer.protocol.held_leases import Holds
 from kvxfer.protocol.messages import (
+    ChunkReady,
     Grant,
     Message,
     Pending,
     Refused,
+    ReleaseChunks,
+    Released,
     Renewed,
     Revoked,
-    Settled,
-    Stage,
-    Staged,
-    Unstage,
+    StageChunk,
     Welcome,
 )
 from kvxfer.protocol.peer import Identity, Peer, PeerState
@@ -80,13 +80,13 @@ class Consumer:
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
-    def hold(self, ref: LeaseRef, now: float) -> None:
+    def acquire(self, ref: LeaseRef, now: float) -> None:
         """Open a lease ahead of its read, and renew it from then on. Known already: nothing changes."""
-        self._holds.hold(ref, now)
+        self._holds.acquire(ref, now)
 
     def read(self, transfer: Transfer, now: float) -> None:
         """Read a lease, held before or not. The transfer ends by `Transfer.end`, at its deadline at the latest."""
-        hold = self._holds.hold(transfer.ref, now)
+        hold = self._holds.acquire(transfer.ref, now)
         if hold.transfer is not None or hold.state in (HoldState.READING, HoldState.SETTLING):
             transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or dropped before"))
             return
@@ -129,9 +129,9 @@ class Consumer:
         if hold is not None and hold.transfer is None and hold.state in (HoldState.GRANTED, HoldState.ENDED):
             hold.transfer, hold.deadline, hold.state = transfer, transfer.deadline, HoldState.READING
 
-    def drop(self, ref: LeaseRef, now: float) -> None:
+    def release(self, ref: LeaseRef, now: float) -> None:
         """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
-        hold = self._holds.hold(ref, now)
+        hold = self._holds.acquire(ref, now)
         if hold.state in (HoldState.WAITING, HoldState.GRANTED):
             if hold.transfer is not None:
                 hold.transfer.end(LeaseError("dropped by this engine before it was read"))
@@ -143,7 +143,7 @@ class Consumer:
 
     # -- the data thread --------------------------------------------------------------------------------------------
 
-    def stage(self, transfer: Transfer, source: int, message: Stage, now: float) -> None:
+    def stage(self, transfer: Transfer, source: int, message: StageChunk, now: float) -> None:
         """A read needs a chunk packed by one of its sources: ask for it, again and again until it is there."""
         hold = self._holds.read_by(transfer)
         if hold is not None:
@@ -159,7 +159,7 @@ class Consumer:
             peer = hold.claims[source].peer
             for number in numbers:
                 hold.asked.pop((source, number), None)
-            self._out.append(SendTo(peer.address, Unstage(to=peer.epoch, token=hold.ref.token, numbers=numbers)))
+            self._out.append(SendTo(peer.address, ReleaseChunks(to=peer.epoch, token=hold.ref.token, numbers=numbers)))
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None, now: float) -> None:
         """The data thread is done with a read it was given; it has ended the transfer itself."""
@@ -259,7 +259,7 @@ class Consumer:
                 self._lease_over(peer, token, LeaseEndedError("the producer says the lease has ended"), now)
         elif isinstance(message, Revoked):
             self._lease_over(peer, message.token, LeaseEndedError(printable(message.reason)), now)
-        elif isinstance(message, (Pending, Grant, Staged, Settled)):
+        elif isinstance(message, (Pending, Grant, ChunkReady, Released)):
             found = self._holds.at(peer, message.token)
             if found is not None:
                 self._answered(*found, message, now)
@@ -268,18 +268,18 @@ class Consumer:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | Staged | Settled, now: float) -> None:
+    def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | ChunkReady | Released, now: float) -> None:
         if isinstance(message, Grant) and hold.state in (HoldState.WAITING, HoldState.READING):
             if hold.state is HoldState.READING and claim.grant is not None and claim.grant.check != message.check:
                 # The same token was offered anew, with other blocks. Bytes that are all on their way are judged by their cell.
                 self._holds.stop_read(hold, LeaseEndedError("the lease ended, and its token was offered again"))
             else:
                 self._granted(hold, claim, message, now)
-        elif isinstance(message, Staged) and hold.state is HoldState.READING and hold.transfer is not None:
+        elif isinstance(message, ChunkReady) and hold.state is HoldState.READING and hold.transfer is not None:
             source = hold.claims.index(claim)
             if hold.asked.pop((source, message.number), None) is not None:
                 self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address, message.digest))
-        elif isinstance(message, Settled) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
+        elif isinstance(message, Released) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
             self._holds.done_with(hold, claim, now)
 
     def _granted(self, hold: Hold, claim: Claim, grant: Grant, now: float) -> None:

@@ -2,7 +2,7 @@
 """Block ids of a lease on the wire: as they are or as runs, in pieces of bounded size, put together again by who asked. Pure, no I/O.
 
 A lease with few blocks is granted in one message. Of a longer one each `Grant` carries as many ids as fit into a piece and says that
-there is ``more``; its consumer asks for the next piece by an `Open` that says how many ids it has. So neither side ever has to take
+there is ``more``; its consumer asks for the next piece by an `Acquire` that says how many ids it has. So neither side ever has to take
 a message of unbounded length, and whoever is slow is sent no more than it asked for.
 """
 

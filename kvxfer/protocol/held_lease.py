@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvxfer.planner.intersect import Span
     from kvxfer.planner.router import Router
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.messages import Grant, Stage
+    from kvxfer.protocol.messages import Grant, StageChunk
     from kvxfer.protocol.peer import Peer
     from kvxfer.protocol.transfer import Transfer
 
@@ -113,7 +113,7 @@ class Claim:
 class Asked:
     """A chunk that was asked for and is not there yet."""
 
-    message: Stage
+    message: StageChunk
     since: float
     again_at: float
 

@@ -3,7 +3,7 @@
 
 ::
 
-    WAITING --Grants--> GRANTED --read--> READING --ended--> SETTLING --Settled--> (forgotten)
+    WAITING --Grants--> GRANTED --read--> READING --ended--> SETTLING --Released--> (forgotten)
        |                  |                                    ^
        +---- drop --------+---- drop, failure -----------------+
 
@@ -32,7 +32,7 @@ from kvxfer.errors import (
 from kvxfer.protocol.actions import Action, MoreGranted, SendTo, StopRead
 from kvxfer.protocol.grants import Assembly
 from kvxfer.protocol.held_lease import Asked, Claim, Hold, HoldState
-from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Open, Renew, Settle
+from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Acquire, Release, Renew
 from kvxfer.protocol.peer import PeerState
 from kvxfer.protocol.timers import Timers
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvxfer.defects import Defects
     from kvxfer.errors import InternalError
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.messages import Message, Stage
+    from kvxfer.protocol.messages import Message, StageChunk
     from kvxfer.protocol.peer import Peer
     from kvxfer.protocol.peers import Acquaintances
     from kvxfer.protocol.transfer import Transfer
@@ -70,7 +70,7 @@ class Holds:
         self._renewals: dict[str, list[str]] = {}
         """By address, what goes out with the next tick: leases of one peer are renewed together."""
 
-    def hold(self, ref: LeaseRef, now: float) -> Hold:
+    def acquire(self, ref: LeaseRef, now: float) -> Hold:
         """The hold of a lease; one that is new begins to ask for its grants."""
         known = self.by_token.get(ref.token)
         if known is not None:
@@ -116,7 +116,7 @@ class Holds:
                 hold.transfer.end(ClosedError("the endpoint was closed"))
             for claim in hold.claims:
                 if claim.peer.is_met and not claim.settled:
-                    self._send(claim.peer, Settle(to=claim.peer.epoch, token=hold.ref.token, read=hold.read))
+                    self._send(claim.peer, Release(to=claim.peer.epoch, token=hold.ref.token, read=hold.read))
                 claim.peer.needed_by.pop(hold.ref.token, None)
             self._timers.cancel(hold.ref.token)
         self.by_token.clear()
@@ -140,7 +140,7 @@ class Holds:
         for hold, claim in self._of(peer):
             if hold.state in (HoldState.SETTLING, HoldState.ENDED):
                 self.done_with(hold, claim, now)
-            elif hold.ref.early and not peer.name:
+            elif hold.ref.rendezvous and not peer.name:
                 continue
             elif hold.state is HoldState.READING:
                 self.stop_read(hold, error)
@@ -160,7 +160,7 @@ class Holds:
             elif claim.grant is not None:
                 self.fail(hold, LeaseEndedError("the producer was restarted"), now, claim)
 
-    def ask_chunk(self, hold: Hold, source: int, message: Stage, now: float) -> None:
+    def ask_chunk(self, hold: Hold, source: int, message: StageChunk, now: float) -> None:
         """Ask one of a read's sources for a chunk, again and again until it is there."""
         peer = hold.claims[source].peer
         hold.asked[source, message.number] = Asked(message, now, now + self._settings.retry_s)
@@ -295,7 +295,7 @@ class Holds:
             if hold.state is not HoldState.ENDED:
                 self._meet(hold, claim, now)
         elif hold.state in (HoldState.SETTLING, HoldState.ENDED):
-            self._ask(claim, Settle(to=peer.epoch, token=hold.ref.token, read=hold.read), now)
+            self._ask(claim, Release(to=peer.epoch, token=hold.ref.token, read=hold.read), now)
         elif not claim.complete:
             self._ask_grant(hold, claim, now)
         elif now >= claim.ask_at:
@@ -320,7 +320,9 @@ class Holds:
         if mistake is None:
             peer.confirmed = True
             have, check = (claim.pieces.have, claim.pieces.check) if claim.wants_more else ([], b"")
-            message = Open(to=peer.epoch, token=hold.ref.token, early=hold.ref.early, have=have, check=check)
+            message = Acquire(
+                to=peer.epoch, token=hold.ref.token, rendezvous=hold.ref.rendezvous, have=have, check=check
+            )
             self._ask(claim, message, now)
         elif hold.state is HoldState.READING:
             self.stop_read(hold, mistake)
@@ -331,7 +333,7 @@ class Holds:
             self._peers.greet(peer, now)  # perhaps another process lives there since we met
             claim.ask_at = now + self._settings.retry_s
 
-    def _ask(self, claim: Claim, message: Open | Settle, now: float) -> None:
+    def _ask(self, claim: Claim, message: Acquire | Release, now: float) -> None:
         """Say it when it is due, and when it is this claim's turn: thousands of leases do not all ask one peer at once."""
         if now < claim.ask_at:
             return

@@ -7,7 +7,7 @@ are given back. The grant tells the check to the consumer, which reads the block
 through the same transfer agent. If the check is still there, the lease had not ended when the last byte was read; if not (wiped, or
 already that of another offering), what was read is thrown away.
 
-The check is not the lease's token: two sides that make the same token twice (`LeaseRef.shared`) offer other blocks the second time.
+The check is not the lease's token: two sides that make the same token twice (`LeaseRef.for_rendezvous`) offer other blocks the second time.
 
 That is one small one-sided read instead of a round trip through the producer's Python, whose threads may wait for the
 engine's interpreter lock; and it answers also for a producer that is frozen, which cannot have given back its blocks.

@@ -36,7 +36,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         request: the producer's name for the request, for logs.
         num_tokens: tokens whose KV the lease covers.
         digest: of what the KV depends on (prompt, adapters, images); made and compared by the engine, may be empty.
-        early: made by `shared`, so that its producer may come to know it after its consumer.
+        rendezvous: made by `for_rendezvous`, so that its producer may come to know it after its consumer.
     """
 
     v: int = REF_VERSION
@@ -46,7 +46,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
     digest: Annotated[str, msgspec.Meta(max_length=128)] = ""
-    early: bool = False
+    rendezvous: bool = False
 
     @classmethod
     def mint(
@@ -62,7 +62,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 
     @classmethod
-    def shared(
+    def for_rendezvous(
         cls,
         key: str,
         *,
@@ -93,7 +93,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             token = secret.digest(known).hex()
         else:
             token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
-        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "early": True}
+        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "rendezvous": True}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 
     @classmethod

@@ -6,7 +6,7 @@
     WANTED --announce--> ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
        |                  |  (seal)            |               |
        +------------------+-- withdraw --------+-- revoke -----+--------------> REVOKED
-       +-- match_s -------+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
+       +-- rendezvous_timeout_s -------+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
 
 A lease is announced when its token is handed out (before prefill has finished), offered when its blocks are complete
 (from then its time runs), and active once a consumer has opened it. While prefill runs, blocks may be sealed: they are
@@ -165,10 +165,10 @@ class LeaseTable:
             del self._live[oldest]
             self._timers.cancel(oldest)
         self._wanted[token] = None
-        self._add(Lease(token, "", now + self._settings.match_s, LeaseState.WANTED))
+        self._add(Lease(token, "", now + self._settings.rendezvous_timeout_s, LeaseState.WANTED))
 
-    def seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
-        """These blocks of an announced lease are complete and will not change; more follow, and `offer` has all.
+    def publish_part(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
+        """These blocks of an announced lease are complete and will not change; more follow, and `publish` has all.
 
         Args:
             blocks, first_tokens: see `Lease`; those sealed before among them.
@@ -187,7 +187,7 @@ class LeaseTable:
         self._make_readable(lease, blocks, first_tokens)
         return lease
 
-    def offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
+    def publish(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
         """The blocks are complete and will not change: the lease's time runs from now.
 
         Args:
@@ -196,7 +196,7 @@ class LeaseTable:
         Raises:
             LeaseUnknownError: never announced.
             LeaseEndedError: it ended before; the caller may reuse the blocks.
-            ContradictionError: as of `seal`.
+            ContradictionError: as of `publish`.
             LeaseError: no cell is free, and the lease is ended; or it was offered before (`offered`), and stands.
         """
         lease = self._live.get(token) or self._ended.get(token)
@@ -225,7 +225,7 @@ class LeaseTable:
         return lease
 
     def offered(self, token: str) -> bool:
-        """`offer` was called for it: its end has been told or will be."""
+        """`publish` was called for it: its end has been told or will be."""
         lease = self._live.get(token) or self._ended.get(token)
         return lease is not None and lease.offered
 

@@ -10,15 +10,15 @@ two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel 
     consumer                         producer
     Hello      ->                    who I am, which rank I want, how I move bytes
                <- Welcome            who I am, my cache, how my agent is reached
-    Open       ->                    I hold this lease's token
+    Acquire       ->                    I hold this lease's token
                <- Pending | Grant    no block is complete | these are, this is the lease's cell; again when there are more
     Renew      ->                    I still wait for these
                <- Renewed            these of them have ended
-    Stage      ->                    pack these tokens of it into a chunk
-               <- Staged             the chunk lies there | its digest is this
-    Unstage    ->                    these chunks were taken
-    Settle     ->                    I am done with it, its blocks are yours
-               <- Settled            it stood / it had ended before
+    StageChunk      ->                    pack these tokens of it into a chunk
+               <- ChunkReady             the chunk lies there | its digest is this
+    ReleaseChunks    ->                    these chunks were taken
+    Release     ->                    I am done with it, its blocks are yours
+               <- Released            it stood / it had ended before
                <- Revoked            (unasked) it ended
                <- Refused            the answer to anything that cannot be served, with a reason
 """
@@ -113,11 +113,11 @@ class Welcome(_Message, frozen=True, kw_only=True):
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 
 
-class Open(_Message, frozen=True, kw_only=True):
+class Acquire(_Message, frozen=True, kw_only=True):
     """May I have the blocks of this lease? Idempotent."""
 
     token: Token
-    early: bool = False
+    rendezvous: bool = False
     """Its producer may not know it yet, and keeps me a place until it does."""
     have: Annotated[list[_Count], msgspec.Meta(max_length=1024)] = []
     """Per cache group, how many of its block ids I have: grant what comes after them."""
@@ -151,7 +151,7 @@ class Grant(_Message, frozen=True, kw_only=True):
     runs: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1024)]], msgspec.Meta(max_length=1024)] = []
     """Groups whose ids are given as runs: pairs of the first id and a length, each little-endian uint32."""
     more: bool = False
-    """More of these blocks follow, to be asked for by an `Open` that says what is there (`Open.have`)."""
+    """More of these blocks follow, to be asked for by an `Acquire` that says what is there (`Acquire.have`)."""
 
 
 class Renew(_Message, frozen=True, kw_only=True):
@@ -169,7 +169,7 @@ class Renewed(_Message, frozen=True, kw_only=True):
 _Numbers = Annotated[list[int], msgspec.Meta(max_length=1024)]
 
 
-class Stage(_Message, frozen=True, kw_only=True):
+class StageChunk(_Message, frozen=True, kw_only=True):
     """Pack part of a lease's KV into a chunk of the staging arena. Idempotent: asked again until answered."""
 
     token: Token
@@ -181,13 +181,13 @@ class Stage(_Message, frozen=True, kw_only=True):
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
     taken: _Numbers = []
-    """As in `Unstage`: most chunks make room for the next one."""
+    """As in `ReleaseChunks`: most chunks make room for the next one."""
     digest: bool = False
     """The chunk itself is not wanted, only its digest."""
 
 
-class Staged(_Message, frozen=True, kw_only=True):
-    """The chunk is packed, and stays until `Unstage` or the end of the lease."""
+class ChunkReady(_Message, frozen=True, kw_only=True):
+    """The chunk is packed, and stays until `ReleaseChunks` or the end of the lease."""
 
     token: Token
     number: int
@@ -196,14 +196,14 @@ class Staged(_Message, frozen=True, kw_only=True):
     """If that was asked for; then the chunk lies nowhere, and ``address`` means nothing."""
 
 
-class Unstage(_Message, frozen=True, kw_only=True):
+class ReleaseChunks(_Message, frozen=True, kw_only=True):
     """These chunks were taken, their memory is yours. Not answered: what is lost is made up for by the lease's end."""
 
     token: Token
     numbers: _Numbers
 
 
-class Settle(_Message, frozen=True, kw_only=True):
+class Release(_Message, frozen=True, kw_only=True):
     """The consumer will not touch the blocks any more. Idempotent, repeated until answered."""
 
     token: Token
@@ -211,8 +211,8 @@ class Settle(_Message, frozen=True, kw_only=True):
     """The bytes were read (else they were not needed, or reading failed)."""
 
 
-class Settled(_Message, frozen=True, kw_only=True):
-    """Answer to `Settle`."""
+class Released(_Message, frozen=True, kw_only=True):
+    """Answer to `Release`."""
 
     token: Token
     stood: bool
@@ -250,16 +250,16 @@ class Refused(_Message, frozen=True, kw_only=True):
 Message = (
     Hello
     | Welcome
-    | Open
+    | Acquire
     | Pending
     | Grant
     | Renew
     | Renewed
-    | Stage
-    | Staged
-    | Unstage
-    | Settle
-    | Settled
+    | StageChunk
+    | ChunkReady
+    | ReleaseChunks
+    | Release
+    | Released
     | Revoked
     | Refused
 )
@@ -270,7 +270,7 @@ _spec_decoder = msgspec.msgpack.Decoder(CacheSpec)
 
 
 def described(image: CacheSpec) -> msgspec.Raw:
-    """What a chunk looks like, as `Stage` carries it."""
+    """What a chunk looks like, as `StageChunk` carries it."""
     return msgspec.Raw(msgspec.msgpack.encode(image))
 
 
@@ -279,7 +279,7 @@ def _decode_image(data: bytes) -> CacheSpec:
     return _spec_decoder.decode(data)
 
 
-def image_of(stage: Stage) -> CacheSpec:
+def image_of(stage: StageChunk) -> CacheSpec:
     """What a chunk looks like that somebody asks for.
 
     Raises:

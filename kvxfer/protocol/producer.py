@@ -17,25 +17,25 @@ from kvxfer.protocol.grants import PIECE_NBYTES, next_piece
 from kvxfer.protocol.lease_table import ContradictionError, Holder, Lease, LeaseState, LeaseTable
 from kvxfer.protocol.messages import (
     PROTOCOL,
+    Acquire,
+    ChunkReady,
     Grant,
     Hello,
     Message,
-    Open,
     Pending,
     Refused,
+    Release,
+    ReleaseChunks,
+    Released,
     Renew,
     Renewed,
     Revoked,
-    Settle,
-    Settled,
-    Stage,
-    Staged,
-    Unstage,
+    StageChunk,
     Welcome,
     image_of,
 )
 from kvxfer.protocol.staged import MOST_CHUNKS, Seen, StagedChunks
-from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -91,12 +91,12 @@ class Producer:
         """See `LeaseTable.announce`."""
         self._table.announce(token, request, now)
 
-    def may_offer(self, token: str) -> bool:
+    def may_publish(self, token: str) -> bool:
         """Any thread: note that a lease is offered now; False if it was before, and the engine was not told how that ended."""
         mine = object()
         return self._untold.setdefault(token, mine) is mine
 
-    def offer(
+    def publish(
         self,
         token: str,
         blocks: Sequence[bytes],
@@ -121,14 +121,14 @@ class Producer:
         live, before = self._table.get(token), self._table.offered(token)
         stands = live is not None and live.offered
         try:
-            lease = self._table.offer(token, blocks, now, first_tokens)
+            lease = self._table.publish(token, blocks, now, first_tokens)
         except ContradictionError as error:
             self._contradicted(token, error)
             return
         except LeaseError as error:
             if (
                 stands
-            ):  # told already that this cannot be (`may_offer`): an event now would free blocks that are still leased
+            ):  # told already that this cannot be (`may_publish`): an event now would free blocks that are still leased
                 _log.warning("%s", error)
             else:
                 self._not_offered(token, error, before=before)
@@ -137,7 +137,7 @@ class Producer:
             self._table.open(token, holder, now)
         self._tell(lease, self._grant(lease, asked=False))
 
-    def seal(
+    def publish_part(
         self,
         token: str,
         blocks: Sequence[bytes],
@@ -156,7 +156,7 @@ class Producer:
 
     def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
         try:
-            lease = self._table.seal(token, blocks, first_tokens)
+            lease = self._table.publish_part(token, blocks, first_tokens)
         except ContradictionError as error:
             self._contradicted(token, error)
         except LeaseError as error:
@@ -308,7 +308,7 @@ class Producer:
         if isinstance(message, Hello):
             self._hello(connection, message, now)
             return
-        if not isinstance(message, (Open, Renew, Settle, Stage, Unstage)):
+        if not isinstance(message, (Acquire, Renew, Release, StageChunk, ReleaseChunks)):
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
             return
         token = "" if isinstance(message, Renew) else message.token
@@ -322,23 +322,23 @@ class Producer:
         self._holders.move_to_end(connection)
         self._connections.setdefault(holder, connection)
         self._seen[holder] = Seen(now, None)
-        if isinstance(message, Open):
+        if isinstance(message, Acquire):
             self._open(connection, holder, message, now)
         elif isinstance(message, Renew):
             ended = self._table.renew(message.tokens, holder, now)
             self._reply(connection, Renewed(ended=ended))
-        elif isinstance(message, Stage):
+        elif isinstance(message, StageChunk):
             self._taken(PackKey(message.token, holder.rank), holder, message.taken)
             self._stage(connection, holder, message)
-        elif isinstance(message, Unstage):
+        elif isinstance(message, ReleaseChunks):
             self._taken(PackKey(message.token, holder.rank), holder, message.numbers)
         else:
             stood, lease = self._table.settle(message.token, holder, read=message.read)
-            self._reply(connection, Settled(token=message.token, stood=stood))
+            self._reply(connection, Released(token=message.token, stood=stood))
             if stood:
                 self._end_pack(PackKey(message.token, holder.rank))
             if lease is not None and lease.offered:
-                event = LeaseSettled(lease.token, lease.request, lease.read)
+                event = LeaseReleased(lease.token, lease.request, lease.read)
                 self._end(event, "settled" if lease.read else "unread")
 
     def _not_offered(self, token: str, error: LeaseError, *, before: bool) -> None:
@@ -347,7 +347,7 @@ class Producer:
         settled = self._table.settled(token) if not before else None
         if settled is not None:
             # Its consumer has no need of these blocks, or not any more: that is no failure.
-            self._end(LeaseSettled(token, request, settled.read), "settled" if settled.read else "unread")
+            self._end(LeaseReleased(token, request, settled.read), "settled" if settled.read else "unread")
         elif isinstance(error, LeaseEndedError):
             # The consumer gave up, or prefill took longer than announce_s: nobody will come for these blocks.
             self._end(LeaseRevoked(token, request), "unread")
@@ -364,7 +364,7 @@ class Producer:
         never = Seen(float("-inf"), float("-inf"))
         for token, why in list(self._chunks.to_withdraw(now, lambda holder: self._seen.get(holder, never))):
             _log.warning("lease %s is revoked: %s", shown(token), why)
-            self._metrics.count("kvxfer_withdrawn_total")
+            self._metrics.count("kvxfer_slot_revocations_total")
             self.revoke(token, why)
 
     def _hello(self, connection: bytes, hello: Hello, now: float) -> None:
@@ -421,9 +421,9 @@ class Producer:
             self._connections.pop(holder, None)
             self._seen.pop(holder, None)
 
-    def _open(self, connection: bytes, holder: Holder, message: Open, now: float) -> None:
+    def _open(self, connection: bytes, holder: Holder, message: Acquire, now: float) -> None:
         try:
-            if message.early:
+            if message.rendezvous:
                 self._table.want(message.token, now)
             lease = self._table.open(message.token, holder, now)
         except LeaseUnknownError as error:
@@ -458,7 +458,7 @@ class Producer:
             complete=lease.complete,
         )
 
-    def _stage(self, connection: bytes, holder: Holder, message: Stage) -> None:
+    def _stage(self, connection: bytes, holder: Holder, message: StageChunk) -> None:
         lease = self._table.held(message.token, holder)
         if lease is None:
             error = self._table.why_not_held(message.token, holder)
@@ -487,9 +487,9 @@ class Producer:
 
     def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
         if isinstance(chunk, bytes):
-            self._reply(connection, Staged(token=token, number=number, address=0, digest=chunk))
+            self._reply(connection, ChunkReady(token=token, number=number, address=0, digest=chunk))
         elif isinstance(chunk, int):
-            self._reply(connection, Staged(token=token, number=number, address=chunk))
+            self._reply(connection, ChunkReady(token=token, number=number, address=chunk))
         elif chunk is not None:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
 
@@ -532,7 +532,7 @@ class Producer:
             self._metrics.count("kvxfer_refused_messages_total", reason=code)
         self._reply(connection, Refused(code=code, reason=why[:1024], epoch=self._me.epoch, token=token, rank=rank))
 
-    def _end(self, event: LeaseSettled | LeaseExpired | LeaseRevoked, end: str) -> None:
+    def _end(self, event: LeaseReleased | LeaseExpired | LeaseRevoked, end: str) -> None:
         self._metrics.count("kvxfer_leases_total", end=end)
         self._untold.pop(event.token, None)
         self._out.append(Emit(event))

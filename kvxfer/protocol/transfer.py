@@ -67,7 +67,7 @@ class Transfer:
         verify: what arrives is compared with what its source has, before the transfer ends.
         after: what the target's devices do with ``into`` before anything may be written there.
         nbytes, descriptors: what was moved over the wire; 0 until done.
-        early_nbytes: so many of these bytes were here before the last block was complete at its producer.
+        partial_nbytes: so many of these bytes were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
         via: how they travelled, in the words of the transfer agent; empty until done.
         route: where they were packed, in the words of `kvxfer.planner.router.Route` (``direct``, ``source_packed``, ...); several joined
@@ -96,7 +96,7 @@ class Transfer:
         self.started: float = now()
         self.seconds: float = 0.0
         self.nbytes: int = 0
-        self.early_nbytes: int = 0
+        self.partial_nbytes: int = 0
         self.descriptors: int = 0
         self.via: str = ""
         self.route: str = ""
@@ -162,7 +162,7 @@ class Transfer:
         error: KvxferError | None,
         *,
         nbytes: int = 0,
-        early_nbytes: int = 0,
+        partial_nbytes: int = 0,
         descriptors: int = 0,
         via: str = "",
         route: str = "",
@@ -174,7 +174,7 @@ class Transfer:
         if error is not None:
             release_frames(error)
         self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
-        self.nbytes, self.early_nbytes = nbytes, early_nbytes
+        self.nbytes, self.partial_nbytes = nbytes, partial_nbytes
         self.seconds = self._now() - self.started
         # The event is queued before waiters wake, so that whoever waited finds it in poll().
         try:
@@ -203,7 +203,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class LeaseSettled:
+class LeaseReleased:
     """Producer: the consumer is done with the blocks, which may be reused. ``read`` tells whether it read them."""
 
     token: str
@@ -215,7 +215,7 @@ class LeaseSettled:
 class LeaseExpired:
     """Producer: nobody settled the lease in time. The blocks may be reused; who reads them late throws them away.
 
-    Also if the devices that ``after`` of `Endpoint.offer` names did not end in time: nobody will read the blocks, and when
+    Also if the devices that ``after`` of `Endpoint.publish` names did not end in time: nobody will read the blocks, and when
     their own devices have done with them the engine knows by itself.
     """
 
@@ -231,4 +231,4 @@ class LeaseRevoked:
     request: str
 
 
-Event = Done | Failed | LeaseSettled | LeaseExpired | LeaseRevoked
+Event = Done | Failed | LeaseReleased | LeaseExpired | LeaseRevoked

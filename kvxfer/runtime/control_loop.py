@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.consumer import Consumer
-    from kvxfer.protocol.messages import Stage
+    from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.producer import Producer
     from kvxfer.protocol.transfer import Event, Transfer
-    from kvxfer.runtime.data_loop import DataPath, Ends
+    from kvxfer.runtime.data_loop import DataLoop, Ends
 
     Command = Callable[[float], object]
     Broken = Callable[[InternalError, float], object]
@@ -35,7 +35,7 @@ _LATE_S = 0.1
 """By so much later than it was to wake up, the thread has stood still, and did not read what arrived."""
 
 
-class Driver:
+class ControlLoop:
     """Runs the control thread. What it is given to drive is used by that thread only, unless it says otherwise.
 
     Args:
@@ -63,11 +63,11 @@ class Driver:
         self._alive_until = math.inf
         """If the thread goes on later than this, it was stopped or starved."""
 
-    def drive(self, producer: Producer, consumer: Consumer, data: DataPath) -> None:
+    def drive(self, producer: Producer, consumer: Consumer, data: DataLoop) -> None:
         """Say what is to be driven, before the first turn. The data path runs already."""
         self.producer: Producer = producer
         self.consumer: Consumer = consumer
-        self.data: DataPath = data
+        self.data: DataLoop = data
 
     def command(self, command: Command, *, wake: bool = True, broken: Broken | None = None) -> bool:
         """Have the thread run it, when it next has something to do or at once; False if it has run its last. Any thread.
@@ -224,7 +224,7 @@ class Driver:
 class _Reports:
     """What the data thread tells, see `kvxfer.runtime.data_loop.Ends`: each becomes a command of the control thread."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: ControlLoop) -> None:
         self._driver = driver
         self.untold = False
 
@@ -243,7 +243,7 @@ class _Reports:
     def short_of_slots(self, share: int) -> None:
         self._tell(lambda now: self._driver.producer.short_of_slots(share, now))
 
-    def stage(self, transfer: Transfer, source: int, message: Stage) -> None:
+    def stage(self, transfer: Transfer, source: int, message: StageChunk) -> None:
         self._tell(
             lambda now: self._driver.consumer.stage(transfer, source, message, now),
             lambda error, now: self._driver.consumer.broken(transfer.ref.token, "", error, now),

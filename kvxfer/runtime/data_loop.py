@@ -54,7 +54,7 @@ class _Close:
     pass
 
 
-class DataPath:
+class DataLoop:
     """Runs the data thread.
 
     Args:

@@ -120,8 +120,8 @@ class TransferEnds:
         metrics.count("kvxfer_transfers_total", outcome="done" if error is None else type(error).__name__)
         if error is None:
             metrics.count("kvxfer_bytes_total", transfer.nbytes)
-            if transfer.early_nbytes:
-                metrics.count("kvxfer_early_bytes_total", transfer.early_nbytes)
+            if transfer.partial_nbytes:
+                metrics.count("kvxfer_partial_bytes_total", transfer.partial_nbytes)
             metrics.observe("kvxfer_transfer_seconds", transfer.seconds)
             metrics.observe("kvxfer_transfer_nbytes", transfer.nbytes)
             metrics.observe("kvxfer_descriptors", transfer.descriptors)

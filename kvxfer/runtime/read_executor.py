@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.actions import StartRead
     from kvxfer.protocol.lease_board import LeaseBoard
-    from kvxfer.protocol.messages import Stage
+    from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
     from kvxfer.runtime.staging import Bytes
@@ -51,7 +51,7 @@ class ReadEnds(Protocol):
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
         """A read is over, after its transfer was ended."""
 
-    def stage(self, transfer: Transfer, source: int, message: Stage) -> object:
+    def stage(self, transfer: Transfer, source: int, message: StageChunk) -> object:
         """A read needs a chunk of one of its sources."""
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
@@ -261,7 +261,7 @@ class Reads:
         """See `Carrier`."""
         self._contacts.meet(leg, then)
 
-    def stage(self, leg: Leg, message: Stage) -> None:
+    def stage(self, leg: Leg, message: StageChunk) -> None:
         """See `Carrier`."""
         if leg.reading.error is None:
             self._ends.stage(leg.reading.job.transfer, leg.source.number, message)
@@ -418,7 +418,7 @@ class Reads:
             transfer.end(
                 None,
                 nbytes=reading.nbytes,
-                early_nbytes=reading.early_nbytes,
+                partial_nbytes=reading.partial_nbytes,
                 descriptors=reading.descriptors,
                 via=reading.via,
                 route=" and ".join(sorted(reading.routes)),
@@ -475,7 +475,7 @@ class Reads:
         self._fence()
 
     def _fence(self) -> None:
-        self._metrics.count("kvxfer_fences_total")
+        self._metrics.count("kvxfer_agent_resets_total")
         flying, self._flying = self._flying, {}
         self._life.close()
         meeting = self._contacts.torn_down()

@@ -26,7 +26,7 @@ from kvxfer.memory.spans import Descriptors
 from kvxfer.planner.pipeline_depth import Ends
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_board import CELL_NBYTES
-from kvxfer.protocol.messages import Stage
+from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
 from kvxfer.runtime.verify import Check
 
@@ -89,7 +89,7 @@ class Carrier(Protocol):
     def meet(self, leg: Leg, then: Callable[[], None]) -> None:
         """Call ``then`` when the leg's source, from which nothing was read before, has answered. Raises KvxferError: it does not."""
 
-    def stage(self, leg: Leg, message: Stage) -> None:
+    def stage(self, leg: Leg, message: StageChunk) -> None:
         """Ask the leg's source to pack a chunk."""
 
     def unstage(self, leg: Leg, numbers: list[int]) -> None:
@@ -107,7 +107,7 @@ class Reading:
         error: why it failed; set once, and nothing new is started from then on.
         nbytes, descriptors: what went over the wire so far.
         routes: which it took so far.
-        early_nbytes: what was here when the last source had granted all.
+        partial_nbytes: what was here when the last source had granted all.
         differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
     """
@@ -119,7 +119,7 @@ class Reading:
         self.pending = 0
         self.error: KvxferError | None = None
         self.nbytes = 0
-        self.early_nbytes = 0
+        self.partial_nbytes = 0
         self.descriptors = 0
         self.via: str = ""
         self.routes: set[str] = set()
@@ -185,7 +185,7 @@ class Leg:
     def granted(self, carrier: Carrier, source: Source) -> None:
         """Its source has more."""
         if source.complete and not self.source.complete:
-            self.reading.early_nbytes += self._here_nbytes
+            self.reading.partial_nbytes += self._here_nbytes
         self.source = source
         self._go_on(carrier)
 
@@ -350,7 +350,7 @@ class _Packed:
                 taken, self._taken = self._taken, []
                 carrier.stage(
                     self._leg,
-                    Stage(token=token, number=number, image=image.described, tokens=chunk.tokens, taken=taken),
+                    StageChunk(token=token, number=number, image=image.described, tokens=chunk.tokens, taken=taken),
                 )
         if self._taken:
             taken, self._taken = self._taken, []

@@ -16,7 +16,7 @@ from kvxfer.errors import Difference, IncompatibleError, IntegrityError
 from kvxfer.planner.chunks import digest, image_table
 from kvxfer.planner.pipeline_depth import Ends
 from kvxfer.planner.rank_plan import Match
-from kvxfer.protocol.messages import Stage
+from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Check:
             self._asked[number] = chunk
             told, self._told = self._told, []
             token, image = self._leg.reading.job.transfer.ref.token, self._images.image(chunk)
-            stage = Stage(
+            stage = StageChunk(
                 token=token, number=number, image=image.described, tokens=chunk.tokens, taken=told, digest=True
             )
             carrier.stage(self._leg, stage)

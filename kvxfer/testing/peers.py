@@ -165,7 +165,7 @@ class ThreadPeer(Peer):
 
     def stall(self) -> None:
         """It stops polling its agent."""
-        self.call("hold")
+        self.call("acquire")
 
     def resume(self) -> None:
         """It polls again."""
@@ -303,7 +303,7 @@ class _Resident(Actor):
     def started(self) -> None:
         pass
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         self.held = True
 
     def unhold(self) -> None:

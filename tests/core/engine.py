@@ -96,7 +96,7 @@ class ShardedEngine:
         ref = LeaseRef.mint(owner=self.name, addresses=addresses, request="r", **more)
         for rank in self.ranks:
             rank.endpoint.announce(ref)
-            rank.endpoint.offer(ref, blocks)
+            rank.endpoint.publish(ref, blocks)
         return ref
 
     def close(self):

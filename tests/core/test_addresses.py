@@ -269,7 +269,7 @@ def test_a_name_harms_its_own_lease_only(engines, silent, monkeypatch, name):
     silent["no-such-host"] = []
     source, sink = engines(), engines()
     held = source.endpoint.lease([1])
-    sink.endpoint.hold(held)
+    sink.endpoint.acquire(held)
     lost = sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://{name}:5"]), [9])
     until = time.monotonic() + 3 * QUICK.lease_s
     while time.monotonic() < until:
@@ -287,7 +287,7 @@ def test_several_addresses_of_which_one_answers(engines, silent):
     port = source.endpoint.address.rpartition(":")[2]
     by_name = LeaseRef.mint(owner=source.endpoint.name, addresses=[f"tcp://prefill:{port}"])
     source.endpoint.announce(by_name)
-    source.endpoint.offer(by_name, [5])
+    source.endpoint.publish(by_name, [5])
     assert sink.endpoint.read(by_name, [5]).wait(30)
     assert sink.blocks(5) == source.blocks(5)
     name = source.endpoint.name
@@ -296,7 +296,7 @@ def test_several_addresses_of_which_one_answers(engines, silent):
     try:
         again = LeaseRef.mint(owner=name, addresses=[f"tcp://prefill:{port}"])
         moved.endpoint.announce(again)
-        moved.endpoint.offer(again, [6])
+        moved.endpoint.publish(again, [6])
         assert sink.endpoint.read(again, [6], timeout_s=30).wait(40)
         assert sink.blocks(6) == moved.blocks(6)
     finally:

@@ -64,7 +64,7 @@ def test_a_fault_in_planning(pair, monkeypatch, held):
     monkeypatch.setattr(routes, "plan", fault)
     ref = source.endpoint.lease([1])
     if held:
-        sink.endpoint.hold(ref)
+        sink.endpoint.acquire(ref)
         eventually(lambda: faults(sink, "control"))
     transfer = sink.endpoint.read(ref, [7], timeout_s=60)
     with pytest.raises(InternalError, match="PlantedError: on purpose") as told:

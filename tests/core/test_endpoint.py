@@ -36,7 +36,7 @@ from kvxfer.errors import (
 )
 from kvxfer.protocol.held_lease import HoldState
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer.testing import eventually, same_bytes
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
 from tests.core.engine import QUICK, Engine
@@ -56,7 +56,7 @@ def test_blocks_arrive(pair):
     assert transfer.wait(30) and transfer.done and transfer.error is None
     assert sink.blocks(7, 6) == source.blocks(2, 3) and sink.blocks(0, 4, 31) == before
     assert sink.endpoint.poll() == [Done(transfer)]
-    assert source.end(ref) == LeaseSettled(ref.token, "r", read=True)
+    assert source.end(ref) == LeaseReleased(ref.token, "r", read=True)
     assert sink.endpoint.metrics.value("kvxfer_bytes_total") == transfer.nbytes == 2 * 2 * 2 * 4 * 16 * 2
     assert sink.endpoint.poll() == [] and len(source.events) == 1
 
@@ -67,7 +67,7 @@ def test_announced_then_offered(pair):
     ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[source.endpoint.address]))
     transfer = sink.endpoint.read(ref, [3])
     assert not transfer.wait(0.3)
-    source.endpoint.offer(ref, [5])
+    source.endpoint.publish(ref, [5])
     assert transfer.wait(30) and sink.blocks(3) == source.blocks(5)
 
 
@@ -75,7 +75,7 @@ def test_a_hold_outlives_the_lease(pair):
     """A held lease stands for several of its lengths, and is read then."""
     source, sink = pair
     ref = source.endpoint.lease([1])
-    sink.endpoint.hold(ref)
+    sink.endpoint.acquire(ref)
     deadline = time.monotonic() + 3 * QUICK.lease_s
     eventually(lambda: time.monotonic() > deadline, timeout_s=60)
     assert source.ends(ref) == []
@@ -96,9 +96,9 @@ def test_drop_and_revoke(pair):
     """Dropped is settled unread; revoked is revoked, and a read of it fails."""
     source, sink = pair
     dropped, revoked = source.endpoint.lease([1]), source.endpoint.lease([2], request="r")
-    sink.endpoint.drop(dropped)
+    sink.endpoint.release(dropped)
     source.endpoint.revoke(revoked)
-    assert source.end(dropped) == LeaseSettled(dropped.token, "", read=False)
+    assert source.end(dropped) == LeaseReleased(dropped.token, "", read=False)
     assert source.end(revoked) == LeaseRevoked(revoked.token, "r")
     with pytest.raises(LeaseEndedError):
         sink.endpoint.read(revoked, [1]).wait(30)
@@ -120,7 +120,7 @@ def test_await(pair):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(late, 0.05)
         assert not late.done
-        sink.endpoint.drop(late.ref)
+        sink.endpoint.release(late.ref)
 
     asyncio.run(main())
 
@@ -168,7 +168,7 @@ def test_bad_blocks(pair, blocks):
     with pytest.raises(BlockError):
         source.endpoint.lease(blocks)
     with pytest.raises(BlockError):
-        source.endpoint.offer(source.endpoint.announce(), blocks)
+        source.endpoint.publish(source.endpoint.announce(), blocks)
     with pytest.raises(BlockError):
         sink.endpoint.read(source.endpoint.lease([1]), blocks)
     assert sink.endpoint.poll() == []
@@ -211,11 +211,11 @@ def test_no_reference(pair, ref):
     """What is no LeaseRef is refused by name by every call, and the control thread never sees it."""
     endpoint = pair[0].endpoint
     calls = [
-        endpoint.hold,
-        endpoint.drop,
+        endpoint.acquire,
+        endpoint.release,
         endpoint.revoke,
         lambda r: endpoint.read(r, [1]),
-        lambda r: endpoint.offer(r, [1]),
+        lambda r: endpoint.publish(r, [1]),
     ]
     for call in calls if ref is None else [*calls, endpoint.announce]:
         with pytest.raises(LeaseRefError):
@@ -227,15 +227,15 @@ def test_blocks_arrive_while_prefill_runs(pair):
     source, sink = pair
     ref = source.endpoint.announce()
     transfer = sink.endpoint.read(ref, [5, 6, 7])
-    source.endpoint.seal(ref, [1, 2])
+    source.endpoint.publish(ref, [1, 2], complete=False)
     eventually(lambda: sink.blocks(5, 6) == source.blocks(1, 2))
     assert not transfer.done
-    source.endpoint.offer(ref, [1, 2, 3])
+    source.endpoint.publish(ref, [1, 2, 3])
     assert transfer.wait(30)
     same_bytes(b"".join(sink.blocks(5, 6, 7)), b"".join(source.blocks(1, 2, 3)))
     early = len(b"".join(source.blocks(1, 2)))
-    assert (transfer.early_nbytes, transfer.nbytes) == (early, early // 2 * 3)
-    assert sink.endpoint.metrics.value("kvxfer_early_bytes_total") == early
+    assert (transfer.partial_nbytes, transfer.nbytes) == (early, early // 2 * 3)
+    assert sink.endpoint.metrics.value("kvxfer_partial_bytes_total") == early
 
 
 class Writing(threading.Thread):
@@ -272,8 +272,8 @@ def test_blocks_arrive_as_a_device_has_written_them(pair):
         for layer in source.layers.values():
             layer[block] = value
 
-    source.endpoint.seal(ref, [1], after=[Writing(lambda: write(1, 11))])
-    source.endpoint.offer(ref, [1, 2], after=Writing(lambda: write(2, 22)))
+    source.endpoint.publish(ref, [1], after=[Writing(lambda: write(1, 11))], complete=False)
+    source.endpoint.publish(ref, [1, 2], after=Writing(lambda: write(2, 22)))
     assert not transfer.wait(0.3)
     hold.set()
     assert transfer.wait(30)
@@ -282,10 +282,10 @@ def test_blocks_arrive_as_a_device_has_written_them(pair):
 
 @pytest.mark.parametrize("after", [[None], "now", 3, [object()]])
 def test_what_blocks_are_complete_after_is_checked(pair, after):
-    """Something that cannot say when it has ended is the caller's mistake, and neither sealed, offered nor read behind."""
+    """Something that cannot say when it has ended is the caller's mistake, and neither published nor read behind."""
     source, sink = pair
     ref = source.endpoint.announce()
-    for call in (source.endpoint.seal, source.endpoint.offer, sink.endpoint.read):
+    for call in (source.endpoint.publish, sink.endpoint.read):
         with pytest.raises(ConfigError, match="able to say done and wait"):
             call(ref, [1], after=after)
 
@@ -296,7 +296,7 @@ def test_blocks_that_a_device_still_uses_are_not_written(pair, granted):
     source, sink = pair
     ref = source.endpoint.lease([1, 2])
     if granted:
-        sink.endpoint.hold(ref)
+        sink.endpoint.acquire(ref)
         assert eventually(lambda: sink.endpoint.granted(ref))
     hold, seen = threading.Event(), []
     before = {name: layer[[7, 8]].copy() for name, layer in sink.layers.items()}
@@ -346,17 +346,17 @@ def test_a_device_that_fails_before_a_read(pair):
     with pytest.raises(TransferFailedError, match="illegal memory access"):
         transfer.wait(30)
     (event,) = source.endpoint.poll(5)
-    assert isinstance(event, LeaseSettled) and not event.read
+    assert isinstance(event, LeaseReleased) and not event.read
 
 
 def test_a_request_that_both_were_told_of(pair):
     """The consumer reads by a reference of its own making, before the producer has made the same one."""
     source, sink = pair
-    ref = LeaseRef.shared("id", owner=source.endpoint.name, addresses=[source.endpoint.address])
+    ref = LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=[source.endpoint.address])
     transfer = sink.endpoint.read(ref, [5])
     eventually(lambda: len(source.endpoint._producer._table))
-    source.endpoint.announce(LeaseRef.shared("id", owner=source.endpoint.name, addresses=["tcp://elsewhere:1"]))
-    source.endpoint.offer(ref, [1])
+    source.endpoint.announce(LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=["tcp://elsewhere:1"]))
+    source.endpoint.publish(ref, [1])
     assert transfer.wait(30) and sink.blocks(5) == source.blocks(1)
 
 
@@ -372,9 +372,9 @@ def test_bad_blocks_are_not_sealed(pair, blocks):
     """What is offered and what is sealed is checked alike."""
     ref = pair[0].endpoint.announce()
     with pytest.raises(BlockError):
-        pair[0].endpoint.seal(ref, blocks)
+        pair[0].endpoint.publish(ref, blocks, complete=False)
     with pytest.raises(LeaseRefError):
-        pair[0].endpoint.seal("ref", [1])
+        pair[0].endpoint.publish("ref", [1], complete=False)
 
 
 def test_one_rank_of_several_mints_no_lease(engines):
@@ -525,7 +525,7 @@ def test_a_blocked_copy_blocks_nothing_else(engines):
     slowest = 0.0
     for i in range(200):
         begin = time.perf_counter()
-        sink.endpoint.hold(held)
+        sink.endpoint.acquire(held)
         sink.endpoint.poll()
         mine = sink.endpoint.lease([i % 32])
         sink.endpoint.revoke(mine)
@@ -539,7 +539,7 @@ def test_a_blocked_copy_blocks_nothing_else(engines):
     gate.open.set()
     assert transfer.wait(30) and sink.blocks(1) == source.blocks(1)
     assert sink.endpoint.read(held, [2]).wait(30)
-    sink.endpoint.drop(queued.ref)
+    sink.endpoint.release(queued.ref)
 
 
 def test_a_read_overtaken_by_expiry_is_not_done(engines):
@@ -582,8 +582,8 @@ def test_closed_is_closed(pair):
     sink.endpoint.close()
     with pytest.raises(ClosedError):
         sink.endpoint.read(ref, [1]).wait(1)
-    sink.endpoint.hold(ref)
-    sink.endpoint.drop(ref)
+    sink.endpoint.acquire(ref)
+    sink.endpoint.release(ref)
     mine = sink.endpoint.lease([1], request="late")
     assert sink.ends(mine) == [LeaseRevoked(mine.token, "late")]
 
@@ -592,10 +592,10 @@ def test_close_gives_producers_their_blocks_back(engines):
     """What a consumer still held is settled when it closes, and not only when the lease expires."""
     source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
     ref = source.endpoint.lease([1])
-    sink.endpoint.hold(ref)
+    sink.endpoint.acquire(ref)
     eventually(lambda: (hold := sink.endpoint._consumer._holds.by_token.get(ref.token)) and hold.granted)
     sink.endpoint.close()
-    assert isinstance(source.end(ref), LeaseSettled)
+    assert isinstance(source.end(ref), LeaseReleased)
 
 
 def test_reads_racing_with_close_all_end(engines):
@@ -634,7 +634,7 @@ def test_many_read_one_lease_at_once(engines):
     """Of threads that read one granted lease in the same moment at least one gets it; each read ends, once."""
     source, sink = engines(), engines()
     for _ in range(30):
-        sink.endpoint.hold(ref := source.endpoint.lease([1]))
+        sink.endpoint.acquire(ref := source.endpoint.lease([1]))
         eventually(lambda ref=ref: ref.token in sink.endpoint._consumer._holds.granted)
         start, transfers = threading.Barrier(4), []
 
@@ -650,7 +650,7 @@ def test_many_read_one_lease_at_once(engines):
         eventually(lambda transfers=transfers: all(t.done for t in transfers))
         assert any(t.error is None for t in transfers)
         assert all(t.error is None or isinstance(t.error, LeaseError) for t in transfers)
-        assert isinstance(source.end(ref), LeaseSettled)
+        assert isinstance(source.end(ref), LeaseReleased)
     assert len([e for e in sink.poll() if isinstance(e, (Done, Failed))]) == 120
 
 
@@ -667,12 +667,12 @@ def test_threads_hammering(engines):
                 into = [2 * (60 * seed + i), 2 * (60 * seed + i) + 1]
                 sink = rng.choice(sinks)
                 order = [
-                    lambda ref=ref: source.endpoint.offer(ref, rng.sample(range(32), 2)),
-                    lambda ref=ref, sink=sink: sink.endpoint.hold(ref),
+                    lambda ref=ref: source.endpoint.publish(ref, rng.sample(range(32), 2)),
+                    lambda ref=ref, sink=sink: sink.endpoint.acquire(ref),
                     lambda ref=ref, sink=sink, into=into: transfers.append(sink.endpoint.read(ref, into)),
                 ]
                 if rng.random() < 0.3:
-                    order.append(lambda ref=ref, sink=sink: sink.endpoint.drop(ref))
+                    order.append(lambda ref=ref, sink=sink: sink.endpoint.release(ref))
                 if rng.random() < 0.3:
                     order.append(lambda ref=ref: source.endpoint.revoke(ref))
                 rng.shuffle(order)
@@ -725,12 +725,12 @@ def test_a_second_offer_before_the_first_has_ended(engines):
     source = engines().endpoint
     ref = source.lease([1, 2])
     with pytest.raises(LeaseError, match="offered before: wait for its end event"):
-        source.offer(ref, [3])
+        source.publish(ref, [3])
     for _ in range(2):
         source.revoke(ref)
         (event,) = source.poll(20.0)
         assert event == LeaseRevoked(ref.token, "")
-        source.offer(ref, [3])
+        source.publish(ref, [3])
     source.close()
     assert len(source.poll()) == 1
 

@@ -71,7 +71,7 @@ def test_threads_lose_no_count():
 
     def count():
         for _ in range(2000):
-            metrics.count("kvxfer_fences_total")
+            metrics.count("kvxfer_agent_resets_total")
             metrics.observe("kvxfer_descriptors", 3)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
@@ -79,5 +79,5 @@ def test_threads_lose_no_count():
         thread.start()
     for thread in threads:
         thread.join()
-    assert metrics.value("kvxfer_fences_total") == 8000
+    assert metrics.value("kvxfer_agent_resets_total") == 8000
     assert "kvxfer_descriptors_count 8000" in metrics.prometheus_text()

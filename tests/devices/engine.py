@@ -82,11 +82,11 @@ class DeviceEngine(Engine):
     def announce(self, ref: str) -> None:
         self.endpoint.announce(LeaseRef.from_json(ref))
 
-    def seal(self, ref: str, blocks: list[int]) -> None:
-        self.endpoint.seal(LeaseRef.from_json(ref), blocks)
+    def publish_part(self, ref: str, blocks: list[int]) -> None:
+        self.endpoint.publish(LeaseRef.from_json(ref), blocks, complete=False)
 
-    def offer(self, ref: str, blocks: list[int]) -> None:
-        self.endpoint.offer(LeaseRef.from_json(ref), blocks)
+    def publish(self, ref: str, blocks: list[int]) -> None:
+        self.endpoint.publish(LeaseRef.from_json(ref), blocks)
 
     def read_request(self, ref: str, into: list[int], timeout_s: float) -> int:
         self.reads.append(self.endpoint.read(LeaseRef.from_json(ref), into, tokens=(0, TOKENS), timeout_s=timeout_s))

@@ -49,12 +49,12 @@ def test_pair(sides, layouts, source, target, way):
     ref = producer.ref()
     producer.each("announce", ref)
     if way == "pull":
-        producer.each("offer", ref, blocks)
+        producer.each("publish", ref, blocks)
     numbers = consumer.each("read_request", ref, into, TIMEOUT_S)
     if way == "push":
         for complete in (1, TOKENS // producer.shapes[0].block_tokens):
-            producer.each("seal", ref, blocks[:complete])
-        producer.each("offer", ref, blocks)
+            producer.each("publish_part", ref, blocks[:complete])
+        producer.each("publish", ref, blocks)
     outcomes = [rank.outcome(number, TIMEOUT_S) for rank, number in zip(consumer.ranks, numbers, strict=True)]
     assert outcomes == ["done"] * len(outcomes)
     for found, wanted in zip(consumer.each("content"), expected, strict=True):

@@ -50,7 +50,7 @@ def test_the_layers_of_an_engine(target):
     with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
         ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
         producer.announce(ref)
-        producer.offer(ref, blocks)
+        producer.publish(ref, blocks)
         transfer = consumer.read(ref, into)
         assert transfer.wait(30) and transfer.error is None
     torch.cuda.synchronize()
@@ -76,8 +76,8 @@ def test_blocks_are_read_when_the_gpu_has_written_them():
                 events[-1].record(stream)
         assert not events[-1].query()
         for known in (1, 2, 3):
-            producer.seal(ref, [5, 6, 7, 8][:known], after=[EventCompletion(events[known - 1])])
-        producer.offer(ref, [5, 6, 7, 8], after=[EventCompletion(events[-1])])
+            producer.publish(ref, [5, 6, 7, 8][:known], complete=False, after=[EventCompletion(events[known - 1])])
+        producer.publish(ref, [5, 6, 7, 8], after=[EventCompletion(events[-1])])
         assert transfer.wait(30) and transfer.error is None
     for name, tensor in mine.items():
         for block, value in itertools.zip_longest([0, 1, 2, 3], range(10, 14)):

@@ -10,7 +10,7 @@ MAX_TOKENS = 12
 
 def moved_bytes(lab, ask) -> tuple[float, float]:
     """Bytes of what ``ask`` asks that were across before their prefill had ended, and all."""
-    names = ("vllm:kvxfer_early_bytes_total", "vllm:kvxfer_transfer_bytes_sum")
+    names = ("vllm:kvxfer_partial_bytes_total", "vllm:kvxfer_transfer_bytes_sum")
     before = [lab.decode.metric(name) for name in names]
     ask()
     lab.settle_metrics(lab.decode)

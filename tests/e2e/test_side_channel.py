@@ -46,7 +46,7 @@ RAW = {
 _HELLO = messages.encode(
     messages.Hello(protocol=messages.PROTOCOL, name="somebody", epoch="e" * 16, rank=0, agent="nixl")
 )
-_OPEN = messages.encode(messages.Open(to="e" * 16, token="0" * 32))
+_OPEN = messages.encode(messages.Acquire(to="e" * 16, token="0" * 32))
 
 # Frames of a well-formed ZeroMQ message.
 MESSAGES = {
@@ -71,7 +71,7 @@ MESSAGES = {
         messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="a", epoch="e", rank=0, agent="telepathy"))
     ],
     "not introduced": [_OPEN],
-    "an answer nobody asked for": [messages.encode(messages.Settled(token="0" * 32, stood=True))],
+    "an answer nobody asked for": [messages.encode(messages.Released(token="0" * 32, stood=True))],
 }
 
 
@@ -239,7 +239,7 @@ def test_insiders_cannot_end_a_lease(lab, way):
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.send(_HELLO)
         epoch = messages.decode(dealer.recv()).epoch
-        dealer.send(messages.encode(messages.Settle(to=epoch, token="0" * 32, read=True)))
+        dealer.send(messages.encode(messages.Release(to=epoch, token="0" * 32, read=True)))
         dealer.recv()
     answer = lab.decode.ask(prompt, max_tokens=8, kv_transfer_params=params)
     assert answer.tokens == lab.expect(prompt, 8)
@@ -252,7 +252,7 @@ def test_an_insider_that_waits_for_leases(lab):
         dealer.send(_HELLO)
         epoch = messages.decode(dealer.recv()).epoch
         for _ in range(20_000):
-            dealer.send(messages.encode(messages.Open(to=epoch, token=uuid.uuid4().hex, early=True)))
+            dealer.send(messages.encode(messages.Acquire(to=epoch, token=uuid.uuid4().hex, rendezvous=True)))
         assert isinstance(messages.decode(dealer.recv()), messages.Pending)
         lab.assert_works()
 

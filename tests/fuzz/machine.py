@@ -49,7 +49,7 @@ SPEC = cache().spec
 def reference(number: int) -> LeaseRef:
     """One of the leases that an input may speak of."""
     made = LeaseRef.mint(owner="peer", addresses=[PEER], num_tokens=40)
-    return msgspec.structs.replace(made, token=f"{number % LEASES:032x}", early=number % LEASES == 7)
+    return msgspec.structs.replace(made, token=f"{number % LEASES:032x}", rendezvous=number % LEASES == 7)
 
 
 class Machine:
@@ -93,12 +93,12 @@ class Machine:
             self.producer.announce(ref.token, "r", self.now)
         elif what == "offer":
             self.offered.append(ref.token)
-            self.producer.offer(ref.token, blocks, self.now)
+            self.producer.publish(ref.token, blocks, self.now)
         elif what == "seal":
-            self.producer.seal(ref.token, blocks, self.now)
+            self.producer.publish_part(ref.token, blocks, self.now)
         elif what == "other":
             other = [np.array([9, 8], dtype="<u4").tobytes()]  # which is no continuation of what is sealed
-            self.producer.seal(ref.token, other, self.now)
+            self.producer.publish_part(ref.token, other, self.now)
         elif what == "short":
             self.producer.short_of_slots(number % 3, self.now)
         elif what == "gone":
@@ -111,9 +111,9 @@ class Machine:
         elif what == "revoke":
             self.producer.revoke(ref.token, "because")
         elif what == "hold":
-            self.consumer.hold(ref, self.now)
+            self.consumer.acquire(ref, self.now)
         elif what == "drop":
-            self.consumer.drop(ref, self.now)
+            self.consumer.release(ref, self.now)
         elif what in ("read", "take"):
             into = tables(SPEC, [4, 5, 6], "target", distinct=True)
             transfer = Transfer(ref, into, None, self.now + 30.0, self.ended.append, lambda: self.now)
@@ -127,7 +127,7 @@ class Machine:
         elif self.reading:
             transfer = self.reading[0].transfer
             if what == "stage":
-                stage = messages.Stage(
+                stage = messages.StageChunk(
                     token=transfer.ref.token, number=number % 99, image=messages.described(SPEC), tokens=(0, 4)
                 )
                 self.consumer.stage(transfer, 0, stage, self.now)
@@ -224,7 +224,7 @@ def seeds() -> list[Any]:
         return {**msgspec.msgpack.decode(messages.encode(message)), **more}
 
     hello = said(messages.Hello(protocol=messages.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = messages.Stage(token="0" * 32, number=0, image=messages.described(SPEC), tokens=(0, 8), taken=[])
+    stage = messages.StageChunk(token="0" * 32, number=0, image=messages.described(SPEC), tokens=(0, 8), taken=[])
     welcome = said(
         messages.Welcome(
             protocol=messages.PROTOCOL,
@@ -246,28 +246,28 @@ def seeds() -> list[Any]:
         "ttl_s": 30.0,
     }
     producing = [
-        ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
+        ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
         ["say", "a", {"type": "Renew", "to": "$epoch", "tokens": ["$1", "$2"]}],
         ["say", "a", {**said(stage), "to": "$epoch", "token": "$1"}],
-        ["say", "a", {"type": "Unstage", "to": "$epoch", "token": "$1", "numbers": [0]}], ["wait", 10.0],
-        ["say", "a", {"type": "Settle", "to": "$epoch", "token": "$1", "read": True}],
+        ["say", "a", {"type": "ReleaseChunks", "to": "$epoch", "token": "$1", "numbers": [0]}], ["wait", 10.0],
+        ["say", "a", {"type": "Release", "to": "$epoch", "token": "$1", "read": True}],
     ]  # fmt: skip
     consuming = [
         ["hold", 2], ["say", "peer", welcome], ["say", "peer", {"type": "Pending", "token": "$2"}], ["say", "peer", grant], ["read", 2],
-        ["say", "peer", {"type": "Staged", "token": "$2", "number": 0, "address": 4096}],
+        ["say", "peer", {"type": "ChunkReady", "token": "$2", "number": 0, "address": 4096}],
         ["say", "peer", {"type": "Renewed", "ended": ["$3"]}], ["wait", 40.0],
-        ["say", "peer", {"type": "Settled", "token": "$2", "stood": True}],
+        ["say", "peer", {"type": "Released", "token": "$2", "stood": True}],
     ]  # fmt: skip
     pressed = [
-        ["announce", 6], ["say", "a", hello], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$6"}], ["offer", 6],
+        ["announce", 6], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$6"}], ["offer", 6],
         ["say", "a", {**said(stage), "to": "$epoch", "token": "$6"}],
         ["say", "a", {**said(stage), "to": "$epoch", "token": "$6", "number": 3}],
         ["short", 1], ["still", 7], ["gone", 1], ["wait", 8.0], ["short", 0], ["announce", 8], ["seal", 8], ["other", 8], ["offer", 8],
         ["hold", 9], ["unreachable", 9], ["read", 9], ["still", 50], ["read", 3], ["unreachable", 3], ["wait", 20.0],
     ]  # fmt: skip
     troubled = [
-        ["say", "a", {**hello, "readers": 2, "reader": 1}], ["say", "a", {"type": "Open", "to": "$epoch", "token": "$7", "early": True}],
-        ["say", "b", hello], ["say", "b", {"type": "Open", "to": "$epoch", "token": "$7"}], ["announce", 7], ["offer", 7], ["offer", 7],
+        ["say", "a", {**hello, "readers": 2, "reader": 1}], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$7", "early": True}],
+        ["say", "b", hello], ["say", "b", {"type": "Acquire", "to": "$epoch", "token": "$7"}], ["announce", 7], ["offer", 7], ["offer", 7],
         ["revoke", 7], ["read", 4], ["say", "peer", {"type": "Revoked", "token": "$4", "reason": "gone"}], ["drop", 4],
         ["say", "peer", {**welcome, "epoch": "q" * 16, "agent_info": agent_info("peer", 0, "q" * 16)}], ["read", 5],
         ["say", "peer", {"type": "Refused", "code": "stale_epoch", "reason": "r", "epoch": "z"}],
@@ -282,11 +282,11 @@ def seeds() -> list[Any]:
     restarted = [
         ["hold", 1], ["read", 2], ["hold", 3], ["hold", 4], ["say", "peer", welcome], ["say", "peer", grant], ["say", "peer", {**grant, "token": "$3"}],
         ["drop", 4], ["say", "peer", other], ["wait", 0.6], ["say", "peer", {**grant, "token": "$1"}], ["take", 1], ["done", 1],
-        ["read", 3], ["say", "peer", welcome], ["wait", 1.0], ["say", "peer", {"type": "Settled", "token": "$1", "stood": True}],
+        ["read", 3], ["say", "peer", welcome], ["wait", 1.0], ["say", "peer", {"type": "Released", "token": "$1", "stood": True}],
     ]  # fmt: skip
     staging = [
         ["read", 7], ["say", "peer", welcome], ["say", "peer", {**grant, "token": "$7", "complete": False, "blocks": [b"\1\0\0\0"]}],
-        ["stage", 0], ["wait", 0.6], ["say", "peer", {"type": "Staged", "token": "$7", "number": 0, "address": 4096}], ["unstage", 0],
+        ["stage", 0], ["wait", 0.6], ["say", "peer", {"type": "ChunkReady", "token": "$7", "number": 0, "address": 4096}], ["unstage", 0],
         ["stage", 1], ["say", "peer", {**grant, "token": "$7"}], ["unstage", 1], ["done", 1], ["stage", 2],
     ]  # fmt: skip
     refusals = [
@@ -294,13 +294,13 @@ def seeds() -> list[Any]:
         for code in ("rank", "agent", "protocol", "not_introduced", "unknown_lease", "taken_lease", "of the future")
         for step in (
             ["read", 2], ["say", "peer", {"type": "Refused", "code": code, "reason": "r", "epoch": "z", "token": "$2", "rank": 0}],
-            ["say", "peer", welcome], ["wait", 0.6], ["drop", 2], ["say", "peer", {"type": "Settled", "token": "$2", "stood": True}],
+            ["say", "peer", welcome], ["wait", 0.6], ["drop", 2], ["say", "peer", {"type": "Released", "token": "$2", "stood": True}],
         )
     ]  # fmt: skip
     strangers = [
         ["read", 1], ["say", "peer", {**welcome, "name": "another"}], ["wait", 1.0], ["read", 2], ["say", "peer", {**welcome, "protocol": 2}],
         ["read", 3], ["say", "peer", {**welcome, "agent": "nixl"}], ["wait", 1.0], ["say", "peer", {**welcome, "rank": 1}], ["read", 4],
-        ["say", "a", {"type": "Open", "to": "x", "token": "$1"}], ["say", "a", {"type": "Settled", "token": "$1", "stood": True}],
+        ["say", "a", {"type": "Acquire", "to": "x", "token": "$1"}], ["say", "a", {"type": "Released", "token": "$1", "stood": True}],
         ["say", "a", {**hello, "protocol": 3}], ["say", "a", {**hello, "rank": 4}], ["say", "a", {**hello, "agent": "x"}],
         ["say", "a", {**hello, "reader": 3}], ["say", "peer", hello], ["wait", 20.0], ["say", "peer", {**welcome, "spec": None}],
     ]  # fmt: skip

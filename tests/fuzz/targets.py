@@ -126,15 +126,15 @@ def seeds_wire() -> list[bytes]:
                 protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
                 slot_nbytes=9, casts=["float16"], addresses=["tcp://h:1"],
             ),
-            messages.Open(to="e", token=TOKEN, early=True),
+            messages.Acquire(to="e", token=TOKEN, rendezvous=True),
             messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             messages.Renew(to="e", tokens=[TOKEN] * 3),
             messages.Renewed(ended=[TOKEN]),
-            messages.Stage(to="e", token=TOKEN, number=5, image=messages.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
-            messages.Staged(token=TOKEN, number=0, address=4096),
-            messages.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
-            messages.Settle(to="e", token=TOKEN, read=True),
-            messages.Settled(token=TOKEN, stood=False),
+            messages.StageChunk(to="e", token=TOKEN, number=5, image=messages.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
+            messages.ChunkReady(token=TOKEN, number=0, address=4096),
+            messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
+            messages.Release(to="e", token=TOKEN, read=True),
+            messages.Released(token=TOKEN, stood=False),
             messages.Revoked(token=TOKEN, reason="because"),
             messages.Refused(code="rank", reason="because", epoch="e", token=TOKEN, rank=2),
         )
@@ -178,7 +178,7 @@ def run_lease(data: bytes) -> bool:
 def seeds_lease() -> list[bytes]:
     return [
         _lease().to_json().encode(),
-        _lease(early=True, digest="d", addresses=["tcp://h:1", "tcp://[::1]:2"]).to_json().encode(),
+        _lease(rendezvous=True, digest="d", addresses=["tcp://h:1", "tcp://[::1]:2"]).to_json().encode(),
     ]
 
 
@@ -198,7 +198,7 @@ def run_params(data: bytes) -> bool:
             ref = asked.lease
             answer = vllm_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
             again = vllm_params.parse(json.loads(json.dumps(answer)), role)
-            assert again == vllm_params.Fetch(msgspec.structs.replace(ref, early=False)) or not ref.num_tokens
+            assert again == vllm_params.Fetch(msgspec.structs.replace(ref, rendezvous=False)) or not ref.num_tokens
         assert asked is None or isinstance(
             asked, (vllm_params.Serve, vllm_params.Fetch, vllm_params.Meet, vllm_params.Refused)
         )
@@ -322,7 +322,7 @@ def run_image(data: bytes) -> bool:
         message = messages.decode(data)
     except WireError:
         return False
-    if not isinstance(message, messages.Stage):
+    if not isinstance(message, messages.StageChunk):
         return False
     try:
         image = messages.image_of(message)
@@ -353,7 +353,7 @@ def seeds_image() -> list[bytes]:
         part = plan([machine.SPEC], machine.SPEC).parts[0]
         images = Images(part, like, 1 << 12)
         for chunk in list(images.chunks([tokens]))[:2]:
-            stage = messages.Stage(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
+            stage = messages.StageChunk(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
             found.append(messages.encode(stage))
     return found
 

@@ -100,7 +100,7 @@ class HostileConsumer:
         """Take a lease."""
 
         def granted() -> messages.Message | None:
-            self.say(messages.Open(token=ref.token))
+            self.say(messages.Acquire(token=ref.token))
             return self.hear(0.5, messages.Grant)
 
         answer = eventually(granted, timeout_s=30, what="the lease is granted")
@@ -113,7 +113,7 @@ class HostileProducer:
 
     Args:
         welcome: how it introduces itself; asked for each Hello.
-        grant: what it grants; asked for each Open. None: it says nothing.
+        grant: what it grants; asked for each Acquire. None: it says nothing.
         name: of the owner of its leases.
 
     Attributes:
@@ -124,7 +124,7 @@ class HostileProducer:
     def __init__(
         self,
         welcome: Callable[[], messages.Message | bytes],
-        grant: Callable[[messages.Open], messages.Message | None],
+        grant: Callable[[messages.Acquire], messages.Message | None],
         *,
         name: str = "hostile",
     ) -> None:
@@ -176,11 +176,11 @@ class HostileProducer:
             answer: messages.Message | bytes | None = None
             if isinstance(message, messages.Hello):
                 answer = self._welcome()
-            elif isinstance(message, messages.Open):
+            elif isinstance(message, messages.Acquire):
                 answer = self._grant(message)
             elif isinstance(message, messages.Renew):
                 answer = messages.Renewed(ended=[])
-            elif isinstance(message, messages.Settle):
-                answer = messages.Settled(token=message.token, stood=True)
+            elif isinstance(message, messages.Release):
+                answer = messages.Released(token=message.token, stood=True)
             if answer is not None:
                 self._socket.send_multipart([connection, _as_bytes(answer)])

@@ -90,7 +90,7 @@ def tables(scene: Scene) -> Iterator[None]:
     while True:
         for _ in range(8):
             me.say(
-                messages.Stage(
+                messages.StageChunk(
                     token=ref.token,
                     number=number,
                     image=messages.described(spec),
@@ -116,7 +116,7 @@ def turn(scene: Scene) -> Iterator[None]:
             for at in range(number, number + 60):
                 taken = list(range(max(0, at - 200), at - 100))
                 me.say(
-                    messages.Stage(
+                    messages.StageChunk(
                         token=ref.token,
                         number=at,
                         image=messages.described(image),
@@ -139,7 +139,7 @@ def slots(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(7):
-        me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
+        me.say(messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
     while True:
         me.say(messages.Renew(tokens=[ref.token]))
         yield
@@ -153,12 +153,14 @@ def queue(scene: Scene) -> Iterator[None]:
     me.open(ref)
     image = image_of(me.welcome.spec, 512)
     for number in range(8):
-        me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
+        me.say(messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
     number = 8
     while True:
         for _ in range(100):
-            me.say(messages.Stage(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
-            me.say(messages.Unstage(token=ref.token, numbers=[number]))
+            me.say(
+                messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512))
+            )
+            me.say(messages.ReleaseChunks(token=ref.token, numbers=[number]))
             number += 1
         me.say(messages.Renew(tokens=[ref.token]))
         while me.hear(0):
@@ -176,7 +178,7 @@ def replies(scene: Scene) -> Iterator[None]:
     while True:
         for me, ref in zip(readers, refs, strict=True):
             for _ in range(100):
-                me.say(messages.Open(token=ref.token))
+                me.say(messages.Acquire(token=ref.token))
             for _ in range(100):
                 me.say_raw(
                     messages.encode(
@@ -192,7 +194,7 @@ def early(scene: Scene) -> Iterator[None]:
     me = scene.consumer()
     while True:
         for _ in range(400):
-            me.say(messages.Open(token=secrets.token_hex(16), early=True))
+            me.say(messages.Acquire(token=secrets.token_hex(16), rendezvous=True))
         while me.hear(0):
             pass
         yield
@@ -204,7 +206,7 @@ def flush(scene: Scene) -> Iterator[None]:
     me = scene.consumer()
     while True:
         for _ in range(400):
-            me.say(messages.Settle(token=secrets.token_hex(16), read=True))
+            me.say(messages.Release(token=secrets.token_hex(16), read=True))
         while me.hear(0):
             pass
         yield
@@ -224,7 +226,7 @@ def _with_many_layers(message: messages.Message, field: str, layers: int) -> byt
 def cpu(scene: Scene) -> Iterator[None]:
     """Messages of 800 KB that take long to read: descriptions of 200,000 layers, from one who holds no lease."""
     me = scene.consumer()
-    asked = messages.Stage(
+    asked = messages.StageChunk(
         to=me.welcome.epoch,
         token=secrets.token_hex(16),
         number=0,
@@ -391,7 +393,7 @@ def names(scene: Scene) -> Iterator[None]:
     def welcome() -> messages.Message:
         return msgspec.structs.replace(honest, name="hostile", epoch=epoch, agent_info=info)
 
-    def grant(message: messages.Open) -> messages.Message:
+    def grant(message: messages.Acquire) -> messages.Message:
         return messages.Grant(
             token=message.token,
             blocks=[ids_to_wire(np.arange(4, dtype=np.uint32))],
@@ -462,7 +464,7 @@ def silent_fabric(scene: Scene) -> Iterator[None]:
         given = asking.open(LeaseRef.from_json(stopped.lease([1, 2, 3, 4])))
     stopped.signal(signal.SIGSTOP)
 
-    def grant(message: messages.Open) -> messages.Message:
+    def grant(message: messages.Acquire) -> messages.Message:
         return msgspec.structs.replace(given, to="", token=message.token)
 
     mean = scene.producer(lambda: met, grant, name=met.name)
@@ -476,7 +478,7 @@ def words(scene: Scene) -> Iterator[None]:
     """It refuses everything, each time with another code and with control characters in its reason."""
     honest = _honest_welcome(scene)
 
-    def grant(message: messages.Open) -> messages.Message:
+    def grant(message: messages.Acquire) -> messages.Message:
         code = secrets.token_hex(8) + "\x1b[31m\n"
         return messages.Refused(code=code, reason="\x1b]0;owned\x07\r\nno", epoch="e" * 16, token=message.token)
 

@@ -78,11 +78,11 @@ class Engine:
     def announce(self) -> str:
         return self.endpoint.announce().to_json()
 
-    def offer(self, ref: str, blocks: list[int]) -> None:
-        self.endpoint.offer(LeaseRef.from_json(ref), blocks)
+    def publish(self, ref: str, blocks: list[int]) -> None:
+        self.endpoint.publish(LeaseRef.from_json(ref), blocks)
 
-    def hold(self, ref: str) -> None:
-        self.endpoint.hold(LeaseRef.from_json(ref))
+    def acquire(self, ref: str) -> None:
+        self.endpoint.acquire(LeaseRef.from_json(ref))
 
     def read(self, ref: str, into: list[int], timeout_s: float) -> int:
         self.reads.append(self.endpoint.read(LeaseRef.from_json(ref), into, timeout_s=timeout_s))

@@ -108,7 +108,7 @@ def signalled_in_calls() -> None:
         transfers = []
         while time.monotonic() < until:
             ref = source.lease([1, 2])
-            sink.hold(ref)
+            sink.acquire(ref)
             into = [2 * (len(transfers) % 16), 2 * (len(transfers) % 16) + 1]
             if len(transfers) >= 16:
                 with contextlib.suppress(KvxferError):  # its blocks are its own until then

@@ -60,14 +60,14 @@ class Member:
     def stage(self, token: str, number: int, image: CacheSpec, tokens: tuple[int, int], **more: Any) -> None:
         """Ask for a chunk."""
         fields = {"to": self.welcome.epoch, "token": token, "number": number, "tokens": tokens}
-        self.say(messages.Stage(**fields, image=messages.described(image), **more))
+        self.say(messages.StageChunk(**fields, image=messages.described(image), **more))
 
 
 def main(ref: str, spec: str, chunks: str, *options: str) -> None:
     lease = LeaseRef.from_json(ref)
     mine = msgspec.json.decode(Path(spec).read_bytes(), type=CacheSpec)
     member = Member(lease.addresses[0], name=f"reader-{lease.token[:4]}")
-    member.say(messages.Open(to=member.welcome.epoch, token=lease.token))
+    member.say(messages.Acquire(to=member.welcome.epoch, token=lease.token))
     member.hear(messages.Grant)
     part = plan([member.welcome.spec], mine).parts[0]
     images = Images(part, "target", member.welcome.slot_nbytes)
@@ -77,7 +77,7 @@ def main(ref: str, spec: str, chunks: str, *options: str) -> None:
         chunk = next(iter(images.chunks([tokens] * len(mine.groups))))
         member.stage(lease.token, number, images.image(chunk).source, chunk.tokens)
     packed = 0
-    while member.hear(messages.Staged, QUIET_S) is not None:
+    while member.hear(messages.ChunkReady, QUIET_S) is not None:
         packed += 1
     print(packed, flush=True)  # noqa: T201
     while True:

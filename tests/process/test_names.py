@@ -47,7 +47,7 @@ def named(engine, host, block):
     port = addresses.parse(engine.endpoint.address)[1]
     ref = LeaseRef.mint(owner=engine.endpoint.name, addresses=[addresses.join(host, port)])
     engine.endpoint.announce(ref)
-    engine.endpoint.offer(ref, [block])
+    engine.endpoint.publish(ref, [block])
     return ref
 
 
@@ -119,7 +119,7 @@ def _up_later():
     assert not transfer.wait(1.0)
     source = Engine(1, name="late", bind=f"tcp://[::1]:{port}")
     source.endpoint.announce(ref)
-    source.endpoint.offer(ref, [5])
+    source.endpoint.publish(ref, [5])
     assert transfer.wait(30)
     source.endpoint.close()
     sink.endpoint.close()
@@ -134,7 +134,7 @@ def _silent_name_server():
     assert _hangs(), "this resolver does not ask the name server"
     source, sink = Engine(1, settings=Settings(lease_s=3.0)), Engine(2, settings=Settings(retry_s=0.1), blocks=64)
     held = source.endpoint.lease([1])
-    sink.endpoint.hold(held)
+    sink.endpoint.acquire(held)
     assert sink.endpoint.read(source.endpoint.lease([2]), [2]).wait(30)
     lost = [
         sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://a{number}.slow.example:9999"]), [9 + number])

@@ -70,7 +70,7 @@ def test_two_consumers_one_producer(child):
             assert [c.answer()[0] for c in consumers] == ["done", "done"]
     for consumer in consumers:
         assert all(consumer.holds_blocks_of(1, BLOCKS, [b + 8 * i for b in BLOCKS]) for i in range(3))
-    eventually(lambda: producer.ends() == ["LeaseSettled"] * 6 and producer.free_cells() == cells)
+    eventually(lambda: producer.ends() == ["LeaseReleased"] * 6 and producer.free_cells() == cells)
 
 
 @pytest.mark.parametrize("ucx", [{}, {"ucx": "TLS=tcp"}], ids=["any lane", "tcp"])
@@ -104,7 +104,7 @@ def test_a_producer_whose_fabric_is_silent(child, ucx):
     assert consumer.holds_blocks_of(1, blocks, blocks)
     outcomes = {consumer.outcome(number, 30.0) for number in asked}
     assert outcomes == {"PeerTimeoutError"}
-    assert 1 <= consumer.metric("kvxfer_fences_total") <= 2 + (time.monotonic() - begin) / (8 * contact_s)
+    assert 1 <= consumer.metric("kvxfer_agent_resets_total") <= 2 + (time.monotonic() - begin) / (8 * contact_s)
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
@@ -136,7 +136,7 @@ def test_the_producer_is_frozen_before_the_read(child, met, held):
         assert serves(producer, consumer)
     ref = producer.lease(BLOCKS)
     if held:
-        consumer.hold(ref)
+        consumer.acquire(ref)
         eventually(lambda: consumer.granted() == 1)
     consumer.ready()
     producer.signal(signal.SIGSTOP)
@@ -155,12 +155,12 @@ def test_a_producer_stands_still_for_longer_than_its_lease(child):
     """A lease that is renewed meanwhile stands when its producer goes on: it reads what was said before it ends anything."""
     producer, consumer = child(1, settings=SETTINGS), child(3, settings=PATIENT)
     ref = producer.lease(BLOCKS)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     eventually(lambda: consumer.granted() == 1)
     producer.freeze(2 * SETTINGS["lease_s"])
     outcome, _ = consumer.read_and_wait(ref, BLOCKS, TIMEOUT_S)
     assert outcome == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
-    eventually(lambda: producer.ends() == ["LeaseSettled"])
+    eventually(lambda: producer.ends() == ["LeaseReleased"])
 
 
 def test_a_producer_stands_still_and_nobody_comes(child):
@@ -178,7 +178,7 @@ def test_a_consumer_stands_still_for_longer_than_its_patience(child):
     number = consumer.read(ref, BLOCKS, 60.0)
     eventually(lambda: consumer.metric("kvxfer_handshakes_total", outcome="met") == 1)
     consumer.freeze(2 * SETTINGS["peer_timeout_s"])
-    producer.offer(ref, BLOCKS)
+    producer.publish(ref, BLOCKS)
     assert consumer.outcome(number, TIMEOUT_S) == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
 
 
@@ -204,13 +204,13 @@ def test_frozen_over_tcp(child):
     producer, other, consumer = child(1, **options), child(2, **options), child(3, **options)
     assert serves(producer, consumer) and serves(other, consumer, target=40)
     ref = producer.lease(BLOCKS)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     eventually(lambda: consumer.granted() == 1)
     producer.signal(signal.SIGSTOP)
     number = consumer.read(ref, BLOCKS, 2.0)
     assert (outcome := ended_in_time(consumer, number, timeout_s=2.0)) != "done"
     assert serves(other, consumer, target=50)
-    assert consumer.metric("kvxfer_fences_total") == 1, outcome
+    assert consumer.metric("kvxfer_agent_resets_total") == 1, outcome
 
 
 def test_the_consumer_is_killed_while_it_holds(child):
@@ -218,7 +218,7 @@ def test_the_consumer_is_killed_while_it_holds(child):
     producer, consumer, next_one = child(1), child(2), child(3)
     cells = producer.free_cells()
     for _ in range(5):
-        consumer.hold(producer.lease(BLOCKS))
+        consumer.acquire(producer.lease(BLOCKS))
     eventually(lambda: consumer.granted() == 5)
     consumer.kill()
     assert producer.ends() == []
@@ -315,7 +315,7 @@ def test_a_killed_producer_is_known_at_once(child, how):
     producer, consumer = (child(seed, settings={}) for seed in (1, 2))
     ref = producer.announce() if how == "waiting" else producer.lease([1, 2])
     if how == "held":
-        consumer.hold(ref)
+        consumer.acquire(ref)
         eventually(lambda: consumer.granted() == 1)
         producer.kill()
         begin = time.monotonic()

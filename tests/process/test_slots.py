@@ -14,7 +14,7 @@ import pytest
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.protocol.transfer import LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import LeaseReleased, LeaseRevoked
 from kvxfer.testing import eventually
 
 LEASE_S = 120.0
@@ -81,7 +81,7 @@ def test_two_readers_end_in_packed_reads(pair, reader, how):
     assert reads(pair) < BOUND_S
     revoked = {event.token for event in producer.poll() if isinstance(event, LeaseRevoked)}
     assert revoked and revoked <= {ref.token for _, _, ref in readers}
-    assert producer.metrics.value("kvxfer_withdrawn_total") == len(revoked)
+    assert producer.metrics.value("kvxfer_slot_revocations_total") == len(revoked)
     for _, _, ref in readers:
         producer.revoke(ref)
     eventually(lambda: producer.in_use()["slots"] == 0)
@@ -107,4 +107,4 @@ def test_slots_stay_where_nobody_else_needs_them(pair, reader):
     assert producer.in_use()["slots"] == 7 and producer.poll() == []
     producer.revoke(ref)
     assert reads(pair) < BOUND_S
-    assert not any(isinstance(event, LeaseSettled) and event.token == ref.token for event in producer.poll())
+    assert not any(isinstance(event, LeaseReleased) and event.token == ref.token for event in producer.poll())

@@ -70,7 +70,7 @@ def test_the_answers_are_read_first():
 
         def offered(ref):
             for rank in ranks:
-                rank.offer(ref, [5])
+                rank.publish(ref, [5])
 
         def read():
             assert pipe.poll(60)

@@ -111,7 +111,7 @@ def test_a_wire_that_breaks(wire, pair, start, how):
     assert reads(producer, consumer, 100) == "done"
     wire.slow(20)
     ref, held = producer.lease(list(range(64))), producer.lease(BLOCKS)
-    consumer.hold(held)
+    consumer.acquire(held)
     eventually(lambda: consumer.granted() == 1)
     number = consumer.read(ref, list(range(64)), TIMEOUT_S)
     getattr(wire, how)()

@@ -195,7 +195,7 @@ class Race:
         named = {"owner": self._owner, "addresses": self._addresses, "num_tokens": num_tokens}
         shared = chance.random() < 0.4
         if shared:
-            ref = LeaseRef.shared(f"request {number}", request=f"{number}", **named)
+            ref = LeaseRef.for_rendezvous(f"request {number}", request=f"{number}", **named)
         else:
             ref = LeaseRef.mint(request=f"{number}", **named)
         pieces = chance.randint(2, 5) if chance.random() < 0.4 else 1

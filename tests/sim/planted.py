@@ -215,13 +215,13 @@ def end_told_twice(patch):
 @bug
 def expiry_not_told(patch):
     """The engine is not told that a lease has run out."""
-    do = control_loop.Driver._do
+    do = control_loop.ControlLoop._do
 
     def silent(self, action):
         if not (isinstance(action, Emit) and isinstance(action.event, LeaseExpired)):
             do(self, action)
 
-    patch(control_loop.Driver, "_do", silent)
+    patch(control_loop.ControlLoop, "_do", silent)
 
 
 @bug
@@ -329,7 +329,7 @@ def fault_in_the_control_thread(patch):
 @bug
 def hold_never_ends(patch):
     """A lease that is held and never read is renewed for ever."""
-    begin = held_leases.Holds.hold
+    begin = held_leases.Holds.acquire
 
     def for_ever(self, ref, now):
         held = begin(self, ref, now)
@@ -370,11 +370,11 @@ def clock_of_agents_stands(patch):
 def clock_of_the_control_thread_is_behind(patch):
     """The control thread keeps the engine's deadlines on another clock than the one on which they were set."""
 
-    class Behind(control_loop.Driver):
+    class Behind(control_loop.ControlLoop):
         def __init__(self, channel, metrics, emit, now):
             super().__init__(channel, metrics, emit, lambda: now() - 500.0)
 
-    patch(endpoint, "Driver", Behind)
+    patch(endpoint, "ControlLoop", Behind)
 
 
 @bug
@@ -512,7 +512,7 @@ def cell_not_wiped(patch):
 @bug
 def standing_still_is_silence(patch):
     """A process that did not run takes its own pause for the silence of its peers and of its devices."""
-    patch(control_loop.Driver, "_judge_lateness", lambda self: None)
+    patch(control_loop.ControlLoop, "_judge_lateness", lambda self: None)
 
 
 @bug

@@ -117,7 +117,7 @@ def test_whatever_goes_wrong(name):
     }
     # A fault that never happens proves nothing, and neither does a route that is never taken.
     assert {kind for kind, share in wanted.items() if share} <= faults.keys()
-    assert ends["Done"] > SEEDS and ends["LeaseSettled"] > SEEDS and ends["Failed"] > SEEDS
+    assert ends["Done"] > SEEDS and ends["LeaseReleased"] > SEEDS and ends["Failed"] > SEEDS
     assert all(seen[kind] > SEEDS for kind in ("Stage", "packs", "unpacks", "converts", "early bytes"))
 
 

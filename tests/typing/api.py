@@ -46,9 +46,9 @@ def ask_a_plan(sources: list[kvxfer.KVCache], target: kvxfer.KVCache) -> kvxfer.
 def prefill(endpoint: kvxfer.Endpoint) -> str:
     """A producer announces early, offers when the blocks are complete, and may change its mind."""
     ref: kvxfer.LeaseRef = endpoint.announce(request="req-7", num_tokens=700, digest="")
-    endpoint.offer(ref, [4, 5, 6])
+    endpoint.publish(ref, [4, 5, 6])
     window = kvxfer.BlockTable(np.arange(2), first_token=512)
-    endpoint.offer(endpoint.announce(), [[1, 2, 3], window])
+    endpoint.publish(endpoint.announce(), [[1, 2, 3], window])
     other: kvxfer.LeaseRef = endpoint.lease(np.arange(8), request="req-8")
     endpoint.revoke(other)
     travelling: str = ref.to_json()
@@ -58,13 +58,13 @@ def prefill(endpoint: kvxfer.Endpoint) -> str:
 async def decode(endpoint: kvxfer.Endpoint, text: str) -> int:
     """A consumer holds, then reads or drops; it may block, poll or await."""
     ref = kvxfer.LeaseRef.from_json(text)
-    endpoint.hold(ref)
+    endpoint.acquire(ref)
     transfer: kvxfer.Transfer = endpoint.read(ref, into=[0, 1], tokens=(16, None), timeout_s=5.0)
     if transfer.wait(timeout_s=0.0) and transfer.done:
         error: kvxfer.KvxferError | None = transfer.error
         print(error)
     await transfer
-    endpoint.drop(ref)
+    endpoint.release(ref)
     return transfer.nbytes
 
 
@@ -77,7 +77,7 @@ def engine_loop(endpoint: kvxfer.Endpoint) -> Iterator[str]:
         elif isinstance(event, kvxfer.Failed):
             retryable: bool = event.error.retryable
             yield f"{event.transfer.ref.request} {retryable}"
-        elif isinstance(event, (kvxfer.LeaseSettled, kvxfer.LeaseExpired, kvxfer.LeaseRevoked)):
+        elif isinstance(event, (kvxfer.LeaseReleased, kvxfer.LeaseExpired, kvxfer.LeaseRevoked)):
             yield f"{event.token} {event.request}"
 
 

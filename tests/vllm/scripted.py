@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.metrics import Metrics
-from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,14 +69,14 @@ class ScriptedEndpoint:
     def join(self, addresses: Sequence[str]) -> None:
         self._called("join", addresses)
 
-    def seal(self, ref: LeaseRef, blocks: Sequence[Any], *, after: Sequence[Completion] = ()) -> None:
-        self.after.append(("seal", list(after)))
-        self._called("seal", ref.token, plain(blocks))
-
-    def offer(self, ref: LeaseRef, blocks: Sequence[Any], *, after: Sequence[Completion] = ()) -> None:
-        token = ref.token
-        self.after.append(("offer", list(after)))
-        self._called("offer", token, plain(blocks))
+    def publish(
+        self, ref: LeaseRef, blocks: Sequence[Any], *, complete: bool = True, after: Sequence[Completion] = ()
+    ) -> None:
+        token, name = ref.token, "publish" if complete else "publish part"
+        self.after.append((name, list(after)))
+        self._called(name, token, plain(blocks))
+        if not complete:
+            return
         self.offered[token] = plain(blocks)
         self.net[token] = self
 
@@ -86,8 +86,8 @@ class ScriptedEndpoint:
         if self.offered.pop(token, None) is not None:
             self._events.append(LeaseRevoked(token, ""))
 
-    def hold(self, ref: LeaseRef) -> None:
-        self._called("hold", ref.token)
+    def acquire(self, ref: LeaseRef) -> None:
+        self._called("acquire", ref.token)
 
     def read(
         self, ref: LeaseRef, into: Sequence[Any], *, tokens: tuple[int, int | None], after: Sequence[Completion] = ()
@@ -97,8 +97,8 @@ class ScriptedEndpoint:
         transfer = self.reading[ref.token] = ScriptedTransfer(ref, plain(into), tokens)
         return transfer
 
-    def drop(self, ref: LeaseRef) -> None:
-        self._called("drop", ref.token)
+    def release(self, ref: LeaseRef) -> None:
+        self._called("release", ref.token)
         owner = self.net.get(ref.token)
         if owner is not None and ref.token not in self.reading:
             owner.end(ref.token, read=False)
@@ -138,4 +138,4 @@ class ScriptedEndpoint:
     def end(self, token: str, *, read: bool, expired: bool = False) -> None:
         """A lease of this producer ends."""
         if self.offered.pop(token, None) is not None:
-            self._events.append(LeaseExpired(token, "") if expired else LeaseSettled(token, "", read))
+            self._events.append(LeaseExpired(token, "") if expired else LeaseReleased(token, "", read))

@@ -90,14 +90,14 @@ def test_everything_is_behind_what_the_device_was_asked_for():
     worker.follow(KvxferMetadata(seal=[Seal(first, [[7, 8]], [1])]))
     assert made == []
     worker.layer_computed("a")
-    assert endpoint.after == [("seal", [made[0]])]
+    assert endpoint.after == [("publish part", [made[0]])]
     worker.results()
-    assert endpoint.after[1:] == [("seal", [made[1]])] and len(made) == 2
+    assert endpoint.after[1:] == [("publish part", [made[1]])] and len(made) == 2
     endpoint.after.clear()
     worker.follow(
         KvxferMetadata(offer=[Offer("r", second, [HeldBlocks([1])])], read=[Read("q", third, [HeldBlocks([2])], 0)])
     )
-    assert endpoint.after == [("offer", [made[2]]), ("read", [made[2]])] and len(made) == 3
+    assert endpoint.after == [("publish", [made[2]]), ("read", [made[2]])] and len(made) == 3
     worker.follow(KvxferMetadata(read=[Read("s", first, [HeldBlocks([3])], 0)]))
     assert endpoint.after[-1] == ("read", [made[3]])
 

@@ -98,7 +98,7 @@ def test_most_bytes_are_across_before_the_last_chunk(engines):
     producer.step()
     consumer.run()
     assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
-    assert consumer.stats["early_bytes"] >= 0.8 * total
+    assert consumer.stats["partial_bytes"] >= 0.8 * total
     drain(producer, consumer)
 
 
@@ -129,7 +129,7 @@ def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
     producer.step()
     consumer.run()
     assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
-    assert producer.stats["early_seals"] == 2
+    assert producer.stats["partial_publishes"] == 2
     drain(producer, consumer)
 
 
@@ -145,7 +145,7 @@ def test_layers_in_any_order_and_again():
             worker.layer_computed(name)
         sealed = [blocks for _, _, blocks in endpoint.calls]
         worker.results()
-        assert endpoint.calls[-1] == ("seal", lease.token, [[7, 8, 9]] * 2)
+        assert endpoint.calls[-1] == ("publish part", lease.token, [[7, 8, 9]] * 2)
         endpoint.calls.clear()
         return sealed
 
@@ -154,7 +154,7 @@ def test_layers_in_any_order_and_again():
     assert step("a") == step() == []
     worker.layer_computed("c")
     assert endpoint.calls == []
-    endpoint.raises["seal"] = RuntimeError("on purpose")
+    endpoint.raises["publish part"] = RuntimeError("on purpose")
     worker.follow(KvxferMetadata(seal=[Seal(lease, [[7]], [0])]))
     worker.layer_computed("c")
     assert worker.stats.data["hook_errors"] == {"seal": 1}
@@ -345,6 +345,6 @@ def test_a_hook_that_meets_nonsense_kills_nobody():
     producer.add("p", prompt_of(100), P_PARAMS)
     producer.run_until_answered("p")
     producer.step()
-    assert scripted(producer).names() == ["announce", "offer"] and producer.answers["p"].kv_transfer_params
+    assert scripted(producer).names() == ["announce", "publish"] and producer.answers["p"].kv_transfer_params
     assert producer.stats["hook_errors"]["build_connector_meta"] >= 1
     producer.close()

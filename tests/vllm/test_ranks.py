@@ -9,7 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import BlockError, LeaseError, TransferFailedError
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import Done, LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import Done, LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
 from kvxfer_vllm.worker import KvxferWorker
@@ -31,7 +31,7 @@ class Scene:
     def read(self):
         self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [HeldBlocks([7, 8])], 0)]))
 
-    def offer(self):
+    def publish(self):
         self.worker.follow(KvxferMetadata(announce=[self.lease], offer=[Offer("r", self.lease, [HeldBlocks([7, 8])])]))
 
     def end(self, number, error=None):
@@ -70,7 +70,7 @@ def test_one_rank_that_fails(scene):
     scene.read()
     scene.end(1, TransferFailedError("no"))
     assert scene.loaded() == (set(), set())
-    assert [rank.names().count("drop") for rank in scene.ranks] == [1, 0, 1]
+    assert [rank.names().count("release") for rank in scene.ranks] == [1, 0, 1]
     scene.end(0)
     scene.end(2, LeaseError("dropped"))
     assert scene.loaded() == ({"r"}, {"r"})
@@ -93,12 +93,12 @@ def test_a_rank_that_cannot_begin(scene, number):
 
 def test_sent_when_all_ranks_are_done(scene):
     """Blocks are free when the last rank's lease has ended, and the worst of the ends is counted."""
-    scene.offer()
-    for number, event in enumerate([LeaseSettled, LeaseExpired]):
-        more = {"read": True} if event is LeaseSettled else {}
+    scene.publish()
+    for number, event in enumerate([LeaseReleased, LeaseExpired]):
+        more = {"read": True} if event is LeaseReleased else {}
         scene.ranks[number]._events.append(event(scene.lease.token, "", **more))
         assert scene.worker.results().finished_sending == set()
-    scene.ranks[2]._events.append(LeaseSettled(scene.lease.token, "", read=False))
+    scene.ranks[2]._events.append(LeaseReleased(scene.lease.token, "", read=False))
     assert scene.worker.results().finished_sending == {"r"}
     assert scene.worker.results().finished_sending == set()
     assert scene.worker.take_stats().data == {"expired_leases": 1}
@@ -107,8 +107,8 @@ def test_sent_when_all_ranks_are_done(scene):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_rank_that_cannot_offer(scene, number):
     """If one rank cannot offer, nobody may read at the others, and the blocks are free when these have ended the lease."""
-    scene.ranks[number].raises["offer"] = RuntimeError("no")
-    scene.offer()
+    scene.ranks[number].raises["publish"] = RuntimeError("no")
+    scene.publish()
     assert [rank.names().count("revoke") for rank in scene.ranks] == [int(i < number) for i in range(3)]
     assert scene.worker.results().finished_sending == {"r"}
     assert scene.worker.results().finished_sending == set()
@@ -119,7 +119,7 @@ def test_every_rank_is_asked(scene):
     """An order reaches all ranks, also if the first one raises."""
     scene.ranks[0].raises["announce"] = RuntimeError("no")
     scene.worker.follow(KvxferMetadata(announce=[scene.lease], hold=[scene.lease], withdraw=[scene.lease]))
-    assert [rank.names() for rank in scene.ranks] == [["announce", "revoke", "hold"]] * 3
+    assert [rank.names() for rank in scene.ranks] == [["announce", "revoke", "acquire"]] * 3
     assert scene.worker.take_stats().data == {"hook_errors": {"announce": 1}}
 
 

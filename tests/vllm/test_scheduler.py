@@ -72,7 +72,7 @@ def test_order_of_the_producers_calls(pair):
     producer.step()
     token = producer.answers["p"].kv_transfer_params["kvxfer"]["token"]
     assert announced == ("announce", token)
-    assert scripted(producer).names() == ["announce", "seal", "offer"]
+    assert scripted(producer).names() == ["announce", "publish part", "publish"]
     assert scripted(producer).calls[1][2] == scripted(producer).offered[token][:3]  # the fourth is not full
     assert len(scripted(producer).offered[token]) == producer.blocks_in_use == 4
     for _ in range(3):
@@ -121,10 +121,10 @@ def test_hold_precedes_the_read(pair):
     consumer.step()
     consumer.add("d", prompt_of(1000), params, max_tokens=2)
     consumer.step()
-    assert scripted(consumer).names() == ["hold"]
+    assert scripted(consumer).names() == ["acquire"]
     assert not blocker.is_finished()
     consumer.run()
-    assert scripted(consumer).names() == ["hold", "read"]
+    assert scripted(consumer).names() == ["acquire", "read"]
     assert consumer.answers["d"].tokens == expected(prompt_of(1000), 2)
 
 
@@ -165,7 +165,7 @@ def test_load_that_vllm_declines_drops_the_lease(pair):
     request = consumer.add("d", prompt, params, max_tokens=3)
     request.skip_reading_prefix_cache = True
     drain(consumer, producer)
-    assert scripted(consumer).names() == ["hold", "drop"]
+    assert scripted(consumer).names() == ["acquire", "release"]
     assert consumer.answers["d"].tokens == expected(prompt, 3)
     assert consumer.computed_tokens == 102
     assert producer.stats["unread_leases"] == consumer.stats["local_hits"] == 1
@@ -247,7 +247,7 @@ def test_request_rejected_by_the_front_end(pair):
     consumer.add("d", [0], params, abort_immediately=True)
     consumer.run()
     producer.run()
-    assert scripted(consumer).names() == ["drop"]
+    assert scripted(consumer).names() == ["release"]
     assert producer.blocks_in_use == 0
     assert "refused_params" not in consumer.stats
 
@@ -318,8 +318,8 @@ def test_prefill_client_gone(pair):
     producer.run()
     calls = scripted(producer).calls
     (early, late), revoked = ([call[1] for call in calls if call[0] == name] for name in ("announce", "revoke"))
-    assert revoked == [early, late] and "offer" not in scripted(producer).names()
-    assert [call[1] for call in calls if call[0] == "seal"] == [late]
+    assert revoked == [early, late] and "publish" not in scripted(producer).names()
+    assert [call[1] for call in calls if call[0] == "publish part"] == [late]
     assert producer.blocks_in_use == 0
 
 
@@ -351,7 +351,15 @@ def test_preempted_producer_hands_over_once(pair):
     producer.step()
     consumer.run()
     producer.run()
-    assert scripted(producer).names() == ["announce", "seal", "announce", "revoke", "seal", "seal", "offer"]
+    assert scripted(producer).names() == [
+        "announce",
+        "publish part",
+        "announce",
+        "revoke",
+        "publish part",
+        "publish part",
+        "publish",
+    ]
     calls = scripted(producer).calls
     old, new = (call[1] for call in calls if call[0] == "announce")
     assert old != new and calls[3] == ("revoke", old) and calls[-1][1] == params["kvxfer"]["token"] == new
@@ -366,7 +374,7 @@ def test_in_pull_mode_nothing_leaves_before_the_end():
     producer.scheduler.reset_prefix_cache(reset_running_requests=True)
     producer.run_until_answered("p")
     producer.step()
-    assert scripted(producer).names() == ["announce", "offer"]
+    assert scripted(producer).names() == ["announce", "publish"]
     producer.close()
 
 
@@ -395,7 +403,7 @@ def test_one_lease_serves_one_request(pair):
     consumer.run()
     assert consumer.answers["d2"].tokens == expected(prompt, 3)
     assert consumer.stats["refused_params"] == {"lease_used": 2}
-    assert scripted(consumer).names() == ["hold", "read"]
+    assert scripted(consumer).names() == ["acquire", "read"]
 
 
 def test_many_requests_at_once(pair):

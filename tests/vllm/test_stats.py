@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import LeaseSettled
+from kvxfer.protocol.transfer import LeaseReleased
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, Offer
 from kvxfer_vllm.reasons import Refusal
@@ -122,7 +122,7 @@ def test_unknown_leases_are_not_reported_to_vllm():
     """vLLM's engine dies of an id it does not expect: ends of leases whose blocks were not offered here stay here."""
     endpoint = ScriptedEndpoint()
     worker = KvxferWorker([endpoint])
-    endpoint._events.append(LeaseSettled("f" * 32, "x", read=True))
+    endpoint._events.append(LeaseReleased("f" * 32, "x", read=True))
     results = worker.results()
     assert not results.finished_sending | results.finished_recving | results.failed_recving
 
@@ -130,7 +130,7 @@ def test_unknown_leases_are_not_reported_to_vllm():
 def test_offer_that_fails_frees_the_blocks():
     """If the endpoint cannot take the blocks, the request is reported as sent, once, so that vLLM frees them."""
     endpoint = ScriptedEndpoint()
-    endpoint.raises["offer"] = RuntimeError("no")
+    endpoint.raises["publish"] = RuntimeError("no")
     worker = KvxferWorker([endpoint])
     lease = LeaseRef.mint(owner="P", addresses=["tcp://h:1"])
     worker.follow(KvxferMetadata(announce=[lease], offer=[Offer("r", lease, [1])]))

@@ -105,9 +105,9 @@ def pair(seed: int) -> None:
                 there[into] = here[ids].reshape(len(into), far.block_tokens, HEADS, -1)
             ref = near.endpoint.announce()
             if chance.random() < 0.5:
-                far.endpoint.hold(ref)
+                far.endpoint.acquire(ref)
             transfers.append(far.endpoint.read(ref, into))
-            near.endpoint.offer(ref, ids)
+            near.endpoint.publish(ref, ids)
         for transfer in transfers:
             transfer.wait()
         for found, expected in zip(far.content, wanted, strict=True):

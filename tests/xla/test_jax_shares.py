@@ -56,7 +56,7 @@ class Engine:
         ref = LeaseRef.mint(owner=self.name, addresses=[endpoint.address for endpoint in self.endpoints])
         for endpoint in self.endpoints:
             endpoint.announce(ref)
-            endpoint.offer(ref, blocks)
+            endpoint.publish(ref, blocks)
         return ref
 
     def close(self):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, float] = {
     "lease_s": 6.0,
     "announce_s": 20.0,
-    "match_s": 5.0,
+    "rendezvous_timeout_s": 5.0,
     "read_timeout_s": 10.0,
     "peer_timeout_s": 4.0,
     "hold_s": 15.0,
@@ -322,7 +322,7 @@ class Engine:
             if not np.array_equal(held, share):
                 story.fail("wrong bytes", f"{who}: wrong bytes of {request} were delivered as good")
             story.report.nbytes += event.transfer.nbytes
-            story.world.seen["early bytes"] += event.transfer.early_nbytes
+            story.world.seen["early bytes"] += event.transfer.partial_nbytes
             story.say(f"{who} is told Done {request}")
         else:
             story.report.ends[f"Failed {type(event.error).__name__}"] += 1

@@ -182,8 +182,8 @@ def _details(message: messages.Message) -> str:
         return "" if message.complete else ", more to come"
     if isinstance(message, messages.Refused):
         return f", {message.code}"
-    if isinstance(message, (messages.Stage, messages.Staged)):
+    if isinstance(message, (messages.StageChunk, messages.ChunkReady)):
         return f", chunk {message.number}"
-    if isinstance(message, messages.Settled):
+    if isinstance(message, messages.Released):
         return "" if message.stood else ", it had ended"
     return ""

@@ -135,7 +135,7 @@ class Request:
             "request": self.name,
         }
         if self._both:
-            return LeaseRef.shared(f"{self.story.report.seed} {self.name}", **mint)
+            return LeaseRef.for_rendezvous(f"{self.story.report.seed} {self.name}", **mint)
         # A token made of the seed's chance: the same in every run.
         return msgspec.structs.replace(LeaseRef.mint(**mint), token=f"{self._chance.getrandbits(128):032x}")
 
@@ -162,7 +162,7 @@ class Request:
             return
         after = self._compute(rank, serving, tokens)
         blocks = serving.blocks[: tokens // self._source.shape.block_tokens]
-        rank.endpoint.seal(serving.ref, blocks, after=after)
+        rank.endpoint.publish(serving.ref, blocks, after=after, complete=False)
         self._world.say(f"{rank.process.name} seals {self.name}: {tokens} tokens")
 
     def _offer(self, rank: Rank, serving: Serving) -> None:
@@ -170,7 +170,7 @@ class Request:
             return
         self._world.say(f"{rank.process.name} offers {self.name}: blocks {serving.blocks}")
         serving.offered.add(rank.number)
-        rank.endpoint.offer(serving.ref, serving.blocks, after=self._compute(rank, serving, self._tokens))
+        rank.endpoint.publish(serving.ref, serving.blocks, after=self._compute(rank, serving, self._tokens))
 
     def _compute(self, rank: Rank, serving: Serving, tokens: int) -> list[Work]:
         """Tokens up to that one get what they are to hold: now, or when a device that was told so has done it."""
@@ -225,10 +225,10 @@ class Request:
         held = self._is(f"is held {who}", 0.5)
         wait_s = chance.uniform(5, 12) if self._is(f"is held for long {who}", 0.1) else chance.uniform(0, 2)
         if held:
-            _each(sink, lambda rank: rank.endpoint.hold(ref))
+            _each(sink, lambda rank: rank.endpoint.acquire(ref))
         if held and self._ends_badly(f"is never read {who}", 0.08):
             if self._is(f"is dropped {who}", 0.7):
-                _each(sink, lambda rank: rank.endpoint.drop(ref), wait_s)
+                _each(sink, lambda rank: rank.endpoint.release(ref), wait_s)
             return
         sink.ranks[0].do(lambda: self._read(sink, ref, serving), wait_s if held else 0.0)
 
@@ -239,7 +239,7 @@ class Request:
         blocks = sink.take(self._tokens - begin)
         if blocks is None:
             self._world.say(f"{sink.name} has no room for {self.name}")
-            _each(sink, lambda rank: rank.endpoint.drop(ref))
+            _each(sink, lambda rank: rank.endpoint.release(ref))
             return
         fetching = Fetching(self, blocks, serving.content[:, skip:], skip - begin)
 
@@ -260,7 +260,7 @@ class Request:
         if self._ends_badly(f"is read twice {who}", 0.04):
             _each(sink, read_again, chance.uniform(0, 2))
         if self._ends_badly(f"is dropped {who} as it is read", 0.1):
-            _each(sink, lambda rank: rank.endpoint.drop(ref), chance.uniform(0, 2))
+            _each(sink, lambda rank: rank.endpoint.release(ref), chance.uniform(0, 2))
 
 
 def _each(engine: Engine, act: Callable[[Rank], object], after_s: float = 0.0) -> None:

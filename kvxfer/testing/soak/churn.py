@@ -110,7 +110,7 @@ class Churn:
         job = Job(number, number, num_tokens, pieces=chance.randint(1, 4), step_s=chance.uniform(0.0, 0.1))
         request = self._requests[number] = Request(job, source, None, source.life, both=chance.random() < 0.5)
         if request.both:
-            ref = LeaseRef.shared(
+            ref = LeaseRef.for_rendezvous(
                 f"{number}", owner=source.name, addresses=[source.address], request=f"{number}", num_tokens=num_tokens
             ).to_json()
             request.job = job = dataclasses.replace(job, ref=ref)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.transfer import Event, Transfer
 
 SETTINGS: dict[str, Any] = {
-    "lease_s": 4.0, "announce_s": 20.0, "match_s": 3.0, "read_timeout_s": 8.0, "peer_timeout_s": 5.0, "hold_s": 6.0,
+    "lease_s": 4.0, "announce_s": 20.0, "rendezvous_timeout_s": 3.0, "read_timeout_s": 8.0, "peer_timeout_s": 5.0, "hold_s": 6.0,
     "retry_s": 0.2, "quarantine_s": 0.5, "idle_peer_s": 8.0, "staging_nbytes": 1 << 20,
 }  # fmt: skip
 """Short, so that each deadline passes many times."""
@@ -159,7 +159,7 @@ class Resident:
         """Hold a lease if that is wanted, and read it."""
         decode = _Decode(job, LeaseRef.from_json(job.ref))
         if job.hold_s:
-            self._endpoint.hold(decode.ref)
+            self._endpoint.acquire(decode.ref)
         self._held[job.number] = decode
         self._after(job.hold_s, lambda: self._read(decode))
 
@@ -173,7 +173,7 @@ class Resident:
         for decode in (
             [held] if held is not None else [each for each in self._decodes.values() if each.job.number == number]
         ):
-            self._endpoint.drop(decode.ref)
+            self._endpoint.release(decode.ref)
         if held is not None:
             self._tell("decoded", number, "aborted", 0, 0)
 
@@ -199,7 +199,7 @@ class Resident:
             told,
             self._blocks.touched(),
             metrics.value("kvxfer_internal_errors_total"),
-            metrics.value("kvxfer_fences_total"),
+            metrics.value("kvxfer_agent_resets_total"),
         )
 
     def close(self) -> None:
@@ -225,11 +225,11 @@ class Resident:
             done = prefill.blocks[: len(prefill.blocks) * piece // job.pieces]
             self._blocks.write(done, job.seed)
             if piece < job.pieces:
-                self._endpoint.seal(prefill.ref, done)
+                self._endpoint.publish(prefill.ref, done, complete=False)
                 self._compute(prefill, piece + 1)
             else:
                 prefill.offered = True
-                self._endpoint.offer(prefill.ref, prefill.blocks)
+                self._endpoint.publish(prefill.ref, prefill.blocks)
                 self._tell("offered", job.number, prefill.ref.to_json())
 
         self._after(job.step_s, step)
@@ -240,7 +240,7 @@ class Resident:
             return  # aborted
         blocks = self._blocks.take(self._blocks.needed(job.skip, job.num_tokens))
         if blocks is None:
-            self._endpoint.drop(decode.ref)
+            self._endpoint.release(decode.ref)
             self._tell("decoded", job.number, "no room", 0, 0)
             return
         decode.blocks = blocks

@@ -92,7 +92,7 @@ def test_an_impostor_with_another_description_is_refused(world, honest, consumer
 
 def test_an_impostor_that_comes_first_has_to_make_room(world, honest, consumer):
     """An agent is that of the engine that a lease expects at its address: who claims it elsewhere has no part in it."""
-    consumer.hold(lease_of("liar"))
+    consumer.acquire(lease_of("liar"))
     own = described_name(honest.identity.agent_info)
     hears(world, consumer, welcome("honest", honest.epoch, agent_info=_described(own, regions=[])))
     assert reads(world, consumer, honest)
@@ -101,7 +101,7 @@ def test_an_impostor_that_comes_first_has_to_make_room(world, honest, consumer):
 def test_nothing_is_forgotten_that_another_has(world, honest, consumer):
     """A peer that brings an honest one's description and its own in turn does not make it forgotten; its haste is bounded."""
     assert reads(world, consumer, honest)
-    consumer.hold(lease_of("honest"))
+    consumer.acquire(lease_of("honest"))
     same = welcome("honest", honest.epoch, agent_info=honest.identity.agent_info)
     for number in range(100):
         other = welcome("honest", honest.epoch, agent_info=agent_info("honest", 0, honest.epoch, 1000 + number))
@@ -123,7 +123,7 @@ def test_one_engine_at_two_addresses(world, consumer):
     consumer.consumer.received(alias, welcome("twice", engine.epoch, agent_info=engine.identity.agent_info), world.now)
     consumer.perform()
     assert consumer.peers[alias].is_met and consumer.peers[engine.address].is_met
-    consumer.drop(ref)
+    consumer.release(ref)
     world.advance(40)
     assert transfer.done
     assert consumer.forgotten == []
@@ -191,12 +191,12 @@ def test_honest_reads_go_on(how):
     assert target.read(source.endpoint.lease([1]), [1]).wait(30)
     liar = Liar(answers)
     try:
-        target.hold(LeaseRef.mint(owner=theirs.name, addresses=[liar.address]))
+        target.acquire(LeaseRef.mint(owner=theirs.name, addresses=[liar.address]))
         done = 0
         while done < 100 or liar.said < 200:
             assert target.read(source.endpoint.lease([1]), [1]).wait(30)
             done += 1
-        assert target.metrics.value("kvxfer_fences_total") == 0
+        assert target.metrics.value("kvxfer_agent_resets_total") == 0
         assert target.metrics.value("kvxfer_internal_errors_total") == 0
     finally:
         liar.close()

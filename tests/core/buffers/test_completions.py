@@ -12,7 +12,7 @@ import pytest
 from kvxfer.buffers.base import FINISHED, HostBuffer, let_end
 from kvxfer.buffers.completions import _MOST_ASKERS, is_completion, watched
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, TransferTimeoutError
-from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked, LeaseSettled
+from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer.runtime import read_executor
 from kvxfer.testing import eventually, stays
 from tests.core.engine import Engine
@@ -175,14 +175,14 @@ def test_an_offer_after_one(pair, hanging, after, event):
     """An offer behind a device that fails or hangs has its one event, and other offers are not kept waiting."""
     source, sink = pair
     ref = source.endpoint.announce()
-    source.endpoint.offer(ref, [1], after=hanging() if after == "hangs" else after)
+    source.endpoint.publish(ref, [1], after=hanging() if after == "hangs" else after)
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
     if after == "hangs":
         assert source.endpoint.in_use()["leases"] >= 1
     end = source.end(ref)
     assert isinstance(end, event) and len(source.ends(ref)) == 1
     eventually(lambda: not source.endpoint.in_use()["leases"])
-    assert any(isinstance(each, LeaseSettled) for each in source.poll())
+    assert any(isinstance(each, LeaseReleased) for each in source.poll())
 
 
 def test_close_out_of_a_completion(engines):

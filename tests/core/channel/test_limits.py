@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvxfer import LeaseSettled
+from kvxfer import LeaseReleased
 from kvxfer.channel.connections import _ours
 from kvxfer.channel.limits import (
     CPU_SHARE,
@@ -160,14 +160,14 @@ def refused(engine, reason):
 def held_through(source, sink, seconds, *, lease_s):
     """The honest one: it keeps a lease by renewing, meets the producer and reads again and again."""
     kept = source.endpoint.lease([7])
-    sink.endpoint.hold(kept)
+    sink.endpoint.acquire(kept)
     eventually(lambda: sink.endpoint.granted(kept))
     until = time.monotonic() + seconds
     assert seconds > 2 * lease_s
     while time.monotonic() < until:
         assert sink.endpoint.read(source.endpoint.lease([1]), [1]).wait(30)
     assert sink.endpoint.read(kept, [2]).wait(30) and sink.blocks(2) == source.blocks(7)
-    assert isinstance(source.end(kept), LeaseSettled)
+    assert isinstance(source.end(kept), LeaseReleased)
 
 
 FLOOD = """
@@ -440,10 +440,10 @@ def test_a_burst_of_leases(engines):
     source, sink = engines(settings=settings).endpoint, engines(settings=settings).endpoint
     refs = [source.lease([number % 32]) for number in range(8000)]
     for ref in refs:
-        sink.hold(ref)
+        sink.acquire(ref)
     eventually(lambda: all(sink.granted(ref) for ref in refs), timeout_s=120)
     for ref in refs:
-        sink.drop(ref)
+        sink.release(ref)
     eventually(lambda: source.in_use()["leases"] == 0, timeout_s=120)
     for reason in ("flood", "rate"):  # on a busy machine a message may find a full queue, and is said again
         refused = [each.metrics.value("kvxfer_refused_messages_total", reason=reason) for each in (source, sink)]
@@ -490,7 +490,7 @@ def test_a_connection_that_takes_no_answers(engines):
     before = psutil.Process().memory_info().rss
     for _ in range(20):
         for _ in range(200):
-            member.say(messages.Open(to=member.welcome.epoch, token=ref.token))
+            member.say(messages.Acquire(to=member.welcome.epoch, token=ref.token))
         time.sleep(0.05)
     eventually(lambda: source.metrics.value("kvxfer_refused_messages_total", reason="unsendable") > 100)
     assert psutil.Process().memory_info().rss - before < 96 << 20

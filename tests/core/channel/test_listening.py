@@ -75,7 +75,7 @@ def test_a_shared_lease_waits_for_its_producer(free_port):
     """A reference that both sides make for themselves may be earlier than its producer: it waits until somebody listens."""
     sink = Engine(2, settings=Settings())
     try:
-        ref = LeaseRef.shared("both know this", owner="later", addresses=[f"tcp://127.0.0.1:{free_port}"])
+        ref = LeaseRef.for_rendezvous("both know this", owner="later", addresses=[f"tcp://127.0.0.1:{free_port}"])
         transfer = sink.endpoint.read(ref, [1])
         assert not transfer.wait(2.0)
         assert not transfer.done

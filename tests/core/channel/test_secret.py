@@ -111,12 +111,12 @@ def test_tokens_are_not_shown():
     """What holds the token of a lease that lives does not show it, to people, to logs or to rich."""
     token = "0123456789abcdef" * 2
     grant = messages.Grant(token=token, blocks=[b""], cell=1, check=bytes(16), ttl_s=1.0)
-    ref = LeaseRef.shared("key", owner="x", addresses=["tcp://x:1"])
+    ref = LeaseRef.for_rendezvous("key", owner="x", addresses=["tcp://x:1"])
     peer = Peer("tcp://x:1", 0)
     peer.needed_by[token] = None
-    stage = messages.Stage(token=token, number=0, image=messages.described(small_cache().spec), tokens=(0, 1))
+    stage = messages.StageChunk(token=token, number=0, image=messages.described(small_cache().spec), tokens=(0, 1))
     holds = [
-        grant, messages.Renew(tokens=[token]), messages.Renewed(ended=[token]), messages.Settle(token=token, read=True), stage, ref,
+        grant, messages.Renew(tokens=[token]), messages.Renewed(ended=[token]), messages.Release(token=token, read=True), stage, ref,
         Claim(peer, grant), Hold(ref, 0.0, 1.0, [Claim(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),
         SendTo("tcp://x:1", grant), StartPack(PackKey(token, 0), 0, small_cache().spec, (0, 1), []),
     ]  # fmt: skip
@@ -237,7 +237,7 @@ def test_a_wiretap(engines, secret):
     source, sink = engines(secret), engines(secret)
     tap = Wiretap(source.endpoint.address)
     ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[tap.address]))
-    source.endpoint.offer(ref, [1, 2])
+    source.endpoint.publish(ref, [1, 2])
     assert sink.endpoint.read(ref, [3, 4]).wait(30) and sink.blocks(3, 4) == source.blocks(1, 2)
     assert source.end(ref).read
     telling = (ref.token.encode(), source.endpoint.name.encode(), b"bfloat16", b"Welcome", b"Grant")
@@ -262,8 +262,8 @@ def test_a_wiretap(engines, secret):
 def test_the_token_of_a_request_that_both_were_told_of():
     """With a secret the token cannot be made from what a router, a client and a log may know of the request."""
     known = {"key": "transfer-1", "owner": "P", "addresses": ["tcp://p:1"], "num_tokens": 7, "digest": "d"}
-    tokens = {LeaseRef.shared(**known, secret=secret).token for secret in (None, OURS, THEIRS)}
-    assert len(tokens) == 3 and LeaseRef.shared(**known, secret=Secret(TEXT)).token in tokens
+    tokens = {LeaseRef.for_rendezvous(**known, secret=secret).token for secret in (None, OURS, THEIRS)}
+    assert len(tokens) == 3 and LeaseRef.for_rendezvous(**known, secret=Secret(TEXT)).token in tokens
 
 
 # -- where one may listen without it ----------------------------------------------------------------------------------------

@@ -154,9 +154,9 @@ def test_calls_of_an_engine(request_blocks):
             ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
             calls = {
                 "announce": lambda ref=ref: producer.announce(ref),
-                "seal": lambda ref=ref: producer.seal(ref, source[:-5]),
-                "offer": lambda ref=ref: producer.offer(ref, source),
-                "hold": lambda ref=ref: consumer.hold(ref),
+                "seal": lambda ref=ref: producer.publish(ref, source[:-5], complete=False),
+                "offer": lambda ref=ref: producer.publish(ref, source),
+                "hold": lambda ref=ref: consumer.acquire(ref),
                 "read": lambda ref=ref: consumer.read(ref, target),
                 "poll": lambda: (producer.poll(), consumer.poll()),
             }

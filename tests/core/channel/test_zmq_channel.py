@@ -138,7 +138,7 @@ def test_connections_that_hang(victim, refused):
     [
         b"", b"\0", b"hello", b"{}", b"\x80", b"\x91" * 50_000, b"\xdd\xff\xff\xff\xff",
         msgspec.msgpack.encode({"type": "Hello"}), msgspec.msgpack.encode({"type": "Bye"}),
-        msgspec.msgpack.encode({"type": "Open", "token": "short"}),
+        msgspec.msgpack.encode({"type": "Acquire", "token": "short"}),
         messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="n" * 5000, epoch="e", rank=0, agent="inproc")),
         messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="inproc"))[:-3],
     ],
@@ -173,9 +173,9 @@ def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
     """Proper messages at the wrong place or for a dead process are refused by name and counted."""
     token = "0" * 32
     epoch = victim.endpoint.epoch
-    assert dealer(messages.encode(messages.Settled(token=token, stood=True))).code == "garbage"
-    assert dealer(messages.encode(messages.Open(to="dead", token=token))).code == "stale_epoch"
-    assert dealer(messages.encode(messages.Open(to=epoch, token=token))).code == "not_introduced"
+    assert dealer(messages.encode(messages.Released(token=token, stood=True))).code == "garbage"
+    assert dealer(messages.encode(messages.Acquire(to="dead", token=token))).code == "stale_epoch"
+    assert dealer(messages.encode(messages.Acquire(to=epoch, token=token))).code == "not_introduced"
     assert (
         dealer(messages.encode(messages.Hello(protocol=9, name="n", epoch="e", rank=0, agent="inproc"))).code
         == "protocol"
@@ -198,7 +198,7 @@ def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
         ),
         messages.Welcome,
     )
-    assert dealer(messages.encode(messages.Open(to=epoch, token=token))).code == "unknown_lease"
+    assert dealer(messages.encode(messages.Acquire(to=epoch, token=token))).code == "unknown_lease"
     assert refused() == 7
 
 
@@ -217,7 +217,7 @@ def test_a_flood_starves_nobody(victim, refused, dealer):
 
 
 @pytest.mark.parametrize(
-    "answer", [b"garbage", b"", b"\x91" * 1000, messages.encode(messages.Open(token="0" * 32)), bytes(2 << 20)]
+    "answer", [b"garbage", b"", b"\x91" * 1000, messages.encode(messages.Acquire(token="0" * 32)), bytes(2 << 20)]
 )
 def test_a_producer_that_answers_garbage(answer):
     """A consumer that asked a liar counts what it says, fails that read by name and in time, and serves its others."""

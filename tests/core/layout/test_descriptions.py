@@ -138,8 +138,8 @@ def test_a_direct_read_in_pieces_arrives(monkeypatch):
         here[:] = 0
         ref = producer.announce()
         transfer = consumer.read(ref, into, verify=True)
-        producer.seal(ref, blocks[:11])
-        producer.offer(ref, blocks)
+        producer.publish(ref, blocks[:11], complete=False)
+        producer.publish(ref, blocks)
         assert transfer.wait(30)
         np.testing.assert_array_equal(here[into].transpose(0, 2, 1, 3), there[blocks])
         monkeypatch.setattr("kvxfer.runtime.read_task._MOST_OF_A_READ", 2559)

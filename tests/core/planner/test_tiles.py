@@ -73,17 +73,17 @@ def test_verify_compares_no_head_that_another_source_has_not_brought_yet():
         for each in producers:
             each.announce(ref)
         transfer = consumer.read(ref, [4, 5, 6], verify=True, timeout_s=30)
-        producers[1].seal(ref, [1])
-        producers[0].offer(ref, [1, 2, 3])
+        producers[1].publish(ref, [1], complete=False)
+        producers[0].publish(ref, [1, 2, 3])
         eventually(lambda: np.array_equal(here[:, 6, 0], there[:, 3, 0]))
         # Other reads, asked to verify as well, end after what rank 0 gave to the first was compared, and compared in halves.
         for i in range(12):
             other = LeaseRef.mint(owner="P", addresses=[each.address for each in producers], request=f"other {i}")
             for each in producers:
                 each.announce(other)
-                each.offer(other, [7])
+                each.publish(other, [7])
             assert consumer.read(other, [0], verify=True).wait(30)
-        producers[1].offer(ref, [1, 2, 3])
+        producers[1].publish(ref, [1, 2, 3])
         assert transfer.wait(30)
         np.testing.assert_array_equal(here[:, 4:7], there[:, 1:4])
 

@@ -42,13 +42,13 @@ def test_chunks_from_end_to_end(world, producer, consumer):
     transfer = consumer.read(ref, 4, 5, 6, packed=True)
     world.advance(1)
     assert transfer.done and transfer.error is None and transfer.content == content
-    stages = said(consumer, messages.Stage)
+    stages = said(consumer, messages.StageChunk)
     assert [stage.number for stage in stages] == [0, 1, 2] and {stage.to for stage in stages} == {producer.epoch}
-    assert [unstage.numbers for unstage in said(consumer, messages.Unstage)] == [[0], [1], [2]]
-    assert producer.ends(ref.token) == ["LeaseSettled"] and quiet(producer)
+    assert [unstage.numbers for unstage in said(consumer, messages.ReleaseChunks)] == [[0], [1], [2]]
+    assert producer.ends(ref.token) == ["LeaseReleased"] and quiet(producer)
 
 
-@pytest.mark.parametrize("lost", [messages.Stage, messages.Staged, messages.Unstage])
+@pytest.mark.parametrize("lost", [messages.StageChunk, messages.ChunkReady, messages.ReleaseChunks])
 def test_what_is_lost_is_made_up_for(world, producer, consumer, lost):
     """The question and the answer may be lost each time but the third; what was taken and not told costs nobody anything."""
     world.perfect = False
@@ -58,15 +58,15 @@ def test_what_is_lost_is_made_up_for(world, producer, consumer, lost):
         world.settle_losing(lost)
         world.advance(0.05)
     assert transfer.done and transfer.error is None and world.losses >= 2
-    assert producer.ends(ref.token) == ["LeaseSettled"] and quiet(producer)
+    assert producer.ends(ref.token) == ["LeaseReleased"] and quiet(producer)
 
 
 def test_asked_again_each_retry_s(world, producer, consumer):
     """A chunk that takes long to pack is asked for again twice a second, and is packed once."""
     _, transfer = waiting(world, producer, consumer)
     world.advance(10)
-    assert 18 <= len(said(consumer, messages.Stage)) <= 22 and not transfer.done
-    assert len(producer.packing) == 1 and {stage.number for stage in said(consumer, messages.Stage)} == {0}
+    assert 18 <= len(said(consumer, messages.StageChunk)) <= 22 and not transfer.done
+    assert len(producer.packing) == 1 and {stage.number for stage in said(consumer, messages.StageChunk)} == {0}
 
 
 def test_an_answer_is_taken_once(world, producer, consumer):
@@ -76,14 +76,16 @@ def test_an_answer_is_taken_once(world, producer, consumer):
     world.staged = staged.append
     for number in (0, 0, 1, 7):
         consumer.consumer.received(
-            producer.address, messages.Staged(token=ref.token, number=number, address=4096), world.now
+            producer.address, messages.ChunkReady(token=ref.token, number=number, address=4096), world.now
         )
         consumer.perform()
     assert staged == [ChunkStaged(transfer, 0, 0, 4096)]
     world.advance(40)
     assert isinstance(transfer.error, TransferTimeoutError)
-    consumer.consumer.received(producer.address, messages.Staged(token=ref.token, number=1, address=4096), world.now)
-    consumer.consumer.received(producer.address, messages.Staged(token="e" * 32, number=0, address=4096), world.now)
+    consumer.consumer.received(
+        producer.address, messages.ChunkReady(token=ref.token, number=1, address=4096), world.now
+    )
+    consumer.consumer.received(producer.address, messages.ChunkReady(token="e" * 32, number=0, address=4096), world.now)
     consumer.perform()
     assert len(staged) == 1
 
@@ -91,11 +93,11 @@ def test_an_answer_is_taken_once(world, producer, consumer):
 def test_another_peer_cannot_answer(world, producer, consumer):
     """Only the rank that was asked says where its chunk lies."""
     villain = world.node("villain")
-    consumer.hold(villain.lease(1))
+    consumer.acquire(villain.lease(1))
     ref, _ = waiting(world, producer, consumer)
     staged = []
     world.staged = staged.append
-    consumer.consumer.received(villain.address, messages.Staged(token=ref.token, number=0, address=666), world.now)
+    consumer.consumer.received(villain.address, messages.ChunkReady(token=ref.token, number=0, address=666), world.now)
     consumer.perform()
     assert staged == []
 
@@ -124,7 +126,7 @@ def test_a_lease_that_ends_stops_no_read_that_waits_for_none(world, producer, co
     content = producer.content[1]
     transfer = consumer.read(ref, 4, packed=True)
     world.advance(1.5)
-    assert not said(consumer, messages.Unstage) and said(producer, messages.Staged)
+    assert not said(consumer, messages.ReleaseChunks) and said(producer, messages.ChunkReady)
     consumer.consumer.received(producer.address, messages.Revoked(token=ref.token, reason="a lie"), world.now)
     consumer.perform()
     world.advance(5)
@@ -168,7 +170,7 @@ def test_a_slow_peer_is_waited_for(world, producer, consumer):
 
 def test_silence_counts_from_the_question(world, producer, consumer):
     """A peer that nothing was asked of for long is not silent in the moment in which a chunk is asked for."""
-    consumer.hold(ref := producer.lease(1))
+    consumer.acquire(ref := producer.lease(1))
     world.advance(1)
     consumer.peers[producer.address].heard_at = world.now - 1000
     transfer = consumer.read(ref, 4, packed=True)
@@ -186,14 +188,14 @@ def test_a_chunk_that_cannot_be_packed(world, producer, consumer):
     world.advance(1)
     assert isinstance(transfer.error, TransferFailedError) and "no room for this" in str(transfer.error)
     assert transfer.error.retryable
-    assert producer.ends(ref.token) == ["LeaseSettled"] and quiet(producer)
+    assert producer.ends(ref.token) == ["LeaseReleased"] and quiet(producer)
 
 
 def test_a_refusal_of_another_lease_stops_nothing(world, producer, consumer):
     """Only the read that asked hears that its chunk cannot be packed."""
     _, transfer = waiting(world, producer, consumer)
     other = producer.lease(7)
-    consumer.hold(other)
+    consumer.acquire(other)
     world.settle()
     for token in (other.token, "e" * 32, ""):
         refused = messages.Refused(code="staging", reason="no", epoch=producer.epoch, token=token)
@@ -245,22 +247,22 @@ def test_the_agent_is_replaced_under_a_packed_read(world, producer, consumer):
     content = [producer.content[b] for b in (1, 2, 3)]
     world.advance(5)
     assert transfer.done and transfer.error is None and transfer.content == content
-    assert [stage.number for stage in said(consumer, messages.Stage)] == [0, 1, 2, 3]
+    assert [stage.number for stage in said(consumer, messages.StageChunk)] == [0, 1, 2, 3]
     for (key, number), _ in list(producer.packing.items()):
         producer.packing.clear()
         producer.producer.packed(key, number, 4096, None)  # the first one is there at last
         producer.perform()
-    assert producer.ends(ref.token) == ["LeaseSettled"] and quiet(producer)
+    assert producer.ends(ref.token) == ["LeaseReleased"] and quiet(producer)
 
 
 def test_dropped_in_the_moment_it_was_claimed(world, producer, consumer):
     """A read whose lease was dropped before the control thread heard of it waits for no chunk: none will ever be asked for."""
-    consumer.hold(ref := producer.lease(1))
+    consumer.acquire(ref := producer.lease(1))
     world.settle()
     transfer = consumer.transfer(ref, 4, timeout_s=60)
     transfer.packed = True
     job = consumer.consumer.take(transfer)
-    consumer.drop(ref)
+    consumer.release(ref)
     consumer.consumer.reading(transfer)
     world.readings.append(Reading(consumer, job, world.now))
     world.advance(1)
@@ -273,13 +275,13 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     producer.answers = False
     world.advance(6)
     assert transfer.done and consumer.holds
-    stages, unstages = len(said(consumer, messages.Stage)), len(said(consumer, messages.Unstage))
-    message = messages.Stage(token=ref.token, number=9, image=messages.described(consumer.spec), tokens=(0, 4))
+    stages, unstages = len(said(consumer, messages.StageChunk)), len(said(consumer, messages.ReleaseChunks))
+    message = messages.StageChunk(token=ref.token, number=9, image=messages.described(consumer.spec), tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)
     consumer.consumer.unstage(transfer, 0, [0])
     consumer.perform()
     world.advance(5)
-    assert (len(said(consumer, messages.Stage)), len(said(consumer, messages.Unstage))) == (stages, unstages)
+    assert (len(said(consumer, messages.StageChunk)), len(said(consumer, messages.ReleaseChunks))) == (stages, unstages)
 
 
 @pytest.mark.parametrize("silent", [0, 1])
@@ -287,7 +289,7 @@ def test_one_rank_of_two_owes_its_chunks(world, silent):
     """A read waits for each rank's chunks by itself: one that says nothing fails it, and the other is released."""
     source, sink = world.engine("source", 2), world.engine("sink", 1).nodes[0]
     ref = source.lease(1, 2)
-    sink.hold(ref)
+    sink.acquire(ref)
     world.settle()
     source.nodes[silent].frozen = True
     transfer = sink.read(ref, 4, 5, packed=True, timeout_s=100)
@@ -296,7 +298,7 @@ def test_one_rank_of_two_owes_its_chunks(world, silent):
     world.advance(1)
     assert isinstance(transfer.error, PeerTimeoutError)
     other = source.nodes[1 - silent]
-    assert other.ends(ref.token) == ["LeaseSettled"] and quiet(other)
+    assert other.ends(ref.token) == ["LeaseReleased"] and quiet(other)
 
 
 def test_settings_of_retries(world, producer):
@@ -304,4 +306,4 @@ def test_settings_of_retries(world, producer):
     consumer = world.node("consumer", settings=Settings(retry_s=2.0))
     waiting(world, producer, consumer)
     world.advance(10)
-    assert len(said(consumer, messages.Stage)) == 6
+    assert len(said(consumer, messages.StageChunk)) == 6

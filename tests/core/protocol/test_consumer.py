@@ -24,13 +24,13 @@ from tests.core.protocol.virtual import Reading, agent_info, block_bytes, nothin
 
 
 def test_a_read_from_end_to_end(world, producer, consumer):
-    """Meet, open, read, settle: Done on one side, LeaseSettled(read) on the other, and nothing is left."""
+    """Meet, open, read, settle: Done on one side, LeaseReleased(read) on the other, and nothing is left."""
     ref = producer.lease(1, 2, 3)
     content = [producer.content[b] for b in (2, 3)]
     transfer = consumer.read(ref, 7, 8, tokens=(4, None))
     world.advance(1)
     assert transfer.done and transfer.error is None and transfer.content == content
-    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseSettled"]
+    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseReleased"]
     assert producer.events[0].read
     nothing_left(world, producer, consumer)
 
@@ -50,16 +50,16 @@ def test_read_before_prefill_ends(world, producer, consumer):
     transfer = consumer.read(ref, 4)
     world.advance(10)
     assert not transfer.done
-    producer.offer(ref, 9)
+    producer.publish(ref, 9)
     world.advance(0.1)
-    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseSettled"]
+    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseReleased"]
 
 
 def test_held_for_long_then_read(world, producer, consumer):
     """A hold keeps the lease alive many times its length, with three renewals in each, until it is read."""
     ref = producer.lease(1)
-    consumer.hold(ref)
-    consumer.hold(ref)
+    consumer.acquire(ref)
+    consumer.acquire(ref)
     world.advance(300)
     assert producer.ends(ref.token) == []
     assert 28 <= len(said(consumer, messages.Renew)) <= 32
@@ -73,7 +73,7 @@ def test_many_holds_renew_together(world, producer, consumer):
     """Renewals of one peer travel in one message each time."""
     refs = [producer.lease(i) for i in range(30)]
     for ref in refs:
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.advance(60)
     assert len(said(consumer, messages.Renew)) <= 8
     assert all(producer.ends(ref.token) == [] for ref in refs)
@@ -81,7 +81,7 @@ def test_many_holds_renew_together(world, producer, consumer):
 
 def test_a_renewal_that_is_found_due_between_ticks_is_sent_at_once(world, producer, consumer):
     """Whatever makes it known that a lease has to be renewed, it does not wait for something else to become due."""
-    consumer.hold(ref := producer.lease(1))
+    consumer.acquire(ref := producer.lease(1))
     world.settle()
     world.now += 15
     consumer.consumer.read(consumer.transfer(ref, 1), world.now)
@@ -95,11 +95,11 @@ def test_a_hold_nobody_reads_is_dropped_after_hold_s(world, producer):
     """A forgotten hold gives the producer its blocks back after hold_s."""
     consumer = world.node("consumer", settings=Settings(hold_s=50.0))
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.advance(49)
     assert producer.ends(ref.token) == []
     world.advance(2)
-    assert producer.ends(ref.token) == ["LeaseSettled"] and not producer.events[0].read
+    assert producer.ends(ref.token) == ["LeaseReleased"] and not producer.events[0].read
 
 
 @pytest.mark.parametrize("when", ["never held", "held", "waiting"])
@@ -107,16 +107,16 @@ def test_drop_gives_the_blocks_back(world, producer, consumer, when):
     """A lease that is not needed is settled unread at once, held before or not."""
     ref = producer.lease(1) if when != "waiting" else producer.announce()
     if when != "never held":
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.advance(0.1)
-    consumer.drop(ref)
+    consumer.release(ref)
     world.advance(0.1)
     if when == "waiting":
-        producer.offer(ref, 3)
-        assert producer.ends(ref.token) == ["LeaseSettled"]
+        producer.publish(ref, 3)
+        assert producer.ends(ref.token) == ["LeaseReleased"]
     else:
-        assert producer.ends(ref.token) == ["LeaseSettled"] and not producer.events[0].read
-    consumer.drop(ref)
+        assert producer.ends(ref.token) == ["LeaseReleased"] and not producer.events[0].read
+    consumer.release(ref)
     nothing_left(world, producer, consumer)
 
 
@@ -125,7 +125,7 @@ def test_drop_of_a_waiting_read_ends_it(world, producer, consumer):
     ref = producer.announce()
     transfer = consumer.read(ref, 1)
     world.advance(1)
-    consumer.drop(ref)
+    consumer.release(ref)
     assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
 
 
@@ -134,7 +134,7 @@ def test_drop_of_a_running_read_has_no_effect(world, producer, consumer):
     transfer = consumer.read(ref := producer.lease(1), 1)
     world.settle()
     assert world.readings
-    consumer.drop(ref)
+    consumer.release(ref)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
 
@@ -149,7 +149,7 @@ def test_a_lease_is_read_once(world, producer, consumer):
     third = consumer.read(ref, 3)
     world.advance(1)
     assert first.error is None and isinstance(third.error, LeaseEndedError)
-    assert producer.ends(ref.token) == ["LeaseSettled"]
+    assert producer.ends(ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
@@ -167,23 +167,23 @@ def test_a_lease_that_cannot_be_read(world, producer, consumer, held, end, error
         world.advance(31)
     elif end == "taken":
         other = world.node("other")
-        other.hold(ref)
+        other.acquire(ref)
         world.advance(0.1)
     if held:
-        consumer.hold(ref)
+        consumer.acquire(ref)
         world.advance(0.1)
     transfer = consumer.read(ref, 1)
     world.advance(0.1)
     assert type(transfer.error) is error and consumer.outcomes(transfer) == ["Failed"]
     if end == "taken":
-        other.drop(ref)
+        other.release(ref)
     nothing_left(world, producer, consumer)
 
 
 def test_revoked_while_held(world, producer, consumer):
     """The holder hears of a revocation, and a read that comes later fails with the producer's reason."""
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.advance(1)
     producer.revoke(ref)
     world.settle()
@@ -207,7 +207,7 @@ def test_revoked_while_the_bytes_move(world, producer, consumer):
 def test_a_holder_that_dies_lets_the_lease_expire(world, producer, consumer):
     """When renewals stop, the blocks come back one lease later."""
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.advance(100)
     consumer.dead = True
     world.advance(29 - 10)
@@ -224,8 +224,8 @@ def test_the_deadline_of_a_read_that_waits(world, producer, consumer):
     assert not transfer.done
     world.advance(0.2)
     assert isinstance(transfer.error, PeerTimeoutError) and transfer.error.retryable and transfer.error.quiet
-    producer.offer(ref, 1)
-    assert producer.ends(ref.token) == ["LeaseSettled"]
+    producer.publish(ref, 1)
+    assert producer.ends(ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
@@ -238,7 +238,7 @@ def test_a_silent_peer(world, producer, consumer, met, held):
         world.advance(1)
     ref = producer.announce()
     if held:
-        consumer.hold(ref)
+        consumer.acquire(ref)
         world.advance(1)
     producer.frozen = True
     world.advance(100)
@@ -254,7 +254,7 @@ def test_a_silent_peer(world, producer, consumer, met, held):
 def test_a_held_grant_whose_peer_went_silent(world, producer, consumer):
     """A granted lease whose producer has been in doubt since fails after peer_timeout_s, not at the far deadline."""
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.settle()
     first = consumer.read(producer.lease(2), 2)
     world.settle()
@@ -433,7 +433,7 @@ def test_leases_of_the_dead_process_end(world, producer, consumer, state):
     if state == "read waiting":
         transfer = consumer.read(ref, 1)
     else:
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.advance(1)
     again = world.restart(producer)
     world.advance(15)
@@ -458,7 +458,7 @@ def test_restarted_while_settling(world, producer, consumer):
 def test_a_stale_epoch_is_refused_by_name(world, producer, consumer):
     """The successor names the reason and counts it, and the consumer greets it at once."""
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.advance(5)
     again = world.restart(producer)
     world.advance(11)
@@ -469,7 +469,7 @@ def test_a_stale_epoch_is_refused_by_name(world, producer, consumer):
 def test_a_replaced_agent_is_used_for_the_next_read(world, producer, consumer):
     """A producer that had to replace its agent tells so, and reads go to the new one."""
     ref = producer.lease(1)
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.settle()
     second = agent_info(producer.name, 0, producer.epoch, 2)
     world.by_agent[second] = producer
@@ -513,7 +513,7 @@ def test_a_grant_of_other_blocks_than_asked(world, producer, consumer, grant):
 def test_a_grant_of_absurd_length(world, producer, consumer, ttl_s):
     """A producer that grants nanoseconds cannot make the consumer spin, nor one that grants a year overflow it."""
     ref = producer.announce()
-    consumer.hold(ref)
+    consumer.acquire(ref)
     world.settle()
     consumer.consumer.received(
         producer.address,
@@ -541,25 +541,25 @@ def test_a_producer_that_refuses_everything_after_meeting(world, producer, consu
     transfer = consumer.read(ref, 1)
     world.advance(40)
     assert isinstance(transfer.error, PeerTimeoutError)
-    assert len(said(consumer, messages.Hello)) + len(said(consumer, messages.Open)) <= 40 * 2 * 2 * 2
+    assert len(said(consumer, messages.Hello)) + len(said(consumer, messages.Acquire)) <= 40 * 2 * 2 * 2
 
 
 def test_answers_to_questions_never_asked(world, producer, consumer):
     """Messages about unknown leases, from unknown addresses or of the wrong direction change nothing; the last are counted."""
     token = "e" * 32
-    consumer.consumer.received("tcp://nobody:1", messages.Settled(token=token, stood=True), world.now)
-    consumer.hold(ref := producer.lease(1))
+    consumer.consumer.received("tcp://nobody:1", messages.Released(token=token, stood=True), world.now)
+    consumer.acquire(ref := producer.lease(1))
     world.settle()
     strays = [
-        messages.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Settled(token=token, stood=True),
-        messages.Settled(token=ref.token, stood=True), messages.Pending(token=ref.token), messages.Revoked(token=token, reason=""),
+        messages.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Released(token=token, stood=True),
+        messages.Released(token=ref.token, stood=True), messages.Pending(token=ref.token), messages.Revoked(token=token, reason=""),
         messages.Renewed(ended=[token] * 9), messages.Refused(code="unknown_lease", reason="", epoch="", token=token),
         messages.Refused(code="a code of the future", reason="", epoch=""), messages.Refused(code="garbage", reason="", epoch=""),
     ]  # fmt: skip
     for message in strays:
         consumer.consumer.received(producer.address, message, world.now)
     for message in (
-        messages.Open(token=token),
+        messages.Acquire(token=token),
         messages.Hello(protocol=messages.PROTOCOL, name="", epoch="", rank=0, agent=""),
     ):
         consumer.consumer.received(producer.address, message, world.now)
@@ -573,8 +573,8 @@ def test_answers_to_questions_never_asked(world, producer, consumer):
 def test_another_peer_cannot_end_my_lease(world, producer, consumer):
     """What one peer says about a lease of another is not listened to."""
     villain = world.node("villain")
-    consumer.hold(ref := producer.lease(1))
-    consumer.hold(villain.lease(2))
+    consumer.acquire(ref := producer.lease(1))
+    consumer.acquire(villain.lease(2))
     world.settle()
     for message in (messages.Revoked(token=ref.token, reason="ha"), messages.Renewed(ended=[ref.token])):
         consumer.consumer.received(villain.address, message, world.now)
@@ -588,12 +588,12 @@ def test_a_flood_of_welcomes_multiplies_nothing(world, producer, consumer):
     refs = [producer.announce() for _ in range(10)]
     producer.frozen = True
     for ref in refs:
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.advance(10)
     producer.frozen = False
-    before = len(said(consumer, messages.Open))
+    before = len(said(consumer, messages.Acquire))
     world.settle()
-    assert len(said(consumer, messages.Open)) - before <= 2 * len(refs)
+    assert len(said(consumer, messages.Acquire)) - before <= 2 * len(refs)
 
 
 # -- time ----------------------------------------------------------------------------------------------------------------
@@ -615,16 +615,16 @@ def test_nobody_spins(world, producer, consumer, what):
         producer.dead = True
     refs = [producer.announce() for _ in range(10)]
     for ref in refs:
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.settle()
     if what in ("held", "settling"):
         for i, ref in enumerate(refs):
-            producer.offer(ref, i)
+            producer.publish(ref, i)
     world.settle()
     if what == "settling":
         producer.answers = False
         for ref in refs:
-            consumer.drop(ref)
+            consumer.release(ref)
     before = consumer.ticks
     world.advance(20)
     assert consumer.ticks - before <= 20 * 8
@@ -645,14 +645,14 @@ def test_timers_do_not_grow_with_reads(world, producer, consumer):
 def test_close_ends_all_and_settles(world, producer, consumer):
     """Closing fails what waits, by name, and lets producers have back what was held."""
     held, waited = producer.lease(1), producer.announce()
-    consumer.hold(held)
+    consumer.acquire(held)
     transfer = consumer.read(waited, 2)
     world.settle()
     consumer.consumer.close()
     consumer.perform()
     world.settle()
     assert isinstance(transfer.error, ClosedError)
-    assert producer.ends(held.token) == ["LeaseSettled"] and len(producer.table) == 0
+    assert producer.ends(held.token) == ["LeaseReleased"] and len(producer.table) == 0
 
 
 # -- the short way of a read -----------------------------------------------------------------------------------------------
@@ -660,7 +660,7 @@ def test_close_ends_all_and_settles(world, producer, consumer):
 
 def claimed(world, producer, consumer):
     """A lease that was granted ahead and is claimed by a read, of which the control thread has not heard yet."""
-    consumer.hold(ref := producer.lease(1))
+    consumer.acquire(ref := producer.lease(1))
     world.settle()
     transfer = consumer.transfer(ref, 1, timeout_s=10)
     job = consumer.consumer.take(transfer)
@@ -677,14 +677,14 @@ def test_a_granted_lease_is_claimed_once(world, producer, consumer):
     world.readings.append(Reading(consumer, job, world.now + 1))
     world.advance(3)
     assert consumer.outcomes(second) == ["Done"] and consumer.outcomes(first) == ["Failed"]
-    assert isinstance(first.error, LeaseEndedError) and producer.ends(first.ref.token) == ["LeaseSettled"]
+    assert isinstance(first.error, LeaseEndedError) and producer.ends(first.ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
 def test_claimed_while_it_is_dropped_and_read_again(world, producer, consumer):
     """The end of a read that nobody waits for any more does not end another read of the same lease unheard."""
     first, job = claimed(world, producer, consumer)
-    consumer.drop(first.ref)
+    consumer.release(first.ref)
     world.settle()
     consumer.consumer.reading(first)
     producer.frozen = True

@@ -42,7 +42,7 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     """Announced, offered, opened, settled; its cell holds its check from the offer to the settlement."""
     table.announce(T1, "r", 0)
     assert free(board)
-    lease = table.offer(T1, [b"1234"], 5)
+    lease = table.publish(T1, [b"1234"], 5)
     assert lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
     assert table.open(T1, ME, 6) is lease
     assert lease.state is LeaseState.ACTIVE
@@ -56,7 +56,7 @@ def test_opened_before_it_is_offered(table):
     table.announce(T1, "r", 0)
     assert table.open(T1, ME, 1).state is LeaseState.ANNOUNCED
     assert table.expire(99.9) == []
-    lease = table.offer(T1, [], 99.9)
+    lease = table.publish(T1, [], 99.9)
     assert lease.holders == {0: ME} and lease.deadline == pytest.approx(129.9)
 
 
@@ -65,7 +65,7 @@ def test_each_state_expires(table, board, until, how):
     """A lease nobody comes for ends at its state's deadline, and not a moment before."""
     table.announce(T1, "r", 0)
     if how != "announced":
-        table.offer(T1, [], 5)
+        table.publish(T1, [], 5)
     if how == "opened":
         table.open(T1, ME, 7)
     assert table.expire(until - 0.001) == []
@@ -78,7 +78,7 @@ def test_each_state_expires(table, board, until, how):
 def test_spared_once_until_somebody_asks(table):
     """After a standstill a lease gets a moment more, once: then it ends, or its holder is heard and it may be spared again."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     table.open(T1, ME, 0)
     table.spare(42.0)
     assert table.expire(41.9) == [] and table.next_deadline() == 42.0
@@ -92,7 +92,7 @@ def test_spared_once_until_somebody_asks(table):
 def test_sparing_shortens_nothing(table):
     """A lease that has more time than that keeps it."""
     table.announce(T1, "r", 0)
-    lease = table.offer(T1, [], 0)
+    lease = table.publish(T1, [], 0)
     table.spare(10.0)
     assert lease.deadline == 30.0 and not lease.spared
 
@@ -100,7 +100,7 @@ def test_sparing_shortens_nothing(table):
 def test_renewed_for_as_long_as_the_holder_likes(table):
     """Each renewal by the holder starts the time anew; when they stop, it ends."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     table.open(T1, ME, 0)
     for now in range(0, 600, 20):
         assert table.expire(now) == []
@@ -112,7 +112,7 @@ def test_renewal_by_somebody_else_is_no_renewal(table):
     """Only the holder renews; unknown, ended and foreign tokens come back as ended."""
     for token in (T1, T2):
         table.announce(token, "r", 0)
-        table.offer(token, [], 0)
+        table.publish(token, [], 0)
     table.open(T1, ME, 0)
     table.open(T2, OTHER, 0)
     assert table.renew([T1, T2, T3], ME, 10) == [T2, T3]
@@ -122,7 +122,7 @@ def test_renewal_by_somebody_else_is_no_renewal(table):
 def test_a_renewal_never_shortens(table):
     """A clock that is read late by one caller takes nothing away."""
     table.announce(T1, "r", 0)
-    lease = table.offer(T1, [], 50)
+    lease = table.publish(T1, [], 50)
     table.open(T1, ME, 10)
     assert lease.deadline == 80
 
@@ -132,7 +132,7 @@ def test_revoked_in_any_state(table, board, state):
     """Revoking ends a lease wherever it is, once."""
     table.announce(T1, "r", 0)
     if state != "announced":
-        table.offer(T1, [], 0)
+        table.publish(T1, [], 0)
     if state == "opened":
         table.open(T1, ME, 0)
     assert table.revoke(T1).state is LeaseState.REVOKED
@@ -144,7 +144,7 @@ def test_revoked_in_any_state(table, board, state):
 def test_an_ended_lease_stays_ended(table, end):
     """Opening and offering it again are refused by name; announcing it again changes nothing."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     {
         "settle": lambda: table.settle(T1, ME, read=False),
         "revoke": lambda: table.revoke(T1),
@@ -155,7 +155,7 @@ def test_an_ended_lease_stays_ended(table, end):
     with pytest.raises(LeaseEndedError, match=end[:5]):
         table.open(T1, ME, 99)
     with pytest.raises(LeaseEndedError):
-        table.offer(T1, [], 99)
+        table.publish(T1, [], 99)
     assert table.request(T1) == "r"
 
 
@@ -164,18 +164,18 @@ def test_unknown_leases_are_unknown(table):
     with pytest.raises(LeaseUnknownError):
         table.open(T1, ME, 0)
     with pytest.raises(LeaseUnknownError):
-        table.offer(T2, [], 0)
+        table.publish(T2, [], 0)
     assert table.settle(T3, ME, read=True) == (False, None)
     assert table.request(T3) == "" and len(table) == 0
 
 
 def test_who_was_offered_is_known(table):
-    """A lease was offered when `offer` was called, in vain too: its end is told, and no other's."""
+    """A lease was offered when `publish` was called, in vain too: its end is told, and no other's."""
     table.announce(T1, "r", 0)
     assert not table.offered(T1) and not table.offered(T2)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     with pytest.raises(LeaseUnknownError):
-        table.offer(T2, [], 0)
+        table.publish(T2, [], 0)
     assert table.offered(T1) and table.offered(T2)
     with pytest.raises(LeaseEndedError):
         table.open(T2, ME, 1)
@@ -184,14 +184,17 @@ def test_who_was_offered_is_known(table):
 def test_sealed_blocks_are_readable_before_the_offer(table, board):
     """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
     table.announce(T1, "r", 0)
-    lease = table.seal(T1, [b"1234"], [16])
+    lease = table.publish_part(T1, [b"1234"], [16])
     assert lease.readable and not lease.complete and cell(board, lease) == lease.check
     posted = lease.cell
-    assert table.seal(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == ([b"12345678"], [16])
-    assert table.offer(T1, [b"123456789abc"], 5, [16]) is lease and lease.complete
+    assert table.publish_part(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == (
+        [b"12345678"],
+        [16],
+    )
+    assert table.publish(T1, [b"123456789abc"], 5, [16]) is lease and lease.complete
     assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
     with pytest.raises(LeaseError, match="offered before"):
-        table.seal(T1, [b"1234"])
+        table.publish_part(T1, [b"1234"])
     assert lease.blocks == [b"123456789abc"] and len(board._free) == 3
 
 
@@ -199,25 +202,29 @@ def test_a_place_for_a_consumer_that_comes_first(table, board):
     """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
     table.want(T1, 0)
     lease = table.open(T1, ME, 1)
-    assert lease.state is LeaseState.WANTED and not lease.readable and table.expire(SETTINGS.match_s - 0.1) == []
+    assert (
+        lease.state is LeaseState.WANTED
+        and not lease.readable
+        and table.expire(SETTINGS.rendezvous_timeout_s - 0.1) == []
+    )
     table.announce(T1, "r", 2)
     assert (lease.state, lease.request, lease.deadline) == (LeaseState.ANNOUNCED, "r", pytest.approx(102.0))
-    assert table.expire(101.9) == [] and table.offer(T1, [b"1234"], 101.9).holders == {0: ME}
+    assert table.expire(101.9) == [] and table.publish(T1, [b"1234"], 101.9).holders == {0: ME}
 
 
 def test_a_place_is_no_lease(table, board):
     """What was not announced cannot be sealed, nor offered; the offer ends it, and its blocks are the caller's."""
     table.want(T1, 0)
     with pytest.raises(LeaseUnknownError):
-        table.seal(T1, [b"1234"])
+        table.publish_part(T1, [b"1234"])
     with pytest.raises(LeaseUnknownError):
-        table.offer(T1, [b"1234"], 1)
+        table.publish(T1, [b"1234"], 1)
     assert free(board) and len(table) == 0 and table.offered(T1)
 
 
 def test_places_are_few(board):
     """At most ``max_leases`` are kept for consumers that came first; the one that was asked for longest ago makes room."""
-    table = LeaseTable(Settings(max_leases=2, match_s=3.0), board)
+    table = LeaseTable(Settings(max_leases=2, rendezvous_timeout_s=3.0), board)
     for token in (T1, T2, T1):
         table.want(token, 0)
     table.want(T3, 0)
@@ -234,14 +241,14 @@ def test_who_settles_first_of_all(table, board):
     assert table.settle(T1, ME, read=False) == (False, None)
     table.announce(T1, "r", 0)
     with pytest.raises(LeaseEndedError):
-        table.offer(T1, [b"1234"], 1)
+        table.publish(T1, [b"1234"], 1)
     assert free(board) and len(table) == 0
 
 
 def test_taken_by_one_consumer(table):
     """The first that opens a lease has it: others cannot open, renew or settle it."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     table.open(T1, ME, 0)
     table.open(T1, ME, 1)
     with pytest.raises(LeaseError, match="another consumer"):
@@ -253,7 +260,7 @@ def test_taken_by_one_consumer(table):
 def test_settling_again_gives_the_same_answer(table):
     """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     assert table.settle(T1, ME, read=True)[0]
     assert table.settle(T1, ME, read=True) == (True, None)
     assert table.settle(T1, OTHER, read=True) == (False, None)
@@ -262,7 +269,7 @@ def test_settling_again_gives_the_same_answer(table):
 def test_settling_after_expiry_did_not_stand(table):
     """Who settles too late learns it."""
     table.announce(T1, "r", 0)
-    table.offer(T1, [], 0)
+    table.publish(T1, [], 0)
     table.open(T1, ME, 0)
     table.expire(30)
     assert table.settle(T1, ME, read=True) == (False, None)
@@ -271,9 +278,9 @@ def test_settling_after_expiry_did_not_stand(table):
 def test_a_second_offer_changes_nothing(table, board):
     """The blocks of a lease are named once; the lease goes on with those."""
     table.announce(T1, "r", 0)
-    lease = table.offer(T1, [b"1111"], 0)
+    lease = table.publish(T1, [b"1111"], 0)
     with pytest.raises(LeaseError, match="before"):
-        table.offer(T1, [b"2222"], 1)
+        table.publish(T1, [b"2222"], 1)
     assert lease.blocks == [b"1111"] and lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
 
 
@@ -283,21 +290,21 @@ def test_a_full_board_ends_the_lease(table, board):
     for token in tokens:
         table.announce(token, "r", 0)
     for token in tokens[:4]:
-        table.offer(token, [], 0)
+        table.publish(token, [], 0)
     with pytest.raises(LeaseError, match="max_leases"):
-        table.offer(tokens[4], [], 0)
+        table.publish(tokens[4], [], 0)
     with pytest.raises(LeaseEndedError):
         table.open(tokens[4], ME, 0)
     table.revoke(tokens[0])
     table.announce(T1, "r", 0)
-    assert table.offer(T1, [], 0).cell is not None
+    assert table.publish(T1, [], 0).cell is not None
 
 
 def test_close_ends_all(table, board):
     """Closing ends what lives, whatever its state, and wipes the board."""
     table.announce(T1, "r", 0)
     table.announce(T2, "r", 0)
-    table.offer(T2, [], 0)
+    table.publish(T2, [], 0)
     assert {x.token for x in table.close()} == {T1, T2}
     assert table.close() == [] and free(board) and table.next_deadline() is None
 
@@ -307,7 +314,7 @@ def test_memory_of_ended_leases_is_bounded(table):
     for i in range(20_000):
         token = f"{i:032x}"
         table.announce(token, "r", 0)
-        table.offer(token, [], 0)
+        table.publish(token, [], 0)
         table.settle(token, ME, read=True)
     assert len(table._ended) <= 16_384
     assert len(table._timers) == 0 and len(table._timers._heap) < 200
@@ -323,7 +330,7 @@ RANKS = [Holder("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
 def offered(table):
     """A lease that anybody may open."""
     table.announce(T1, "r", 0)
-    return table.offer(T1, [b"1234"], 0, [8])
+    return table.publish(T1, [b"1234"], 0, [8])
 
 
 def test_settled_when_every_rank_has_settled(table, board, offered):
@@ -415,7 +422,7 @@ def test_some_ranks_settle_before_the_offer(table):
     """A lease that some ranks do not need is still offered to the others, and ends with the last of them."""
     table.announce(T1, "r", 0)
     table.settle(T1, RANKS[0], read=False)
-    lease = table.offer(T1, [], 1)
+    lease = table.publish(T1, [], 1)
     assert lease.state is LeaseState.OPEN and lease.waiting() == []
     table.open(T1, RANKS[1], 2)
     table.settle(T1, RANKS[1], read=True)
@@ -436,7 +443,7 @@ def test_a_token_is_not_shown(table):
     """Who reads logs and errors can tell leases apart, and read no KV."""
     ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1"])
     said = [repr(ref), str([ref]), f"{ref}"]
-    for call in (lambda: table.offer(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
+    for call in (lambda: table.publish(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
         with pytest.raises(LeaseError) as caught:
             call()
         said.append(str(caught.value))
@@ -516,7 +523,7 @@ def test_a_lease_that_is_renewed_for_ever(board):
     """However often it is renewed, a lease ends after the longest time that one may last, and is revoked then."""
     table = LeaseTable(Settings(lease_s=10.0, max_lease_s=60.0), board)
     table.announce(T1, "r", 0)
-    lease = table.offer(T1, [b"1234"], 5)
+    lease = table.publish(T1, [b"1234"], 5)
     table.open(T1, ME, 5)
     for now in range(6, 65):
         assert table.renew([T1], ME, now) == [] and table.expire(now) == []

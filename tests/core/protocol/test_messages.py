@@ -21,20 +21,20 @@ MESSAGES = [
     messages.Welcome(
         protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=SPEC
     ),
-    messages.Open(to="e", token=TOKEN),
+    messages.Acquire(to="e", token=TOKEN),
     messages.Pending(token=TOKEN),
     messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0", b""], cell=(1 << 63) - 1, check=bytes(16), ttl_s=0.5),
     messages.Renew(to="e", tokens=[TOKEN] * 4096),
     messages.Renewed(ended=[TOKEN]),
-    messages.Settle(to="e", token=TOKEN, read=True),
-    messages.Settled(token=TOKEN, stood=False),
+    messages.Release(to="e", token=TOKEN, read=True),
+    messages.Released(token=TOKEN, stood=False),
     messages.Revoked(token=TOKEN, reason="because"),
     messages.Refused(code="garbage", reason="because", epoch="e"),
-    messages.Stage(
+    messages.StageChunk(
         to="e", token=TOKEN, number=(1 << 31) - 1, image=messages.described(SPEC), tokens=(3, 1 << 40), taken=[0, 7]
     ),
-    messages.Staged(token=TOKEN, number=0, address=(1 << 63) - 1),
-    messages.Unstage(to="e", token=TOKEN, numbers=[0, 7]),
+    messages.ChunkReady(token=TOKEN, number=0, address=(1 << 63) - 1),
+    messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
     messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
     messages.Grant(token=TOKEN, blocks=[b"", b""], first_tokens=[0, 1 << 40], cell=0, check=bytes(16), ttl_s=30.0),
     messages.Welcome(
@@ -137,7 +137,7 @@ def test_a_contradictory_spec_is_refused(number, field):
 def _read(data):
     """All of it: the description of a chunk too."""
     message = messages.decode(data)
-    if isinstance(message, messages.Stage):
+    if isinstance(message, messages.StageChunk):
         messages.image_of(message)
 
 

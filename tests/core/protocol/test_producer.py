@@ -48,13 +48,13 @@ def refusals(node, reason):
 def offered(node, *blocks):
     ref = node.mint()
     node.producer.announce(ref.token, ref.request, node.world.now)
-    node.producer.offer(ref.token, block_bytes(*blocks), node.world.now)
+    node.producer.publish(ref.token, block_bytes(*blocks), node.world.now)
     node.out.clear()
     return ref.token
 
 
 def test_the_whole_talk(producer, talk):
-    """Hello, Open, Renew, Settle are answered by Welcome, Grant, Renewed, Settled, and the engine hears one end."""
+    """Hello, Acquire, Renew, Release are answered by Welcome, Grant, Renewed, Released, and the engine hears one end."""
     token = offered(producer, 3, 4)
     (welcome,) = talk(hello(producer))
     assert (welcome.epoch, welcome.spec, welcome.agent_info) == (
@@ -62,14 +62,14 @@ def test_the_whole_talk(producer, talk):
         producer.spec,
         producer.identity.agent_info,
     )
-    (grant,) = talk(messages.Open(to=producer.epoch, token=token))
+    (grant,) = talk(messages.Acquire(to=producer.epoch, token=token))
     assert grant.blocks == block_bytes(3, 4) and grant.ttl_s == producer.settings.lease_s
     assert producer.board.memory.address <= grant.cell < producer.board.memory.end
-    assert talk(messages.Open(to=producer.epoch, token=token)) == [grant]
+    assert talk(messages.Acquire(to=producer.epoch, token=token)) == [grant]
     assert talk(messages.Renew(to=producer.epoch, tokens=[token])) == [messages.Renewed(ended=[])]
-    settled, event = talk(messages.Settle(to=producer.epoch, token=token, read=True))
-    assert settled == messages.Settled(token=token, stood=True) and (event.token, event.read) == (token, True)
-    assert talk(messages.Settle(to=producer.epoch, token=token, read=True)) == [settled]
+    settled, event = talk(messages.Release(to=producer.epoch, token=token, read=True))
+    assert settled == messages.Released(token=token, stood=True) and (event.token, event.read) == (token, True)
+    assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [settled]
     assert producer.metrics.value("kvxfer_leases_total", end="settled") == 1
 
 
@@ -88,7 +88,7 @@ def test_a_hello_for_somebody_else(producer, talk, changes, code):
     (refused,) = talk(hello(producer, **changes))
     assert (refused.code, refused.epoch) == (code, producer.epoch) and refused.reason
     assert refusals(producer, code) == 1
-    assert talk(messages.Open(to=producer.epoch, token="0" * 32))[0].code == "not_introduced"
+    assert talk(messages.Acquire(to=producer.epoch, token="0" * 32))[0].code == "not_introduced"
 
 
 def test_a_message_for_a_dead_process(producer, talk):
@@ -96,8 +96,8 @@ def test_a_message_for_a_dead_process(producer, talk):
     token = offered(producer, 1)
     talk(hello(producer))
     for message in (
-        messages.Open(to="old", token=token),
-        messages.Settle(to="old", token=token, read=True),
+        messages.Acquire(to="old", token=token),
+        messages.Release(to="old", token=token, read=True),
         messages.Renew(to="", tokens=[token]),
     ):
         (refused,) = talk(message)
@@ -109,8 +109,8 @@ def test_introduce_yourself_first(producer, talk):
     """A connection that said no Hello gets nothing, not even the fact that a lease exists."""
     token = offered(producer, 1)
     for message in (
-        messages.Open(to=producer.epoch, token=token),
-        messages.Settle(to=producer.epoch, token=token, read=False),
+        messages.Acquire(to=producer.epoch, token=token),
+        messages.Release(to=producer.epoch, token=token, read=False),
     ):
         (refused,) = talk(message)
         assert refused.code == "not_introduced"
@@ -122,7 +122,7 @@ def test_introduce_yourself_first(producer, talk):
     [
         messages.Welcome(protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="a", agent_info=b"", spec=None),
         messages.Pending(token="0" * 32), messages.Grant(token="0" * 32, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Renewed(ended=[]),
-        messages.Settled(token="0" * 32, stood=True), messages.Revoked(token="0" * 32, reason="r"),
+        messages.Released(token="0" * 32, stood=True), messages.Revoked(token="0" * 32, reason="r"),
         messages.Refused(code="rank", reason="r", epoch="e"),
     ],
     ids=lambda m: type(m).__name__,
@@ -150,10 +150,10 @@ def test_unknown_ended_and_taken_leases(producer, talk):
     ended, taken = offered(producer, 1), offered(producer, 2)
     producer.producer.revoke(ended, "r")
     take(producer)
-    talk(messages.Open(to=producer.epoch, token=taken), B)
+    talk(messages.Acquire(to=producer.epoch, token=taken), B)
     codes = {}
     for token in ("f" * 32, ended, taken):
-        (refused,) = talk(messages.Open(to=producer.epoch, token=token))
+        (refused,) = talk(messages.Acquire(to=producer.epoch, token=token))
         assert refused.token == token
         codes[refused.code] = refusals(producer, refused.code)
     assert codes == {"unknown_lease": 1, "ended_lease": 1, "taken_lease": 1}
@@ -163,8 +163,8 @@ def test_opened_early_and_granted_when_the_blocks_come(producer, talk):
     """A consumer that is early is told to wait, and gets its grant the moment prefill ends, unasked."""
     ref = producer.announce()
     talk(hello(producer))
-    assert talk(messages.Open(to=producer.epoch, token=ref.token)) == [messages.Pending(token=ref.token)]
-    producer.producer.offer(ref.token, block_bytes(9), producer.world.now)
+    assert talk(messages.Acquire(to=producer.epoch, token=ref.token)) == [messages.Pending(token=ref.token)]
+    producer.producer.publish(ref.token, block_bytes(9), producer.world.now)
     (grant,) = take(producer)
     assert grant.blocks == block_bytes(9)
 
@@ -173,9 +173,9 @@ def test_a_grant_goes_to_the_connection_heard_last(producer, talk):
     """A consumer that reconnected while it waited gets its grant over the new connection."""
     ref = producer.announce()
     talk(hello(producer), A)
-    talk(messages.Open(to=producer.epoch, token=ref.token), A)
+    talk(messages.Acquire(to=producer.epoch, token=ref.token), A)
     talk(hello(producer), B)
-    producer.producer.offer(ref.token, block_bytes(9), producer.world.now)
+    producer.producer.publish(ref.token, block_bytes(9), producer.world.now)
     (reply,) = [a for a in producer.out if isinstance(a, Reply)]
     assert reply.connection == B
 
@@ -185,7 +185,7 @@ def test_the_holder_is_told_how_it_ended(producer, talk, end):
     """A lease that the producer ends is told to its holder, and to the engine by the right event, once."""
     token = offered(producer, 1)
     talk(hello(producer))
-    talk(messages.Open(to=producer.epoch, token=token))
+    talk(messages.Acquire(to=producer.epoch, token=token))
     if end == "revoke":
         producer.producer.revoke(token, "aborted")
         producer.producer.revoke(token, "aborted")
@@ -198,8 +198,8 @@ def test_the_holder_is_told_how_it_ended(producer, talk, end):
     revoked, event = take(producer)
     assert revoked.token == token and revoked.reason
     assert type(event).__name__ == ("LeaseExpired" if end == "expire" else "LeaseRevoked")
-    assert talk(messages.Settle(to=producer.epoch, token=token, read=True)) == [
-        messages.Settled(token=token, stood=False)
+    assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [
+        messages.Released(token=token, stood=False)
     ]
 
 
@@ -213,19 +213,19 @@ def test_no_event_for_what_was_never_offered(producer, talk, end):
     elif end == "expire":
         producer.producer.tick(producer.world.now + producer.settings.announce_s)
     elif end == "settle":
-        assert kinds(talk(messages.Settle(to=producer.epoch, token=ref.token, read=False))) == ["Settled"]
+        assert kinds(talk(messages.Release(to=producer.epoch, token=ref.token, read=False))) == ["Released"]
     else:
         producer.producer.close()
     assert take(producer) == []
-    for told in ("LeaseSettled" if end == "settle" else "LeaseRevoked", "LeaseRevoked"):
-        producer.producer.offer(ref.token, block_bytes(1), producer.world.now)
+    for told in ("LeaseReleased" if end == "settle" else "LeaseRevoked", "LeaseRevoked"):
+        producer.producer.publish(ref.token, block_bytes(1), producer.world.now)
         assert kinds(take(producer)) == [told]
 
 
 def test_an_offer_nobody_announced_is_given_back_once(producer):
     """Blocks offered under an unknown token come back by one event for each offer."""
     for _ in range(2):
-        producer.producer.offer("e" * 32, block_bytes(1), producer.world.now)
+        producer.producer.publish("e" * 32, block_bytes(1), producer.world.now)
         assert kinds(take(producer)) == ["LeaseRevoked"]
 
 
@@ -234,19 +234,19 @@ def test_an_offer_nobody_announced_is_given_back_once(producer):
     [((5, 6, 7), (), "entry 0 was block 1 when it was sealed, and now 5"), ((1, 6), (), "entry 1 was block 2"),
      ((1,), (), "2 blocks were sealed, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["seal", "offer"])
+@pytest.mark.parametrize("how", ["publish_part", "publish"])
 def test_blocks_that_contradict_what_was_sealed(producer, talk, caplog, how, offered_blocks, firsts, differs):
     """A lease whose sealed blocks change is revoked by name, its reader is told, and its offer has one end event."""
     ref, now = producer.announce(), producer.world.now
     talk(hello(producer))
-    producer.producer.seal(ref.token, block_bytes(1, 2), now)
-    talk(messages.Open(to=producer.epoch, token=ref.token))
+    producer.producer.publish_part(ref.token, block_bytes(1, 2), now)
+    talk(messages.Acquire(to=producer.epoch, token=ref.token))
     getattr(producer.producer, how)(ref.token, block_bytes(*offered_blocks), now, firsts)
     told = take(producer)
-    assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "offer" else [])] and differs in told[0].reason
+    assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "publish" else [])] and differs in told[0].reason
     assert any(record.levelname == "ERROR" and differs in record.getMessage() for record in caplog.records)
-    if how == "seal":
-        producer.producer.offer(ref.token, block_bytes(*offered_blocks), now)
+    if how == "publish_part":
+        producer.producer.publish(ref.token, block_bytes(*offered_blocks), now)
         assert kinds(take(producer)) == ["LeaseRevoked"]
     assert producer.producer.in_use()["leases"] == 0
 
@@ -255,24 +255,24 @@ def test_what_was_sealed_may_be_continued(producer, talk):
     """Groups that were not sealed may begin anywhere, and those that were go on after their sealed blocks."""
     ref, now = producer.announce(), producer.world.now
     talk(hello(producer))
-    talk(messages.Open(to=producer.epoch, token=ref.token))
+    talk(messages.Acquire(to=producer.epoch, token=ref.token))
     one, two, none = block_bytes(1)[0], block_bytes(1, 2)[0], b""
-    producer.producer.seal(ref.token, [one, none], now, [8, 0])
-    producer.producer.seal(ref.token, [two, none], now, [8, 0])
-    producer.producer.offer(ref.token, [two, two], now, [8, 64])
+    producer.producer.publish_part(ref.token, [one, none], now, [8, 0])
+    producer.producer.publish_part(ref.token, [two, none], now, [8, 0])
+    producer.producer.publish(ref.token, [two, two], now, [8, 64])
     assert kinds(take(producer)) == ["Grant"] * 3
 
 
 def test_a_second_offer_does_not_end_the_first(producer, talk):
     """An engine that offers twice gets no event for it: the blocks are leased still, and their one end comes later."""
     token = offered(producer, 5)
-    producer.producer.offer(token, block_bytes(6), producer.world.now)
+    producer.producer.publish(token, block_bytes(6), producer.world.now)
     assert take(producer) == []
     talk(hello(producer))
-    (grant,) = talk(messages.Open(to=producer.epoch, token=token))
+    (grant,) = talk(messages.Acquire(to=producer.epoch, token=token))
     assert grant.blocks == block_bytes(5)
-    assert kinds(talk(messages.Settle(to=producer.epoch, token=token, read=True))) == ["Settled", "LeaseSettled"]
-    producer.producer.offer(token, block_bytes(6), producer.world.now)
+    assert kinds(talk(messages.Release(to=producer.epoch, token=token, read=True))) == ["Released", "LeaseReleased"]
+    producer.producer.publish(token, block_bytes(6), producer.world.now)
     assert kinds(take(producer)) == ["LeaseRevoked"]  # of this second offer: the end of the first was told
 
 
@@ -281,7 +281,7 @@ def test_a_full_board_gives_the_blocks_back(producer):
     for i in range(CELLS):
         offered(producer, i % 8)
     ref = producer.announce()
-    producer.producer.offer(ref.token, block_bytes(1), producer.world.now)
+    producer.producer.publish(ref.token, block_bytes(1), producer.world.now)
     (event,) = take(producer)
     assert (type(event).__name__, event.token) == ("LeaseRevoked", ref.token)
 
@@ -342,12 +342,12 @@ def test_one_event_when_all_ranks_have_settled(producer, talk):
     """Each rank gets its grant and its answer; the engine gets its one event with the last settlement."""
     token = offered(producer, 3)
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
-    grants = [talk(messages.Open(to=producer.epoch, token=token), rank) for rank in ranks]
+    grants = [talk(messages.Acquire(to=producer.epoch, token=token), rank) for rank in ranks]
     assert [kinds(grant) for grant in grants] == [["Grant"]] * 3
-    settle = messages.Settle(to=producer.epoch, token=token, read=True)
-    answered = messages.Settled(token=token, stood=True)
+    settle = messages.Release(to=producer.epoch, token=token, read=True)
+    answered = messages.Released(token=token, stood=True)
     assert talk(settle, ranks[1]) == [answered] == talk(settle, ranks[1]) == talk(settle, ranks[0])
-    assert kinds(talk(settle, ranks[2])) == ["Settled", "LeaseSettled"]
+    assert kinds(talk(settle, ranks[2])) == ["Released", "LeaseReleased"]
     assert talk(settle, ranks[0]) == [answered]
     assert producer.metrics.value("kvxfer_leases_total", end="settled") == 1
 
@@ -357,9 +357,9 @@ def test_all_ranks_that_wait_get_their_grant(producer, talk):
     ref = producer.announce()
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
     for rank in ranks:
-        assert kinds(talk(messages.Open(to=producer.epoch, token=ref.token), rank)) == ["Pending"]
-    talk(messages.Settle(to=producer.epoch, token=ref.token, read=False), ranks[1])
-    producer.producer.offer(ref.token, block_bytes(9), producer.world.now, [8])
+        assert kinds(talk(messages.Acquire(to=producer.epoch, token=ref.token), rank)) == ["Pending"]
+    talk(messages.Release(to=producer.epoch, token=ref.token, read=False), ranks[1])
+    producer.producer.publish(ref.token, block_bytes(9), producer.world.now, [8])
     replies = [a for a in producer.out if isinstance(a, Reply)]
     assert {reply.connection for reply in replies} == {ranks[0], ranks[2]}
     assert all(reply.message.blocks == block_bytes(9) and reply.message.first_tokens == [8] for reply in replies)
@@ -371,8 +371,8 @@ def test_ranks_that_have_not_settled_are_told_the_end(producer, talk, end):
     token = offered(producer, 1)
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
     for rank in ranks:
-        talk(messages.Open(to=producer.epoch, token=token), rank)
-    talk(messages.Settle(to=producer.epoch, token=token, read=True), ranks[0])
+        talk(messages.Acquire(to=producer.epoch, token=token), rank)
+    talk(messages.Release(to=producer.epoch, token=token, read=True), ranks[0])
     {
         "revoke": lambda: producer.producer.revoke(token, "aborted"),
         "expire": lambda: producer.producer.tick(producer.world.now + 30),
@@ -389,13 +389,13 @@ def test_ranks_that_have_not_settled_are_told_the_end(producer, talk, end):
 def test_a_lease_in_use_is_taken(producer, talk, who):
     """A rank of another engine, another process of the same rank and an engine of another size are refused and counted."""
     token = offered(producer, 1)
-    talk(messages.Open(to=producer.epoch, token=token), meet(producer, talk, 0, 2))
+    talk(messages.Acquire(to=producer.epoch, token=token), meet(producer, talk, 0, 2))
     stranger = meet(producer, talk, 0, **{"ranks": 2, **who})
-    (refused,) = talk(messages.Open(to=producer.epoch, token=token), stranger)
+    (refused,) = talk(messages.Acquire(to=producer.epoch, token=token), stranger)
     assert refused.code == "taken_lease" and refusals(producer, "taken_lease") == 1
     assert talk(messages.Renew(to=producer.epoch, tokens=[token]), stranger) == [messages.Renewed(ended=[token])]
-    assert talk(messages.Settle(to=producer.epoch, token=token, read=True), stranger) == [
-        messages.Settled(token=token, stood=False)
+    assert talk(messages.Release(to=producer.epoch, token=token, read=True), stranger) == [
+        messages.Released(token=token, stood=False)
     ]
     assert len(producer.table) == 1
 
@@ -411,7 +411,7 @@ class Stager:
         self.token = offered(node, 3, 4)
         self.ranks = [meet(node, self.say, rank, ranks) for rank in range(ranks)]
         for connection in self.ranks:
-            self.say(messages.Open(to=node.epoch, token=self.token), connection)
+            self.say(messages.Acquire(to=node.epoch, token=self.token), connection)
 
     def say(self, message, connection=None):
         """All actions that follow."""
@@ -423,7 +423,7 @@ class Stager:
         return [a.message if isinstance(a, Reply) else a.event if isinstance(a, Emit) else a for a in out]
 
     def stage(self, number=0, *, rank=0, token=None, taken=()):
-        message = messages.Stage(
+        message = messages.StageChunk(
             to=self.node.epoch,
             token=token or self.token,
             number=number,
@@ -434,10 +434,12 @@ class Stager:
         return self.say(message, self.ranks[rank])
 
     def unstage(self, *numbers, rank=0):
-        return self.say(messages.Unstage(to=self.node.epoch, token=self.token, numbers=list(numbers)), self.ranks[rank])
+        return self.say(
+            messages.ReleaseChunks(to=self.node.epoch, token=self.token, numbers=list(numbers)), self.ranks[rank]
+        )
 
     def settle(self, rank=0):
-        return self.say(messages.Settle(to=self.node.epoch, token=self.token, read=True), self.ranks[rank])
+        return self.say(messages.Release(to=self.node.epoch, token=self.token, read=True), self.ranks[rank])
 
     def packed(self, number=0, address=4096, error=None, *, rank=0):
         self.node.producer.packed(self.key(rank), number, address if error is None else None, error)
@@ -458,7 +460,7 @@ def test_a_chunk_from_the_question_to_its_end(producer, stager):
     assert isinstance(start, StartPack) and (start.key, start.number, start.tokens) == (stager.key(), 0, (1, 7))
     assert start.image == producer.spec
     assert [(list(table.ids), table.first_token) for table in start.blocks] == [([3, 4], 0)]
-    assert stager.packed() == [messages.Staged(token=stager.token, number=0, address=4096)]
+    assert stager.packed() == [messages.ChunkReady(token=stager.token, number=0, address=4096)]
     assert stager.unstage(0) == [EndPack(stager.key(), [0])]
     assert stager.unstage(0) == []
 
@@ -476,12 +478,12 @@ def test_the_next_question_tells_what_was_taken(producer, stager):
 def test_first_tokens_go_with_the_blocks(producer, talk):
     """Blocks that do not begin with the request's first token are packed as what they are."""
     ref = producer.announce()
-    producer.producer.offer(ref.token, block_bytes(5), producer.world.now, [16])
+    producer.producer.publish(ref.token, block_bytes(5), producer.world.now, [16])
     producer.out.clear()
     connection = meet(producer, talk, 0, 1)
-    (grant,) = talk(messages.Open(to=producer.epoch, token=ref.token), connection)
+    (grant,) = talk(messages.Acquire(to=producer.epoch, token=ref.token), connection)
     assert grant.first_tokens == [16]
-    stage = messages.Stage(
+    stage = messages.StageChunk(
         to=producer.epoch, token=ref.token, number=0, image=messages.described(producer.spec), tokens=(16, 20)
     )
     producer.producer.received(connection, stage, producer.world.now)
@@ -557,7 +559,7 @@ def test_no_chunk_of_a_lease_that_is_not_held(producer, talk, stager, why):
         token = "e" * 32
     elif why == "announced":
         token = producer.announce().token
-        stager.say(messages.Open(to=producer.epoch, token=token))
+        stager.say(messages.Acquire(to=producer.epoch, token=token))
     elif why == "not opened":
         token = offered(producer, 1)
     elif why == "settled":
@@ -580,10 +582,10 @@ def test_one_rank_that_settled_has_no_more_chunks(producer):
     for rank in range(2):
         stager.stage(rank=rank)
         stager.packed(rank=rank)
-    assert stager.settle(0) == [messages.Settled(token=stager.token, stood=True), EndPack(stager.key(0))]
+    assert stager.settle(0) == [messages.Released(token=stager.token, stood=True), EndPack(stager.key(0))]
     assert [a.code for a in stager.stage(1, rank=0)] == ["ended_lease"]
     assert kinds(stager.stage(1, rank=1)) == ["StartPack"]
-    assert kinds(stager.settle(1)) == ["Settled", "EndPack", "LeaseSettled"]
+    assert kinds(stager.settle(1)) == ["Released", "EndPack", "LeaseReleased"]
 
 
 def test_ranks_number_their_chunks_for_themselves(producer):
@@ -648,7 +650,7 @@ def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
     """Only who asked for a chunk gives it back: neither a stranger nor another rank, nor with numbers never asked for."""
     stager.stage()
     stager.packed()
-    unstage = messages.Unstage(to=producer.epoch, token=stager.token, numbers=[0, 1])
+    unstage = messages.ReleaseChunks(to=producer.epoch, token=stager.token, numbers=[0, 1])
     for who in (meet(producer, talk, 0, 1, name="other"), meet(producer, talk, 0, 1, epoch="another")):
         assert stager.say(unstage, who) == []
     assert stager.unstage(1, 2) == []
@@ -663,11 +665,11 @@ def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     assert stager.packed() == []
     assert kinds(
         talk(
-            messages.Stage(
+            messages.StageChunk(
                 to=producer.epoch, token=stager.token, number=0, image=messages.described(producer.spec), tokens=(1, 7)
             ),
             stager.ranks[0],
         )
     ) == ["Refused"]
     meet(producer, talk, 0, 1)
-    assert stager.stage() == [messages.Staged(token=stager.token, number=0, address=4096)]
+    assert stager.stage() == [messages.ChunkReady(token=stager.token, number=0, address=4096)]

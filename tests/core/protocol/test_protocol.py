@@ -71,7 +71,7 @@ class Interleavings(RuleBasedStateMachine):
         return ref
 
     @rule(target=refs, ref=consumes(early), announced=st.booleans(), ranks=st.sets(st.integers(0, 5)))
-    def offer(self, ref, announced, ranks):
+    def publish(self, ref, announced, ranks):
         """By all ranks, some of which are late and come with the next rule."""
         block = self.block()
         for number, node in enumerate(self.producer.nodes):
@@ -94,7 +94,7 @@ class Interleavings(RuleBasedStateMachine):
     def _offer(self, node, ref, block):
         standing = node.table._live.get(ref.token)
         if standing is None or not standing.offered:
-            node.offer(ref, block)
+            node.publish(ref, block)
             self.at_offer[node, ref.token] = node.content[block]
 
     @rule(target=refs, who=st.integers(0, 1), packed=st.booleans(), held=st.booleans(), messages=st.integers(0, 80))
@@ -105,7 +105,7 @@ class Interleavings(RuleBasedStateMachine):
             self._offer(node, ref, block)
         for node in self.consumers[who].nodes:
             if held:
-                node.hold(ref)
+                node.acquire(ref)
                 self.deliver(0, messages)
             self.transfers.append((node, node.read(ref, 1, timeout_s=20.0, packed=packed)))
             self.deliver(0, messages)
@@ -116,9 +116,9 @@ class Interleavings(RuleBasedStateMachine):
         self.owner(which).revoke(ref)
 
     @rule(ref=refs, who=st.integers(0, 5), all_ranks=st.booleans())
-    def hold(self, ref, who, all_ranks):
+    def acquire(self, ref, who, all_ranks):
         for node in self.consumers[who % 2].nodes if all_ranks else [self.reader(who)]:
-            node.hold(ref)
+            node.acquire(ref)
 
     @rule(
         ref=refs,
@@ -132,9 +132,9 @@ class Interleavings(RuleBasedStateMachine):
             self.transfers.append((node, node.read(ref, 1, timeout_s=timeout_s, packed=packed)))
 
     @rule(ref=refs, who=st.integers(0, 5), all_ranks=st.booleans())
-    def drop(self, ref, who, all_ranks):
+    def release(self, ref, who, all_ranks):
         for node in self.consumers[who % 2].nodes if all_ranks else [self.reader(who)]:
-            node.drop(ref)
+            node.release(ref)
 
     # -- the world
 

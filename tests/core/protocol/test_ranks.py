@@ -49,7 +49,7 @@ def test_every_rank_reads_and_settles(world, engines, packed, held):
     ref = source.lease(1, 2, 3)
     wanted = [part(source, node, 2, 3) for node in sink.nodes]
     if held:
-        sink.hold(ref)
+        sink.acquire(ref)
         world.advance(100)
     transfers = []
     for node in sink.nodes:
@@ -58,7 +58,7 @@ def test_every_rank_reads_and_settles(world, engines, packed, held):
         world.advance(3)
     assert [node.outcomes(t) for node, t in zip(sink.nodes, transfers, strict=True)] == [["Done"]] * len(sink.nodes)
     assert [transfer.content for transfer in transfers] == wanted
-    assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
+    assert source.ends(ref.token) == [["LeaseReleased"]] * len(source.nodes)
     assert all(event.read for node in source.nodes for event in node.events)
     nothing_left(world, *source.nodes, *sink.nodes)
 
@@ -80,7 +80,7 @@ def test_one_rank_that_dies_frees_nothing_early(world, engines):
     """The blocks come back one lease after the last sign of life, and not when the other ranks are done."""
     source, sink = engines
     ref = source.lease(1)
-    sink.hold(ref)
+    sink.acquire(ref)
     world.advance(20)
     sink.nodes[-1].dead = True
     transfers = [node.read(ref, 1) for node in sink.nodes[:-1]]
@@ -98,12 +98,12 @@ def test_a_rank_that_reads_late_finds_it_there(world, engines):
     """Ranks that hold the lease keep it alive for those that have not yet asked, at every rank of the producer."""
     source, sink = engines
     ref = source.lease(1)
-    sink.nodes[0].hold(ref)
+    sink.nodes[0].acquire(ref)
     world.advance(200)
     transfers = sink.read(ref, 1)
     world.advance(1)
     assert all(transfer.done and transfer.error is None for transfer in transfers)
-    assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
+    assert source.ends(ref.token) == [["LeaseReleased"]] * len(source.nodes)
 
 
 @every
@@ -113,13 +113,13 @@ def test_drop_gives_all_blocks_back(world, engines, when):
     source, sink = engines
     ref = source.announce() if when == "waiting" else source.lease(1)
     if when != "never held":
-        sink.hold(ref)
+        sink.acquire(ref)
     world.advance(1)
-    sink.drop(ref)
+    sink.release(ref)
     world.advance(1)
     if when == "waiting":
-        source.offer(ref, 3)
-    assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
+        source.publish(ref, 3)
+    assert source.ends(ref.token) == [["LeaseReleased"]] * len(source.nodes)
     assert not any(getattr(event, "read", False) for node in source.nodes for event in node.events)
     nothing_left(world, *source.nodes, *sink.nodes)
 
@@ -132,13 +132,13 @@ def test_granted_when_the_last_rank_has_offered(world, engines):
     transfers = sink.read(ref, 4)
     world.advance(5)
     for node in reversed(source.nodes[1:]):
-        node.offer(ref, 9)
+        node.publish(ref, 9)
     world.advance(5)
     assert not any(transfer.done for transfer in transfers)
-    source.nodes[0].offer(ref, 9)
+    source.nodes[0].publish(ref, 9)
     world.advance(1)
     assert [transfer.error for transfer in transfers] == [None] * len(sink.nodes) and all(t.done for t in transfers)
-    assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
+    assert source.ends(ref.token) == [["LeaseReleased"]] * len(source.nodes)
 
 
 @several
@@ -167,7 +167,7 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
         if what != "unknown" or node is not victim:
             node.announce(ref)
     if held:
-        sink.hold(ref)
+        sink.acquire(ref)
         world.advance(1)
     if what == "restarted":
         victim = source.restart(source.nodes.index(victim))
@@ -176,9 +176,9 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
         victim.identity.name = "somebody else"
     for node in source.nodes:
         if node is not victim:
-            node.offer(ref, 1)
+            node.publish(ref, 1)
         elif what == "revoked":
-            node.offer(ref, 1)
+            node.publish(ref, 1)
             node.revoke(ref)
     world.settle()
     transfers = sink.read(ref, 2, timeout_s=25)
@@ -194,7 +194,7 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
     if bad != 0 or (held and what != "refusing"):
         # The others were met, and so are told: before they had offered, or after.
         ends = {end for node in others for end in node.ends(ref.token)}
-        assert all(len(node.ends(ref.token)) == 1 for node in others) and ends in ({"LeaseSettled"}, {"LeaseRevoked"})
+        assert all(len(node.ends(ref.token)) == 1 for node in others) and ends in ({"LeaseReleased"}, {"LeaseRevoked"})
         assert not any(getattr(event, "read", False) for node in others for event in node.events)
     world.advance(40)
     assert all(len(node.ends(ref.token)) == 1 for node in others)
@@ -211,7 +211,7 @@ def test_a_lease_belongs_to_one_engine(world, engines, who):
     """Once a rank has opened a lease, nobody can but the other ranks of its engine, each in one process."""
     source, sink = engines
     ref = source.lease(1)
-    sink.nodes[0].hold(ref)
+    sink.nodes[0].acquire(ref)
     world.settle()
     if who == "another engine":
         stranger = world.engine("other", len(sink.nodes)).nodes[0]
@@ -227,7 +227,7 @@ def test_a_lease_belongs_to_one_engine(world, engines, who):
         transfers = sink.read(ref, 1)
         world.advance(1)
         assert all(each.done and each.error is None for each in transfers)
-        assert source.ends(ref.token) == [["LeaseSettled"]] * len(source.nodes)
+        assert source.ends(ref.token) == [["LeaseReleased"]] * len(source.nodes)
     else:
         world.advance(40)
         assert source.ends(ref.token) == [["LeaseExpired"]] * len(source.nodes)
@@ -250,13 +250,13 @@ def test_a_reference_with_another_number_of_ranks(world, count, held):
         ref, *[node.address for node in source.nodes][:count], *(f"tcp://x{i}:1" for i in range(3, count))
     )
     if held:
-        sink.hold(bad)
+        sink.acquire(bad)
         world.advance(1)
     transfer = sink.read(bad, 1)
     world.advance(1)
     assert isinstance(transfer.error, HandshakeError) and transfer.error.code == "rank"
     assert sink.addressed == set(sink.peers) == {source.nodes[0].address}
-    assert source.nodes[0].ends(ref.token) == ["LeaseSettled"]
+    assert source.nodes[0].ends(ref.token) == ["LeaseReleased"]
     world.advance(40)
     nothing_left(world, *source.nodes, sink)
 
@@ -266,11 +266,11 @@ def test_others_are_met_after_the_first(world):
     source, sink = world.engine("source", 3), world.engine("sink", 1).nodes[0]
     ref = source.lease(1)
     source.nodes[0].frozen = True
-    sink.hold(ref)
+    sink.acquire(ref)
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address}
     stranger = msgspec.structs.replace(ref, owner="somebody else", token="e" * 32)
-    sink.hold(with_addresses(stranger, *(node.address for node in reversed(source.nodes))))
+    sink.acquire(with_addresses(stranger, *(node.address for node in reversed(source.nodes))))
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address, source.nodes[2].address}
     source.nodes[0].frozen = False
@@ -307,7 +307,7 @@ def test_a_bad_reference_spoils_no_good_one(world, read, frozen):
     if read:
         sink.read(bad, 3)
     else:
-        sink.hold(bad)
+        sink.acquire(bad)
     world.advance(0.6)
     first, second = source.lease(1), source.lease(2)
     transfer = sink.read(first, 1)
@@ -330,12 +330,12 @@ def test_a_rank_restarted_before_it_granted_is_planned_anew(world):
     ref = source.announce()
     transfer = sink.read(ref, 1)
     world.advance(1)
-    source.nodes[0].offer(ref, 1)
+    source.nodes[0].publish(ref, 1)
     again = source.restart(1)
     cache = small_cache(heads=3, heads_total=HEADS, head_start=3, rank=1, world=2, num_blocks=40)
     again.spec = again.identity.spec = cache.spec
     again.announce(ref)  # by the engine's scheduler, which knows the token
-    again.offer(ref, 39)
+    again.publish(ref, 39)
     wanted = [source.nodes[0].content[1], again.content[39]]
     world.advance(3)
     assert transfer.done and transfer.error is None
@@ -381,26 +381,26 @@ def test_ranks_that_grant_different_tokens(world):
     source, sink = world.engine("source", 2), world.engine("sink", 1).nodes[0]
     ref = source.announce()
     for node, blocks in zip(source.nodes, ([1, 2], [1]), strict=True):
-        node.offer(ref, *blocks)
+        node.publish(ref, *blocks)
     sink.spec = sink.identity.spec = small_cache(heads=HEADS, tokens=8).spec
     transfer = sink.read(ref, 1)
     world.advance(1)
     assert isinstance(transfer.error, BlockError) and not world.readings
-    assert source.ends(ref.token) == [["LeaseSettled"]] * 2
+    assert source.ends(ref.token) == [["LeaseReleased"]] * 2
 
 
 def test_close_settles_at_every_rank(world):
     """A consumer that closes fails what waits, by name, and every rank gets its blocks back."""
     source, sink = world.engine("source", 3), world.engine("sink", 1).nodes[0]
     held, waited = source.lease(1), source.announce()
-    sink.hold(held)
+    sink.acquire(held)
     transfer = sink.read(waited, 2)
     world.settle()
     sink.consumer.close()
     sink.perform()
     world.settle()
     assert isinstance(transfer.error, ClosedError)
-    assert source.ends(held.token) == [["LeaseSettled"]] * 3 and not any(len(node.table) for node in source.nodes)
+    assert source.ends(held.token) == [["LeaseReleased"]] * 3 and not any(len(node.table) for node in source.nodes)
 
 
 def test_ranks_are_met_a_few_at_a_time(world, monkeypatch):

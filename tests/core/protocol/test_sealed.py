@@ -27,14 +27,14 @@ BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"]
 
 def shared(producer, key="transfer-1", **more):
     """The reference that both sides make for themselves."""
-    return LeaseRef.shared(key, owner=producer.name, addresses=[producer.address], **more)
+    return LeaseRef.for_rendezvous(key, owner=producer.name, addresses=[producer.address], **more)
 
 
 def begun(world, producer, consumer, *, packed=False, **more):
     """A read of four blocks of which two are sealed and have been read."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12, 13, 14, packed=packed, **more)
-    producer.seal(ref, 1, 2)
+    producer.publish_part(ref, 1, 2)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[1], producer.content[2]] and not transfer.done
@@ -45,15 +45,15 @@ def begun(world, producer, consumer, *, packed=False, **more):
 def test_read_as_it_is_sealed(world, producer, consumer, packed):
     """What is sealed is read while prefill goes on, each block once; the last ones come with the offer, then all is fenced."""
     ref, transfer = begun(world, producer, consumer, packed=packed)
-    producer.seal(ref, 1, 2, 3)
+    producer.publish_part(ref, 1, 2, 3)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[b] for b in (1, 2, 3)]
-    producer.offer(ref, 1, 2, 3, 4)
+    producer.publish(ref, 1, 2, 3, 4)
     content = [producer.content[b] for b in (1, 2, 3, 4)]
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and transfer.content == content
-    assert producer.ends(ref.token) == ["LeaseSettled"] and producer.events[0].read
+    assert producer.ends(ref.token) == ["LeaseReleased"] and producer.events[0].read
     nothing_left(world, producer, consumer)
 
 
@@ -61,16 +61,16 @@ def test_read_as_it_is_sealed(world, producer, consumer, packed):
 def test_sealed_before_it_is_read(world, producer, consumer, when):
     """Blocks sealed before the consumer has blocks of its own are there when it begins."""
     ref = producer.announce()
-    producer.seal(ref, 1, 2)
+    producer.publish_part(ref, 1, 2)
     if when == "held":
-        consumer.hold(ref)
+        consumer.acquire(ref)
     world.advance(3)
     assert consumer.consumer.take(consumer.transfer(ref, 11, 12, 13)) is None
     transfer = consumer.read(ref, 11, 12, 13)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[1], producer.content[2]]
-    producer.offer(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3
 
@@ -79,18 +79,18 @@ def test_only_some_tokens_are_wanted(world, producer, consumer):
     """A prefix that the consumer has already is not read, however early it is sealed."""
     ref = producer.announce()
     transfer = consumer.read(ref, 13, 14, tokens=(8, None))
-    producer.seal(ref, 1, 2)
+    producer.publish_part(ref, 1, 2)
     world.advance(1)
-    producer.seal(ref, 1, 2, 3)
+    producer.publish_part(ref, 1, 2, 3)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[3]]
-    producer.offer(ref, 1, 2, 3, 4)
+    producer.publish(ref, 1, 2, 3, 4)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 2
 
 
-@pytest.mark.parametrize("lost", [messages.Grant, messages.Open])
+@pytest.mark.parametrize("lost", [messages.Grant, messages.Acquire])
 def test_grants_may_be_lost(world, producer, consumer, lost):
     """The question is asked again until all is granted, so that no message is needed but one that arrives."""
     world.perfect = False
@@ -98,9 +98,9 @@ def test_grants_may_be_lost(world, producer, consumer, lost):
     transfer = consumer.read(ref, 11, 12, 13)
     for step in range(400):
         if step == 100:
-            producer.seal(ref, 1, 2)
+            producer.publish_part(ref, 1, 2)
         if step == 200:
-            producer.offer(ref, 1, 2, 3)
+            producer.publish(ref, 1, 2, 3)
         world.settle_losing(lost)
         world.advance(0.05)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3 and world.losses > 3
@@ -117,7 +117,7 @@ def test_grants_may_overtake_each_other(world, producer, consumer):
         )
         consumer.consumer.received(producer.address, grant, world.now)
         assert not consumer.out
-    producer.offer(ref, 1, 2, 3, 4)
+    producer.publish(ref, 1, 2, 3, 4)
     world.advance(1)
     late = messages.Grant(
         token=ref.token, check=producer.check_of(ref), blocks=[bytes(4)], cell=1, complete=False, ttl_s=30
@@ -154,7 +154,7 @@ def test_what_is_offered_after_its_end_is_given_back(world, consumer):
     producer = world.node("producer", settings=Settings(announce_s=60))
     ref, transfer = begun(world, producer, consumer, timeout_s=1000)
     world.advance(70)
-    producer.offer(ref, 1, 2, 3, 4)
+    producer.publish(ref, 1, 2, 3, 4)
     assert producer.ends(ref.token) == ["LeaseRevoked"] and transfer.error is not None
 
 
@@ -163,7 +163,7 @@ def test_blocks_reused_under_a_read(world, producer, consumer):
     world.read_s = 1.0
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12)
-    producer.seal(ref, 1)
+    producer.publish_part(ref, 1)
     world.advance(0.5)
     world.perfect = False  # no message arrives from here on but the one that claims that all is well
     producer.revoke(ref)
@@ -182,13 +182,13 @@ def test_blocks_reused_under_a_read(world, producer, consumer):
 def test_the_consumer_gives_up(world, producer, consumer, packed):
     """A drop ends a read that waits for more, and the producer's blocks are free when it offers them."""
     ref, transfer = begun(world, producer, consumer, packed=packed)
-    consumer.drop(ref)
+    consumer.release(ref)
     world.advance(1)
     assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
-    producer.seal(ref, 1, 2, 3)
-    producer.offer(ref, 1, 2, 3, 4)
+    producer.publish_part(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3, 4)
     world.advance(1)
-    assert producer.ends(ref.token) == ["LeaseSettled"]
+    assert producer.ends(ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
@@ -220,7 +220,7 @@ def test_a_source_that_dies_between_two_seals(world, producer, consumer):
 def test_what_does_not_fit_in_the_end(world, producer, consumer):
     """A request that turns out shorter than what was asked for fails by name when that is known."""
     ref, transfer = begun(world, producer, consumer, tokens=(0, 16))
-    producer.offer(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3)
     world.advance(1)
     assert isinstance(transfer.error, BlockError) and consumer.outcomes(transfer) == ["Failed"]
 
@@ -228,12 +228,12 @@ def test_what_does_not_fit_in_the_end(world, producer, consumer):
 def test_nothing_is_sealed_after_the_offer(world, producer, consumer):
     """A seal that comes late, or of a lease that nobody announced, changes nothing."""
     ref = producer.lease(1, 2)
-    producer.seal(ref, 1)
-    producer.seal(producer.mint(), 1)
+    producer.publish_part(ref, 1)
+    producer.publish_part(producer.mint(), 1)
     transfer = consumer.read(ref, 11, 12)
     world.advance(1)
     assert len(transfer.content) == 2 and consumer.outcomes(transfer) == ["Done"]
-    producer.seal(ref, 1)
+    producer.publish_part(ref, 1)
     nothing_left(world, producer, consumer)
 
 
@@ -244,18 +244,18 @@ def test_all_ranks_seal_at_their_own_pace(world):
     transfer = sink.read(ref, 11, 12, 13)
     for number, node in enumerate(source.nodes):
         assert not world.readings
-        node.seal(ref, *range(1, 2 + number % 2))
+        node.publish_part(ref, *range(1, 2 + number % 2))
         world.advance(1)
     (reading,) = world.readings
     assert [len(leg.content) for leg in reading.legs] == [1, 2, 1]
     for node in source.nodes:
         world.advance(1)
         assert not transfer.done
-        node.offer(ref, 1, 2, 3)
+        node.publish(ref, 1, 2, 3)
     content = source.content(1, 2, 3)
     world.advance(1)
     assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
-    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+    assert source.ends(ref.token) == [["LeaseReleased"]] * 3
 
 
 # -- consumers that come first -------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_all_ranks_seal_at_their_own_pace(world):
 def test_both_sides_make_the_same_reference(producer):
     """The token follows from what both know; whoever knows another key, prompt or length has another lease."""
     one = shared(producer, request="a", num_tokens=7, digest="d")
-    two = LeaseRef.shared(
+    two = LeaseRef.for_rendezvous(
         "transfer-1", owner=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
     )
     assert one.token == two.token and one.early and LeaseRef.from_json(one.to_json()) == one
@@ -272,7 +272,7 @@ def test_both_sides_make_the_same_reference(producer):
               shared(producer, num_tokens=7, digest="e"), shared(producer, "transfer-1\0", num_tokens=7, digest="d")]  # fmt: skip
     assert len({ref.token for ref in (one, *others)}) == 5
     with pytest.raises(LeaseRefError):
-        LeaseRef.shared("k", owner="P", addresses=[])
+        LeaseRef.for_rendezvous("k", owner="P", addresses=[])
     with pytest.raises(LeaseRefError):
         shared(producer, "half a character \ud800")
 
@@ -287,19 +287,19 @@ def test_either_side_may_come_first(world, producer, consumer, first):
         world.advance(3)
         assert producer.table.get(ref.token).state is LeaseState.WANTED
     producer.announce(ref)
-    producer.seal(ref, 1)
+    producer.publish_part(ref, 1)
     transfer = transfer or consumer.read(ref, 11, 12)
     world.advance(1)
-    producer.offer(ref, 1, 2)
+    producer.publish(ref, 1, 2)
     world.advance(1)
-    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseSettled"]
+    assert consumer.outcomes(transfer) == ["Done"] and producer.ends(ref.token) == ["LeaseReleased"]
     assert producer.events[0].request == ref.request
     nothing_left(world, producer, consumer)
 
 
 def test_nobody_comes(world, consumer):
-    """A lease that is never announced keeps its place for ``match_s``, and then its consumer hears of it."""
-    producer = world.node("producer", settings=Settings(match_s=60))
+    """A lease that is never announced keeps its place for ``rendezvous_timeout_s``, and then its consumer hears of it."""
+    producer = world.node("producer", settings=Settings(rendezvous_timeout_s=60))
     transfer = consumer.read(shared(producer), 11, timeout_s=1000)
     world.advance(50)
     assert not transfer.done and len(producer.table) == 1
@@ -315,14 +315,14 @@ def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer
     transfer = consumer.read(ref, 11, timeout_s=5)
     world.advance(1)
     if end == "drop":
-        consumer.drop(ref)
+        consumer.release(ref)
     world.advance(10)
     assert transfer.done and transfer.error is not None and len(producer.table) == 0
     producer.announce(ref)
-    producer.seal(ref, 1)
-    producer.offer(ref, 1)
+    producer.publish_part(ref, 1)
+    producer.publish(ref, 1)
     world.advance(1)
-    assert producer.ends(ref.token) == ["LeaseSettled"]
+    assert producer.ends(ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
@@ -330,15 +330,15 @@ def test_a_consumer_that_was_never_heard_of_leaves(world, producer, consumer):
     """Who gives a lease up before it could even ask for it has given it up: it is not kept for anybody when it is announced."""
     ref = shared(producer)
     producer.frozen = True
-    consumer.hold(ref)
-    consumer.drop(ref)
+    consumer.acquire(ref)
+    consumer.release(ref)
     world.advance(3)
     producer.frozen = False
     world.advance(1)
-    assert [type(m).__name__ for m in consumer.sent if not isinstance(m, messages.Hello)] == ["Settle"]
+    assert [type(m).__name__ for m in consumer.sent if not isinstance(m, messages.Hello)] == ["Release"]
     producer.announce(ref)
-    producer.offer(ref, 1)
-    assert producer.ends(ref.token) == ["LeaseSettled"] and len(producer.table) == 0
+    producer.publish(ref, 1)
+    assert producer.ends(ref.token) == ["LeaseReleased"] and len(producer.table) == 0
 
 
 def test_only_what_is_early_is_waited_for(world, producer, consumer):
@@ -357,7 +357,7 @@ def test_strangers_cannot_fill_the_memory_with_what_they_want(world, consumer):
         assert len(producer.table) == 3 and not any(t.done for t in transfers)
     for number, transfer in enumerate(transfers):
         producer.announce(transfer.ref)
-        producer.offer(transfer.ref, number)
+        producer.publish(transfer.ref, number)
         world.advance(1)
         assert consumer.outcomes(transfer) == ["Done"]
     nothing_left(world, producer, consumer)
@@ -381,10 +381,10 @@ def test_a_flood_of_unknown_tokens_displaces_nothing(world, producer, consumer, 
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
     if flood == "settle":
-        flooded(producer, lambda token: messages.Settle(to=producer.epoch, token=token, read=False))
+        flooded(producer, lambda token: messages.Release(to=producer.epoch, token=token, read=False))
     else:
-        flooded(producer, lambda token: messages.Open(to=producer.epoch, token=token, early=True))
-        world.advance(producer.settings.match_s + 1)
+        flooded(producer, lambda token: messages.Acquire(to=producer.epoch, token=token, rendezvous=True))
+        world.advance(producer.settings.rendezvous_timeout_s + 1)
     assert producer.table.settle(ref.token, consumer_holder(consumer), read=True) == (True, None)
     assert len(producer.table._ended) < 1000 and len(producer.table) == 0
 
@@ -398,10 +398,10 @@ def test_an_early_consumer_keeps_its_place_in_a_flood(world, producer, consumer)
     """However many unknown tokens a member opens early, an honest consumer that comes early is served."""
     transfer = consumer.read(shared(producer), 11)
     world.advance(1)
-    flooded(producer, lambda token: messages.Open(to=producer.epoch, token=token, early=True), 70_000)
+    flooded(producer, lambda token: messages.Acquire(to=producer.epoch, token=token, rendezvous=True), 70_000)
     world.advance(1)
     producer.announce(transfer.ref)
-    producer.offer(transfer.ref, 1)
+    producer.publish(transfer.ref, 1)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
 
@@ -415,9 +415,9 @@ def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed,
     producer.announce(ref)
     world.read_s = 2.0
     if begins == "after the offer":
-        producer.offer(ref, 1, 2)
+        producer.publish(ref, 1, 2)
     else:
-        producer.seal(ref, 1)
+        producer.publish_part(ref, 1)
     transfer = consumer.read(ref, 11, 12, packed=packed)
     world.advance(1)
     world.perfect = False  # no message is lost in silence from here on: the consumer hears nothing of the end
@@ -426,7 +426,7 @@ def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed,
     world.perfect = True
     producer.sealed.clear()
     producer.announce(ref)
-    producer.offer(ref, 3, 4)
+    producer.publish(ref, 3, 4)
     world.advance(20)
     assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
 
@@ -437,7 +437,7 @@ def test_offered_and_never_announced(world, producer, consumer):
     transfer = consumer.read(ref, 11)
     world.advance(1)
     for _ in range(2):
-        producer.offer(ref, 1)
+        producer.publish(ref, 1)
     world.advance(3)
     assert producer.ends(ref.token) == ["LeaseRevoked"] * 2 and isinstance(transfer.error, LeaseError)
 
@@ -451,7 +451,7 @@ def test_another_consumer_cannot_take_a_place(world, producer, consumer):
     world.advance(1)
     assert type(stolen.error) is LeaseError
     producer.announce(ref)
-    producer.offer(ref, 1)
+    producer.publish(ref, 1)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
 
@@ -485,7 +485,7 @@ class Kernel:
 def launched(producer, ref, sealed, *, new):
     """Blocks are sealed behind a kernel that has just begun to write the new ones."""
     kernel = Kernel(producer, *new)
-    producer.seal(ref, *sealed, after=[kernel])
+    producer.publish_part(ref, *sealed, after=[kernel])
     return kernel.begin()
 
 
@@ -502,7 +502,7 @@ def test_nothing_is_read_before_the_device_has_written_it(world, producer, consu
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[1], producer.content[2]]
     last = Kernel(producer, 3)
-    producer.offer(ref, 1, 2, 3, after=[last])
+    producer.publish(ref, 1, 2, 3, after=[last])
     last.begin()
     world.advance(1)
     assert not transfer.done and len(reading.legs[0].content) == 2
@@ -510,7 +510,7 @@ def test_nothing_is_read_before_the_device_has_written_it(world, producer, consu
     content = [producer.content[b] for b in (1, 2, 3)]
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and transfer.content == content
-    assert producer.ends(ref.token) == ["LeaseSettled"]
+    assert producer.ends(ref.token) == ["LeaseReleased"]
     nothing_left(world, producer, consumer)
 
 
@@ -519,8 +519,8 @@ def test_devices_may_end_out_of_order(world, producer, consumer):
     ref, other = producer.announce(), producer.announce()
     transfer, quick = consumer.read(ref, 11, 12), consumer.read(other, 13)
     slow = launched(producer, ref, (1,), new=(1,))
-    producer.offer(ref, 1, 2)
-    producer.offer(other, 3)
+    producer.publish(ref, 1, 2)
+    producer.publish(other, 3)
     world.advance(1)
     assert not transfer.done and consumer.outcomes(quick) == ["Done"]
     slow.end()
@@ -536,14 +536,14 @@ def test_a_device_fails(world, producer, consumer, offered):
     transfer = consumer.read(ref, 11, 12)
     kernel = launched(producer, ref, (1,), new=(1,))
     if offered:
-        producer.offer(ref, 1, 2)
+        producer.publish(ref, 1, 2)
     world.advance(1)
     assert not producer.ends(ref.token)
     kernel.end(RuntimeError("an illegal memory access was encountered"))
     world.advance(1)
     assert isinstance(transfer.error, LeaseEndedError) and "illegal memory access" in str(transfer.error)
     if not offered:
-        producer.offer(ref, 1, 2)
+        producer.publish(ref, 1, 2)
     assert producer.ends(ref.token) == ["LeaseRevoked"]
     assert consumer.outcomes(transfer) == ["Failed"]
     world.advance(60)
@@ -556,7 +556,7 @@ def test_the_lease_ends_before_the_device(world, producer, consumer, how):
     ref = producer.announce()
     transfer = consumer.read(ref, 11)
     kernel = Kernel(producer, 1)
-    producer.offer(ref, 1, after=[kernel])
+    producer.publish(ref, 1, after=[kernel])
     kernel.begin()
     if how == "revoked":
         producer.revoke(ref)
@@ -578,8 +578,8 @@ def test_a_device_that_never_ends(world, producer, consumer, sealed):
     transfer = consumer.read(ref, 11, timeout_s=300)
     kernel = Kernel(producer, 1)
     if sealed:
-        producer.seal(ref, 1, after=[kernel])
-    producer.offer(ref, 1, after=[] if sealed else [kernel])
+        producer.publish_part(ref, 1, after=[kernel])
+    producer.publish(ref, 1, after=[] if sealed else [kernel])
     kernel.begin()
     world.advance(producer.settings.lease_s - 1)
     assert not producer.ends(ref.token) and not transfer.done
@@ -597,7 +597,7 @@ def test_a_device_that_never_ends_after_its_lease(world, producer, consumer):
     """Blocks that a device still writes when their lease is over are in use all the same, and told once."""
     ref = producer.announce()
     kernel = Kernel(producer, 1)
-    producer.offer(ref, 1, after=[kernel])
+    producer.publish(ref, 1, after=[kernel])
     kernel.begin()
     producer.revoke(ref)
     world.advance(1)
@@ -614,7 +614,7 @@ def test_a_device_that_never_ends_after_its_lease(world, producer, consumer):
 
 def first_rank(engine, key="transfer-1"):
     """A reference by one who knows only where the first rank listens."""
-    return LeaseRef.shared(key, owner=engine.name, addresses=[engine.nodes[0].address])
+    return LeaseRef.for_rendezvous(key, owner=engine.name, addresses=[engine.nodes[0].address])
 
 
 def test_the_first_rank_knows_the_others(world):
@@ -625,13 +625,13 @@ def test_the_first_rank_knows_the_others(world):
     transfer = sink.read(ref, 11, 12)
     world.advance(1)
     source.announce(ref)
-    source.seal(ref, 1)
+    source.publish_part(ref, 1)
     world.advance(1)
-    source.offer(ref, 1, 2)
+    source.publish(ref, 1, 2)
     content = source.content(1, 2)
     world.advance(1)
     assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
-    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+    assert source.ends(ref.token) == [["LeaseReleased"]] * 3
 
 
 def test_a_lease_that_names_the_first_rank_only(world):
@@ -640,11 +640,11 @@ def test_a_lease_that_names_the_first_rank_only(world):
     source.nodes[0].producer.joined([node.address for node in source.nodes])
     ref = LeaseRef.mint(owner=source.name, addresses=[source.nodes[0].address])
     source.announce(ref)
-    source.offer(ref, 1, 2)
+    source.publish(ref, 1, 2)
     transfer, content = sink.read(ref, 11, 12), source.content(1, 2)
     world.advance(1)
     assert sink.outcomes(transfer) == ["Done"] and transfer.content == content
-    assert source.ends(ref.token) == [["LeaseSettled"]] * 3
+    assert source.ends(ref.token) == [["LeaseReleased"]] * 3
 
 
 @pytest.mark.parametrize("joined", [[], ["tcp://P.0:1"], ["tcp://P.0:1", "tcp://D:1", "tcp://nobody:1"]])

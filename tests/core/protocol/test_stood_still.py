@@ -9,7 +9,7 @@ from kvxfer.channel.zmq_channel import Inbound
 from kvxfer.metrics import Metrics
 from kvxfer.protocol.actions import StartRead
 from kvxfer.protocol.messages import Grant, Pending
-from kvxfer.runtime.control_loop import Driver
+from kvxfer.runtime.control_loop import ControlLoop
 from tests.core.protocol.virtual import block_bytes
 
 
@@ -51,7 +51,7 @@ def scene(world):
     transfer = sink.read(ref, 11, timeout_s=300)
     world.advance(1)
     channel, data = Channel(world), Data()
-    driver = Driver(channel, Metrics(), sink.events.append, lambda: world.now)
+    driver = ControlLoop(channel, Metrics(), sink.events.append, lambda: world.now)
     driver.actions = sink.out
     driver.drive(sink.producer, sink.consumer, data)
     driver.turn(None)
@@ -100,12 +100,12 @@ def test_a_machine_that_is_late_all_the_time(scene):
 def test_a_producer_hears_renewals_before_leases_end(world, producer, consumer):
     """A producer that stood still for longer than its leases reads what consumers said before it lets one expire."""
     ref = producer.announce()
-    producer.offer(ref, 1)
-    consumer.consumer.hold(ref, world.now)
+    producer.publish(ref, 1)
+    consumer.consumer.acquire(ref, world.now)
     consumer.perform()
     world.advance(1)
     channel = Channel(world)
-    driver = Driver(channel, Metrics(), producer.events.append, lambda: world.now)
+    driver = ControlLoop(channel, Metrics(), producer.events.append, lambda: world.now)
     driver.actions = producer.out
     driver.drive(producer.producer, producer.consumer, Data())
     driver.turn(None)

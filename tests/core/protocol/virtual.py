@@ -211,31 +211,31 @@ class Node:
         self.perform()
         return ref
 
-    def offer(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
+    def publish(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
         for block in blocks[len(self.sealed.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
         self.offered[ref.token] = blocks
-        self.producer.offer(ref.token, block_bytes(*blocks), self.world.now, after=after)
+        self.producer.publish(ref.token, block_bytes(*blocks), self.world.now, after=after)
         self.perform()
 
     def lease(self, *blocks: int) -> LeaseRef:
         ref = self.announce()
-        self.offer(ref, *blocks)
+        self.publish(ref, *blocks)
         return ref
 
-    def seal(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
+    def publish_part(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
         for block in blocks[len(self.sealed.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
         self.sealed[ref.token] = blocks
-        self.producer.seal(ref.token, block_bytes(*blocks), self.world.now, after=after)
+        self.producer.publish_part(ref.token, block_bytes(*blocks), self.world.now, after=after)
         self.perform()
 
     def revoke(self, ref: LeaseRef) -> None:
         self.producer.revoke(ref.token, "revoked by a test")
         self.perform()
 
-    def hold(self, ref: LeaseRef) -> None:
-        self.consumer.hold(ref, self.world.now)
+    def acquire(self, ref: LeaseRef) -> None:
+        self.consumer.acquire(ref, self.world.now)
         self.perform()
 
     def read(
@@ -267,8 +267,8 @@ class Node:
         transfer.started = self.world.now
         return transfer
 
-    def drop(self, ref: LeaseRef) -> None:
-        self.consumer.drop(ref, self.world.now)
+    def release(self, ref: LeaseRef) -> None:
+        self.consumer.release(ref, self.world.now)
         self.perform()
 
     def _ended(self, transfer: Transfer) -> None:
@@ -388,33 +388,33 @@ class Engine:
             node.announce(ref)
         return ref
 
-    def offer(self, ref: LeaseRef, *blocks: int) -> None:
+    def publish(self, ref: LeaseRef, *blocks: int) -> None:
         for node in self.nodes:
-            node.offer(ref, *blocks)
+            node.publish(ref, *blocks)
 
-    def seal(self, ref: LeaseRef, *blocks: int) -> None:
+    def publish_part(self, ref: LeaseRef, *blocks: int) -> None:
         for node in self.nodes:
-            node.seal(ref, *blocks)
+            node.publish_part(ref, *blocks)
 
     def lease(self, *blocks: int) -> LeaseRef:
         ref = self.announce()
-        self.offer(ref, *blocks)
+        self.publish(ref, *blocks)
         return ref
 
     def revoke(self, ref: LeaseRef) -> None:
         for node in self.nodes:
             node.revoke(ref)
 
-    def hold(self, ref: LeaseRef) -> None:
+    def acquire(self, ref: LeaseRef) -> None:
         for node in self.nodes:
-            node.hold(ref)
+            node.acquire(ref)
 
     def read(self, ref: LeaseRef, *into: int, **more: Any) -> list[Transfer]:
         return [node.read(ref, *into, **more) for node in self.nodes]
 
-    def drop(self, ref: LeaseRef) -> None:
+    def release(self, ref: LeaseRef) -> None:
         for node in self.nodes:
-            node.drop(ref)
+            node.release(ref)
 
     def restart(self, rank: int) -> Node:
         """One rank dies, and another process of it starts at its address."""
@@ -585,7 +585,7 @@ class World:
             leg.address = None
         if leg.chunks:
             leg.number, leg.asks, leg.at = leg.number + 1, True, math.inf
-            stage = messages.Stage(
+            stage = messages.StageChunk(
                 token=transfer.ref.token,
                 number=leg.number,
                 image=messages.described(reading.node.spec),

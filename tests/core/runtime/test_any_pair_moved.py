@@ -79,21 +79,21 @@ def move(
         for endpoint in producers:
             endpoint.announce(ref)
 
-        def offer() -> None:
+        def publish() -> None:
             for endpoint, rank, shares in zip(producers, pair.sources, cycle(seals)):
                 for share in shares:
-                    endpoint.seal(ref, sealed(rank, share))
+                    endpoint.publish(ref, sealed(rank, share), complete=False)
             for endpoint, rank in zip(producers, pair.sources, strict=True):
-                endpoint.offer(ref, rank.blocks)
+                endpoint.publish(ref, rank.blocks)
 
         if not any(seals):
-            offer()
+            publish()
         transfers = [
             endpoint.read(ref, rank.blocks, tokens=pair.tokens)
             for endpoint, rank in zip(consumers, pair.targets, strict=True)
         ]
         if any(seals):
-            offer()
+            publish()
         refused = 0
         for transfer in transfers:
             try:

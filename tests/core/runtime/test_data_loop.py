@@ -36,7 +36,7 @@ from kvxfer.protocol.actions import ChunkStaged, EndPack, ForgetAgent, PackKey, 
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Transfer
-from kvxfer.runtime.data_loop import DataPath
+from kvxfer.runtime.data_loop import DataLoop
 from kvxfer.runtime.environment import REAL
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.staging import StagingArena
@@ -132,7 +132,7 @@ class Rig:
         self.board = LeaseBoard(4, scratch)
         parts = plan([cache.spec for cache in caches], self.cache.spec).parts
         self.routers = [Router(part, Costs(), slot_nbytes=slot, only=route) for part in parts]
-        self.path = DataPath(
+        self.path = DataLoop(
             self._make,
             self.cache,
             self.board,
@@ -201,7 +201,7 @@ class Rig:
         assert self.path.arena.in_use == 0, "a staging slot leaks"
 
     def fences(self):
-        return self.metrics.value("kvxfer_fences_total")
+        return self.metrics.value("kvxfer_agent_resets_total")
 
 
 @pytest.fixture

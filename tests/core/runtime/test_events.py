@@ -19,7 +19,7 @@ from kvxfer.errors import (
 )
 from kvxfer.metrics import Metrics
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.transfer import Done, Failed, LeaseSettled, Transfer
+from kvxfer.protocol.transfer import Done, Failed, LeaseReleased, Transfer
 from kvxfer.runtime import events
 from kvxfer.runtime.events import Events
 from kvxfer.testing import eventually
@@ -43,10 +43,10 @@ def test_an_engine_that_never_polls(queue, caplog):
     happened = []
     for number in range(20):
         happened.append(Done(transfer()) if number % 2 else Failed(transfer(), ClosedError("x")))
-        happened.append(LeaseSettled(f"{number}", "r", True))
+        happened.append(LeaseReleased(f"{number}", "r", True))
     for event in happened:
         queue.put(event)
-    kept = [event for event in happened if isinstance(event, LeaseSettled) or event in happened[-8:]]
+    kept = [event for event in happened if isinstance(event, LeaseReleased) or event in happened[-8:]]
     assert queue._metrics.value("kvxfer_events_dropped_total") == 16
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "poll()" in caplog.text
     assert queue.poll(0.0) == kept and queue.poll(0.0) == []
@@ -135,5 +135,5 @@ def test_the_oldest_reads_of_a_real_endpoint(engines, monkeypatch):
     source, sink = engines(), engines()
     for _ in range(12):
         assert sink.endpoint.read(source.endpoint.lease([1]), [2]).wait(20)
-    eventually(lambda: len([e for e in source.poll() if isinstance(e, LeaseSettled)]) == 12)
+    eventually(lambda: len([e for e in source.poll() if isinstance(e, LeaseReleased)]) == 12)
     assert len(sink.poll()) == 4

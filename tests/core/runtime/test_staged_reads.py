@@ -188,7 +188,7 @@ def test_ranks_may_have_blocks_of_their_own(sharded):
     tables = [[5, 6, 7], [30, 1, 9]]
     for rank, blocks in zip(source.ranks, tables, strict=True):
         rank.endpoint.announce(ref)
-        rank.endpoint.offer(ref, blocks)
+        rank.endpoint.publish(ref, blocks)
     assert target.ranks[0].endpoint.read(ref, [0, 1, 2]).wait(30)
     for i in range(2):
         np.testing.assert_array_equal(
@@ -243,7 +243,7 @@ def test_sixty_four_transfers_through_sixteen_mebibytes(sharded):
     parts = np.random.default_rng(5).permutation(512).reshape(64, 8)
     refs = [source.lease(blocks) for blocks in parts]
     for ref in refs:
-        target.ranks[0].endpoint.hold(ref)
+        target.ranks[0].endpoint.acquire(ref)
     assert eventually(lambda: all(target.ranks[0].endpoint.granted(ref) for ref in refs))
     transfers = [
         target.ranks[0].endpoint.read(ref, blocks, timeout_s=60) for ref, blocks in zip(refs, parts, strict=True)

@@ -32,7 +32,7 @@ def test_a_second_read_into_a_block_is_refused_until_the_first_has_ended(engines
         sink.endpoint.read(ref, [6])
     second = sink.endpoint.read(ref, [7])  # nothing came of the call that was refused
     assert second.wait(30)
-    source.endpoint.offer(announced, [3, 4])
+    source.endpoint.publish(announced, [3, 4])
     assert first.wait(30)
     assert sink.endpoint.read(source.endpoint.lease([2]), [6]).wait(30)
     assert sink.blocks(5, 6, 7) == source.blocks(3, 2, 1)

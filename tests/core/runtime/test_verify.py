@@ -143,6 +143,6 @@ def test_a_producer_that_does_not_answer(sharded, monkeypatch, ended):
 def test_the_digest_on_the_wire():
     """A question for a digest, and its answer, survive the wire; without them the messages are those of before."""
     token = "ab" * 16
-    asked = messages.Staged(token=token, number=1, address=0, digest=b"\1" * 32)
+    asked = messages.ChunkReady(token=token, number=1, address=0, digest=b"\1" * 32)
     assert messages.decode(messages.encode(asked)) == asked
-    assert b"digest" not in messages.encode(messages.Staged(token=token, number=1, address=4096))
+    assert b"digest" not in messages.encode(messages.ChunkReady(token=token, number=1, address=4096))
