@@ -724,7 +724,7 @@ def test_a_second_offer_before_the_first_has_ended(engines):
     """It raises, and the blocks of the first stay leased; each offer that is taken has its own end event."""
     source = engines().endpoint
     ref = source.lease([1, 2])
-    with pytest.raises(LeaseError, match="offered before: wait for its end event"):
+    with pytest.raises(LeaseError, match="published before: wait for its end event"):
         source.publish(ref, [3])
     for _ in range(2):
         source.revoke(ref)

@@ -130,7 +130,7 @@ def told_before_it_is_quiet(patch):
     fail = read_executor.Reads._fail
 
     def failed(self, reading, error):
-        read_task.pending = 0
+        reading.pending = 0
         fail(self, reading, error)
 
     patch(read_executor.Reads, "_fail", failed)
@@ -337,7 +337,7 @@ def hold_never_ends(patch):
             held.deadline = now + 1e9
         return held
 
-    patch(held_leases.Holds, "hold", for_ever)
+    patch(held_leases.Holds, "acquire", for_ever)
 
 
 @bug

@@ -322,7 +322,7 @@ class Engine:
             if not np.array_equal(held, share):
                 story.fail("wrong bytes", f"{who}: wrong bytes of {request} were delivered as good")
             story.report.nbytes += event.transfer.nbytes
-            story.world.seen["early bytes"] += event.transfer.partial_nbytes
+            story.world.seen["partial bytes"] += event.transfer.partial_nbytes
             story.say(f"{who} is told Done {request}")
         else:
             story.report.ends[f"Failed {type(event.error).__name__}"] += 1

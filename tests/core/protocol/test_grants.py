@@ -151,6 +151,6 @@ def test_more_ids_than_a_lease_may_have():
     most = most_ids(cache.spec)
     with Endpoint(cache, "inproc") as producer:
         ref = producer.announce()
-        for call in (producer.publish, producer.publish_part):
+        for complete in (True, False):
             with pytest.raises(BlockError, match=f"{most + 1} block ids are more than one lease may have"):
-                call(ref, np.zeros(most + 1, dtype=np.int64))
+                producer.publish(ref, np.zeros(most + 1, dtype=np.int64), complete=complete)

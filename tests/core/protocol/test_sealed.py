@@ -267,7 +267,7 @@ def test_both_sides_make_the_same_reference(producer):
     two = LeaseRef.for_rendezvous(
         "transfer-1", owner=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
     )
-    assert one.token == two.token and one.early and LeaseRef.from_json(one.to_json()) == one
+    assert one.token == two.token and one.rendezvous and LeaseRef.from_json(one.to_json()) == one
     others = [shared(producer, "transfer-2", num_tokens=7, digest="d"), shared(producer, num_tokens=8, digest="d"),
               shared(producer, num_tokens=7, digest="e"), shared(producer, "transfer-1\0", num_tokens=7, digest="d")]  # fmt: skip
     assert len({ref.token for ref in (one, *others)}) == 5
