@@ -342,7 +342,7 @@ class Pair:
 
     def spans(self, source: Sequence[int], target: Sequence[int]) -> Descriptors:
         """What kvxfer hands to NIXL for these blocks if it moves them in place: raw NIXL gets the same."""
-        return self.plan.parts[0].bind(np.asarray(source), np.asarray(target))
+        return self.plan.rank_plans[0].bind(np.asarray(source), np.asarray(target))
 
     def lease(self, blocks: Sequence[int]) -> kvxfer.LeaseRef:
         """The producer leases blocks."""

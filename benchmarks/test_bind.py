@@ -32,7 +32,7 @@ def test_bind(benchmark, report, pattern):
     """2,048 blocks of 32 layers: goal 1 ms where they are contiguous, 5 ms where they are not."""
     # Address space only: no page of these 4 GiB is touched.
     cache, _ = KVCache.allocate(layers=32, blocks=BLOCKS, heads=8, block_tokens=16, head_dim=128)
-    (made,) = plan(cache.spec, cache.spec).parts
+    (made,) = plan(cache.spec, cache.spec).rank_plans
     source, target = _ids(pattern)
     bound = benchmark(made.bind, source, target)
     assert bound.total_nbytes == 32 * BLOCKS * 65536
@@ -127,7 +127,7 @@ def test_plan_and_bind_eight_ranks_for_four(benchmark, report, measuring, patter
     times: dict[str, list[float]] = {"first": [], "again": [], "vLLM per peer": [], "vLLM per request": []}
 
     def bind(made) -> int:
-        return sum(len(part.bind(*ids)) for part in made.parts if part.overlaps)
+        return sum(len(part.bind(*ids)) for part in made.rank_plans if part.overlaps)
 
     theirs = _vllm_builders(sources, *ids) if measuring else ()
     for _ in range(15 if measuring else 1):

@@ -91,7 +91,7 @@ def test_whole(benchmark, measuring, report, arena, target):
         return KVCache.from_layers(layers, buffers=CostlessBuffer)
 
     source, sink = cache("HND"), cache(target)
-    part = plan([source.spec], sink.spec).parts[0]
+    part = plan([source.spec], sink.spec).rank_plans[0]
     size = arena.slot_nbytes
     router = Router(
         part, Costs(), slot_nbytes=size, addressable=(False, False), chunk_nbytes=(size, size), only=Route.BOTH
@@ -100,8 +100,8 @@ def test_whole(benchmark, measuring, report, arena, target):
     match = part.match(rng.permutation(2 * number)[:number], rng.permutation(2 * number)[:number])
     chosen = router.choose(match).size
     assert chosen is not None
-    images = chosen.images
-    chunks = list(images.chunks(match.tokens))
+    chunk_planner = chosen.chunk_planner
+    chunks = list(chunk_planner.chunks(match.tokens))
     told: list[object] = []
     packer = Packer(source, arena, lambda *what: told.append(what))
     leased = (BlockTable(match.sources[0].ids),)
@@ -111,15 +111,15 @@ def test_whole(benchmark, measuring, report, arena, target):
     def out() -> None:
         asked = next(count)
         chunk = chunks[asked % len(chunks)]
-        packer.start(StartPack(key, asked, images.image(chunk).source, chunk.tokens, leased))
+        packer.start(StartPack(key, asked, chunk_planner.layout(chunk).source, chunk.tokens, leased))
         packer.turn()
         packer.end(key, [asked])
 
     def back() -> None:
         chunk = chunks[next(count) % len(chunks)]
-        image = images.image(chunk)
-        bound = image.to_target.copies(image.emptied(chunk, match))
-        start_copies(sink, bound, slot[: image.nbytes], pack=False)
+        layout = chunk_planner.layout(chunk)
+        bound = layout.unpack_plan.copies(layout.unpack_tables(chunk, match))
+        start_copies(sink, bound, slot[: layout.nbytes], pack=False)
 
     benchmark.pedantic(out, rounds=3, warmup_rounds=1)
     back()

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 from kvxfer.runtime.staging import StagingArena, Use
 
 torch = pytest.importorskip("torch")
@@ -53,7 +53,7 @@ def gather(nbytes: int, total: int) -> Copy:
 
 
 def turned(copy: Copy) -> Copy:
-    loops = tuple(Loop(loop.count, loop.target_stride, loop.source_stride) for loop in copy.loops)
+    loops = tuple(StridedLoop(loop.count, loop.target_stride, loop.source_stride) for loop in copy.loops)
     loops = tuple(sorted(loops, key=lambda loop: -abs(loop.source_stride)))
     return Copy(copy.target, copy.source, copy.target_blocks, copy.source_blocks, loops, copy.nbytes)
 
@@ -66,7 +66,7 @@ def to_nhd(total: int) -> Copy:
     layers = np.arange(LAYERS)
     return Copy(
         i64(layers * 2 * number * block), i64(layers * number * block), i64(ids * block), i64(np.arange(number) * block),
-        (Loop(heads, tokens * head, head), Loop(tokens, head, heads * head)), head,
+        (StridedLoop(heads, tokens * head, head), StridedLoop(tokens, head, heads * head)), head,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from kvxfer import HostBuffer
 from kvxfer.layout.spec import DTYPE_NBYTES, Axes, KVLayout
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 
 MIB = 1 << 20
 GOAL_SHARE = 0.4
@@ -79,8 +79,8 @@ def chunks_of(case: Case, direction: str, total: int, chunk: int) -> list[Copy]:
     if case.blocks == "fragmented":
         ids = np.random.default_rng(1).permutation(number)
     loops = [
-        Loop(HEADS, strides[0].head, strides[1].head),
-        Loop(BLOCK_TOKENS, strides[0].token, strides[1].token),
+        StridedLoop(HEADS, strides[0].head, strides[1].head),
+        StridedLoop(BLOCK_TOKENS, strides[0].token, strides[1].token),
     ]
     loops = tuple(sorted(loops, key=lambda loop: -loop.source_stride))
     copies = []

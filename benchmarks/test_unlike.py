@@ -82,7 +82,7 @@ def test_unlike_caches(benchmark, measuring, report, case):
 def _routes(pair, blocks) -> str:
     """The routes that the model chooses for each rank."""
     found = set()
-    for made in pair.plan.parts:
+    for made in pair.plan.rank_plans:
         choice = Router(made, Costs.load(), slot_nbytes=pair.endpoint.slot_nbytes).choose(made.match(blocks, blocks))
         found.add(choice.route.value)
     return ", ".join(sorted(found))
@@ -114,10 +114,10 @@ def test_the_model_chooses_well(benchmark, measuring, report):
         base = Geometry(layers=8, blocks=512 if measuring else 16, head_dim=head_dim)
         geometries = [Geometry(**{**vars(base), "order": order}) for order in (source, target)]
         with pair_of(*geometries, ranks=ranks) as pair:
-            routers = [Router(part, costs, slot_nbytes=pair.endpoint.slot_nbytes) for part in pair.plan.parts]
+            routers = [Router(part, costs, slot_nbytes=pair.endpoint.slot_nbytes) for part in pair.plan.rank_plans]
             for tokens, pattern in product(sizes, ("contiguous", "fragmented")):
                 blocks = _patterns(pair, tokens, pattern)
-                choices = [router.choose(router.part.match(blocks, blocks)) for router in routers]
+                choices = [router.choose(router.rank_plan.match(blocks, blocks)) for router in routers]
                 chosen = choices[0].route.value
                 times: dict[str, list[float]] = {route.value: [] for route in Route}
                 direct = choices[0].runs > 100_000

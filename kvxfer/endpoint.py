@@ -18,7 +18,7 @@ from kvxfer.addresses import parse
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import MAX_S, Settings
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, shown
-from kvxfer.layout.block_table import ids_to_wire, tables
+from kvxfer.layout.block_table import check_tables, ids_to_wire
 from kvxfer.metrics import Metrics
 from kvxfer.planner.router import Costs
 from kvxfer.protocol.consumer import Consumer
@@ -285,7 +285,7 @@ class Endpoint:
 
     def lease(self, blocks: Any, *, request: str = "", num_tokens: int = 0, digest: str = "") -> LeaseRef:
         """`announce` and `publish` in one: blocks that are complete already."""
-        tables(self.cache.spec, blocks)  # a bad call announces nothing
+        check_tables(self.cache.spec, blocks)  # a bad call announces nothing
         ref = self.announce(request=request, num_tokens=num_tokens, digest=digest)
         self.publish(ref, blocks)
         return ref
@@ -359,7 +359,7 @@ class Endpoint:
         after = arguments.completions(after)
         if tokens is not None:
             tokens = arguments.interval(tokens)
-        targets = tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
+        targets = check_tables(self.cache.spec, into, "target", first_token=tokens[0] if tokens else 0, distinct=True)
         wait_s = timeout_s
         if wait_s is None:
             wait_s = self.settings.read_timeout_s
@@ -465,7 +465,7 @@ class Endpoint:
 
     def _on_the_wire(self, blocks: Any) -> tuple[list[bytes], list[int]]:
         """Block tables of this cache as messages carry them: ids, and first tokens. Raises BlockError."""
-        given = tables(self.cache.spec, blocks)
+        given = check_tables(self.cache.spec, blocks)
         number, most = sum(len(table.ids) for table in given), most_ids(self.cache.spec)
         if number > most:
             raise BlockError(f"{number} block ids are more than one lease may have with a cache of this size: {most}")

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvxfer.buffers.base import let_end
 from kvxfer.buffers.host_copy import copy_runs
-from kvxfer.memory.copies import Loop
+from kvxfer.memory.copies import StridedLoop
 from kvxfer_gpu._task import tasks
 from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
@@ -282,7 +282,7 @@ def _bounds(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 def _in_place(copy: Copy, low: int) -> Copy:
     """From where a copy's target runs lie to there."""
-    loops = tuple(Loop(loop.count, loop.target_stride, loop.target_stride) for loop in copy.loops)
+    loops = tuple(StridedLoop(loop.count, loop.target_stride, loop.target_stride) for loop in copy.loops)
     at = copy.target - low
     return replace(
         copy, source=at, target=at, source_blocks=copy.target_blocks, loops=loops, nbytes=copy.target_nbytes, cast=None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from kvxfer.layout.spec import DTYPE_NBYTES
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -190,10 +190,10 @@ def _detour(copy: Copy, base: tuple[int, int], cast: Cast) -> Detour:
         return bases, blocks, steps[2:]
 
     bases, blocks, steps = in_line(copy.nbytes)
-    loops = tuple(Loop(n.count, n.source_stride, step) for n, step in zip(copy.loops, steps, strict=True))
+    loops = tuple(StridedLoop(n.count, n.source_stride, step) for n, step in zip(copy.loops, steps, strict=True))
     gather = _task(replace(copy, target=bases, target_blocks=blocks, cast=None, loops=loops), (base[0], 0))
     bases, blocks, steps = in_line(copy.target_nbytes)
-    loops = tuple(Loop(n.count, step, n.target_stride) for n, step in zip(copy.loops, steps, strict=True))
+    loops = tuple(StridedLoop(n.count, step, n.target_stride) for n, step in zip(copy.loops, steps, strict=True))
     lined = replace(copy, source=bases, source_blocks=blocks, cast=None, loops=loops, nbytes=copy.target_nbytes)
     scatter = _task(lined, (0, base[1]))
     if not isinstance(gather, Task) or not isinstance(scatter, Task):  # which have no cast
@@ -201,7 +201,7 @@ def _detour(copy: Copy, base: tuple[int, int], cast: Cast) -> Detour:
     return Detour(gather, copy.runs * copy.nbytes // DTYPE_NBYTES[cast.source], cast, scatter)
 
 
-def _unit(places: IntArray, loops: Sequence[Loop], sides: Sequence[int], nbytes: int) -> int:
+def _unit(places: IntArray, loops: Sequence[StridedLoop], sides: Sequence[int], nbytes: int) -> int:
     """The largest power of 2 up to 16 that divides every place of a run, and its length."""
     bits = int(np.bitwise_or.reduce(places)) | nbytes | _WIDEST_NBYTES
     for loop in loops:

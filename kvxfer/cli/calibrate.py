@@ -16,7 +16,7 @@ from kvxfer.buffers.host_copy import effort_of
 from kvxfer.cli.child import PROCESS_NBYTES, Child, ChildError
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route
 from kvxfer.protocol.lease_ref import LeaseRef
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.host_copy import Effort
     from kvxfer.cli.table import Progress
     from kvxfer.layout.spec import CacheSpec
-    from kvxfer.planner.rank_plan import Match, PlanPart
+    from kvxfer.planner.rank_plan import MatchedTables, RankPlan
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
@@ -102,7 +102,7 @@ class Sink:
         self._source = source
         settings = replace(Settings.resolve(), staging_nbytes=staging_nbytes)
         self.endpoint: Endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
-        self.part: PlanPart = plan(source.call("spec"), self.endpoint.cache.spec).parts[0]
+        self.part: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
 
     def seconds(self, blocks: Sequence[int], into: Sequence[int], repeats: int) -> float:
         """The median time of reading these blocks."""
@@ -183,8 +183,8 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
                 sink = Sink(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
                 try:
                     times[route] = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
-                    images = Images(sink.part, "target", sink.endpoint.slot_nbytes)
-                    chunks = len(list(images.chunks([(0, blocks * _BLOCK_TOKENS)])))
+                    chunk_planner = ChunkPlanner(sink.part, "target", sink.endpoint.slot_nbytes)
+                    chunks = len(list(chunk_planner.chunks([(0, blocks * _BLOCK_TOKENS)])))
                 finally:
                     sink.endpoint.close()
     one, all_ = (sink.part.runs(sink.part.match(ids, ids)) for ids in ([0], many))
@@ -202,7 +202,7 @@ def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
     for head_dim, order in ((_HEAD_DIM, "HND"), (_HEAD_DIM, "NHD"), (16, "NHD"), (8, "NHD")):
         caches = _cache("HND", blocks, head_dim), _cache(order, blocks, head_dim)
         # Packed as for a target of another order, or unpacked as from a source of one.
-        facts.append(plan(*(cache.spec for cache in caches)).parts[0].runs(_matched(caches, ids, ids)[1]))
+        facts.append(plan(*(cache.spec for cache in caches)).rank_plans[0].runs(_matched(caches, ids, ids)[1]))
         times.append(_copied(caches if pack else caches[::-1], ids, ids, pack=pack)[1])
     run_s, byte_s = _fit(facts, times)
     return run_s, byte_s
@@ -231,9 +231,9 @@ def _irregular(costs: Costs, blocks: int) -> Costs:
     return costs
 
 
-def _matched(caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int]) -> tuple[PlanPart, Match]:
+def _matched(caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int]) -> tuple[RankPlan, MatchedTables]:
     source, target = (cache.spec for cache in caches)
-    part = plan(source, target, convert=source.dtype != target.dtype).parts[0]
+    part = plan(source, target, convert=source.dtype != target.dtype).rank_plans[0]
     tokens = min(len(ids) * cache.spec.groups[0].block_tokens for ids, cache in zip((here, there), caches, strict=True))
     return part, part.match(here, there, (0, tokens))
 
@@ -245,14 +245,14 @@ def _copied(
     arena = StagingArena(32 << 20)
     slot, address = arena.slot_nbytes, arena.memory.address
     part, match = _matched(caches, here, there)
-    images = Images(part, "target" if pack else "source", slot)
+    chunk_planner = ChunkPlanner(part, "target" if pack else "source", slot)
     bounds = []
-    for chunk in images.chunks(match.tokens):
-        image = images.image(chunk)
+    for chunk in chunk_planner.chunks(match.tokens):
+        layout = chunk_planner.layout(chunk)
         bounds.append(
-            image.from_source.bound(image.filled(chunk, match))
+            layout.pack_plan.resolve(layout.pack_tables(chunk, match))
             if pack
-            else image.to_target.bound(image.emptied(chunk, match))
+            else layout.unpack_plan.resolve(layout.unpack_tables(chunk, match))
         )
     copies = [bound.copies() for bound in bounds]
 

@@ -13,7 +13,7 @@ from kvxfer.errors import BlockError, ConfigError, IncompatibleError
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.planner.intersect import stretches
 from kvxfer.planner.plan import Planner, plan
-from kvxfer.planner.rank_plan import PlanPart
+from kvxfer.planner.rank_plan import RankPlan
 from kvxfer.planner.router import Costs, Route, Router
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvxfer.cli.specs import Side
     from kvxfer.layout.spec import CacheGroup, CacheSpec
     from kvxfer.planner.intersect import Box, Overlap
-    from kvxfer.planner.rank_plan import Match
+    from kvxfer.planner.rank_plan import MatchedTables
 
 MAX_TOKENS: Final = 1 << 22
 """Of a request; longer ones would only make this command slow."""
@@ -170,7 +170,7 @@ def _forecast(
 ) -> Forecast:
     parts = []
     try:
-        for part in planner.plan(spec).parts:
+        for part in planner.plan(spec).rank_plans:
             if not part.overlaps:
                 continue
             key = looks.of(part)
@@ -186,18 +186,18 @@ def _forecast(
 
 def matched(
     source: Side, target: Side, spec: CacheSpec, request: Request, *, convert: bool
-) -> list[tuple[PlanPart, Match]]:
+) -> list[tuple[RankPlan, MatchedTables]]:
     """The parts of the plan for one target rank that give anything, each with the request's block tables.
 
     Raises:
         IncompatibleError: the pair cannot be served.
         ConfigError: a side has too few blocks for the request.
     """
-    parts = [part for part in plan(source.specs, spec, convert=convert).parts if part.overlaps]
+    parts = [part for part in plan(source.specs, spec, convert=convert).rank_plans if part.overlaps]
     return [(part, _match(part, source, target, spec, request)) for part in parts]
 
 
-def _match(part: PlanPart, source: Side, target: Side, spec: CacheSpec, request: Request) -> Match:
+def _match(part: RankPlan, source: Side, target: Side, spec: CacheSpec, request: Request) -> MatchedTables:
     sources, targets = block_tables(part.source, spec, {**source.windows, **target.windows}, request)
     try:
         return part.match(sources, targets, (request.first_token, request.tokens))
@@ -211,7 +211,7 @@ class _Looks:
     def __init__(self) -> None:
         self._groups: dict[int, Hashable] = {}
 
-    def of(self, part: PlanPart) -> Hashable:
+    def of(self, part: RankPlan) -> Hashable:
         """All of it."""
         groups = tuple(self._group(group) for spec in (part.source, part.target) for group in spec.groups)
         first = part.overlaps[0]
@@ -285,7 +285,9 @@ def _table(group: CacheGroup, number: int, first_token: int, request: Request, s
     return BlockTable(ids, 0 if group.kind == "state" else first_token)
 
 
-def _from_rank(part: PlanPart, match: Match, addressable: tuple[bool, bool], conditions: Conditions) -> FromRank:
+def _from_rank(
+    part: RankPlan, match: MatchedTables, addressable: tuple[bool, bool], conditions: Conditions
+) -> FromRank:
     def router(only: Route | None) -> Router:
         slot = conditions.slot_nbytes
         return Router(part, conditions.costs, slot_nbytes=slot, addressable=addressable, only=only)
@@ -319,18 +321,18 @@ def _from_rank(part: PlanPart, match: Match, addressable: tuple[bool, bool], con
     )
 
 
-def _layers(part: PlanPart) -> str:
+def _layers(part: RankPlan) -> str:
     return ranges(each.source.region.layers[each.source.position] for each in part.overlaps)
 
 
-def _heads(part: PlanPart) -> str:
+def _heads(part: RankPlan) -> str:
     kinds = {part.target.groups[each.target_group].kind for each in part.overlaps}
     if kinds <= {"mla", "state"}:
         return "latent" if "mla" in kinds else "state"
     return ranges(head for each in part.overlaps for head in range(*each.heads))
 
 
-def unmerged(part: PlanPart, match: Match) -> int:
+def unmerged(part: RankPlan, match: MatchedTables) -> int:
     """Runs inside one layer of one block, see `FromRank`."""
     shapes: dict[tuple[object, ...], tuple[Overlap, int]] = {}
     for each in part.overlaps:
@@ -341,7 +343,7 @@ def unmerged(part: PlanPart, match: Match) -> int:
         shapes[shape] = each, shapes.get(shape, (each, 0))[1] + 1
     total = 0
     for each, times in shapes.values():
-        alone = PlanPart(part.source, part.target, (each,))
+        alone = RankPlan(part.source, part.target, (each,))
         total += times * sum(bound.copy.runs for bound in alone.copies(match))
     return total
 

@@ -159,7 +159,7 @@ class Consumer(_Party):
             return Outcome(error=_told(error), copy_s=copy_s)
         finally:
             self.endpoint.poll()
-        part = plan(spec, self.endpoint.cache.spec).parts[0]
+        part = plan(spec, self.endpoint.cache.spec).rank_plans[0]
         runs = unmerged(part, part.match(wanted, into))
         rest = np.setdiff1d(np.arange(self.array.shape[1]), into)
         wrong = pattern.wrong_bytes(self.array, PREFILL_SEED, into, wanted)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.block_table import CheckedTable
     from kvxfer.layout.spec import CacheRegion
     from kvxfer.planner.intersect import Box, Overlap, Span
-    from kvxfer.planner.rank_plan import Match, PlanPart
+    from kvxfer.planner.rank_plan import MatchedTables, RankPlan
 
 MOST_CELLS: Final = 320
 """On one side; more cannot be told apart."""
@@ -122,14 +122,14 @@ class Window:
 
 
 class _Shown(NamedTuple):
-    part: PlanPart
-    source: Table
-    target: Table
+    part: RankPlan
+    source: CheckedTable
+    target: CheckedTable
     moved: Span
     overlap: Overlap
 
 
-def window(bound: Sequence[tuple[PlanPart, Match]]) -> Window:
+def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
     """A window on the beginning of a transfer to one target rank.
 
     Args:
@@ -239,7 +239,7 @@ def _part(overlap: Overlap) -> str:
     return "K" if "k" in components else "V" if "v" in components else ""
 
 
-def _cell(each: _Shown, box: Box, table: Table, head: int, token: int, origin: int) -> Cell:
+def _cell(each: _Shown, box: Box, table: CheckedTable, head: int, token: int, origin: int) -> Cell:
     region = box.region
     entry, inside = divmod(token - table.first_token, table.tokens)
     kernel, inside = divmod(inside, region.extents.token)
@@ -259,7 +259,7 @@ def _axes(region: CacheRegion, kernels: int) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def _strip(strips: dict[Allocation, Strip], key: Allocation, box: Box, table: Table) -> Strip:
+def _strip(strips: dict[Allocation, Strip], key: Allocation, box: Box, table: CheckedTable) -> Strip:
     strip = strips.get(key)
     if strip is None:
         strip = strips[key] = Strip(key[0], axes=_axes(box.region, table.tokens // box.region.extents.token))
@@ -268,7 +268,7 @@ def _strip(strips: dict[Allocation, Strip], key: Allocation, box: Box, table: Ta
 
 
 def _add_ghosts(
-    strip: Strip, each: _Shown, box: Box, table: Table, tokens: Sequence[int], heads: Sequence[int]
+    strip: Strip, each: _Shown, box: Box, table: CheckedTable, tokens: Sequence[int], heads: Sequence[int]
 ) -> None:
     """Neighbours that stay where they are: heads of other ranks, and tokens of the same blocks outside of the request."""
     start, stop = each.moved

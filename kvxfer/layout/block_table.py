@@ -50,7 +50,7 @@ class BlockTable:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class CheckedTable:
     """A `BlockTable` that was checked against its group.
 
     Attributes:
@@ -87,9 +87,9 @@ class Table:
         return not all((last[part] == places).all() for part, places in parts)
 
 
-def tables(
+def check_tables(
     spec: CacheSpec, blocks: Any, whose: str = "", *, first_token: int = 0, distinct: bool = False
-) -> list[Table]:
+) -> list[CheckedTable]:
     """Block tables of one request, one for each cache group.
 
     Args:
@@ -117,7 +117,7 @@ def tables(
         else:
             table, first = given, _first(first_token // tokens * tokens, group, where) if first_token else 0
         ids = _ids(table, group.num_blocks, f"{whose} block".lstrip(), where)
-        checked = Table(ids, first, tokens, group.num_blocks)
+        checked = CheckedTable(ids, first, tokens, group.num_blocks)
         if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
         made.append(checked)

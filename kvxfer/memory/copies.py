@@ -32,7 +32,7 @@ _LIMIT: Final = 1 << 63
 _FACTORS: Final = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-class Loop(msgspec.Struct, frozen=True):
+class StridedLoop(msgspec.Struct, frozen=True):
     """``count`` steps, each so many bytes further on either side (a stride may be negative)."""
 
     count: int
@@ -92,7 +92,7 @@ class Copy:
     target: IntArray
     source_blocks: IntArray
     target_blocks: IntArray
-    loops: tuple[Loop, ...]
+    loops: tuple[StridedLoop, ...]
     nbytes: int
     cast: Cast | None = None
 
@@ -156,8 +156,8 @@ class Copy:
         if not isinstance(self.loops, tuple) or len(self.loops) > MAX_LOOPS:
             raise DescriptorError(f"the loops of a copy are a tuple of at most {MAX_LOOPS}")
         for loop in self.loops:
-            if not isinstance(loop, Loop):
-                raise DescriptorError(f"{type(loop).__name__} is no Loop")
+            if not isinstance(loop, StridedLoop):
+                raise DescriptorError(f"{type(loop).__name__} is no StridedLoop")
             _check_int("the count of a loop", loop.count, 1)
             for stride in (loop.source_stride, loop.target_stride):
                 _check_int("a stride", stride, -_LIMIT)

@@ -17,7 +17,7 @@ from kvxfer.planner.pipeline_depth import Depth
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.planner.chunks import Images
+    from kvxfer.planner.chunks import ChunkPlanner
 
 _BELIEVED: Final = 256
 """Transfers in other sizes, after which what was measured of one is forgotten: it would never be tried again."""
@@ -56,13 +56,13 @@ class Size:
 
     Attributes:
         nbytes: no chunk is larger.
-        images: the chunks.
+        chunk_planner: the chunks.
         depth: how many of them are under way at a time, and what they were seen to take.
         chosen: when it was last, in transfers.
     """
 
     nbytes: int
-    images: Images
+    chunk_planner: ChunkPlanner
     depth: Depth
     chosen: int = 0
 
@@ -71,17 +71,17 @@ class Chunking:
     """The sizes that chunks of one route can have: halves of each other. Data thread only.
 
     Args:
-        images: the largest chunks.
+        chunk_planner: the largest chunks.
         least_nbytes: smaller ones are not thought of, unless the largest are.
         in_flight: most chunks of a transfer at a time.
     """
 
-    def __init__(self, images: Images, *, least_nbytes: int, in_flight: int) -> None:
+    def __init__(self, chunk_planner: ChunkPlanner, *, least_nbytes: int, in_flight: int) -> None:
         self._transfers = 0
-        self.sizes: list[Size] = [Size(images.slot_nbytes, images, Depth(in_flight))]
-        nbytes = images.slot_nbytes // 2
-        while nbytes >= max(least_nbytes, images.least_nbytes):
-            self.sizes.append(Size(nbytes, images.resized(nbytes), Depth(in_flight)))
+        self.sizes: list[Size] = [Size(chunk_planner.slot_nbytes, chunk_planner, Depth(in_flight))]
+        nbytes = chunk_planner.slot_nbytes // 2
+        while nbytes >= max(least_nbytes, chunk_planner.least_nbytes):
+            self.sizes.append(Size(nbytes, chunk_planner.resized(nbytes), Depth(in_flight)))
             nbytes //= 2
 
     def predicted_s(self, nbytes: float, chunks: float, legs: Legs) -> float:

@@ -22,11 +22,11 @@ import msgspec
 import numpy as np
 
 from kvxfer.errors import IncompatibleError
-from kvxfer.layout.block_table import Table
+from kvxfer.layout.block_table import CheckedTable
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
 from kvxfer.planner.intersect import Span, record_of
 from kvxfer.planner.plan import common
-from kvxfer.planner.rank_plan import Match
+from kvxfer.planner.rank_plan import MatchedTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -35,58 +35,60 @@ if TYPE_CHECKING:
 
     from kvxfer.layout.spec import Scale
     from kvxfer.planner.intersect import Overlap
-    from kvxfer.planner.rank_plan import PlanPart
+    from kvxfer.planner.rank_plan import RankPlan
 
 
 class Chunk(NamedTuple):
-    """Part of a tile: ``layers`` positions and ``tokens`` of the request, each half-open."""
+    """Part of a template: ``layers`` positions and ``tokens`` of the request, each half-open."""
 
-    tile: int
+    template: int
     layers: Span
     tokens: Span
 
 
 @dataclass(frozen=True, eq=False)
-class Image:
+class ChunkLayout:
     """The bytes of a chunk, as either side describes them; the two differ in how they number layers.
 
     Attributes:
-        from_source: how the source packs it.
-        to_target: how the target takes it.
-        of_target: how the target packs what it has taken, for comparison.
-        source, target: `from_source`'s and `to_target`'s specs.
+        pack_plan: how the source packs it.
+        unpack_plan: how the target takes it.
+        repack_plan: how the target packs what it has taken, for comparison.
+        source, target: `pack_plan`'s and `unpack_plan`'s specs.
         nbytes: of the slot that it needs.
     """
 
     source: CacheSpec
     target: CacheSpec
     nbytes: int
-    from_source: PlanPart
-    to_target: PlanPart
-    of_target: PlanPart
+    pack_plan: RankPlan
+    unpack_plan: RankPlan
+    repack_plan: RankPlan
 
     @cached_property
-    def described(self) -> msgspec.Raw:
+    def encoded(self) -> msgspec.Raw:
         """`source` as a message carries it."""
         return msgspec.Raw(msgspec.msgpack.encode(self.source))
 
-    def table(self, chunk: Chunk) -> Table:
-        """The block table of the image when it holds ``chunk``."""
-        return image_table(self.source, chunk.tokens)
+    def table(self, chunk: Chunk) -> CheckedTable:
+        """The block table of the layout when it holds ``chunk``."""
+        return chunk_table(self.source, chunk.tokens)
 
-    def filled(self, chunk: Chunk, request: Match) -> Match:
-        """The block tables of `from_source`, when it packs ``chunk`` of a request."""
-        return Match(request.sources, [self.table(chunk)], [chunk.tokens], request.walks)
+    def pack_tables(self, chunk: Chunk, request: MatchedTables) -> MatchedTables:
+        """The block tables of `pack_plan`, when it packs ``chunk`` of a request."""
+        return MatchedTables(request.sources, [self.table(chunk)], [chunk.tokens], request.alignments)
 
-    def emptied(self, chunk: Chunk, request: Match) -> Match:
-        """The block tables of `to_target`, when the target takes ``chunk`` of a request."""
-        return Match([self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets), request.walks)
+    def unpack_tables(self, chunk: Chunk, request: MatchedTables) -> MatchedTables:
+        """The block tables of `unpack_plan`, when the target takes ``chunk`` of a request."""
+        return MatchedTables(
+            [self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets), request.alignments
+        )
 
 
-def image_table(spec: CacheSpec, tokens: Span) -> Table:
-    """The block table of an image that holds the tokens ``[start, stop)`` from the beginning of their first block on.
+def chunk_table(spec: CacheSpec, tokens: Span) -> CheckedTable:
+    """The block table of a layout that holds the tokens ``[start, stop)`` from the beginning of their first block on.
 
-    It is no longer than they need, however many blocks the image has; nor than the image.
+    It is no longer than they need, however many blocks the layout has; nor than the layout.
     """
     group = spec.groups[0]
     tokens_of_block = group.table_tokens
@@ -96,18 +98,18 @@ def image_table(spec: CacheSpec, tokens: Span) -> Table:
 
 
 _in_line_lock = threading.Lock()
-_in_line_before: OrderedDict[tuple[int, int, int], Table] = OrderedDict()
+_in_line_before: OrderedDict[tuple[int, int, int], CheckedTable] = OrderedDict()
 _MOST_IN_LINE = 64
 _MOST_IN_LINE_NBYTES = 8 << 20
 
 
-def _in_line(blocks: int, first_token: int, block_tokens: int) -> Table:
-    """The same object each time, so that what is known of it is found again (`kvxfer.planner.expand.Walks`). The last few are remembered."""
+def _in_line(blocks: int, first_token: int, block_tokens: int) -> CheckedTable:
+    """The same object each time, so that what is known of it is found again (`kvxfer.planner.expand.AlignmentCache`). The last few are remembered."""
     key = blocks, first_token, block_tokens
     with _in_line_lock:
         table = _in_line_before.get(key)
         if table is None:
-            table = _in_line_before[key] = Table(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
+            table = _in_line_before[key] = CheckedTable(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
             while (
                 len(_in_line_before) > _MOST_IN_LINE
                 or sum(each.ids.nbytes for each in _in_line_before.values()) > _MOST_IN_LINE_NBYTES
@@ -132,7 +134,7 @@ class Component(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tile:
+class ChunkTemplate:
     """Cells of a part that go into one kind of chunk: layers of which the same heads are given, in the same components.
 
     Attributes:
@@ -140,7 +142,7 @@ class Tile:
         heads: an interval of them, all of which the part gives.
         components: of each of its layers, on the side that is imitated.
         layers: numbers at the source and at the target.
-        block_tokens: tokens of one block of the image.
+        block_tokens: tokens of one block of the layout.
     """
 
     source_group: int
@@ -153,15 +155,15 @@ class Tile:
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes of one token of one layer in the image."""
+        """Bytes of one token of one layer in the layout."""
         return sum(each.nbytes for each in self.components) * (self.heads[1] - self.heads[0])
 
 
-class Images:
+class ChunkPlanner:
     """All chunks of one part of a plan that are laid out like one of its sides.
 
     Args:
-        part: of the plan.
+        rank_plan: what one source rank gives.
         like: the side that needs no conversion: ``"source"`` or ``"target"``.
         slot_nbytes: no chunk is larger.
 
@@ -169,21 +171,21 @@ class Images:
         IncompatibleError: not even one block of one layer fits into a slot.
     """
 
-    def __init__(self, part: PlanPart, like: str, slot_nbytes: int) -> None:
-        self.part = part
+    def __init__(self, rank_plan: RankPlan, like: str, slot_nbytes: int) -> None:
+        self.rank_plan = rank_plan
         self.slot_nbytes = slot_nbytes
         self._like = like
-        self._side = part.source if like == "source" else part.target
-        self.tiles: tuple[Tile, ...] = tuple(self._tiles())
-        self._made: dict[tuple[int, Span, int], Image] = {}
+        self._side = rank_plan.source if like == "source" else rank_plan.target
+        self.templates: tuple[ChunkTemplate, ...] = tuple(self._templates())
+        self._made: dict[tuple[int, Span, int], ChunkLayout] = {}
         self._check()
 
     @property
     def least_nbytes(self) -> int:
         """No chunk can be promised to be smaller: the largest block of one layer."""
-        return max((self._block_nbytes(tile) for tile in self.tiles), default=0)
+        return max((self._block_nbytes(template) for template in self.templates), default=0)
 
-    def resized(self, nbytes: int) -> Images:
+    def resized(self, nbytes: int) -> ChunkPlanner:
         """The same in another size; what is known of their shapes is shared. Raises IncompatibleError, as the constructor."""
         other = copy(self)
         other.slot_nbytes = nbytes
@@ -196,33 +198,33 @@ class Images:
         Args:
             tokens: for each group of the target the tokens to move.
         """
-        for number in range(len(self.tiles)):
+        for number in range(len(self.templates)):
             yield from self.chunks_of(number, tokens)
 
     def chunks_of(self, number: int, tokens: Sequence[Span]) -> Iterator[Chunk]:
-        """Those of one tile, see `chunks`; none if nothing of its group is moved."""
-        tile = self.tiles[number]
-        start, stop = tokens[tile.group]
+        """Those of one template, see `chunks`; none if nothing of its group is moved."""
+        template = self.templates[number]
+        start, stop = tokens[template.group]
         if start >= stop:
             return
-        block = tile.block_tokens
+        block = template.block_tokens
         base, end = start // block * block, -(-stop // block) * block
-        layers, step = self._shape(tile, end - base)
-        for first in range(0, len(tile.layers), layers):
-            span = first, min(first + layers, len(tile.layers))
+        layers, step = self._shape(template, end - base)
+        for first in range(0, len(template.layers), layers):
+            span = first, min(first + layers, len(template.layers))
             for at in range(base, end, step):
                 yield Chunk(number, span, (max(at, start), min(at + step, stop)))
 
     def number_of(self, number: int, tokens: Sequence[Span]) -> int:
         """How many `chunks_of` makes."""
-        tile = self.tiles[number]
-        start, stop = tokens[tile.group]
+        template = self.templates[number]
+        start, stop = tokens[template.group]
         if start >= stop:
             return 0
-        block = tile.block_tokens
+        block = template.block_tokens
         base, end = start // block * block, -(-stop // block) * block
-        layers, step = self._shape(tile, end - base)
-        return -(-len(tile.layers) // layers) * -(-(end - base) // step)
+        layers, step = self._shape(template, end - base)
+        return -(-len(template.layers) // layers) * -(-(end - base) // step)
 
     def halves(self, chunk: Chunk) -> list[Chunk]:
         """Two chunks that make up this one; none if it is a block of a layer, or less."""
@@ -230,22 +232,22 @@ class Images:
         if last - first > 1:
             middle = (first + last) // 2
             return [chunk._replace(layers=(first, middle)), chunk._replace(layers=(middle, last))]
-        block = self.tiles[chunk.tile].block_tokens
+        block = self.templates[chunk.template].block_tokens
         middle = (start // block + -(-stop // block)) // 2 * block
         if not start < middle < stop:
             return []
         return [chunk._replace(tokens=(start, middle)), chunk._replace(tokens=(middle, stop))]
 
-    def image(self, chunk: Chunk) -> Image:
+    def layout(self, chunk: Chunk) -> ChunkLayout:
         """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""
-        tile = self.tiles[chunk.tile]
-        block_tokens = tile.block_tokens
+        template = self.templates[chunk.template]
+        block_tokens = template.block_tokens
         first = chunk.tokens[0] // block_tokens
         blocks = -(-chunk.tokens[1] // block_tokens) - first
-        key = chunk.tile, chunk.layers, blocks
+        key = chunk.template, chunk.layers, blocks
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self._make(tile, chunk.layers, blocks)
+            made = self._made[key] = self._make(template, chunk.layers, blocks)
         return made
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -255,9 +257,9 @@ class Images:
             what = f"one block of one layer takes {self.least_nbytes} bytes"
             raise IncompatibleError("staging", f"{what}, a staging slot has {self.slot_nbytes}: give the arena more")
 
-    def _tiles(self) -> Iterator[Tile]:
+    def _templates(self) -> Iterator[ChunkTemplate]:
         heads: dict[tuple[int, int, str, tuple[int, int]], set[Span]] = defaultdict(set)
-        for each in self.part.overlaps:
+        for each in self.rank_plan.overlaps:
             record = record_of(each.source.region.component)
             heads[each.source_group, each.target_group, record, _layers(each)].add(each.heads)
         # Heads between two intervals are another rank's to give, and may not be here yet; components of another size are
@@ -274,54 +276,58 @@ class Images:
         for (source_group, group, record, span, mine), pairs in same.items():
             ordered = tuple(sorted(pairs, key=lambda pair: pair[1]))
             tokens = self._block_tokens(source_group, group, record)
-            yield Tile(source_group, group, record, span, mine, ordered, tokens)
+            yield ChunkTemplate(source_group, group, record, span, mine, ordered, tokens)
 
     def _group(self, source_group: int, group: int) -> CacheGroup:
-        return self.part.source.groups[source_group] if self._like == "source" else self.part.target.groups[group]
+        return (
+            self.rank_plan.source.groups[source_group]
+            if self._like == "source"
+            else self.rank_plan.target.groups[group]
+        )
 
     def _block_tokens(self, source_group: int, group: int, record: str) -> int:
         regions = self._group(source_group, group).regions
         return min(region.extents.token for region in regions if record_of(region.component) == record)
 
-    def _block_nbytes(self, tile: Tile) -> int:
-        return tile.token_nbytes * tile.block_tokens
+    def _block_nbytes(self, template: ChunkTemplate) -> int:
+        return template.token_nbytes * template.block_tokens
 
-    def _order(self, tile: Tile) -> KVLayout:
-        for region in self._group(tile.source_group, tile.group).regions:
-            if record_of(region.component) == tile.record and region.layout is not None:
+    def _order(self, template: ChunkTemplate) -> KVLayout:
+        for region in self._group(template.source_group, template.group).regions:
+            if record_of(region.component) == template.record and region.layout is not None:
                 return region.layout
         return KVLayout.LBHNC
 
-    def _shape(self, tile: Tile, tokens: int) -> tuple[int, int]:
+    def _shape(self, template: ChunkTemplate, tokens: int) -> tuple[int, int]:
         """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
-        block = tile.block_tokens
-        other = self.part.target if self._like == "source" else self.part.source
-        theirs = other.groups[tile.group if self._like == "source" else tile.source_group].table_tokens
-        most = self.slot_nbytes // tile.token_nbytes
+        block = template.block_tokens
+        other = self.rank_plan.target if self._like == "source" else self.rank_plan.source
+        theirs = other.groups[template.group if self._like == "source" else template.source_group].table_tokens
+        most = self.slot_nbytes // template.token_nbytes
         layers = 1
-        order = self._order(tile).value
+        order = self._order(template).value
         if order.index("L") > order.index("B"):
-            layers = min(len(tile.layers), most // block)
+            layers = min(len(template.layers), most // block)
         elif tokens <= most:
-            layers = min(len(tile.layers), most // tokens)
+            layers = min(len(template.layers), most // tokens)
         most //= layers
         step = lcm(block, theirs)  # cuts suit both sides if they can
         if step > most:
             step = block
         return layers, min(tokens, most // step * step)
 
-    def _make(self, tile: Tile, span: Span, blocks: int) -> Image:
-        group = self._group(tile.source_group, tile.group)
-        pairs = tile.layers[span[0] : span[1]]
-        heads = Interval(*tile.heads, group.heads.total)
-        block_tokens = tile.block_tokens
+    def _make(self, template: ChunkTemplate, span: Span, blocks: int) -> ChunkLayout:
+        group = self._group(template.source_group, template.group)
+        pairs = template.layers[span[0] : span[1]]
+        heads = Interval(*template.heads, group.heads.total)
+        block_tokens = template.block_tokens
         extents = Axes(len(pairs), blocks, len(heads), block_tokens)
-        order = self._order(tile)
+        order = self._order(template)
         specs, end = [], 0
-        for side, spec in ((0, self.part.source), (1, self.part.target)):
+        for side, spec in ((0, self.rank_plan.source), (1, self.rank_plan.target)):
             numbers = tuple(pair[side] for pair in pairs)
             regions, end = [], 0
-            for component, nbytes, element_nbytes in tile.components:
+            for component, nbytes, element_nbytes in template.components:
                 strides = order.strides(extents, nbytes)
                 element = element_nbytes if order.axes[-1] == "token" else 0
                 if element:  # as there: the tokens of an element side by side, instead of the elements of a token
@@ -329,34 +335,36 @@ class Images:
                 stride = element * block_tokens
                 regions.append(CacheRegion(component, numbers, end, extents, strides, nbytes, 0, element, stride))
                 end = regions[-1].end
-            named = spec.groups[tile.source_group if side == 0 else tile.group]
-            image = CacheGroup(
+            named = spec.groups[template.source_group if side == 0 else template.group]
+            layout = CacheGroup(
                 name=named.name,
                 kind=group.kind,
                 block_tokens=block_tokens,
                 num_blocks=blocks,
                 heads=heads,
                 regions=tuple(regions),
-                scales=self._scales(group, tile, pairs, side),
+                scales=self._scales(group, template, pairs, side),
             )
             specs.append(
-                msgspec.structs.replace(spec, groups=(image,), dtype=self._side.dtype, rank=0, world=1, layer_names=())
+                msgspec.structs.replace(spec, groups=(layout,), dtype=self._side.dtype, rank=0, world=1, layer_names=())
             )
         source, target = specs
-        return Image(
+        return ChunkLayout(
             source,
             target,
             end,
-            common(self.part.source, source),
-            common(target, self.part.target),
-            common(self.part.target, target),
+            common(self.rank_plan.source, source),
+            common(target, self.rank_plan.target),
+            common(self.rank_plan.target, target),
         )
 
-    def _scales(self, group: CacheGroup, tile: Tile, pairs: Sequence[tuple[int, int]], side: int) -> tuple[Scale, ...]:
+    def _scales(
+        self, group: CacheGroup, template: ChunkTemplate, pairs: Sequence[tuple[int, int]], side: int
+    ) -> tuple[Scale, ...]:
         like = 0 if self._like == "source" else 1
         numbers = {pair[like]: pair[side] for pair in pairs}
-        first = tile.heads[0] - group.heads.start
-        mine = slice(first, first + tile.heads[1] - tile.heads[0])
+        first = template.heads[0] - group.heads.start
+        mine = slice(first, first + template.heads[1] - template.heads[0])
         return tuple(
             msgspec.structs.replace(
                 scale,
@@ -364,7 +372,7 @@ class Images:
                 factors=scale.factors if len(scale.factors) == 1 else scale.factors[mine],
             )
             for scale in group.scales
-            if scale.layer in numbers and record_of(scale.component) == tile.record
+            if scale.layer in numbers and record_of(scale.component) == template.record
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block tables turned into copies and descriptors: the loop nests of a plan, expanded with NumPy.
+"""Block tables turned into copies and descriptors: the strided copies of a plan, expanded with NumPy.
 
-Two tables of different block sizes are walked together in *grains*: stretches of tokens that lie in one block on either
-side. Grains that begin at the same token of their blocks are one class, and a class is all that a loop nest needs to know.
+Two tables of different block sizes are walked together in *alignments*: stretches of tokens that lie in one block on either
+side. Alignments that begin at the same token of their blocks are one class, and a class is all that a strided copy needs to know.
 Blocks of equal size are the case of one class; a partial block at either end of an interval is one more.
 
 Ids are compressed into runs in which both sides ascend by one; where neighbouring blocks continue a run of bytes, such a run
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvxfer.layout.block_table import Table
+from kvxfer.layout.block_table import CheckedTable
 from kvxfer.layout.spec import MAX_REGIONS
 from kvxfer.memory.copies import Copy
 from kvxfer.memory.spans import Descriptors
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.memory.copies import Loop
-    from kvxfer.planner.intersect import Segment, Shape
+    from kvxfer.memory.copies import StridedLoop
+    from kvxfer.planner.intersect import CopyShape, StridedCopy
 
     IntArray = npt.NDArray[np.int64]
-    LaneArray = npt.NDArray[np.uint32]
+    PairArray = npt.NDArray[np.uint32]
 
 
 _MOST_BLOCKS = 1 << 15
@@ -43,15 +43,15 @@ _MOST_BLOCKS = 1 << 15
 # -- block tables -------------------------------------------------------------------------------------------------------
 
 
-class Grain(NamedTuple):
-    """Where a class of grains begins in a block of either side, and how many tokens each has."""
+class BlockAlignment(NamedTuple):
+    """Where a class of alignments begins in a block of either side, and how many tokens each has."""
 
     source_token: int
     target_token: int
     tokens: int
 
 
-def kernel_blocks(table: Table, kernel_tokens: int, start: int, stop: int) -> Table:
+def kernel_blocks(table: CheckedTable, kernel_tokens: int, start: int, stop: int) -> CheckedTable:
     """A table in blocks of ``kernel_tokens``, of which each entry has a whole number.
 
     Where they are smaller than the entries, only those with tokens of ``[start, stop)`` are made: how many an entry becomes
@@ -63,13 +63,13 @@ def kernel_blocks(table: Table, kernel_tokens: int, start: int, stop: int) -> Ta
     first, end = (start - table.first_token) // kernel_tokens, -(-(stop - table.first_token) // kernel_tokens)
     entry, inside = np.divmod(np.arange(first, end, dtype=np.int64), ratio)
     ids = table.ids[entry] * ratio + inside
-    return Table(ids, table.first_token + first * kernel_tokens, kernel_tokens, table.bound * ratio)
+    return CheckedTable(ids, table.first_token + first * kernel_tokens, kernel_tokens, table.bound * ratio)
 
 
-def grains(
-    source: Table, target: Table, start: int, stop: int, *, cut_from: Table | None = None
-) -> Iterator[tuple[Grain, BlockPairs]]:
-    """The tokens ``[start, stop)``, which both tables cover, as few classes of grains with the blocks of each.
+def alignments(
+    source: CheckedTable, target: CheckedTable, start: int, stop: int, *, cut_from: CheckedTable | None = None
+) -> Iterator[tuple[BlockAlignment, BlockPairs]]:
+    """The tokens ``[start, stop)``, which both tables cover, as few classes of alignments with the blocks of each.
 
     ``cut_from``: the table of which ``source`` is a part, in whatever blocks; by default ``source`` itself.
     """
@@ -80,7 +80,7 @@ def grains(
         number = (stop - start) // p
         first, to_first = from_start // p, to_start // p
         ids = source.ids[first : first + number], target.ids[to_first : to_first + number]
-        yield Grain(0, 0, p), BlockPairs.of(*ids, whole)
+        yield BlockAlignment(0, 0, p), BlockPairs.of(*ids, whole)
         return
     cuts = [np.array([start, stop], dtype=np.int64)]
     for table in (source, target):
@@ -95,25 +95,25 @@ def grains(
     for i, (a, b, length) in enumerate(classes.T.tolist()):
         mine = of_class.reshape(-1) == i
         pairs = BlockPairs.of(source.ids[from_block[mine]], target.ids[to_block[mine]], whole)
-        yield Grain(a, b, length), pairs
+        yield BlockAlignment(a, b, length), pairs
 
 
-class Walks:
+class AlignmentCache:
     """Grains of the block tables of one request, remembered from chunk to chunk: those of other layers have the same."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], tuple[tuple[Grain, BlockPairs], ...]] = {}
+        self._known: dict[tuple[object, ...], tuple[tuple[BlockAlignment, BlockPairs], ...]] = {}
         self._blocks = 0
 
-    def grains(
-        self, source: Table, target: Table, kernels: tuple[int, int], start: int, stop: int
-    ) -> Sequence[tuple[Grain, BlockPairs]]:
-        """See `grains`; ``kernels`` are tokens of a block of either side, which may be smaller than a table's."""
+    def alignments(
+        self, source: CheckedTable, target: CheckedTable, kernels: tuple[int, int], start: int, stop: int
+    ) -> Sequence[tuple[BlockAlignment, BlockPairs]]:
+        """See `alignments`; ``kernels`` are tokens of a block of either side, which may be smaller than a table's."""
         key = source, target, kernels, start, stop
         known = self._known.get(key)
         if known is None:
             here, there = kernel_blocks(source, kernels[0], start, stop), kernel_blocks(target, kernels[1], start, stop)
-            known = tuple(grains(here, there, start, stop, cut_from=source))
+            known = tuple(alignments(here, there, start, stop, cut_from=source))
             # Chunks are asked for by strangers: what is kept for them has an end.
             blocks = sum(len(pairs) for _, pairs in known)
             if self._blocks + blocks > _MOST_BLOCKS:
@@ -140,14 +140,14 @@ class BlockPairs:
     run_source: IntArray
     run_target: IntArray
     run_blocks: IntArray
-    source_table: Table
+    source_table: CheckedTable
     _known: tuple[tuple[int, int], tuple[IntArray, IntArray]] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def offsets(self, source_block: int, target_block: int) -> tuple[IntArray, IntArray]:
-        """Bytes from block 0 to each, where blocks are so many bytes apart. Remembered: most nests ask for the same."""
+        """Bytes from block 0 to each, where blocks are so many bytes apart. Remembered: most batches ask for the same."""
         known = self._known
         if known is None or known[0] != (source_block, target_block):
             known = (source_block, target_block), (self.source * source_block, self.target * target_block)
@@ -155,7 +155,7 @@ class BlockPairs:
         return known[1]
 
     @classmethod
-    def of(cls, source: IntArray, target: IntArray, source_table: Table) -> BlockPairs:
+    def of(cls, source: IntArray, target: IntArray, source_table: CheckedTable) -> BlockPairs:
         """The i-th source block becomes the i-th target block; both are of equal length."""
         number = len(source)
         if number < 2:
@@ -187,17 +187,17 @@ def _joins(source: IntArray, target: IntArray) -> npt.NDArray[np.bool_]:
     return ahead
 
 
-# -- loop nests ---------------------------------------------------------------------------------------------------------
+# -- strided copies ---------------------------------------------------------------------------------------------------------
 
 _Along = tuple["IntArray", "IntArray", "IntArray"]
 """Where the runs of one segment begin, block by block, on either side; and their lengths, one if all are alike."""
 
-Lane = tuple[int, int]
+AllocationPair = tuple[int, int]
 """A pair of allocations, of the source and of the target."""
 
 
 @dataclass(frozen=True, eq=False)
-class Nest:
+class CopyBatch:
     """Segments of one shape, to be expanded together.
 
     All that does not depend on blocks is expanded once, when it is needed: how much that is depends on the strides, which may be
@@ -205,17 +205,17 @@ class Nest:
 
     Attributes:
         shape: what they have in common.
-        segments: those of one lane together, in the order of the source's memory.
+        strided_copies: those of one pair of allocations together, in the order of the source's memory.
         outer, inner: the loops outside and inside a block.
     """
 
-    shape: Shape
-    segments: tuple[Segment, ...]
-    outer: tuple[Loop, ...]
-    inner: tuple[Loop, ...]
+    shape: CopyShape
+    strided_copies: tuple[StridedCopy, ...]
+    outer: tuple[StridedLoop, ...]
+    inner: tuple[StridedLoop, ...]
 
     def runs(self, pairs: BlockPairs) -> int:
-        """How many descriptors it makes of these blocks, before neighbours of other nests are joined to them."""
+        """How many descriptors it makes of these blocks, before neighbours of other batches are joined to them."""
         return self._of_block * (len(pairs.run_source) if self.shape.joins_blocks else len(pairs))
 
     def nbytes(self, pairs: BlockPairs) -> int:
@@ -225,18 +225,18 @@ class Nest:
     @cached_property
     def size(self) -> int:
         """Places that it remembers once it was expanded."""
-        return len(self.segments) * math.prod(loop.count for loop in self.outer) + math.prod(
+        return len(self.strided_copies) * math.prod(loop.count for loop in self.outer) + math.prod(
             loop.count for loop in self.inner
         )
 
     @cached_property
     def _of_block(self) -> int:
         """Runs of one block."""
-        return len(self.segments) * math.prod(loop.count for loop in self.shape.loops)
+        return len(self.strided_copies) * math.prod(loop.count for loop in self.shape.loops)
 
     @property
     def sources(self) -> IntArray:
-        """Address in block 0 of each run outside the block: starts of the segments and their outer loops."""
+        """Address in block 0 of each run outside the block: starts of the strided_copies and their outer loops."""
         return self._outside[0]
 
     @property
@@ -256,19 +256,21 @@ class Nest:
 
     @cached_property
     def _outside(self) -> tuple[IntArray, IntArray]:
-        return _looped([each.source for each in self.segments], [each.target for each in self.segments], self.outer)
+        return _looped(
+            [each.source for each in self.strided_copies], [each.target for each in self.strided_copies], self.outer
+        )
 
     @cached_property
     def _inside(self) -> tuple[IntArray, IntArray]:
         return _looped([0], [0], self.inner)
 
     @cached_property
-    def lane_of(self) -> LaneArray:
+    def allocations_of(self) -> PairArray:
         """The allocations in which each of ``sources`` and ``targets`` lies, as a number."""
-        lanes = np.array([a * MAX_REGIONS + b for _, _, a, b, _ in self.segments], dtype=np.uint32)
-        return np.repeat(lanes, len(self.sources) // len(lanes))
+        pairs = np.array([a * MAX_REGIONS + b for _, _, a, b, _ in self.strided_copies], dtype=np.uint32)
+        return np.repeat(pairs, len(self.sources) // len(pairs))
 
-    def expand(self, along: _Along) -> _Runs:
+    def expand(self, along: _Along) -> _RunColumns:
         """Each run, axes nested in the order of the source's memory; ``along`` is of `along_blocks`."""
         from_blocks, to_blocks, lengths = along
         shape = len(self.sources), len(from_blocks), len(self.inner_sources)
@@ -281,13 +283,13 @@ class Nest:
             else:
                 np.add((outside[:, None] + along_side)[..., None], inside, out=column)
         columns[2] = lengths[:, None]
-        return _Runs(*columns.reshape(3, -1))
+        return _RunColumns(*columns.reshape(3, -1))
 
-    def lane_of_runs(self, runs: _Runs) -> LaneArray:
+    def allocations_of_runs(self, runs: _RunColumns) -> PairArray:
         """Of each run that `expand` made; one element if it is the same for all."""
-        if self.lane_of[0] == self.lane_of[-1]:
-            return self.lane_of[:1]
-        return np.repeat(self.lane_of, len(runs.source) // len(self.sources))
+        if self.allocations_of[0] == self.allocations_of[-1]:
+            return self.allocations_of[:1]
+        return np.repeat(self.allocations_of, len(runs.source) // len(self.sources))
 
     def apart(self, along: _Along) -> bool:
         """`expand` makes runs in the order of the source's memory of which no two are neighbours: descriptors as they are.
@@ -317,14 +319,14 @@ class Nest:
 
     @cached_property
     def _least_outside(self) -> int:
-        """Least step from one of ``sources`` to the next of its lane."""
+        """Least step from one of ``sources`` to the next of its pair of allocations."""
         return _least(self._steps_outside[0])
 
     @cached_property
     def _steps_outside(self) -> tuple[IntArray, IntArray]:
-        """From each of ``sources`` and ``targets`` to the next of its lane."""
-        one_lane = self.lane_of[1:] == self.lane_of[:-1]
-        return _steps(self.sources)[one_lane], _steps(self.targets)[one_lane]
+        """From each of ``sources`` and ``targets`` to the next of its pair of allocations."""
+        one_pair = self.allocations_of[1:] == self.allocations_of[:-1]
+        return _steps(self.sources)[one_pair], _steps(self.targets)[one_pair]
 
     def along_blocks(self, pairs: BlockPairs) -> _Along:
         """Where the runs of one segment begin, block by block, on either side; and their lengths, one if all are alike."""
@@ -338,21 +340,23 @@ class Nest:
         lengths = np.array([shape.nbytes], dtype=np.int64)
         return pairs.source * shape.source_block, pairs.target * shape.target_block, lengths
 
-    def copies(self, pairs: BlockPairs) -> Iterator[tuple[Lane, Copy]]:
-        """The same as loop nests, one for each lane."""
+    def copies(self, pairs: BlockPairs) -> Iterator[tuple[AllocationPair, Copy]]:
+        """The same as strided copies, one for each pair of allocations."""
         shape = self.shape
         blocks = pairs.offsets(shape.source_block, shape.target_block)
-        for lane, sources, targets in self._by_lane:
-            yield lane, Copy(sources, targets, *blocks, self.inner, shape.nbytes, shape.cast)
+        for allocations, sources, targets in self._by_allocations:
+            yield allocations, Copy(sources, targets, *blocks, self.inner, shape.nbytes, shape.cast)
 
     @cached_property
-    def _by_lane(self) -> list[tuple[Lane, IntArray, IntArray]]:
-        """(lane, sources, targets) of each."""
-        lanes = sorted({(each.source_buffer, each.target_buffer) for each in self.segments})
-        if len(lanes) == 1:
-            return [(lanes[0], self.sources, self.targets)]
-        mine = [(lane, self.lane_of == lane[0] * MAX_REGIONS + lane[1]) for lane in lanes]
-        return [(lane, self.sources[each], self.targets[each]) for lane, each in mine]
+    def _by_allocations(self) -> list[tuple[AllocationPair, IntArray, IntArray]]:
+        """(allocations, sources, targets) of each."""
+        pairs = sorted({(each.source_buffer, each.target_buffer) for each in self.strided_copies})
+        if len(pairs) == 1:
+            return [(pairs[0], self.sources, self.targets)]
+        mine = [
+            (allocations, self.allocations_of == allocations[0] * MAX_REGIONS + allocations[1]) for allocations in pairs
+        ]
+        return [(allocations, self.sources[each], self.targets[each]) for allocations, each in mine]
 
 
 def _steps(places: IntArray) -> IntArray:
@@ -369,21 +373,21 @@ def _apart(source_steps: IntArray, target_steps: IntArray, nbytes: IntArray) -> 
     return bool((source_steps > 0).all()) and not ((source_steps == nbytes) & (target_steps == nbytes)).any()
 
 
-def nests_of(segments: Iterable[Segment]) -> list[Nest]:
+def batches_of(strided_copies: Iterable[StridedCopy]) -> list[CopyBatch]:
     """Segments that differ only in where they begin, gathered so that NumPy expands them at once."""
-    shapes: dict[Shape, list[Segment]] = defaultdict(list)
-    for segment in segments:
-        shapes[segment.shape].append(segment)
-    nests = []
+    shapes: dict[CopyShape, list[StridedCopy]] = defaultdict(list)
+    for each in strided_copies:
+        shapes[each.shape].append(each)
+    batches = []
     for shape, same in shapes.items():
         same.sort(key=lambda x: (x.source_buffer, x.target_buffer, x.source))
         outer = tuple(loop for loop in shape.loops if loop.source_stride >= shape.source_block)
         inner = tuple(loop for loop in shape.loops if loop.source_stride < shape.source_block)
-        nests.append(Nest(shape, tuple(same), outer, inner))
-    return nests
+        batches.append(CopyBatch(shape, tuple(same), outer, inner))
+    return batches
 
 
-def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tuple[IntArray, IntArray]:
+def _looped(sources: list[int], targets: list[int], loops: Iterable[StridedLoop]) -> tuple[IntArray, IntArray]:
     source, target = np.array(sources, dtype=np.int64), np.array(targets, dtype=np.int64)
     for loop in loops:
         steps = np.arange(loop.count, dtype=np.int64)
@@ -397,7 +401,7 @@ def _looped(sources: list[int], targets: list[int], loops: Iterable[Loop]) -> tu
 _NOTHING = np.empty(0, dtype=np.uint64)
 
 
-class _Runs(NamedTuple):
+class _RunColumns(NamedTuple):
     """Runs as columns."""
 
     source: IntArray
@@ -410,42 +414,46 @@ class _Runs(NamedTuple):
         return Descriptors(*columns, apart=apart)
 
 
-def descriptors(bound: Sequence[tuple[Nest, BlockPairs]]) -> Descriptors:
-    """All runs of nests and their blocks, merged; local is the target, remote the source.
+def descriptors(bound: Sequence[tuple[CopyBatch, BlockPairs]]) -> Descriptors:
+    """All runs of batches and their blocks, merged; local is the target, remote the source.
 
-    Runs of one lane are in the order of the source's memory, and lanes are not mixed.
+    Runs of one pair of allocations are in the order of the source's memory, and pairs are not mixed.
     """
-    bound = [(nest, pairs) for nest, pairs in bound if len(pairs)]
+    bound = [(batch, pairs) for batch, pairs in bound if len(pairs)]
     if not bound:
         return Descriptors(_NOTHING, _NOTHING, _NOTHING)
-    along = [nest.along_blocks(pairs) for nest, pairs in bound]
-    parts = [nest.expand(each) for (nest, _), each in zip(bound, along, strict=True)]
+    along = [batch.along_blocks(pairs) for batch, pairs in bound]
+    parts = [batch.expand(each) for (batch, _), each in zip(bound, along, strict=True)]
     if len(bound) == 1 and (len(parts[0].source) == 1 or bound[0][0].apart(along[0])):
         return parts[0].descriptors(apart=True)
-    lane = _lane_of_all([nest.lane_of_runs(part) for (nest, _), part in zip(bound, parts, strict=True)], parts)
-    runs = _Runs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
+    allocations = _allocations_of_all(
+        [batch.allocations_of_runs(part) for (batch, _), part in zip(bound, parts, strict=True)], parts
+    )
+    runs = _RunColumns(*(np.concatenate(column) for column in zip(*parts, strict=True))) if len(parts) > 1 else parts[0]
     repeated = any(pairs.source_table.repeats for _, pairs in bound)
-    if repeated or not _ascend(runs.source, lane):
+    if repeated or not _ascend(runs.source, allocations):
         # Runs can be adjacent only on one diagonal; where no source byte is read twice, the source's order will do.
         keys = (runs.source, runs.target - runs.source) if repeated else (runs.source,)
-        one_lane = len(lane) == 1
-        order = np.lexsort(keys if one_lane else (*keys, lane))
-        lane = lane if one_lane else lane[order]
-        runs = _Runs(*(column[order] for column in runs))
-    return runs.descriptors().merged(lane)
+        one_pair = len(allocations) == 1
+        order = np.lexsort(keys if one_pair else (*keys, allocations))
+        allocations = allocations if one_pair else allocations[order]
+        runs = _RunColumns(*(column[order] for column in runs))
+    return runs.descriptors().merged(allocations)
 
 
-def _lane_of_all(lanes: Sequence[LaneArray], parts: Sequence[_Runs]) -> LaneArray:
-    """Of the runs of several nests, one after the other; one element if it is the same for all."""
-    if len(lanes) == 1 or all(len(lane) == 1 and lane[0] == lanes[0][0] for lane in lanes):
-        return lanes[0]
-    return np.concatenate([np.broadcast_to(lane, part.source.shape) for lane, part in zip(lanes, parts, strict=True)])
+def _allocations_of_all(pairs: Sequence[PairArray], parts: Sequence[_RunColumns]) -> PairArray:
+    """Of the runs of several batches, one after the other; one element if it is the same for all."""
+    if len(pairs) == 1 or all(len(allocations) == 1 and allocations[0] == pairs[0][0] for allocations in pairs):
+        return pairs[0]
+    return np.concatenate(
+        [np.broadcast_to(allocations, part.source.shape) for allocations, part in zip(pairs, parts, strict=True)]
+    )
 
 
-def _ascend(source: IntArray, lane: LaneArray) -> bool:
-    """Runs of one lane stand together, in the order of the source's memory."""
+def _ascend(source: IntArray, allocations: PairArray) -> bool:
+    """Runs of one pair of allocations stand together, in the order of the source's memory."""
     ascends = source[1:] > source[:-1]
-    if len(lane) > 1:
-        ascends |= lane[1:] > lane[:-1]
-        ascends &= lane[1:] >= lane[:-1]
+    if len(allocations) > 1:
+        ascends |= allocations[1:] > allocations[:-1]
+        ascends &= allocations[1:] >= allocations[:-1]
     return bool(ascends.all())

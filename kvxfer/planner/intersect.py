@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algebra of the planner: what two caches have in common, as few loop nests around contiguous runs.
+"""The algebra of the planner: what two caches have in common, as few strided copies around contiguous runs.
 
 Both sides are read as boxes of logical coordinates: layer x head interval x token interval x content interval. What two
 boxes have in common is copied, and where it lies on either side follows from the strides. Boxes at equal distances become
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from kvxfer.layout.spec import DTYPE_NBYTES, OPAQUE_COMPONENTS
-from kvxfer.memory.copies import Cast, Loop
+from kvxfer.memory.copies import Cast, StridedLoop
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -68,7 +68,7 @@ class Overlap(NamedTuple):
     cast: Cast | None
 
 
-class Shape(NamedTuple):
+class CopyShape(NamedTuple):
     """All of a segment but where it begins.
 
     Attributes:
@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 
     nbytes: int
     target_nbytes: int
-    loops: tuple[Loop, ...]
+    loops: tuple[StridedLoop, ...]
     source_block: int
     target_block: int
     cast: Cast | None
@@ -92,7 +92,7 @@ class Shape(NamedTuple):
         return self.nbytes == self.source_block and self.target_nbytes == self.target_block
 
 
-class Segment(NamedTuple):
+class StridedCopy(NamedTuple):
     """A regular set of runs: for each block and each step of each loop, ``nbytes`` bytes from source to target.
 
     Attributes:
@@ -105,7 +105,7 @@ class Segment(NamedTuple):
     target: int
     source_buffer: int
     target_buffer: int
-    shape: Shape
+    shape: CopyShape
 
 
 def record_of(component: str) -> str:
@@ -168,39 +168,39 @@ def overlap(groups: tuple[int, int], a: Box, b: Box, heads: Span, cast: tuple[st
     return Overlap(*groups, a, b, (first, end), (begin, stop), made)
 
 
-def segments(overlaps: Iterable[Overlap], source_token: int, target_token: int, tokens: int) -> list[Segment]:
-    """The loop nests that copy ``tokens`` tokens of a block, from one on either side."""
+def strided_copies(overlaps: Iterable[Overlap], source_token: int, target_token: int, tokens: int) -> list[StridedCopy]:
+    """The strided copies that copy ``tokens`` tokens of a block, from one on either side."""
     made = []
     for _, _, a, b, (head, end_head), (element, end), cast in overlaps:
         s, t = a.region.strides, b.region.strides
         loops = (
-            Loop(end_head - head, s.head, t.head),
-            Loop(tokens, s.token, t.token),
-            Loop(end - element, a.element_stride, b.element_stride),
+            StridedLoop(end_head - head, s.head, t.head),
+            StridedLoop(tokens, s.token, t.token),
+            StridedLoop(end - element, a.element_stride, b.element_stride),
         )
         inside = tuple(loop for loop in loops if loop.count > 1)
-        shape = Shape(a.itemsize, b.itemsize, inside, s.block, t.block, cast)
+        shape = CopyShape(a.itemsize, b.itemsize, inside, s.block, t.block, cast)
         places = a.address(head, element, source_token), b.address(head, element, target_token)
-        made.append(Segment(*places, a.region.buffer, b.region.buffer, shape))
+        made.append(StridedCopy(*places, a.region.buffer, b.region.buffer, shape))
     fused = fuse(made)
     folded = {shape: fold(shape) for shape in {segment.shape for segment in fused}}
     return [segment._replace(shape=folded[segment.shape]) for segment in fused]
 
 
-def fuse(parts: list[Segment]) -> list[Segment]:
+def fuse(parts: list[StridedCopy]) -> list[StridedCopy]:
     """Segments of one shape at equal distances on both sides become one with a loop more, until none is left."""
     while True:
-        alike: dict[tuple[object, ...], list[Segment]] = defaultdict(list)
+        alike: dict[tuple[object, ...], list[StridedCopy]] = defaultdict(list)
         for segment in parts:
             alike[segment[2:]].append(segment)
-        fused: list[Segment] = []
+        fused: list[StridedCopy] = []
         for same in alike.values():
             same.sort()
             for run in _progressions([(segment.source, segment.target) for segment in same]):
                 first = same[run.start]
                 if len(run) > 1:
                     second = same[run.start + 1]
-                    loop = Loop(len(run), second.source - first.source, second.target - first.target)
+                    loop = StridedLoop(len(run), second.source - first.source, second.target - first.target)
                     first = first._replace(shape=first.shape._replace(loops=(loop, *first.shape.loops)))
                 fused.append(first)
         if len(fused) == len(parts):
@@ -226,10 +226,10 @@ def _difference(points: list[tuple[int, int]], i: int) -> tuple[int, int]:
     return points[i][0] - points[i - 1][0], points[i][1] - points[i - 1][1]
 
 
-def fold(shape: Shape) -> Shape:
+def fold(shape: CopyShape) -> CopyShape:
     """Loops that continue the run lengthen it; a loop that continues another lengthens that. Inner loops come last."""
     nbytes, target_nbytes = shape.nbytes, shape.target_nbytes
-    kept: list[Loop] = []
+    kept: list[StridedLoop] = []
     for loop in sorted(shape.loops, key=lambda loop: loop.source_stride):
         if not kept and (loop.source_stride, loop.target_stride) == (nbytes, target_nbytes):
             nbytes, target_nbytes = nbytes * loop.count, target_nbytes * loop.count

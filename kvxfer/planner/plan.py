@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvxfer.errors import IncompatibleError, LayoutError
 from kvxfer.layout.spec import CacheSpec
 from kvxfer.planner.intersect import Box, Overlap, Span, boxes, overlap, stretches
-from kvxfer.planner.rank_plan import PlanPart
+from kvxfer.planner.rank_plan import RankPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +34,12 @@ class TransferPlan:
     Made by `plan`. Holds no addresses but those of the specs, and no memory.
 
     Attributes:
-        parts: for each source rank, in order, what it gives; a part may be empty.
+        rank_plans: for each source rank, in order, what it gives; it may be nothing.
     """
 
     sources: tuple[CacheSpec, ...]
     target: CacheSpec
-    parts: tuple[PlanPart, ...]
+    rank_plans: tuple[RankPlan, ...]
 
 
 def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert: bool = False) -> TransferPlan:
@@ -117,11 +117,11 @@ class Planner:
                     found[rank] += [each for each in both if each is not None]
         for spec, overlaps in zip(sources, found, strict=True):
             _refuse_other_scales(spec, target, overlaps, convert=convert)
-        parts = (PlanPart(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
-        return TransferPlan(sources, target, tuple(parts))
+        rank_plans = (RankPlan(spec, target, tuple(overlaps)) for spec, overlaps in zip(sources, found, strict=True))
+        return TransferPlan(sources, target, tuple(rank_plans))
 
 
-def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
+def common(source: CacheSpec, target: CacheSpec) -> RankPlan:
     """All that two caches have in common, whether or not the target gets everything it needs; elements are converted."""
     by_name = bool(target.layer_names) and bool(source.layer_names)
     held = _cells(source, by_name=by_name)
@@ -136,7 +136,7 @@ def common(source: CacheSpec, target: CacheSpec) -> PlanPart:
             cast = (source.dtype, target.dtype)
             made = (overlap((number_here, number), a, b, every, cast) for a in here for b in there)
             found += [each for each in made if each is not None]
-    return PlanPart(source, target, tuple(found))
+    return RankPlan(source, target, tuple(found))
 
 
 # -- inside -------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank gives to another, bound to the block tables of a request: as loop nests or as descriptors."""
+"""What one rank gives to another, bound to the block tables of a request: as strided copies or as descriptors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.errors import BlockError, IncompatibleError
-from kvxfer.layout.block_table import MAX_TOKENS, Table, tables
-from kvxfer.planner.expand import BlockPairs, Grain, Nest, Walks, descriptors, nests_of
-from kvxfer.planner.intersect import Overlap, Span, segments
+from kvxfer.layout.block_table import MAX_TOKENS, CheckedTable, check_tables
+from kvxfer.planner.expand import AlignmentCache, BlockAlignment, BlockPairs, CopyBatch, batches_of, descriptors
+from kvxfer.planner.intersect import Overlap, Span, strided_copies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +27,13 @@ Tokens = tuple[int, "int | None"]
 _SAMPLE_TOKENS = 512
 _SAMPLE_RUNS = 1 << 20
 """A sample has no more runs than about these: fewer tokens then."""
-_MOST_GRAINS = 1024
+_MOST_ALIGNMENTS = 1024
 """Kept for the next request. Whole blocks need a handful; where requests begin and end in theirs makes some hundred more."""
 _MOST_PLACES = 1 << 21
 """Kept of them, in 16 bytes each, unless one has more."""
 
 
-class Channel(NamedTuple):
+class GroupPair(NamedTuple):
     """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
 
     source_group: int
@@ -42,19 +42,19 @@ class Channel(NamedTuple):
     target_tokens: int
 
 
-class Match(NamedTuple):
+class MatchedTables(NamedTuple):
     """Block tables of one request, one for each group of either side, and the tokens to move of each target group.
 
-    ``walks`` is what was found out about these tables, for whoever binds several parts of one request.
+    ``alignments`` is what was found out about these tables, for whoever binds several parts of one request.
     """
 
-    sources: Sequence[Table]
-    targets: Sequence[Table]
+    sources: Sequence[CheckedTable]
+    targets: Sequence[CheckedTable]
     tokens: Sequence[Span]
-    walks: Walks | None = None
+    alignments: AlignmentCache | None = None
 
 
-class BoundCopy(NamedTuple):
+class AllocationCopy(NamedTuple):
     """A copy from one allocation of the source into one of the target; its addresses are those of the specs."""
 
     source_buffer: int
@@ -62,26 +62,26 @@ class BoundCopy(NamedTuple):
     copy: Copy
 
 
-class _Nests(dict[tuple["Channel", Grain], list[Nest]]):
-    """The loop nests of a part by channel and grain, as many as are worth keeping."""
+class _Batches(dict[tuple["GroupPair", BlockAlignment], list[CopyBatch]]):
+    """The strided copies of a part by pair of groups and alignment, as many as are worth keeping."""
 
     def __init__(self) -> None:
         super().__init__()
         self._places = 0
 
-    def keep(self, key: tuple[Channel, Grain], nests: list[Nest]) -> list[Nest]:
+    def keep(self, key: tuple[GroupPair, BlockAlignment], batches: list[CopyBatch]) -> list[CopyBatch]:
         """Remember these; returns them."""
-        places = sum(nest.size for nest in nests)
-        if len(self) >= _MOST_GRAINS or self._places + places > _MOST_PLACES:
+        places = sum(batch.size for batch in batches)
+        if len(self) >= _MOST_ALIGNMENTS or self._places + places > _MOST_PLACES:
             self.clear()
             self._places = 0
         self._places += places
-        self[key] = nests
-        return nests
+        self[key] = batches
+        return batches
 
 
 @dataclass(frozen=True, eq=False)
-class PlanPart:
+class RankPlan:
     """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
 
     Attributes:
@@ -98,25 +98,25 @@ class PlanPart:
     converts: bool = field(init=False)
     target_groups: frozenset[int] = field(init=False)
     unequal_blocks: bool = field(init=False)
-    _channels: dict[Channel, list[Overlap]] = field(init=False, repr=False)
-    _nests: _Nests = field(init=False, repr=False)
+    _group_pairs: dict[GroupPair, list[Overlap]] = field(init=False, repr=False)
+    _batches: _Batches = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        channels: dict[Channel, list[Overlap]] = defaultdict(list)
+        group_pairs: dict[GroupPair, list[Overlap]] = defaultdict(list)
         for each in self.overlaps:
             kernels = each.source.region.extents.token, each.target.region.extents.token
-            channels[Channel(each.source_group, each.target_group, *kernels)].append(each)
+            group_pairs[GroupPair(each.source_group, each.target_group, *kernels)].append(each)
         object.__setattr__(self, "converts", any(each.cast is not None for each in self.overlaps))
-        object.__setattr__(self, "target_groups", frozenset(channel.target_group for channel in channels))
-        object.__setattr__(self, "unequal_blocks", any(c.source_tokens != c.target_tokens for c in channels))
-        object.__setattr__(self, "_channels", dict(channels))
-        object.__setattr__(self, "_nests", _Nests())
+        object.__setattr__(self, "target_groups", frozenset(group_pair.target_group for group_pair in group_pairs))
+        object.__setattr__(self, "unequal_blocks", any(c.source_tokens != c.target_tokens for c in group_pairs))
+        object.__setattr__(self, "_group_pairs", dict(group_pairs))
+        object.__setattr__(self, "_batches", _Batches())
 
-    def match(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Match:
+    def match(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> MatchedTables:
         """The block tables of one request on both sides, checked against each other.
 
         Args:
-            source_blocks, target_blocks: see `kvxfer.layout.block_table.tables`.
+            source_blocks, target_blocks: see `kvxfer.layout.block_table.check_tables`.
             tokens: only these; by default all that the target's blocks hold, as far as the source has them.
 
         Raises:
@@ -124,25 +124,31 @@ class PlanPart:
                 nothing, or tokens that the source's blocks do not hold.
         """
         asked = _asked(tokens)
-        sources = tables(self.source, source_blocks, "source")
+        sources = check_tables(self.source, source_blocks, "source")
         first = asked[0] if asked is not None else 0
         return self.match_tables(
-            sources, tables(self.target, target_blocks, "target", first_token=first, distinct=True), asked
+            sources, check_tables(self.target, target_blocks, "target", first_token=first, distinct=True), asked
         )
 
-    def match_tables(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
+    def match_tables(
+        self, sources: Sequence[CheckedTable], targets: Sequence[CheckedTable], tokens: Tokens | None = None
+    ) -> MatchedTables:
         """`match` for tables that were checked. Raises BlockError: they do not fit each other."""
         asked = _asked(tokens)
         spans: dict[int, Span] = {}
-        for channel in self._channels:
-            number = channel.target_group
+        for group_pair in self._group_pairs:
+            number = group_pair.target_group
             group = self.target.groups[number]
-            span = interval(group, sources[channel.source_group], targets[number], asked)
+            span = interval(group, sources[group_pair.source_group], targets[number], asked)
             if span != spans.setdefault(number, span):
                 raise BlockError(f"the parts of group {group.whole!r} have leased different tokens")
-        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], Walks())
+        return MatchedTables(
+            sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], AlignmentCache()
+        )
 
-    def sealed(self, sources: Sequence[Table], targets: Sequence[Table], tokens: Tokens | None = None) -> Match:
+    def match_published(
+        self, sources: Sequence[CheckedTable], targets: Sequence[CheckedTable], tokens: Tokens | None = None
+    ) -> MatchedTables:
         """As much of what `match_tables` will give as the source's blocks hold by now; it never refuses.
 
         Only of full attention: the blocks of a window, and a state, are those of the moment in which prefill ends. Where
@@ -150,11 +156,15 @@ class PlanPart:
         """
         asked = _asked(tokens)
         spans: dict[int, Span] = {}
-        for channel in self._channels:
-            number = channel.target_group
-            span = sealed_interval(self.target.groups[number], sources[channel.source_group], targets[number], asked)
+        for group_pair in self._group_pairs:
+            number = group_pair.target_group
+            span = published_interval(
+                self.target.groups[number], sources[group_pair.source_group], targets[number], asked
+            )
             spans[number] = min(span, spans.get(number, span), key=lambda span: span[1])
-        return Match(sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], Walks())
+        return MatchedTables(
+            sources, targets, [spans.get(number, (0, 0)) for number in range(len(targets))], AlignmentCache()
+        )
 
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
         """The runs to copy for these blocks. Arguments as of `match`.
@@ -169,63 +179,65 @@ class PlanPart:
         """
         return self.descriptors(self.match(source_blocks, target_blocks, tokens))
 
-    def descriptors(self, match: Match) -> Descriptors:
+    def descriptors(self, match: MatchedTables) -> Descriptors:
         """See `bind`."""
-        return self.bound(match).descriptors()
+        return self.resolve(match).descriptors()
 
-    def copies(self, match: Match) -> list[BoundCopy]:
-        """The same as loop nests, which devices carry out, with conversions."""
-        return self.bound(match).copies()
+    def copies(self, match: MatchedTables) -> list[AllocationCopy]:
+        """The same as strided copies, which devices carry out, with conversions."""
+        return self.resolve(match).copies()
 
-    def runs(self, match: Match) -> tuple[int, int]:
+    def runs(self, match: MatchedTables) -> tuple[int, int]:
         """(descriptors, bytes at the source) that there would be, without making them; the first may be a little high."""
-        return self.bound(match).runs()
+        return self.resolve(match).runs()
 
-    def bound(self, match: Match) -> Bound:
-        """The loop nests of these blocks."""
+    def resolve(self, match: MatchedTables) -> ResolvedPlan:
+        """The strided copies of these blocks."""
         bound = []
-        walks = match.walks or Walks()
-        for channel, overlaps in self._channels.items():
-            start, stop = match.tokens[channel.target_group]
+        alignments = match.alignments or AlignmentCache()
+        for group_pair, overlaps in self._group_pairs.items():
+            start, stop = match.tokens[group_pair.target_group]
             if start >= stop:
                 continue
-            tables_of_both = match.sources[channel.source_group], match.targets[channel.target_group]
-            for grain, pairs in walks.grains(*tables_of_both, channel[2:], start, stop):
-                key = channel, grain
-                nests = self._nests.get(key)
-                if nests is None:
-                    nests = self._nests.keep(key, nests_of(segments(overlaps, *grain)))
-                bound += [(nest, pairs) for nest in nests]
-        return Bound(self, match, bound)
+            tables_of_both = match.sources[group_pair.source_group], match.targets[group_pair.target_group]
+            for alignment, pairs in alignments.alignments(*tables_of_both, group_pair[2:], start, stop):
+                key = group_pair, alignment
+                batches = self._batches.get(key)
+                if batches is None:
+                    batches = self._batches.keep(key, batches_of(strided_copies(overlaps, *alignment)))
+                bound += [(batch, pairs) for batch in batches]
+        return ResolvedPlan(self, match, bound)
 
 
-class Bound(NamedTuple):
-    """A part bound to the blocks of a request. Holds no memory; made by `PlanPart.bound`."""
+class ResolvedPlan(NamedTuple):
+    """A part bound to the blocks of a request. Holds no memory; made by `RankPlan.resolve`."""
 
-    part: PlanPart
-    match: Match
-    nests: Sequence[tuple[Nest, BlockPairs]]
+    rank_plan: RankPlan
+    match: MatchedTables
+    batches: Sequence[tuple[CopyBatch, BlockPairs]]
 
     def descriptors(self) -> Descriptors:
-        """As of `PlanPart.bind`."""
-        if self.part.converts:
+        """As of `RankPlan.bind`."""
+        if self.rank_plan.converts:
             raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
-        return descriptors(self.nests)
+        return descriptors(self.batches)
 
-    def copies(self) -> list[BoundCopy]:
-        """As of `PlanPart.copies`."""
-        bound = [(nest, pairs) for nest, pairs in self.nests if len(pairs)]
-        return [BoundCopy(*lane, copy) for nest, pairs in bound for lane, copy in nest.copies(pairs)]
+    def copies(self) -> list[AllocationCopy]:
+        """As of `RankPlan.copies`."""
+        bound = [(batch, pairs) for batch, pairs in self.batches if len(pairs)]
+        return [
+            AllocationCopy(*allocations, copy) for batch, pairs in bound for allocations, copy in batch.copies(pairs)
+        ]
 
     def runs(self) -> tuple[int, int]:
-        """As of `PlanPart.runs`."""
+        """As of `RankPlan.runs`."""
         runs = nbytes = 0
-        for nest, pairs in self.nests:
-            runs += nest.runs(pairs)
-            nbytes += nest.nbytes(pairs)
+        for batch, pairs in self.batches:
+            runs += batch.runs(pairs)
+            nbytes += batch.nbytes(pairs)
         return runs, nbytes
 
-    def in_pieces(self, most: int) -> list[Match]:
+    def split_by_runs(self, most: int) -> list[MatchedTables]:
         """The same tokens as several requests, each of about ``most`` descriptors, but of one token at least."""
         pieces = -(-self.runs()[0] // most)
         if pieces <= 1:
@@ -241,15 +253,15 @@ class Bound(NamedTuple):
         made = [[(cut[i], cut[i + 1]) for cut in cuts] for i in range(pieces)]
         return [match._replace(tokens=piece) for piece in made if any(start < stop for start, stop in piece)]
 
-    def likely_runs(self) -> tuple[int, int]:
+    def estimated_runs(self) -> tuple[int, int]:
         """As `runs`, but where blocks differ in size and so many runs turn out to be neighbours, judged by a sample."""
         runs, nbytes = self.runs()
-        if self.part.converts or not self.part.unequal_blocks:
+        if self.rank_plan.converts or not self.rank_plan.unequal_blocks:
             return runs, nbytes
         tokens = _SAMPLE_TOKENS
         while True:
             spans = [(start, min(stop, start + tokens)) for start, stop in self.match.tokens]
-            sample = self.part.bound(Match(self.match.sources, self.match.targets, spans))
+            sample = self.rank_plan.resolve(MatchedTables(self.match.sources, self.match.targets, spans))
             before, _ = sample.runs()
             if before <= _SAMPLE_RUNS or tokens == 1:
                 break
@@ -257,7 +269,7 @@ class Bound(NamedTuple):
         return (max(1, runs * len(sample.descriptors()) // before) if before else runs), nbytes
 
 
-def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
+def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, tokens: Tokens | None) -> Span:
     """Which tokens are copied from one block table to another.
 
     Raises:
@@ -291,7 +303,7 @@ def interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | N
     return start, stop
 
 
-def sealed_interval(group: CacheGroup, source: Table, target: Table, tokens: Tokens | None) -> Span:
+def published_interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, tokens: Tokens | None) -> Span:
     """As much of `interval` as one block table of the source holds while it grows; (0, 0) if that is nothing."""
     start, stop = tokens or (target.first_token, None)
     stop = min(source.end_token, target.end_token if stop is None else min(stop, target.end_token))

@@ -26,7 +26,7 @@ from kvxfer.buffers.host_copy import effort_of
 from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.layout.spec import DTYPE_NBYTES
 from kvxfer.planner.chunk_size import Chunking, Legs
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.pipeline_depth import Depth
 from kvxfer.planner.plan import CASTABLE
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvxfer.buffers.host_copy import Effort
-    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.block_table import CheckedTable
     from kvxfer.planner.chunk_size import Size
-    from kvxfer.planner.rank_plan import Bound, Match, PlanPart
+    from kvxfer.planner.rank_plan import MatchedTables, RankPlan, ResolvedPlan
 
 
 _TELLING: Final = 64
@@ -129,11 +129,11 @@ class Costs:
         return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
 
 
-class Choice(NamedTuple):
+class RouteChoice(NamedTuple):
     """A route, and what speaks for it.
 
     Attributes:
-        bound: the loop nests between the two caches.
+        bound: the strided copies between the two caches.
         seconds: predicted time of each route that can be taken.
         barred: why the others cannot.
         runs: descriptors of the direct route, or what they would be.
@@ -143,7 +143,7 @@ class Choice(NamedTuple):
     """
 
     route: Route
-    bound: Bound
+    bound: ResolvedPlan
     seconds: Mapping[Route, float]
     barred: Mapping[Route, str]
     runs: int
@@ -170,7 +170,7 @@ class Router:
     """Chooses the route of one part of a plan, and the size of its chunks, request by request. Remembers what they took.
 
     Args:
-        part: of the plan.
+        rank_plan: what one source rank gives.
         costs: of the model.
         slot_nbytes: of one staging slot: the smaller of both sides'.
         addressable: whether the source's and the target's memory can be reached by the transfer engine.
@@ -188,7 +188,7 @@ class Router:
 
     def __init__(
         self,
-        part: PlanPart,
+        rank_plan: RankPlan,
         costs: Costs,
         *,
         slot_nbytes: int,
@@ -198,14 +198,14 @@ class Router:
         chunk_nbytes: tuple[int, int] = (512 << 10, 1 << 40),
         only: Route | None = None,
     ) -> None:
-        self.part = part
+        self.rank_plan = rank_plan
         self._costs = costs
         self._slot_nbytes = slot_nbytes
         self._in_flight = in_flight
         self.comparing: Depth = Depth(in_flight)
         self.barred: dict[Route, str] = {}
-        source, target = (addressable[0] or not part.overlaps), (addressable[1] or not part.overlaps)
-        if part.converts:
+        source, target = (addressable[0] or not rank_plan.overlaps), (addressable[1] or not rank_plan.overlaps)
+        if rank_plan.converts:
             self.barred[Route.DIRECT] = "elements change their type on the way"
         for route, needs_source, needs_target in (
             (Route.DIRECT, True, True),
@@ -216,13 +216,13 @@ class Router:
                 self.barred[route] = "the source's memory has no address"
             elif needs_target and not target:
                 self.barred[route] = "the target's memory has no address"
-        self._comparison: Images | None = None
+        self._comparison: ChunkPlanner | None = None
         self._efforts: dict[tuple[object, ...], tuple[float, float]] = {}
         self._source_casts = casts[0]
-        self._dtypes = dtypes = {part.source.dtype, part.target.dtype}
+        self._dtypes = dtypes = {rank_plan.source.dtype, rank_plan.target.dtype}
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             converting = 0 if self._like(route) == "target" else 1
-            if part.converts and not dtypes <= casts[converting]:
+            if rank_plan.converts and not dtypes <= casts[converting]:
                 who = ("source", "target")[converting]
                 what = " and ".join(sorted(dtypes))
                 self.barred.setdefault(route, f"the {who}'s device does not convert {what} (kvxfer[dtypes])")
@@ -231,13 +231,13 @@ class Router:
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             if route not in self.barred:
                 try:
-                    images = Images(part, self._like(route), slot_nbytes)
+                    chunk_planner = ChunkPlanner(rank_plan, self._like(route), slot_nbytes)
                 except IncompatibleError as error:
                     self.barred[route] = str(error)
                     continue
                 if most < slot_nbytes:
-                    images = images.resized(max(most, images.least_nbytes))
-                self._chunking[route] = Chunking(images, least_nbytes=least, in_flight=in_flight)
+                    chunk_planner = chunk_planner.resized(max(most, chunk_planner.least_nbytes))
+                self._chunking[route] = Chunking(chunk_planner, least_nbytes=least, in_flight=in_flight)
         if only is not None:
             for route in Route:
                 if route is not only:
@@ -246,27 +246,27 @@ class Router:
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
-    def for_comparison(self) -> Images:
+    def for_comparison(self) -> ChunkPlanner:
         """Chunks of which both sides can tell the digest, see `kvxfer.runtime.verify`.
 
         Raises:
             IncompatibleError: the source's device cannot make them, or a slot is too small for one.
         """
         if self._comparison is None:
-            if self.part.converts and not self._dtypes <= self._source_casts:
+            if self.rank_plan.converts and not self._dtypes <= self._source_casts:
                 what = " and ".join(sorted(self._dtypes))
                 raise IncompatibleError("verify", f"the source's device does not convert {what} (kvxfer[dtypes])")
             try:
-                self._comparison = Images(self.part, "target", self._slot_nbytes)
+                self._comparison = ChunkPlanner(self.rank_plan, "target", self._slot_nbytes)
             except IncompatibleError as error:
                 what = "to verify (verify=True), chunks are packed on both sides, also where bytes travel directly"
                 raise IncompatibleError("verify", f"{what}; {error}") from error
         return self._comparison
 
-    def choose(self, match: Match) -> Choice:
+    def choose(self, match: MatchedTables) -> RouteChoice:
         """The route that is predicted to be the fastest for these blocks."""
-        costs, bound = self._costs, self.part.bound(match)
-        runs, nbytes = bound.likely_runs()
+        costs, bound = self._costs, self.rank_plan.resolve(match)
+        runs, nbytes = bound.estimated_runs()
         seconds: dict[Route, float] = {}
         packed: dict[Route, tuple[float, float, Legs]] = {}
         if Route.DIRECT not in self.barred:
@@ -278,7 +278,7 @@ class Router:
                 packed[route] = self._legs(route, match)
                 seconds[route] = self._chunking[route].predicted_s(*packed[route])
         route = min(seconds, key=lambda each: seconds[each])
-        return Choice(
+        return RouteChoice(
             route=route,
             bound=bound,
             seconds=seconds,
@@ -292,7 +292,7 @@ class Router:
     def _like(self, route: Route) -> str:
         if route is Route.BOTH:
             # Converted where that makes the wire carry less.
-            sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.part.source, self.part.target))
+            sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.rank_plan.source, self.rank_plan.target))
             return "source" if next(sizes) < next(sizes) else "target"
         return "target" if route is Route.SOURCE_PACKED else "source"
 
@@ -306,32 +306,32 @@ class Router:
             return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
         return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
-    def _legs(self, route: Route, match: Match) -> tuple[float, float, Legs]:
+    def _legs(self, route: Route, match: MatchedTables) -> tuple[float, float, Legs]:
         """(bytes of all chunks, chunks of the largest size, what they take)."""
-        costs, images = self._costs, self._chunking[route].sizes[0].images
+        costs, chunk_planner = self._costs, self._chunking[route].sizes[0].chunk_planner
         pack_s = wire_s = unpack_s = 0.0
         rows = all(map(_in_a_row, match.sources)), all(map(_in_a_row, match.targets))
         chunks = nbytes = 0.0
-        for number, tile in enumerate(images.tiles):
-            # One chunk stands for all of its tile.
-            chunk = next(images.chunks_of(number, match.tokens), None)
+        for number, template in enumerate(chunk_planner.templates):
+            # One chunk stands for all of its template.
+            chunk = next(chunk_planner.chunks_of(number, match.tokens), None)
             if chunk is None:
                 continue
-            start, stop = match.tokens[tile.group]
-            image = images.image(chunk)
+            start, stop = match.tokens[template.group]
+            layout = chunk_planner.layout(chunk)
             there, here = (
-                image.from_source.bound(image.filled(chunk, match)),
-                image.to_target.bound(image.emptied(chunk, match)),
+                layout.pack_plan.resolve(layout.pack_tables(chunk, match)),
+                layout.unpack_plan.resolve(layout.unpack_tables(chunk, match)),
             )
-            (packed, source_nbytes), (spread, image_nbytes) = there.likely_runs(), here.likely_runs()
+            (packed, source_nbytes), (spread, image_nbytes) = there.estimated_runs(), here.estimated_runs()
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
-            times = len(tile.layers) * (stop - start) / cells
-            chunks += images.number_of(number, match.tokens)
+            times = len(template.layers) * (stop - start) / cells
+            chunks += chunk_planner.number_of(number, match.tokens)
             nbytes += times * image_nbytes
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
             wire_s += times * costs.wire_s(descriptors, image_nbytes)
             # Efforts are remembered by the byte: to find them out takes longer than all the rest.
-            key = route, number, chunk.tokens[1] - chunk.tokens[0] > tile.block_tokens, *rows
+            key = route, number, chunk.tokens[1] - chunk.tokens[0] > template.block_tokens, *rows
             efforts = self._efforts.get(key)
             if efforts is None:
                 packs, unpacks = route is not Route.TARGET_UNPACKED, route is not Route.SOURCE_PACKED
@@ -347,13 +347,13 @@ class Router:
         return nbytes, chunks, Legs(costs.ask_s, pack_s, here_s, costs.chunk_s)
 
 
-def _in_a_row(table: Table) -> bool:
+def _in_a_row(table: CheckedTable) -> bool:
     """Blocks follow each other, as far as the first of them tell."""
     ids = table.ids[:_TELLING]
     return len(ids) < 2 or bool((ids[1:] - ids[:-1] == ids[1] - ids[0]).all())
 
 
-def _effort(bound: Bound) -> Effort:
+def _effort(bound: ResolvedPlan) -> Effort:
     return effort_of(each.copy for each in bound.copies())
 
 
@@ -361,7 +361,7 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms"
 
 
-def as_json(choice: Choice) -> dict[str, Any]:
+def as_json(choice: RouteChoice) -> dict[str, Any]:
     """A choice in plain JSON types."""
     return {
         "route": choice.route.value,

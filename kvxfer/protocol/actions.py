@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvxfer.errors import KvxferError
     from kvxfer.layout.block_table import BlockTable
     from kvxfer.layout.spec import CacheSpec
-    from kvxfer.planner.rank_plan import Match
+    from kvxfer.planner.rank_plan import MatchedTables
     from kvxfer.planner.router import Router
     from kvxfer.protocol.messages import Message
     from kvxfer.protocol.transfer import Event, Transfer
@@ -59,7 +59,7 @@ class Source:
     number: int
     agent_info: bytes
     router: Router
-    match: Match
+    match: MatchedTables
     cell: int
     check: bytes
     complete: bool = True
@@ -120,7 +120,7 @@ class StartPack:
 
     key: PackKey
     number: int
-    image: CacheSpec
+    layout: CacheSpec
     tokens: tuple[int, int]
     blocks: Sequence[BlockTable]
     digest: bool = False

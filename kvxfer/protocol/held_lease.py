@@ -8,14 +8,14 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import BlockError, HandshakeError, KvxferError
-from kvxfer.layout.block_table import BlockTable, ids_from_wire, tables
+from kvxfer.layout.block_table import BlockTable, check_tables, ids_from_wire
 from kvxfer.protocol.actions import Source, StartRead
 from kvxfer.protocol.grants import Assembly
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.block_table import CheckedTable
     from kvxfer.planner.intersect import Span
     from kvxfer.planner.router import Router
     from kvxfer.protocol.lease_ref import LeaseRef
@@ -52,7 +52,7 @@ class Claim:
     settled: bool = False
     ask_at: float = 0.0
     turn_at: float | None = None
-    tables: Sequence[Table] | None = field(default=None, repr=False)
+    tables: Sequence[CheckedTable] | None = field(default=None, repr=False)
     pieces: Assembly = field(default_factory=lambda: Assembly(1 << 22), repr=False)
     wants_more: bool = False
 
@@ -87,7 +87,7 @@ class Claim:
         self.grant, self.tables = grant, None
         return True
 
-    def leased(self) -> Sequence[Table]:
+    def leased(self) -> Sequence[CheckedTable]:
         """The block tables that the rank granted, checked once.
 
         Raises:
@@ -101,7 +101,7 @@ class Claim:
             if len(firsts) != len(grant.blocks):
                 raise BlockError(f"{len(grant.blocks)} lists of leased blocks have {len(firsts)} beginnings")
             given = [BlockTable(ids_from_wire(ids), first) for ids, first in zip(grant.blocks, firsts, strict=True)]
-            self.tables = tables(spec, given, "leased")
+            self.tables = check_tables(spec, given, "leased")
         return self.tables
 
     def renew_at(self, now: float) -> float:
@@ -228,13 +228,13 @@ class Hold:
             BlockError: the read does not fit what the rank has leased, or another rank has leased other tokens.
         """
         claim = self.claims[number]
-        if claim.grant is None or self.routers is None or not self.routers[number].part.overlaps:
+        if claim.grant is None or self.routers is None or not self.routers[number].rank_plan.overlaps:
             return None
         router, complete = self.routers[number], claim.grant.complete
-        matched = router.part.match_tables if complete else router.part.sealed
+        matched = router.rank_plan.match_tables if complete else router.rank_plan.match_published
         match = matched(claim.leased(), transfer.into, transfer.tokens)
         if complete:
-            for group in router.part.target_groups:
+            for group in router.rank_plan.target_groups:
                 if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
                     raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
         return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, claim.grant.check, complete)

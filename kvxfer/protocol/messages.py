@@ -175,9 +175,9 @@ class StageChunk(_Message, frozen=True, kw_only=True):
     token: Token
     number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     """Of this chunk, among those of this lease and reader; never used again for another."""
-    image: msgspec.Raw
+    layout: msgspec.Raw
     """What the chunk looks like, a `CacheSpec`: a cache of one group in blocks 0, 1, ..., at addresses that count from the
-    chunk's begin. Decoded by `image_of` when it is known that the sender may ask for it."""
+    chunk's begin. Decoded by `layout_of` when it is known that the sender may ask for it."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
     taken: _Numbers = []
@@ -269,27 +269,27 @@ _decoder = msgspec.msgpack.Decoder(Message)
 _spec_decoder = msgspec.msgpack.Decoder(CacheSpec)
 
 
-def described(image: CacheSpec) -> msgspec.Raw:
+def encode_spec(layout: CacheSpec) -> msgspec.Raw:
     """What a chunk looks like, as `StageChunk` carries it."""
-    return msgspec.Raw(msgspec.msgpack.encode(image))
+    return msgspec.Raw(msgspec.msgpack.encode(layout))
 
 
 @lru_cache(maxsize=64)
-def _decode_image(data: bytes) -> CacheSpec:
+def _decode_layout(data: bytes) -> CacheSpec:
     return _spec_decoder.decode(data)
 
 
-def image_of(stage: StageChunk) -> CacheSpec:
+def layout_of(stage: StageChunk) -> CacheSpec:
     """What a chunk looks like that somebody asks for.
 
     Raises:
         WireError: it is no cache, or takes more bytes than that of any chunk.
     """
-    data = bytes(stage.image)
+    data = bytes(stage.layout)
     if len(data) > MAX_IMAGE_NBYTES:
         raise WireError(f"the description of a chunk has {len(data)} bytes, more than {MAX_IMAGE_NBYTES}")
     try:
-        return _decode_image(data)
+        return _decode_layout(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise WireError(f"not the description of a chunk: {error}") from error
 

@@ -32,7 +32,7 @@ from kvxfer.protocol.messages import (
     Revoked,
     StageChunk,
     Welcome,
-    image_of,
+    layout_of,
 )
 from kvxfer.protocol.staged import MOST_CHUNKS, Seen, StagedChunks
 from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
@@ -477,13 +477,13 @@ class Producer:
             self._reply(connection, Pending(token=message.token))  # it asks again
         else:
             try:
-                image = image_of(message)
+                layout = layout_of(message)
             except WireError as error:
                 self._refuse(connection, "staging", str(error), message.token, counted=True)
                 return
-            self._chunks.ask(chunks, number, len(bytes(message.image)))
+            self._chunks.ask(chunks, number, len(bytes(message.layout)))
             blocks = _read(tuple(lease.blocks), tuple(lease.first_tokens))
-            self._out.append(StartPack(key, number, image, message.tokens, blocks, message.digest, holder))
+            self._out.append(StartPack(key, number, layout, message.tokens, blocks, message.digest, holder))
 
     def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
         if isinstance(chunk, bytes):

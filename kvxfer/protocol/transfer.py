@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kvxfer.buffers.base import Completion
     from kvxfer.errors import KvxferError
-    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.block_table import CheckedTable
     from kvxfer.planner.rank_plan import Tokens
     from kvxfer.protocol.lease_ref import LeaseRef
 
@@ -77,7 +77,7 @@ class Transfer:
     def __init__(
         self,
         ref: LeaseRef,
-        into: Sequence[Table],
+        into: Sequence[CheckedTable],
         tokens: Tokens | None,
         deadline: float,
         on_end: Callable[[Transfer], None],

@@ -13,7 +13,7 @@ from kvxfer.errors import BlockError, ConfigError, LeaseRefError
 from kvxfer.layout.block_table import MAX_TOKENS
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.messages import MAX_ADDRESS, MAX_NAME, described
+from kvxfer.protocol.messages import MAX_ADDRESS, MAX_NAME, encode_spec
 
 if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
@@ -105,7 +105,7 @@ def finite(timeout_s: Any) -> float:
 
 def check_description(spec: CacheSpec, settings: Settings) -> None:
     """Raise ConfigError unless a cache fits into the message that tells peers what it looks like."""
-    nbytes = len(bytes(described(spec))) + spec.world * MAX_ADDRESS + _AGENT_INFO_NBYTES
+    nbytes = len(bytes(encode_spec(spec))) + spec.world * MAX_ADDRESS + _AGENT_INFO_NBYTES
     if nbytes > settings.max_message_nbytes:
         raise ConfigError(
             f"to tell a peer what this cache looks like takes up to {nbytes} bytes, and a message has {settings.max_message_nbytes}: "

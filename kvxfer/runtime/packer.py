@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The producer's half of the packed route: packs what readers ask for into staging slots. Runs on the data thread.
 
-What a reader asks for came over the wire: its image is held against this side's cache and the lease's blocks, and refused
+What a reader asks for came over the wire: its layout is held against this side's cache and the lease's blocks, and refused
 by name where it does not fit. A slot is given back when the reader says that it has taken the chunk, or when the lease ends:
 whoever still reads from it then finds the lease's cell wiped, and throws away what it got.
 """
@@ -17,12 +17,12 @@ from kvxfer.buffers.base import FINISHED, let_end, pack_all, unpack_all
 from kvxfer.buffers.completions import watched
 from kvxfer.defects import Defects
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
-from kvxfer.layout.block_table import tables
+from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
-from kvxfer.planner.chunks import digest, image_table
-from kvxfer.planner.expand import Walks
+from kvxfer.planner.chunks import chunk_table, digest
+from kvxfer.planner.expand import AlignmentCache
 from kvxfer.planner.plan import common
-from kvxfer.planner.rank_plan import Match
+from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.runtime.staging import FairQueue, StagingArena, Use
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
-    from kvxfer.layout.block_table import BlockTable, Table
+    from kvxfer.layout.block_table import BlockTable, CheckedTable
     from kvxfer.layout.spec import CacheSpec
     from kvxfer.memory.copies import Copy
     from kvxfer.memory.spans import Memory
-    from kvxfer.planner.rank_plan import BoundCopy, PlanPart
+    from kvxfer.planner.rank_plan import AllocationCopy, RankPlan
     from kvxfer.protocol.actions import Packed, PackKey, StartPack
     from kvxfer.runtime.staging import Bytes
 
@@ -79,7 +79,7 @@ class Packer:
         self._waiting: FairQueue[StartPack] = FairQueue()
         self._running: list[tuple[StartPack, int, list[Completion]]] = []
         self._slots: dict[PackKey, dict[int, tuple[int, Hashable]]] = defaultdict(dict)
-        self._plans: OrderedDict[CacheSpec, PlanPart] = OrderedDict()
+        self._plans: OrderedDict[CacheSpec, RankPlan] = OrderedDict()
         self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
         """Block tables of a lease, checked, and what is known of them: for all chunks of a reader."""
 
@@ -151,38 +151,38 @@ class Packer:
             self._running.append((job, slot, copies))
 
     def _start(self, job: StartPack, out: Bytes) -> list[Completion]:
-        image = job.image
-        part = self._part(image, len(out))
+        layout = job.layout
+        part = self._part(layout, len(out))
         start, stop = job.tokens
-        group = image.groups[0]
+        group = layout.groups[0]
         if not start < stop <= (start // group.table_tokens + group.num_blocks) * group.table_tokens:
             raise BlockError(f"tokens {start} to {stop} are not in the {group.num_blocks} blocks of the chunk")
         sources, walks = self._leased(tuple(job.blocks))
         for number in {each.source_group for each in part.overlaps}:
             if not sources[number].first_token <= start < stop <= sources[number].end_token:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
-        table = image_table(image, job.tokens)
+        table = chunk_table(layout, job.tokens)
         if job.digest:
-            out[: max(region.end for region in image.regions)] = 0
-        match = Match(sources, [table], [job.tokens], walks)
+            out[: max(region.end for region in layout.regions)] = 0
+        match = MatchedTables(sources, [table], [job.tokens], walks)
         return start_copies(self._cache, part.copies(match), out, pack=True)
 
-    def _read(self, blocks: tuple[BlockTable, ...]) -> tuple[Sequence[Table], Walks]:
-        return tables(self._cache.spec, blocks, "leased"), Walks()
+    def _read(self, blocks: tuple[BlockTable, ...]) -> tuple[Sequence[CheckedTable], AlignmentCache]:
+        return check_tables(self._cache.spec, blocks, "leased"), AlignmentCache()
 
-    def _part(self, image: CacheSpec, slot_nbytes: int) -> PlanPart:
-        known = self._plans.get(image)
+    def _part(self, layout: CacheSpec, slot_nbytes: int) -> RankPlan:
+        known = self._plans.get(layout)
         if known is not None:
-            self._plans.move_to_end(image)
+            self._plans.move_to_end(layout)
             return known
-        if len(image.groups) != 1 or image.fingerprint != self._cache.spec.fingerprint:
-            raise IncompatibleError("image", "a chunk is a cache of one group of this model")
-        if max(region.end for region in image.regions) > slot_nbytes:
+        if len(layout.groups) != 1 or layout.fingerprint != self._cache.spec.fingerprint:
+            raise IncompatibleError("layout", "a chunk is a cache of one group of this model")
+        if max(region.end for region in layout.regions) > slot_nbytes:
             raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")
-        if sum(len(region.layers) for region in image.regions) > self._most_layers:
-            raise IncompatibleError("image", "the chunk has more layers than this cache")
-        part = common(self._cache.spec, image)
-        wanted = sum(region.block_nbytes for region in image.regions)
+        if sum(len(region.layers) for region in layout.regions) > self._most_layers:
+            raise IncompatibleError("layout", "the chunk has more layers than this cache")
+        part = common(self._cache.spec, layout)
+        wanted = sum(region.block_nbytes for region in layout.regions)
         found = sum(
             (each.heads[1] - each.heads[0])
             * (each.content[1] - each.content[0])
@@ -191,8 +191,8 @@ class Packer:
             for each in part.overlaps
         )
         if found != wanted:
-            raise IncompatibleError("image", f"of {wanted} bytes of each block of the chunk only {found} are here")
-        self._plans[image] = part
+            raise IncompatibleError("layout", f"of {wanted} bytes of each block of the chunk only {found} are here")
+        self._plans[layout] = part
         if len(self._plans) > _PLANS_REMEMBERED:
             self._plans.popitem(last=False)
         return part
@@ -203,7 +203,7 @@ class Packer:
             for copy in copies:
                 copy.wait(0)  # raises what made it fail
             if job.digest:
-                told = digest(self._arena.view(slot, max(region.end for region in job.image.regions)))
+                told = digest(self._arena.view(slot, max(region.end for region in job.layout.regions)))
         except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
             self._refuse(job, error)
             return
@@ -231,7 +231,7 @@ class Packer:
         self._packed(job.key, job.number, None, told)
 
 
-def start_copies(cache: KVCache, bound: Sequence[BoundCopy], packed: Bytes, *, pack: bool) -> list[Completion]:
+def start_copies(cache: KVCache, bound: Sequence[AllocationCopy], packed: Bytes, *, pack: bool) -> list[Completion]:
     """Have each buffer of a cache carry out its share of copies between it and a chunk.
 
     Args:

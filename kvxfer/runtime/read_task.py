@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer.errors import Difference
     from kvxfer.planner.chunk_size import Size
-    from kvxfer.planner.chunks import Chunk, Image
-    from kvxfer.planner.rank_plan import Bound, Match
+    from kvxfer.planner.chunks import Chunk, ChunkLayout
+    from kvxfer.planner.rank_plan import MatchedTables, ResolvedPlan
     from kvxfer.protocol.actions import Source, StartRead
     from kvxfer.runtime.staging import Bytes
 
@@ -204,7 +204,7 @@ class Leg:
             self._moving = True
             self._fence(carrier)
 
-    def _move(self, carrier: Carrier, match: Match) -> None:
+    def _move(self, carrier: Carrier, match: MatchedTables) -> None:
         def moved() -> None:
             self._here_nbytes = self._sent_nbytes
             if not self.reading.job.transfer.verify:
@@ -237,20 +237,20 @@ class Leg:
         else:
             carrier.submit(self, [spans], moved)
 
-    def _move_in_pieces(self, carrier: Carrier, bound: Bound, then: Callable[[], None]) -> None:
+    def _move_in_pieces(self, carrier: Carrier, bound: ResolvedPlan, then: Callable[[], None]) -> None:
         """Move what is too many descriptors to be made at once: a piece, and when it is here the next."""
         runs, _ = bound.runs()
         if runs > _MOST_OF_A_READ:
             what = f"{runs:,} runs would have to be moved one by one, more than {_MOST_OF_A_READ:,}"
             raise IncompatibleError("descriptors", f"{what}: read fewer tokens at a time, or let chunks be packed")
-        pieces = iter(bound.in_pieces(_MOST_DESCRIPTORS))
+        pieces = iter(bound.split_by_runs(_MOST_DESCRIPTORS))
 
         def go_on() -> None:
             piece = next(pieces, None)
             if piece is None:
                 then()
                 return
-            spans = bound.part.descriptors(piece)
+            spans = bound.rank_plan.descriptors(piece)
             self.count(spans)
             carrier.submit(self, [spans], go_on)
 
@@ -304,13 +304,13 @@ class Leg:
 class _Packed:
     """Tokens of one leg, in chunks: as many as `kvxfer.planner.pipeline_depth` says are asked for, on the wire or being unpacked at a time."""
 
-    def __init__(self, leg: Leg, match: Match, route: Route, size: Size, then: Callable[[], None]) -> None:
+    def __init__(self, leg: Leg, match: MatchedTables, route: Route, size: Size, then: Callable[[], None]) -> None:
         self._leg = leg
-        self._images = size.images
+        self._chunk_planner = size.chunk_planner
         self._route = route
         self._match = match
         self._then = then
-        self._todo: Iterator[Chunk] = size.images.chunks(match.tokens)
+        self._todo: Iterator[Chunk] = size.chunk_planner.chunks(match.tokens)
         self._asked: dict[int, Chunk] = {}
         self._open: set[int] = set()
         self._taken: list[int] = []
@@ -338,10 +338,10 @@ class _Packed:
                 self._exhausted = True
                 break
             self._busy += 1
-            image = self._images.image(chunk)
-            self._ends.begun(carrier.now(), whole=image.nbytes > self._whole_nbytes)
+            layout = self._chunk_planner.layout(chunk)
+            self._ends.begun(carrier.now(), whole=layout.nbytes > self._whole_nbytes)
             if self._route is Route.TARGET_UNPACKED:
-                self._land(carrier, chunk, image, None, None)
+                self._land(carrier, chunk, layout, None, None)
             else:
                 number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
                 self._asked[number] = chunk
@@ -350,7 +350,7 @@ class _Packed:
                 taken, self._taken = self._taken, []
                 carrier.stage(
                     self._leg,
-                    StageChunk(token=token, number=number, image=image.described, tokens=chunk.tokens, taken=taken),
+                    StageChunk(token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, taken=taken),
                 )
         if self._taken:
             taken, self._taken = self._taken, []
@@ -365,22 +365,24 @@ class _Packed:
         chunk = self._asked.pop(number, None)
         if chunk is None:
             return
-        image = self._images.image(chunk)
+        layout = self._chunk_planner.layout(chunk)
         if self._route is Route.BOTH:
-            self._land(carrier, chunk, image, number, address)
+            self._land(carrier, chunk, layout, number, address)
             return
-        spans = image.to_target.descriptors(image.emptied(chunk, self._match))
+        spans = layout.unpack_plan.descriptors(layout.unpack_tables(chunk, self._match))
         spans = Descriptors(spans.local, spans.remote + np.uint64(address), spans.nbytes)
         self._submit(carrier, spans, lambda: self._arrived(carrier, number))
 
-    def _land(self, carrier: Carrier, chunk: Chunk, image: Image, number: int | None, address: int | None) -> None:
+    def _land(
+        self, carrier: Carrier, chunk: Chunk, layout: ChunkLayout, number: int | None, address: int | None
+    ) -> None:
         """Fetch a chunk into a slot of this side: as it was packed, or run by run from the source's cache."""
 
         def fetch(slot: int) -> None:
             if address is not None:
-                spans = Descriptors.of(slot, address, image.nbytes)
+                spans = Descriptors.of(slot, address, layout.nbytes)
             else:
-                bound = image.from_source.bound(image.filled(chunk, self._match))
+                bound = layout.pack_plan.resolve(layout.pack_tables(chunk, self._match))
                 if bound.runs()[0] > _MOST_GATHERED:
                     raise IncompatibleError(
                         "descriptors", f"a chunk of the source is more than {_MOST_GATHERED:,} runs"
@@ -393,8 +395,8 @@ class _Packed:
             if number is not None:
                 self._open.discard(number)
                 carrier.unstage(self._leg, [number])  # at once: to unpack takes a while
-            packed = carrier.view_slot(slot, image.nbytes)
-            bound = image.to_target.copies(image.emptied(chunk, self._match))
+            packed = carrier.view_slot(slot, layout.nbytes)
+            bound = layout.unpack_plan.copies(layout.unpack_tables(chunk, self._match))
             copies = start_copies(carrier.cache, bound, packed, pack=False)
             carrier.copying(self._leg, copies, lambda: unpacked(slot))
 

@@ -49,7 +49,7 @@ class Routes:
                 chunk_nbytes=(settings.min_chunk_nbytes, settings.max_chunk_nbytes),
                 only=self.only,
             )
-            for peer, part in zip(peers, made.parts, strict=True)
+            for peer, part in zip(peers, made.rank_plans, strict=True)
         ]
 
 

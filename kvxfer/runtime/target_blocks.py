@@ -15,7 +15,7 @@ from kvxfer.layout.block_table import pieces
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.layout.block_table import Table
+    from kvxfer.layout.block_table import CheckedTable
     from kvxfer.layout.spec import CacheSpec
 
 
@@ -32,9 +32,9 @@ class TargetBlocks:
         self._taken = [np.zeros(group.num_blocks, np.bool_) for group in spec.groups]
         self._lock = threading.RLock()
         """Of engines' threads only. What ends elsewhere is put in line: the data thread waits for no engine, nor an engine for it."""
-        self._ended: deque[Sequence[Table]] = deque()
+        self._ended: deque[Sequence[CheckedTable]] = deque()
 
-    def take(self, into: Sequence[Table]) -> None:
+    def take(self, into: Sequence[CheckedTable]) -> None:
         """They belong to a read from now on. Raises BlockError: one belongs to another read; nothing changes."""
         with self._lock:
             while self._ended:
@@ -46,17 +46,17 @@ class TargetBlocks:
                         raise self._refusal(into)
             self._mark(into, taken=True)
 
-    def give_back(self, into: Sequence[Table]) -> None:
+    def give_back(self, into: Sequence[CheckedTable]) -> None:
         """Their read has ended, and nothing writes to them any more."""
         self._ended.append(into)
 
-    def _mark(self, into: Sequence[Table], *, taken: bool) -> None:
+    def _mark(self, into: Sequence[CheckedTable], *, taken: bool) -> None:
         for marks, table in zip(self._taken, into, strict=True):
             ids = table.ids
             for one in pieces(len(ids)):
                 marks[ids[one]] = taken
 
-    def _refusal(self, into: Sequence[Table]) -> BlockError:
+    def _refusal(self, into: Sequence[CheckedTable]) -> BlockError:
         for group, taken, table in zip(self._spec.groups, self._taken, into, strict=True):
             twice = table.ids[taken[table.ids]]
             if len(twice):

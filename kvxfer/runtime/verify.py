@@ -13,16 +13,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import Difference, IncompatibleError, IntegrityError
-from kvxfer.planner.chunks import digest, image_table
+from kvxfer.planner.chunks import chunk_table, digest
 from kvxfer.planner.pipeline_depth import Ends
-from kvxfer.planner.rank_plan import Match
+from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kvxfer.planner.chunks import Chunk, Images
+    from kvxfer.planner.chunks import Chunk, ChunkPlanner
     from kvxfer.runtime.read_task import Carrier, Leg
 
 MOST_DIFFERENCES = 16
@@ -38,17 +38,17 @@ class Check:
     """Tokens of one leg, in chunks: as many as `kvxfer.planner.pipeline_depth` says are asked for or compared at a time. Data thread only.
 
     Args:
-        images: the chunks.
+        chunk_planner: the chunks.
         match: what the leg has read.
         then: called when all of it was compared.
     """
 
-    def __init__(self, leg: Leg, match: Match, images: Images, then: Callable[[], None]) -> None:
+    def __init__(self, leg: Leg, match: MatchedTables, chunk_planner: ChunkPlanner, then: Callable[[], None]) -> None:
         self._leg = leg
         self._match = match
-        self._images = images
+        self._chunk_planner = chunk_planner
         self._then = then
-        self._todo: Iterator[Chunk] = images.chunks(match.tokens)
+        self._todo: Iterator[Chunk] = chunk_planner.chunks(match.tokens)
         self._halves: list[Chunk] = []
         self._asked: dict[int, Chunk] = {}
         self._told: list[int] = []
@@ -78,9 +78,9 @@ class Check:
             number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
             self._asked[number] = chunk
             told, self._told = self._told, []
-            token, image = self._leg.reading.job.transfer.ref.token, self._images.image(chunk)
+            token, layout = self._leg.reading.job.transfer.ref.token, self._chunk_planner.layout(chunk)
             stage = StageChunk(
-                token=token, number=number, image=image.described, tokens=chunk.tokens, taken=told, digest=True
+                token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, taken=told, digest=True
             )
             carrier.stage(self._leg, stage)
         if not self._busy and not self._over:
@@ -97,18 +97,18 @@ class Check:
         self._told.append(number)
         if not theirs:
             raise IncompatibleError("verify", "the producer's version of kvxfer makes no digests")
-        image = self._images.image(chunk)
+        layout = self._chunk_planner.layout(chunk)
 
         def pack(slot: int) -> None:
-            packed = carrier.view_slot(slot, image.nbytes)
+            packed = carrier.view_slot(slot, layout.nbytes)
             packed.fill(0)
-            table = image_table(image.target, chunk.tokens)
-            match = Match(self._match.targets, [table], [chunk.tokens], self._match.walks)
-            copies = start_copies(carrier.cache, image.of_target.copies(match), packed, pack=True)
+            table = chunk_table(layout.target, chunk.tokens)
+            match = MatchedTables(self._match.targets, [table], [chunk.tokens], self._match.alignments)
+            copies = start_copies(carrier.cache, layout.repack_plan.copies(match), packed, pack=True)
             carrier.copying(self._leg, copies, lambda: compare(slot))
 
         def compare(slot: int) -> None:
-            ours = digest(carrier.view_slot(slot, image.nbytes))
+            ours = digest(carrier.view_slot(slot, layout.nbytes))
             carrier.give_slot(self._leg, slot)
             if ours != theirs:
                 self._differs(chunk)
@@ -124,16 +124,16 @@ class Check:
         return self._halves.pop() if self._halves else next(self._todo, None)
 
     def _differs(self, chunk: Chunk) -> None:
-        halves = self._images.halves(chunk)
+        halves = self._chunk_planner.halves(chunk)
         if halves:
             self._halves += reversed(halves)
             return
-        tile = self._images.tiles[chunk.tile]
-        spec, table = self._images.part.target, self._match.targets[tile.group]
-        number = tile.layers[chunk.layers[0]][1]
+        template = self._chunk_planner.templates[chunk.template]
+        spec, table = self._chunk_planner.rank_plan.target, self._match.targets[template.group]
+        number = template.layers[chunk.layers[0]][1]
         name = spec.layer_names[number - spec.layers.start] if spec.layer_names else ""
         first, last = ((token - table.first_token) // table.tokens for token in (chunk.tokens[0], chunk.tokens[1] - 1))
         blocks = tuple(table.ids[first : last + 1].tolist())
         self._leg.reading.differences.append(
-            Difference(spec.groups[tile.group].name, number, name, tile.record, chunk.tokens, blocks)
+            Difference(spec.groups[template.group].name, number, name, template.record, chunk.tokens, blocks)
         )

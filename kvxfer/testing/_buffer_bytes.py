@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pytest
 
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 from kvxfer.testing._buffer_stage import (
     ORDERS,
     BufferTests,
@@ -141,10 +141,10 @@ class BytesTests(BufferTests):
                     spans.append((base + block + row * 700, number * 100 + 5, 100))
                     number += 1
         to_bases, to_blocks = [5, 1205, 2405], [0, 300, 600, 900]
-        copy = Copy(i64(bases), i64(to_bases), i64(blocks), i64(to_blocks), (Loop(3, 700, 100),), 100)
+        copy = Copy(i64(bases), i64(to_bases), i64(blocks), i64(to_blocks), (StridedLoop(3, 700, 100),), 100)
         content, before = made.read(), noise(number * 100 + 9, 31)
         same_bytes(packed(made.buffer, [copy], before), move(spans, content, before))
-        back = Copy(i64(to_bases), i64(bases), i64(to_blocks), i64(blocks), (Loop(3, 100, 700),), 100)
+        back = Copy(i64(to_bases), i64(bases), i64(to_blocks), i64(blocks), (StridedLoop(3, 100, 700),), 100)
         data = noise(number * 100 + 9, 32)
         unpack(made.buffer, [back], data)
         same_bytes(made.read(), move([(to, at, n) for at, to, n in spans], data, content))
@@ -158,7 +158,12 @@ class BytesTests(BufferTests):
             to = 5000 if up < 0 else 100
             blocks = ([0, 7100, 20_000], [0, 8000, 16_000])  # at which no two runs overlap
             copy = Copy(
-                i64([at]), i64([to]), i64(blocks[0]), i64(blocks[1]), (Loop(2, 3000, 1600), Loop(12, down, up)), 90
+                i64([at]),
+                i64([to]),
+                i64(blocks[0]),
+                i64(blocks[1]),
+                (StridedLoop(2, 3000, 1600), StridedLoop(12, down, up)),
+                90,
             )
             spans = [
                 (at + a + i * 3000 + j * down, to + b + i * 1600 + j * up, 90)
@@ -169,7 +174,12 @@ class BytesTests(BufferTests):
             content, before = made.read(), noise(32 * KIB, 41)
             same_bytes(packed(made.buffer, [copy], before), move(spans, content, before), f"{down} to {up}")
             back = Copy(
-                i64([to]), i64([at]), i64(blocks[1]), i64(blocks[0]), (Loop(2, 1600, 3000), Loop(12, up, down)), 90
+                i64([to]),
+                i64([at]),
+                i64(blocks[1]),
+                i64(blocks[0]),
+                (StridedLoop(2, 1600, 3000), StridedLoop(12, up, down)),
+                90,
             )
             data = noise(32 * KIB, 42)
             unpack(made.buffer, [back], data)
@@ -180,8 +190,8 @@ class BytesTests(BufferTests):
         """Two copies may write turn by turn: K and V of a token, from memory of their own to one image."""
         made = self._made(128 * KIB)
         content, before = made.read(), noise(200 * 64, 51)
-        k = Copy(i64([0]), i64([0]), i64([0]), i64([0]), (Loop(200, 32, 64),), 32)
-        v = Copy(i64([64 * KIB]), i64([32]), i64([0]), i64([0]), (Loop(200, 32, 64),), 32)
+        k = Copy(i64([0]), i64([0]), i64([0]), i64([0]), (StridedLoop(200, 32, 64),), 32)
+        v = Copy(i64([64 * KIB]), i64([32]), i64([0]), i64([0]), (StridedLoop(200, 32, 64),), 32)
         spans = [(i * 32 + half * 64 * KIB, i * 64 + half * 32, 32) for half in (0, 1) for i in range(200)]
         same_bytes(packed(made.buffer, [k, v], before), move(spans, content, before))
 
@@ -192,7 +202,7 @@ class BytesTests(BufferTests):
         spans = [(1000, 0, 3000), (1000, 6000, 3000), (2000, 3000, 3000), (0, 9000, 64 * KIB)]
         size = 9000 + 64 * KIB
         same_bytes(packed(made.buffer, copies_of(spans), bytes(size)), move(spans, made.read(), bytes(size)))
-        again = Copy(i64([500]), i64([0]), i64([0]), i64([0]), (Loop(9, 0, 300),), 300)
+        again = Copy(i64([500]), i64([0]), i64([0]), i64([0]), (StridedLoop(9, 0, 300),), 300)
         same_bytes(packed(made.buffer, [again], bytes(2700)), made.read()[500:800] * 9)
 
     @final

@@ -11,7 +11,7 @@ import pytest
 
 from kvxfer.errors import UnsupportedError
 from kvxfer.layout.spec import DTYPE_NBYTES
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.testing._buffer_stage import BufferTests, Logical, i64, nest, one_copy, packed, unpack
 from kvxfer.testing._floats import cast, same_elements, some_elements
 from kvxfer.testing.oracle import noise, same_bytes
@@ -95,7 +95,7 @@ class CastTests(BufferTests):
         made.write(bytes(3) + elements.tobytes() + bytes(size - 3 - len(elements)))
         out = packed(made.buffer, [replace(one_copy(3, 1, len(elements)), cast=how)], bytes(2 + len(expected)))
         same_elements(out[1:-1], expected, target)
-        single = Copy(i64([3]), i64([1]), i64([0]), i64([0]), (Loop(count, wide, 3 * narrow),), wide, how)
+        single = Copy(i64([3]), i64([1]), i64([0]), i64([0]), (StridedLoop(count, wide, 3 * narrow),), wide, how)
         before = noise(1 + count * 3 * narrow, 63)
         found = np.frombuffer(packed(made.buffer, [single], before), np.uint8)
         kept = np.frombuffer(before, np.uint8)

@@ -16,7 +16,7 @@ from kvxfer.agents.base import FlightState, Op
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import DescriptorError
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer.testing._buffer_stage import PATIENCE_S, BufferTests, copies_of, finish, i64, one_copy, packed, unpack
 from kvxfer.testing.actor import Actor
@@ -32,7 +32,7 @@ _HUGE = 1 << 200
 
 def _copy(**changes: Any) -> Copy:
     """A copy that is right, but for the changes."""
-    right = Copy(i64([0]), i64([0]), i64([0, 100]), i64([100, 0]), (Loop(3, 20, 24),), 16)
+    right = Copy(i64([0]), i64([0]), i64([0, 100]), i64([100, 0]), (StridedLoop(3, 20, 24),), 16)
     return replace(right, **changes)
 
 
@@ -45,15 +45,15 @@ OUTSIDE: dict[str, Callable[[], Copy]] = {
     "one-block-behind": lambda: _copy(source_blocks=i64([0, KIB])),
     "one-block-before": lambda: _copy(target_blocks=i64([0, -1])),
     "one-base-behind": lambda: _copy(source=i64([0, KIB]), target=i64([0, 200])),
-    "loop-behind": lambda: _copy(loops=(Loop(60, 20, 1),)),
-    "loop-before": lambda: _copy(loops=(Loop(3, 20, -24),)),
+    "loop-behind": lambda: _copy(loops=(StridedLoop(60, 20, 1),)),
+    "loop-before": lambda: _copy(loops=(StridedLoop(3, 20, -24),)),
     "far": lambda: one_copy(_FAR, 0, 8),
     "sum-wraps-to-0": lambda: _copy(source=i64([_FAR]), source_blocks=i64([_FAR, _FAR])),
     "sum-wraps-below-0": lambda: _copy(target=i64([-_FAR]), target_blocks=i64([-_FAR, -_FAR])),
-    "loop-wraps-to-0": lambda: _copy(loops=(Loop((1 << 32) + 1, 1 << 32, 24),)),
-    "two-loops-wrap-to-0": lambda: _copy(loops=(Loop(3, _FAR, 48), Loop(3, _FAR, 24))),
+    "loop-wraps-to-0": lambda: _copy(loops=(StridedLoop((1 << 32) + 1, 1 << 32, 24),)),
+    "two-loops-wrap-to-0": lambda: _copy(loops=(StridedLoop(3, _FAR, 48), StridedLoop(3, _FAR, 24))),
     "long-run": lambda: _copy(nbytes=_FAR),
-    "endless": lambda: _copy(loops=(Loop(_FAR, 0, 0),)),
+    "endless": lambda: _copy(loops=(StridedLoop(_FAR, 0, 0),)),
 }
 
 WRONG: dict[str, Callable[[], Any]] = {
@@ -62,15 +62,15 @@ WRONG: dict[str, Callable[[], Any]] = {
     "huge-run": lambda: _copy(nbytes=_HUGE),
     "float-run": lambda: _copy(nbytes=16.0),
     "numpy-run": lambda: _copy(nbytes=np.int64(16)),
-    "no-steps": lambda: _copy(loops=(Loop(0, 20, 24),)),
-    "negative-steps": lambda: _copy(loops=(Loop(-3, 20, 24),)),
-    "huge-steps": lambda: _copy(loops=(Loop(_HUGE, 20, 24),)),
-    "huge-stride": lambda: _copy(loops=(Loop(2, -_HUGE, 24),)),
-    "numpy-stride": lambda: _copy(loops=(Loop(3, np.int64(20), 24),)),
+    "no-steps": lambda: _copy(loops=(StridedLoop(0, 20, 24),)),
+    "negative-steps": lambda: _copy(loops=(StridedLoop(-3, 20, 24),)),
+    "huge-steps": lambda: _copy(loops=(StridedLoop(_HUGE, 20, 24),)),
+    "huge-stride": lambda: _copy(loops=(StridedLoop(2, -_HUGE, 24),)),
+    "numpy-stride": lambda: _copy(loops=(StridedLoop(3, np.int64(20), 24),)),
     "tuple-for-loop": lambda: _copy(loops=((3, 20, 24),)),
-    "list-of-loops": lambda: _copy(loops=[Loop(3, 20, 24)]),
-    "many-loops": lambda: _copy(loops=(Loop(1, 20, 24),) * 65),
-    "overlapping": lambda: _copy(loops=(Loop(3, 20, 0),), target_blocks=i64([0, 0])),
+    "list-of-loops": lambda: _copy(loops=[StridedLoop(3, 20, 24)]),
+    "many-loops": lambda: _copy(loops=(StridedLoop(1, 20, 24),) * 65),
+    "overlapping": lambda: _copy(loops=(StridedLoop(3, 20, 0),), target_blocks=i64([0, 0])),
     "no-bases": lambda: _copy(source=i64([]), target=i64([])),
     "no-blocks": lambda: _copy(source_blocks=i64([]), target_blocks=i64([])),
     "more-bases": lambda: _copy(source=i64([0, 0])),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 from kvxfer.testing.oracle import noise, same_bytes
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Logical:
 
 def nest(source: Logical, here: Bytes, target: Logical, there: Bytes, blocks: tuple[list[int], list[int]]) -> Copy:
     """The copy from a part of one cache, some blocks of it, to a part of another: ``there[:, b] = here[:, a]``."""
-    loops = [Loop(here.shape[i], here.strides[i], there.strides[i]) for i in (2, 3) if here.shape[i] > 1]
+    loops = [StridedLoop(here.shape[i], here.strides[i], there.strides[i]) for i in (2, 3) if here.shape[i] > 1]
     layers = np.arange(here.shape[0], dtype=np.int64)
     return Copy(
         source.at(here) + layers * here.strides[0],

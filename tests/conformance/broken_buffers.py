@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvxfer.buffers.base import FINISHED, HostBuffer
-from kvxfer.memory.copies import Loop
+from kvxfer.memory.copies import StridedLoop
 from kvxfer.memory.spans import Memory
 from kvxfer.testing import BufferSuite, MadeBuffer
 
@@ -82,8 +82,8 @@ class MixesUpStrides(HostBuffer):
         outer, inner = copy.loops
         count = min(outer.count, inner.count)
         loops = (
-            Loop(count, outer.source_stride, inner.target_stride),
-            Loop(count, inner.source_stride, outer.target_stride),
+            StridedLoop(count, outer.source_stride, inner.target_stride),
+            StridedLoop(count, inner.source_stride, outer.target_stride),
         )
         return replace(copy, loops=loops)
 
@@ -95,7 +95,7 @@ class RunsForwardsOnly(HostBuffer):
                 copy,
                 source=copy.source - sum((x.count - 1) * max(0, -x.source_stride) for x in copy.loops),
                 target=copy.target - sum((x.count - 1) * max(0, -x.target_stride) for x in copy.loops),
-                loops=tuple(Loop(x.count, abs(x.source_stride), abs(x.target_stride)) for x in copy.loops),
+                loops=tuple(StridedLoop(x.count, abs(x.source_stride), abs(x.target_stride)) for x in copy.loops),
             )
             for copy in copies
         ]

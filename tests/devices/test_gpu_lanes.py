@@ -13,7 +13,7 @@ import pytest
 from kvxfer import Endpoint, KVCache, registry
 from kvxfer.buffers.base import Completion, pack_all, unpack_all
 from kvxfer.errors import TransferFailedError, UnavailableError, UnsupportedBufferError
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 from kvxfer.testing.oracle import noise
 
 torch = pytest.importorskip("torch")
@@ -51,7 +51,7 @@ def test_allocations_are_packed_together(base):
 
     kind = type("Buffer", (RowsBuffer,), {"runtime": Counting})
     tensors = [tensor_of(TOKENS * HALF, seed) for seed in (1, 2)]
-    loop = Loop(TOKENS, HALF, 2 * HALF)
+    loop = StridedLoop(TOKENS, HALF, 2 * HALF)
     shares = [
         (kind(tensor), [Copy(i64(0), i64(at), i64(0), i64(0), (loop,), HALF)])
         for tensor, at in zip(tensors, (0, HALF), strict=True)
@@ -64,7 +64,7 @@ def test_allocations_are_packed_together(base):
     assert out[0] == out[-1] == 0xAA
     assert len(moved) == 2 if base is HostGpu else 1 <= len(moved) <= 2
     data = np.frombuffer(noise(TOKENS * 2 * HALF, 3), np.uint8)
-    back = Loop(TOKENS, 2 * HALF, HALF)
+    back = StridedLoop(TOKENS, 2 * HALF, HALF)
     shares = [
         (share[0], [Copy(i64(at), i64(0), i64(0), i64(0), (back,), HALF)])
         for share, at in zip(shares, (0, HALF), strict=True)

@@ -17,7 +17,7 @@ import numpy as np
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import TransferTimeoutError, WireError
-from kvxfer.layout.block_table import tables
+from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Router
@@ -72,7 +72,7 @@ class Machine:
 
     def _routes(self, peers: Any) -> list[Router]:
         made = plan([peer.spec for peer in peers], SPEC)
-        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.parts]
+        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.rank_plans]
 
     def step(self, step: Any) -> None:
         """One of an input; what is none does nothing."""
@@ -115,7 +115,7 @@ class Machine:
         elif what == "drop":
             self.consumer.release(ref, self.now)
         elif what in ("read", "take"):
-            into = tables(SPEC, [4, 5, 6], "target", distinct=True)
+            into = check_tables(SPEC, [4, 5, 6], "target", distinct=True)
             transfer = Transfer(ref, into, None, self.now + 30.0, self.ended.append, lambda: self.now)
             self.transfers.append(transfer)
             job = self.consumer.take(transfer) if what == "take" and self.consumer.granted(ref.token) else None
@@ -128,7 +128,7 @@ class Machine:
             transfer = self.reading[0].transfer
             if what == "stage":
                 stage = messages.StageChunk(
-                    token=transfer.ref.token, number=number % 99, image=messages.described(SPEC), tokens=(0, 4)
+                    token=transfer.ref.token, number=number % 99, layout=messages.encode_spec(SPEC), tokens=(0, 4)
                 )
                 self.consumer.stage(transfer, 0, stage, self.now)
             elif what == "unstage":
@@ -224,7 +224,7 @@ def seeds() -> list[Any]:
         return {**msgspec.msgpack.decode(messages.encode(message)), **more}
 
     hello = said(messages.Hello(protocol=messages.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = messages.StageChunk(token="0" * 32, number=0, image=messages.described(SPEC), tokens=(0, 8), taken=[])
+    stage = messages.StageChunk(token="0" * 32, number=0, layout=messages.encode_spec(SPEC), tokens=(0, 8), taken=[])
     welcome = said(
         messages.Welcome(
             protocol=messages.PROTOCOL,

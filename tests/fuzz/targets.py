@@ -35,11 +35,11 @@ from kvxfer.errors import (
     PeerInfoError,
     WireError,
 )
-from kvxfer.layout.block_table import BlockTable, ids_from_wire, ids_to_wire, tables
+from kvxfer.layout.block_table import BlockTable, check_tables, ids_from_wire, ids_to_wire
 from kvxfer.layout.spec import CacheSpec
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import Descriptors, Memory, RegionTable
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs
 from kvxfer.protocol import messages
@@ -130,7 +130,7 @@ def seeds_wire() -> list[bytes]:
             messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             messages.Renew(to="e", tokens=[TOKEN] * 3),
             messages.Renewed(ended=[TOKEN]),
-            messages.StageChunk(to="e", token=TOKEN, number=5, image=messages.described(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
+            messages.StageChunk(to="e", token=TOKEN, number=5, layout=messages.encode_spec(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
             messages.ChunkReady(token=TOKEN, number=0, address=4096),
             messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
             messages.Release(to="e", token=TOKEN, read=True),
@@ -286,11 +286,11 @@ def run_spec(data: bytes) -> bool:
     for source, target in ((spec, machine.SPEC), (machine.SPEC, spec), (spec, spec)):
         try:
             made = plan([source], target, convert=True)
-            for part in made.parts:
+            for part in made.rank_plans:
                 for like in ("source", "target"):
-                    images = Images(part, like, 1 << 16)
-                    for chunk, _ in zip(images.chunks([(0, 8)] * len(target.groups)), range(3), strict=False):
-                        images.image(chunk)
+                    chunk_planner = ChunkPlanner(part, like, 1 << 16)
+                    for chunk, _ in zip(chunk_planner.chunks([(0, 8)] * len(target.groups)), range(3), strict=False):
+                        chunk_planner.layout(chunk)
         except IncompatibleError:
             pass
     return True
@@ -316,7 +316,7 @@ def _packing() -> tuple[Packer, StagingArena, list[Any], KVCache]:
     return Packer(own, arena, lambda *told: packed.append(told)), arena, packed, own
 
 
-def run_image(data: bytes) -> bool:
+def run_layout(data: bytes) -> bool:
     """A chunk that a stranger asks for is packed into its slot, and nothing beside the slot changes; or it is refused by name."""
     try:
         message = messages.decode(data)
@@ -325,7 +325,7 @@ def run_image(data: bytes) -> bool:
     if not isinstance(message, messages.StageChunk):
         return False
     try:
-        image = messages.image_of(message)
+        layout = messages.layout_of(message)
     except WireError:
         return False
     packer, arena, packed, _ = _packing()
@@ -333,7 +333,7 @@ def run_image(data: bytes) -> bool:
     key = PackKey("t", 0)
     everything = arena.view(arena.memory.address, arena.memory.nbytes)
     everything[:] = 0xA5
-    packer.start(StartPack(key, message.number, image, message.tokens, [BlockTable(np.arange(1, 9), 0)]))
+    packer.start(StartPack(key, message.number, layout, message.tokens, [BlockTable(np.arange(1, 9), 0)]))
     packer.turn()
     ((_, number, address, error),) = packed
     assert number == message.number and (address is None) != (error is None)
@@ -347,13 +347,15 @@ def run_image(data: bytes) -> bool:
     return address is not None
 
 
-def seeds_image() -> list[bytes]:
+def seeds_layout() -> list[bytes]:
     found = []
     for like, tokens in (("source", (0, 8)), ("target", (3, 9))):
-        part = plan([machine.SPEC], machine.SPEC).parts[0]
-        images = Images(part, like, 1 << 12)
-        for chunk in list(images.chunks([tokens]))[:2]:
-            stage = messages.StageChunk(token=TOKEN, number=1, image=images.image(chunk).described, tokens=chunk.tokens)
+        part = plan([machine.SPEC], machine.SPEC).rank_plans[0]
+        chunk_planner = ChunkPlanner(part, like, 1 << 12)
+        for chunk in list(chunk_planner.chunks([tokens]))[:2]:
+            stage = messages.StageChunk(
+                token=TOKEN, number=1, layout=chunk_planner.layout(chunk).encoded, tokens=chunk.tokens
+            )
             found.append(messages.encode(stage))
     return found
 
@@ -371,7 +373,7 @@ def run_blocks(data: bytes) -> bool:
         value = [BlockTable(value.get("ids"), value.get("first", 0))]  # type: ignore[arg-type]
     for distinct in (False, True):
         try:
-            for table in tables(machine.SPEC, value, "source", distinct=distinct):
+            for table in check_tables(machine.SPEC, value, "source", distinct=distinct):
                 assert table.ids.dtype == np.int64 and ((table.ids >= 0) & (table.ids < 16)).all()
                 accepted = True
         except BlockError:
@@ -418,7 +420,7 @@ def run_copy(data: bytes) -> bool:
     except (ValueError, TypeError, OverflowError):
         made = arrays
     if isinstance(loops, list):
-        loops = tuple(Loop(*each) if isinstance(each, list) and len(each) == 3 else each for each in loops)
+        loops = tuple(StridedLoop(*each) if isinstance(each, list) and len(each) == 3 else each for each in loops)
     cast = Cast(*cast) if isinstance(cast, list) and len(cast) == 3 else cast
     copy = Copy(*made, loops, nbytes, cast)  # type: ignore[arg-type]
     try:
@@ -603,7 +605,7 @@ TARGETS = [
     Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_vllm/options.py": 60}),
     Target("settings", "json", run_settings, seeds_settings, {"kvxfer/config.py": 90}),
     Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout/spec.py": 85, "kvxfer/planner/chunks.py": 75}),
-    Target("image", "msgpack", run_image, seeds_image, {"kvxfer/runtime/packer.py": 70}),
+    Target("layout", "msgpack", run_layout, seeds_layout, {"kvxfer/runtime/packer.py": 70}),
     Target("blocks", "json", run_blocks, seeds_blocks, {"kvxfer/layout/block_table.py": 85}),
     Target("agent", "msgpack", run_agent, seeds_agent, {}),
     Target("copy", "json", run_copy, seeds_copy, {"kvxfer/memory/copies.py": 85}),

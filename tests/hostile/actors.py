@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_ref import LeaseRef
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 SLOT_NBYTES = 8 << 20
 
 
-def image_of(spec: CacheSpec, tokens: int) -> CacheSpec:
+def layout_of(spec: CacheSpec, tokens: int) -> CacheSpec:
     """How a reader whose cache looks like the producer's asks for the first tokens of a lease to be packed."""
-    (part,) = plan([spec], spec).parts
-    images = Images(part, "target", SLOT_NBYTES)
-    first = next(images.chunks([(0, tokens)] * len(spec.groups)))
-    image: CacheSpec = images.image(first).source
-    return image
+    (part,) = plan([spec], spec).rank_plans
+    chunk_planner = ChunkPlanner(part, "target", SLOT_NBYTES)
+    first = next(chunk_planner.chunks([(0, tokens)] * len(spec.groups)))
+    layout: CacheSpec = chunk_planner.layout(first).source
+    return layout
 
 
 def _as_bytes(message: messages.Message | bytes) -> bytes:

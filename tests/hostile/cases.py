@@ -19,7 +19,7 @@ from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_board import CELL_NBYTES
 from kvxfer.protocol.lease_ref import LeaseRef
-from tests.hostile.actors import HostileConsumer, HostileProducer, image_of
+from tests.hostile.actors import HostileConsumer, HostileProducer, layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,8 +84,8 @@ def tables(scene: Scene) -> Iterator[None]:
     group = me.welcome.spec.groups[0]
     extents = Axes(1, 1 << 22, 1, 1)
     region = CacheRegion("kv", (0,), 0, extents, Axes(1 << 23, 2, 2, 2), 2, 0)
-    image = CacheGroup(group.name, group.kind, 1, 1 << 22, Interval(0, 1, group.heads.total), (region,))
-    spec = msgspec.structs.replace(me.welcome.spec, groups=(image,))
+    layout = CacheGroup(group.name, group.kind, 1, 1 << 22, Interval(0, 1, group.heads.total), (region,))
+    spec = msgspec.structs.replace(me.welcome.spec, groups=(layout,))
     number = 0
     while True:
         for _ in range(8):
@@ -93,7 +93,7 @@ def tables(scene: Scene) -> Iterator[None]:
                 messages.StageChunk(
                     token=ref.token,
                     number=number,
-                    image=messages.described(spec),
+                    layout=messages.encode_spec(spec),
                     tokens=(number, number + 1),
                     taken=[],
                 )
@@ -109,7 +109,7 @@ def turn(scene: Scene) -> Iterator[None]:
     refs = [scene.lease(list(range(32))) for _ in readers]
     for me, ref in zip(readers, refs, strict=True):
         me.open(ref)
-    image = image_of(readers[0].welcome.spec, 512)
+    layout = layout_of(readers[0].welcome.spec, 512)
     number = 0
     while True:
         for me, ref in zip(readers, refs, strict=True):
@@ -119,7 +119,7 @@ def turn(scene: Scene) -> Iterator[None]:
                     messages.StageChunk(
                         token=ref.token,
                         number=at,
-                        image=messages.described(image),
+                        layout=messages.encode_spec(layout),
                         tokens=(0, 512),
                         digest=True,
                         taken=taken,
@@ -137,9 +137,11 @@ def slots(scene: Scene) -> Iterator[None]:
     ref = scene.lease(list(range(32)))
     me = scene.consumer()
     me.open(ref)
-    image = image_of(me.welcome.spec, 512)
+    layout = layout_of(me.welcome.spec, 512)
     for number in range(7):
-        me.say(messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
+        me.say(
+            messages.StageChunk(token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512))
+        )
     while True:
         me.say(messages.Renew(tokens=[ref.token]))
         yield
@@ -151,14 +153,18 @@ def queue(scene: Scene) -> Iterator[None]:
     ref = scene.lease(list(range(32)))
     me = scene.consumer()
     me.open(ref)
-    image = image_of(me.welcome.spec, 512)
+    layout = layout_of(me.welcome.spec, 512)
     for number in range(8):
-        me.say(messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512)))
+        me.say(
+            messages.StageChunk(token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512))
+        )
     number = 8
     while True:
         for _ in range(100):
             me.say(
-                messages.StageChunk(token=ref.token, number=number, image=messages.described(image), tokens=(0, 512))
+                messages.StageChunk(
+                    token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512)
+                )
             )
             me.say(messages.ReleaseChunks(token=ref.token, numbers=[number]))
             number += 1
@@ -230,10 +236,10 @@ def cpu(scene: Scene) -> Iterator[None]:
         to=me.welcome.epoch,
         token=secrets.token_hex(16),
         number=0,
-        image=messages.described(me.welcome.spec),
+        layout=messages.encode_spec(me.welcome.spec),
         tokens=(0, 1),
     )
-    data = _with_many_layers(asked, "image", 200_000)
+    data = _with_many_layers(asked, "layout", 200_000)
     assert len(data) < 1 << 20, len(data)
     while True:
         for _ in range(4):

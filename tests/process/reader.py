@@ -16,7 +16,7 @@ import msgspec
 import zmq
 
 from kvxfer.layout.spec import CacheSpec
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_ref import LeaseRef
@@ -57,10 +57,10 @@ class Member:
                     return message
         return None
 
-    def stage(self, token: str, number: int, image: CacheSpec, tokens: tuple[int, int], **more: Any) -> None:
+    def stage(self, token: str, number: int, layout: CacheSpec, tokens: tuple[int, int], **more: Any) -> None:
         """Ask for a chunk."""
         fields = {"to": self.welcome.epoch, "token": token, "number": number, "tokens": tokens}
-        self.say(messages.StageChunk(**fields, image=messages.described(image), **more))
+        self.say(messages.StageChunk(**fields, layout=messages.encode_spec(layout), **more))
 
 
 def main(ref: str, spec: str, chunks: str, *options: str) -> None:
@@ -69,13 +69,13 @@ def main(ref: str, spec: str, chunks: str, *options: str) -> None:
     member = Member(lease.addresses[0], name=f"reader-{lease.token[:4]}")
     member.say(messages.Acquire(to=member.welcome.epoch, token=lease.token))
     member.hear(messages.Grant)
-    part = plan([member.welcome.spec], mine).parts[0]
-    images = Images(part, "target", member.welcome.slot_nbytes)
+    part = plan([member.welcome.spec], mine).rank_plans[0]
+    chunk_planner = ChunkPlanner(part, "target", member.welcome.slot_nbytes)
     block = member.welcome.spec.groups[0].table_tokens
     for number in range(int(chunks)):
         tokens = (number * block, (number + 1) * block)
-        chunk = next(iter(images.chunks([tokens] * len(mine.groups))))
-        member.stage(lease.token, number, images.image(chunk).source, chunk.tokens)
+        chunk = next(iter(chunk_planner.chunks([tokens] * len(mine.groups))))
+        member.stage(lease.token, number, chunk_planner.layout(chunk).source, chunk.tokens)
     packed = 0
     while member.hear(messages.ChunkReady, QUIET_S) is not None:
         packed += 1

@@ -233,13 +233,13 @@ def device_not_waited_for(patch):
 @bug
 def sealed_one_block_too_many(patch):
     """While prefill runs, one block more is read than is complete."""
-    sealed = rank_plan.sealed_interval
+    sealed = rank_plan.published_interval
 
     def more(group, source, target, tokens):
         start, stop = sealed(group, source, target, tokens)
         return (start, stop + group.table_tokens) if 0 < stop < target.end_token else (start, stop)
 
-    patch(rank_plan, "sealed_interval", more)
+    patch(rank_plan, "published_interval", more)
 
 
 @bug

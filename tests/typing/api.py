@@ -35,9 +35,9 @@ def ask_a_plan(sources: list[kvxfer.KVCache], target: kvxfer.KVCache) -> kvxfer.
     """Which bytes of which rank go where, without a peer and without a device."""
     made: kvxfer.TransferPlan = kvxfer.plan([source.spec for source in sources], target.spec, convert=False)
     shards: tuple[kvxfer.CacheSpec, ...] = made.sources
-    spans: kvxfer.Descriptors = made.parts[0].bind([1, 2, 3], np.array([7, 8, 9]))
+    spans: kvxfer.Descriptors = made.rank_plans[0].bind([1, 2, 3], np.array([7, 8, 9]))
     table = kvxfer.BlockTable([4, 5], first_token=32)
-    rest: kvxfer.Descriptors = kvxfer.plan(shards[0], target.spec).parts[0].bind([1, 2, 3, 4], table, (40, None))
+    rest: kvxfer.Descriptors = kvxfer.plan(shards[0], target.spec).rank_plans[0].bind([1, 2, 3, 4], table, (40, None))
     total: int = spans.total_nbytes + rest.total_nbytes
     print(total, len(spans))
     return spans

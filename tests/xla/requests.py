@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvxfer.memory.copies import Copy, Loop
+from kvxfer.memory.copies import Copy, StridedLoop
 
 BLOCKS, TOKENS, HEADS, CONTENT_NBYTES = 64, 16, 4, 256
 SHAPE = (BLOCKS, TOKENS, HEADS, CONTENT_NBYTES // 2)
@@ -20,14 +20,20 @@ def i64(*values):
 
 def out_of_cache(ids):
     """Copy of some blocks to an image that is HND."""
-    loops = (Loop(TOKENS, HEADS * CONTENT_NBYTES, CONTENT_NBYTES), Loop(HEADS, CONTENT_NBYTES, TOKENS * CONTENT_NBYTES))
+    loops = (
+        StridedLoop(TOKENS, HEADS * CONTENT_NBYTES, CONTENT_NBYTES),
+        StridedLoop(HEADS, CONTENT_NBYTES, TOKENS * CONTENT_NBYTES),
+    )
     rows = np.arange(len(ids), dtype=np.int64)
     return Copy(i64(0), i64(0), i64(*ids) * BLOCK_NBYTES, rows * BLOCK_NBYTES, loops, CONTENT_NBYTES)
 
 
 def into_cache(ids):
     """Copy of an image that is HND to some blocks."""
-    loops = (Loop(HEADS, TOKENS * CONTENT_NBYTES, CONTENT_NBYTES), Loop(TOKENS, CONTENT_NBYTES, HEADS * CONTENT_NBYTES))
+    loops = (
+        StridedLoop(HEADS, TOKENS * CONTENT_NBYTES, CONTENT_NBYTES),
+        StridedLoop(TOKENS, CONTENT_NBYTES, HEADS * CONTENT_NBYTES),
+    )
     rows = np.arange(len(ids), dtype=np.int64)
     return Copy(i64(0), i64(0), rows * BLOCK_NBYTES, i64(*ids) * BLOCK_NBYTES, loops, CONTENT_NBYTES)
 

@@ -14,7 +14,7 @@ import pytest
 from kvxfer.buffers.base import DeviceBuffer, HostBuffer
 from kvxfer.errors import DescriptorError, UnsupportedBufferError, UnsupportedError
 from kvxfer.memory.arrays import allocations, read_array
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import MemoryKind
 
 
@@ -217,7 +217,7 @@ def test_packed_bytes_are_those_of_the_copy_and_no_others():
     """Each block goes to its place; bytes between the places stay as they are."""
     memory = np.arange(64, dtype=np.uint8)
     out = np.full(20, 255, dtype=np.uint8)
-    done = HostBuffer(memory).pack([Copy(i64(2), i64(1), i64(40, 0), i64(0, 9), (Loop(2, 8, 4),), 3)], out)
+    done = HostBuffer(memory).pack([Copy(i64(2), i64(1), i64(40, 0), i64(0, 9), (StridedLoop(2, 8, 4),), 3)], out)
     assert done.wait(timeout_s=1) and done.done
     assert out.tolist() == [255, 42, 43, 44, 255, 50, 51, 52, 255, 255, 2, 3, 4, 255, 10, 11, 12, 255, 255, 255]
 
@@ -250,7 +250,7 @@ def test_blocks_of_megabytes_are_copied_whole():
         ([one_copy(60, 0, 8)], np.zeros(64, np.uint8), "bytes 60 to 68 of 64: outside"),
         ([one_copy(0, 60, 8)], np.zeros(64, np.uint8), "bytes 60 to 68 of 64: outside"),
         ([one_copy(1 << 62, 0, 8, source_blocks=i64(1 << 62))], np.zeros(64, np.uint8), "outside"),
-        ([one_copy(0, 0, 8, loops=(Loop(1 << 40, 0, 0),))], np.zeros(64, np.uint8), "overlap"),
+        ([one_copy(0, 0, 8, loops=(StridedLoop(1 << 40, 0, 0),))], np.zeros(64, np.uint8), "overlap"),
         ([one_copy(0, 0, 0)], np.zeros(64, np.uint8), "length of a run is out of range"),
         ([one_copy(0, 0, 8, source=[0])], np.zeros(64, np.uint8), "int64"),
         ([one_copy(0, 0, 8, source=i64(0, 0))], np.zeros(64, np.uint8), "as many offsets"),

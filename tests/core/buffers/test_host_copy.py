@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvxfer.buffers.host_copy import copy_runs
 from kvxfer.layout.spec import DTYPE_NBYTES
-from kvxfer.memory.copies import Cast, Copy, Loop
+from kvxfer.memory.copies import Cast, Copy, StridedLoop
 
 RUNS = [1, 3, 7, 24, 100, 512, 4096]
 
@@ -89,7 +89,7 @@ def copies(draw):
             elif backwards:
                 to += side[axis] * (count - 1)
         if counts[axis] > 1:
-            made.append(Loop(counts[axis], *strides))
+            made.append(StridedLoop(counts[axis], *strides))
     made.sort(key=lambda loop: -abs(loop.source_stride))
     copy = Copy(
         i64(source["bases"]) + at, i64(target["bases"]) + to, i64(source["blocks"]), i64(target["blocks"]),
@@ -133,7 +133,7 @@ def test_any_cast_equals_casting_run_by_run(made, types):
     read, written = DTYPE_NBYTES[types[0]], DTYPE_NBYTES[types[1]]
     wide = Copy(
         copy.source * read, copy.target * written, copy.source_blocks * read, copy.target_blocks * written,
-        tuple(Loop(x.count, x.source_stride * read, x.target_stride * written) for x in copy.loops),
+        tuple(StridedLoop(x.count, x.source_stride * read, x.target_stride * written) for x in copy.loops),
         copy.nbytes * read, Cast(*types, 0.5),
     )  # fmt: skip
     wide.check(source_size * read, target_size * written)
@@ -160,7 +160,7 @@ def test_copies_of_several_batches(nbytes, order, blocks):
         arrays.append((memory, memory.reshape(*shape, nbytes).transpose([*(side.index(axis) for axis in "bhn"), 3])))
     (source, here), (target, there) = arrays
     ids = np.arange(100) if blocks == "contiguous" else np.random.default_rng(5).permutation(100)
-    loops = [Loop(counts[axis], here.strides[i], there.strides[i]) for i, axis in ((1, "h"), (2, "n"))]
+    loops = [StridedLoop(counts[axis], here.strides[i], there.strides[i]) for i, axis in ((1, "h"), (2, "n"))]
     copy = Copy(
         i64([0]), i64([0]), i64(ids) * here.strides[0], i64(range(100)) * there.strides[0],
         tuple(sorted(loops, key=lambda loop: -loop.source_stride)), nbytes,
@@ -175,7 +175,7 @@ def test_blocks_of_which_each_is_a_batch(nbytes):
     blocks, rows, columns = 5, 150, 130
     source, target = noise(blocks * rows * columns * nbytes, 1), noise((blocks + 2) * rows * columns * nbytes, 2)
     here, there = source.reshape(blocks, rows, columns, nbytes), target.reshape(blocks + 2, columns, rows, nbytes)
-    loops = (Loop(rows, columns * nbytes, nbytes), Loop(columns, nbytes, rows * nbytes))
+    loops = (StridedLoop(rows, columns * nbytes, nbytes), StridedLoop(columns, nbytes, rows * nbytes))
     size, ids = rows * columns * nbytes, [6, 0, 2, 5, 1]
     expected = there.copy()
     expected[ids] = here.transpose(0, 2, 1, 3)
@@ -204,7 +204,7 @@ def test_other_threads_run_while_bytes_are_copied(blocks):
     size = run * heads * tokens
     source, target = np.ones(number * size, np.uint8), np.zeros(number * size, np.uint8)
     ids = np.arange(number) if blocks == "contiguous" else np.random.default_rng(6).permutation(number)
-    loops = (Loop(heads, tokens * run, run), Loop(tokens, run, heads * run))
+    loops = (StridedLoop(heads, tokens * run, run), StridedLoop(tokens, run, heads * run))
     copy = Copy(i64([0]), i64([0]), i64(ids) * size, i64(range(number)) * size, loops, run)
     before = sys.getswitchinterval()
     sys.setswitchinterval(60)  # a thread that does not let go of the lock keeps it

@@ -114,7 +114,7 @@ def test_tokens_are_not_shown():
     ref = LeaseRef.for_rendezvous("key", owner="x", addresses=["tcp://x:1"])
     peer = Peer("tcp://x:1", 0)
     peer.needed_by[token] = None
-    stage = messages.StageChunk(token=token, number=0, image=messages.described(small_cache().spec), tokens=(0, 1))
+    stage = messages.StageChunk(token=token, number=0, layout=messages.encode_spec(small_cache().spec), tokens=(0, 1))
     holds = [
         grant, messages.Renew(tokens=[token]), messages.Renewed(ended=[token]), messages.Release(token=token, read=True), stage, ref,
         Claim(peer, grant), Hold(ref, 0.0, 1.0, [Claim(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvxfer import Endpoint, KVCache
 from kvxfer.errors import IncompatibleError, KvxferError, LayoutError
-from kvxfer.layout.block_table import Table
+from kvxfer.layout.block_table import CheckedTable
 from kvxfer.layout.spec import MAX_CELLS, Axes, CacheGroup, CacheRegion, CacheSpec, Interval
 from kvxfer.planner.plan import plan
 from kvxfer.protocol.peer import Identity
@@ -53,7 +53,7 @@ def cost(work) -> tuple[float, float]:
 
 def test_entries_that_stand_for_many_kernel_blocks_cost_what_is_read():
     """Of 256 entries of 65,536 kernel blocks each, 64 tokens are read: no entry is cut into more than that (5.3 GiB before)."""
-    (part,) = plan(described(1 << 16, 1, 64), described(16, 16, 64)).parts
+    (part,) = plan(described(1 << 16, 1, 64), described(16, 16, 64)).rank_plans
     seconds, mib = cost(lambda: part.bind([0] * 256, [3, 1, 2, 0], tokens=(96, 160)))
     assert mib < 64 and seconds < GENEROUS_S
 
@@ -64,7 +64,7 @@ def test_blocks_far_apart_cost_what_is_read():
     for repeated in (False, True):
         ids[7] = ids[11] if repeated else ids[7]
         found = []
-        seconds, mib = cost(lambda: found.append(Table(ids, 0, 16, (1 << 31) - 1).repeats))  # noqa: B023
+        seconds, mib = cost(lambda: found.append(CheckedTable(ids, 0, 16, (1 << 31) - 1).repeats))  # noqa: B023
         assert found == [repeated]
         assert mib < 96 and seconds < GENEROUS_S
 
@@ -110,8 +110,8 @@ def test_pieces_of_a_direct_read_are_all_of_it(pair, most):
         for _, part, match in matched(pair, target):
             if not part.overlaps:
                 continue
-            bound = part.bound(match)
-            pieces = bound.in_pieces(most)
+            bound = part.resolve(match)
+            pieces = bound.split_by_runs(most)
             for number, (start, stop) in enumerate(match.tokens):
                 tokens = [token for piece in pieces for token in range(*piece.tokens[number])]
                 assert tokens == list(range(start, stop))

@@ -30,7 +30,7 @@ AXES = {"fingerprint", "dtype", "layers", "kind", "heads", "groups", "components
 def parts_of(pair: Pair, target: Rank):
     """(source rank, what it gives to the target)."""
     made = plan([source.spec for source in pair.sources], target.spec, convert=pair.convert)
-    return list(zip(pair.sources, made.parts, strict=True))
+    return list(zip(pair.sources, made.rank_plans, strict=True))
 
 
 def matched(pair: Pair, target: Rank):
@@ -270,7 +270,7 @@ def test_all_target_ranks_together_load_holders_evenly(data):
     targets = regular((target_stages, data.draw(st.sampled_from(widths))), layers, heads)
     given_by: Counter[tuple[int, int]] = Counter()
     for target in targets:
-        for rank, part in enumerate(plan(sources, target).parts):
+        for rank, part in enumerate(plan(sources, target).rank_plans):
             given_by.update((rank, head) for each in part.overlaps for head in range(*each.heads))
     assert given_by.total() == layers * sum(len(target.groups[0].heads) for target in targets) // target_stages
     for head in range(heads):
@@ -290,7 +290,7 @@ def test_tensor_parallel_sizes_need_not_divide_each_other():
     """12 heads on 6 ranks become 12 heads on 4: each of these reads one rank whole and half of another."""
     sources, targets = regular((1, 6), 2, 12), regular((1, 4), 2, 12)
     found = [
-        {(rank, each.heads) for rank, part in enumerate(plan(sources, target).parts) for each in part.overlaps}
+        {(rank, each.heads) for rank, part in enumerate(plan(sources, target).rank_plans) for each in part.overlaps}
         for target in targets
     ]
     assert found == [
@@ -312,7 +312,7 @@ def test_heads_need_not_be_split_evenly():
         group = CacheGroup("0", "full_attention", 1, 4, Interval(start, stop, 6), (region,))
         sources.append(CacheSpec((group,), "uint8", Interval(0, 1, 1), rank=rank, world=4))
     made = plan(sources, whole)
-    assert [[each.heads for each in part.overlaps] for part in made.parts] == [[bound] for bound in bounds]
+    assert [[each.heads for each in part.overlaps] for part in made.rank_plans] == [[bound] for bound in bounds]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_block_sizes_need_not_divide_each_other(source_tokens, target_tokens, ru
         )
         parts.append((cache.spec, np.arange(number) * 2))
     (source, from_ids), (target, to_ids) = parts
-    bound = plan(source, target).parts[0].bind(from_ids, to_ids, (0, 144))
+    bound = plan(source, target).rank_plans[0].bind(from_ids, to_ids, (0, 144))
     assert len(bound) == runs
     assert bound.total_nbytes == 144 * 2
 
@@ -340,7 +340,7 @@ def test_layers_with_names_may_have_any_numbers():
     source, target = (KVCache.from_layers(each, name_layers=True).spec for each in arrays)
     with pytest.raises(IncompatibleError, match="no rank of the source has layer 'x': they have a, b"):
         plan(source, target)
-    bound = plan(target, source).parts[0].bind([0], [1])
+    bound = plan(target, source).rank_plans[0].bind([0], [1])
     for name in ("a", "b"):
         at = bound.local.tolist().index(arrays[0][name][1].ctypes.data)
         assert bound.remote[at] == arrays[1][name][0].ctypes.data
@@ -448,7 +448,7 @@ def test_strangers_are_served_or_refused_by_name(one, other, convert):
     for target in other.targets:
         if refused(sources, target.spec, convert=convert) is not None:
             continue
-        for source, part in zip(one.sources, plan(sources, target.spec, convert=convert).parts, strict=True):
+        for source, part in zip(one.sources, plan(sources, target.spec, convert=convert).rank_plans, strict=True):
             try:
                 match = part.match(source.blocks, target.blocks, other.tokens)
             except BlockError as error:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import IncompatibleError
 from kvxfer.planner.chunk_size import Chunking, Legs
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.pipeline_depth import Depth, Ends
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route, Router
@@ -27,11 +27,11 @@ def part():
         KVCache.allocate(order, layers=4, blocks=64, heads=2, block_tokens=8, head_dim=32)[0]
         for order in ("HND", "NHD")
     ]
-    return plan(caches[0].spec, caches[1].spec).parts[0]
+    return plan(caches[0].spec, caches[1].spec).rank_plans[0]
 
 
 def chunking(least_nbytes: int = 1, in_flight: int = 64, slot_nbytes: int = SLOT) -> Chunking:
-    return Chunking(Images(part(), "target", slot_nbytes), least_nbytes=least_nbytes, in_flight=in_flight)
+    return Chunking(ChunkPlanner(part(), "target", slot_nbytes), least_nbytes=least_nbytes, in_flight=in_flight)
 
 
 class Line:
@@ -58,7 +58,7 @@ class Line:
 def test_sizes(least, slot, sizes):
     """The largest that there is room for and halves of it, down to the least that is asked for or a block of a layer."""
     found = chunking(least, slot_nbytes=slot)
-    assert [size.nbytes for size in found.sizes] == [size.images.slot_nbytes for size in found.sizes] == sizes
+    assert [size.nbytes for size in found.sizes] == [size.chunk_planner.slot_nbytes for size in found.sizes] == sizes
 
 
 @pytest.mark.parametrize(

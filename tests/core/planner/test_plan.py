@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
-from kvxfer.layout.block_table import Table, tables
+from kvxfer.layout.block_table import CheckedTable, check_tables
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
-from kvxfer.planner.expand import Walks, grains, kernel_blocks
+from kvxfer.planner.expand import AlignmentCache, alignments, kernel_blocks
 from kvxfer.planner.plan import plan
 
 # At least so many; more under the profile `search`.
@@ -123,7 +123,7 @@ def cases(draw):
 
 def part(source, target):
     """The plan between two caches of one rank each."""
-    (made,) = plan(source, target).parts
+    (made,) = plan(source, target).rank_plans
     return made
 
 
@@ -403,7 +403,7 @@ def reshaped(**changes):
 def test_a_window_is_read_from_who_keeps_everything():
     """A source that keeps the blocks of all tokens serves a target that keeps a window of them, and not the other way round."""
     window = reshaped(kind="sliding_window")
-    assert plan(other(), window).parts[0].overlaps
+    assert plan(other(), window).rank_plans[0].overlaps
     with pytest.raises(IncompatibleError) as refused:
         plan(window, other())
     assert refused.value.axis == "kind"
@@ -492,16 +492,16 @@ def test_layout_enum_and_test_orders_are_the_same():
     assert sorted(ORDERS) == sorted(order.value for order in KVLayout)
 
 
-def test_a_part_keeps_a_bounded_number_of_grains(monkeypatch):
+def test_a_part_keeps_a_bounded_number_of_alignments(monkeypatch):
     """However many ways there are to begin and end in a block, what is kept for the next request is bounded."""
-    monkeypatch.setattr("kvxfer.planner.rank_plan._MOST_GRAINS", 8)
+    monkeypatch.setattr("kvxfer.planner.rank_plan._MOST_ALIGNMENTS", 8)
     cache, _ = KVCache.allocate("HND", layers=1, blocks=4, heads=2, block_tokens=16, head_dim=8)
-    part = plan(cache.spec, cache.spec).parts[0]
+    part = plan(cache.spec, cache.spec).rank_plans[0]
     for start in range(16):
         for stop in range(start + 1, 17):
             match = part.match([1], [2], tokens=(start, stop))
             assert part.copies(match) and part.runs(match)[1] == 2 * 2 * (stop - start) * 8 * 2
-            assert len(part._nests) <= 8
+            assert len(part._batches) <= 8
 
 
 @given(
@@ -513,16 +513,16 @@ def test_a_part_keeps_a_bounded_number_of_grains(monkeypatch):
 def test_walks_are_remembered_and_the_same(block_tokens, spans, seed, most):
     """What is remembered of the tables of a request is what they say, however many parts ask for it and however little is kept."""
     rng = np.random.default_rng(seed)
-    both = [Table(rng.permutation(64)[: 48 // tokens], 0, tokens) for tokens in block_tokens]
-    walks = Walks()
+    both = [CheckedTable(rng.permutation(64)[: 48 // tokens], 0, tokens) for tokens in block_tokens]
+    walks = AlignmentCache()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvxfer.planner.expand._MOST_BLOCKS", most)
         for start, tokens in [*spans, *spans]:
             stop = min(48, start + tokens)
             kernels = (1, 1) if tokens % 2 else block_tokens
-            found = walks.grains(*both, kernels, start, stop)
+            found = walks.alignments(*both, kernels, start, stop)
             asked = [(grain, pairs.source.tolist(), pairs.target.tolist()) for grain, pairs in found]
-            anew = grains(*(kernel_blocks(t, k, 0, 48) for t, k in zip(both, kernels, strict=True)), start, stop)
+            anew = alignments(*(kernel_blocks(t, k, 0, 48) for t, k in zip(both, kernels, strict=True)), start, stop)
             assert asked == [(grain, pairs.source.tolist(), pairs.target.tolist()) for grain, pairs in anew]
             for strides in ((3, 5), (7, 5), (7, 5), (3, 5)):
                 for _, pairs in found:
@@ -531,7 +531,7 @@ def test_walks_are_remembered_and_the_same(block_tokens, spans, seed, most):
                     assert target.tolist() == [each * strides[1] for each in pairs.target]
             kept = sum(len(pairs) for known in walks._known.values() for _, pairs in known)
             assert kept <= max(most, sum(len(pairs) for _, pairs in found))
-    assert walks.grains(*both, kernels, start, stop) is walks.grains(*both, kernels, start, stop)
+    assert walks.alignments(*both, kernels, start, stop) is walks.alignments(*both, kernels, start, stop)
 
 
 def test_parts_of_a_group_lease_the_same_tokens():
@@ -554,13 +554,13 @@ def test_parts_of_a_group_lease_the_same_tokens():
         )
         for layer in (0, 1)
     )
-    (part,) = plan(msgspec.structs.replace(cache.spec, groups=parts), cache.spec).parts
-    source, target = tables(part.source, [[0, 1, 2], [0]]), tables(part.target, [0, 1, 2])
-    assert part.sealed(source, target).tokens == [(0, 4)]
-    assert part.sealed(source[::-1], target).tokens == [(0, 4)]
-    assert part.sealed(tables(part.source, [[0, 1], []]), target).tokens == [(0, 0)]
+    (part,) = plan(msgspec.structs.replace(cache.spec, groups=parts), cache.spec).rank_plans
+    source, target = check_tables(part.source, [[0, 1, 2], [0]]), check_tables(part.target, [0, 1, 2])
+    assert part.match_published(source, target).tokens == [(0, 4)]
+    assert part.match_published(source[::-1], target).tokens == [(0, 4)]
+    assert part.match_published(check_tables(part.source, [[0, 1], []]), target).tokens == [(0, 0)]
     assert part.match([[0, 1, 2]] * 2, [0, 1, 2]).tokens == [(0, 12)]
     larger, _ = KVCache.allocate("HND", layers=2, blocks=2, heads=1, block_tokens=8, head_dim=8)
-    (part,) = plan(part.source, larger.spec).parts
+    (part,) = plan(part.source, larger.spec).rank_plans
     with pytest.raises(BlockError, match="the parts of group '0' have leased different tokens"):
         part.match([[0, 1, 2, 3], [0, 1, 2]], [0, 1])

@@ -13,7 +13,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.buffers.host_copy import Effort, effort_of
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import LeaseEndedError
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route, Router
 
@@ -44,7 +44,7 @@ def ids(made: KVCache, *, scattered: bool) -> list[int]:
 
 
 def predicted_s(source: KVCache, target: KVCache, route: Route, costs: Costs, *, scattered: bool) -> float:
-    part = plan(source.spec, target.spec, convert=True).parts[0]
+    part = plan(source.spec, target.spec, convert=True).rank_plans[0]
     match = part.match(ids(source, scattered=scattered), ids(target, scattered=scattered), (0, TOKENS))
     return Router(part, costs, slot_nbytes=1 << 20, only=route).choose(match).seconds[route]
 
@@ -99,10 +99,10 @@ def test_effort_adds_up() -> None:
 @pytest.mark.parametrize("tokens", [(0, TOKENS), (5, 1000), (17, 18), (3, 3)])
 def test_chunks_are_counted_without_making_them(like: str, slot_nbytes: int, tokens: tuple[int, int]) -> None:
     """Also those at the ends, which are not full: each costs a message and a copy."""
-    part = plan(cache().spec, cache("NHD", block_tokens=48).spec).parts[0]
-    images = Images(part, like, slot_nbytes)
-    for number in range(len(images.tiles)):
-        assert images.number_of(number, [tokens]) == len(list(images.chunks_of(number, [tokens])))
+    part = plan(cache().spec, cache("NHD", block_tokens=48).spec).rank_plans[0]
+    chunk_planner = ChunkPlanner(part, like, slot_nbytes)
+    for number in range(len(chunk_planner.templates)):
+        assert chunk_planner.number_of(number, [tokens]) == len(list(chunk_planner.chunks_of(number, [tokens])))
 
 
 def test_a_calibration_from_before_has_the_defaults_for_the_rest(tmp_path) -> None:

@@ -32,7 +32,7 @@ def test_no_other_route_is_predicted_to_be_faster(pair, costs, slot_nbytes):
     """Whatever the costs and the caches, the chosen route takes no longer than any that a router of that route alone predicts."""
     for target in pair.targets:
         made = plan([source.spec for source in pair.sources], target.spec, convert=pair.convert)
-        for source, part in zip(pair.sources, made.parts, strict=True):
+        for source, part in zip(pair.sources, made.rank_plans, strict=True):
             match = part.match(source.blocks, target.blocks, pair.tokens)
             chosen = Router(part, costs, slot_nbytes=slot_nbytes).choose(match)
             for only in Route:

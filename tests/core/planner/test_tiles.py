@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.config import Settings
 from kvxfer.layout.spec import DTYPE_NBYTES
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.testing import eventually
 from tests.core.engine import ROUTES, SMALL
 from tests.core.planner.pairs import pair_cases, pairs_in_parts
@@ -36,13 +36,13 @@ def test_chunks_hold_what_their_source_gives_and_nothing_else(pair, like):
                 layer = each.target.region.layers[each.target.position]
                 for head in range(*each.heads):
                     given_[group.name, layer, head] += (stop - start) * (each.content[1] - each.content[0])
-            images = Images(part, like, 1 << 20)
-            for chunk in images.chunks(match.tokens):
-                image = images.image(chunk)
-                (group,) = image.target.groups
+            chunk_planner = ChunkPlanner(part, like, 1 << 20)
+            for chunk in chunk_planner.chunks(match.tokens):
+                layout = chunk_planner.layout(chunk)
+                (group,) = layout.target.groups
                 start, stop = chunk.tokens
                 for region in group.regions:
-                    size = 1 if region.component in ("state", "scale") else DTYPE_NBYTES[image.target.dtype]
+                    size = 1 if region.component in ("state", "scale") else DTYPE_NBYTES[layout.target.dtype]
                     for layer in region.layers:
                         for head in range(group.heads.start, group.heads.stop):
                             held[group.name, layer, head] += (stop - start) * region.content_nbytes // size

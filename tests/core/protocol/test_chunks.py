@@ -276,7 +276,7 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     world.advance(6)
     assert transfer.done and consumer.holds
     stages, unstages = len(said(consumer, messages.StageChunk)), len(said(consumer, messages.ReleaseChunks))
-    message = messages.StageChunk(token=ref.token, number=9, image=messages.described(consumer.spec), tokens=(0, 4))
+    message = messages.StageChunk(token=ref.token, number=9, layout=messages.encode_spec(consumer.spec), tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)
     consumer.consumer.unstage(transfer, 0, [0])
     consumer.perform()

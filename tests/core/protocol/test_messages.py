@@ -31,7 +31,7 @@ MESSAGES = [
     messages.Revoked(token=TOKEN, reason="because"),
     messages.Refused(code="garbage", reason="because", epoch="e"),
     messages.StageChunk(
-        to="e", token=TOKEN, number=(1 << 31) - 1, image=messages.described(SPEC), tokens=(3, 1 << 40), taken=[0, 7]
+        to="e", token=TOKEN, number=(1 << 31) - 1, layout=messages.encode_spec(SPEC), tokens=(3, 1 << 40), taken=[0, 7]
     ),
     messages.ChunkReady(token=TOKEN, number=0, address=(1 << 63) - 1),
     messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
@@ -110,7 +110,7 @@ def _changed(message, **fields):
         (2, {"token": "x" * 32}), (2, {"token": TOKEN + "\n"}), (2, {"token": TOKEN * 2}), (2, {"to": "e" * 33}), (2, {"token": None}),
         (0, {"rank": -1}), (0, {"rank": 1 << 20}), (0, {"name": "n" * 257}), (0, {"protocol": "1"}), (0, {"agent": 7}),
         (1, {"spec": {}}), (1, {"spec": None}), (1, {"agent_info": "text"}),
-        (11, {"number": -1}), (11, {"number": 1 << 31}), (11, {"image": {}}), (11, {"image": None}), (11, {"tokens": [1]}),
+        (11, {"number": -1}), (11, {"number": 1 << 31}), (11, {"layout": {}}), (11, {"layout": None}), (11, {"tokens": [1]}),
         (11, {"tokens": [-1, 4]}), (11, {"tokens": [0, (1 << 40) + 1]}), (11, {"tokens": [0, 1, 2]}), (11, {"tokens": 7}), (11, {"token": "x"}),
         (12, {"address": -1}), (12, {"address": 1 << 63}), (12, {"number": "1"}), (13, {"numbers": [0] * 1025}), (13, {"numbers": ["0"]}),
         (14, {"reader": -1}), (14, {"reader": 1024}), (14, {"readers": 0}), (14, {"readers": 1025}),
@@ -125,7 +125,7 @@ def test_absurd_values_are_refused(number, fields):
         _read(_changed(MESSAGES[number], **fields))
 
 
-@pytest.mark.parametrize(("number", "field"), [(1, "spec"), (11, "image")])
+@pytest.mark.parametrize(("number", "field"), [(1, "spec"), (11, "layout")])
 def test_a_contradictory_spec_is_refused(number, field):
     """A cache description that contradicts itself, a peer's or a chunk's, ends as the same named error."""
     spec = msgspec.to_builtins(SPEC)
@@ -138,14 +138,14 @@ def _read(data):
     """All of it: the description of a chunk too."""
     message = messages.decode(data)
     if isinstance(message, messages.StageChunk):
-        messages.image_of(message)
+        messages.layout_of(message)
 
 
 def test_a_description_of_a_chunk_is_bounded():
     """What takes more bytes than that of any chunk is refused before it is decoded."""
-    stage = msgspec.structs.replace(MESSAGES[11], image=msgspec.Raw(bytes(messages.MAX_IMAGE_NBYTES + 1)))
+    stage = msgspec.structs.replace(MESSAGES[11], layout=msgspec.Raw(bytes(messages.MAX_IMAGE_NBYTES + 1)))
     with pytest.raises(WireError, match="262145 bytes"):
-        messages.image_of(stage)
+        messages.layout_of(stage)
 
 
 def test_a_peer_without_the_new_fields_is_understood():

@@ -427,7 +427,7 @@ class Stager:
             to=self.node.epoch,
             token=token or self.token,
             number=number,
-            image=messages.described(self.node.spec),
+            layout=messages.encode_spec(self.node.spec),
             tokens=(1, 7),
             taken=list(taken),
         )
@@ -458,7 +458,7 @@ def test_a_chunk_from_the_question_to_its_end(producer, stager):
     """Asked for, packed, told where it lies, taken: once each, with the blocks of the lease."""
     (start,) = stager.stage()
     assert isinstance(start, StartPack) and (start.key, start.number, start.tokens) == (stager.key(), 0, (1, 7))
-    assert start.image == producer.spec
+    assert start.layout == producer.spec
     assert [(list(table.ids), table.first_token) for table in start.blocks] == [([3, 4], 0)]
     assert stager.packed() == [messages.ChunkReady(token=stager.token, number=0, address=4096)]
     assert stager.unstage(0) == [EndPack(stager.key(), [0])]
@@ -484,7 +484,7 @@ def test_first_tokens_go_with_the_blocks(producer, talk):
     (grant,) = talk(messages.Acquire(to=producer.epoch, token=ref.token), connection)
     assert grant.first_tokens == [16]
     stage = messages.StageChunk(
-        to=producer.epoch, token=ref.token, number=0, image=messages.described(producer.spec), tokens=(16, 20)
+        to=producer.epoch, token=ref.token, number=0, layout=messages.encode_spec(producer.spec), tokens=(16, 20)
     )
     producer.producer.received(connection, stage, producer.world.now)
     (start,) = producer.out
@@ -622,14 +622,14 @@ def test_chunks_end_with_the_lease(producer, stager, end, state):
     assert acts.index(ends[0]) < [hasattr(a, "request") for a in acts].index(True)
     if state == "asked":
         assert stager.packed(1) == [EndPack(stager.key(), [1])]
-        assert stager.packed(1, error=IncompatibleError("image", "no")) == [EndPack(stager.key(), [1])]
+        assert stager.packed(1, error=IncompatibleError("layout", "no")) == [EndPack(stager.key(), [1])]
     assert stager.unstage(0) == [] and not producer.producer._chunks
 
 
 def test_a_chunk_that_cannot_be_packed(producer, stager):
     """Its reader hears the reason, and hears it again when it asks again; other chunks are packed all the same."""
     stager.stage()
-    (refused,) = stager.packed(error=IncompatibleError("image", "the chunk is of another model"))
+    (refused,) = stager.packed(error=IncompatibleError("layout", "the chunk is of another model"))
     assert (refused.code, refused.token) == ("staging", stager.token) and "another model" in refused.reason
     assert refusals(producer, "staging") == 1
     assert stager.stage() == [refused]
@@ -666,7 +666,11 @@ def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     assert kinds(
         talk(
             messages.StageChunk(
-                to=producer.epoch, token=stager.token, number=0, image=messages.described(producer.spec), tokens=(1, 7)
+                to=producer.epoch,
+                token=stager.token,
+                number=0,
+                layout=messages.encode_spec(producer.spec),
+                tokens=(1, 7),
             ),
             stager.ranks[0],
         )

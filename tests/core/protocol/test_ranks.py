@@ -341,7 +341,7 @@ def test_a_rank_restarted_before_it_granted_is_planned_anew(world):
     assert transfer.done and transfer.error is None
     assert transfer.content == wanted
     (job,) = sink.started
-    assert [each.router.part.source for each in job.sources] == [node.spec for node in source.nodes]
+    assert [each.router.rank_plan.source for each in job.sources] == [node.spec for node in source.nodes]
 
 
 def test_ranks_that_change_places(world):

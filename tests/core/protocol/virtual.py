@@ -14,7 +14,7 @@ import numpy as np
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError, LeaseEndedError, PeerLostError, TransferTimeoutError
-from kvxfer.layout.block_table import tables
+from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Router
@@ -176,7 +176,7 @@ class Node:
 
     def _routes(self, peers: Any) -> list[Router]:
         made = plan([peer.spec for peer in peers], self.spec)
-        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.parts]
+        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.rank_plans]
 
     @property
     def holds(self) -> Any:
@@ -262,7 +262,7 @@ class Node:
     ) -> Transfer:
         """One that nobody was told of yet."""
         first_token = tokens[0] if tokens else 0
-        targets = tables(self.spec, list(into), "target", first_token=first_token, distinct=True)
+        targets = check_tables(self.spec, list(into), "target", first_token=first_token, distinct=True)
         transfer = Transfer(ref, targets, tokens, self.world.now + timeout_s, self._ended)
         transfer.started = self.world.now
         return transfer
@@ -588,7 +588,7 @@ class World:
             stage = messages.StageChunk(
                 token=transfer.ref.token,
                 number=leg.number,
-                image=messages.described(reading.node.spec),
+                layout=messages.encode_spec(reading.node.spec),
                 tokens=leg.chunks.pop(0),
             )
             consumer.stage(transfer, number, stage, self.now)

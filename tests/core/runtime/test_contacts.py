@@ -50,7 +50,7 @@ class Two(Rig):
         super().__init__(contact_s=contact_s, met=False)
         cache = small_cache(seed=9, heads_total=2)
         self.other = Sender(f"silent-{id(self)}", cache)
-        self.other_router = Router(plan([cache.spec], self.cache.spec).parts[0], Costs(), slot_nbytes=1 << 12)
+        self.other_router = Router(plan([cache.spec], self.cache.spec).rank_plans[0], Costs(), slot_nbytes=1 << 12)
         self.silent.add(self.other.agent.name)
         self.path.start()
 

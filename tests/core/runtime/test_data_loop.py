@@ -26,9 +26,9 @@ from kvxfer.errors import (
     TransferFailedError,
     TransferTimeoutError,
 )
-from kvxfer.layout.block_table import BlockTable, tables
+from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.metrics import Metrics
-from kvxfer.planner.chunks import Images
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route, Router
 from kvxfer.protocol import messages
@@ -102,7 +102,7 @@ class Sender:
         while self.taken:
             self.packer.end(key, self.taken.pop())
         self.packer.start(
-            StartPack(key, stage.number, messages.image_of(stage), stage.tokens, [BlockTable(list(blocks))])
+            StartPack(key, stage.number, messages.layout_of(stage), stage.tokens, [BlockTable(list(blocks))])
         )
         self.packer.turn()
         (_, _, address, error) = self.packs.pop()
@@ -130,7 +130,7 @@ class Rig:
         self.before = [self.block(i) for i in range(32)]
         self.scratch = scratch
         self.board = LeaseBoard(4, scratch)
-        parts = plan([cache.spec for cache in caches], self.cache.spec).parts
+        parts = plan([cache.spec for cache in caches], self.cache.spec).rank_plans
         self.routers = [Router(part, Costs(), slot_nbytes=slot, only=route) for part in parts]
         self.path = DataLoop(
             self._make,
@@ -163,13 +163,13 @@ class Rig:
         """A read of one block, or of lists of them."""
         ref = LeaseRef.mint(owner="source", addresses=["tcp://source:1"] * len(self.senders))
         given, wanted = ([ids] if isinstance(ids, int) else list(ids) for ids in (source, target))
-        into = tables(self.cache.spec, wanted, "target", distinct=True)
+        into = check_tables(self.cache.spec, wanted, "target", distinct=True)
         transfer = Transfer(ref, into, None, time.monotonic() + timeout_s, lambda _: None)
         sources = []
         for number, (sender, router) in enumerate(zip(self.senders, self.routers, strict=True)):
             check = secrets.token_bytes(16)
             where = sender.board.post(check if posted else bytes(16)) if cell is None else cell
-            match = router.part.match_tables(tables(sender.cache.spec, given), into)
+            match = router.rank_plan.match_tables(check_tables(sender.cache.spec, given), into)
             info = (agent_info or {}).get(number, sender.agent.describe())
             sources.append(Source(number, info, router, match, where, check))
         return StartRead(transfer, sources)
@@ -849,8 +849,8 @@ def test_a_peer_that_is_forgotten_while_a_read_goes_on(packed):
 
 def chunk_of(cache):
     """What a chunk of the first block looks like."""
-    images = Images(plan(cache.spec, cache.spec).parts[0], "source", 512)
-    return images.image(next(images.chunks([(0, 4)]))).source
+    chunk_planner = ChunkPlanner(plan(cache.spec, cache.spec).rank_plans[0], "source", 512)
+    return chunk_planner.layout(next(chunk_planner.chunks([(0, 4)]))).source
 
 
 def test_a_chunk_that_waits_for_a_slot_gets_the_one_that_a_failed_read_gave_back():
@@ -861,9 +861,9 @@ def test_a_chunk_that_waits_for_a_slot_gets_the_one_that_a_failed_read_gave_back
     try:
         rig.read(TEN, TO, timeout_s=0.3)
         eventually(lambda: rig.path.arena.in_use == 4)
-        key, image = PackKey("f" * 32, 0), chunk_of(rig.cache)
+        key, layout = PackKey("f" * 32, 0), chunk_of(rig.cache)
         for number in range(6):
-            rig.path.do(StartPack(key, number, image, (0, 4), [BlockTable([3])]))
+            rig.path.do(StartPack(key, number, layout, (0, 4), [BlockTable([3])]))
         assert isinstance(rig.end()[1], TransferTimeoutError)
         packs = [rig.ends.packs.get(timeout=5) for _ in range(6)]
         assert all(address is not None for _, _, address, _ in packs)

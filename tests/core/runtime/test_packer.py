@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing what readers ask for: right bytes for images that fit, a named refusal for those that do not, and no slot lost."""
+"""Packing what readers ask for: right bytes for chunk_planner that fit, a named refusal for those that do not, and no slot lost."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from numpy.lib.stride_tricks import as_strided
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, KvxferError, TransferFailedError
-from kvxfer.layout.block_table import BlockTable, tables
+from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, Interval
-from kvxfer.planner.chunks import _MOST_IN_LINE_NBYTES, Images, _in_line_before, image_table
+from kvxfer.planner.chunks import _MOST_IN_LINE_NBYTES, ChunkPlanner, _in_line_before, chunk_table
 from kvxfer.planner.plan import plan
-from kvxfer.planner.rank_plan import Match
+from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.protocol.actions import PackKey, StartPack
 from kvxfer.runtime.packer import Packer, start_copies
 from kvxfer.runtime.staging import StagingArena, Use
@@ -79,16 +79,16 @@ class Rig:
         self.told = []
         self.packer = Packer(self.cache, self.arena, lambda *told: self.told.append(told))
 
-    def pack(self, image, tokens=(0, 12), *, number=0, rank=0, token="a" * 32, blocks=LEASED, first_token=0):
+    def pack(self, layout, tokens=(0, 12), *, number=0, rank=0, token="a" * 32, blocks=LEASED, first_token=0):
         """Ask for a chunk, and let the packer do what it can."""
         key = PackKey(token, rank)
-        self.packer.start(StartPack(key, number, image, tokens, [BlockTable(list(blocks), first_token)]))
+        self.packer.start(StartPack(key, number, layout, tokens, [BlockTable(list(blocks), first_token)]))
         self.packer.turn()
         return key
 
-    def refused(self, image, tokens=(0, 12), **more):
+    def refused(self, layout, tokens=(0, 12), **more):
         """The reason why it cannot be packed; nothing is kept of it."""
-        key = self.pack(image, tokens, **more)
+        key = self.pack(layout, tokens, **more)
         ((told, _, address, error),) = self.told
         self.told.clear()
         assert (told, address) == (key, None) and isinstance(error, KvxferError)
@@ -99,15 +99,15 @@ class Rig:
 
     def works(self):
         """A good chunk is packed."""
-        key = self.pack(self.image(), token="f" * 32)
+        key = self.pack(self.layout(), token="f" * 32)
         (_, _, address, error) = self.told.pop()
         assert error is None, error
-        self.check(self.image(), address)
+        self.check(self.layout(), address)
         self.packer.end(key, [0])
         assert self.arena.in_use == 0
         return True
 
-    def image(self, *, layers=(0, 1, 2), heads=(0, 4), blocks=3, tokens=4, component="kv", content=32, **more):
+    def layout(self, *, layers=(0, 1, 2), heads=(0, 4), blocks=3, tokens=4, component="kv", content=32, **more):
         """What a chunk may look like: by default all of three blocks, token by token."""
         count = heads[1] - heads[0]
         strides = Axes(content * count * tokens * blocks, content * count * tokens, content, content * count)
@@ -117,9 +117,9 @@ class Rig:
         spec = msgspec.structs.replace(self.cache.spec, groups=(group,), rank=0, world=1, layer_names=())
         return msgspec.structs.replace(spec, **more)
 
-    def check(self, image, address, tokens=(0, 12), blocks=LEASED, first_token=0):
+    def check(self, layout, address, tokens=(0, 12), blocks=LEASED, first_token=0):
         """The oracle: each element of the chunk is the cache's, found by indexing arrays."""
-        (group,) = image.groups
+        (group,) = layout.groups
         slot = self.arena.view(address, SLOT)
         base = tokens[0] // group.block_tokens * group.block_tokens
         itemsize = next(iter(self.arrays.values())).itemsize
@@ -148,7 +148,7 @@ def rig():
     return Rig()
 
 
-# -- images that fit -----------------------------------------------------------------------------------------------------
+# -- chunk_planner that fit -----------------------------------------------------------------------------------------------------
 
 
 def test_tables_are_looked_at_once_for_all_chunks_of_a_lease(monkeypatch):
@@ -158,31 +158,31 @@ def test_tables_are_looked_at_once_for_all_chunks_of_a_lease(monkeypatch):
 
     def look(*args):
         looked.append(args)
-        return tables(*args)
+        return check_tables(*args)
 
-    monkeypatch.setattr("kvxfer.runtime.packer.tables", look)
+    monkeypatch.setattr("kvxfer.runtime.packer.check_tables", look)
     some, all_ = (BlockTable(list(LEASED[:2])),), (BlockTable(list(LEASED)),)
     key = PackKey("a" * 32, 0)
     for number, (tokens, blocks) in enumerate([((0, 4), some), ((4, 8), some), ((0, 12), all_), ((8, 12), all_)]):
-        image = rig.image(blocks=-(-(tokens[1] - tokens[0]) // 4))
-        rig.packer.start(StartPack(key, number, image, tokens, blocks))
+        layout = rig.layout(blocks=-(-(tokens[1] - tokens[0]) // 4))
+        rig.packer.start(StartPack(key, number, layout, tokens, blocks))
         rig.packer.turn()
         _, _, address, error = rig.told.pop()
         assert error is None
-        rig.check(image, address, tokens)
+        rig.check(layout, address, tokens)
         rig.packer.end(key, [number])
     assert len(looked) == 2
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_chunk_holds_what_was_asked_for(order):
-    """Whatever the cache's order, the chunk has the image's, for the tokens asked for, from the blocks of the lease."""
+    """Whatever the cache's order, the chunk has the layout's, for the tokens asked for, from the blocks of the lease."""
     rig = Rig(order)
     for tokens in ((0, 12), (0, 1), (5, 11), (11, 12)):
-        key = rig.pack(rig.image(), tokens)
+        key = rig.pack(rig.layout(), tokens)
         (told, number, address, error) = rig.told.pop()
         assert (told, number, error) == (key, 0, None)
-        rig.check(rig.image(), address, tokens)
+        rig.check(rig.layout(), address, tokens)
         rig.packer.end(key, [0])
     assert rig.arena.in_use == 0 and rig.arena.peak == 1
 
@@ -192,29 +192,29 @@ def test_a_chunk_holds_what_was_asked_for(order):
 )
 def test_a_chunk_of_a_part(rig, part):
     """Some layers, in any order, and some heads: the chunk has those and nothing else."""
-    image = rig.image(**part)
-    rig.pack(image)
+    layout = rig.layout(**part)
+    rig.pack(layout)
     (_, _, address, error) = rig.told.pop()
     assert error is None
-    rig.check(image, address)
+    rig.check(layout, address)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 6, 12])
 def test_blocks_of_another_size(rig, tokens):
     """A chunk may be cut into other blocks than the cache."""
-    image = rig.image(tokens=tokens, blocks=-(-12 // tokens))
-    rig.pack(image)
+    layout = rig.layout(tokens=tokens, blocks=-(-12 // tokens))
+    rig.pack(layout)
     (_, _, address, error) = rig.told.pop()
     assert error is None
-    rig.check(image, address)
+    rig.check(layout, address)
 
 
 def test_keys_and_values_apart():
     """A cache of two allocations is packed into one chunk."""
     rig = Rig(apart=True)
-    (part,) = plan(rig.cache.spec, rig.cache.spec).parts
-    images = Images(part, "source", SLOT)
-    made = images.image(next(images.chunks([(0, 12)])))
+    (part,) = plan(rig.cache.spec, rig.cache.spec).rank_plans
+    chunk_planner = ChunkPlanner(part, "source", SLOT)
+    made = chunk_planner.layout(next(chunk_planner.chunks([(0, 12)])))
     rig.pack(made.source)
     (_, _, address, error) = rig.told.pop()
     assert error is None and made.source.groups[0].regions[1].address > 0
@@ -223,17 +223,17 @@ def test_keys_and_values_apart():
 
 def test_a_table_that_begins_later(rig):
     """Blocks of a window are packed at the tokens that they hold."""
-    rig.pack(rig.image(), (41, 50), first_token=40)
+    rig.pack(rig.layout(), (41, 50), first_token=40)
     (_, _, address, error) = rig.told.pop()
     assert error is None
-    rig.check(rig.image(), address, (41, 50), first_token=40)
+    rig.check(rig.layout(), address, (41, 50), first_token=40)
 
 
 def test_elements_are_converted():
     """A chunk may have another dtype, where the device can convert."""
     rig = Rig(dtype="float32")
-    image = rig.image(content=32, dtype="float16")
-    rig.pack(image)
+    layout = rig.layout(content=32, dtype="float16")
+    rig.pack(layout)
     (_, _, address, error) = rig.told.pop()
     assert error is None
     chunk = rig.arena.view(address, 3 * 3 * 4 * 4 * 32).view(np.float16).reshape(3, 3, 4, 4, 16)
@@ -241,42 +241,42 @@ def test_elements_are_converted():
     np.testing.assert_array_equal(chunk, expected.astype(np.float16))
 
 
-# -- images that do not --------------------------------------------------------------------------------------------------
+# -- chunk_planner that do not --------------------------------------------------------------------------------------------------
 
 
-def changed(image, *, group=None, region=None, **spec):
-    """The image with other fields of its spec, of its group and of its region."""
-    (old,) = image.groups
+def changed(layout, *, group=None, region=None, **spec):
+    """The layout with other fields of its spec, of its group and of its region."""
+    (old,) = layout.groups
     regions = tuple(msgspec.structs.replace(each, **(region or {})) for each in old.regions)
     new = msgspec.structs.replace(old, regions=regions, **(group or {}))
-    return msgspec.structs.replace(image, groups=(new,), **spec)
+    return msgspec.structs.replace(layout, groups=(new,), **spec)
 
 
 def two_groups(rig):
-    (group,) = rig.image().groups
-    return msgspec.structs.replace(rig.image(), groups=(group, msgspec.structs.replace(group, name="1")))
+    (group,) = rig.layout().groups
+    return msgspec.structs.replace(rig.layout(), groups=(group, msgspec.structs.replace(group, name="1")))
 
 
 HOSTILE = {
-    "another model": (lambda rig: rig.image(fingerprint="other"), "this model"),
+    "another model": (lambda rig: rig.layout(fingerprint="other"), "this model"),
     "two groups": (two_groups, "one group"),
-    "too long": (lambda rig: rig.image(blocks=16), "slot of 8192"),
-    "beyond the slot": (lambda rig: changed(rig.image(layers=(0,)), region={"address": SLOT - 1}), "slot of 8192"),
-    "far away": (lambda rig: changed(rig.image(), region={"address": 1 << 62}), "slot of 8192"),
+    "too long": (lambda rig: rig.layout(blocks=16), "slot of 8192"),
+    "beyond the slot": (lambda rig: changed(rig.layout(layers=(0,)), region={"address": SLOT - 1}), "slot of 8192"),
+    "far away": (lambda rig: changed(rig.layout(), region={"address": 1 << 62}), "slot of 8192"),
     "a layer that is not here": (
-        lambda rig: changed(rig.image(layers=(0, 1)), region={"layers": (1, 3)}, layers=Interval(0, 4, 4)),
+        lambda rig: changed(rig.layout(layers=(0, 1)), region={"layers": (1, 3)}, layers=Interval(0, 4, 4)),
         "of 1024 bytes of each block of the chunk only 512 are here",
     ),
     "heads that are not here": (
-        lambda rig: changed(rig.image(layers=(0,)), group={"heads": Interval(2, 6, 8)}),
+        lambda rig: changed(rig.layout(layers=(0,)), group={"heads": Interval(2, 6, 8)}),
         "of 512 bytes of each block of the chunk only 256 are here",
     ),
-    "another group": (lambda rig: rig.image(group={"name": "window"}), "only 0 are here"),
-    "another component": (lambda rig: rig.image(component="latent"), "only 0 are here"),
-    "opaque bytes": (lambda rig: rig.image(component="scale"), "only 0 are here"),
-    "longer content": (lambda rig: rig.image(content=40, layers=(0,)), "are here"),
+    "another group": (lambda rig: rig.layout(group={"name": "window"}), "only 0 are here"),
+    "another component": (lambda rig: rig.layout(component="latent"), "only 0 are here"),
+    "opaque bytes": (lambda rig: rig.layout(component="scale"), "only 0 are here"),
+    "longer content": (lambda rig: rig.layout(content=40, layers=(0,)), "are here"),
     "elements that cannot be converted": (
-        lambda rig: rig.image(content=64, layers=(0,), dtype="float32"),
+        lambda rig: rig.layout(content=64, layers=(0,), dtype="float32"),
         "does not cast",
     ),
 }
@@ -298,28 +298,28 @@ def test_an_image_that_does_not_fit(rig, what):
 )  # fmt: skip
 def test_tokens_that_are_not_leased(rig, tokens, blocks, first_token):
     """Only tokens that the blocks of the lease hold are packed: a reader cannot see one more."""
-    error = rig.refused(rig.image(blocks=5), tokens, blocks=blocks, first_token=first_token)
+    error = rig.refused(rig.layout(blocks=5), tokens, blocks=blocks, first_token=first_token)
     assert isinstance(error, BlockError) and "not in the leased blocks" in str(error)
 
 
 @pytest.mark.parametrize("tokens", [(4, 4), (5, 4), (0, 9), (3, 9), (0, 1 << 40)])
 def test_tokens_that_the_chunk_has_no_room_for(rig, tokens):
     """Tokens that are none, or more than the chunk's blocks hold, are refused by name."""
-    error = rig.refused(rig.image(blocks=2), tokens)
+    error = rig.refused(rig.layout(blocks=2), tokens)
     assert isinstance(error, BlockError) and "of the chunk" in str(error)
 
 
 @pytest.mark.parametrize("blocks", [(16,), (1 << 31,), (9, 99, 5)])
 def test_blocks_that_this_cache_has_not(rig, blocks):
     """Blocks of the lease are looked at once more: nothing outside the cache is ever packed."""
-    assert isinstance(rig.refused(rig.image(), (0, 4), blocks=blocks), BlockError)
+    assert isinstance(rig.refused(rig.layout(), (0, 4), blocks=blocks), BlockError)
 
 
 def test_images_of_many_shapes_are_remembered_for_a_while(rig):
     """A reader that asks for ever new shapes costs a bounded memory."""
     for number in range(600):
-        image = changed(rig.image(layers=(0,), blocks=1), region={"address": number})
-        key = rig.pack(image, (0, 4), number=number)
+        layout = changed(rig.layout(layers=(0,), blocks=1), region={"address": number})
+        key = rig.pack(layout, (0, 4), number=number)
         rig.packer.end(key, [number])
     assert all(error is None for *_, error in rig.told) and len(rig.packer._plans) == 512
     assert rig.arena.in_use == 0
@@ -337,7 +337,7 @@ def slow():
 def test_a_chunk_is_told_when_its_copy_has_ended(slow):
     """Copies run side by side, in a slot each, and are told in the order in which they end."""
     for number in range(3):
-        slow.pack(slow.image(), number=number)
+        slow.pack(slow.layout(), number=number)
     assert slow.told == [] and slow.packer.busy and slow.arena.in_use == 3
     first, second, third = slow.cache.buffers[0].copying
     second.done = True
@@ -346,13 +346,13 @@ def test_a_chunk_is_told_when_its_copy_has_ended(slow):
     first.done = third.done = True
     assert slow.packer.turn() and [number for _, number, *_ in slow.told] == [1, 0, 2] and not slow.packer.busy
     for _, _, address, _ in slow.told:
-        slow.check(slow.image(), address)
+        slow.check(slow.layout(), address)
 
 
 @pytest.mark.parametrize("numbers", [[], [0]])
 def test_a_slot_that_is_copied_into_is_not_given_back(slow, numbers):
     """When a lease ends while a chunk is packed, its slot rests until the copy has ended, and is free then."""
-    key = slow.pack(slow.image())
+    key = slow.pack(slow.layout())
     slow.packer.end(key, numbers)
     assert slow.arena.in_use == 1
     slow.cache.buffers[0].copying[0].done = True
@@ -364,7 +364,7 @@ def test_a_slot_that_is_copied_into_is_not_given_back(slow, numbers):
 
 def test_a_copy_that_fails(slow):
     """A device that fails a copy costs that chunk, by name, and its slot is free."""
-    slow.pack(slow.image())
+    slow.pack(slow.layout())
     copying = slow.cache.buffers[0].copying[0]
     copying.error, copying.done = OSError("the device is gone"), True
     slow.packer.turn()
@@ -376,7 +376,7 @@ def test_a_copy_that_fails(slow):
 def test_a_device_that_raises(slow):
     """So does one that cannot even begin."""
     slow.cache.buffers[0].raises = RuntimeError("no stream")
-    slow.pack(slow.image())
+    slow.pack(slow.layout())
     ((_, _, address, error),) = slow.told
     assert address is None and "RuntimeError: no stream" in str(error) and slow.arena.in_use == 0
 
@@ -387,11 +387,11 @@ def test_two_devices_of_which_one_raises(fails):
     slow = Rig(apart=True, buffer=SlowBuffer)
     keys, values = slow.cache.buffers
     values.raises = RuntimeError("no stream")
-    (part,) = plan(slow.cache.spec, slow.cache.spec).parts
-    images = Images(part, "source", SLOT)
+    (part,) = plan(slow.cache.spec, slow.cache.spec).rank_plans
+    chunk_planner = ChunkPlanner(part, "source", SLOT)
     if fails:
         keys._pack = _failing(keys, keys._pack)
-    slow.pack(images.image(next(images.chunks([(0, 12)]))).source)
+    slow.pack(chunk_planner.layout(next(chunk_planner.chunks([(0, 12)]))).source)
     ((_, _, address, error),) = slow.told
     assert address is None and "no stream" in str(error)
     assert keys.copying[0].done and keys.copying[0].waited == 1 and slow.arena.in_use == 0
@@ -410,7 +410,7 @@ def _failing(buffer, pack):
 def test_close_waits_for_copies(slow, error):
     """The arena may go when the packer is closed: every copy into it has ended, well or not."""
     for number in range(3):
-        slow.pack(slow.image(), number=number)
+        slow.pack(slow.layout(), number=number)
     for copying in slow.cache.buffers[0].copying:
         copying.error = error
     slow.packer.close()
@@ -423,7 +423,7 @@ def test_close_waits_for_copies(slow, error):
 def test_what_finds_no_slot_waits(rig):
     """Chunks wait for a slot, one is kept for landing, and each that is taken lets the next one in."""
     for number in range(10):
-        rig.pack(rig.image(), number=number)
+        rig.pack(rig.layout(), number=number)
     assert [number for _, number, *_ in rig.told] == list(range(7)) and rig.arena.in_use == 7
     assert rig.arena.take(Use.LANDING) is not None
     key = rig.told[0][0]
@@ -436,8 +436,8 @@ def test_readers_take_turns(rig):
     """A reader that asks for much does not keep another one waiting for all of it."""
     long = PackKey("a" * 32, 0)
     for number in range(17):
-        rig.pack(rig.image(), number=number)
-    rig.pack(rig.image(), token="b" * 32)
+        rig.pack(rig.layout(), number=number)
+    rig.pack(rig.layout(), token="b" * 32)
     rig.told.clear()
     rig.packer.end(long, list(range(7)))
     for _ in range(3):
@@ -449,7 +449,7 @@ def test_one_chunk_a_turn(rig):
     """However many wait, a turn packs one, so that the thread has time for what else is asked of it."""
     key = PackKey("a" * 32, 0)
     for number in range(5):
-        rig.packer.start(StartPack(key, number, rig.image(), (0, 12), [BlockTable(list(LEASED), 0)]))
+        rig.packer.start(StartPack(key, number, rig.layout(), (0, 12), [BlockTable(list(LEASED), 0)]))
     for number in range(5):
         assert rig.packer.turn() and len(rig.told) == number + 1
     assert not rig.packer.turn()
@@ -458,7 +458,7 @@ def test_one_chunk_a_turn(rig):
 def test_a_chunk_that_nobody_wants_any_more_waits_no_more(rig):
     """What is given up while it waits for a slot leaves the line, and is not packed."""
     for number in range(12):
-        key = rig.pack(rig.image(), number=number)
+        key = rig.pack(rig.layout(), number=number)
     rig.told.clear()
     rig.packer.end(key, [7, 8, 10])
     rig.packer.end(key, [0, 1, 2, 3])
@@ -476,7 +476,7 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
 
     def ask(name, number):
         key = PackKey(name * 32, 0)
-        rig.packer.start(StartPack(key, number, rig.image(), (0, 12), [BlockTable(list(LEASED), 0)], reader=name))
+        rig.packer.start(StartPack(key, number, rig.layout(), (0, 12), [BlockTable(list(LEASED), 0)], reader=name))
         jobs[name].append(key)
 
     for number in range(20):
@@ -500,18 +500,18 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
 
 def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
     """Blocks that a chunk has and its tokens do not need cost nothing, neither then nor afterwards."""
-    huge = rig.image(blocks=1 << 22)
-    assert len(image_table(huge, (0, 12)).ids) == 3
+    huge = rig.layout(blocks=1 << 22)
+    assert len(chunk_table(huge, (0, 12)).ids) == 3
     for first in range(0, 1 << 22, 1 << 16):
-        assert len(image_table(huge, (first, first + (1 << 20))).ids) == 1 << 18
+        assert len(chunk_table(huge, (first, first + (1 << 20))).ids) == 1 << 18
     assert sum(table.ids.nbytes for table in _in_line_before.values()) <= _MOST_IN_LINE_NBYTES
 
 
 def test_the_end_of_a_lease_empties_its_line(rig):
     """What waits for a slot when the lease ends is never packed; what another rank of the same reader waits for is."""
     for number in range(9):
-        rig.pack(rig.image(), number=number)
-    rig.pack(rig.image(), rank=1)
+        rig.pack(rig.layout(), number=number)
+    rig.pack(rig.layout(), rank=1)
     rig.told.clear()
     rig.packer.end(PackKey("a" * 32, 0), [])
     rig.packer.turn()
@@ -520,7 +520,7 @@ def test_the_end_of_a_lease_empties_its_line(rig):
 
 def test_ends_of_what_is_not_there(rig):
     """Giving back twice, or what was never asked for, changes nothing."""
-    key = rig.pack(rig.image())
+    key = rig.pack(rig.layout())
     rig.packer.end(key, [5])
     rig.packer.end(PackKey("b" * 32, 0), [0])
     rig.packer.end(PackKey("b" * 32, 0), [])
@@ -556,8 +556,8 @@ def test_slots_never_leak(steps):
     for step, choice in steps:
         key = keys[choice % 3]
         if step in ("ask", "bad") and asked[key] is not None:
-            image = rig.image() if step == "ask" else rig.image(fingerprint="other")
-            rig.pack(image, token=key.token, number=number)
+            layout = rig.layout() if step == "ask" else rig.layout(fingerprint="other")
+            rig.pack(layout, token=key.token, number=number)
             number += 1
         elif step in ("finish", "fail") and (running := [copy for copy in copies if not copy.done]):
             running[choice % len(running)].error = OSError() if step == "fail" else None
@@ -587,15 +587,17 @@ def test_what_was_packed_is_unpacked(order):
     rig, other = Rig(order), Rig("BHLNC")
     for array in other.arrays.values():
         array[...] = 0
-    (part,) = plan(rig.cache.spec, other.cache.spec).parts
-    images, into = Images(part, "source", SLOT), tables(other.cache.spec, [0, 15, 7])
-    for chunk in images.chunks([(0, 12)]):
-        image = images.image(chunk)
-        packed, table = np.zeros(SLOT, np.uint8), image.table(chunk)
-        match = Match(tables(rig.cache.spec, LEASED), [table], [chunk.tokens])
-        assert all(copy.done for copy in start_copies(rig.cache, image.from_source.copies(match), packed, pack=True))
-        match = Match([table], into, [chunk.tokens])
-        assert all(copy.done for copy in start_copies(other.cache, image.to_target.copies(match), packed, pack=False))
+    (part,) = plan(rig.cache.spec, other.cache.spec).rank_plans
+    chunk_planner, into = ChunkPlanner(part, "source", SLOT), check_tables(other.cache.spec, [0, 15, 7])
+    for chunk in chunk_planner.chunks([(0, 12)]):
+        layout = chunk_planner.layout(chunk)
+        packed, table = np.zeros(SLOT, np.uint8), layout.table(chunk)
+        match = MatchedTables(check_tables(rig.cache.spec, LEASED), [table], [chunk.tokens])
+        assert all(copy.done for copy in start_copies(rig.cache, layout.pack_plan.copies(match), packed, pack=True))
+        match = MatchedTables([table], into, [chunk.tokens])
+        assert all(
+            copy.done for copy in start_copies(other.cache, layout.unpack_plan.copies(match), packed, pack=False)
+        )
     (mine,), (theirs,) = rig.arrays.values(), other.arrays.values()
     np.testing.assert_array_equal(theirs[:, [0, 15, 7]], mine[:, list(LEASED)])
     rest = [block for block in range(16) if block not in (0, 15, 7)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvxfer import KVCache
 from kvxfer.errors import BlockError, KvxferError
-from kvxfer.layout.block_table import BlockTable, tables
+from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.target_blocks import TargetBlocks
 
@@ -70,7 +70,7 @@ def test_blocks_of_reads_under_way_are_known(reads, ends):
     for which, first, number in reads:
         ids = np.random.default_rng(first).permutation(2000)[first : first + number]
         given_ = [BlockTable(ids if each else ids[:0], 0) for each in which]
-        into = tables(CACHE.spec, given_, "target", distinct=True)
+        into = check_tables(CACHE.spec, given_, "target", distinct=True)
         mine = {(group, each) for group, used in enumerate(which) if used for each in ids.tolist()}
         free = not any(mine & theirs for _, theirs in under_way)
         if free:
@@ -93,7 +93,7 @@ def test_of_many_threads_one_gets_a_block():
         start.wait()
         for block in range(200):
             try:
-                targets.take(tables(CACHE.spec, [[block], [block]]))
+                targets.take(check_tables(CACHE.spec, [[block], [block]]))
             except BlockError:
                 continue
             won.append((block, number))

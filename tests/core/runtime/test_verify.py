@@ -115,7 +115,7 @@ def test_a_producer_that_makes_no_digests(sharded, monkeypatch):
     start = packer.start
 
     def older(job):
-        start(StartPack(job.key, job.number, job.image, job.tokens, job.blocks))
+        start(StartPack(job.key, job.number, job.layout, job.tokens, job.blocks))
 
     monkeypatch.setattr(packer, "start", older)
     with pytest.raises(IncompatibleError, match="no digests"):
