@@ -73,7 +73,7 @@ def predicted_s(pair: Pair, source: list[int], target: list[int], tokens: int, c
     """As `kvxfer plan` does it: the parts one after the other."""
     total = 0.0
     for part in pair.plan.rank_plans:
-        router = Router(part, costs, slot_nbytes=pair.endpoint.slot_nbytes)
+        router = Router(part, costs, slot_nbytes=pair.endpoint.staging.slot_nbytes)
         choice = router.choose(part.match(source, target, (0, tokens)))
         total += min(choice.seconds.values()) if not route else choice.seconds[choice.route]
     return total

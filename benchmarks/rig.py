@@ -201,8 +201,8 @@ class _Child:
 
     def staged_nbytes(self) -> tuple[int, int]:
         """Most bytes of the arena that were in use at a time, and this process's memory."""
-        arena = self.endpoint._data.arena
-        return arena.peak * arena.slot_nbytes, psutil.Process().memory_info().rss
+        staging = self.endpoint.staging
+        return staging.most_slots * staging.slot_nbytes, psutil.Process().memory_info().rss
 
     def settled(self) -> int:
         """Leases that ended since the last call."""

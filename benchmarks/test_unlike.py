@@ -60,8 +60,8 @@ def test_unlike_caches(benchmark, measuring, report, case):
             copied.append(pair.memcpy_s(nbytes))
         benchmark.pedantic(lambda: None, rounds=1)
         staged = max(nbytes for nbytes, _ in pair.call_all("staged_nbytes"))
-        arena = pair.endpoint._data.arena
-        staged_here = arena.peak * arena.slot_nbytes
+        staging = pair.endpoint.staging
+        staged_here = staging.most_slots * staging.slot_nbytes
         routes = _routes(pair, blocks)
     direct_s, packed_s, copy_s = (statistics.median(times) for times in (direct, packed, copied))
     assert max(staged, staged_here) <= 64 * MIB
@@ -83,7 +83,9 @@ def _routes(pair, blocks) -> str:
     """The routes that the model chooses for each rank."""
     found = set()
     for made in pair.plan.rank_plans:
-        choice = Router(made, Costs.load(), slot_nbytes=pair.endpoint.slot_nbytes).choose(made.match(blocks, blocks))
+        choice = Router(made, Costs.load(), slot_nbytes=pair.endpoint.staging.slot_nbytes).choose(
+            made.match(blocks, blocks)
+        )
         found.add(choice.route.value)
     return ", ".join(sorted(found))
 
@@ -114,7 +116,9 @@ def test_the_model_chooses_well(benchmark, measuring, report):
         base = Geometry(layers=8, blocks=512 if measuring else 16, head_dim=head_dim)
         geometries = [Geometry(**{**vars(base), "order": order}) for order in (source, target)]
         with pair_of(*geometries, ranks=ranks) as pair:
-            routers = [Router(part, costs, slot_nbytes=pair.endpoint.slot_nbytes) for part in pair.plan.rank_plans]
+            routers = [
+                Router(part, costs, slot_nbytes=pair.endpoint.staging.slot_nbytes) for part in pair.plan.rank_plans
+            ]
             for tokens, pattern in product(sizes, ("contiguous", "fragmented")):
                 blocks = _patterns(pair, tokens, pattern)
                 choices = [router.choose(router.rank_plan.match(blocks, blocks)) for router in routers]
@@ -162,8 +166,8 @@ def test_memory_stays_within_the_budget(benchmark, measuring, report):
         before = [psutil.Process().memory_info().rss, pair.call("staged_nbytes")[1]]
         pair.read_s(blocks, blocks, "both")
         after = [psutil.Process().memory_info().rss, pair.call("staged_nbytes")[1]]
-        arena = pair.sink("both")._data.arena
-        peaks = [arena.peak * arena.slot_nbytes, pair.call("staged_nbytes")[0]]
+        staging = pair.sink("both").staging
+        peaks = [staging.most_slots * staging.slot_nbytes, pair.call("staged_nbytes")[0]]
     benchmark.pedantic(lambda: None, rounds=1)
     assert max(peaks) <= 64 * MIB
     for name, peak, old, new in zip(("consumer", "producer"), peaks, before, after, strict=True):

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
     from kvxfer.planner.router import Route
     from kvxfer.runtime.environment import Host, Running
+    from kvxfer.runtime.staging import Staging
 
 _log = logging.getLogger(__name__)
 
@@ -414,9 +415,9 @@ class Endpoint:
         )
 
     @property
-    def slot_nbytes(self) -> int:
-        """Largest chunk that is staged on the packed route."""
-        return self._data.arena.slot_nbytes
+    def staging(self) -> Staging:
+        """The arena in which chunks of packed transfers lie."""
+        return self._data.arena.staging
 
     # -- both -------------------------------------------------------------------------------------------------------
 
@@ -432,14 +433,21 @@ class Endpoint:
         return self._events.poll(arguments.finite(timeout_s))
 
     def in_use(self) -> dict[str, int]:
-        """How much of what is in use at this moment; all 0 when nothing is under way. Any thread.
+        """Numbers of what is in use at this moment; all 0 when nothing is under way and all peers are forgotten. Any thread.
 
         Returns:
-            numbers of ``leases`` of this engine, ``chunks`` packed for others (per reader), ``holds`` (leases of other engines),
-            ``peers`` that it knows and will forget when nothing was asked of them for ``idle_peer_s``,
-            ``reads``, ``flights`` of the transfer agent and ``slots`` of the arena.
+            as a producer: ``leases`` with their ``lease_cells`` on the board and ``lease_timers``, ``deferred_steps`` that wait
+            for a device, ``chunks`` per consumer's rank, of which some are ``packing`` (or wait for a slot), some ``packed``,
+            for so many ``packed_readers``;
+            as a consumer: ``held_leases`` of other engines with their ``held_timers``, of which ``granted_leases`` could be read at
+            once, ``asked_chunks`` of producers, ``reads`` with the ``read_nbytes`` that they have moved so far, their
+            ``flights`` of the transfer agent, ``copies`` of devices, ``scratch_cells`` and ``target_blocks``, ``waiters`` for a
+            slot or a scratch cell, and ``contacts`` with agents from which nothing was read before;
+            as both: ``slots`` of the arena and unpolled ``events``;
+            and what is kept until nothing was asked of a peer for ``idle_peer_s``: ``peers``, ``peer_timers``, ``agent_peers``.
         """
-        return self._producer.in_use() | self._consumer.in_use() | self._data.in_use()
+        own = {"target_blocks": self._targets.in_use, "events": self._events.unpolled}
+        return self._producer.in_use() | self._consumer.in_use() | self._data.in_use() | own
 
     def close(self) -> None:
         """End everything, quietly for all memory. Consumers of offered blocks are told.

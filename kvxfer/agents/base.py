@@ -420,6 +420,11 @@ class TransferAgent(ABC):
         return any(f.state is FlightState.QUARANTINED and f._handle is not _NO_HANDLE for f in self._flights)
 
     @property
+    def closed(self) -> bool:
+        """`close` was called."""
+        return self._closed
+
+    @property
     def quarantined(self) -> bool:
         """Some flight may still write to local memory; only `close` is certain to end that."""
         return any(f.state is FlightState.QUARANTINED for f in self._flights)

@@ -183,7 +183,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
                 sink = Sink(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
                 try:
                     times[route] = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
-                    chunk_planner = ChunkPlanner(sink.part, "target", sink.endpoint.slot_nbytes)
+                    chunk_planner = ChunkPlanner(sink.part, "target", sink.endpoint.staging.slot_nbytes)
                     chunks = len(list(chunk_planner.chunks([(0, blocks * _BLOCK_TOKENS)])))
                 finally:
                     sink.endpoint.close()

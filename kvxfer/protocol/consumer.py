@@ -176,7 +176,7 @@ class Consumer:
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
-        return {"holds": len(self._holds.by_token), "peers": len(self._peers.by_address)}
+        return self._holds.in_use() | self._peers.in_use()
 
     # -- the clock --------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,11 @@ class Gate:
         self._since: float = 0.0
         self._ask_at: float = 0.0
 
+    @property
+    def steps(self) -> int:
+        """Number of steps that wait."""
+        return sum(map(len, list(self._waiting.values())))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._waiting)
 

@@ -70,6 +70,15 @@ class Holds:
         self._renewals: dict[str, list[str]] = {}
         """By address, what goes out with the next tick: leases of one peer are renewed together."""
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {
+            "held_leases": len(self.by_token),
+            "granted_leases": len(self.granted),
+            "held_timers": len(self._timers),
+            "asked_chunks": sum(len(hold.asked) for hold in list(self.by_token.values())),
+        }
+
     def acquire(self, ref: LeaseRef, now: float) -> Hold:
         """The hold of a lease; one that is new begins to ask for its grants."""
         known = self.by_token.get(ref.token)

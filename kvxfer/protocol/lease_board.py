@@ -44,11 +44,22 @@ class LeaseBoard:
         self._free = list(range(cells - 1, -1, -1))
         self._free_scratch = list(range(cells + scratch - 1, cells - 1, -1))
         self.unread: int = self._address(cells + scratch)
+        self._cells, self._scratch = cells, scratch
 
     @property
     def memory(self) -> Memory:
         """Where the board lies."""
         return Memory(self._begin, self._array.nbytes, MemoryKind.DRAM)
+
+    @property
+    def cells_in_use(self) -> int:
+        """Cells that hold the check of a lease."""
+        return self._cells - len(self._free)
+
+    @property
+    def scratch_in_use(self) -> int:
+        """Scratch cells that are lent."""
+        return self._scratch - len(self._free_scratch)
 
     def post(self, check: bytes) -> int:
         """Write ``check`` (16 bytes) into a free cell; returns the cell's address.

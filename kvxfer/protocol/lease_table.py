@@ -139,6 +139,16 @@ class LeaseTable:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def cells(self) -> int:
+        """Cells of the lease board in use."""
+        return self._board.cells_in_use
+
+    @property
+    def timers(self) -> int:
+        """Deadlines that are kept."""
+        return len(self._timers)
+
     def announce(self, token: str, request: str, now: float) -> None:
         """Make a token known before its blocks are. Known already: nothing changes."""
         lease = self._live.get(token)

@@ -69,6 +69,10 @@ class Acquaintances:
         self._retirements = Timers()
         """By address, of peers that no lease needs."""
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {"peers": len(self.by_address), "peer_timers": len(self._retirements)}
+
     def need(self, address: str, rank: int, token: str, owner: str) -> Peer:
         """The peer at an address, for a lease that expects this rank of that engine there."""
         peer = self.by_address.get(address)

@@ -251,7 +251,13 @@ class Producer:
         """See `Endpoint.in_use`."""
         # Blocks that a device still writes are in use, also if their lease has ended.
         gated = sum(self._table.get(token) is None for token in list(self._gate))
-        return {"leases": len(self._table) + gated, "chunks": len(self._chunks)}
+        return {
+            "leases": len(self._table) + gated,
+            "lease_cells": self._table.cells,
+            "lease_timers": self._table.timers,
+            "deferred_steps": self._gate.steps,
+            "chunks": len(self._chunks),
+        }
 
     # -- the clock --------------------------------------------------------------------------------------------------
 

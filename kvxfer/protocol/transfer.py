@@ -132,6 +132,11 @@ class Transfer:
             raise fresh(self._error)
         return True
 
+    @property
+    def waiters(self) -> int:
+        """How many tasks await it now."""
+        return len(self._awaiting)
+
     def __await__(self) -> Generator[object, None, None]:
         """Wait inside asyncio, without blocking the loop or a thread of its. Raises as `wait` does."""
         loop = asyncio.get_running_loop()

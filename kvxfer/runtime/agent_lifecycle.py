@@ -58,6 +58,11 @@ class AgentLifecycle:
         self._peers: dict[bytes, AgentPeer] = {}
         self._remake_at = float("-inf")
 
+    @property
+    def peers(self) -> int:
+        """Peers that the agent was introduced to, and those that are to be forgotten once more."""
+        return len(self._peers) + len(self.parting)
+
     def first(self) -> tuple[str, bytes]:
         """Make the first agent; its adapter's name, and how peers reach it.
 

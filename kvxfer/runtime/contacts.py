@@ -99,6 +99,11 @@ class Contacts:
         return bool(self._by_flight)
 
     @property
+    def under_way(self) -> int:
+        """How many contacts have not ended."""
+        return len(self._by_flight)
+
+    @property
     def awaited(self) -> bool:
         """Some read waits for a contact."""
         return any(leg.reading.error is None for each in self._contacts.values() for leg, _ in each.waiting)

@@ -109,7 +109,9 @@ class DataLoop:
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
-        return {"reads": len(self._reads), "flights": self._reads.flights, "slots": self.arena.in_use}
+        return (
+            self._reads.in_use() | self._packer.in_use() | {"slots": self.arena.in_use, "agent_peers": self._life.peers}
+        )
 
     def close(self) -> None:
         """End every read and tear the agent down; afterwards all memory is quiet. Blocks until a running copy ends."""

@@ -46,6 +46,11 @@ class Events:
         self._next = 0
         self._dropped = False
 
+    @property
+    def unpolled(self) -> int:
+        """Events that `poll` would return."""
+        return self._queue.qsize() + len(self._late) + len(self._unpolled or ())
+
     def put(self, event: Event) -> None:
         """Add an event."""
         if self._unpolled is None:

@@ -93,6 +93,19 @@ class Packer:
         """Nothing runs, and nothing waits for a slot."""
         return not self._running and not self._waiting
 
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {
+            "packing": len(self._waiting) + len(self._running),
+            "packed": sum(map(len, list(self._slots.values()))),
+            "packed_readers": len(self._kept),
+        }
+
+    @property
+    def plans(self) -> int:
+        """How many forms of chunks it remembers."""
+        return len(self._plans)
+
     def start(self, job: StartPack) -> None:
         """Pack a chunk when a slot is free."""
         self._waiting.put(job.key, job)

@@ -29,6 +29,11 @@ class Supply:
         self._waiting: FairQueue[Waiting] = FairQueue()
         self._lent: dict[Reading, set[int]] = {}
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for a place."""
+        return len(self._waiting)
+
     def ask(self, leg: Leg, then: Callable[[int], None]) -> None:
         """Wait for a place."""
         self._waiting.put(leg.reading, (leg, then))

@@ -123,10 +123,17 @@ class Reads:
     def __len__(self) -> int:
         return len(self._readings)
 
-    @property
-    def flights(self) -> int:
-        """How many are under way."""
-        return len(self._flying)
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {
+            "reads": len(self._readings),
+            "read_nbytes": sum(reading.nbytes for reading in list(self._readings.values())),
+            "flights": len(self._flying),
+            "copies": len(self._copying),
+            "contacts": self._contacts.under_way,
+            "waiters": sum(supply.waiting for supply in self._supplies),
+            "scratch_cells": self._board.scratch_in_use,
+        }
 
     @property
     def moving(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,21 @@ _FEWEST_SLOTS = 8
 
 _kept: list[Bytes] = []
 """Memory that must outlive the endpoints that it was made for."""
+
+
+class Staging(NamedTuple):
+    """Size and use of an endpoint's staging arena.
+
+    Attributes:
+        memory: where the slots lie.
+        slots: number of them, each of ``slot_nbytes``: no chunk is larger.
+        most_slots: most that were in use at a time.
+    """
+
+    memory: Memory
+    slots: int
+    slot_nbytes: int
+    most_slots: int
 
 
 class Use(str, Enum):
@@ -65,6 +80,11 @@ class StagingArena:
     def memory(self) -> Memory:
         """Where it lies."""
         return Memory(self._base, len(self._bytes))
+
+    @property
+    def staging(self) -> Staging:
+        """Its size, and how much of it was in use. Any thread."""
+        return Staging(self.memory, self.slots, self.slot_nbytes, self.peak)
 
     @property
     def bytes(self) -> Bytes:
@@ -113,6 +133,9 @@ class FairQueue(Generic[_Item]):
 
     def __bool__(self) -> bool:
         return bool(self._lines)
+
+    def __len__(self) -> int:
+        return sum(map(len, list(self._lines.values())))
 
     def put(self, whose: Hashable, item: _Item) -> None:
         """Wait in the line of one transfer."""

@@ -37,8 +37,7 @@ class TargetBlocks:
     def take(self, into: Sequence[CheckedTable]) -> None:
         """They belong to a read from now on. Raises BlockError: one belongs to another read; nothing changes."""
         with self._lock:
-            while self._ended:
-                self._mark(self._ended.popleft(), taken=False)
+            self._free_ended()
             for taken, table in zip(self._taken, into, strict=True):
                 ids = table.ids
                 for one in pieces(len(ids)):
@@ -46,9 +45,20 @@ class TargetBlocks:
                         raise self._refusal(into)
             self._mark(into, taken=True)
 
+    @property
+    def in_use(self) -> int:
+        """Blocks that belong to reads under way."""
+        with self._lock:
+            self._free_ended()
+            return sum(int(np.count_nonzero(taken)) for taken in self._taken)
+
     def give_back(self, into: Sequence[CheckedTable]) -> None:
         """Their read has ended, and nothing writes to them any more."""
         self._ended.append(into)
+
+    def _free_ended(self) -> None:
+        while self._ended:
+            self._mark(self._ended.popleft(), taken=False)
 
     def _mark(self, into: Sequence[CheckedTable], *, taken: bool) -> None:
         for marks, table in zip(self._taken, into, strict=True):

@@ -63,4 +63,4 @@ def sharded() -> Iterator[Callable[..., ShardedEngine]]:
         engine.close()
         for rank in engine.ranks:
             assert rank.endpoint.metrics.value("kvxfer_internal_errors_total") == 0
-            assert rank.arena.in_use == 0
+            assert rank.endpoint.in_use()["slots"] == 0

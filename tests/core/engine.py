@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+
 import msgspec
 import numpy as np
 
@@ -11,12 +14,47 @@ from kvxfer.config import Settings
 from kvxfer.layout.spec import Interval
 from kvxfer.planner.router import Costs, Route
 from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.runtime.environment import REAL
 from kvxfer.testing import eventually
 
 QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_s=0.1, quarantine_s=0.05)
 SMALL = Settings(staging_nbytes=1 << 16, retry_s=0.1)  # slots of 8 KiB: everything is cut into chunks
 ROUTES = [None, *(route.value for route in Route)]
 HEADS = 8
+
+
+class Counting:
+    """The environment of this process; counts the turns of the loops that run in it.
+
+    Attributes:
+        turns: the number of turns that have begun, by name of the loop.
+        threads: the identity of the thread that runs each loop.
+    """
+
+    now = staticmethod(REAL.now)
+    channel = staticmethod(REAL.channel)
+
+    def __init__(self):
+        self.turns, self.threads = Counter(), {}
+
+    def run(self, name, loop):
+        return REAL.run(name, _Counted(self, name, loop))
+
+
+class _Counted:
+    def __init__(self, counting, name, loop):
+        self.counting, self.name, self.loop = counting, name, loop
+
+    def __getattr__(self, name):
+        return getattr(self.loop, name)
+
+    def begin(self):
+        self.counting.threads[self.name] = threading.get_ident()
+        self.loop.begin()
+
+    def turn(self, longest_s):
+        self.counting.turns[self.name] += 1
+        self.loop.turn(longest_s)
 
 
 class Engine:
@@ -63,10 +101,6 @@ class Rank:
         self.endpoint = Endpoint(
             KVCache(spec, cache.buffers), "inproc", name=name, **{"settings": SMALL, "costs": Costs(), **more}
         )
-
-    @property
-    def arena(self):
-        return self.endpoint._data.arena
 
 
 class ShardedEngine:

@@ -326,11 +326,11 @@ def _many_ranks():
     ref = LeaseRef.mint(owner=hostile.name, addresses=[hostile.address])
     hostile.announce(ref)
     lost = sink.endpoint.read(ref, [9], timeout_s=30)
-    eventually(lambda: len(sink.endpoint._consumer._peers.by_address) > 20)
+    eventually(lambda: sink.endpoint.in_use()["peers"] > 20)
     for block in range(3):
         assert sink.endpoint.read(source.endpoint.lease([block]), [block]).wait(30)
         assert sink.blocks(block) == source.blocks(block)
-    assert len(sink.endpoint._consumer._peers.by_address) < 64
+    assert sink.endpoint.in_use()["peers"] < 64
     with pytest.raises(PeerTimeoutError):
         lost.wait(40)
     for each in (hostile, source.endpoint, sink.endpoint):

@@ -50,7 +50,9 @@ def pair():
     yield made
     for engine in made:
         engine.endpoint.close()
-        assert not any(engine.endpoint.in_use()[what] for what in ("leases", "holds", "reads", "flights", "slots"))
+        assert not any(
+            engine.endpoint.in_use()[what] for what in ("leases", "held_leases", "reads", "flights", "slots")
+        )
 
 
 def faults(engine, where):
@@ -85,7 +87,7 @@ def test_a_fault_about_a_hold(pair, monkeypatch, method):
     assert faults(sink, "control")
     monkeypatch.undo()
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
-    eventually(lambda: not sink.endpoint.in_use()["holds"], timeout_s=10)
+    eventually(lambda: not sink.endpoint.in_use()["held_leases"], timeout_s=10)
 
 
 @pytest.mark.parametrize("method", ["_answered", "_welcome", "read", "read_ended"])
@@ -98,10 +100,10 @@ def test_a_fault_with_a_message(pair, monkeypatch, method):
     assert transfer.error is None or isinstance(transfer.error, InternalError)
     monkeypatch.undo()
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
-    eventually(lambda: not sink.endpoint.in_use()["holds"], timeout_s=10)
+    eventually(lambda: not sink.endpoint.in_use()["held_leases"], timeout_s=10)
 
 
-@pytest.mark.parametrize("method", ["offer", "announce"])
+@pytest.mark.parametrize("method", ["publish", "announce"])
 def test_a_fault_in_the_producer(pair, monkeypatch, method):
     """Offered blocks have their one event, whatever fails."""
     source, sink = pair

@@ -34,12 +34,11 @@ from kvxfer.errors import (
     TransferTimeoutError,
     UnavailableError,
 )
-from kvxfer.protocol.held_lease import HoldState
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer.testing import eventually, same_bytes
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
-from tests.core.engine import QUICK, Engine
+from tests.core.engine import QUICK, Counting, Engine
 
 
 @pytest.fixture
@@ -354,7 +353,7 @@ def test_a_request_that_both_were_told_of(pair):
     source, sink = pair
     ref = LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=[source.endpoint.address])
     transfer = sink.endpoint.read(ref, [5])
-    eventually(lambda: len(source.endpoint._producer._table))
+    eventually(lambda: source.endpoint.in_use()["leases"])
     source.endpoint.announce(LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=["tcp://elsewhere:1"]))
     source.endpoint.publish(ref, [1])
     assert transfer.wait(30) and sink.blocks(5) == source.blocks(1)
@@ -480,14 +479,10 @@ def test_the_producers_agent_is_replaced(engines):
 
     both, other = engines(agent=make), engines()
     assert other.endpoint.read(both.endpoint.lease([1]), [1]).wait(30)
+    met = other.endpoint.metrics.value("kvxfer_handshakes_total", outcome="met")
     with pytest.raises(TransferTimeoutError):
         both.endpoint.read(other.endpoint.lease([1]), [1], timeout_s=0.2).wait(30)
-    eventually(
-        lambda: (
-            made[1:]
-            and made[1].name.encode() in other.endpoint._consumer._peers.by_address[both.endpoint.address].agent_info
-        )
-    )
+    eventually(lambda: other.endpoint.metrics.value("kvxfer_handshakes_total", outcome="met") > met)
     assert other.endpoint.read(both.endpoint.lease([3]), [3]).wait(30)
     assert other.blocks(3) == both.blocks(3)
 
@@ -593,7 +588,7 @@ def test_close_gives_producers_their_blocks_back(engines):
     source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
     ref = source.endpoint.lease([1])
     sink.endpoint.acquire(ref)
-    eventually(lambda: (hold := sink.endpoint._consumer._holds.by_token.get(ref.token)) and hold.granted)
+    eventually(lambda: sink.endpoint.granted(ref))
     sink.endpoint.close()
     assert isinstance(source.end(ref), LeaseReleased)
 
@@ -635,7 +630,7 @@ def test_many_read_one_lease_at_once(engines):
     source, sink = engines(), engines()
     for _ in range(30):
         sink.endpoint.acquire(ref := source.endpoint.lease([1]))
-        eventually(lambda ref=ref: ref.token in sink.endpoint._consumer._holds.granted)
+        eventually(lambda ref=ref: sink.endpoint.granted(ref))
         start, transfers = threading.Barrier(4), []
 
         def reader(target, start=start, ref=ref, transfers=transfers):
@@ -656,7 +651,8 @@ def test_many_read_one_lease_at_once(engines):
 
 def test_threads_hammering(engines):
     """Eight threads that announce, offer, hold, read, drop and revoke at random: each lease and each read ends once."""
-    source, sinks = engines(settings=replace(QUICK, lease_s=3.0)), [engines(blocks=960), engines(blocks=960)]
+    source = engines(settings=replace(QUICK, lease_s=3.0))
+    sinks = [engines(settings=replace(QUICK, hold_s=5.0), blocks=960) for _ in range(2)]
     offered, transfers, lock, faults = [], [], threading.Lock(), []
 
     def hammer(seed):
@@ -701,23 +697,25 @@ def test_threads_hammering(engines):
     assert len(ends) == len(transfers) == len(set(map(id, ends)))
     assert sum(t.error is None for t in transfers) > 50
     # A lease that is held again after it was read and settled is known to have ended until ``hold_s`` has passed.
-    left = lambda: [hold for s in sinks for hold in list(s.endpoint._consumer._holds.by_token.values())]  # noqa: E731
-    eventually(lambda: all(hold.state is HoldState.ENDED and hold.transfer is None for hold in left()), timeout_s=5)
-    assert len(source.endpoint._data._reads._board._free) == QUICK.max_leases
+    eventually(lambda: not any(sink.endpoint.in_use()["held_leases"] for sink in sinks), timeout_s=20)
+    assert source.endpoint.in_use()["lease_cells"] == 0
 
 
-def test_an_idle_endpoint_sleeps(pair):
+def test_an_idle_endpoint_sleeps(engines):
     """After the work is done neither thread of either endpoint turns again."""
-    source, sink = pair
+    hosts = Counting(), Counting()
+    source, sink = (engines(host=host) for host in hosts)
     assert sink.endpoint.read(ref := source.endpoint.lease([1]), [1]).wait(30)
     assert source.end(ref)
-    eventually(lambda: not sink.endpoint._consumer._holds.by_token)
-    turns = []
-    for engine in pair:
-        original = engine.endpoint._driver._turn
-        engine.endpoint._driver._turn = lambda wait_s, original=original: (turns.append(1), original(wait_s))[1]
+    eventually(lambda: not sink.endpoint.in_use()["held_leases"])
+    eventually(lambda: _sleeps(hosts))
+
+
+def _sleeps(hosts):
+    """No loop turns for half a second."""
+    before = [dict(host.turns) for host in hosts]
     time.sleep(0.5)  # nothing must happen: there is no condition to wait for
-    assert len(turns) <= 2
+    return before == [dict(host.turns) for host in hosts]
 
 
 def test_a_second_offer_before_the_first_has_ended(engines):

@@ -108,8 +108,8 @@ def test_the_arena_is_pinned_while_an_endpoint_lives():
     import ctypes
 
     with endpoint(tensors("HND", "cuda"), StagedCudaBuffer) as one:
-        arena = one._data.arena.bytes
-        whole = torch.frombuffer((ctypes.c_uint8 * len(arena)).from_address(arena.ctypes.data), dtype=torch.uint8)
+        arena = one.staging.memory
+        whole = torch.frombuffer((ctypes.c_uint8 * arena.nbytes).from_address(arena.address), dtype=torch.uint8)
         assert whole.is_pinned()
         assert whole[-1:].is_pinned()
     assert not whole.is_pinned()

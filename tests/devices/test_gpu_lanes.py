@@ -262,7 +262,7 @@ def test_the_arena_is_pinned_as_long_as_its_endpoint_lives():
     kind = runtime_of(HostGpu, pin=staticmethod(pin))
     layers = {f"layers.{i}": torch.zeros(4, 2, 16, 64, dtype=torch.float16) for i in range(3)}
     with Endpoint(KVCache.from_layers(layers, buffers=kind), "inproc") as endpoint:
-        arena = endpoint._data.arena.memory
+        arena = endpoint.staging.memory
         assert pins == [(arena.address, arena.nbytes)]
     assert pins == [(arena.address, arena.nbytes), "undone"]
 

@@ -209,8 +209,8 @@ def run(steps: Any) -> bool:
     # Longer than the longest deadline: an announced lease that is never offered.
     machine.advance(3 * 3600.0)
     machine.advance(3600.0)
-    assert machine.producer.in_use() == {"leases": 0, "chunks": 0}, machine.producer.in_use()
-    assert machine.consumer.in_use() == {"holds": 0, "peers": 0}, machine.consumer.in_use()
+    assert not any(machine.producer.in_use().values()), machine.producer.in_use()
+    assert not any(machine.consumer.in_use().values()), machine.consumer.in_use()
     assert all(transfer.done for transfer in machine.transfers)
     assert len(machine.ended) == len(machine.transfers), "a transfer ended twice"
     assert set(machine.ends) <= set(machine.offered) and set(machine.offered) <= set(machine.ends)

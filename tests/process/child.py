@@ -123,14 +123,14 @@ class Engine:
         identity.agent_info = identity.agent_info.replace(theirs, ours)
 
     def free_cells(self) -> int:
-        return len(self.endpoint._data._reads._board._free)
+        return self.endpoint.settings.max_leases - self.endpoint.in_use()["lease_cells"]
 
     def metric(self, name: str, **labels: str) -> float:
         return self.endpoint.metrics.value(name, **labels)
 
     def granted(self) -> int:
         """Leases that are held and could be read at once; not those that were read and are being settled."""
-        return len(self.endpoint._consumer._holds.granted)
+        return self.endpoint.in_use()["granted_leases"]
 
     def restart(self) -> str:
         """Another endpoint at the same address."""

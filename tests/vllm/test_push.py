@@ -45,7 +45,7 @@ def where(producer):
 def loaded(consumer):
     """Bytes that loads in flight have brought so far."""
     endpoint = consumer.kvxfer._worker._ranks._endpoints[0]
-    return sum(reading.nbytes for reading in endpoint._data._reads._readings.values())
+    return endpoint.in_use()["read_nbytes"]
 
 
 LAYER = {"granularity": "layer"}

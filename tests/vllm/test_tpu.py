@@ -124,7 +124,7 @@ def test_sent_to_both_at_once(engines, agent, first):
 def test_ranks_of_one_process_share_its_arena(engines):
     """The host memory that a process may take for chunks does not grow with its devices."""
     engine = engines("kv_producer", "P", 4)
-    arenas = [endpoint._data.arena.bytes.nbytes for endpoint in engine.kvxfer._worker._ranks._endpoints]
+    arenas = [endpoint.staging.memory.nbytes for endpoint in engine.kvxfer._worker._ranks._endpoints]
     assert len(arenas) == 4 and sum(arenas) <= Settings().staging_nbytes
 
 

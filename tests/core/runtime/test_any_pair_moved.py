@@ -108,7 +108,7 @@ def move(
                 assert event.token == ref.token and event.read
         faults = [e.metrics.value("kvxfer_internal_errors_total") for e in (*producers, *consumers)]
     assert not any(faults)
-    assert not any(endpoint._data.arena.in_use for endpoint in (*producers, *consumers))
+    assert not any(endpoint.in_use()["slots"] for endpoint in (*producers, *consumers))
     if not refused:
         pair.check(expected)
 

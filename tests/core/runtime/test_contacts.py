@@ -68,7 +68,7 @@ class Two(Rig):
             self.senders, self.routers = here
 
     def contacts(self):
-        return self.path._reads._contacts
+        return self.path.in_use()["contacts"]
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_it_answers_after_all(two):
     assert isinstance(rig.end()[1], PeerTimeoutError)
     fences = rig.fences()
     rig.silent.clear()
-    eventually(lambda: not rig.contacts().pending, what="the contact has ended")
+    eventually(lambda: not rig.contacts(), what="the contact has ended")
     assert rig.ask().wait(30)
     assert rig.end()[1] is None
     assert rig.block(9) == rig.block(1, rig.other.cache)
@@ -154,10 +154,10 @@ def test_it_is_forgotten(two):
     """When a silent peer is gone for good, its contact is too, those that wait for it fail, and nothing is looked at any more."""
     rig = two(contact_s=20.0)
     rig.ask()
-    eventually(lambda: rig.contacts().pending, what="the contact is under way")
+    eventually(rig.contacts, what="the contact is under way")
     rig.path.do(ForgetAgent(rig.other.agent.describe()))
     assert isinstance(rig.end()[1], PeerUnknownError)
-    assert not rig.contacts().pending
+    assert not rig.contacts()
     assert rig.works()
 
 

@@ -42,6 +42,7 @@ from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.staging import StagingArena
 from kvxfer.testing import eventually, stays
 from kvxfer.testing.faults import ALWAYS, Faults, FaultyAgent
+from tests.core.engine import Counting
 from tests.core.protocol.virtual import small_cache
 
 
@@ -111,14 +112,17 @@ class Sender:
 
 
 class Rig:
-    """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from."""
+    """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from.
+
+    White box: with ``met`` the agent's life is told that its peers have answered before.
+    """
 
     def __init__(
         self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, slot=1 << 12, host=REAL
     ):
         self.faults = Faults()
         self.agents = []
-        self.refuse_to_make = None
+        self.refuse_to_make = self.make = None
         self.ends = Ends(self)
         self.ended, self.replaced = self.ends.ended, self.ends.replaced
         self.metrics = Metrics()
@@ -128,7 +132,6 @@ class Rig:
         self.senders = [Sender(f"source-{id(self)}-{r}", cache) for r, cache in enumerate(caches)]
         self.source, self.source_board, self.source_cache = self.senders[0].agent, self.senders[0].board, caches[0]
         self.before = [self.block(i) for i in range(32)]
-        self.scratch = scratch
         self.board = LeaseBoard(4, scratch)
         parts = plan([cache.spec for cache in caches], self.cache.spec).rank_plans
         self.routers = [Router(part, Costs(), slot_nbytes=slot, only=route) for part in parts]
@@ -147,6 +150,9 @@ class Rig:
     def _make(self):
         if self.refuse_to_make is not None:
             raise self.refuse_to_make
+        self.made_on = threading.get_ident()
+        if self.make is not None:
+            return self.make()
         agent = FaultyAgent(InprocAgent(f"sink-{id(self)}-{len(self.agents)}"), self.faults)
         self.agents.append(agent)
         return agent
@@ -197,7 +203,7 @@ class Rig:
         self.path.close()
         for sender in self.senders:
             sender.agent.close()
-        assert len(self.board._free_scratch) == self.scratch, "a scratch cell leaks"
+        assert self.board.scratch_in_use == 0, "a scratch cell leaks"
         assert self.path.arena.in_use == 0, "a staging slot leaks"
 
     def fences(self):
@@ -287,7 +293,7 @@ def test_a_failing_poll_is_fenced(rig):
     rig.read()
     rig.faults = Faults()
     assert isinstance(rig.end()[1], TransferFailedError)
-    assert rig.fences() == 1 and rig.agents[0]._closed and rig.works()
+    assert rig.fences() == 1 and rig.agents[0].closed and rig.works()
 
 
 def test_a_late_writer_is_stopped_before_failure_is_told(rig):
@@ -298,7 +304,7 @@ def test_a_late_writer_is_stopped_before_failure_is_told(rig):
     first = eventually(lambda: rig.agents[0])
     rig.faults = Faults()
     _, error = rig.end()
-    assert isinstance(error, TransferTimeoutError) and first._closed
+    assert isinstance(error, TransferTimeoutError) and first.closed
     assert first.land() == 0
     assert rig.block(1) == rig.before[1]
     assert rig.fences() == 1 and len(rig.replaced) == 1 and transfer.done
@@ -403,7 +409,7 @@ def test_an_agent_that_is_of_no_use(rig, method):
     rig.faults = Faults(fail={method: range(1)})
     with pytest.raises(TransferFailedError):
         rig.path.start()
-    assert rig.agents[0]._closed
+    assert rig.agents[0].closed
 
 
 def test_an_agent_that_cannot_be_made_again(rig):
@@ -456,11 +462,11 @@ def test_an_agent_whose_poll_raises(rig):
         made[-1].broken = len(made) == 1
         return made[-1]
 
-    rig.path._life._make_agent = make
+    rig.make = make
     rig.path.start()
     rig.read()
     assert isinstance(rig.end()[1], KvxferError)
-    assert made[0]._closed and rig.works()
+    assert made[0].closed and rig.works()
 
 
 class Unclosable(InprocAgent):
@@ -473,11 +479,11 @@ class Unclosable(InprocAgent):
 
 def test_an_agent_whose_close_raises(rig):
     """A teardown that raises loses no read; it is counted as the fault that it is."""
-    rig.path._life._make_agent = lambda: FaultyAgent(Unclosable(f"unclosable-{time.monotonic_ns()}"), rig.faults)
+    rig.make = lambda: FaultyAgent(Unclosable(f"unclosable-{time.monotonic_ns()}"), rig.faults)
     rig.faults = Faults(hang=range(1))
     rig.path.start()
     rig.read(timeout_s=0.05)
-    eventually(lambda: rig.path._reads._flying)
+    eventually(lambda: rig.path.in_use()["flights"])
     rig.faults = Faults()
     assert isinstance(rig.end()[1], TransferTimeoutError)
     assert rig.works()
@@ -486,17 +492,20 @@ def test_an_agent_whose_close_raises(rig):
     rig.metrics = Metrics()
 
 
-def test_close_ends_every_read(rig):
+def test_close_ends_every_read():
     """Reads under way, reads that wait and reads that come after all end when the data path is closed."""
+    host = Counting()
+    rig = Rig(host=host)
     rig.faults = Faults(hang=ALWAYS)
     rig.path.start()
     transfers = [rig.read(i, i) for i in range(4)]
-    eventually(lambda: len(rig.path._reads._flying) == 4)
+    eventually(lambda: rig.path.in_use()["flights"] == 4)
     rig.path.close()
     assert {type(rig.end()[1]) for _ in transfers} == {ClosedError}
-    assert rig.path._running._ended.is_open
+    eventually(lambda: host.threads["kvxfer-data"] not in {thread.ident for thread in threading.enumerate()})
     late = rig.read(1, 1)
     assert isinstance(late.error, ClosedError)
+    rig.close()
 
 
 def test_a_forgotten_peer_is_disconnected(rig):
@@ -560,31 +569,27 @@ def test_it_is_called_at_once_where_other_reads_go_on():
     rig.close()
 
 
-def test_idle_means_asleep(rig):
+def test_idle_means_asleep():
     """With nothing to do the data thread waits without a timeout."""
+    host = Counting()
+    rig = Rig(host=host)
     rig.path.start()
-    assert rig.works()
-    waits = []
-    get = rig.path._jobs.get
-
-    class Counting:
-        put, get_nowait, empty = rig.path._jobs.put, rig.path._jobs.get_nowait, rig.path._jobs.empty
-
-        def get(self, timeout=None):
-            waits.append(timeout)
-            return get(timeout=timeout)
-
-    rig.path._jobs = Counting()
-    assert rig.works(7, 7)
-    eventually(lambda: waits and waits[-1] is None)
-    count = len(waits)
-    stays(lambda: len(waits) == count, for_s=0.1)
+    for block in (5, 7):
+        assert rig.works(block, block)
+        eventually(lambda: rig.path.due_s() is None)
+        time.sleep(0.01)
+        count = host.turns["kvxfer-data"]
+        stays(lambda count=count: host.turns["kvxfer-data"] == count, for_s=0.1)
+    rig.close()
 
 
-def test_start_is_called_on_its_own_thread(rig):
+def test_start_is_called_on_its_own_thread():
     """The agent is made by the thread that uses it."""
+    host = Counting()
+    rig = Rig(host=host)
     rig.path.start()
-    assert rig.agents[0]._thread == rig.path._running._identity != threading.get_ident()
+    assert rig.made_on == host.threads["kvxfer-data"] != threading.get_ident()
+    rig.close()
 
 
 def test_a_first_contact_that_hangs_is_begun_again():
@@ -598,7 +603,7 @@ def test_a_first_contact_that_hangs_is_begun_again():
         rig.faults = Faults()
         assert rig.end() == (transfer, None)
         assert rig.block(3) == rig.block(2, rig.source_cache)
-        assert rig.fences() == 1 and rig.agents[0]._closed
+        assert rig.fences() == 1 and rig.agents[0].closed
     finally:
         rig.close()
 
@@ -687,7 +692,7 @@ def test_a_source_that_fails_at_once_starts_nothing_of_the_other(met, route, bad
             assert isinstance(rig.end()[1], (PeerInfoError, TransferTimeoutError))
             now = [rig.block(i) for i in (4, 5, 6)]
             # Idle: nothing is in flight that could write later.
-            assert not rig.path._reads._flying and not rig.path._reads._readings
+            assert not rig.path.in_use()["flights"] and not rig.path.in_use()["reads"]
             stays(lambda now=now: [rig.block(i) for i in (4, 5, 6)] == now, for_s=0.1)
     finally:
         rig.close()
@@ -745,7 +750,7 @@ def serve(rig, count=None):
         try:
             transfer, source, stage = rig.ends.staged.get(timeout=0.01)
         except queue.Empty:
-            if count is None and not rig.path._reads._readings:
+            if count is None and not rig.path.in_use()["reads"]:
                 return numbers
             continue
         numbers.append(stage.number)
@@ -803,7 +808,7 @@ def test_a_read_whose_bytes_are_all_under_way_is_not_stopped(packed):
     transfer = packed.read([1, 2], [4, 5])
     for stage in (asked(packed)[2], asked(packed)[2]):
         packed.path.do(ChunkStaged(transfer, 0, stage.number, packed.senders[0].pack(stage, 1, 2)))
-    eventually(lambda: len(packed.path._reads._flying) == 2)
+    eventually(lambda: packed.path.in_use()["flights"] == 2)
     packed.path.do(StopRead(transfer, LeaseEndedError("expired")))
     assert packed.end() == (transfer, None)
     assert packed.block(4) == packed.block(1, packed.source_cache)
@@ -821,7 +826,7 @@ def test_a_packed_read_is_started_again_with_other_numbers(packed):
     packed.faults = packed.agents[0].faults = Faults(hang=ALWAYS)
     transfer, guilty = packed.read(TEN, TO), packed.job([1], [1], timeout_s=0.3)
     numbers = serve(packed, 4)
-    eventually(lambda: packed.path._reads._flying)
+    eventually(lambda: packed.path.in_use()["flights"])
     packed.path.do(guilty)
     _, _, stage = asked(packed)
     packed.faults = Faults()
@@ -842,9 +847,7 @@ def test_a_peer_that_is_forgotten_while_a_read_goes_on(packed):
     packed.path.do(ForgetAgent(info))
     serve(packed)
     assert packed.end() == (transfer, None)
-    life = packed.path._life
-    eventually(lambda: not life._peers and not life.parting)
-    assert info not in life.proven
+    eventually(lambda: not packed.path.in_use()["agent_peers"])
 
 
 def chunk_of(cache):

@@ -32,13 +32,18 @@ def transfer():
 
 
 @pytest.fixture
-def queue(monkeypatch):
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture
+def queue(monkeypatch, metrics):
     """Events of which few ends of transfers are kept before the first poll."""
     monkeypatch.setattr(events, "MOST_UNPOLLED", 4)
-    return Events(Metrics())
+    return Events(metrics)
 
 
-def test_an_engine_that_never_polls(queue, caplog):
+def test_an_engine_that_never_polls(queue, metrics, caplog):
     """The ends of its transfers do not grow without end; the newest are kept, and those of leases all, in order."""
     happened = []
     for number in range(20):
@@ -47,19 +52,19 @@ def test_an_engine_that_never_polls(queue, caplog):
     for event in happened:
         queue.put(event)
     kept = [event for event in happened if isinstance(event, LeaseReleased) or event in happened[-8:]]
-    assert queue._metrics.value("kvxfer_events_dropped_total") == 16
+    assert metrics.value("kvxfer_events_dropped_total") == 16
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "poll()" in caplog.text
     assert queue.poll(0.0) == kept and queue.poll(0.0) == []
 
 
-def test_an_engine_that_polls_late_loses_nothing(queue):
+def test_an_engine_that_polls_late_loses_nothing(queue, metrics):
     """From the first poll on everything is kept, however long nobody polls."""
     assert queue.poll(0.0) == []
     happened = [Done(transfer()) for _ in range(50)]
     for event in happened:
         queue.put(event)
     assert queue.poll(0.1) == happened
-    assert queue._metrics.value("kvxfer_events_dropped_total") == 0
+    assert metrics.value("kvxfer_events_dropped_total") == 0
 
 
 def test_waiting_again_for_what_failed(engines):
@@ -104,15 +109,15 @@ def test_cancelled_awaits_leave_nothing():
 
         tasks = [asyncio.ensure_future(waits()) for _ in range(200)]
         await asyncio.sleep(0)
-        assert len(under_way._awaiting) == 200
+        assert under_way.waiters == 200
         for task in tasks[:-1]:
             task.cancel()
         await asyncio.gather(*tasks[:-1], return_exceptions=True)
-        assert len(under_way._awaiting) == 1
+        assert under_way.waiters == 1
         assert under_way.end(None) and not under_way.end(ClosedError("again"))
         await asyncio.wait_for(tasks[-1], 10)
         await asyncio.wait_for(waits(), 10)
-        assert not under_way._awaiting
+        assert under_way.waiters == 0
 
     asyncio.run(scene())
 

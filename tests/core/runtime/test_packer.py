@@ -65,7 +65,7 @@ class SlowBuffer(HostBuffer):
 class Rig:
     """A producer's cache of three layers, four heads and blocks of four tokens, and its packer."""
 
-    def __init__(self, order="LBHNC", *, apart=False, buffer=HostBuffer, blocks=16, dtype="int16"):
+    def __init__(self, order="LBHNC", *, apart=False, buffer=HostBuffer, blocks=16, dtype="int16", **more):
         self.cache, arrays = KVCache.allocate(
             order, layers=3, blocks=blocks, heads=4, block_tokens=4, head_dim=8, dtype=dtype, apart=apart
         )
@@ -77,7 +77,7 @@ class Rig:
             self.cache = KVCache(self.cache.spec, [buffer(each) for each in _allocations(self.cache, arrays)])
         self.arena = StagingArena(8 * SLOT)
         self.told = []
-        self.packer = Packer(self.cache, self.arena, lambda *told: self.told.append(told))
+        self.packer = Packer(self.cache, self.arena, lambda *told: self.told.append(told), **more)
 
     def pack(self, layout, tokens=(0, 12), *, number=0, rank=0, token="a" * 32, blocks=LEASED, first_token=0):
         """Ask for a chunk, and let the packer do what it can."""
@@ -94,7 +94,7 @@ class Rig:
         assert (told, address) == (key, None) and isinstance(error, KvxferError)
         assert self.arena.in_use == 0
         self.packer.end(key, [])
-        assert not self.packer._slots and self.works()
+        assert not self.packer.in_use()["packed"] and self.works()
         return error
 
     def works(self):
@@ -321,7 +321,7 @@ def test_images_of_many_shapes_are_remembered_for_a_while(rig):
         layout = changed(rig.layout(layers=(0,), blocks=1), region={"address": number})
         key = rig.pack(layout, (0, 4), number=number)
         rig.packer.end(key, [number])
-    assert all(error is None for *_, error in rig.told) and len(rig.packer._plans) == 512
+    assert all(error is None for *_, error in rig.told) and rig.packer.plans == 512
     assert rig.arena.in_use == 0
 
 
@@ -359,7 +359,7 @@ def test_a_slot_that_is_copied_into_is_not_given_back(slow, numbers):
     slow.packer.turn()
     assert [number for _, number, *_ in slow.told] == [0]
     slow.packer.end(key, [0])  # as the producer answers what it does not know any more
-    assert slow.arena.in_use == 0 and not slow.packer._slots
+    assert slow.arena.in_use == 0 and not slow.packer.in_use()["packed"]
 
 
 def test_a_copy_that_fails(slow):
@@ -469,9 +469,8 @@ def test_a_chunk_that_nobody_wants_any_more_waits_no_more(rig):
 
 def test_nobody_gets_more_than_its_share_while_others_wait():
     """A consumer that has its share of slots waits behind others; where nobody else waits it gets all."""
-    rig = Rig()
     shares = []
-    rig.packer._short = shares.append
+    rig = Rig(short=shares.append)
     jobs = {name: [] for name in "ab"}
 
     def ask(name, number):
@@ -495,7 +494,7 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
     rig.packer.end(PackKey("b" * 32, 0), [])
     while rig.packer.turn():
         pass
-    assert shares[-1] == 0 and rig.arena.in_use == 0 and not rig.packer._kept
+    assert shares[-1] == 0 and rig.arena.in_use == 0 and not rig.packer.in_use()["packed_readers"]
 
 
 def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
@@ -528,7 +527,7 @@ def test_ends_of_what_is_not_there(rig):
     for _ in range(2):
         rig.packer.end(key, [0])
         rig.packer.end(key, [])
-    assert rig.arena.in_use == 0 and not rig.packer._slots
+    assert rig.arena.in_use == 0 and not rig.packer.in_use()["packed"]
 
 
 @given(
@@ -575,7 +574,7 @@ def test_slots_never_leak(steps):
         for copy in copies:
             copy.done = True
         listen()
-    assert rig.arena.in_use == 0 and not rig.packer._slots and not rig.packer.busy and not rig.packer._waiting
+    assert rig.arena.in_use == 0 and not any(rig.packer.in_use().values()) and not rig.packer.busy
 
 
 # -- both directions -----------------------------------------------------------------------------------------------------

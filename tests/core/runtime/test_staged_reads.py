@@ -59,7 +59,7 @@ def test_every_route_moves_the_same_bytes(sharded, pair, route, start, stop):
     for rank in source.ranks:
         (event,) = rank.endpoint.poll(5)
         assert event.read and event.token == ref.token
-    used = [rank.arena.peak > 0 for rank in (*source.ranks, *target.ranks)]
+    used = [rank.endpoint.staging.most_slots > 0 for rank in (*source.ranks, *target.ranks)]
     packs = route in ("source_packed", "both")
     if route is not None:
         assert used == [packs] * len(source.ranks) + [route in ("target_unpacked", "both")] * len(target.ranks)
@@ -74,8 +74,10 @@ def test_a_request_larger_than_the_arena(sharded):
     assert target.ranks[0].endpoint.read(source.lease(blocks), into).wait(60)
     np.testing.assert_array_equal(target.logical[:, into], source.logical[:, blocks])
     for rank in (source.ranks[0], target.ranks[0]):
-        assert 0 < rank.arena.peak <= rank.arena.slots
-        assert rank.arena.slots * rank.arena.slot_nbytes <= SMALL.staging_nbytes < rank.array.nbytes
+        assert 0 < rank.endpoint.staging.most_slots <= rank.endpoint.staging.slots
+        assert (
+            rank.endpoint.staging.slots * rank.endpoint.staging.slot_nbytes <= SMALL.staging_nbytes < rank.array.nbytes
+        )
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -87,7 +89,7 @@ def test_how_much_one_read_stages_is_a_setting(sharded, most):
     blocks = list(range(64))
     assert target.ranks[0].endpoint.read(source.lease(blocks), blocks).wait(60)
     np.testing.assert_array_equal(target.logical, source.logical)
-    assert all(0 < engine.ranks[0].arena.peak <= most for engine in (source, target))
+    assert all(0 < engine.ranks[0].endpoint.staging.most_slots <= most for engine in (source, target))
 
 
 @pytest.mark.parametrize("most", [1024, 3000, 1 << 40])
@@ -103,7 +105,7 @@ def test_how_large_chunks_are_is_a_setting(sharded, most):
     assert transfer.wait(60)
     np.testing.assert_array_equal(target.logical, source.logical)
     block_nbytes = rank.array.nbytes // 3 // 64
-    chunk_nbytes = max(block_nbytes, min(most, rank.arena.slot_nbytes) // block_nbytes * block_nbytes)
+    chunk_nbytes = max(block_nbytes, min(most, rank.endpoint.staging.slot_nbytes) // block_nbytes * block_nbytes)
     assert transfer.descriptors == rank.array.nbytes // chunk_nbytes
 
 
@@ -121,7 +123,7 @@ def test_many_transfers_share_a_small_arena(sharded, route):
     for transfer in transfers:
         assert transfer.wait(60)
     np.testing.assert_array_equal(target.logical, source.logical)
-    assert eventually(lambda: source.ranks[0].arena.in_use == 0)
+    assert eventually(lambda: source.ranks[0].endpoint.in_use()["slots"] == 0)
 
 
 def test_two_endpoints_stage_for_each_other(sharded):
@@ -173,11 +175,13 @@ def test_a_lease_that_ends_in_the_middle_is_thrown_away(sharded):
     blocks = np.arange(600)
     ref = source.lease(blocks)
     transfer = target.ranks[0].endpoint.read(ref, blocks)
-    assert eventually(lambda: target.ranks[0].arena.peak > 0)
+    assert eventually(lambda: target.ranks[0].endpoint.staging.most_slots > 0)
     source.ranks[0].endpoint.revoke(ref)
     with pytest.raises(KvxferError):
         transfer.wait(20)
-    assert eventually(lambda: source.ranks[0].arena.in_use == 0 == target.ranks[0].arena.in_use)
+    assert eventually(
+        lambda: source.ranks[0].endpoint.in_use()["slots"] == 0 == target.ranks[0].endpoint.in_use()["slots"]
+    )
 
 
 def test_ranks_may_have_blocks_of_their_own(sharded):
@@ -252,5 +256,5 @@ def test_sixty_four_transfers_through_sixteen_mebibytes(sharded):
         assert transfer.wait(60)
     np.testing.assert_array_equal(target.logical, source.logical)
     for rank in (source.ranks[0], target.ranks[0]):
-        assert rank.arena.slots * rank.arena.slot_nbytes <= 16 << 20
-        assert eventually(lambda rank=rank: rank.arena.in_use == 0)
+        assert rank.endpoint.staging.slots * rank.endpoint.staging.slot_nbytes <= 16 << 20
+        assert eventually(lambda rank=rank: rank.endpoint.in_use()["slots"] == 0)
