@@ -22,7 +22,7 @@ demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte 
 	@$(dir $(DEMO))kvxfer demo $(ARGS)
 
 serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them
-	@$(FULL) -m kvxfer_vllm.local $(ARGS)
+	@$(FULL) -m tools.serve $(ARGS)
 
 test: check unit test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
 

@@ -46,7 +46,7 @@ class _Pair:
     def __init__(
         self, connector: str, model, folder, *arguments: str, cores: tuple[int, ...] = (), **options: str
     ) -> None:
-        from kvxfer_vllm.local.pair import ServerSettings, VllmServer, start_all
+        from tools.serve.pair import ServerSettings, VllmServer, start_all
 
         # bf16 takes AMX attention, which dies of an illegal instruction where a virtual machine names AMX and bars it.
         common = {
@@ -147,7 +147,7 @@ def test_client(benchmark, measuring, report, tmp_path, connector, ways, options
     """
     if not measuring:
         pytest.skip("minutes long, and only of use with a clock: make benchvllm")
-    from kvxfer_vllm.local.model import KV_HEAVY, make_model
+    from tools.serve.model import KV_HEAVY, make_model
 
     numbers, times = random.Random(8), defaultdict(list)
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -194,7 +194,7 @@ def test_first_token(benchmark, measuring, report, tmp_path):
     """Not slower than vLLM's NixlConnector, on a model with 128 KiB of KV per token."""
     if not measuring:
         pytest.skip("minutes long, and only of use with a clock: make benchvllm")
-    from kvxfer_vllm.local.model import KV_HEAVY, make_model
+    from tools.serve.model import KV_HEAVY, make_model
 
     model = make_model(KV_HEAVY)
     numbers = random.Random(7)

@@ -29,11 +29,12 @@ from kvxfer.layout.spec import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
-from kvxfer_vllm.options import Options, advertised, side_channel
-from kvxfer_vllm.params import Role
+from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
+from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
+from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
-from kvxfer_vllm.support import hit_source, refuse_unsupported, reporting_workers
+from kvxfer_vllm.transfer_params import Role
 from kvxfer_vllm.worker import KvxferWorker
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvxfer.buffers.cache import KVCache
-    from kvxfer_vllm.runner import Runner
+    from kvxfer_vllm.tpu import Runner
     from kvxfer_vllm.worker import Turns
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -80,6 +81,15 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
     return guard
 
 
+def _hit_source() -> Any:
+    """How vLLM's metrics call what comes from another server; None before vLLM 0.32, which does not ask."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.32
+    except ImportError:
+        return None
+    return CacheHitSource.P2P
+
+
 class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector over kvxfer.
 
@@ -92,12 +102,12 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         ConfigError: an option is unknown or this configuration is not supported; the server does not start.
     """
 
-    _cache_hit_source = hit_source()
+    _cache_hit_source = _hit_source()
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
-        self._options = Options.parse(transfer.kv_connector_extra_config)
+        self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
         refuse_unsupported(vllm_config, kv_cache_config, layer_by_layer=self._options.granularity == "layer")
         if not transfer.engine_id:
             raise ConfigError("KvxferConnector needs an engine_id")
@@ -173,8 +183,8 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._of_scheduler().set_addresses(metadata)
 
     def get_finished_count(self) -> int | None:
-        """How many workers report each request; None: all."""
-        return reporting_workers(self._vllm_config)
+        """How many worker processes report each request: on TPUs one, which drives all devices; None: all."""
+        return 1 if self._vllm_config.device_config.device_type == "tpu" else None
 
     def has_pending_push_work(self) -> bool:
         """None: what vLLM waits for, on either side, keeps it stepping by itself."""
@@ -189,25 +199,20 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
-        # Imported here and not above: nothing of a transfer engine is loaded until a worker needs it.
-        from kvxfer_vllm.launch import cache_of_rank  # noqa: PLC0415
-
         self._start([cache_of_rank(kv_caches, self._groups, self._vllm_config, self._kv_cache_config, self._options)])
 
     def register_runner(self, runner: Runner) -> None:
         """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
 
         tpu-inference calls this instead of :meth:`register_kv_caches`. The caches are kvxfer's between steps, see
-        :class:`kvxfer_vllm.runner.RunnerCaches`.
+        :class:`kvxfer_vllm.tpu.RunnerCaches`.
         """
-        from kvxfer_vllm.runner import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
+        from kvxfer_vllm.tpu import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
 
         lent = RunnerCaches(runner, self._groups, self._vllm_config, self._kv_cache_config, self._options)
         self._start(lent.caches, lent)
 
     def _start(self, caches: Sequence[KVCache], turns: Turns | None = None) -> None:
-        from kvxfer_vllm.launch import start_endpoints  # noqa: PLC0415 - as above
-
         endpoints = start_endpoints(caches, self._vllm_config, self._options)
         self._worker = KvxferWorker(endpoints, self._groups, caches[0].buffers[0].mark, turns)
         self._handshake = KvxferHandshake(endpoints[0].address)
@@ -245,7 +250,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """With granularity "layer": a graph of the whole model would be replayed without :meth:`save_kv_layer`."""
-        return Options.parse(extra_config).granularity == "layer"
+        return ConnectorOptions.parse(extra_config).granularity == "layer"
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
         """See :meth:`KvxferWorker.results`."""

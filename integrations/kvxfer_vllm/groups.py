@@ -124,6 +124,13 @@ def tables_of(kv_cache_config: KVCacheConfig) -> list[GroupTable]:
     return [GroupTable.of(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
 
 
+def is_mla(kv_cache_config: KVCacheConfig) -> bool:
+    """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
+    return all(
+        isinstance(s, MLAAttentionSpec) for g in kv_cache_config.kv_cache_groups for s in specs_of(g.kv_cache_spec)
+    )
+
+
 def layer_groups(
     kv_cache_config: KVCacheConfig,
     parts: Sequence[Sequence[str]] = (),

@@ -40,7 +40,7 @@ _SECONDS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class ConnectorOptions:
     """The known options. Times are in seconds; None leaves ``KVXFER_*`` variables and kvxfer's defaults in force.
 
     Attributes:
@@ -82,7 +82,7 @@ class Options:
     model_fingerprint: str = ""
 
     @classmethod
-    def parse(cls, extra: Mapping[str, Any]) -> Options:
+    def parse(cls, extra: Mapping[str, Any]) -> ConnectorOptions:
         """Options from vLLM's ``kv_connector_extra_config``.
 
         Raises:

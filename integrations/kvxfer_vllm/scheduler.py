@@ -23,20 +23,20 @@ from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, Offer, Read, Seal
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.params import (
-    Fetch,
-    Meet,
-    Refused,
+from kvxfer_vllm.stats import KvxferStats
+from kvxfer_vllm.transfer_params import (
+    ConsumerRequest,
+    ProducerRequest,
+    RefusalReason,
+    RefusedParams,
+    RendezvousRequest,
     Role,
-    Serve,
     TokenIdError,
     parse,
     prompt_digest,
     response,
     shared_name,
 )
-from kvxfer_vllm.reasons import Refusal
-from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -151,13 +151,13 @@ class KvxferScheduler:
         asked = parse(request.kv_transfer_params, self._role, request.request_id)
         lease: LeaseRef | None = None
         try:
-            if asked is not None and not isinstance(asked, Refused):
+            if asked is not None and not isinstance(asked, RefusedParams):
                 asked = self._judge_prompt(request, asked)
-            if isinstance(asked, Serve):
+            if isinstance(asked, ProducerRequest):
                 lease = self._lease(request, asked.key)
         except TokenIdError as error:
-            asked = Refused(Refusal.BAD_TOKEN_IDS, str(error))
-        if isinstance(asked, Refused):
+            asked = RefusedParams(RefusalReason.BAD_TOKEN_IDS, str(error))
+        if isinstance(asked, RefusedParams):
             if not _aborted_already(request):  # else vLLM has rejected it, and it is not computed at all
                 self.stats.count("refused_params", label=asked.reason.value)
                 logger.warning(
@@ -166,14 +166,14 @@ class KvxferScheduler:
                     asked.reason.value,
                     asked.detail,
                 )
-            if asked.reason is Refusal.NOT_AN_OBJECT:
+            if asked.reason is RefusalReason.NOT_AN_OBJECT:
                 # vLLM 0.32 calls .get() on it right after this hook, and its engine would not survive that.
                 request.kv_transfer_params = None
         elif lease is not None:
             self._leave_to_decode(request)
             self._serving[request.request_id] = _Serving.of(lease, len(self._tables))
             self._step.announce.append(lease)
-        elif isinstance(asked, Fetch):
+        elif isinstance(asked, ConsumerRequest):
             self._warn_of_namesake(asked.lease)
             self._fetching[request.request_id] = _Fetching(asked.lease)
             _remember(self._leases_used, asked.lease.token)
@@ -370,23 +370,25 @@ class KvxferScheduler:
                 lease.owner,
             )
 
-    def _judge_prompt(self, request: Request, asked: Serve | Fetch | Meet) -> Serve | Fetch | Refused:
+    def _judge_prompt(
+        self, request: Request, asked: ProducerRequest | ConsumerRequest | RendezvousRequest
+    ) -> ProducerRequest | ConsumerRequest | RefusedParams:
         """What only the request itself, and the other requests, can tell about its parameters."""
         if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
-            return Refused(Refusal.NO_TOKEN_IDS, "the prompt is not a fixed list of token ids")
-        if isinstance(asked, Serve):
+            return RefusedParams(RefusalReason.NO_TOKEN_IDS, "the prompt is not a fixed list of token ids")
+        if isinstance(asked, ProducerRequest):
             return asked
-        if isinstance(asked, Meet):
-            asked = Fetch(self._shared(request, asked.key, owner=asked.owner, addresses=[asked.address]))
+        if isinstance(asked, RendezvousRequest):
+            asked = ConsumerRequest(self._shared(request, asked.key, owner=asked.owner, addresses=[asked.address]))
         if asked.lease.token in self._leases_used:
             # A lease is read once, and the second request would lose by trying; computing, it may find the first's blocks.
-            return Refused(Refusal.LEASE_USED, "another request on this server has, or had, the same lease")
+            return RefusedParams(RefusalReason.LEASE_USED, "another request on this server has, or had, the same lease")
         # A request that vLLM aborts at once only brings a lease to be dropped; its prompt is a stand-in.
         if not _aborted_already(request) and (
             asked.lease.num_tokens != self._num_tokens(request.num_prompt_tokens)
             or asked.lease.digest != _digest(request)
         ):
-            return Refused(Refusal.OTHER_PROMPT, "the lease is for another prompt")
+            return RefusedParams(RefusalReason.OTHER_PROMPT, "the lease is for another prompt")
         return asked
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from kvxfer_vllm.reasons import Refusal
+from kvxfer_vllm.transfer_params import RefusalReason
 
 _SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
 
@@ -36,7 +36,7 @@ LABELLED = {
     "refused_params": (
         "Requests whose kv_transfer_params were refused and whose prompt was therefore computed locally.",
         "reason",
-        tuple(reason.value for reason in Refusal),
+        tuple(reason.value for reason in RefusalReason),
     ),
     "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", ()),
     "refused_messages": ("Messages on the side channel that were refused.", "reason", ()),

@@ -21,16 +21,16 @@ from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import KvxferError, LeaseError
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked
-from kvxfer_vllm.ranks import Ranks, Reading
+from kvxfer_vllm.endpoint_group import EndpointGroup, GroupTransfer
 from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from kvxfer.buffers.base import Completion
+    from kvxfer_vllm.endpoint_group import EndpointLike, LeaseEvent
     from kvxfer_vllm.groups import AttentionGroup, HeldBlocks
     from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
-    from kvxfer_vllm.ranks import EndpointLike, LeaseEvent
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -86,7 +86,7 @@ class KvxferWorker:
         mark: Callable[[], Completion] = lambda: FINISHED,
         turns: Turns | None = None,
     ) -> None:
-        self._ranks = Ranks(endpoints)
+        self._group = EndpointGroup(endpoints)
         self._mark = mark
         self._turns: Turns = turns if turns is not None else AtAnyTime()
         self._step_mark: list[Completion] = []
@@ -98,7 +98,7 @@ class KvxferWorker:
         self._to_compute: list[set[str]] = []
         """Of each group, the layers that this step has not computed yet."""
         self._loading: dict[str, Read] = {}
-        self._readings: dict[Reading, str] = {}
+        self._readings: dict[GroupTransfer, str] = {}
         self._sending: dict[str, Offer] = {}
         self._to_seal: Sequence[Seal] = ()
         self._idle = False
@@ -118,12 +118,12 @@ class KvxferWorker:
         self._to_compute = [set(names) for names in self._layers] if len(self._layers) > 1 and step.seal else []
         self._idle = step.idle
         self._step_mark = []
-        self._each(step.announce, self._ranks.announce, "announce")
+        self._each(step.announce, self._group.announce, "announce")
         self._each(step.offer, self._offer, "offer")
-        self._each(step.withdraw, self._ranks.revoke, "withdraw")
-        self._each(step.hold, self._ranks.acquire, "hold")
+        self._each(step.withdraw, self._group.revoke, "withdraw")
+        self._each(step.hold, self._group.acquire, "hold")
         self._each(step.read, self._read, "read")
-        self._each(step.drop, self._ranks.release, "drop")
+        self._each(step.drop, self._group.release, "drop")
         self._each(step.cancel, self._cancel, "cancel")
         self._failed_at_once.update(step.fail)
         self._try("to a step", lambda _: self._begin_turn(), "lend the caches")
@@ -135,7 +135,7 @@ class KvxferWorker:
         logger.error(
             "The caches were replaced: %d leases end and %d loads fail", len(self._sending), len(self._loading)
         )
-        self._each([offer.lease for offer in self._sending.values()], self._ranks.revoke, "revoke")
+        self._each([offer.lease for offer in self._sending.values()], self._group.revoke, "revoke")
         for reading in self._readings:
             reading.fail(LeaseError("the caches were replaced while they were read into"))
 
@@ -172,7 +172,7 @@ class KvxferWorker:
             seal.blocks[table][: seal.before[table]] if left else seal.blocks[table]
             for table, left in zip(self._table_of, self._to_compute, strict=True)
         ]
-        self._ranks.publish(seal.lease, tables, after=[self._mark()], complete=False)
+        self._group.publish(seal.lease, tables, after=[self._mark()], complete=False)
         self.stats.count("partial_publishes")
 
     def _seal(self) -> None:
@@ -182,7 +182,7 @@ class KvxferWorker:
             after = [self._mark()]
             self._each(
                 seals,
-                lambda seal: self._ranks.publish(
+                lambda seal: self._group.publish(
                     seal.lease, self._each_table(seal.blocks), after=after, complete=False
                 ),
                 "seal",
@@ -204,7 +204,7 @@ class KvxferWorker:
 
     def _offer(self, offer: Offer) -> None:
         try:
-            self._ranks.publish(offer.lease, self._tables(offer.blocks), after=self._behind())
+            self._group.publish(offer.lease, self._tables(offer.blocks), after=self._behind())
         except BaseException:
             self._sent_at_once.add(offer.request_id)
             raise
@@ -214,7 +214,7 @@ class KvxferWorker:
         try:
             # With asynchronous scheduling a step that still writes to a request's blocks may be under way when vLLM gives
             # them to the next one.
-            reading = self._ranks.read(
+            reading = self._group.read(
                 read.lease, self._tables(read.blocks), tokens=(read.first_token, None), after=self._behind()
             )
         except BaseException as error:
@@ -231,7 +231,7 @@ class KvxferWorker:
         read = self._loading.get(request_id)
         if read is not None:
             # Without effect on bytes in flight; what still waits for its producer ends now and is reported as failed.
-            self._ranks.release(read.lease)
+            self._group.release(read.lease)
 
     # ------------------------------------------------------------------------------------------------- results out
 
@@ -252,21 +252,21 @@ class KvxferWorker:
         waits = self._idle and not told and (self._readings or self._sending)
         self._idle = False
         for event in self._poll(IDLE_WAIT_S if waits else 0.0):
-            if isinstance(event, Reading):
+            if isinstance(event, GroupTransfer):
                 self._reading_ended(event, results)
             else:
                 self._lease_ended(event, results)
         return results
 
-    def _poll(self, timeout_s: float) -> Sequence[Reading | LeaseEvent]:
+    def _poll(self, timeout_s: float) -> Sequence[GroupTransfer | LeaseEvent]:
         try:
-            return self._ranks.poll(timeout_s)
+            return self._group.poll(timeout_s)
         except Exception:
             self.stats.count("hook_errors", label="poll")
             logger.exception("Cannot learn what happened to transfers")
             return ()
 
-    def _reading_ended(self, reading: Reading, results: KVConnectorTransferResults) -> None:
+    def _reading_ended(self, reading: GroupTransfer, results: KVConnectorTransferResults) -> None:
         request_id = self._readings.pop(reading)
         read = self._loading.pop(request_id)
         results.finished_recving.add(request_id)
@@ -299,7 +299,7 @@ class KvxferWorker:
 
     def take_stats(self) -> KvxferStats | None:
         """Observations since the last call, the endpoints' own counters among them."""
-        counters = [metrics.counters() for metrics in self._ranks.metrics]
+        counters = [metrics.counters() for metrics in self._group.metrics]
         for (series, label), name in _FORWARDED.items():
             totals: dict[str, float] = defaultdict(float)
             for labels, amount in (item for each in counters for item in each.get(series, {}).items()):
@@ -315,4 +315,4 @@ class KvxferWorker:
         if not self._closed:
             self._closed = True
             self._end_turn()  # a step that died has kept it, and what is packed now waits for it
-            self._ranks.close()
+            self._group.close()

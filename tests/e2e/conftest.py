@@ -36,9 +36,9 @@ _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if not _MISSING:
     from kvxfer.secret import Secret
     from kvxfer.testing.eventually import tries
-    from kvxfer_vllm.local.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
-    from kvxfer_vllm.local.model import SMALL, make_model
-    from kvxfer_vllm.local.pair import PushProxy, Router, ServerSettings, VllmServer, start_all
+    from tools.serve.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
+    from tools.serve.model import SMALL, make_model
+    from tools.serve.pair import PullRouter, PushProxy, ServerSettings, VllmServer, start_all
 
 # In this order: what needs a pair as it starts first, what kills and restarts later, what wants another producer last.
 _ORDER = (
@@ -130,7 +130,7 @@ class Lab:
         self.prefill = VllmServer(producer, folder)
         self.decode = VllmServer(consumer, folder)
         self.recompute = VllmServer(one_by_one, folder)
-        self.fronts = {"router": Router(self.prefill, self.decode, folder), **self._proxies()}
+        self.fronts = {"router": PullRouter(self.prefill, self.decode, folder), **self._proxies()}
         self.threads = ThreadPoolExecutor(64)
         self.first_answer: Answer | None = None
         self.first_expected: Answer | None = None

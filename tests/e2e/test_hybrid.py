@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvxfer_vllm.local.model import HYBRID, make_model
-from kvxfer_vllm.local.pair import ServerSettings, VllmServer, start_all
+from tools.serve.model import HYBRID, make_model
+from tools.serve.pair import ServerSettings, VllmServer, start_all
 
 BLOCK_TOKENS = 32
 WINDOW = HYBRID.window_tokens

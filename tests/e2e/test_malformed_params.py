@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvxfer_vllm.local.client import post
+from tools.serve.client import post
 
 # "Within seconds": more than a refusal takes, more than waiting for a peer that is not there (see conftest) takes.
 _ANSWER_S = 30.0

@@ -12,8 +12,8 @@ class Routed:
     """The laboratory's producer and consumer, registered with a vllm-router."""
 
     def __init__(self, lab) -> None:
-        from kvxfer_vllm.local.pair import start_all
-        from kvxfer_vllm.local.push_router import PushRouter, Registrar
+        from tools.serve.pair import start_all
+        from tools.serve.push_router import PushRouter, Registrar
 
         self.lab = lab
         self.router = PushRouter(lab.folder)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from kvxfer_vllm.local.model import SMALL
+from tools.serve.model import SMALL
 
 _BLOCK_NBYTES = 32 * SMALL.kv_nbytes_per_token
 

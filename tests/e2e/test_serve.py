@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kvxfer_vllm.local``, which is ``make serve``: as a newcomer meets it."""
+"""``python -m tools.serve``, which is ``make serve``: as a newcomer meets it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serve(folder, **environment) -> subprocess.Popen:
     """The command, its output in a file."""
     with (folder / "out").open("wb") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "kvxfer_vllm.local", "--logs", str(folder / "logs")],
+            [sys.executable, "-m", "tools.serve", "--logs", str(folder / "logs")],
             stdout=out,
             stderr=subprocess.STDOUT,
             env={**os.environ, "KVXFER_MODEL_FOLDER": str(folder.parent / "models"), **environment},

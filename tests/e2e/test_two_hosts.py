@@ -26,7 +26,7 @@ class Pair:
     """A producer here, a consumer there, and threads that live where each of them does."""
 
     def __init__(self, lab, wire) -> None:
-        from kvxfer_vllm.local.pair import VllmServer, start_all
+        from tools.serve.pair import VllmServer, start_all
 
         self.lab, self.wire = lab, wire
         self.threads = [ThreadPoolExecutor(4, initializer=enter, initargs=(end.namespace,)) for end in wire.ends]

@@ -67,7 +67,7 @@ class Unequal:
 @pytest.fixture(scope="module")
 def unequal(started_lab):
     """Four servers that prefill and decode; the laboratory's own are frozen meanwhile."""
-    from kvxfer_vllm.local.pair import VllmServer, start_all
+    from tools.serve.pair import VllmServer, start_all
 
     lab = started_lab
     lab.heal()

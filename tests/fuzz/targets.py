@@ -47,8 +47,8 @@ from kvxfer.protocol.actions import PackKey, StartPack
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.staging import StagingArena
-from kvxfer_vllm import params as vllm_params
-from kvxfer_vllm.options import Options
+from kvxfer_vllm import transfer_params as vllm_params
+from kvxfer_vllm.options import ConnectorOptions
 from tests.fuzz import machine
 
 if TYPE_CHECKING:
@@ -194,15 +194,24 @@ def run_params(data: bytes) -> bool:
         vllm_params.Role("x", True, True, False),
     ):
         asked = vllm_params.parse(value.get("params"), role, request_id)
-        if isinstance(asked, vllm_params.Fetch):
+        if isinstance(asked, vllm_params.ConsumerRequest):
             ref = asked.lease
             answer = vllm_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
             again = vllm_params.parse(json.loads(json.dumps(answer)), role)
-            assert again == vllm_params.Fetch(msgspec.structs.replace(ref, rendezvous=False)) or not ref.num_tokens
+            assert (
+                again == vllm_params.ConsumerRequest(msgspec.structs.replace(ref, rendezvous=False))
+                or not ref.num_tokens
+            )
         assert asked is None or isinstance(
-            asked, (vllm_params.Serve, vllm_params.Fetch, vllm_params.Meet, vllm_params.Refused)
+            asked,
+            (
+                vllm_params.ProducerRequest,
+                vllm_params.ConsumerRequest,
+                vllm_params.RendezvousRequest,
+                vllm_params.RefusedParams,
+            ),
         )
-        accepted = accepted or not isinstance(asked, (vllm_params.Refused, type(None)))
+        accepted = accepted or not isinstance(asked, (vllm_params.RefusedParams, type(None)))
     return accepted
 
 
@@ -224,7 +233,7 @@ def seeds_params() -> list[bytes]:
 def run_options(data: bytes) -> bool:
     value = _value(data)
     try:
-        options = Options.parse(value if isinstance(value, dict) else {})
+        options = ConnectorOptions.parse(value if isinstance(value, dict) else {})
         options.for_endpoint({})
         options.parts(["a", "b", "c"])
         options.for_agent()
@@ -601,7 +610,7 @@ TARGETS = [
         "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
-    Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/params.py": 85}),
+    Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),
     Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_vllm/options.py": 60}),
     Target("settings", "json", run_settings, seeds_settings, {"kvxfer/config.py": 90}),
     Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout/spec.py": 85, "kvxfer/planner/chunks.py": 75}),

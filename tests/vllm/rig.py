@@ -479,7 +479,7 @@ def prompt_of(length: int, seed: int = 1) -> list[int]:
 
 def scripted(engine: Engine) -> ScriptedEndpoint:
     """The endpoint that stands in for the engine's real one."""
-    (endpoint,) = engine.kvxfer._worker._ranks._endpoints
+    (endpoint,) = engine.kvxfer._worker._group._endpoints
     return endpoint
 
 

@@ -20,7 +20,8 @@ from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.groups import HeldBlocks
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
-from kvxfer_vllm.support import buffers, refuse_unsupported
+from kvxfer_vllm.rank_cache import buffers
+from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.devices.host_gpu import RowsBuffer
 from tests.vllm.rig import drain, expected, handed_over, in_groups, kv_cache_config, prompt_of, vllm_config
@@ -112,7 +113,7 @@ def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
             return asked[-1]
 
     real = registry.load
-    monkeypatch.setattr("kvxfer_vllm.launch.buffers", lambda _: "behind")
+    monkeypatch.setattr("kvxfer_vllm.rank_cache.buffers", lambda _: "behind")
     monkeypatch.setattr(registry, "load", lambda name, kind="agents": Behind if name == "behind" else real(name, kind))
     producer, consumer = (
         engines(role, name, agent="inproc") for role, name in (("kv_producer", "P"), ("kv_consumer", "D"))
@@ -125,4 +126,4 @@ def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
     assert consumer.answers["d"].tokens == expected(prompt, 5)
     assert len(asked) >= 2
     assert all(mark.questions < 0 for mark in asked)
-    assert not producer.kvxfer._worker._ranks._endpoints[0].cache.buffers[0].memory
+    assert not producer.kvxfer._worker._group._endpoints[0].cache.buffers[0].memory

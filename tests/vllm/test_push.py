@@ -44,7 +44,7 @@ def where(producer):
 
 def loaded(consumer):
     """Bytes that loads in flight have brought so far."""
-    endpoint = consumer.kvxfer._worker._ranks._endpoints[0]
+    endpoint = consumer.kvxfer._worker._group._endpoints[0]
     return endpoint.in_use()["read_nbytes"]
 
 

@@ -17,8 +17,8 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import LeaseReleased
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, Offer
-from kvxfer_vllm.reasons import Refusal
 from kvxfer_vllm.stats import COUNTERS, LABELLED, KvxferStats
+from kvxfer_vllm.transfer_params import RefusalReason
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import Engine, drain, handed_over, prompt_of, scripted, vllm_config
 from tests.vllm.scripted import ScriptedEndpoint
@@ -83,7 +83,7 @@ def test_prometheus():
     """Every number arrives under vllm:kvxfer_* with the engine's labels; known reasons are there as 0 from the start."""
     labels = {"model_name": "m", "engine": "1"}
     prom = KVConnectorProm(vllm_config(), list(labels), {0: ["m", "0"], 1: ["m", "1"]})
-    for reason in Refusal:
+    for reason in RefusalReason:
         value = REGISTRY.get_sample_value("vllm:kvxfer_refused_params_total", labels | {"reason": reason.value})
         assert value == 0, reason
     assert REGISTRY.get_sample_value("vllm:kvxfer_expired_leases_total", labels) == 0

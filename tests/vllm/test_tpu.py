@@ -31,10 +31,9 @@ from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.groups import HeldBlocks
-from kvxfer_vllm.launch import _instruction_set
-from kvxfer_vllm.local.process import free_port
 from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
-from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
+from kvxfer_vllm.rank_cache import _instruction_set, model_fingerprint
+from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import (
     BLOCK_TOKENS,
@@ -49,6 +48,7 @@ from tests.vllm.rig import (
 )
 from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
 from tests.xla.requests import noise
+from tools.serve.process import free_port
 
 pytestmark = pytest.mark.vllm
 
@@ -124,7 +124,7 @@ def test_sent_to_both_at_once(engines, agent, first):
 def test_ranks_of_one_process_share_its_arena(engines):
     """The host memory that a process may take for chunks does not grow with its devices."""
     engine = engines("kv_producer", "P", 4)
-    arenas = [endpoint.staging.memory.nbytes for endpoint in engine.kvxfer._worker._ranks._endpoints]
+    arenas = [endpoint.staging.memory.nbytes for endpoint in engine.kvxfer._worker._group._endpoints]
     assert len(arenas) == 4 and sum(arenas) <= Settings().staging_nbytes
 
 
@@ -442,7 +442,7 @@ def test_one_worker_reports_for_all_devices():
 def test_importing_imports_no_jax():
     """Importing the connector imports no JAX: a runner that has it brings it along."""
     code = (
-        "import sys, kvxfer_vllm.connector, kvxfer_vllm.worker, kvxfer_vllm.runner, kvxfer_vllm.launch, kvxfer_vllm.tpu_shim\n"
+        "import sys, kvxfer_vllm.connector, kvxfer_vllm.worker, kvxfer_vllm.tpu, kvxfer_vllm.startup, kvxfer_vllm.rank_cache\n"
         "assert not {'jax', 'kvxfer_jax', 'kvxfer_nixl'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=115)

@@ -27,13 +27,13 @@ from vllm.v1.kv_cache_interface import (
 from kvxfer.errors import ConfigError, KvxferError
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.groups import GroupTable, backoff_tokens, layer_groups
-from kvxfer_vllm.launch import describe_cache
 from kvxfer_vllm.metadata import KvxferHandshake
-from kvxfer_vllm.options import Options, advertised, side_channel, tcp_address
-from kvxfer_vllm.params import Role
+from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel, tcp_address
 from kvxfer_vllm.plugin import register
+from kvxfer_vllm.rank_cache import describe_cache, model_fingerprint
 from kvxfer_vllm.scheduler import KvxferScheduler
-from kvxfer_vllm.support import model_fingerprint, refuse_unsupported
+from kvxfer_vllm.startup import refuse_unsupported
+from kvxfer_vllm.transfer_params import Role
 from tests.vllm.rig import Engine, in_groups, kv_cache_config, vllm_config
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -55,7 +55,7 @@ assert dict(os.environ) == before
     [
         ("kvxfer_vllm", ", 'torch', 'vllm', 'zmq'"),
         ("kvxfer_vllm.plugin", ", 'torch', 'vllm', 'zmq'"),
-        ("kvxfer_vllm.params", ", 'torch', 'vllm'"),
+        ("kvxfer_vllm.transfer_params", ", 'torch', 'vllm'"),
     ],
 )
 def test_importing_is_cheap(module, more):
@@ -84,7 +84,7 @@ def test_found_by_name_and_by_module():
         ("KvxferConnector", "kvxfer_vllm"),
         ("NixlConnector", "kvxfer_vllm.nixl_shim"),
         ("NixlPullConnector", "kvxfer_vllm.nixl_shim"),
-        ("TPUConnector", "kvxfer_vllm.tpu_shim"),
+        ("TPUConnector", "kvxfer_vllm.tpu"),
     ):
         config = KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
         assert KVConnectorFactory.get_connector_class(config) is KvxferConnector
@@ -134,7 +134,7 @@ def test_options_are_refused_by_name(extra, message):
 
 def test_options_reach_the_endpoint():
     """Options come before KVXFER_* variables, and those before the defaults."""
-    options = Options.parse({"lease_seconds": 5, "backends": ["UCX"], "agent_options": {"num_threads": 2}})
+    options = ConnectorOptions.parse({"lease_seconds": 5, "backends": ["UCX"], "agent_options": {"num_threads": 2}})
     settings = options.for_endpoint({"KVXFER_LEASE_S": "7", "KVXFER_READ_TIMEOUT_S": "9"})
     assert (settings.lease_s, settings.read_timeout_s, settings.peer_timeout_s) == (5, 9, 15)
     assert options.for_agent() == {"num_threads": 2, "backends": ["UCX"]}
@@ -235,9 +235,9 @@ def test_vllm_is_asked_for_graphs_with_hooks():
 def test_parts_of_layers(layers, sizes):
     """Neighbouring layers, in at most 8 parts of nearly equal size; with granularity "chunk" in one."""
     names = [f"model.layers.{i}" for i in range(layers)]
-    parts = Options.parse({"granularity": "layer"}).parts(names)
+    parts = ConnectorOptions.parse({"granularity": "layer"}).parts(names)
     assert [len(part) for part in parts] == sizes and [name for part in parts for name in part] == names
-    assert Options.parse({}).parts(names) == [names]
+    assert ConnectorOptions.parse({}).parts(names) == [names]
 
 
 def group_of(spec, *names):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kvxfer_vllm.local``: a real prefill/decode pair on this machine, ready for curl, until ctrl-C."""
+"""``python -m tools.serve``: a real prefill/decode pair on this machine, ready for curl, until ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvxfer_vllm.local.model import KV_HEAVY, SMALL, default_model_folder, make_model
-from kvxfer_vllm.local.pair import MODEL_NAME, Pair
-from kvxfer_vllm.local.process import ServerProcess, ServerStartError, free_port
+from tools.serve.model import KV_HEAVY, SMALL, default_model_folder, make_model
+from tools.serve.pair import MODEL_NAME, ServerPair
+from tools.serve.process import ServerProcess, ServerStartError, free_port
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say("Making a model with random weights (a few seconds, once) ...")
     model = make_model(recipe)
     logs = options.logs or Path(tempfile.mkdtemp(prefix="kvxfer-serve-"))
-    pair = Pair.of(
+    pair = ServerPair.of(
         model,
         logs,
         router_port=options.port or free_port(),
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m kvxfer_vllm.local",
+        prog="python -m tools.serve",
         description="A prefill server, a decode server (real vLLM) and vllm-router on this machine, until ctrl-C.",
     )
     parser.add_argument("command", nargs="?", choices=["serve"], default="serve", help="the only one, may be left out")
@@ -115,7 +115,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _serve(pair: Pair, stop: threading.Event) -> int:
+def _serve(pair: ServerPair, stop: threading.Event) -> int:
     progress = _Progress()
     begin = time.monotonic()
     try:
@@ -135,7 +135,7 @@ def _serve(pair: Pair, stop: threading.Event) -> int:
     return 0
 
 
-def _try(pair: Pair) -> None:
+def _try(pair: ServerPair) -> None:
     for kind, prompt in (("completion", _TEXT_PROMPT), ("chat", [{"role": "user", "content": _CHAT_PROMPT}])):
         begin = time.monotonic()
         try:
@@ -155,7 +155,7 @@ def _try(pair: Pair) -> None:
         )
 
 
-def _invitation(pair: Pair) -> str:
+def _invitation(pair: ServerPair) -> str:
     completion = {"model": MODEL_NAME, "prompt": _TEXT_PROMPT, "max_tokens": 16, "temperature": 0}
     chat = {"model": MODEL_NAME, "messages": [{"role": "user", "content": _CHAT_PROMPT}], "stream": True}
     return "\n".join(

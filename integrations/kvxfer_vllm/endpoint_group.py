@@ -67,7 +67,7 @@ class EndpointLike(Protocol):
 
 
 @dataclass(eq=False)
-class Reading:
+class GroupTransfer:
     """One lease as all ranks read it.
 
     Attributes:
@@ -116,14 +116,14 @@ class Reading:
 
 
 @dataclass
-class _Offered:
+class _PublishedLease:
     """One lease as all ranks have offered it: how many have not ended theirs, and the ends of the others."""
 
     left: int
     ends: list[LeaseEvent] = field(default_factory=list)
 
 
-class Ranks:
+class EndpointGroup:
     """One or more endpoints of one engine. Everything runs on the engine's thread.
 
     Args:
@@ -132,9 +132,9 @@ class Ranks:
 
     def __init__(self, endpoints: Sequence[EndpointLike]) -> None:
         self._endpoints = list(endpoints)
-        self._readings: dict[Transfer, Reading] = {}
-        self._offered: dict[str, _Offered] = {}
-        self._ended: list[Reading | LeaseEvent] = []
+        self._readings: dict[Transfer, GroupTransfer] = {}
+        self._offered: dict[str, _PublishedLease] = {}
+        self._ended: list[GroupTransfer | LeaseEvent] = []
 
     @property
     def metrics(self) -> list[Metrics]:
@@ -180,16 +180,16 @@ class Ranks:
                     other.revoke(ref)
                 break
             took.append(endpoint)
-        self._offered[ref.token] = _Offered(len(took))
+        self._offered[ref.token] = _PublishedLease(len(took))
 
     def read(
         self, ref: LeaseRef, into: Tables, *, tokens: tuple[int, int | None], after: Sequence[Completion]
-    ) -> Reading:
+    ) -> GroupTransfer:
         """Start reading a lease at each rank; ends as `poll` says.
 
         Raises what the first rank raised; then no rank reads. If a later one raises, the reading fails when the others end.
         """
-        reading = Reading(ref)
+        reading = GroupTransfer(ref)
         for endpoint in self._endpoints:
             try:
                 transfer = endpoint.read(ref, into, tokens=tokens, after=after)
@@ -203,7 +203,7 @@ class Ranks:
             self._readings[transfer] = reading
         return reading
 
-    def poll(self, timeout_s: float = 0.0) -> list[Reading | LeaseEvent]:
+    def poll(self, timeout_s: float = 0.0) -> list[GroupTransfer | LeaseEvent]:
         """What ended at all ranks since the last call; waits up to ``timeout_s`` for something to happen at one.
 
         Of a lease's ends the worst one is told: expired, else revoked, else settled. An endpoint that raises is raised when

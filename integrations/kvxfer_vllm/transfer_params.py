@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. Pure: no vLLM, no I/O, no state.
 
-Parameters come from clients, so every malformed input becomes a :class:`Refused` with a named reason, never an exception.
+Parameters come from clients, so every malformed input becomes a :class:`RefusedParams` with a named reason, never an exception.
 The keys are NixlConnector's (of pull and push), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
 which holds the lease as a JSON object. vllm-router sends to both servers at once in its MoRI-IO mode only, and names the prefill
-server in the request's id there, by what `kvxfer_vllm.register` has registered it as. Nothing that is read from any of these
+server in the request's id there, by what `kvxfer_vllm.router_registration` has registered it as. Nothing that is read from any of these
 decides which bytes move: the producer's grant says so. They are checked because parameters that contradict themselves deserve no
 trust.
 """
@@ -12,6 +12,7 @@ trust.
 from __future__ import annotations
 
 import array
+import enum
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,6 @@ from kvxfer.errors import LeaseRefError
 from kvxfer.layout.spec import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.reasons import Refusal
 
 LEASE_KEY = "kvxfer"
 _MAX_BLOCK_ID = 2**31 - 1
@@ -43,16 +43,55 @@ _REQUIRED: dict[str, type] = {
 }
 
 
+class RefusalReason(str, enum.Enum):
+    """One word per reason. The request is computed locally, as if it had come without parameters."""
+
+    NOT_AN_OBJECT = "not_an_object"
+    """``kv_transfer_params`` is not a JSON object."""
+    BAD_FLAG = "bad_flag"
+    """``do_remote_prefill`` or ``do_remote_decode`` is neither a boolean nor null."""
+    BOTH_FLAGS = "both_flags"
+    """Both flags are set: a request cannot be prefilled elsewhere and for elsewhere at once in pull mode."""
+    NOT_A_PRODUCER = "not_a_producer"
+    """``do_remote_decode`` on a server whose ``kv_role`` is ``kv_consumer``."""
+    NOT_A_CONSUMER = "not_a_consumer"
+    """``do_remote_prefill`` on a server whose ``kv_role`` is ``kv_producer``."""
+    NO_LEASE = "no_lease"
+    """The key ``kvxfer`` is missing: the producer was not kvxfer, or the client made the parameters up."""
+    BAD_LEASE = "bad_lease"
+    """The key ``kvxfer`` does not hold a lease."""
+    MISSING_KEY = "missing_key"
+    """One of NixlConnector's keys is missing."""
+    BAD_TYPE = "bad_type"
+    """One of NixlConnector's keys has a wrong type or an impossible value."""
+    BAD_BLOCKS = "bad_blocks"
+    """``remote_block_ids`` is no list of block ids, or has more of them than the prompt has tokens."""
+    CONTRADICTION = "contradiction"
+    """The lease and NixlConnector's keys speak of different engines, requests, ranks or token counts."""
+    OTHER_MODE = "other_mode"
+    """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
+    OWN_ENGINE = "own_engine"
+    """The lease is this server's own, or the prefill server that is named is this one."""
+    OTHER_PROMPT = "other_prompt"
+    """The lease is for another prompt than the one that came with it."""
+    LEASE_USED = "lease_used"
+    """Another request on this server has, or had, the same lease (``n`` > 1, several prompts in one call, a replay)."""
+    NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
+    """The prompt has no token ids (embeddings) or can still grow (streaming input)."""
+    BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
+    """A token id of the prompt needs more than 32 bits, or is no whole number."""
+
+
 @dataclass(frozen=True)
-class Refused:
+class RefusedParams:
     """Compute locally, and count ``reason``; ``detail`` is one sentence for the log and holds no prompt."""
 
-    reason: Refusal
+    reason: RefusalReason
     detail: str
 
 
 @dataclass(frozen=True)
-class Serve:
+class ProducerRequest:
     """The request is to be prefilled here for another server (``do_remote_decode``).
 
     ``key`` is what the other server was told of it too (``transfer_id``); empty if nothing was said.
@@ -62,19 +101,19 @@ class Serve:
 
 
 @dataclass(frozen=True)
-class Fetch:
+class ConsumerRequest:
     """The prompt's KV lies elsewhere under ``lease`` (``do_remote_prefill``)."""
 
     lease: LeaseRef
 
 
 @dataclass(frozen=True)
-class Meet:
+class RendezvousRequest:
     """The prompt is prefilled elsewhere at this moment, or will be: both servers were sent it at once (push).
 
     Attributes:
         owner, address: name and side channel of the prefill server.
-        key: see `Serve`.
+        key: see `ProducerRequest`.
     """
 
     owner: str
@@ -108,7 +147,9 @@ class Role:
         return not self.addresses or any(_same_place(a, own) for a in lease.addresses for own in self.addresses)
 
 
-def parse(params: object, role: Role, request_id: str = "") -> Serve | Fetch | Meet | Refused | None:
+def parse(
+    params: object, role: Role, request_id: str = ""
+) -> ProducerRequest | ConsumerRequest | RendezvousRequest | RefusedParams | None:
     """What a request asks for; None means nothing at all. Never raises on any input.
 
     ``request_id`` may name the prefill server, where the parameters have a ``transfer_id`` and name none.
@@ -116,21 +157,21 @@ def parse(params: object, role: Role, request_id: str = "") -> Serve | Fetch | M
     if params is None:
         return None
     if not isinstance(params, Mapping):
-        return Refused(Refusal.NOT_AN_OBJECT, f"kv_transfer_params is a {type(params).__name__}")
+        return RefusedParams(RefusalReason.NOT_AN_OBJECT, f"kv_transfer_params is a {type(params).__name__}")
     flags = {name: params.get(name) for name in ("do_remote_prefill", "do_remote_decode")}
     for name, value in flags.items():
         if value is not None and not isinstance(value, bool):
-            return Refused(Refusal.BAD_FLAG, f"{name} is a {type(value).__name__}")
+            return RefusedParams(RefusalReason.BAD_FLAG, f"{name} is a {type(value).__name__}")
     prefill, decode = flags.values()
     if prefill and decode:
-        return Refused(Refusal.BOTH_FLAGS, "do_remote_prefill and do_remote_decode are both set")
+        return RefusedParams(RefusalReason.BOTH_FLAGS, "do_remote_prefill and do_remote_decode are both set")
     if decode:
         if not role.is_producer:
-            return Refused(Refusal.NOT_A_PRODUCER, "do_remote_decode was sent to a consumer")
-        return _key(params, Serve)
+            return RefusedParams(RefusalReason.NOT_A_PRODUCER, "do_remote_decode was sent to a consumer")
+        return _key(params, ProducerRequest)
     if prefill:
         if not role.is_consumer:
-            return Refused(Refusal.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
+            return RefusedParams(RefusalReason.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
         no_lease = params.get(LEASE_KEY) is None
         if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
             params = {**params, **_named_in(request_id)}
@@ -142,12 +183,16 @@ def parse(params: object, role: Role, request_id: str = "") -> Serve | Fetch | M
     return None
 
 
-def _key(params: Mapping[str, Any], make: Callable[[str], Serve | Meet]) -> Serve | Meet | Refused:
+def _key(
+    params: Mapping[str, Any], make: Callable[[str], ProducerRequest | RendezvousRequest]
+) -> ProducerRequest | RendezvousRequest | RefusedParams:
     key = params.get("transfer_id")
     if key is None:
         return make("")
     if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not key.isprintable():
-        return Refused(Refusal.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters")
+        return RefusedParams(
+            RefusalReason.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters"
+        )
     return make(key)
 
 
@@ -162,10 +207,12 @@ def _named_in(request_id: str) -> dict[str, Any]:
     return {"remote_engine_id": owner, "remote_host": host, "remote_port": int(port)}
 
 
-def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
+def _meet(params: Mapping[str, Any], role: Role) -> ProducerRequest | RendezvousRequest | RefusedParams:
     """Without a lease, but with a prefill server: as NixlPushConnector's proxies send it to both servers at once."""
     if not role.push:
-        return Refused(Refusal.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here")
+        return RefusedParams(
+            RefusalReason.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here"
+        )
     wrong = _checked_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _checked_sizes(params)
     if wrong is not None:
         return wrong
@@ -173,42 +220,44 @@ def _meet(params: Mapping[str, Any], role: Role) -> Serve | Meet | Refused:
     try:
         lease = LeaseRef.for_rendezvous("", owner=owner, addresses=[address])
     except LeaseRefError as error:
-        return Refused(Refusal.BAD_TYPE, f"no prefill server can be there: {error}")
+        return RefusedParams(RefusalReason.BAD_TYPE, f"no prefill server can be there: {error}")
     if role.made(lease):
-        return Refused(Refusal.OWN_ENGINE, "the prefill server is this engine")
-    return _key(params, lambda key: Meet(owner, address, key))
+        return RefusedParams(RefusalReason.OWN_ENGINE, "the prefill server is this engine")
+    return _key(params, lambda key: RendezvousRequest(owner, address, key))
 
 
-def _fetch(params: Mapping[str, Any], role: Role) -> Fetch | Refused:
+def _fetch(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedParams:
     if LEASE_KEY not in params or params[LEASE_KEY] is None:
-        return Refused(Refusal.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?")
+        return RefusedParams(
+            RefusalReason.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?"
+        )
     try:
         lease = LeaseRef.from_obj(params[LEASE_KEY])
     except LeaseRefError as error:
-        return Refused(Refusal.BAD_LEASE, str(error))
+        return RefusedParams(RefusalReason.BAD_LEASE, str(error))
     if "v" not in params[LEASE_KEY]:
-        return Refused(Refusal.BAD_LEASE, "the lease has no version")
+        return RefusedParams(RefusalReason.BAD_LEASE, "the lease has no version")
     if not all(address.startswith("tcp://") for address in lease.addresses):
-        return Refused(Refusal.BAD_LEASE, "an address of the lease is not tcp://")
+        return RefusedParams(RefusalReason.BAD_LEASE, "an address of the lease is not tcp://")
     wrong = _checked_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
     size = params["tp_size"]
     if not 0 < size <= MAX_RANKS or len(lease.addresses) not in (1, size):  # the first rank knows the others
         ranks = f"tp_size is {size}, the lease names {len(lease.addresses)} ranks"
-        return Refused(Refusal.CONTRADICTION, ranks)
+        return RefusedParams(RefusalReason.CONTRADICTION, ranks)
     wrong = _checked_sizes(params)
     if wrong is not None:
         return wrong
     if params.get("transfer_mode", "pull") != "pull":
-        return Refused(Refusal.OTHER_MODE, "transfer_mode is not 'pull'")
+        return RefusedParams(RefusalReason.OTHER_MODE, "transfer_mode is not 'pull'")
     if role.made(lease):
-        return Refused(Refusal.OWN_ENGINE, "the lease was made by this engine")
+        return RefusedParams(RefusalReason.OWN_ENGINE, "the lease was made by this engine")
     if params["remote_engine_id"] != lease.owner or params["remote_request_id"] != lease.request:
-        return Refused(Refusal.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
+        return RefusedParams(RefusalReason.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
-        return Refused(Refusal.CONTRADICTION, "remote_num_tokens is not the lease's")
-    return _checked_blocks(params.get("remote_block_ids"), lease, role.max_groups) or Fetch(lease)
+        return RefusedParams(RefusalReason.CONTRADICTION, "remote_num_tokens is not the lease's")
+    return _checked_blocks(params.get("remote_block_ids"), lease, role.max_groups) or ConsumerRequest(lease)
 
 
 def _same_place(address: str, own: str) -> bool:
@@ -220,40 +269,42 @@ def _same_place(address: str, own: str) -> bool:
     return port == own_port and here
 
 
-def _checked_keys(params: Mapping[str, Any], names: Iterable[str]) -> Refused | None:
+def _checked_keys(params: Mapping[str, Any], names: Iterable[str]) -> RefusedParams | None:
     """NixlConnector's keys are there, of their types, and the port is one."""
     for name in names:
         value = params.get(name)
         if value is None:
-            return Refused(Refusal.MISSING_KEY, f"{name} is missing")
+            return RefusedParams(RefusalReason.MISSING_KEY, f"{name} is missing")
         if not isinstance(value, _REQUIRED[name]) or isinstance(value, bool):
-            return Refused(Refusal.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    return None if 0 < params["remote_port"] < 2**16 else Refused(Refusal.BAD_TYPE, "remote_port is no port")
+            return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is a {type(value).__name__}")
+    return (
+        None if 0 < params["remote_port"] < 2**16 else RefusedParams(RefusalReason.BAD_TYPE, "remote_port is no port")
+    )
 
 
-def _checked_sizes(params: Mapping[str, Any]) -> Refused | None:
+def _checked_sizes(params: Mapping[str, Any]) -> RefusedParams | None:
     """Of parallelism that is not supported there is none."""
     for name in ("pp_size", "dcp_size"):
         if params.get(name, 1) != 1:
-            return Refused(Refusal.BAD_TYPE, f"{name} is not 1")
+            return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is not 1")
     return None
 
 
-def _checked_blocks(groups: object, lease: LeaseRef, most: int) -> Refused | None:
+def _checked_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams | None:
     """A block holds at least one token, which bounds the work spent on lists of any length."""
     if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= most:
-        return Refused(
-            Refusal.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {most} groups"
+        return RefusedParams(
+            RefusalReason.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {most} groups"
         )
     if not any(groups):
-        return Refused(Refusal.BAD_BLOCKS, "remote_block_ids names no block")
+        return RefusedParams(RefusalReason.BAD_BLOCKS, "remote_block_ids names no block")
     for blocks in groups:
         if not isinstance(blocks, (list, tuple)):
-            return Refused(Refusal.BAD_BLOCKS, "a group of remote_block_ids is no list of block ids")
+            return RefusedParams(RefusalReason.BAD_BLOCKS, "a group of remote_block_ids is no list of block ids")
         if len(blocks) > lease.num_tokens:
-            return Refused(Refusal.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
+            return RefusedParams(RefusalReason.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
         if not all(type(block) is int and 0 <= block <= _MAX_BLOCK_ID for block in blocks):
-            return Refused(Refusal.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
+            return RefusedParams(RefusalReason.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
     return None
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real vLLM servers and vllm-router on this machine: a prefill server, a decode server and what stands in front.
 
-Everything is a plain description (:class:`ServerSettings`) plus a process (:class:`VllmServer`, :class:`Router`); a
-:class:`Pair` is the usual three of them. Used by ``python -m kvxfer_vllm.local``, the end-to-end tests and the
+Everything is a plain description (:class:`ServerSettings`) plus a process (:class:`VllmServer`, :class:`PullRouter`); a
+:class:`ServerPair` is the usual three of them. Used by ``python -m tools.serve``, the end-to-end tests and the
 benchmarks. Ports are free ones, logs go to files in the folder given.
 """
 
@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from kvxfer_vllm.local.client import Answer, Prompt, Sample, ask, get, post, read_metrics
-from kvxfer_vllm.local.process import ServerProcess, ServerStartError, free_port
+from tools.serve.client import Answer, MetricSample, Prompt, ask, get, post, read_metrics
+from tools.serve.process import ServerProcess, ServerStartError, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["MODEL_NAME", "Pair", "Router", "ServerSettings", "VllmServer", "start_all"]
+__all__ = ["MODEL_NAME", "PullRouter", "ServerPair", "ServerSettings", "VllmServer", "start_all"]
 
 #: The name under which every server serves its model.
 MODEL_NAME = "kvxfer"
@@ -144,7 +144,7 @@ class VllmServer(ServerProcess):
         )
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
-        """:func:`kvxfer_vllm.local.client.ask` this server directly."""
+        """:func:`tools.serve.client.ask` this server directly."""
         return ask(self.url, prompt, **options)
 
     def prefill(self, prompt: Prompt, *, transfer_id: str | None = None, **options: Any) -> Answer:
@@ -182,7 +182,7 @@ class VllmServer(ServerProcess):
         """Forget cached prefixes, so that the next prompt is computed or transferred as a whole."""
         post(self.url, "/reset_prefix_cache")
 
-    def metrics(self) -> list[Sample]:
+    def metrics(self) -> list[MetricSample]:
         """Everything on ``/metrics``.
 
         Raises:
@@ -238,11 +238,11 @@ class PushProxy(ServerProcess):
         )
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
-        """:func:`kvxfer_vllm.local.client.ask` through the proxy."""
+        """:func:`tools.serve.client.ask` through the proxy."""
         return ask(self.url, prompt, **options)
 
 
-class Router(ServerProcess):
+class PullRouter(ServerProcess):
     """vllm-router before one prefill and one decode server, unchanged: it believes that it talks to NixlConnector."""
 
     def __init__(self, prefill: VllmServer, decode: VllmServer, folder: Path, *, port: int | None = None) -> None:
@@ -261,7 +261,7 @@ class Router(ServerProcess):
         )
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
-        """:func:`kvxfer_vllm.local.client.ask` through the router."""
+        """:func:`tools.serve.client.ask` through the router."""
         return ask(self.url, prompt, **options)
 
 
@@ -299,7 +299,7 @@ def _reporter(
     return lambda _: on_wait(server, time.monotonic() - begin)
 
 
-class Pair:
+class ServerPair:
     """A prefill server, a decode server and vllm-router before them; a context manager that ends all three.
 
     ``producer`` and ``consumer`` describe the two servers; :meth:`of` makes the usual ones. The router is started when
@@ -311,10 +311,10 @@ class Pair:
     ) -> None:
         self.prefill = VllmServer(producer, folder)
         self.decode = VllmServer(consumer, folder)
-        self.router = Router(self.prefill, self.decode, folder, port=router_port)
+        self.router = PullRouter(self.prefill, self.decode, folder, port=router_port)
 
     @classmethod
-    def of(cls, model: Path, folder: Path, *, router_port: int | None = None, **common: Any) -> Pair:
+    def of(cls, model: Path, folder: Path, *, router_port: int | None = None, **common: Any) -> ServerPair:
         """The usual pair on a model; ``common`` are settings of both servers (see :class:`ServerSettings`)."""
         return cls(
             ServerSettings(name="prefill", model=model, role="kv_producer", **common),
@@ -347,7 +347,7 @@ class Pair:
             raise
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
-        """:func:`kvxfer_vllm.local.client.ask` through the router."""
+        """:func:`tools.serve.client.ask` through the router."""
         return self.router.ask(prompt, **options)
 
     def stop(self, timeout_s: float = 15.0) -> None:

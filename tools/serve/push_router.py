@@ -6,13 +6,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvxfer_vllm.local.client import Answer, Prompt, ask, get
-from kvxfer_vllm.local.process import ServerProcess, free_port
+from tools.serve.client import Answer, Prompt, ask, get
+from tools.serve.process import ServerProcess, free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvxfer_vllm.local.pair import VllmServer
+    from tools.serve.pair import VllmServer
 
 __all__ = ["PushRouter", "Registrar"]
 
@@ -39,17 +39,17 @@ class PushRouter(ServerProcess):
         )
 
     def ask(self, prompt: Prompt, **options: Any) -> Answer:
-        """:func:`kvxfer_vllm.local.client.ask` through the router."""
+        """:func:`tools.serve.client.ask` through the router."""
         return ask(self.url, prompt, **options)
 
 
 class Registrar(ServerProcess):
-    """``python -m kvxfer_vllm.register`` for one pair; healthy when the router has said that it knows both."""
+    """``python -m kvxfer_vllm.router_registration`` for one pair; healthy when the router has said that it knows both."""
 
     def __init__(self, router: PushRouter, prefill: VllmServer, decode: VllmServer, folder: Path) -> None:
         place = f"{prefill.settings.name}@{_HOST}:{prefill.side_channel_port}"
         command = [
-            *(sys.executable, "-m", "kvxfer_vllm.register", "--router", f"{_HOST}:{router.discovery_port}"),
+            *(sys.executable, "-m", "kvxfer_vllm.router_registration", "--router", f"{_HOST}:{router.discovery_port}"),
             *("--prefill", prefill.url, place, "--decode", decode.url),
         ]
         super().__init__(

@@ -77,7 +77,7 @@ class _Guard:
         with self._lock:
             if self._process is None or self._owner != os.getpid():
                 # -S -E: starts in 10 ms and nothing of the environment can break it.
-                self._process = subprocess.Popen(  # noqa: S603
+                self._process = subprocess.Popen(
                     [sys.executable, "-S", "-E", "-c", _GUARD_PROGRAM],
                     stdin=subprocess.PIPE,
                     start_new_session=True,
@@ -177,7 +177,7 @@ class ServerProcess:
         _guard.add(self._process.pid)
 
     def _spawn(self, sink: IO[bytes]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(  # noqa: S603
+        return subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
             stdout=sink,

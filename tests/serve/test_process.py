@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from kvxfer.testing import eventually
-from kvxfer_vllm.local.process import ServerProcess, ServerStartError, free_port
+from tools.serve.process import ServerProcess, ServerStartError, free_port
 
 # Starts a child of its own, as vLLM starts its engine, and says so when it is up.
 _TREE = """
@@ -109,7 +109,7 @@ def test_servers_die_with_their_parent(tmp_path):
     program = f"""
 import sys, pathlib, time
 from kvxfer.testing import eventually
-from kvxfer_vllm.local.process import ServerProcess
+from tools.serve.process import ServerProcess
 made = ServerProcess("s", [sys.executable, "-c", {_TREE!r}], log=pathlib.Path(sys.argv[1]), healthy=lambda: "up" in made.log_text())
 made.start(); made.wait_ready(30)
 print(made.pid, made.log_text().split()[1], flush=True)

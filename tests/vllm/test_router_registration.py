@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kvxfer_vllm.register`` before a stand-in of vllm-router's discovery: who is told of, and when."""
+"""``python -m kvxfer_vllm.router_registration`` before a stand-in of vllm-router's discovery: who is told of, and when."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import zmq
 
-from kvxfer_vllm.register import main
+from kvxfer_vllm.router_registration import main
 
 
 class _Health(http.server.BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ def test_healthy_servers_are_registered_again_and_again(server, discovery):
     """A healthy server is told of again and again; one that is not, or is not there, is not told of."""
     address = f"127.0.0.1:{server.server_port}"
     router = discovery.last_endpoint.decode().removeprefix("tcp://")
-    command = [sys.executable, "-m", "kvxfer_vllm.register", "--router", router]
+    command = [sys.executable, "-m", "kvxfer_vllm.router_registration", "--router", router]
     command += ["--prefill", f"http://{address}", "prefill-0@127.0.0.1:5600", "--decode", "http://127.0.0.1:1/"]
     told = {"type": "P", "http_address": address, "zmq_address": "prefill-0@127.0.0.1:5600", "transfer_mode": "WRITE"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

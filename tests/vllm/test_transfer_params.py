@@ -14,8 +14,17 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.request import RequestStatus
 
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.params import Fetch, Meet, Refused, Role, Serve, parse, prompt_digest, response
-from kvxfer_vllm.reasons import Refusal
+from kvxfer_vllm.transfer_params import (
+    ConsumerRequest,
+    ProducerRequest,
+    RefusalReason,
+    RefusedParams,
+    RendezvousRequest,
+    Role,
+    parse,
+    prompt_digest,
+    response,
+)
 from tests.vllm.rig import P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -60,83 +69,86 @@ def both(**changes):
 
 
 MALFORMED = {
-    "string": ("do_remote_prefill", Refusal.NOT_AN_OBJECT),
-    "list": ([1], Refusal.NOT_AN_OBJECT),
-    "number": (7, Refusal.NOT_AN_OBJECT),
-    "flag of text": ({"do_remote_prefill": "yes"}, Refusal.BAD_FLAG),
-    "flag of a number": ({"do_remote_decode": 1}, Refusal.BAD_FLAG),
-    "flag of a list": ({"do_remote_decode": [True]}, Refusal.BAD_FLAG),
-    "both flags": (good(do_remote_decode=True), Refusal.BOTH_FLAGS),
-    "the flag alone": ({"do_remote_prefill": True}, Refusal.NO_LEASE),
-    "plain NixlConnector": (good(kvxfer=...), Refusal.NO_LEASE),
-    "lease is null": (good(kvxfer=None), Refusal.NO_LEASE),
-    "lease is text": (good(kvxfer="{}"), Refusal.BAD_LEASE),
-    "lease is empty": (good(kvxfer={}), Refusal.BAD_LEASE),
-    "lease without a version": (good(kvxfer={k: v for k, v in lease().items() if k != "v"}), Refusal.BAD_LEASE),
-    "lease of another version": (good(kvxfer=lease(v=2)), Refusal.BAD_LEASE),
-    "short token": (good(kvxfer=lease(token="ab")), Refusal.BAD_LEASE),
-    "token of a number": (good(kvxfer=lease(token=5)), Refusal.BAD_LEASE),
-    "no address": (good(kvxfer=lease(addresses=[])), Refusal.BAD_LEASE),
-    "address of a file": (good(kvxfer=lease(addresses=["ipc:///tmp/x"])), Refusal.BAD_LEASE),
-    "address of a number": (good(kvxfer=lease(addresses=[1])), Refusal.BAD_LEASE),
-    "address with half a character": (good(kvxfer=lease(addresses=["tcp://a\ud800:1"])), Refusal.BAD_LEASE),
-    "negative tokens": (good(kvxfer=lease(num_tokens=-1)), Refusal.BAD_LEASE),
-    "absurd tokens": (good(kvxfer=lease(num_tokens=10**30)), Refusal.BAD_LEASE),
-    "engine id missing": (good(remote_engine_id=...), Refusal.MISSING_KEY),
-    "request id null": (good(remote_request_id=None), Refusal.MISSING_KEY),
-    "host missing": (good(remote_host=...), Refusal.MISSING_KEY),
-    "port missing": (good(remote_port=...), Refusal.MISSING_KEY),
-    "tp size missing": (good(tp_size=...), Refusal.MISSING_KEY),
-    "port of text": (good(remote_port="5600"), Refusal.BAD_TYPE),
-    "port of a boolean": (good(remote_port=True), Refusal.BAD_TYPE),
-    "port out of range": (good(remote_port=70000), Refusal.BAD_TYPE),
-    "host of a list": (good(remote_host=["a"]), Refusal.BAD_TYPE),
-    "tp size of text": (good(tp_size="1"), Refusal.BAD_TYPE),
-    "no tp size": (good(tp_size=0), Refusal.CONTRADICTION),
-    "absurd tp size": (good(tp_size=10**9), Refusal.CONTRADICTION),
+    "string": ("do_remote_prefill", RefusalReason.NOT_AN_OBJECT),
+    "list": ([1], RefusalReason.NOT_AN_OBJECT),
+    "number": (7, RefusalReason.NOT_AN_OBJECT),
+    "flag of text": ({"do_remote_prefill": "yes"}, RefusalReason.BAD_FLAG),
+    "flag of a number": ({"do_remote_decode": 1}, RefusalReason.BAD_FLAG),
+    "flag of a list": ({"do_remote_decode": [True]}, RefusalReason.BAD_FLAG),
+    "both flags": (good(do_remote_decode=True), RefusalReason.BOTH_FLAGS),
+    "the flag alone": ({"do_remote_prefill": True}, RefusalReason.NO_LEASE),
+    "plain NixlConnector": (good(kvxfer=...), RefusalReason.NO_LEASE),
+    "lease is null": (good(kvxfer=None), RefusalReason.NO_LEASE),
+    "lease is text": (good(kvxfer="{}"), RefusalReason.BAD_LEASE),
+    "lease is empty": (good(kvxfer={}), RefusalReason.BAD_LEASE),
+    "lease without a version": (good(kvxfer={k: v for k, v in lease().items() if k != "v"}), RefusalReason.BAD_LEASE),
+    "lease of another version": (good(kvxfer=lease(v=2)), RefusalReason.BAD_LEASE),
+    "short token": (good(kvxfer=lease(token="ab")), RefusalReason.BAD_LEASE),
+    "token of a number": (good(kvxfer=lease(token=5)), RefusalReason.BAD_LEASE),
+    "no address": (good(kvxfer=lease(addresses=[])), RefusalReason.BAD_LEASE),
+    "address of a file": (good(kvxfer=lease(addresses=["ipc:///tmp/x"])), RefusalReason.BAD_LEASE),
+    "address of a number": (good(kvxfer=lease(addresses=[1])), RefusalReason.BAD_LEASE),
+    "address with half a character": (good(kvxfer=lease(addresses=["tcp://a\ud800:1"])), RefusalReason.BAD_LEASE),
+    "negative tokens": (good(kvxfer=lease(num_tokens=-1)), RefusalReason.BAD_LEASE),
+    "absurd tokens": (good(kvxfer=lease(num_tokens=10**30)), RefusalReason.BAD_LEASE),
+    "engine id missing": (good(remote_engine_id=...), RefusalReason.MISSING_KEY),
+    "request id null": (good(remote_request_id=None), RefusalReason.MISSING_KEY),
+    "host missing": (good(remote_host=...), RefusalReason.MISSING_KEY),
+    "port missing": (good(remote_port=...), RefusalReason.MISSING_KEY),
+    "tp size missing": (good(tp_size=...), RefusalReason.MISSING_KEY),
+    "port of text": (good(remote_port="5600"), RefusalReason.BAD_TYPE),
+    "port of a boolean": (good(remote_port=True), RefusalReason.BAD_TYPE),
+    "port out of range": (good(remote_port=70000), RefusalReason.BAD_TYPE),
+    "host of a list": (good(remote_host=["a"]), RefusalReason.BAD_TYPE),
+    "tp size of text": (good(tp_size="1"), RefusalReason.BAD_TYPE),
+    "no tp size": (good(tp_size=0), RefusalReason.CONTRADICTION),
+    "absurd tp size": (good(tp_size=10**9), RefusalReason.CONTRADICTION),
     "other tp size": (
         good(tp_size=3, kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])),
-        Refusal.CONTRADICTION,
+        RefusalReason.CONTRADICTION,
     ),
-    "more addresses than ranks": (good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])), Refusal.CONTRADICTION),
-    "pipeline": (good(pp_size=2), Refusal.BAD_TYPE),
-    "context parallel": (good(dcp_size="x"), Refusal.BAD_TYPE),
-    "push": (good(transfer_mode="push"), Refusal.OTHER_MODE),
-    "mode of a list": (good(transfer_mode=[]), Refusal.OTHER_MODE),
-    "another engine's id": (good(remote_engine_id="Q"), Refusal.CONTRADICTION),
-    "another request's id": (good(remote_request_id="q"), Refusal.CONTRADICTION),
-    "other number of tokens": (good(remote_num_tokens=41), Refusal.CONTRADICTION),
-    "number of tokens of text": (good(remote_num_tokens="40"), Refusal.CONTRADICTION),
-    "no blocks": (good(remote_block_ids=...), Refusal.BAD_BLOCKS),
-    "blocks of text": (good(remote_block_ids="12"), Refusal.BAD_BLOCKS),
-    "blocks not grouped": (good(remote_block_ids=[1, 2]), Refusal.BAD_BLOCKS),
-    "empty blocks": (good(remote_block_ids=[[]]), Refusal.BAD_BLOCKS),
-    "two groups": (good(remote_block_ids=[[1], [2]]), Refusal.BAD_BLOCKS),
-    "no block in any group": (good(remote_block_ids=[[], []]), Refusal.BAD_BLOCKS),
-    "absurdly many groups": (good(remote_block_ids=[[1]] * 1000), Refusal.BAD_BLOCKS),
-    "negative block": (good(remote_block_ids=[[-1, 2]]), Refusal.BAD_BLOCKS),
-    "absurd block": (good(remote_block_ids=[[2**40]]), Refusal.BAD_BLOCKS),
-    "block of text": (good(remote_block_ids=[["a"]]), Refusal.BAD_BLOCKS),
-    "block of a boolean": (good(remote_block_ids=[[True]]), Refusal.BAD_BLOCKS),
-    "huge list": (good(remote_block_ids=[list(range(1_000_000))]), Refusal.BAD_BLOCKS),
-    "do_remote_decode at a consumer": (P_PARAMS, Refusal.NOT_A_PRODUCER),
-    "to both, engine id of a number": (both(remote_engine_id=7), Refusal.BAD_TYPE),
-    "to both, engine id without end": (both(remote_engine_id="P" * 10_000), Refusal.BAD_TYPE),
-    "to both, host missing": (both(remote_host=...), Refusal.MISSING_KEY),
-    "to both, host of a list": (both(remote_host=["a"]), Refusal.BAD_TYPE),
-    "to both, host with a path": (both(remote_host="a/b"), Refusal.BAD_TYPE),
-    "to both, host with two lines": (both(remote_host="a\nb"), Refusal.BAD_TYPE),
-    "to both, port null": (both(remote_port=None), Refusal.MISSING_KEY),
-    "to both, port of a boolean": (both(remote_port=True), Refusal.BAD_TYPE),
-    "to both, port out of range": (both(remote_port=0), Refusal.BAD_TYPE),
-    "to both, pipeline": (both(pp_size=2), Refusal.BAD_TYPE),
-    "to both, transfer id of a number": (both(transfer_id=5), Refusal.BAD_TYPE),
-    "to both, empty transfer id": (both(transfer_id=""), Refusal.BAD_TYPE),
-    "to both, transfer id without end": (both(transfer_id="x" * 100_000), Refusal.BAD_TYPE),
-    "to both, half a character as transfer id": (both(transfer_id="t\ud800"), Refusal.BAD_TYPE),
-    "to both, half a character as engine id": (both(remote_engine_id="P\ud800"), Refusal.BAD_TYPE),
-    "to both, half a character as host": (both(remote_host="a\ud800"), Refusal.BAD_TYPE),
-    "to both, with blocks": (both(remote_block_ids=[[1]]), Refusal.NO_LEASE),
+    "more addresses than ranks": (
+        good(kvxfer=lease(addresses=["tcp://a:1", "tcp://b:2"])),
+        RefusalReason.CONTRADICTION,
+    ),
+    "pipeline": (good(pp_size=2), RefusalReason.BAD_TYPE),
+    "context parallel": (good(dcp_size="x"), RefusalReason.BAD_TYPE),
+    "push": (good(transfer_mode="push"), RefusalReason.OTHER_MODE),
+    "mode of a list": (good(transfer_mode=[]), RefusalReason.OTHER_MODE),
+    "another engine's id": (good(remote_engine_id="Q"), RefusalReason.CONTRADICTION),
+    "another request's id": (good(remote_request_id="q"), RefusalReason.CONTRADICTION),
+    "other number of tokens": (good(remote_num_tokens=41), RefusalReason.CONTRADICTION),
+    "number of tokens of text": (good(remote_num_tokens="40"), RefusalReason.CONTRADICTION),
+    "no blocks": (good(remote_block_ids=...), RefusalReason.BAD_BLOCKS),
+    "blocks of text": (good(remote_block_ids="12"), RefusalReason.BAD_BLOCKS),
+    "blocks not grouped": (good(remote_block_ids=[1, 2]), RefusalReason.BAD_BLOCKS),
+    "empty blocks": (good(remote_block_ids=[[]]), RefusalReason.BAD_BLOCKS),
+    "two groups": (good(remote_block_ids=[[1], [2]]), RefusalReason.BAD_BLOCKS),
+    "no block in any group": (good(remote_block_ids=[[], []]), RefusalReason.BAD_BLOCKS),
+    "absurdly many groups": (good(remote_block_ids=[[1]] * 1000), RefusalReason.BAD_BLOCKS),
+    "negative block": (good(remote_block_ids=[[-1, 2]]), RefusalReason.BAD_BLOCKS),
+    "absurd block": (good(remote_block_ids=[[2**40]]), RefusalReason.BAD_BLOCKS),
+    "block of text": (good(remote_block_ids=[["a"]]), RefusalReason.BAD_BLOCKS),
+    "block of a boolean": (good(remote_block_ids=[[True]]), RefusalReason.BAD_BLOCKS),
+    "huge list": (good(remote_block_ids=[list(range(1_000_000))]), RefusalReason.BAD_BLOCKS),
+    "do_remote_decode at a consumer": (P_PARAMS, RefusalReason.NOT_A_PRODUCER),
+    "to both, engine id of a number": (both(remote_engine_id=7), RefusalReason.BAD_TYPE),
+    "to both, engine id without end": (both(remote_engine_id="P" * 10_000), RefusalReason.BAD_TYPE),
+    "to both, host missing": (both(remote_host=...), RefusalReason.MISSING_KEY),
+    "to both, host of a list": (both(remote_host=["a"]), RefusalReason.BAD_TYPE),
+    "to both, host with a path": (both(remote_host="a/b"), RefusalReason.BAD_TYPE),
+    "to both, host with two lines": (both(remote_host="a\nb"), RefusalReason.BAD_TYPE),
+    "to both, port null": (both(remote_port=None), RefusalReason.MISSING_KEY),
+    "to both, port of a boolean": (both(remote_port=True), RefusalReason.BAD_TYPE),
+    "to both, port out of range": (both(remote_port=0), RefusalReason.BAD_TYPE),
+    "to both, pipeline": (both(pp_size=2), RefusalReason.BAD_TYPE),
+    "to both, transfer id of a number": (both(transfer_id=5), RefusalReason.BAD_TYPE),
+    "to both, empty transfer id": (both(transfer_id=""), RefusalReason.BAD_TYPE),
+    "to both, transfer id without end": (both(transfer_id="x" * 100_000), RefusalReason.BAD_TYPE),
+    "to both, half a character as transfer id": (both(transfer_id="t\ud800"), RefusalReason.BAD_TYPE),
+    "to both, half a character as engine id": (both(remote_engine_id="P\ud800"), RefusalReason.BAD_TYPE),
+    "to both, half a character as host": (both(remote_host="a\ud800"), RefusalReason.BAD_TYPE),
+    "to both, with blocks": (both(remote_block_ids=[[1]]), RefusalReason.NO_LEASE),
 }
 
 
@@ -145,7 +157,7 @@ def test_malformed(name):
     """Each malformed input has its own reason."""
     params, reason = MALFORMED[name]
     refused = parse(params, CONSUMER)
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, RefusedParams)
     assert refused.reason is reason, refused.detail
 
 
@@ -174,7 +186,7 @@ def test_malformed_through_the_scheduler(name, role):
 @given(params=json_values, role=st.sampled_from([PRODUCER, CONSUMER, BOTH]))
 def test_any_json(params, role):
     """No JSON value raises, and none that was not made by a producer is taken for a lease."""
-    assert not isinstance(parse(params, role), Fetch)
+    assert not isinstance(parse(params, role), ConsumerRequest)
 
 
 @given(key=st.sampled_from(sorted(good())), value=json_values)
@@ -205,13 +217,13 @@ def test_nothing_asked():
 
 def test_good_ones():
     """What the router sends to a producer, and what the producer answers, are understood."""
-    assert parse(P_PARAMS, PRODUCER) == Serve()
-    assert parse(P_PARAMS | {"transfer_id": "t-1"}, PRODUCER) == Serve("t-1")
-    assert parse(both(), CONSUMER) == Meet("P", "tcp://127.0.0.1:5600", "t-1")
+    assert parse(P_PARAMS, PRODUCER) == ProducerRequest()
+    assert parse(P_PARAMS | {"transfer_id": "t-1"}, PRODUCER) == ProducerRequest("t-1")
+    assert parse(both(), CONSUMER) == RendezvousRequest("P", "tcp://127.0.0.1:5600", "t-1")
     assert parse(both(transfer_id=None, remote_request_id="p", remote_block_ids=None), CONSUMER).key == ""
     assert parse(both(remote_host="::1"), CONSUMER).address == "tcp://[::1]:5600"
     params = good(remote_blocks_expiry_time=12.5, remote_prefill_cached_tokens=3, unknown={"a": 1})
-    assert parse(params, CONSUMER) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
+    assert parse(params, CONSUMER) == ConsumerRequest(LeaseRef.from_obj(params["kvxfer"]))
 
 
 def at_once_by_vllm_router(**changes):
@@ -235,26 +247,26 @@ def routed_id(place):
 )
 def test_a_prefill_server_named_by_vllm_router(place, owner, address):
     """Where the parameters name no prefill server, the request's id may; it counts for nothing where they do."""
-    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)) == Meet(owner, address, "tx-1")
-    assert parse(both(), CONSUMER, routed_id("Q@127.0.0.9:1")) == Meet("P", "tcp://127.0.0.1:5600", "t-1")
+    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)) == RendezvousRequest(owner, address, "tx-1")
+    assert parse(both(), CONSUMER, routed_id("Q@127.0.0.9:1")) == RendezvousRequest("P", "tcp://127.0.0.1:5600", "t-1")
     params = good(transfer_id="tx-1")
-    assert parse(params, CONSUMER, routed_id("Q@127.0.0.9:1")) == Fetch(LeaseRef.from_obj(params["kvxfer"]))
+    assert parse(params, CONSUMER, routed_id("Q@127.0.0.9:1")) == ConsumerRequest(LeaseRef.from_obj(params["kvxfer"]))
 
 
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("127.0.0.1:8100", Refusal.NO_LEASE),  # the router's --kv-connector nixl
-        ("host:127.0.0.1,handshake:6301,notify:61005", Refusal.NO_LEASE),  # MoRIIOConnector
-        ("", Refusal.NO_LEASE),
-        ("@127.0.0.1:5600", Refusal.NO_LEASE),
-        ("P@:5600", Refusal.NO_LEASE),
-        ("P@127.0.0.1:", Refusal.NO_LEASE),
-        ("P@127.0.0.1:" + "9" * 10_000, Refusal.NO_LEASE),
-        ("P@127.0.0.1:99999", Refusal.BAD_TYPE),
-        ("P@a/b:1", Refusal.BAD_TYPE),
-        ("P" * 100_000 + "@127.0.0.1:5600", Refusal.BAD_TYPE),
-        ("@:" * 100_000, Refusal.NO_LEASE),
+        ("127.0.0.1:8100", RefusalReason.NO_LEASE),  # the router's --kv-connector nixl
+        ("host:127.0.0.1,handshake:6301,notify:61005", RefusalReason.NO_LEASE),  # MoRIIOConnector
+        ("", RefusalReason.NO_LEASE),
+        ("@127.0.0.1:5600", RefusalReason.NO_LEASE),
+        ("P@:5600", RefusalReason.NO_LEASE),
+        ("P@127.0.0.1:", RefusalReason.NO_LEASE),
+        ("P@127.0.0.1:" + "9" * 10_000, RefusalReason.NO_LEASE),
+        ("P@127.0.0.1:99999", RefusalReason.BAD_TYPE),
+        ("P@a/b:1", RefusalReason.BAD_TYPE),
+        ("P" * 100_000 + "@127.0.0.1:5600", RefusalReason.BAD_TYPE),
+        ("@:" * 100_000, RefusalReason.NO_LEASE),
     ],
 )
 def test_a_request_id_that_names_no_prefill_server(place, reason):
@@ -268,10 +280,10 @@ OWN = Role(engine_id="P", is_producer=True, is_consumer=True, addresses=("tcp://
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_a_server_that_is_named_to_itself(host):
     """A request that comes back to the server that prefilled it, or is to, is refused by name."""
-    assert parse(good(), OWN).reason is Refusal.OWN_ENGINE
-    assert parse(both(remote_host=host), OWN).reason is Refusal.OWN_ENGINE
+    assert parse(good(), OWN).reason is RefusalReason.OWN_ENGINE
+    assert parse(both(remote_host=host), OWN).reason is RefusalReason.OWN_ENGINE
     unknown = Role(engine_id="P", is_producer=True, is_consumer=True)
-    assert parse(both(remote_host=host), unknown).reason is Refusal.OWN_ENGINE
+    assert parse(both(remote_host=host), unknown).reason is RefusalReason.OWN_ENGINE
 
 
 @pytest.mark.parametrize(
@@ -285,8 +297,8 @@ def test_a_server_that_is_named_to_itself(host):
 def test_one_engine_id_on_two_servers(other):
     """Another server with the same engine_id is another server: requests between them are served."""
     params = good(remote_host="10.0.0.1", kvxfer=lease(addresses=["tcp://10.0.0.1:5600"]))
-    assert isinstance(parse(params, other), Fetch)
-    assert isinstance(parse(both(remote_host="10.0.0.1"), other), Meet)
+    assert isinstance(parse(params, other), ConsumerRequest)
+    assert isinstance(parse(both(remote_host="10.0.0.1"), other), RendezvousRequest)
 
 
 @given(request_id=st.text() | st.text().map(routed_id))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-__all__ = ["Answer", "Prompt", "Sample", "ask", "get", "post", "read_metrics"]
+__all__ = ["Answer", "MetricSample", "Prompt", "ask", "get", "post", "read_metrics"]
 
 #: A completion's prompt (text or token ids), or the messages of a chat.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
@@ -189,7 +189,7 @@ def _exchange(method: str, url: str, path: str, body: bytes | None, timeout_s: f
 
 
 @dataclass(frozen=True)
-class Sample:
+class MetricSample:
     """One line of a Prometheus page."""
 
     name: str
@@ -201,7 +201,7 @@ _SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def read_metrics(url: str, timeout_s: float = 10.0) -> list[Sample]:
+def read_metrics(url: str, timeout_s: float = 10.0) -> list[MetricSample]:
     """Everything on a server's ``/metrics`` page.
 
     Raises:
@@ -216,5 +216,5 @@ def read_metrics(url: str, timeout_s: float = 10.0) -> list[Sample]:
         found = _SAMPLE.match(line)
         if found:
             name, labels, value = found.groups()
-            samples.append(Sample(name, dict(_LABEL.findall(labels or "")), float(value)))
+            samples.append(MetricSample(name, dict(_LABEL.findall(labels or "")), float(value)))
     return samples

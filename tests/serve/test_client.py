@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from kvxfer_vllm.local.client import ask, read_metrics
+from tools.serve.client import ask, read_metrics
 
 _METRICS = """# HELP vllm:x Something.
 # TYPE vllm:x counter

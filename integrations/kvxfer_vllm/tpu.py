@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvxfer import registry
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer_vllm.connector import KvxferConnector as TPUConnector
 from kvxfer_vllm.groups import specs_of
-from kvxfer_vllm.support import model_fingerprint
+from kvxfer_vllm.rank_cache import model_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer_vllm.groups import AttentionGroup
-    from kvxfer_vllm.options import Options
+    from kvxfer_vllm.options import ConnectorOptions
+
+
+__all__ = ["Runner", "RunnerCaches", "TPUConnector"]
 
 
 class Runner(Protocol):
@@ -67,7 +71,7 @@ class RunnerCaches:
         groups: Sequence[AttentionGroup],
         vllm_config: VllmConfig,
         kv_cache_config: KVCacheConfig,
-        options: Options,
+        options: ConnectorOptions,
     ) -> None:
         reason = registry.why_unavailable("jax", "buffers")
         if reason is not None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""``python -m kvxfer_vllm.register``: make servers known to a vllm-router, for as long as they are healthy.
+r"""``python -m kvxfer_vllm.router_registration``: make servers known to a vllm-router, for as long as they are healthy.
 
 vllm-router sends a request to both servers at once only where they have registered with it, every few seconds, at its
 ``--vllm-discovery-address``. Of vLLM's connectors only MoRIIOConnector does that, from inside. This does it from outside: it opens
 no port, and says nothing of a server that does not answer ``/health``, so that the router soon stops asking it.
 
     vllm-router --vllm-pd-disaggregation --kv-connector moriio --vllm-discovery-address 127.0.0.1:30001
-    python -m kvxfer_vllm.register --router 127.0.0.1:30001 \
+    python -m kvxfer_vllm.router_registration --router 127.0.0.1:30001 \
         --prefill http://127.0.0.1:8100 prefill-0@127.0.0.1:5600 --decode http://127.0.0.1:8200
 
 ``--prefill`` takes the server's URL and where decode servers meet it: its engine id (``"engine_id":"prefill-0"`` in
@@ -21,13 +21,11 @@ import re
 import sys
 import threading
 import time
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
-
-from kvxfer_vllm.local.client import get
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +38,7 @@ _HTTP = re.compile(r"http://([^/\s]+:[0-9]{1,5})/?")
 _PLACE = re.compile(r"[!-~]+@[!-~]+:[0-9]{1,5}")
 
 
-class Registration(msgspec.Struct, frozen=True):
+class RouterRegistration(msgspec.Struct, frozen=True):
     """One server, as vllm-router wants to be told of it.
 
     Attributes:
@@ -57,13 +55,17 @@ class Registration(msgspec.Struct, frozen=True):
 
     def healthy(self) -> bool:
         """Whether the server answers ``/health``."""
+        connection = HTTPConnection(self.http_address, timeout=_HEALTH_S)
         try:
-            return get(f"http://{self.http_address}", "/health", timeout_s=_HEALTH_S)[0] == 200
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
         except (OSError, HTTPException):
             return False
+        finally:
+            connection.close()
 
 
-def register(router: str, server: Registration) -> None:
+def register(router: str, server: RouterRegistration) -> None:
     """Tell a router (``host:port``) of a server while that is healthy; does not return."""
     told = False
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
@@ -85,7 +87,7 @@ def register(router: str, server: Registration) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command until it is interrupted."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvxfer_vllm.register",
+        prog="python -m kvxfer_vllm.router_registration",
         description="Make servers that run KvxferConnector known to a vllm-router that sends requests to both at once.",
     )
     parser.add_argument("--router", required=True, metavar="HOST:PORT", help="its --vllm-discovery-address")
@@ -106,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"{url!r} is not like http://host:port")
         if kind == "P" and not _PLACE.fullmatch(place):
             parser.error(f"{place!r} is not like engine-id@host:port")
-        servers.append(Registration(kind, found.group(1), place))
+        servers.append(RouterRegistration(kind, found.group(1), place))
     if not servers:
         parser.error("name a server: --prefill or --decode")
     threads = [threading.Thread(target=register, args=(options.router, server), daemon=True) for server in servers]

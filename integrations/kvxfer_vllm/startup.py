@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this connector cannot do is refused here, when the server starts, in one sentence; never when a request comes."""
+"""A worker's start: refuse what this connector cannot do, then start the endpoints on the caches that vLLM has allocated.
+
+Each error ends the server's start with one sentence. Nothing is refused later, when a request comes.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import TYPE_CHECKING, Any
+import errno
+import logging
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -15,14 +19,22 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
-from kvxfer_vllm.groups import specs_of
+from kvxfer.secret import Secret
+from kvxfer_vllm.groups import is_mla, specs_of
+from kvxfer_vllm.options import advertised, side_channel, tcp_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvxfer.buffers.cache import KVCache
+    from kvxfer_vllm.options import ConnectorOptions
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 _DEVICES = ("cpu", "cuda", "tpu")
@@ -82,24 +94,6 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         yield f"layers with different numbers of KV heads ({sorted(heads)}) and tensor parallelism yet; set it to 1"
 
 
-def buffers(vllm_config: VllmConfig) -> str:
-    """Name of the adapter, of group ``kvxfer.buffers``, for the memory that the caches are in.
-
-    With ``kv_buffer_device`` "cpu" what is on a GPU goes by way of host memory, whatever the transfer engine could reach.
-    """
-    device = vllm_config.device_config.device_type
-    if device == "cpu":
-        return "host"
-    if torch.version.hip is not None:  # vLLM and PyTorch call AMD's GPUs cuda, too
-        device = "rocm"
-    return f"{device}-staged" if vllm_config.kv_transfer_config.kv_buffer_device == "cpu" else device
-
-
-def reporting_workers(vllm_config: VllmConfig) -> int | None:
-    """How many worker processes report that a request was loaded or sent: on TPUs one drives all devices; None: all."""
-    return 1 if vllm_config.device_config.device_type == "tpu" else None
-
-
 def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
     if vllm_config.device_config.device_type == "tpu":
         yield "granularity 'layer' on TPUs, where a step is one program that calls no hook; use 'chunk'"
@@ -111,62 +105,76 @@ def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
         yield "granularity 'layer' with micro-batches, which compute each layer several times in a step; use 'chunk'"
 
 
-def hit_source() -> Any:
-    """How vLLM's metrics call what comes from another server; None before vLLM 0.32, which does not ask."""
-    try:
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.32
-    except ImportError:
-        return None
-    return CacheHitSource.P2P
+def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options: ConnectorOptions) -> list[Endpoint]:
+    """The endpoints of this worker, their threads running: one for each rank that this process has.
 
-
-def is_mla(kv_cache_config: KVCacheConfig) -> bool:
-    """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
-    return all(
-        isinstance(s, MLAAttentionSpec) for g in kv_cache_config.kv_cache_groups for s in specs_of(g.kv_cache_spec)
-    )
-
-
-def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
-    """Equal on two servers exactly if KV computed by one means the same to the other.
-
-    Layout, block size and parallelism are no part of it: they stand in the cache's description and are compared there.
-    Neither are the versions of vLLM and kvxfer.
+    Rank 0 listens on the side channel's port, the other ranks on any free one.
 
     Args:
-        vllm_config: of this server.
-        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the dtypes.
+        caches: of this process's ranks: all of the engine, or one.
+
+    Raises:
+        ConfigError: the port is taken, or a setting cannot be.
+        KvxferError: the transfer engine is not available, or the caches cannot be used.
     """
-    model = vllm_config.model_config
-    facts: dict[str, Any] = {"dtype": str(model.dtype), "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype)}
-    if override:
-        facts["model"] = override
-    else:
-        config = model.hf_config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "architectures"):
-            config.pop(name, None)
-        facts |= {
-            "model": model.model,
-            "revision": model.revision,
-            "quantization": str(model.quantization),
-            "config": config,
-        }
-    facts |= _drafting(vllm_config)
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return f"vllm:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+    settings = options.for_endpoint(os.environ)
+    # The limit is the process's, however many ranks live in it.
+    settings = replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
+    engine_id = vllm_config.kv_transfer_config.engine_id
+    secret = Secret.resolve(file=options.secret_file)
+    endpoints: list[Endpoint] = []
+    try:
+        for cache in caches:
+            endpoint = Endpoint(
+                cache,
+                agent=options.agent,
+                bind=tcp_address(host, port if cache.spec.rank == 0 else 0),
+                name=engine_id,
+                agent_options=options.for_agent(),
+                advertise=advertised(host),
+                settings=settings,
+                secret=secret,
+                allow_unauthenticated=options.allow_unauthenticated,
+                verify=options.verify,
+            )
+            endpoints.append(endpoint)
+            logger.info(
+                "kvxfer: engine %s rank %d listens at %s; %s",
+                engine_id,
+                cache.spec.rank,
+                endpoint.address,
+                settings.describe(),
+            )
+        addresses = _of_all_ranks([endpoint.address for endpoint in endpoints], caches[0].spec.world)
+        for endpoint in endpoints:
+            endpoint.join(addresses)
+    except BaseException as error:
+        for endpoint in endpoints:
+            endpoint.close()
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{error}{_what_to_set(error)}") from error
+        raise
+    return endpoints
 
 
-def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What the KV of draft layers depends on that read the model's hidden states (EAGLE, MTP); other drafts change nothing."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or not speculative.use_eagle():
-        return {}
-    draft = speculative.draft_model_config
-    return {
-        "draft": [
-            speculative.method,
-            draft.model if draft is not None else "",
-            draft.revision if draft is not None else "",
-            str(speculative.kv_cache_dtype or vllm_config.cache_config.cache_dtype),
-        ]
-    }
+def _what_to_set(error: ConfigError) -> str:
+    """What helps when the side channel could not be bound; nothing for other errors."""
+    number = getattr(error.__cause__, "errno", None)
+    if number == errno.EADDRINUSE:
+        return (
+            "; another process has the side channel's port: set KVXFER_SIDE_CHANNEL_PORT to a free one, or to 0 for any"
+        )
+    return "; the side channel's host is KVXFER_SIDE_CHANNEL_HOST" if number is not None else ""
+
+
+def _of_all_ranks(addresses: Sequence[str], world: int) -> Sequence[str]:
+    """Addresses in rank order, those of other processes among them."""
+    if len(addresses) == world:
+        return addresses
+    from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch
+    from vllm.distributed import get_tp_group  # noqa: PLC0415 - needs process groups
+
+    found: list[str] = [""] * world
+    all_gather_object(found, *addresses, group=get_tp_group().cpu_group)
+    return found
