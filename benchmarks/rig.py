@@ -347,7 +347,7 @@ class Pair:
     def lease(self, blocks: Sequence[int]) -> kvxfer.LeaseRef:
         """The producer leases blocks."""
         ref = kvxfer.LeaseRef.mint(owner=self.name, addresses=self.addresses, request="bench")
-        self.call_all("offer", ref.to_obj(), blocks)
+        self.call_all("publish", ref.to_obj(), blocks)
         return ref
 
     def held(self, blocks: Sequence[int], endpoint: kvxfer.Endpoint | None = None) -> kvxfer.LeaseRef:
