@@ -25,7 +25,8 @@ import kvxfer
 from benchmarks.calls import Calls
 from benchmarks.paced import PacedBuffer
 from kvxfer import registry
-from kvxfer.layout.spec import DTYPE_NBYTES, Interval
+from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.layout.spec import Interval
 from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:

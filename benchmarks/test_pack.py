@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from kvxfer import HostBuffer
-from kvxfer.layout.spec import DTYPE_NBYTES, Axes, KVLayout
+from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.layout.spec import Axes, KVLayout
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 
 MIB = 1 << 20

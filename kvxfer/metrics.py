@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters and histograms of one endpoint, for any engine to read; and their Prometheus text."""
+"""Counters and histograms of one endpoint, for any engine to read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import bisect
 import contextlib
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,7 +42,13 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
 
 @dataclass
 class Histogram:
-    """Observations of one series: count per bucket (upper bounds in ``buckets``), total and number."""
+    """Observations of one series.
+
+    Attributes:
+        buckets: upper bounds, ascending.
+        counts: observations in each bucket, and last those above all bounds; empty before the first one.
+        total, number: sum and number of all observations.
+    """
 
     buckets: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -120,33 +126,7 @@ class Metrics:
         wanted = set(labels.items())
         return sum(v for key, v in self.counters()[name].items() if wanted <= set(key))
 
-    def prometheus_text(self) -> str:
-        """All series in Prometheus' text format, version 0.0.4."""
-        lines: list[str] = []
+    def histograms(self) -> dict[str, Histogram]:
+        """A copy: series name -> its observations."""
         with self._reading():
-            for name, help_ in COUNTERS.items():
-                lines += [f"# HELP {name} {help_}", f"# TYPE {name} counter"]
-                lines += [
-                    f"{name}{_labels(key)} {_number(value)}" for key, value in sorted(self._counters[name].items())
-                ]
-            for name, (help_, _) in HISTOGRAMS.items():
-                lines += [f"# HELP {name} {help_}", f"# TYPE {name} histogram"]
-                histogram, below = self._histograms[name], 0
-                bounds = [*(_number(b) for b in histogram.buckets), "+Inf"]
-                for bound, number in zip(bounds, histogram.counts or [0] * len(bounds), strict=True):
-                    below += number
-                    lines.append(f'{name}_bucket{{le="{bound}"}} {below}')
-                lines += [f"{name}_sum {_number(histogram.total)}", f"{name}_count {histogram.number}"]
-        return "\n".join(lines) + "\n"
-
-
-def _number(value: float) -> str:
-    """All its digits: a byte counter rounded to six would stand still and then jump."""
-    return str(int(value)) if value == int(value) else repr(float(value))
-
-
-def _labels(key: Labels) -> str:
-    if not key:
-        return ""
-    escaped = [(k, v.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for k, v in key]
-    return "{" + ",".join(f'{k}="{v}"' for k, v in escaped) + "}"
+            return {name: replace(each, counts=list(each.counts)) for name, each in self._histograms.items()}

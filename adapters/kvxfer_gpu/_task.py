@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.copies import Copy, StridedLoop
 
 if TYPE_CHECKING:

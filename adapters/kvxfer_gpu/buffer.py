@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvxfer.buffers.base import DeviceBuffer
-from kvxfer.buffers.host_cast import CASTABLE
+from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.memory.arrays import ArrayView, read_array, views_of_one
 from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned

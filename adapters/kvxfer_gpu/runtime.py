@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import TransferFailedError
+from kvxfer.layout.dtypes import LARGEST
 from kvxfer_gpu import _rows
 from kvxfer_gpu._task import Detour
 from kvxfer_gpu._torch import torch
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("kvxfer.gpu")
 
 _WORDS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
-_LARGEST = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 _MOST_LENGTHS = 32
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all contexts of this process."""
@@ -119,7 +119,7 @@ class Runtime:
             largest, kernel = 0.0, self._kernel
         else:
             names = task.cast.source, task.cast.target
-            largest = _LARGEST.get(task.cast.target, 0.0)
+            largest = LARGEST.get(task.cast.target, 0.0)
             kernel = self._kernel if self.casts_on_kernel(*names) else None
         (kernel or _rows).move(
             task, source.of(getattr(torch, names[0])), target.of(getattr(torch, names[1])), tables[0], largest
@@ -129,7 +129,7 @@ class Runtime:
         elements, cast = detour.elements, detour.cast
         read = torch.empty(elements, dtype=getattr(torch, cast.source), device=self.device)
         self.move(detour.gather, source, Flat(read), tables[:1])
-        written = _rows.converted(read, cast, getattr(torch, cast.target), _LARGEST.get(cast.target, 0.0))
+        written = _rows.converted(read, cast, getattr(torch, cast.target), LARGEST.get(cast.target, 0.0))
         self.move(detour.scatter, Flat(written), target, tables[1:])
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from kvxfer.layout.dtypes import LARGEST
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BITS: Final = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-_LARGEST: Final = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 
 
 class Program(NamedTuple):
@@ -118,7 +119,7 @@ def _cast(elements: jax.Array, cast: tuple[str, str], factor: jax.Array) -> jax.
     """See `kvxfer.memory.copies.Cast`."""
     source, target = (numpy_dtype(name) for name in cast)
     values = as_dtype(elements, source).astype(jnp.float32) * factor
-    largest = _LARGEST.get(cast[1])
+    largest = LARGEST.get(cast[1])
     if largest is not None:
         values = jnp.clip(values, -largest, largest)
     return values.astype(target)

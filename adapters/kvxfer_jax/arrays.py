@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.buffers.background import Turn
 from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.arrays import ArrayView
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvxfer.buffers.background import Background
 from kvxfer.buffers.base import DeviceBuffer
-from kvxfer.buffers.host_cast import CASTABLE
 from kvxfer.errors import UnsupportedBufferError
+from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.memory.arrays import ArrayView
 from kvxfer_jax.arrays import Arrays, Place
 

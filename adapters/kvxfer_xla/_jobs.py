@@ -13,7 +13,7 @@ from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from kvxfer.buffers.index_gather import pick, units_of
 from kvxfer.errors import TransferFailedError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.normal_form import SOURCE, TARGET
 from kvxfer_xla import _programs
 

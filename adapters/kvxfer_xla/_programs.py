@@ -10,8 +10,9 @@ import torch
 import torch_xla
 import torch_xla.runtime as xr
 
+from kvxfer.layout.dtypes import LARGEST
+
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_LARGEST: Final = {"float16": 65504.0, "float8_e4m3fn": 448.0}
 
 
 def gathered(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def _widens(tensor: torch.Tensor) -> bool:
 def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:
     """See `kvxfer.memory.copies.Cast`: elements of the source's type, in any integers, to those of the target's, in integers."""
     values = as_dtype(elements, getattr(torch, source)).to(torch.float32) * factor
-    largest = _LARGEST.get(target)
+    largest = LARGEST.get(target)
     if largest is not None:
         # XLA's clamp makes a number of NaN.
         values = torch.where(values.isnan(), values, values.clamp(-largest, largest))

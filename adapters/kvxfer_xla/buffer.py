@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvxfer.buffers.background import Background, Turn
 from kvxfer.buffers.base import DeviceBuffer
-from kvxfer.buffers.host_cast import CASTABLE
 from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
 from kvxfer.memory.arrays import ArrayView
 
 if TYPE_CHECKING:

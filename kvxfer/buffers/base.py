@@ -149,7 +149,7 @@ class DeviceBuffer(ABC):
         return None
 
     def can_cast(self, source: str, target: str) -> bool:  # noqa: ARG002 - for those who override it
-        """Whether `pack` and `unpack` take a `Cast` from one dtype (of `kvxfer.layout.spec.DTYPE_NBYTES`) to the other.
+        """Whether `pack` and `unpack` take a `Cast` from one dtype (of `kvxfer.layout.dtypes.DTYPE_NBYTES`) to the other.
 
         False unless an adapter says otherwise. It then casts as `Cast` defines, with any factor, in both directions.
         """

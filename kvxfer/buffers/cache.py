@@ -11,7 +11,8 @@ import numpy as np
 
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.errors import LayoutError
-from kvxfer.layout.spec import DTYPE_NBYTES, Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 from kvxfer.memory.arrays import allocations
 from kvxfer.memory.disjoint import neighbours, share_bytes
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvxfer.errors import UnsupportedError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES, LARGEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 _NUMPY: Final = frozenset({"float16", "float32"})
-
-CASTABLE: Final = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
-"""Any of these is cast to any of these."""
-
-_FLOAT8_MAX: Final = 448.0
 
 
 def can_cast(source: str, target: str) -> bool:
@@ -111,7 +106,7 @@ def _float8_of_bfloat16() -> Bytes:
     """float8_e4m3fn of every bit pattern of bfloat16: ml_dtypes (0.6.0) takes 5 ns for an element, this table 0.5."""
     patterns = np.arange(1 << 16, dtype=np.uint16).view(_numpy_type("bfloat16"))
     with np.errstate(all="ignore"):
-        values = np.clip(patterns.astype(np.float32), -_FLOAT8_MAX, _FLOAT8_MAX)
+        values = np.clip(patterns.astype(np.float32), -LARGEST["float8_e4m3fn"], LARGEST["float8_e4m3fn"])
         table: Bytes = values.astype(_numpy_type("float8_e4m3fn")).view(np.uint8)
     table.flags.writeable = False
     return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from kvxfer.buffers.host_cast import caster, looks_up
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.normal_form import SOURCE, TARGET, Axis, Runs, moved, runs_of, sums
 
 if TYPE_CHECKING:

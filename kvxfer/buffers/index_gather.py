@@ -19,7 +19,7 @@ import numpy as np
 
 from kvxfer.buffers.host_copy import carry
 from kvxfer.errors import UnsupportedBufferError, UnsupportedError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.normal_form import SOURCE, TARGET, Axis, Runs, runs_of, sums
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer.cli.forecast import ranges
 from kvxfer.cli.table import size, table
+from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.layout.spec import KVLayout
-from kvxfer.planner.plan import CASTABLE
 from kvxfer.planner.router import Costs, Route
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from kvxfer.cli.hf_config import from_config
 from kvxfer.cli.models import Model, known
 from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.layout.spec import (
-    DTYPE_NBYTES,
     MAX_BLOCKS,
     Axes,
     CacheGroup,

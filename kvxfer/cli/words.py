@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvxfer.errors import ConfigError, LayoutError
-from kvxfer.layout.spec import DTYPE_NBYTES, MAX_BLOCKS, MAX_SMALL_EXTENT, KVLayout
+from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.layout.spec import MAX_BLOCKS, MAX_SMALL_EXTENT, KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from kvxfer.errors import LayoutError
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 
 MAX_ADDRESS: Final = 1 << 63
 """Spans end at or below this, so that sums of addresses and strides fit in 64 bits everywhere."""
@@ -50,26 +51,6 @@ MAX_SCALE: Final = 1e30
 """Scales lie between its inverse and it, so that a quotient of two is a number."""
 
 GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
-
-DTYPE_NBYTES: Final[dict[str, int]] = {
-    "bfloat16": 2,
-    "float16": 2,
-    "float32": 4,
-    "float64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "int8": 1,
-    "int16": 2,
-    "int32": 4,
-    "int64": 8,
-    "uint8": 1,
-    "uint16": 2,
-    "uint32": 4,
-    "uint64": 8,
-}
-"""Bytes per element of every dtype a cache may have. Names are those of PyTorch and ml_dtypes."""
 
 
 class Axes(msgspec.Struct, frozen=True, array_like=True):

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from kvxfer.errors import DescriptorError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Cast:
     overflow to infinity. NaN stays NaN, with any bits. A device may take numbers below 2**-126 for 0.
 
     Attributes:
-        source, target: dtypes, of `kvxfer.layout.spec.DTYPE_NBYTES`.
+        source, target: dtypes, of `kvxfer.layout.dtypes.DTYPE_NBYTES`.
         factor: 1.0 unless one side is quantised with a scale; positive, a normal number of float32.
     """
 

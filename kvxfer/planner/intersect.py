@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from kvxfer.layout.spec import DTYPE_NBYTES, OPAQUE_COMPONENTS
+from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.layout.spec import OPAQUE_COMPONENTS
 from kvxfer.memory.copies import Cast, StridedLoop
 
 if TYPE_CHECKING:

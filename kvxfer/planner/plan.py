@@ -14,6 +14,7 @@ from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.errors import IncompatibleError, LayoutError
+from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.layout.spec import CacheSpec
 from kvxfer.planner.intersect import Box, Overlap, Span, boxes, overlap, stretches
 from kvxfer.planner.rank_plan import RankPlan
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.layout.spec import CacheGroup
-
-CASTABLE = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
-"""Dtypes between which elements can be converted on the way, on request."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +50,7 @@ def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert:
     Args:
         source: the caches of all ranks, in rank order; one alone may be given bare.
         target: the cache to fill.
-        convert: elements may be converted between the dtypes of `CASTABLE`, and rescaled.
+        convert: elements may be converted between the dtypes of `kvxfer.layout.dtypes.CASTABLE`, and rescaled.
 
     Raises:
         IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.

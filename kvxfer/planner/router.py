@@ -20,15 +20,14 @@ import os
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvxfer.buffers.host_copy import effort_of
 from kvxfer.errors import ConfigError, IncompatibleError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
 from kvxfer.planner.chunk_size import Chunking, Legs
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.pipeline_depth import Depth
-from kvxfer.planner.plan import CASTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -359,16 +358,3 @@ def _effort(bound: ResolvedPlan) -> Effort:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms"
-
-
-def as_json(choice: RouteChoice) -> dict[str, Any]:
-    """A choice in plain JSON types."""
-    return {
-        "route": choice.route.value,
-        "why": choice.why,
-        "seconds": {route.value: seconds for route, seconds in choice.seconds.items()},
-        "barred": {route.value: why for route, why in choice.barred.items()},
-        "descriptors": choice.runs,
-        "nbytes": choice.nbytes,
-        "staging_nbytes": choice.staging_nbytes,
-    }

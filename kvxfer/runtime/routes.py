@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvxfer.planner.plan import CASTABLE, plan
+from kvxfer.layout.dtypes import CASTABLE
+from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route, Router
 
 if TYPE_CHECKING:

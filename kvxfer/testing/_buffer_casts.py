@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvxfer.errors import UnsupportedError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.testing._buffer_stage import BufferTests, Logical, i64, nest, one_copy, packed, unpack
 from kvxfer.testing._floats import cast, same_elements, some_elements

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from kvxfer.buffers.base import HostBuffer
-from kvxfer.buffers.host_cast import CASTABLE, can_cast, caster
+from kvxfer.buffers.host_cast import can_cast, caster
 from kvxfer.errors import UnsupportedError
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
 from kvxfer.memory.copies import Cast, Copy
 
 FLOAT8_MAX = 448.0

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxfer.buffers.host_copy import copy_runs
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 
 RUNS = [1, 3, 7, 24, 100, 512, 4096]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.config import Settings
-from kvxfer.layout.spec import DTYPE_NBYTES
+from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.testing import eventually
 from tests.core.engine import ROUTES, SMALL
