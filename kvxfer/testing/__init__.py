@@ -22,20 +22,9 @@ pytest.register_assert_rewrite(
             "actor",
             "agent_suite",
             "buffer_suite",
+            "conformance",
             "devices",
             "peers",
-            "stage",
-            "suite",
-            "_agent_bytes",
-            "_agent_contract",
-            "_agent_failure",
-            "_agent_hygiene",
-            "_agent_peers",
-            "_buffer_bytes",
-            "_buffer_casts",
-            "_buffer_contract",
-            "_buffer_stage",
-            "_floats",
         )
     )
 )

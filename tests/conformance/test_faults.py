@@ -12,9 +12,9 @@ from kvxfer.agents.base import FlightState, Op
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerInfoError, RegistrationError, TransferFailedError, TransferTimeoutError
 from kvxfer.testing import Actor, AgentSuite, Faults, FaultyAgent
+from kvxfer.testing.conformance import unique_name
 from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.faults import ALWAYS
-from kvxfer.testing.stage import unique
 
 
 def make_slow(name):
@@ -32,8 +32,8 @@ def meet():
     actors = []
 
     def made(faults):
-        here = Actor(lambda name: FaultyAgent(InprocAgent(name), faults), unique("faulty"))
-        there = Actor(InprocAgent, unique("good"))
+        here = Actor(lambda name: FaultyAgent(InprocAgent(name), faults), unique_name("faulty"))
+        there = Actor(InprocAgent, unique_name("good"))
         actors.extend([here, there])
         local, remote = here.allocate(4096, 1), there.allocate(4096, 2)
         here.connect(there.describe())
@@ -131,7 +131,7 @@ def test_nothing_lands_after_close(meet):
 
 def test_declares_what_it_does():
     """The wrapper has the name and the capabilities of what it wraps, but is not quiet if bytes may land late."""
-    inner = InprocAgent(unique("inner"))
+    inner = InprocAgent(unique_name("inner"))
     with_faults = FaultyAgent(inner, Faults(late={3}))
     assert with_faults.name == inner.name
     assert with_faults.adapter == "inproc"

@@ -11,8 +11,8 @@ from kvxfer.agents.base import FlightState, Op
 from kvxfer.errors import ConfigError, RegistrationError
 from kvxfer.memory.spans import Memory
 from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise
+from kvxfer.testing.conformance import unique_name
 from kvxfer.testing.peers import PeerRaisedError
-from kvxfer.testing.stage import unique
 from tests.conformance.socket_agent import SocketAgent
 
 KINDS = pytest.mark.parametrize("kind", [ThreadPeer, ProcessPeer])
@@ -39,7 +39,7 @@ def start():
     peers = []
 
     def started(kind, make=SocketAgent):
-        peer = kind(make, unique("peer"))
+        peer = kind(make, unique_name("peer"))
         peers.append(peer)
         return peer
 
@@ -75,15 +75,15 @@ def test_errors_travel(start, kind):
 def test_agent_that_cannot_be_made(kind):
     """The error of making the agent comes out of making the peer."""
     with pytest.raises(ConfigError, match="there is no"):
-        kind(make_impossible, unique("peer"))
+        kind(make_impossible, unique_name("peer"))
     with pytest.raises(PeerRaisedError, match="_TwoPartError"):
-        kind(make_unspeakable, unique("peer"))
+        kind(make_unspeakable, unique_name("peer"))
 
 
 def test_names_are_needed_in_other_processes():
     """A process cannot be given what has no importable name, and says so."""
     with pytest.raises(TypeError, match="importable by name"):
-        ProcessPeer(lambda name: make_impossible(name + "!"), unique("peer"))
+        ProcessPeer(lambda name: make_impossible(name + "!"), unique_name("peer"))
 
 
 def test_killed_peer(start):

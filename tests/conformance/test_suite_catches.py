@@ -171,13 +171,13 @@ def test_suite_cannot_be_hollowed_out():
     """Overriding a part of the suite, in the class or through a mix-in, is refused when the class is made."""
     with pytest.raises(TypeError, match="test_one_span"):
         type("TestHollow", (AgentSuite,), {"test_one_span": lambda _: None, "__module__": __name__})
-    mixin = type("Mixin", (), {"stage": None, "__module__": __name__})
-    with pytest.raises(TypeError, match="stage"):
+    mixin = type("Mixin", (), {"testbed": None, "__module__": __name__})
+    with pytest.raises(TypeError, match="testbed"):
         type("TestHollow", (mixin, AgentSuite), {"make_agent": InprocAgent, "__module__": __name__})
 
 
 @pytest.mark.parametrize(
-    "deviations", [{"test_that_is_not_there": "why not"}, {"stage": "no test"}, {"test_one_span": " "}]
+    "deviations", [{"test_that_is_not_there": "why not"}, {"testbed": "no test"}, {"test_one_span": " "}]
 )
 def test_deviations_are_checked(deviations):
     """A deviation that names no test of the suite, or gives no reason, is refused when the class is made."""

@@ -15,7 +15,7 @@ from kvxfer.errors import DescriptorError, RegistrationError, TransferTimeoutErr
 from kvxfer.memory.spans import Descriptors, Memory
 from kvxfer.testing import Actor
 from kvxfer.testing.actor import descriptors
-from kvxfer.testing.stage import unique
+from kvxfer.testing.conformance import unique_name
 
 
 class _Piecewise(InprocAgent):
@@ -42,7 +42,7 @@ def meet():
     actors = []
 
     def made(kind):
-        here, there = Actor(kind, unique("here")), Actor(InprocAgent, unique("there"))
+        here, there = Actor(kind, unique_name("here")), Actor(InprocAgent, unique_name("there"))
         actors.extend([here, there])
         local, remote = here.allocate(100_000, 1), there.allocate(100_000, 2)
         return here, here.connect(there.describe()), local, remote
@@ -96,7 +96,7 @@ def test_a_long_transfer_lets_others_have_their_turn():
     class Parted(InprocAgent):
         capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=16)
 
-    near, far = Parted(unique("near")), Parted(unique("far"))
+    near, far = Parted(unique_name("near")), Parted(unique_name("far"))
     here, there = np.zeros(256, dtype=np.uint8), np.ones(256, dtype=np.uint8)
     near.register(Memory(here.ctypes.data, 256))
     far.register(Memory(there.ctypes.data, 256))

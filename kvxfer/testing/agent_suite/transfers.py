@@ -10,13 +10,14 @@ import pytest
 
 from kvxfer.agents.base import FlightState, Op
 from kvxfer.memory.spans import MemoryKind
+from kvxfer.testing.agent_suite.testbed import PLACES, scattered
+from kvxfer.testing.conformance import KIB, MIB
 from kvxfer.testing.eventually import eventually, tries
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
-from kvxfer.testing.stage import KIB, MIB, PLACES, scattered
 
 if TYPE_CHECKING:
-    from kvxfer.testing.stage import Stage
+    from kvxfer.testing.agent_suite.testbed import Testbed
 
 _places = pytest.mark.parametrize("place", PLACES)
 _ops = pytest.mark.parametrize("op", list(Op), ids=[op.value for op in Op])
@@ -31,34 +32,34 @@ _STILL_S = 0.4
 """Long enough for what needs nothing of the peer but its memory."""
 
 
-class BytesTests:
+class TransferTests:
     """Reads and writes of every shape."""
 
     @final
     @_places
     @_ops
-    def test_one_span(self, stage: Stage, place: str, op: Op) -> None:
+    def test_one_span(self, testbed: Testbed, place: str, op: Op) -> None:
         """One span arrives byte for byte, and nothing outside it is touched on either side."""
-        stage.need_op(op)
-        pair = stage.pair(place)
+        testbed.need_op(op)
+        pair = testbed.pair(place)
         pair.move(op, pair.spans((3 * KIB, 70 * KIB, 64 * KIB)))
 
     @final
     @_places
     @_ops
-    def test_whole_region(self, stage: Stage, place: str, op: Op) -> None:
+    def test_whole_region(self, testbed: Testbed, place: str, op: Op) -> None:
         """A span may reach from the first to the last byte of both regions."""
-        stage.need_op(op)
-        pair = stage.pair(place)
+        testbed.need_op(op)
+        pair = testbed.pair(place)
         pair.move(op, pair.whole())
 
     @final
     @_places
     @_ops
-    def test_odd_sizes(self, stage: Stage, place: str, op: Op) -> None:
+    def test_odd_sizes(self, testbed: Testbed, place: str, op: Op) -> None:
         """Spans of any size at any alignment arrive, down to a single byte, also at both ends of a region."""
-        stage.need_op(op)
-        pair = stage.pair(place, 64 * KIB)
+        testbed.need_op(op)
+        pair = testbed.pair(place, 64 * KIB)
         for nbytes in (1, 2, 7, 63, 65, 4095, 4097):
             end = pair.local.nbytes - nbytes
             pair.move(op, pair.spans((0, end, nbytes)))
@@ -68,10 +69,10 @@ class BytesTests:
     @final
     @_places
     @_ops
-    def test_fragmented(self, stage: Stage, place: str, op: Op) -> None:
+    def test_fragmented(self, testbed: Testbed, place: str, op: Op) -> None:
         """Many spans of different sizes, scattered on both sides, arrive each at its own place."""
-        stage.need_op(op)
-        pair = stage.pair(place)
+        testbed.need_op(op)
+        pair = testbed.pair(place)
         sizes = np.random.default_rng(7).integers(1, 1500, 400).tolist()
         here = scattered(pair.local, 1500, 33, len(sizes), seed=11)
         there = scattered(pair.remote, 1500, 1, len(sizes), seed=12)
@@ -80,10 +81,10 @@ class BytesTests:
     @final
     @_places
     @_ops
-    def test_adjacent(self, stage: Stage, place: str, op: Op) -> None:
+    def test_adjacent(self, testbed: Testbed, place: str, op: Op) -> None:
         """Spans that touch each other on one side or on both, in order or not, arrive as if they were apart."""
-        stage.need_op(op)
-        pair = stage.pair(place)
+        testbed.need_op(op)
+        pair = testbed.pair(place)
         run = 512
         order = np.random.default_rng(3).permutation(64).tolist()
         pair.move(op, pair.spans(*((i * run, 4096 + i * run, run) for i in range(64))))
@@ -93,46 +94,46 @@ class BytesTests:
     @final
     @_places
     @_ops
-    def test_more_than_the_engine_takes_at_once(self, stage: Stage, place: str, op: Op) -> None:
+    def test_more_than_the_engine_takes_at_once(self, testbed: Testbed, place: str, op: Op) -> None:
         """A span longer than ``max_submit_nbytes`` arrives whole."""
-        stage.need_op(op)
-        limit = stage.capabilities().max_submit_nbytes or _LONG_NBYTES
+        testbed.need_op(op)
+        limit = testbed.capabilities().max_submit_nbytes or _LONG_NBYTES
         if limit > _LONGEST_NBYTES:
             pytest.skip(f"max_submit_nbytes is {limit}: too much memory for a test")
-        pair = stage.pair(place, limit + limit // 2 + 5 * KIB)
+        pair = testbed.pair(place, limit + limit // 2 + 5 * KIB)
         pair.move(op, pair.spans((1 * KIB, 3 * KIB, limit + limit // 2 + 7)))
 
     @final
     @_places
     @_ops
-    def test_longer_list_than_the_engine_takes(self, stage: Stage, place: str, op: Op) -> None:
+    def test_longer_list_than_the_engine_takes(self, testbed: Testbed, place: str, op: Op) -> None:
         """A list of more than ``max_descriptors`` spans, none of which can be merged, arrives whole."""
-        stage.need_op(op)
-        limit = stage.capabilities().max_descriptors or _MANY_SPANS
+        testbed.need_op(op)
+        limit = testbed.capabilities().max_descriptors or _MANY_SPANS
         if limit > _MOST_SPANS:
             pytest.skip(f"max_descriptors is {limit}: too long a list for a test")
         count = 2 * limit + 3
-        pair = stage.pair(place, 16 * count + KIB)
+        pair = testbed.pair(place, 16 * count + KIB)
         here = scattered(pair.local, 9, 7, count, seed=5)
         pair.move(op, pair.spans(*((at, 16 * i + 3, 9) for i, at in enumerate(here))))
 
     @final
     @_places
     @_ops
-    def test_spans_of_many_regions(self, stage: Stage, place: str, op: Op) -> None:
+    def test_spans_of_many_regions(self, testbed: Testbed, place: str, op: Op) -> None:
         """One transfer may touch many registered regions of both sides, also regions that touch each other."""
-        stage.need_op(op)
-        actor, peer = stage.actor(), stage.peer(place)
+        testbed.need_op(op)
+        actor, peer = testbed.actor(), testbed.peer(place)
         count, nbytes = 24, 8 * KIB
-        blocks = [actor.allocate(nbytes, stage.seed()) for _ in range(count)]
-        whole = peer.allocate(count * nbytes, stage.seed(), register=False)
+        blocks = [actor.allocate(nbytes, testbed.seed()) for _ in range(count)]
+        whole = peer.allocate(count * nbytes, testbed.seed(), register=False)
         parts = [type(whole)(whole.address + i * nbytes, nbytes, whole.kind, whole.device_id) for i in range(count)]
         for part in parts:
             peer.register(part)
         name = actor.connect(peer.describe())
         near, far = b"".join(actor.content(block) for block in blocks), peer.content(whole)
         spans = [(block.address, part.address, nbytes) for block, part in zip(blocks, parts, strict=True)]
-        flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
+        flight = actor.log.wait(actor.start(op, name, spans, testbed.patience_s), timeout_s=2 * testbed.patience_s)
         assert flight.state is FlightState.DONE
         moved = far if op is Op.READ else near
         same_bytes(b"".join(actor.content(block) for block in blocks), moved)
@@ -143,32 +144,32 @@ class BytesTests:
     @final
     @_places
     @_ops
-    def test_content_of_the_moment(self, stage: Stage, place: str, op: Op) -> None:
+    def test_content_of_the_moment(self, testbed: Testbed, place: str, op: Op) -> None:
         """Each transfer moves what is in memory when it is submitted: nothing is remembered from an earlier one."""
-        stage.need_op(op)
-        pair = stage.pair(place, 64 * KIB)
+        testbed.need_op(op)
+        pair = testbed.pair(place, 64 * KIB)
         for _ in range(8):
             pair.peer.fill(pair.remote, pair.actor.content(pair.local)[::-1])
-            pair.actor.fill(pair.local, bytes([stage.seed()]) * pair.local.nbytes)
+            pair.actor.fill(pair.local, bytes([testbed.seed()]) * pair.local.nbytes)
             pair.refresh()
             pair.move(op, pair.spans((100, 200, 40 * KIB)))
 
     @final
     @_places
     @_ops
-    def test_done_means_in_place(self, stage: Stage, place: str, op: Op) -> None:
+    def test_done_means_in_place(self, testbed: Testbed, place: str, op: Op) -> None:
         """At the poll that returns a flight as DONE all of its bytes are in place, of large and of small transfers."""
-        stage.need_op(op)
-        pair = stage.pair(place, 4 * MIB)
+        testbed.need_op(op)
+        pair = testbed.pair(place, 4 * MIB)
         for step in range(1, 13):
             pair.move(op, pair.spans((step, 2 * step, (4 * MIB >> step) + step)))
 
     @final
     @_ops
-    def test_done_means_in_place_while_the_peer_stands_still(self, stage: Stage, op: Op) -> None:
+    def test_done_means_in_place_while_the_peer_stands_still(self, testbed: Testbed, op: Op) -> None:
         """A flight that is DONE while the peer's process stands still is in place then: not on its way there."""
-        stage.need_op(op)
-        pair = stage.pair("process", 64 * KIB)
+        testbed.need_op(op)
+        pair = testbed.pair("process", 64 * KIB)
         peer = pair.peer
         assert isinstance(peer, ProcessPeer)
         if pair.remote.kind is not MemoryKind.DRAM:
@@ -200,10 +201,10 @@ class BytesTests:
     @final
     @_places
     @_ops
-    def test_many_flights_at_once(self, stage: Stage, place: str, op: Op) -> None:
+    def test_many_flights_at_once(self, testbed: Testbed, place: str, op: Op) -> None:
         """Flights that are under way together do not mix up their bytes."""
-        stage.need_op(op)
-        pair = stage.pair(place, 2 * MIB)
+        testbed.need_op(op)
+        pair = testbed.pair(place, 2 * MIB)
         part = 64 * KIB
         lots = [pair.spans((i * part, (31 - i) * part, part // 2 + i)) for i in range(32)]
         flights = [pair.start(op, spans) for spans in lots]
@@ -214,15 +215,15 @@ class BytesTests:
 
     @final
     @_places
-    def test_both_directions_at_once(self, stage: Stage, place: str) -> None:
+    def test_both_directions_at_once(self, testbed: Testbed, place: str) -> None:
         """Two agents that move bytes out of and into each other's memory at the same time both succeed."""
-        op = stage.any_op()
-        pair = stage.pair(place, 8 * MIB)
+        op = testbed.any_op()
+        pair = testbed.pair(place, 8 * MIB)
         back = pair.peer.connect(pair.actor.describe())
         half = 4 * MIB
         ours = pair.spans((0, 0, half))
         theirs = [(pair.remote.address + half, pair.local.address + half, half)]
-        number = pair.peer.submit(op, back, theirs, stage.patience_s)
+        number = pair.peer.submit(op, back, theirs, testbed.patience_s)
         flight = pair.start(op, ours)
         assert pair.wait(flight).state is FlightState.DONE
 
@@ -230,7 +231,7 @@ class BytesTests:
             pair.actor.log.poll()
             return pair.peer.outcome(number)[0] is not FlightState.PENDING
 
-        eventually(arrived, timeout_s=2 * stage.patience_s, what="the peer's transfer ends")
+        eventually(arrived, timeout_s=2 * testbed.patience_s, what="the peer's transfer ends")
         assert pair.peer.outcome(number) == (FlightState.DONE, "")
         pair.expect(op, ours)
         reverse = Op.WRITE if op is Op.READ else Op.READ
@@ -239,24 +240,24 @@ class BytesTests:
 
     @final
     @_places
-    def test_many_peers(self, stage: Stage, place: str) -> None:
+    def test_many_peers(self, testbed: Testbed, place: str) -> None:
         """Transfers with several peers at once each reach the peer that was named."""
-        op, nbytes = stage.any_op(), 256 * KIB
-        actor = stage.actor()
-        peers = [stage.peer(place) for _ in range(3)]
-        remotes = [peer.allocate(nbytes, stage.seed()) for peer in peers]
+        op, nbytes = testbed.any_op(), 256 * KIB
+        actor = testbed.actor()
+        peers = [testbed.peer(place) for _ in range(3)]
+        remotes = [peer.allocate(nbytes, testbed.seed()) for peer in peers]
         names = [actor.connect(peer.describe()) for peer in peers]
-        locals_ = [actor.allocate(nbytes, stage.seed()) for _ in peers]
+        locals_ = [actor.allocate(nbytes, testbed.seed()) for _ in peers]
         moved = [
             peer.content(remote) if op is Op.READ else actor.content(local)
             for peer, remote, local in zip(peers, remotes, locals_, strict=True)
         ]
         flights = [
-            actor.start(op, name, [(local.address, remote.address, nbytes)], stage.patience_s)
+            actor.start(op, name, [(local.address, remote.address, nbytes)], testbed.patience_s)
             for name, local, remote in zip(names, locals_, remotes, strict=True)
         ]
         for flight in reversed(flights):
-            assert actor.log.wait(flight, timeout_s=2 * stage.patience_s).state is FlightState.DONE
+            assert actor.log.wait(flight, timeout_s=2 * testbed.patience_s).state is FlightState.DONE
         for peer, remote, local, content in zip(peers, remotes, locals_, moved, strict=True):
             same_bytes(actor.content(local), content)
             same_bytes(peer.content(remote), content)

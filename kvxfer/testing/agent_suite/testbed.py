@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import uuid
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from kvxfer.agents.base import Capabilities, FlightState, Op, Reach
 from kvxfer.testing.actor import Actor
+from kvxfer.testing.conformance import MIB, unique_name
 from kvxfer.testing.oracle import noise
 from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
 
@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 PLACES = ("thread", "process")
 """Where a peer lives: in a thread of this process, or in a process of its own on this host."""
 
-KIB, MIB = 1 << 10, 1 << 20
-
 _declared: dict[Callable[[str], TransferAgent], Capabilities] = {}
 """Asked once for each adapter: an agent can take half a second to start."""
 
 
-class Stage:
+class Testbed:
     """Makes what a test needs.
 
     Args:
@@ -60,14 +58,14 @@ class Stage:
 
     def actor(self, name: str | None = None) -> Actor:
         """An agent of this thread."""
-        actor = Actor(self.make_agent, name or unique("local"), self.make_memory)
+        actor = Actor(self.make_agent, name or unique_name("local"), self.make_memory)
         self._actors.append(actor)
         return actor
 
     def peer(self, place: str, name: str | None = None) -> Peer:
         """A peer; skips the test if the adapter does not reach that far."""
         self.need_reach(place)
-        name = name or unique("peer")
+        name = name or unique_name("peer")
         peer: Peer
         if place == "process":
             peer = self._idle_process(name) or ProcessPeer(self.make_agent, name, self.make_memory)
@@ -115,7 +113,7 @@ class Stage:
     def capabilities(self) -> Capabilities:
         """What an agent declares: an instance, for some know only then."""
         if self.make_agent not in _declared:
-            probe = self.make_agent(unique("probe"))
+            probe = self.make_agent(unique_name("probe"))
             _declared[self.make_agent] = probe.capabilities
             probe.close()
         return _declared[self.make_agent]
@@ -134,10 +132,10 @@ class Stage:
         """An operation that the adapter has, READ if possible."""
         return Op.READ if Op.READ in self.capabilities().ops else Op.WRITE
 
-    def pair(self, place: str, nbytes: int = MIB, remote_nbytes: int | None = None) -> Pair:
+    def pair(self, place: str, nbytes: int = MIB, remote_nbytes: int | None = None) -> ConnectedPair:
         """Two connected sides with one registered region each."""
         self.need_reach(place)
-        return Pair(self, self.actor(), self.peer(place), nbytes, remote_nbytes or nbytes)
+        return ConnectedPair(self, self.actor(), self.peer(place), nbytes, remote_nbytes or nbytes)
 
     def close(self) -> None:
         """Take everything down; fails the test if an agent left a flight unended or touched what it may not."""
@@ -162,18 +160,18 @@ class Stage:
             raise problems[0]
 
 
-class Pair:
+class ConnectedPair:
     """A local agent, a connected peer, a region of each, and what both regions ought to hold.
 
     `expect` moves the bytes in the expectation, `check` compares all of both regions with it: what was to move has
     moved, and nothing else has.
     """
 
-    def __init__(self, stage: Stage, actor: Actor, peer: Peer, nbytes: int, remote_nbytes: int) -> None:
-        self.stage: Stage = stage
+    def __init__(self, testbed: Testbed, actor: Actor, peer: Peer, nbytes: int, remote_nbytes: int) -> None:
+        self.testbed: Testbed = testbed
         self.actor: Actor = actor
         self.peer: Peer = peer
-        seeds = stage.seed(), stage.seed()
+        seeds = testbed.seed(), testbed.seed()
         self.local: Memory = actor.allocate(nbytes, seeds[0])
         self.remote: Memory = peer.allocate(remote_nbytes, seeds[1])
         self.peer_name: str = actor.connect(peer.describe())
@@ -199,11 +197,11 @@ class Pair:
 
     def start(self, op: Op, spans: Spans, timeout_s: float | None = None) -> Flight:
         """Submit."""
-        return self.actor.start(op, self.peer_name, spans, self.stage.patience_s if timeout_s is None else timeout_s)
+        return self.actor.start(op, self.peer_name, spans, self.testbed.patience_s if timeout_s is None else timeout_s)
 
     def wait(self, flight: Flight) -> Flight:
         """Poll until it was returned; fails if that is long after every deadline."""
-        return self.actor.log.wait(flight, timeout_s=2 * self.stage.patience_s)
+        return self.actor.log.wait(flight, timeout_s=2 * self.testbed.patience_s)
 
     def expect(self, op: Op, spans: Spans) -> None:
         """Note that these bytes are to be moved."""
@@ -241,11 +239,6 @@ def _compare(side: str, content: bytes, expected: Any) -> None:
         f"{len(different)} of {len(found)} bytes of {side} memory are wrong, "
         f"from offset {different[0]} to {different[-1]}"
     )
-
-
-def unique(label: str) -> str:
-    """A name that no agent ever had."""
-    return f"{label}-{uuid.uuid4().hex[:12]}"
 
 
 def scattered(memory: Memory, nbytes: int, gap: int, count: int, seed: int) -> list[int]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
-from kvxfer.testing._agent_bytes import BytesTests
-from kvxfer.testing._agent_contract import ContractTests
-from kvxfer.testing._agent_failure import FailureTests
-from kvxfer.testing._agent_hygiene import HygieneTests
-from kvxfer.testing._agent_peers import PeerTests
+from kvxfer.testing.agent_suite.contract import AgentContractTests
+from kvxfer.testing.agent_suite.costs import CostTests
+from kvxfer.testing.agent_suite.failures import FailureTests
+from kvxfer.testing.agent_suite.peers import PeerTests
+from kvxfer.testing.agent_suite.testbed import Testbed
+from kvxfer.testing.agent_suite.transfers import TransferTests
+from kvxfer.testing.conformance import ConformanceSuite
 from kvxfer.testing.oracle import HostSpan
-from kvxfer.testing.stage import Stage
-from kvxfer.testing.suite import Suite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _idle: dict[type, list[ProcessPeer]] = {}
 
 
-class AgentSuite(BytesTests, ContractTests, PeerTests, FailureTests, HygieneTests, Suite):
+class AgentSuite(TransferTests, AgentContractTests, PeerTests, FailureTests, CostTests, ConformanceSuite):
     """Subclass it in a test module, name the adapter, and run pytest.
 
     The peers are threads of this process and spawned processes of this host; what reach the adapter does not declare is
@@ -37,10 +37,10 @@ class AgentSuite(BytesTests, ContractTests, PeerTests, FailureTests, HygieneTest
         make_agent: name -> agent, as a ``staticmethod``. Importable by its name: spawned processes make agents too.
         make_memory: nbytes -> `OracleMemory`, as a ``staticmethod``; for adapters that do not move DRAM.
         patience_s: how long a small transfer that is not disturbed may take at most, on a busy machine.
-        deviations: see `Suite`.
+        deviations: see `ConformanceSuite`.
     """
 
-    settings: ClassVar[frozenset[str]] = Suite.settings | {"make_agent", "make_memory", "patience_s"}
+    settings: ClassVar[frozenset[str]] = ConformanceSuite.settings | {"make_agent", "make_memory", "patience_s"}
 
     make_agent: ClassVar[Callable[[str], TransferAgent]]
     make_memory: ClassVar[Callable[[int], OracleMemory]] = staticmethod(HostSpan)
@@ -53,11 +53,11 @@ class AgentSuite(BytesTests, ContractTests, PeerTests, FailureTests, HygieneTest
             peer.stop()
 
     @pytest.fixture
-    def stage(self) -> Iterator[Stage]:
+    def testbed(self) -> Iterator[Testbed]:
         """Everything a test makes, taken down after it."""
         kind = type(self)
-        stage = Stage(kind.make_agent, kind.make_memory, self.patience_s, _idle.setdefault(kind, []))
+        testbed = Testbed(kind.make_agent, kind.make_memory, self.patience_s, _idle.setdefault(kind, []))
         try:
-            yield stage
+            yield testbed
         finally:
-            stage.close()
+            testbed.close()

@@ -12,8 +12,8 @@ import pytest
 from kvxfer.errors import UnsupportedError
 from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
-from kvxfer.testing._buffer_stage import BufferTests, Logical, i64, nest, one_copy, packed, unpack
-from kvxfer.testing._floats import cast, same_elements, some_elements
+from kvxfer.testing.buffer_suite.fixtures import BufferTests, Logical, i64, nest, one_copy, packed, unpack
+from kvxfer.testing.buffer_suite.floats import cast, same_elements, some_elements
 from kvxfer.testing.oracle import noise, same_bytes
 
 if TYPE_CHECKING:

@@ -18,10 +18,19 @@ from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import DescriptorError
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import Memory, MemoryKind
-from kvxfer.testing._buffer_stage import PATIENCE_S, BufferTests, copies_of, finish, i64, one_copy, packed, unpack
 from kvxfer.testing.actor import Actor
+from kvxfer.testing.buffer_suite.fixtures import (
+    PATIENCE_S,
+    BufferTests,
+    copies_of,
+    finish,
+    i64,
+    one_copy,
+    packed,
+    unpack,
+)
+from kvxfer.testing.conformance import KIB, MIB, unique_name
 from kvxfer.testing.oracle import noise, same_bytes
-from kvxfer.testing.stage import KIB, MIB, unique
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +101,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 }
 
 
-class ContractTests(BufferTests):
+class BufferContractTests(BufferTests):
     """What holds whatever is copied."""
 
     @final
@@ -134,7 +143,7 @@ class ContractTests(BufferTests):
     def test_moves_with_an_agent(self) -> None:
         """A buffer with an address in host memory is read and written by an agent like any other memory."""
         made, other = self._made(64 * KIB), self._made(64 * KIB, seed=1)
-        ours, theirs = Actor(InprocAgent, unique("ours")), Actor(InprocAgent, unique("theirs"))
+        ours, theirs = Actor(InprocAgent, unique_name("ours")), Actor(InprocAgent, unique_name("theirs"))
         try:
             near, far = _dram(made.buffer), _dram(other.buffer)
             ours.register(near)

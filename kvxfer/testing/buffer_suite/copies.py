@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvxfer.memory.copies import Copy, StridedLoop
-from kvxfer.testing._buffer_stage import (
+from kvxfer.testing.buffer_suite.fixtures import (
     ORDERS,
     BufferTests,
     Logical,
@@ -23,13 +23,13 @@ from kvxfer.testing._buffer_stage import (
     places,
     unpack,
 )
+from kvxfer.testing.conformance import KIB, MIB
 from kvxfer.testing.oracle import noise, same_bytes
-from kvxfer.testing.stage import KIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvxfer.testing._buffer_stage import MadeBuffer, Span
+    from kvxfer.testing.buffer_suite.fixtures import MadeBuffer, Span
 
 _cases = pytest.mark.parametrize("case", ["mixed", "grid", "shifted grid", "adjacent", "bytes", "long", "one", "ends"])
 
@@ -37,7 +37,7 @@ _LAYERS, _BLOCKS, _HEADS, _TOKENS = 3, 7, 4, 5
 _FRAGMENTED = [5, 0, 3, 6]
 
 
-class BytesTests(BufferTests):
+class CopyTests(BufferTests):
     """Copies of every shape, out of the buffer and into it."""
 
     @final

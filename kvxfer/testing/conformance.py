@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the conformance suites share: nobody hollows them out by accident, and deviations are declared, with a reason."""
+"""What both conformance suites share: a subclass cannot replace a part of them, and declares its deviations with a reason."""
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -10,29 +11,36 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+KIB, MIB = 1 << 10, 1 << 20
+
 _HOME = "kvxfer.testing."
 
 
-class Suite:
-    """Base of `AgentSuite` and `BufferSuite`.
+def unique_name(label: str) -> str:
+    """A name that no agent has had before."""
+    return f"{label}-{uuid.uuid4().hex[:12]}"
 
-    A subclass may set what the suite lists in ``settings`` and add tests of its own; it cannot replace anything else, also
-    not through a mix-in.
+
+class ConformanceSuite:
+    """Base class of `AgentSuite` and `BufferSuite`.
+
+    A subclass may set the attributes that the suite lists in ``settings``, and may add tests of its own. It cannot replace
+    anything else, not even through a mix-in.
 
     Attributes:
-        deviations: test name -> reason, for what an adapter cannot do. ``"test_x"`` or one case of it,
-            ``"test_x[process-read]"``. Such a test becomes a strict xfail: the day it passes, the suite fails, and the
-            line is to be deleted.
+        deviations: test name -> reason, for what an adapter cannot do. ``"test_x"``, or one case of it:
+            ``"test_x[process-read]"``. Such a test becomes a strict xfail: once it passes, the suite fails until the entry is
+            deleted.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset({"deviations"})
     deviations: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Refuse what would weaken the suite.
+        """Refuse a subclass that would weaken the suite.
 
         Raises:
-            TypeError: a part of the suite is overridden, or a deviation names no test or has no reason.
+            TypeError: the subclass overrides a part of the suite, or a deviation names no test or has no reason.
         """
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith(_HOME):

@@ -10,13 +10,14 @@ import pytest
 
 from kvxfer.agents.base import FlightState
 from kvxfer.errors import DescriptorError, KvxferError, PeerConflictError, PeerInfoError, PeerUnknownError
+from kvxfer.testing.agent_suite.testbed import PLACES
+from kvxfer.testing.conformance import KIB, unique_name
 from kvxfer.testing.oracle import noise, same_bytes
-from kvxfer.testing.stage import KIB, PLACES, unique
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.testing.stage import Stage
+    from kvxfer.testing.agent_suite.testbed import Testbed
 
 _places = pytest.mark.parametrize("place", PLACES)
 
@@ -59,9 +60,9 @@ class PeerTests:
     """Descriptions, names, reconnecting and disconnecting."""
 
     @final
-    def test_description_is_bytes(self, stage: Stage) -> None:
+    def test_description_is_bytes(self, testbed: Testbed) -> None:
         """A description is plain bytes, of a size that fits any control message."""
-        actor = stage.actor()
+        actor = testbed.actor()
         actor.allocate(64 * KIB, 1)
         info = actor.describe()
         assert isinstance(info, bytes)
@@ -69,33 +70,33 @@ class PeerTests:
 
     @final
     @pytest.mark.parametrize("garbage", _GARBAGE.values(), ids=[name.replace(" ", "-") for name in _GARBAGE])
-    def test_garbage_description(self, stage: Stage, garbage: Callable[[bytes], bytes]) -> None:
+    def test_garbage_description(self, testbed: Testbed, garbage: Callable[[bytes], bytes]) -> None:
         """What is no description is refused with PeerInfoError, and the agent then meets the real peer."""
-        _refuses_then_works(stage, garbage)
+        _refuses_then_works(testbed, garbage)
 
     @final
     @pytest.mark.parametrize(
         "garbage", _NATIVE_GARBAGE.values(), ids=[name.replace(" ", "-") for name in _NATIVE_GARBAGE]
     )
-    def test_garbage_native_description(self, stage: Stage, garbage: Callable[[bytes], bytes]) -> None:
+    def test_garbage_native_description(self, testbed: Testbed, garbage: Callable[[bytes], bytes]) -> None:
         """Garbage or a torn copy in the adapter's own part of a description is refused with PeerInfoError."""
-        _refuses_then_works(stage, lambda info: _with(info, native=garbage(_native(info))))
+        _refuses_then_works(testbed, lambda info: _with(info, native=garbage(_native(info))))
 
     @final
-    def test_foreign_description(self, stage: Stage) -> None:
+    def test_foreign_description(self, testbed: Testbed) -> None:
         """The description of another adapter's agent is refused with PeerInfoError."""
-        _refuses_then_works(stage, lambda info: _with(info, adapter="somebody-else"))
+        _refuses_then_works(testbed, lambda info: _with(info, adapter="somebody-else"))
 
     @final
-    def test_mismatched_description(self, stage: Stage) -> None:
+    def test_mismatched_description(self, testbed: Testbed) -> None:
         """A description whose adapter's part belongs to an agent of another name is refused with PeerInfoError."""
-        _refuses_then_works(stage, lambda info: _with(info, name=unique("impostor")))
+        _refuses_then_works(testbed, lambda info: _with(info, name=unique_name("impostor")))
 
     @final
     @_places
-    def test_connect_twice(self, stage: Stage, place: str) -> None:
+    def test_connect_twice(self, testbed: Testbed, place: str) -> None:
         """Connecting with the same description again answers the same peer, and transfers go on as before."""
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         agent, known = pair.actor.agent, pair.actor.peer(pair.peer_name)
         info = pair.peer.describe()
         pair.move(op, pair.spans((0, 0, 1000)))
@@ -106,12 +107,12 @@ class PeerTests:
 
     @final
     @_places
-    def test_connect_with_more_regions(self, stage: Stage, place: str) -> None:
+    def test_connect_with_more_regions(self, testbed: Testbed, place: str) -> None:
         """A region that a peer registers later is out of reach until its new description is connected, then in reach."""
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         known = pair.actor.peer(pair.peer_name)
         pair.move(op, pair.spans((0, 0, 1000)))
-        later = pair.peer.allocate(16 * KIB, stage.seed())
+        later = pair.peer.allocate(16 * KIB, testbed.seed())
         spans = [(pair.local.address, later.address, 16 * KIB)]
         with pytest.raises(DescriptorError):
             pair.start(op, spans)
@@ -124,10 +125,10 @@ class PeerTests:
 
     @final
     @_places
-    def test_region_replaced(self, stage: Stage, place: str) -> None:
+    def test_region_replaced(self, testbed: Testbed, place: str) -> None:
         """After a peer withdrew a region and registered a larger one at the same address, the larger one works."""
-        stage.need_reach(place)
-        actor, peer, op = stage.actor(), stage.peer(place), stage.any_op()
+        testbed.need_reach(place)
+        actor, peer, op = testbed.actor(), testbed.peer(place), testbed.any_op()
         near, far = actor.allocate(64 * KIB, 1), peer.allocate(64 * KIB, 2, register=False)
         small = type(far)(far.address, 4096, far.kind, far.device_id)
         peer.register(small)
@@ -137,33 +138,33 @@ class PeerTests:
                 peer.register(far)
             name = actor.connect(peer.describe())
             spans = [(near.address, far.address, nbytes)]
-            flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
+            flight = actor.log.wait(actor.start(op, name, spans, testbed.patience_s), timeout_s=2 * testbed.patience_s)
             assert flight.state is FlightState.DONE, flight.error
             same_bytes(actor.content(near)[:nbytes], peer.content(far)[:nbytes])
 
     @final
     @_places
-    def test_peer_without_memory(self, stage: Stage, place: str) -> None:
+    def test_peer_without_memory(self, testbed: Testbed, place: str) -> None:
         """An agent that has registered nothing can be met, and everything in it is out of reach."""
-        actor, peer = stage.actor(), stage.peer(place)
+        actor, peer = testbed.actor(), testbed.peer(place)
         span = actor.allocate(KIB, 1)
         name = actor.connect(peer.describe())
         with pytest.raises(DescriptorError):
-            actor.start(stage.any_op(), name, [(span.address, span.address, 1)], 1.0)
+            actor.start(testbed.any_op(), name, [(span.address, span.address, 1)], 1.0)
 
     @final
     @_places
-    def test_two_peers_of_one_name(self, stage: Stage, place: str) -> None:
+    def test_two_peers_of_one_name(self, testbed: Testbed, place: str) -> None:
         """A second agent of a name that is taken is refused, when it is made or when it is met; the first stays usable."""
-        stage.need_reach(place)
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
+        testbed.need_reach(place)
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         pair.move(op, pair.whole())
         try:
-            twin = stage.peer(place, pair.peer_name)
+            twin = testbed.peer(place, pair.peer_name)
         except KvxferError:
             twin = None
         if twin is not None:
-            twin.allocate(KIB, stage.seed())
+            twin.allocate(KIB, testbed.seed())
             with pytest.raises(PeerConflictError):
                 pair.actor.agent.connect(twin.describe())
         pair.actor.fill(pair.local, noise(pair.local.nbytes, 1234))
@@ -171,18 +172,18 @@ class PeerTests:
         pair.move(op, pair.whole())
 
     @final
-    def test_own_description(self, stage: Stage) -> None:
+    def test_own_description(self, testbed: Testbed) -> None:
         """An agent refuses to meet itself, with PeerConflictError."""
-        actor = stage.actor()
+        actor = testbed.actor()
         actor.allocate(KIB, 1)
         with pytest.raises(PeerConflictError):
             actor.agent.connect(actor.describe())
 
     @final
     @_places
-    def test_disconnect(self, stage: Stage, place: str) -> None:
+    def test_disconnect(self, testbed: Testbed, place: str) -> None:
         """After disconnect, which may be repeated, submit raises PeerUnknownError; connecting again makes it work."""
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         pair.move(op, pair.spans((0, 0, 1000)))
         known = pair.actor.peer(pair.peer_name)
         for _ in range(2):
@@ -196,26 +197,26 @@ class PeerTests:
 
     @final
     @_places
-    def test_disconnect_touches_no_other_peer(self, stage: Stage, place: str) -> None:
+    def test_disconnect_touches_no_other_peer(self, testbed: Testbed, place: str) -> None:
         """Leaving one peer leaves the connections to the others as they were."""
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
-        other = stage.peer(place)
-        other.allocate(KIB, stage.seed())
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
+        other = testbed.peer(place)
+        other.allocate(KIB, testbed.seed())
         name = pair.actor.connect(other.describe())
         pair.move(op, pair.spans((0, 0, 1000)))
         pair.actor.agent.disconnect(pair.actor.peer(name))
         pair.move(op, pair.spans((2000, 3000, 1000)))
 
 
-def _refuses_then_works(stage: Stage, spoil: Callable[[bytes], bytes]) -> None:
-    actor, peer = stage.actor(), stage.peer("thread")
-    local, remote = actor.allocate(16 * KIB, stage.seed()), peer.allocate(16 * KIB, stage.seed())
+def _refuses_then_works(testbed: Testbed, spoil: Callable[[bytes], bytes]) -> None:
+    actor, peer = testbed.actor(), testbed.peer("thread")
+    local, remote = actor.allocate(16 * KIB, testbed.seed()), peer.allocate(16 * KIB, testbed.seed())
     info = peer.describe()
     with pytest.raises(PeerInfoError):
         actor.agent.connect(spoil(info))
     name = actor.connect(info)
-    op = stage.any_op()
+    op = testbed.any_op()
     spans = [(local.address, remote.address, 16 * KIB)]
-    flight = actor.log.wait(actor.start(op, name, spans, stage.patience_s), timeout_s=2 * stage.patience_s)
+    flight = actor.log.wait(actor.start(op, name, spans, testbed.patience_s), timeout_s=2 * testbed.patience_s)
     assert flight.state is FlightState.DONE, f"after a refused description the agent is unusable: {flight.error!r}"
     same_bytes(actor.content(local), peer.content(remote))

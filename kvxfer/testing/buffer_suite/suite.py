@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from kvxfer.testing._buffer_bytes import BytesTests
-from kvxfer.testing._buffer_casts import CastTests
-from kvxfer.testing._buffer_contract import ContractTests
-from kvxfer.testing._buffer_stage import MadeBuffer
-from kvxfer.testing.suite import Suite
+from kvxfer.testing.buffer_suite.casts import CastTests
+from kvxfer.testing.buffer_suite.contract import BufferContractTests
+from kvxfer.testing.buffer_suite.copies import CopyTests
+from kvxfer.testing.conformance import ConformanceSuite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BufferSuite", "MadeBuffer"]
+    from kvxfer.testing.buffer_suite.fixtures import MadeBuffer
 
 
-class BufferSuite(BytesTests, CastTests, ContractTests, Suite):
+class BufferSuite(CopyTests, CastTests, BufferContractTests, ConformanceSuite):
     """Subclass it in a test module, name the way to make a buffer, and run pytest.
 
     Casts that the device does not declare (`DeviceBuffer.can_cast`) are skipped, with the reason.
@@ -25,9 +24,9 @@ class BufferSuite(BytesTests, CastTests, ContractTests, Suite):
     Attributes:
         make_buffer: nbytes -> `MadeBuffer` of exactly that size, as a ``staticmethod``. The buffer alone has to keep its
             memory alive: the suite drops the rest.
-        deviations: see `Suite`.
+        deviations: see `ConformanceSuite`.
     """
 
-    settings: ClassVar[frozenset[str]] = Suite.settings | {"make_buffer"}
+    settings: ClassVar[frozenset[str]] = ConformanceSuite.settings | {"make_buffer"}
 
     make_buffer: ClassVar[Callable[[int], MadeBuffer]]

@@ -13,11 +13,11 @@ import pytest
 
 from kvxfer.agents.base import FlightState, Reach
 from kvxfer.agents.ports import open_ports
+from kvxfer.testing.conformance import KIB
 from kvxfer.testing.eventually import eventually
-from kvxfer.testing.stage import KIB
 
 if TYPE_CHECKING:
-    from kvxfer.testing.stage import Stage
+    from kvxfer.testing.agent_suite.testbed import Testbed
 
 _CYCLES = 10
 _IDLE_S = 1.0
@@ -25,23 +25,23 @@ _IDLE_CORES = 0.25
 """Generous; an engine that spins takes 1.0."""
 
 
-class HygieneTests:
+class CostTests:
     """Costs and leaks."""
 
     @final
-    def test_idle_agent_is_cheap(self, stage: Stage) -> None:
+    def test_idle_agent_is_cheap(self, testbed: Testbed) -> None:
         """An agent that is connected, has moved bytes and is left alone takes at most a quarter of a core."""
-        place = "thread" if stage.capabilities().reach is Reach.PROCESS else "process"
-        pair, op = stage.pair(place, 16 * KIB), stage.any_op()
+        place = "thread" if testbed.capabilities().reach is Reach.PROCESS else "process"
+        pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         pair.move(op, pair.whole())
         cores = float(pair.peer.call("idle_cpu", _IDLE_S)) / _IDLE_S
         assert cores < _IDLE_CORES, f"an idle agent takes {cores:.2f} of a core"
 
     @final
-    def test_ports_are_where_it_says(self, stage: Stage) -> None:
+    def test_ports_are_where_it_says(self, testbed: Testbed) -> None:
         """An agent that says that other machines do not reach it has no port open but on loopback."""
         before = open_ports()
-        actor = stage.actor()
+        actor = testbed.actor()
         actor.allocate(KIB, 1)
         if not actor.agent.loopback_only:
             pytest.skip("does not say that it is reached from this machine only (loopback_only)")
@@ -49,15 +49,15 @@ class HygieneTests:
         assert not others, f"it says loopback_only and listens on {', '.join(others)}"
 
     @final
-    def test_nothing_is_left_behind(self, stage: Stage) -> None:
+    def test_nothing_is_left_behind(self, testbed: Testbed) -> None:
         """Making, using and closing agents over and over leaves neither threads nor file descriptors behind."""
         if not Path("/proc/self/fd").is_dir():
             pytest.skip("counts what /proc shows, and there is none here")
         for _ in range(2):
-            _cycle(stage)  # what an engine sets up once for the whole process
+            _cycle(testbed)  # what an engine sets up once for the whole process
         before = _threads(), _descriptors()
         for _ in range(_CYCLES):
-            _cycle(stage)
+            _cycle(testbed)
 
         def back() -> bool:
             gc.collect()
@@ -74,11 +74,11 @@ class HygieneTests:
         )
 
 
-def _cycle(stage: Stage) -> None:
-    actor, other = stage.actor(), stage.actor()
+def _cycle(testbed: Testbed) -> None:
+    actor, other = testbed.actor(), testbed.actor()
     local, remote = actor.allocate(KIB, 1), other.allocate(KIB, 2)
     name = actor.connect(other.describe())
-    flight = actor.start(stage.any_op(), name, [(local.address, remote.address, KIB)], stage.patience_s)
+    flight = actor.start(testbed.any_op(), name, [(local.address, remote.address, KIB)], testbed.patience_s)
 
     def moved() -> bool:
         # Both agents belong to this thread, and some engines need the target to take part.
@@ -86,11 +86,11 @@ def _cycle(stage: Stage) -> None:
         actor.log.poll()
         return flight.finished
 
-    eventually(moved, timeout_s=stage.patience_s, what="two agents of one thread move a KiB")
+    eventually(moved, timeout_s=testbed.patience_s, what="two agents of one thread move a KiB")
     assert flight.state is FlightState.DONE, flight.error
     actor.close()
     other.close()
-    stage.forget(actor, other)
+    testbed.forget(actor, other)
 
 
 def _threads() -> int:

@@ -10,14 +10,15 @@ import pytest
 
 from kvxfer.agents.base import FlightState, Op, Reach
 from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
+from kvxfer.testing.agent_suite.testbed import PLACES
+from kvxfer.testing.conformance import KIB, MIB
 from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
-from kvxfer.testing.stage import KIB, MIB, PLACES
 
 if TYPE_CHECKING:
     from kvxfer.agents.base import Flight
-    from kvxfer.testing.stage import Pair, Stage
+    from kvxfer.testing.agent_suite.testbed import ConnectedPair, Testbed
 
 _places = pytest.mark.parametrize("place", PLACES)
 _ops = pytest.mark.parametrize("op", list(Op), ids=[op.value for op in Op])
@@ -40,10 +41,10 @@ class FailureTests:
 
     @final
     @_ops
-    def test_deadline_in_the_past(self, stage: Stage, op: Op) -> None:
+    def test_deadline_in_the_past(self, testbed: Testbed, op: Op) -> None:
         """A transfer whose deadline has passed when it is submitted ends at once, in a state that says what happened."""
-        stage.need_op(op)
-        pair = stage.pair("thread")
+        testbed.need_op(op)
+        pair = testbed.pair("thread")
         flight = pair.wait(pair.start(op, pair.whole(), timeout_s=-1.0))
         if flight.state is FlightState.DONE:
             pair.expect(op, pair.whole())
@@ -52,35 +53,35 @@ class FailureTests:
             assert isinstance(flight.error, TransferTimeoutError)
 
     @final
-    def test_deadline_that_is_no_time(self, stage: Stage) -> None:
+    def test_deadline_that_is_no_time(self, testbed: Testbed) -> None:
         """A transfer whose deadline is no number does not wait for ever."""
-        pair = stage.pair("thread", 64 * KIB)
-        flight = pair.wait(pair.start(stage.any_op(), pair.whole(), timeout_s=float("nan")))
+        pair = testbed.pair("thread", 64 * KIB)
+        flight = pair.wait(pair.start(testbed.any_op(), pair.whole(), timeout_s=float("nan")))
         assert flight.state is not FlightState.PENDING
 
     @final
     @_places
     @_ops
-    def test_stalled_peer(self, stage: Stage, place: str, op: Op) -> None:
+    def test_stalled_peer(self, testbed: Testbed, place: str, op: Op) -> None:
         """A transfer with a peer that stands still ends by its deadline: right, or failed with memory quiet, or in quarantine."""
-        stage.need_op(op)
-        pair = stage.pair(place, _NBYTES)
+        testbed.need_op(op)
+        pair = testbed.pair(place, _NBYTES)
         pair.move(op, pair.spans((0, 0, 100)))
         _stalled_transfer_ends(pair, op)
 
     @final
     @_places
-    def test_stalled_stranger(self, stage: Stage, place: str) -> None:
+    def test_stalled_stranger(self, testbed: Testbed, place: str) -> None:
         """The same holds for the very first transfer with a peer, when there is no connection yet."""
-        pair = stage.pair(place, _NBYTES)
-        _stalled_transfer_ends(pair, stage.any_op())
+        pair = testbed.pair(place, _NBYTES)
+        _stalled_transfer_ends(pair, testbed.any_op())
 
     @final
     @_places
-    def test_nothing_is_written_after_close(self, stage: Stage, place: str) -> None:
+    def test_nothing_is_written_after_close(self, testbed: Testbed, place: str) -> None:
         """After close no transfer of the agent writes to its memory, also when a stalled peer goes on."""
-        stage.need_op(Op.READ)
-        pair = stage.pair(place, _NBYTES)
+        testbed.need_op(Op.READ)
+        pair = testbed.pair(place, _NBYTES)
         pair.move(Op.READ, pair.spans((0, 0, 100)))
         pair.peer.stall()
         flight = pair.start(Op.READ, pair.whole())
@@ -97,10 +98,10 @@ class FailureTests:
 
     @final
     @_places
-    def test_memory_in_flight_stays_registered(self, stage: Stage, place: str) -> None:
+    def test_memory_in_flight_stays_registered(self, testbed: Testbed, place: str) -> None:
         """Memory of a transfer that is pending or in quarantine cannot be withdrawn."""
-        op = stage.any_op()
-        pair = stage.pair(place, _NBYTES)
+        op = testbed.any_op()
+        pair = testbed.pair(place, _NBYTES)
         pair.move(op, pair.spans((0, 0, 100)))
         pair.peer.stall()
         flight = pair.start(op, pair.whole(), timeout_s=_SHORT_S)
@@ -115,46 +116,46 @@ class FailureTests:
 
     @final
     @_places
-    def test_others_go_on(self, stage: Stage, place: str) -> None:
+    def test_others_go_on(self, testbed: Testbed, place: str) -> None:
         """While one peer stands still, transfers with another one go on."""
-        op = stage.any_op()
-        pair = stage.pair(place, _NBYTES)
-        other = stage.peer(place)
-        remote = other.allocate(64 * KIB, stage.seed())
+        op = testbed.any_op()
+        pair = testbed.pair(place, _NBYTES)
+        other = testbed.peer(place)
+        remote = other.allocate(64 * KIB, testbed.seed())
         name = pair.actor.connect(other.describe())
         spans = [(pair.local.address, remote.address, 64 * KIB)]
-        first = pair.wait(pair.actor.start(op, name, spans, stage.patience_s))
+        first = pair.wait(pair.actor.start(op, name, spans, testbed.patience_s))
         assert first.state is FlightState.DONE
         pair.peer.stall()
         # The last three quarters: what the other peer moves stays out of this flight's way.
         quarter = _NBYTES // 4
-        pair.start(op, pair.spans((quarter, quarter, 3 * quarter)), timeout_s=stage.patience_s)
-        second = pair.wait(pair.actor.start(op, name, spans, stage.patience_s))
+        pair.start(op, pair.spans((quarter, quarter, 3 * quarter)), timeout_s=testbed.patience_s)
+        second = pair.wait(pair.actor.start(op, name, spans, testbed.patience_s))
         assert second.state is FlightState.DONE, second.error
         same_bytes(pair.actor.content(pair.local)[: 64 * KIB], other.content(remote))
 
     @final
     @_places
-    def test_poll_does_not_block(self, stage: Stage, place: str) -> None:
+    def test_poll_does_not_block(self, testbed: Testbed, place: str) -> None:
         """Poll returns quickly, with nothing under way and with a transfer that does not get on."""
-        op = stage.any_op()
-        pair = stage.pair(place, _NBYTES)
+        op = testbed.any_op()
+        pair = testbed.pair(place, _NBYTES)
         pair.move(op, pair.spans((0, 0, 100)))
         idle = _poll_seconds(pair)
         pair.peer.stall()
-        pair.start(op, pair.whole(), timeout_s=stage.patience_s)
+        pair.start(op, pair.whole(), timeout_s=testbed.patience_s)
         for _ in range(20):
             pair.actor.log.poll()  # what of it can move has moved
         stuck = _poll_seconds(pair)
         assert max(idle, stuck) < 0.02, f"a poll takes {idle:.4f} s when idle, {stuck:.4f} s when stuck"
 
     @final
-    def test_stale_description(self, stage: Stage) -> None:
+    def test_stale_description(self, testbed: Testbed) -> None:
         """With ``remote_checked``: a transfer to memory that the peer withdrew fails and moves nothing; without: no claim."""
-        _need_remote_checked(stage)
-        for place in PLACES if stage.capabilities().reach is not Reach.PROCESS else ("thread",):
-            for op in stage.capabilities().ops:
-                pair = stage.pair(place, 64 * KIB)
+        _need_remote_checked(testbed)
+        for place in PLACES if testbed.capabilities().reach is not Reach.PROCESS else ("thread",):
+            for op in testbed.capabilities().ops:
+                pair = testbed.pair(place, 64 * KIB)
                 pair.move(op, pair.spans((0, 0, 100)))
                 pair.peer.deregister(pair.remote)
                 flight = pair.wait(pair.start(op, pair.whole()))
@@ -163,12 +164,12 @@ class FailureTests:
                 pair.check()
 
     @final
-    def test_closed_peer(self, stage: Stage) -> None:
+    def test_closed_peer(self, testbed: Testbed) -> None:
         """With ``remote_checked``: a transfer to an agent that was closed fails and moves nothing; without: no claim."""
-        _need_remote_checked(stage)
-        for place in PLACES if stage.capabilities().reach is not Reach.PROCESS else ("thread",):
-            for op in stage.capabilities().ops:
-                pair = stage.pair(place, 64 * KIB)
+        _need_remote_checked(testbed)
+        for place in PLACES if testbed.capabilities().reach is not Reach.PROCESS else ("thread",):
+            for op in testbed.capabilities().ops:
+                pair = testbed.pair(place, 64 * KIB)
                 pair.move(op, pair.spans((0, 0, 100)))
                 pair.peer.close_agent()
                 flight = pair.wait(pair.start(op, pair.whole()))
@@ -178,20 +179,20 @@ class FailureTests:
 
     @final
     @_ops
-    def test_peer_killed_before(self, stage: Stage, op: Op) -> None:
+    def test_peer_killed_before(self, testbed: Testbed, op: Op) -> None:
         """A transfer with a process that was killed ends by its deadline, much earlier with ``detects_death``."""
-        stage.need_op(op)
-        pair, peer = _with_process(stage)
+        testbed.need_op(op)
+        pair, peer = _with_process(testbed)
         pair.move(op, pair.spans((0, 0, 100)))
         peer.kill()
         _fails_in_time(pair, op, None)
 
     @final
     @_ops
-    def test_peer_killed_during(self, stage: Stage, op: Op) -> None:
+    def test_peer_killed_during(self, testbed: Testbed, op: Op) -> None:
         """A transfer whose peer is killed while it runs ends by its deadline, much earlier with ``detects_death``."""
-        stage.need_op(op)
-        pair, peer = _with_process(stage)
+        testbed.need_op(op)
+        pair, peer = _with_process(testbed)
         pair.move(op, pair.spans((0, 0, 100)))
         peer.stall()
         flight = pair.start(op, pair.whole(), _deadline_s(pair))
@@ -200,10 +201,10 @@ class FailureTests:
         _fails_in_time(pair, op, flight)
 
     @final
-    def test_disconnect_of_the_dead(self, stage: Stage) -> None:
+    def test_disconnect_of_the_dead(self, testbed: Testbed) -> None:
         """Leaving a killed peer raises nothing, fails its transfers, and leaves the agent usable for others."""
-        op = stage.any_op()
-        pair, peer = _with_process(stage)
+        op = testbed.any_op()
+        pair, peer = _with_process(testbed)
         pair.move(op, pair.spans((0, 0, 100)))
         peer.stall()
         flight = pair.start(op, pair.whole())
@@ -218,31 +219,31 @@ class FailureTests:
         _meets_another(pair, op)
 
     @final
-    def test_peer_returns(self, stage: Stage) -> None:
+    def test_peer_returns(self, testbed: Testbed) -> None:
         """A process that takes a dead one's place, under a name of its own, is met and served."""
-        op = stage.any_op()
-        pair, peer = _with_process(stage)
+        op = testbed.any_op()
+        pair, peer = _with_process(testbed)
         for _ in range(2):
             pair.move(op, pair.spans((0, 0, 100)))
             peer.kill()
             flight = pair.wait(pair.start(op, pair.spans((0, 0, 100)), timeout_s=1.0))
             assert flight.error is None or isinstance(flight.error, TransferError)
             pair.actor.agent.disconnect(pair.actor.peer(pair.peer_name))
-            peer = pair.stage.process()
-            remote = peer.allocate(pair.remote.nbytes, stage.seed())
-            local = pair.actor.allocate(pair.local.nbytes, stage.seed())
+            peer = pair.testbed.process()
+            remote = peer.allocate(pair.remote.nbytes, testbed.seed())
+            local = pair.actor.allocate(pair.local.nbytes, testbed.seed())
             pair.peer, pair.remote, pair.local = peer, remote, local
             pair.peer_name = pair.actor.connect(peer.describe())
             pair.refresh()
         pair.move(op, pair.whole())
 
     @final
-    def test_thread_peer_dies(self, stage: Stage) -> None:
+    def test_thread_peer_dies(self, testbed: Testbed) -> None:
         """Where peers share a process, "death" is the end of an agent: with ``detects_death`` transfers to it fail."""
-        caps = stage.capabilities()
+        caps = testbed.capabilities()
         if caps.reach is not Reach.PROCESS:
             pytest.skip("reaches other processes: the tests that kill one are the stricter ones")
-        pair, op = stage.pair("thread", 64 * KIB), stage.any_op()
+        pair, op = testbed.pair("thread", 64 * KIB), testbed.any_op()
         pair.peer.close_agent()
         begin = time.monotonic()
         flight = pair.wait(pair.start(op, pair.whole(), 60.0 if caps.detects_death else 1.0))
@@ -251,7 +252,7 @@ class FailureTests:
         pair.check()
 
 
-def _stalled_transfer_ends(pair: Pair, op: Op) -> None:
+def _stalled_transfer_ends(pair: ConnectedPair, op: Op) -> None:
     pair.peer.stall()
     begin = time.monotonic()
     flight = pair.wait(pair.start(op, pair.whole(), timeout_s=_SHORT_S))
@@ -274,7 +275,7 @@ def _stalled_transfer_ends(pair: Pair, op: Op) -> None:
     _stays_quiet(pair, before)
 
 
-def _poll_for(pair: Pair, seconds: float) -> None:
+def _poll_for(pair: ConnectedPair, seconds: float) -> None:
     def polled() -> bool:
         pair.actor.log.poll()
         return True
@@ -282,11 +283,11 @@ def _poll_for(pair: Pair, seconds: float) -> None:
     stays(polled, for_s=seconds)
 
 
-def _stays_quiet(pair: Pair, before: bytes) -> None:
+def _stays_quiet(pair: ConnectedPair, before: bytes) -> None:
     stays(lambda: pair.actor.content(pair.local) == before, for_s=0.7, what="local memory is quiet")
 
 
-def _poll_seconds(pair: Pair) -> float:
+def _poll_seconds(pair: ConnectedPair) -> float:
     """Median of 21 polls: on a busy machine some are interrupted."""
     took = []
     for _ in range(21):
@@ -296,23 +297,23 @@ def _poll_seconds(pair: Pair) -> float:
     return sorted(took)[10]
 
 
-def _need_remote_checked(stage: Stage) -> None:
-    if not stage.capabilities().remote_checked:
+def _need_remote_checked(testbed: Testbed) -> None:
+    if not testbed.capabilities().remote_checked:
         pytest.skip("does not declare remote_checked: owners may not rely on anything here")
 
 
-def _with_process(stage: Stage) -> tuple[Pair, ProcessPeer]:
-    pair = stage.pair("process", _NBYTES)
+def _with_process(testbed: Testbed) -> tuple[ConnectedPair, ProcessPeer]:
+    pair = testbed.pair("process", _NBYTES)
     assert isinstance(pair.peer, ProcessPeer)
     return pair, pair.peer
 
 
-def _deadline_s(pair: Pair) -> float:
+def _deadline_s(pair: ConnectedPair) -> float:
     """So far away that only noticing ends the transfer early, or short for who does not claim to notice."""
-    return 120.0 if pair.stage.capabilities().detects_death else 2.0
+    return 120.0 if pair.testbed.capabilities().detects_death else 2.0
 
 
-def _fails_in_time(pair: Pair, op: Op, flight: Flight | None) -> None:
+def _fails_in_time(pair: ConnectedPair, op: Op, flight: Flight | None) -> None:
     begin = time.monotonic()
     if flight is None:
         flight = pair.start(op, pair.whole(), _deadline_s(pair))
@@ -329,11 +330,11 @@ def _fails_in_time(pair: Pair, op: Op, flight: Flight | None) -> None:
     _meets_another(pair, op)
 
 
-def _meets_another(pair: Pair, op: Op) -> None:
-    peer = pair.stage.peer("process")
+def _meets_another(pair: ConnectedPair, op: Op) -> None:
+    peer = pair.testbed.peer("process")
     remote, local = peer.allocate(64 * KIB, 71), pair.actor.allocate(64 * KIB, 72)
     name = pair.actor.connect(peer.describe())
     spans = [(local.address, remote.address, 64 * KIB)]
-    flight = pair.wait(pair.actor.start(op, name, spans, pair.stage.patience_s))
+    flight = pair.wait(pair.actor.start(op, name, spans, pair.testbed.patience_s))
     assert flight.state is FlightState.DONE, f"after the death of one peer the agent serves no other: {flight.error!r}"
     same_bytes(pair.actor.content(local), peer.content(remote))
