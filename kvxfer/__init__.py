@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """kvxfer moves the KV cache of a request from the engine that computed it to the engine that continues it."""
 
-from kvxfer.agents.base import Capabilities, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities
 from kvxfer.buffers.base import Completion, DeviceBuffer, HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings

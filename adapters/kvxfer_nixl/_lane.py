@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvxfer.agents.base import Op
+from kvxfer.agents.capabilities import Op
 from kvxfer_nixl._ibverbs import has_hca
 
 if TYPE_CHECKING:

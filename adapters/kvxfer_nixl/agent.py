@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import numpy as np
 
-from kvxfer.agents.base import AgentPeer, Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
 from kvxfer.agents.ports import Port, open_ports
 from kvxfer.errors import ConfigError, PeerInfoError, TransferError, UnavailableError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
@@ -37,6 +38,8 @@ from kvxfer_nixl._ucx import warn_of_open_ports
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from kvxfer.agents.description import AgentPeer
 
 _log = logging.getLogger("kvxfer.nixl")
 
@@ -111,7 +114,6 @@ class NixlAgent(TransferAgent):
         quiet_on_abandon=False,
         remote_checked=False,
         detects_death=True,
-        submit_copies=True,
         max_submit_nbytes=64 << 20,
     )
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes move: the contract between kvxfer and a transfer engine.
+"""The contract between kvxfer and a transfer engine.
 
-An adapter author implements the eight underscore methods of `TransferAgent`. Everything that each engine would
-otherwise do badly is done once, here: every descriptor is checked against the registered regions of both sides,
-adjacent ones are merged, long lists are split at the engine's limits, deadlines are kept, and memory into which an
-abandoned transfer may still write stays in quarantine.
+The author of an adapter implements the eight abstract methods of `TransferAgent`. The base class does, once for all engines,
+what an engine does not do or does in its own way: it checks every descriptor against the registered regions of both sides,
+merges adjacent ones, splits lists at the engine's limits, keeps deadlines, and keeps memory to which a transfer that was
+given up may still write out of use (`kvxfer.agents.flights`).
 
 An agent knows addresses and lengths. It does not know layers, heads, blocks, requests or leases.
 """
@@ -14,159 +14,40 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import msgspec
-import numpy as np
 
+from kvxfer.agents.description import AgentPeer, Description, read_description
+from kvxfer.agents.flights import Flight, Flights
+from kvxfer.agents.registrations import Registration, Registrations
 from kvxfer.errors import (
     ClosedError,
-    DescriptorError,
     KvxferError,
     OwnPeerError,
     PeerInfoError,
     PeerUnknownError,
     RegistrationError,
     TransferFailedError,
-    TransferTimeoutError,
     UnsupportedError,
 )
-from kvxfer.memory.spans import Descriptors, Memory, MemoryKind, RegionTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class Op(str, Enum):
-    """Direction of a transfer, seen from the agent that submits it."""
-
-    READ = "read"
-    WRITE = "write"
-
-
-class Reach(str, Enum):
-    """How far away a peer may live."""
-
-    PROCESS = "process"
-    HOST = "host"
-    NETWORK = "network"
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What an adapter promises. The core decides by these, never by an adapter's name; the suite tests each."""
-
-    ops: frozenset[Op]
-    kinds: frozenset[MemoryKind]
-    reach: Reach
-    quiet_on_abandon: bool
-    """After giving up on a transfer in flight, nothing more is written to local memory."""
-    remote_checked: bool
-    """A transfer to memory that its owner has deregistered fails (on engines without it, it silently succeeds)."""
-    detects_death: bool
-    """A transfer to a peer process that has died fails by itself, well before any deadline."""
-    submit_copies: bool
-    """Submitting may block for the whole copy, so no thread that keeps time may own the agent."""
-    max_descriptors: int | None = None
-    """Longest list the engine takes in one call; longer ones are split."""
-    max_submit_nbytes: int | None = None
-    """Most bytes handed to the engine at once, so that one long copy does not starve the others."""
-
-
-_NO_HANDLE = object()
-"""Nothing is with the engine. Not None, for an adapter's handle may be None."""
-
-
-class FlightState(str, Enum):
-    """Where a submitted transfer is. Every flight ends in DONE or FAILED; QUARANTINED becomes FAILED when quiet."""
-
-    PENDING = "pending"
-    DONE = "done"
-    FAILED = "failed"
-    QUARANTINED = "quarantined"
-
-
-class _AgentInfo(msgspec.Struct, frozen=True):
-    adapter: str
-    name: str
-    regions: list[Memory]
-    native: bytes
-
-
-class _Named(msgspec.Struct, frozen=True):
-    name: str
-
-
-def described_name(info: bytes) -> str:
-    """Name of the agent that a description is of.
-
-    Raises:
-        PeerInfoError: not a description.
-    """
-    try:
-        return msgspec.msgpack.decode(info, type=_Named).name
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise PeerInfoError(f"cannot read the description of a peer: {error}") from error
-
-
-@dataclass(eq=False)
-class AgentPeer:
-    """Another agent, as this one knows it. Made by `TransferAgent.connect`; only that agent may use it."""
-
-    name: str
-    regions: RegionTable
-    native: Any
-    info: bytes
-    connected: bool = True
-
-
-@dataclass(eq=False)
-class Registration:
-    """Memory that an agent may read and write. The caller keeps the memory alive until `deregister`."""
-
-    memory: Memory
-    native: Any
-
-
-@dataclass(eq=False)
-class Flight:
-    """One submitted transfer.
-
-    Attributes:
-        nbytes, descriptors: what there is to hand to the engine, after merging.
-        state: see `FlightState`. Changes only inside `TransferAgent.submit`, `poll` and `close`.
-        error: why it failed; None unless FAILED or QUARANTINED.
-    """
-
-    op: Op
-    peer: AgentPeer
-    deadline: float
-    nbytes: int = 0
-    descriptors: int = 0
-    state: FlightState = FlightState.PENDING
-    error: KvxferError | None = None
-    _reported: FlightState = FlightState.PENDING
-    _parts: list[tuple[Descriptors, Memory, Memory]] = field(default_factory=list)
-    _handle: Any = _NO_HANDLE
-    _regions: frozenset[int] = frozenset()
-
-    @property
-    def finished(self) -> bool:
-        """DONE or FAILED: local memory is quiet and the flight will not change again."""
-        return self.state in (FlightState.DONE, FlightState.FAILED)
+    from kvxfer.agents.capabilities import Capabilities, Op
+    from kvxfer.memory.spans import Descriptors, Memory
 
 
 class TransferAgent(ABC):
     """A transfer engine, as kvxfer sees it.
 
-    Thread: all methods are called by the one thread that made the agent (three threads on one NIXL agent is a known
-    race); another thread gets `UnsupportedError`. Errors of the engine become `kvxfer.errors`, cause chained.
+    Thread: all methods are called by the one thread that made the agent (three threads on one NIXL agent are a known race);
+    another thread gets `UnsupportedError`. Errors of the engine become `kvxfer.errors`, with the cause chained.
 
-    An adapter whose engine opens ports has a keyword argument ``loopback_only``, and the endpoint passes True where its own
-    control address is reached from this machine only: then the engine must not listen on any other address. It sets the
-    attribute of that name to what it does.
+    An adapter whose engine opens ports has a keyword argument ``loopback_only``. The endpoint passes True where its own
+    control address is reached from this machine only: then the engine must not listen on any other address. The adapter sets
+    the attribute of that name to what its engine does.
 
     Args:
         name: unique for this agent in the world and never reused (the endpoint appends a random part).
@@ -174,7 +55,7 @@ class TransferAgent(ABC):
 
     capabilities: ClassVar[Capabilities]
     adapter: ClassVar[str]
-    """Short name of the adapter. Agents understand the description of a peer with the same one."""
+    """Short name of the adapter. An agent understands the descriptions of agents of the same adapter."""
     loopback_only: bool = False
     """Agents on other machines cannot reach this one, whatever their engine can do."""
 
@@ -184,10 +65,9 @@ class TransferAgent(ABC):
         """The clock of deadlines."""
         self._thread = threading.get_ident()
         self._closed = False
-        self._registrations: list[Registration] = []
-        self._table = RegionTable([])
+        self._registrations = Registrations()
         self._peers: dict[str, AgentPeer] = {}
-        self._flights: list[Flight] = []
+        self._flights = Flights(self)
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -198,7 +78,7 @@ class TransferAgent(ABC):
 
     @abstractmethod
     def _register(self, memory: Memory) -> object:
-        """Make ``memory`` known to the engine; returns the engine's handle. Raises RegistrationError."""
+        """Make ``memory`` known to the engine; return the engine's handle. Raises RegistrationError."""
 
     @abstractmethod
     def _deregister(self, registration: object, memory: Memory) -> None:
@@ -206,11 +86,11 @@ class TransferAgent(ABC):
 
     @abstractmethod
     def _describe(self) -> bytes:
-        """The engine's own description of this agent, for `_connect` of a peer: opaque to everybody else."""
+        """The engine's own description of this agent, for `_connect` of a peer; opaque to the rest of kvxfer."""
 
     @abstractmethod
     def _connect(self, name: str, native: bytes) -> object:
-        """Meet the agent ``name``, described by its `_describe`; returns the engine's handle of it.
+        """Connect to the agent ``name``, described by its `_describe`; return the engine's handle of it.
 
         Called again with newer ``native`` when the peer has registered more. Raises PeerInfoError, PeerConflictError.
         """
@@ -221,23 +101,26 @@ class TransferAgent(ABC):
 
     @abstractmethod
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> object:
-        """Start moving ``spans``; returns the engine's handle.
+        """Start moving ``spans``; return the engine's handle. May block while it copies: the data thread keeps no time.
 
-        ``local`` and ``remote`` are registered regions of the kind and device in which all spans of that side lie.
-        Each span lies inside one registered region on either side. Raises TransferError.
+        ``local`` and ``remote`` are registered regions of the kind and device in which all spans of that side lie. Each span
+        lies inside one registered region on either side. Raises TransferError.
         """
 
     @abstractmethod
     def _poll(self, handle: object) -> bool:
         """True when the transfer is complete: a READ's bytes are in local memory, a WRITE's are applied remotely.
 
-        Must not block. Raises TransferError; the handle is not polled again after that or after True. Called at least
-        once for each submitted handle.
+        Must not block. Raises TransferError. Called at least once for each submitted handle, and not again after it has
+        raised or returned True.
         """
 
     @abstractmethod
     def _close(self) -> None:
-        """Tear the engine down. The only fence: afterwards nothing writes to this agent's memory. Raises nothing."""
+        """Tear the engine down: afterwards nothing writes to this agent's memory. Raises nothing.
+
+        No other call promises that for a transfer in flight, unless the adapter declares ``quiet_on_abandon``.
+        """
 
     # -- what an adapter may override -------------------------------------------------------------------------------
 
@@ -262,52 +145,39 @@ class TransferAgent(ABC):
         """Let peers read and write ``memory``, which the caller keeps alive until `deregister` or `close`.
 
         Raises:
-            RegistrationError: the engine refused, or it overlaps a registered region.
+            RegistrationError: the engine refused, or the memory is empty or overlaps a registered region.
             UnsupportedError: memory of this kind was not declared.
         """
         self._check()
         if memory.kind not in self.capabilities.kinds:
             raise UnsupportedError(f"{self.adapter} does not register {memory.kind.value} memory")
-        if memory.nbytes <= 0:
-            raise RegistrationError("cannot register an empty region")
-        for other in self._registrations:
-            if memory.overlaps(other.memory):
-                raise RegistrationError(f"{memory} overlaps {other.memory}, which is registered already")
-        try:
-            table = RegionTable([memory, *(r.memory for r in self._registrations)])
-        except ValueError as error:
-            raise RegistrationError(str(error)) from error
-        registration = Registration(memory, self._register(memory))
-        self._registrations.append(registration)
-        self._table = table
-        return registration
+        return self._registrations.add(memory, self._register)
 
     @final
     def deregister(self, registration: Registration) -> None:
         """Withdraw a region.
 
         Raises:
-            RegistrationError: unknown here, or a transfer (also one in quarantine) may still touch it.
+            RegistrationError: unknown here, or a transfer (also a quarantined one) may still touch it.
         """
         self._check()
         if registration not in self._registrations:
             raise RegistrationError(f"{registration.memory} is not registered with {self.name}")
-        if any(registration.memory.address in flight._regions for flight in self._flights):
+        if self._flights.touch(registration.memory):
             raise RegistrationError(f"a transfer may still touch {registration.memory}")
         self._deregister(registration.native, registration.memory)
         self._registrations.remove(registration)
-        self._table = RegionTable([r.memory for r in self._registrations])
 
     @final
     def describe(self) -> bytes:
-        """This agent for a peer's `connect`: name, registered regions, the engine's own blob. Carries no secrets."""
+        """This agent's description for a peer's `connect`. Carries no secrets."""
         self._check()
-        memories = [r.memory for r in self._registrations]
-        return msgspec.msgpack.encode(_AgentInfo(self.adapter, self.name, memories, self._describe()))
+        description = Description(self.adapter, self.name, self._registrations.memories, self._describe())
+        return msgspec.msgpack.encode(description)
 
     @final
     def connect(self, info: bytes) -> AgentPeer:
-        """Meet a peer. Idempotent; a newer description of the same peer replaces the older one.
+        """Connect to a peer. Idempotent; a newer description of the same peer replaces the older one.
 
         Raises:
             PeerInfoError: not a description, or of another adapter's agent.
@@ -315,27 +185,24 @@ class TransferAgent(ABC):
             TransferFailedError: the engine raised something else.
         """
         self._check()
-        try:
-            decoded = msgspec.msgpack.decode(info, type=_AgentInfo)
-            regions = RegionTable(decoded.regions)
-        except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise PeerInfoError(f"cannot read the description of a peer: {error}") from error
-        if decoded.adapter != self.adapter:
-            raise PeerInfoError(f"the peer moves bytes with {decoded.adapter!r}, this side with {self.adapter!r}")
-        if decoded.name == self.name:
+        description, regions = read_description(info)
+        name = description.name
+        if description.adapter != self.adapter:
+            raise PeerInfoError(f"the peer moves bytes with {description.adapter!r}, this side with {self.adapter!r}")
+        if name == self.name:
             raise OwnPeerError(f"{self.name!r} is this agent itself")
-        known = self._peers.get(decoded.name)
+        known = self._peers.get(name)
         if known is not None and known.info == info:
             return known
         try:
-            native = self._connect(decoded.name, decoded.native)
+            native = self._connect(name, description.native)
         except KvxferError:
             raise
         except Exception as error:  # an adapter's bug must fail this transfer by name
             raise TransferFailedError(f"{self.adapter} raised {type(error).__name__}: {error}") from error
         if known is None:
-            known = AgentPeer(decoded.name, regions, native, info)
-            self._peers[decoded.name] = known
+            known = AgentPeer(name, regions, native, info)
+            self._peers[name] = known
         else:
             known.regions, known.native, known.info = regions, native, info
         return known
@@ -348,9 +215,7 @@ class TransferAgent(ABC):
             return
         peer.connected = False
         self._peers.pop(peer.name, None)
-        for flight in self._flights:
-            if flight.peer is peer and flight.state is FlightState.PENDING:
-                self._give_up(flight, PeerUnknownError(f"{peer.name!r} was disconnected"))
+        self._flights.give_up(peer, PeerUnknownError(f"{peer.name!r} was disconnected"))
         self._disconnect(peer.native)
 
     @final
@@ -362,7 +227,7 @@ class TransferAgent(ABC):
             peer: from `connect` of this agent.
             steps: each begins when the one before is complete. Addresses in each owner's space; all of one step and side in
                 memory of one kind and device.
-            deadline: on `now`; a transfer still running then is given up and may be quarantined.
+            deadline: on `now`; a transfer that is still running then is given up and may be quarantined.
 
         Returns:
             a flight that `poll` will return when it ends. Local memory belongs to the engine until it is ``finished``.
@@ -379,45 +244,29 @@ class TransferAgent(ABC):
             raise PeerUnknownError(f"{peer.name!r} was disconnected, or is another agent's peer")
         flight = Flight(op, peer, deadline)
         for spans in steps:
-            self._add_step(flight, spans)
-        if not flight._parts:
-            raise DescriptorError("nothing to transfer")
-        flight._parts.reverse()
-        self._flights.append(flight)
-        self._advance(flight)
+            flight.add_step(spans, self._registrations.table, self.capabilities)
+        self._flights.start(flight)
         return flight
 
     @final
     def poll(self) -> list[Flight]:
-        """Drive the engine; returns the flights whose state changed to DONE, FAILED or QUARANTINED since last time.
+        """Drive the engine; return the flights whose state changed to DONE, FAILED or QUARANTINED since the last call.
 
         A quarantined flight is returned once more, as FAILED, when its memory has become quiet.
         """
         self._check()
         self._progress()
-        now = self.now()
-        for flight in self._flights:
-            if flight.state is FlightState.PENDING:
-                self._advance(flight)
-                if flight.state is FlightState.PENDING and not now < flight.deadline:
-                    self._give_up(flight, TransferTimeoutError(f"no end after the deadline: {flight.nbytes} bytes"))
-            elif flight.state is FlightState.QUARANTINED and flight._handle is not _NO_HANDLE:
-                self._watch_quarantined(flight)
-        changed = [f for f in self._flights if f.state is not f._reported]
-        for flight in changed:
-            flight._reported = flight.state
-        self._flights = [f for f in self._flights if not f.finished]
-        return changed
+        return self._flights.poll()
 
     @property
-    def eager(self) -> bool:
-        """Some flight has a part that the next `poll` would hand to the engine: there is nothing to wait for."""
-        return any(f.state is FlightState.PENDING and f._handle is _NO_HANDLE for f in self._flights)
+    def has_parts_to_submit(self) -> bool:
+        """The next `poll` would hand a part of a flight to the engine: poll without a pause."""
+        return self._flights.have_parts_to_submit
 
     @property
-    def watching(self) -> bool:
-        """Some quarantined flight is still with the engine, so it may yet end by itself."""
-        return any(f.state is FlightState.QUARANTINED and f._handle is not _NO_HANDLE for f in self._flights)
+    def quarantine_may_end(self) -> bool:
+        """A quarantined flight is still with the engine, so that `poll` may find that it has ended."""
+        return self._flights.quarantine_may_end
 
     @property
     def closed(self) -> bool:
@@ -426,8 +275,8 @@ class TransferAgent(ABC):
 
     @property
     def quarantined(self) -> bool:
-        """Some flight may still write to local memory; only `close` is certain to end that."""
-        return any(f.state is FlightState.QUARANTINED for f in self._flights)
+        """A flight may still write to local memory; only `close` is certain to end that."""
+        return self._flights.quarantined
 
     @final
     def close(self) -> list[Flight]:
@@ -441,29 +290,9 @@ class TransferAgent(ABC):
             return []
         self._closed = True
         self._close()
-        ended = self._flights
-        for flight in (f for f in ended if not f.finished):
-            flight.error = flight.error or ClosedError(f"agent {self.name!r} was closed")
-            flight.state, flight._handle, flight._parts = FlightState.FAILED, _NO_HANDLE, []
-        self._flights, self._registrations, self._peers = [], [], {}
-        return ended
-
-    # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _add_step(self, flight: Flight, spans: Descriptors) -> None:
-        if len(spans) == 0:
-            raise DescriptorError("nothing to transfer")
-        peer, caps = flight.peer, self.capabilities
-        local_index = self._table.locate(spans.local, spans.nbytes, "local")
-        remote_index = peer.regions.locate(spans.remote, spans.nbytes, f"{peer.name!r}'s")
-        spans = spans.merged(local_index, remote_index)
-        flight.nbytes += spans.total_nbytes
-        flight.descriptors += len(spans)
-        touched = local_index if len(local_index) == 1 else np.unique(local_index)
-        flight._regions |= {self._table[int(i)].address for i in touched}
-        local, remote = self._table.one_device(local_index), peer.regions.one_device(remote_index)
-        parts = spans.split(caps.max_descriptors, caps.max_submit_nbytes)
-        flight._parts += [(part, local, remote) for part in parts]
+        self._registrations.clear()
+        self._peers = {}
+        return self._flights.end_all(ClosedError(f"agent {self.name!r} was closed"))
 
     def _check(self) -> None:
         self._check_thread()
@@ -473,58 +302,3 @@ class TransferAgent(ABC):
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise UnsupportedError(f"agent {self.name!r} belongs to another thread")
-
-    def _advance(self, flight: Flight) -> None:
-        """Poll the part in flight, and hand the next one to the engine, which may end it at once.
-
-        One part for each call: an engine that copies inside `_submit` would otherwise run through a long list whatever
-        its deadline, while other flights wait.
-        """
-        handed_over = False
-        try:
-            while True:
-                if flight._handle is not _NO_HANDLE:
-                    if not self._poll(flight._handle):
-                        return
-                    self._release(flight._handle)
-                    flight._handle = _NO_HANDLE
-                if not flight._parts:
-                    flight.state = FlightState.DONE
-                    return
-                if handed_over or not self.now() < flight.deadline:
-                    return
-                handed_over = True
-                part, local, remote = flight._parts.pop()
-                flight._handle = self._submit(flight.op, flight.peer.native, part, local, remote)
-        except KvxferError as error:
-            self._fail(flight, error)
-        except Exception as error:  # noqa: BLE001 - an adapter's bug must fail this transfer, not the thread
-            failed = TransferFailedError(f"{self.adapter} raised {type(error).__name__}: {error}")
-            failed.__cause__ = error
-            self._fail(flight, failed)
-
-    def _fail(self, flight: Flight, error: KvxferError) -> None:
-        if flight._handle is not _NO_HANDLE:
-            self._release(flight._handle)
-        flight.error, flight._handle, flight._parts = error, _NO_HANDLE, []
-        flight.state = FlightState.FAILED if error.quiet else FlightState.QUARANTINED
-
-    def _give_up(self, flight: Flight, error: KvxferError) -> None:
-        flight.error, flight._parts = error, []
-        quiet = flight._handle is _NO_HANDLE or self._abandon(flight._handle)
-        if quiet:
-            flight._handle = _NO_HANDLE
-        flight.state = FlightState.FAILED if quiet else FlightState.QUARANTINED
-
-    def _watch_quarantined(self, flight: Flight) -> None:
-        try:
-            if not self._poll(flight._handle):
-                return
-        except Exception:  # noqa: BLE001 - it failed already; what counts now is only whether it is quiet
-            # The engine broke off: no proof of quiet, and nothing left to watch. close() is the fence.
-            self._release(flight._handle)
-            flight._handle = _NO_HANDLE
-            return
-        self._release(flight._handle)
-        flight._handle = _NO_HANDLE
-        flight.state = FlightState.FAILED

@@ -7,7 +7,8 @@ import ctypes
 import threading
 from typing import ClassVar
 
-from kvxfer.agents.base import Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
 from kvxfer.errors import PeerInfoError, PeerLostError, RegistrationError, TransferFailedError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
@@ -30,7 +31,6 @@ class InprocAgent(TransferAgent):
         quiet_on_abandon=True,
         remote_checked=True,
         detects_death=True,
-        submit_copies=True,
     )
 
     def __init__(self, name: str) -> None:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from kvxfer import registry
-from kvxfer.agents.base import Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Reach
 from kvxfer.cli.table import size
 from kvxfer.errors import ConfigError, UnavailableError
 

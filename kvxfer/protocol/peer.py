@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from kvxfer.agents.base import described_name
+from kvxfer.agents.description import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome
 from kvxfer.protocol.pace import Pace

@@ -15,7 +15,8 @@ from kvxfer.defects import Defects
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.agents.base import AgentPeer, TransferAgent
+    from kvxfer.agents.base import TransferAgent
+    from kvxfer.agents.description import AgentPeer
     from kvxfer.memory.spans import Memory
     from kvxfer.metrics import Metrics
 

@@ -18,7 +18,8 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from kvxfer.agents.base import Flight, FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import Flight, FlightState
 from kvxfer.errors import KvxferError, PeerTimeoutError, TransferFailedError
 from kvxfer.memory.spans import Descriptors
 from kvxfer.protocol.lease_board import CELL_NBYTES

@@ -170,8 +170,8 @@ class DataLoop:
             return 0.0
         waits = [_COURTESY_S] if self._ends.untold else []
         if self._reads.moving or self._packer.busy:
-            eager = self._life.agent is not None and self._life.agent.eager
-            waits.append(0.0 if eager else self._nap_s)
+            more = self._life.agent is not None and self._life.agent.has_parts_to_submit
+            waits.append(0.0 if more else self._nap_s)
         else:
             # Reads that are left wait for a chunk of a peer, or for each other.
             reads_s = self._reads.due_s()

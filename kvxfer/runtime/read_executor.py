@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from kvxfer.agents.base import Flight, FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import Flight, FlightState
 from kvxfer.buffers.base import let_end
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
@@ -445,7 +446,7 @@ class Reads:
         rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]
         if not rest or self._life.agent is None:
             return
-        if self._life.agent.watching and now < min(rest) + self._settings.quarantine_s:
+        if self._life.agent.quarantine_may_end and now < min(rest) + self._settings.quarantine_s:
             return
         _log.warning("tearing the transfer agent down to stop %d abandoned read(s)", len(rest))
         self._fence()

@@ -8,7 +8,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import KvxferError
 from kvxfer.memory.spans import Descriptors
 from kvxfer.testing.eventually import eventually
@@ -17,7 +17,11 @@ from kvxfer.testing.oracle import HostSpan, noise
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvxfer.agents.base import AgentPeer, Flight, Registration, TransferAgent
+    from kvxfer.agents.base import TransferAgent
+    from kvxfer.agents.capabilities import Op
+    from kvxfer.agents.description import AgentPeer
+    from kvxfer.agents.flights import Flight
+    from kvxfer.agents.registrations import Registration
     from kvxfer.memory.spans import Memory
     from kvxfer.testing.oracle import OracleMemory
 

@@ -18,7 +18,7 @@ from kvxfer.errors import KvxferError, TransferFailedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
-    from kvxfer.agents.base import Capabilities, Op
+    from kvxfer.agents.capabilities import Capabilities, Op
     from kvxfer.memory.spans import Descriptors, Memory
 
 NEVER: Container[int] = ()

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from kvxfer.agents.base import FlightState, Op, TransferAgent
+    from kvxfer.agents.base import TransferAgent
+    from kvxfer.agents.capabilities import Op
+    from kvxfer.agents.flights import FlightState
     from kvxfer.memory.spans import Memory
     from kvxfer.testing.actor import Spans
     from kvxfer.testing.oracle import OracleMemory

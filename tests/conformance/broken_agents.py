@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import ClassVar
 
-from kvxfer.agents.base import Op, Reach
+from kvxfer.agents.capabilities import Op, Reach
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerConflictError, TransferFailedError
 from kvxfer.memory.spans import Descriptors

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kvxfer.agents.base import Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
 from kvxfer.errors import PeerConflictError, PeerInfoError, PeerLostError, TransferFailedError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
@@ -78,7 +79,6 @@ class SocketAgent(TransferAgent):
         quiet_on_abandon=True,
         remote_checked=True,
         detects_death=True,
-        submit_copies=False,
         max_descriptors=1000,
         max_submit_nbytes=24 << 20,
     )

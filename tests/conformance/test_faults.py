@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerInfoError, RegistrationError, TransferFailedError, TransferTimeoutError
 from kvxfer.testing import Actor, AgentSuite, Faults, FaultyAgent

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import ConfigError, RegistrationError
 from kvxfer.memory.spans import Memory
 from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise

@@ -52,7 +52,8 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
 
 def here(seed: int, first: int, last: int) -> None:
     """Try mutations in this process, telling of each before and after on the standard output."""
-    from kvxfer.agents.base import FlightState, Op
+    from kvxfer.agents.capabilities import Op
+    from kvxfer.agents.flights import FlightState
     from kvxfer.errors import KvxferError
     from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
     from tests.nixl.agents import nixl_agent

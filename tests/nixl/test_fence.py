@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import PeerLostError, TransferTimeoutError
 from kvxfer.testing import Actor, HostSpan, ProcessPeer, eventually, stays
 from tests.nixl.agents import (

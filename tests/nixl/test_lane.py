@@ -7,7 +7,8 @@ import logging
 
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.testing import Actor
 from kvxfer_nixl import Lane
 from kvxfer_nixl._lane import LaneWatch, Surroundings, predict

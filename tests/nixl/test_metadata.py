@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import PeerInfoError
 from kvxfer.memory.spans import Descriptors, Memory
 from kvxfer.testing import eventually

@@ -7,7 +7,8 @@ from __future__ import annotations
 import pytest
 
 from kvxfer import endpoint
-from kvxfer.agents.base import FlightState, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.flights import Flights, FlightState
 from kvxfer.planner import rank_plan
 from kvxfer.protocol import deferred, grants, held_lease, held_leases, lease_board, lease_table, peers, producer, staged
 from kvxfer.protocol.actions import Emit, EndPack
@@ -468,13 +469,13 @@ def overtaken_chunk_taken_for_an_old_one(patch):
 @bug
 def part_in_flight_not_waited_for(patch):
     """Bytes that are moved in several parts are there when the first one is; the fence comes after that."""
-    advance = TransferAgent._advance
+    advance = Flights.advance
 
     def first_only(self, flight):
         advance(self, flight)
         del flight._parts[1:]
 
-    patch(TransferAgent, "_advance", first_only)
+    patch(Flights, "advance", first_only)
 
 
 @bug

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agents.base import Capabilities, FlightState, Op, Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import (
     ClosedError,
     DescriptorError,

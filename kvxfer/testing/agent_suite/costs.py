@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agents.base import FlightState, Reach
+from kvxfer.agents.capabilities import Reach
+from kvxfer.agents.flights import FlightState
 from kvxfer.agents.ports import open_ports
 from kvxfer.testing.conformance import KIB
 from kvxfer.testing.eventually import eventually

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, final
 
 import pytest
 
-from kvxfer.agents.base import FlightState, Op, Reach
+from kvxfer.agents.capabilities import Op, Reach
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
 from kvxfer.testing.agent_suite.testbed import PLACES
 from kvxfer.testing.conformance import KIB, MIB
@@ -17,7 +18,7 @@ from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
 
 if TYPE_CHECKING:
-    from kvxfer.agents.base import Flight
+    from kvxfer.agents.flights import Flight
     from kvxfer.testing.agent_suite.testbed import ConnectedPair, Testbed
 
 _places = pytest.mark.parametrize("place", PLACES)

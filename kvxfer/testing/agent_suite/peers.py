@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import msgspec
 import pytest
 
-from kvxfer.agents.base import FlightState
+from kvxfer.agents.flights import FlightState
 from kvxfer.errors import DescriptorError, KvxferError, PeerConflictError, PeerInfoError, PeerUnknownError
 from kvxfer.testing.agent_suite.testbed import PLACES
 from kvxfer.testing.conformance import KIB, unique_name

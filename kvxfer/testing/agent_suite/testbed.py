@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import Capabilities, FlightState, Op, Reach
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
+from kvxfer.agents.flights import FlightState
 from kvxfer.testing.actor import Actor
 from kvxfer.testing.conformance import MIB, unique_name
 from kvxfer.testing.oracle import noise
@@ -20,7 +21,8 @@ from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.agents.base import Flight, TransferAgent
+    from kvxfer.agents.base import TransferAgent
+    from kvxfer.agents.flights import Flight
     from kvxfer.memory.spans import Memory
     from kvxfer.testing.actor import Spans
     from kvxfer.testing.oracle import OracleMemory

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.memory.spans import MemoryKind
 from kvxfer.testing.agent_suite.testbed import PLACES, scattered
 from kvxfer.testing.conformance import KIB, MIB

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import DescriptorError

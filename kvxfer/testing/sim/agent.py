@@ -12,7 +12,8 @@ import ctypes
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from kvxfer.agents.base import Capabilities, Op, Reach, TransferAgent
+from kvxfer.agents.base import TransferAgent
+from kvxfer.agents.capabilities import Capabilities, Op, Reach
 from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError, UnavailableError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
@@ -64,7 +65,6 @@ class VirtualAgent(TransferAgent):
         quiet_on_abandon=False,
         remote_checked=False,
         detects_death=False,
-        submit_copies=True,
         max_descriptors=24,
     )
 

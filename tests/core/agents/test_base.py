@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvxfer.agents.base import FlightState, Op
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import FlightState
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import DescriptorError, RegistrationError, TransferTimeoutError
 from kvxfer.memory.spans import Descriptors, Memory
@@ -103,14 +104,14 @@ def test_a_long_transfer_lets_others_have_their_turn():
     peer = near.connect(far.describe())
     deadline = time.monotonic() + 60
     long = near.submit(Op.READ, peer, Descriptors.of(here.ctypes.data, there.ctypes.data, 160), deadline=deadline)
-    assert near.eager
+    assert near.has_parts_to_submit
     short = near.submit(
         Op.READ, peer, Descriptors.of(here.ctypes.data + 200, there.ctypes.data + 200, 8), deadline=deadline
     )
     assert near.poll() == [short]
     while not long.finished:
         near.poll()
-    assert not near.eager
+    assert not near.has_parts_to_submit
     assert here.tolist() == [1] * 160 + [0] * 40 + [1] * 8 + [0] * 48
 
 

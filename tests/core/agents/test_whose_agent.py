@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 
-from kvxfer.agents.base import described_name
+from kvxfer.agents.description import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_ref import LeaseRef
