@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 
 from kvxfer import endpoint
-from kvxfer.agents.base import TransferAgent
 from kvxfer.agents.flights import Flights, FlightState
 from kvxfer.planner import rank_plan
 from kvxfer.protocol import deferred, grants, held_lease, held_leases, lease_board, lease_table, peers, producer, staged
@@ -104,13 +103,13 @@ def abandoned_is_quiet(patch):
 @bug
 def failed_is_quiet(patch):
     """A copy of which the engine says that it failed is taken to have stopped."""
-    fail = TransferAgent._fail
+    fail = Flights._fail
 
     def failed(self, flight, error):
         fail(self, flight, error)
         flight.state = FlightState.FAILED
 
-    patch(TransferAgent, "_fail", failed)
+    patch(Flights, "_fail", failed)
 
 
 @bug
