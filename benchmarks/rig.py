@@ -347,7 +347,7 @@ class Pair:
 
     def lease(self, blocks: Sequence[int]) -> kvxfer.LeaseRef:
         """The producer leases blocks."""
-        ref = kvxfer.LeaseRef.mint(owner=self.name, addresses=self.addresses, request="bench")
+        ref = kvxfer.LeaseRef.mint(producer=self.name, addresses=self.addresses, request="bench")
         self.call_all("publish", ref.to_obj(), blocks)
         return ref
 

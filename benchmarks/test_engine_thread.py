@@ -55,7 +55,7 @@ def test_engine_thread(benchmark, measuring, report, device, target, route, bloc
                 from_blocks, into = (np.random.default_rng(2 * i + j).permutation(2 * blocks)[:blocks] for j in (0, 1))
                 from_blocks = from_blocks.tolist()
                 into = (into + i % PLACES * 2 * blocks).tolist()  # of no read that is under way
-                ref = LeaseRef.mint(owner=pair.name, addresses=pair.addresses)
+                ref = LeaseRef.mint(producer=pair.name, addresses=pair.addresses)
                 pair.call("announce", ref.to_obj())
                 calls("hold", consumer.acquire, ref)
                 if how == "pull":

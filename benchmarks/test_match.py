@@ -9,7 +9,7 @@ import time
 from kvxfer.config import Settings
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import Holder, LeaseTable
+from kvxfer.protocol.lease_table import ConsumerRank, LeaseTable
 
 GOAL_RATIO = 1.5
 WAITING = (10, 1_000, 10_000)
@@ -17,7 +17,7 @@ WAITING = (10, 1_000, 10_000)
 
 def _match_s(table: LeaseTable, waiting: list[str], rounds: int) -> float:
     """Seconds in which a request of the middle is announced, and another one takes its place."""
-    holder, times = Holder("D", "epoch"), []
+    holder, times = ConsumerRank("D", "epoch"), []
     for i in range(rounds):
         token = waiting[(i * 7919) % len(waiting)]
         begin = time.perf_counter()
@@ -40,7 +40,7 @@ def test_matching(benchmark, measuring, report):
         waiting = [f"{i:032x}" for i in range(number)]
         for token in waiting:
             table.want(token, 0.0)
-            table.open(token, Holder("D", "epoch"), 0.0)
+            table.open(token, ConsumerRank("D", "epoch"), 0.0)
         medians[number] = _match_s(table, waiting, rounds)
         report(
             "Matching a request with one that waits",
@@ -49,5 +49,5 @@ def test_matching(benchmark, measuring, report):
             ratio=f"{medians[number] / medians[WAITING[0]]:.2f}",
             goal=f"{GOAL_RATIO}",
         )
-    ref = {"owner": "P", "addresses": ["tcp://p:1"], "num_tokens": 3000, "digest": "d" * 32}
+    ref = {"producer": "P", "addresses": ["tcp://p:1"], "num_tokens": 3000, "digest": "d" * 32}
     benchmark(lambda: LeaseRef.for_rendezvous("transfer", **ref))

@@ -63,22 +63,22 @@ class Settings:
     """Producer: how long offered blocks stay readable unless the holder renews (it does so every third of this)."""
     max_lease_s: float = 3600.0
     """Producer: how long offered blocks stay leased at the longest, however often the holder renews: then the lease is revoked."""
-    announce_s: float = 3600.0
+    announce_timeout_s: float = 3600.0
     """Producer: how long an announced lease may wait for its blocks, i.e. for prefill to end."""
     rendezvous_timeout_s: float = 30.0
     """Producer: how long a consumer that comes first is kept a place until its lease is announced."""
     read_timeout_s: float = 30.0
     """Consumer: a read ends this long after it was asked for, whatever happens; one of a shared reference, which may begin
-    before prefill does, ``rendezvous_timeout_s`` and ``announce_s`` later."""
+    before prefill does, ``rendezvous_timeout_s`` and ``announce_timeout_s`` later."""
     peer_timeout_s: float = 15.0
     """Consumer: reads waiting for a peer that says nothing for this long fail."""
-    hold_s: float = 600.0
+    unread_lease_s: float = 600.0
     """Consumer: longest a lease is held before it is read; then it is dropped."""
-    retry_s: float = 0.5
+    retry_interval_s: float = 0.5
     """A message that needs an answer is sent again after this long."""
     quarantine_s: float = 1.0
     """How long to wait for abandoned bytes to land by themselves before the agent is torn down to stop them."""
-    contact_s: float = 5.0
+    contact_timeout_s: float = 5.0
     """The first few bytes read from a peer must arrive within this, or its reads fail until they do (`kvxfer.runtime.contacts`)."""
     idle_peer_s: float = 300.0
     """A peer that nothing was asked of for this long is forgotten."""

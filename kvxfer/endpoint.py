@@ -210,7 +210,7 @@ class Endpoint:
         else:
             request = arguments.text(request, "request")
             ref = LeaseRef.mint(
-                owner=self.name, addresses=[self.address], request=request, num_tokens=num_tokens, digest=digest
+                producer=self.name, addresses=[self.address], request=request, num_tokens=num_tokens, digest=digest
             )
         token, request, producer = ref.token, ref.request, self._producer
         self._driver.command(lambda now: producer.announce(token, request, now))
@@ -248,8 +248,8 @@ class Endpoint:
         producer = self._producer
         if not complete:
             self._driver.command(
-                lambda now: producer.publish_part(token, raw, now, firsts, ends),
-                broken=lambda error, _: producer.broken(token, error, offered=False),
+                lambda now: producer.publish(token, raw, now, firsts, ends, complete=False),
+                broken=lambda error, _: producer.broken(token, error, end_awaited=False),
             )
             return
         if not producer.may_publish(token):
@@ -258,7 +258,7 @@ class Endpoint:
             )
         if not self._driver.command(
             lambda now: producer.publish(token, raw, now, firsts, ends),
-            broken=lambda error, _: producer.broken(token, error, offered=True),
+            broken=lambda error, _: producer.broken(token, error, end_awaited=True),
         ):
             self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
 
@@ -301,13 +301,13 @@ class Endpoint:
         token, why, producer = arguments.reference(ref).token, arguments.text(reason, "reason")[:1024], self._producer
         self._driver.command(
             lambda _: producer.revoke(token, why),
-            broken=lambda error, _: producer.broken(token, error, offered=False),
+            broken=lambda error, _: producer.broken(token, error, end_awaited=False),
         )
 
     # -- consumer ---------------------------------------------------------------------------------------------------
 
     def acquire(self, ref: LeaseRef) -> None:
-        """Open a lease ahead of its `read` and keep it alive, for ``hold_s`` at the longest, until read or dropped.
+        """Open a lease ahead of its `read` and keep it alive, for ``unread_lease_s`` at the longest, until read or dropped.
 
         No effect after `close`.
 
@@ -338,7 +338,7 @@ class Endpoint:
             tokens: read only the request's tokens ``[start, stop)``, whose first ones this cache has already, say; stop
                 None means to the end. By default all that ``into`` holds and the lease has.
             timeout_s: the transfer ends by then, well or not. By default in ``read_timeout_s``, and ``rendezvous_timeout_s`` and
-                ``announce_s`` later if ``ref`` was `LeaseRef.for_rendezvous`, so that prefill has its time.
+                ``announce_timeout_s`` later if ``ref`` was `LeaseRef.for_rendezvous`, so that prefill has its time.
             verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
                 transfer by `IntegrityError`, which says where.
             after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
@@ -365,7 +365,7 @@ class Endpoint:
         if wait_s is None:
             wait_s = self.settings.read_timeout_s
             if ref.rendezvous:
-                wait_s = min(wait_s + self.settings.rendezvous_timeout_s + self.settings.announce_s, MAX_S)
+                wait_s = min(wait_s + self.settings.rendezvous_timeout_s + self.settings.announce_timeout_s, MAX_S)
         deadline = self._now() + arguments.seconds(wait_s, "timeout_s")
         transfer = Transfer(
             ref,

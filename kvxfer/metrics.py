@@ -24,7 +24,7 @@ COUNTERS = {
     "kvxfer_transfers_total": "Reads that ended, by outcome (done, or the error's name).",
     "kvxfer_bytes_total": "KV bytes read into this cache.",
     "kvxfer_partial_bytes_total": "Of these, those that were here before their prefill had ended.",
-    "kvxfer_leases_total": "Leases of this producer that ended, by end (settled, expired, revoked, unread).",
+    "kvxfer_leases_total": "Leases of this producer that ended, by end (read, unread, expired, revoked).",
     "kvxfer_refused_messages_total": "Control messages refused, by reason.",
     "kvxfer_handshakes_total": "Handshakes this side asked for, by outcome.",
     "kvxfer_agent_resets_total": "Times the transfer agent was torn down to stop late writes.",

@@ -145,11 +145,11 @@ class ConnectorOptions:
         return Settings.resolve(
             environ=environ,
             lease_s=self.lease_seconds,
-            announce_s=self.announce_seconds,
+            announce_timeout_s=self.announce_seconds,
             rendezvous_timeout_s=self.match_seconds,
             read_timeout_s=self.read_timeout_seconds,
             peer_timeout_s=self.peer_timeout_seconds,
-            hold_s=self.hold_seconds,
+            unread_lease_s=self.hold_seconds,
         )
 
 

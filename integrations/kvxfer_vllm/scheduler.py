@@ -271,17 +271,17 @@ class KvxferScheduler:
 
     def _lease(self, request: Request, key: str) -> LeaseRef:
         """The lease of a request that is to be prefilled here."""
-        lease = self._shared(request, key, owner=self._role.engine_id, addresses=self._addresses)
+        lease = self._shared(request, key, producer=self._role.engine_id, addresses=self._addresses)
         if not self._role.push or lease.token in self._tokens_made:
             return _with_another_token(lease)
         _remember(self._tokens_made, lease.token)
         return lease
 
-    def _shared(self, request: Request, key: str, *, owner: str, addresses: Sequence[str]) -> LeaseRef:
+    def _shared(self, request: Request, key: str, *, producer: str, addresses: Sequence[str]) -> LeaseRef:
         """The lease of a request that both servers were sent, as both make it."""
         return LeaseRef.for_rendezvous(
             key or shared_name(request.request_id),
-            owner=owner,
+            producer=producer,
             addresses=addresses,
             request=request.request_id,
             num_tokens=self._num_tokens(request.num_prompt_tokens),
@@ -361,13 +361,13 @@ class KvxferScheduler:
 
     def _warn_of_namesake(self, lease: LeaseRef) -> None:
         """Say once that two servers have one engine_id: transfers work, but routers, logs and metrics cannot tell them apart."""
-        if lease.owner == self._role.engine_id and not self._namesake_told:
+        if lease.producer == self._role.engine_id and not self._namesake_told:
             self._namesake_told = True
             logger.warning(
                 'The server at %s has the engine_id %r, as this one has: give each server its own ("engine_id" in '
                 "--kv-transfer-config).",
                 lease.addresses[0],
-                lease.owner,
+                lease.producer,
             )
 
     def _judge_prompt(
@@ -379,7 +379,7 @@ class KvxferScheduler:
         if isinstance(asked, ProducerRequest):
             return asked
         if isinstance(asked, RendezvousRequest):
-            asked = ConsumerRequest(self._shared(request, asked.key, owner=asked.owner, addresses=[asked.address]))
+            asked = ConsumerRequest(self._shared(request, asked.key, producer=asked.owner, addresses=[asked.address]))
         if asked.lease.token in self._leases_used:
             # A lease is read once, and the second request would lose by trying; computing, it may find the first's blocks.
             return RefusedParams(RefusalReason.LEASE_USED, "another request on this server has, or had, the same lease")
@@ -395,7 +395,7 @@ class KvxferScheduler:
 def _with_another_token(lease: LeaseRef) -> LeaseRef:
     """A lease of the same KV that only its producer can make."""
     return LeaseRef.mint(
-        owner=lease.owner,
+        producer=lease.producer,
         addresses=lease.addresses,
         request=lease.request,
         num_tokens=lease.num_tokens,

@@ -142,7 +142,7 @@ class Role:
 
     def made(self, lease: LeaseRef) -> bool:
         """A lease is of this server itself, and not only of one that was given the same engine_id."""
-        if lease.owner != self.engine_id or not self.is_producer:
+        if lease.producer != self.engine_id or not self.is_producer:
             return False
         return not self.addresses or any(_same_place(a, own) for a in lease.addresses for own in self.addresses)
 
@@ -218,7 +218,7 @@ def _meet(params: Mapping[str, Any], role: Role) -> ProducerRequest | Rendezvous
         return wrong
     owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
     try:
-        lease = LeaseRef.for_rendezvous("", owner=owner, addresses=[address])
+        lease = LeaseRef.for_rendezvous("", producer=owner, addresses=[address])
     except LeaseRefError as error:
         return RefusedParams(RefusalReason.BAD_TYPE, f"no prefill server can be there: {error}")
     if role.made(lease):
@@ -253,7 +253,7 @@ def _fetch(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedPa
         return RefusedParams(RefusalReason.OTHER_MODE, "transfer_mode is not 'pull'")
     if role.made(lease):
         return RefusedParams(RefusalReason.OWN_ENGINE, "the lease was made by this engine")
-    if params["remote_engine_id"] != lease.owner or params["remote_request_id"] != lease.request:
+    if params["remote_engine_id"] != lease.producer or params["remote_request_id"] != lease.request:
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_num_tokens is not the lease's")
@@ -320,7 +320,7 @@ def response(
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_block_ids": [list(ids) for ids in block_ids],
-        "remote_engine_id": lease.owner,
+        "remote_engine_id": lease.producer,
         "remote_request_id": lease.request,
         "remote_host": host,
         "remote_port": port,

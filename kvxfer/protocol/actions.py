@@ -125,7 +125,7 @@ class StartPack:
     blocks: Sequence[BlockTable]
     digest: bool = False
     """Only that is wanted."""
-    reader: Hashable = None
+    consumer: Hashable = None
     """The consumer's process: no one of them gets more than its share of slots while others wait."""
 
 

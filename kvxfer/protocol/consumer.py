@@ -25,8 +25,8 @@ from kvxfer.errors import (
     shown,
 )
 from kvxfer.protocol.actions import Action, ChunkStaged, SendTo, StartRead, StopRead
-from kvxfer.protocol.held_lease import Claim, Hold, HoldState
-from kvxfer.protocol.held_leases import Holds
+from kvxfer.protocol.held_lease import HeldLease, HeldLeaseState, RankLease
+from kvxfer.protocol.held_leases import HeldLeases
 from kvxfer.protocol.messages import (
     ChunkReady,
     Grant,
@@ -41,7 +41,7 @@ from kvxfer.protocol.messages import (
     Welcome,
 )
 from kvxfer.protocol.peer import Identity, Peer, PeerState
-from kvxfer.protocol.peers import Acquaintances, Welcomed
+from kvxfer.protocol.peers import Peers, Welcomed
 
 if TYPE_CHECKING:
     from kvxfer.config import Settings
@@ -63,7 +63,7 @@ class Consumer:
     """All leases that this endpoint holds, and the producers they came from.
 
     All calls but `take` and `granted` come from the control thread, which then takes what has been added to ``out``. The
-    engine hears of a failure through the transfer; a hold that fails before it is read fails the read.
+    engine hears of a failure through the transfer; a held that fails before it is read fails the read.
 
     Args:
         routes: how KV travels from these peers, all ranks of one producer, to this side; raises IncompatibleError.
@@ -75,114 +75,114 @@ class Consumer:
         self._metrics = metrics
         self._out = out
         self._defects = Defects(metrics, "control")
-        self._peers = Acquaintances(identity, settings, metrics, out, routes)
-        self._holds = Holds(settings, self._peers, out, self._defects)
+        self._peers = Peers(identity, settings, metrics, out, routes)
+        self._held = HeldLeases(settings, self._peers, out, self._defects)
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
     def acquire(self, ref: LeaseRef, now: float) -> None:
         """Open a lease ahead of its read, and renew it from then on. Known already: nothing changes."""
-        self._holds.acquire(ref, now)
+        self._held.acquire(ref, now)
 
     def read(self, transfer: Transfer, now: float) -> None:
         """Read a lease, held before or not. The transfer ends by `Transfer.end`, at its deadline at the latest."""
-        hold = self._holds.acquire(transfer.ref, now)
-        if hold.transfer is not None or hold.state in (HoldState.READING, HoldState.SETTLING):
+        held = self._held.acquire(transfer.ref, now)
+        if held.transfer is not None or held.state in (HeldLeaseState.READING, HeldLeaseState.RELEASING):
             transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or dropped before"))
             return
-        hold.transfer = transfer
-        hold.deadline = transfer.deadline
-        if hold.state is HoldState.ENDED:
-            self._holds.fail(hold, hold.error or LeaseError("the lease ended"), now)
+        held.transfer = transfer
+        held.deadline = transfer.deadline
+        if held.state is HeldLeaseState.FAILED:
+            self._held.fail(held, held.error or LeaseError("the lease ended"), now)
         else:
-            self._holds.pump(hold, now)
+            self._held.advance(held, now)
 
     def take(self, transfer: Transfer) -> StartRead | None:
-        """Any thread: claim a lease that was granted ahead, for a read that need not wait for the control thread.
+        """Any thread: rank_lease a lease that was granted ahead, for a read that need not wait for the control thread.
 
         What is looked at here may change in this moment. That is harmless: the lease board decides whether bytes count.
 
         Returns:
             the job for the data thread, of which `reading` has to be told before; None if `read` is the way.
         """
-        hold = self._holds.granted.pop(transfer.ref.token, None)
-        if hold is None or hold.state is not HoldState.GRANTED or hold.transfer is not None or not hold.met:
+        held = self._held.granted.pop(transfer.ref.token, None)
+        if held is None or held.state is not HeldLeaseState.GRANTED or held.transfer is not None or not held.met:
             return None
         try:
-            return hold.job(transfer)
+            return held.job(transfer)
         except BlockError:
             return None  # `read` will find the same, and fail it
 
     def knows(self, ref: object) -> bool:
         """Any thread: ``ref`` is equal to one that was checked, and granted since."""
         token = getattr(ref, "token", None)
-        hold = self._holds.granted.get(token) if isinstance(token, str) else None
-        return hold is not None and hold.ref == ref
+        held = self._held.granted.get(token) if isinstance(token, str) else None
+        return held is not None and held.ref == ref
 
     def granted(self, token: str) -> bool:
         """Any thread: `take` would find it."""
-        return token in self._holds.granted
+        return token in self._held.granted
 
     def reading(self, transfer: Transfer) -> None:
         """A read was claimed by `take`."""
-        hold = self._holds.by_token.get(transfer.ref.token)
-        if hold is not None and hold.transfer is None and hold.state in (HoldState.GRANTED, HoldState.ENDED):
-            hold.transfer, hold.deadline, hold.state = transfer, transfer.deadline, HoldState.READING
+        held = self._held.by_token.get(transfer.ref.token)
+        if held is not None and held.transfer is None and held.state in (HeldLeaseState.GRANTED, HeldLeaseState.FAILED):
+            held.transfer, held.deadline, held.state = transfer, transfer.deadline, HeldLeaseState.READING
 
     def release(self, ref: LeaseRef, now: float) -> None:
         """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
-        hold = self._holds.acquire(ref, now)
-        if hold.state in (HoldState.WAITING, HoldState.GRANTED):
-            if hold.transfer is not None:
-                hold.transfer.end(LeaseError("dropped by this engine before it was read"))
-            self._holds.settle(hold, now)
-        elif hold.state is HoldState.ENDED:
-            self._holds.settle(hold, now)
-        elif not hold.granted:
-            self._holds.stop_read(hold, LeaseError("dropped by this engine before all of it was there"))
+        held = self._held.acquire(ref, now)
+        if held.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED):
+            if held.transfer is not None:
+                held.transfer.end(LeaseError("dropped by this engine before it was read"))
+            self._held.release(held, now)
+        elif held.state is HeldLeaseState.FAILED:
+            self._held.release(held, now)
+        elif not held.granted:
+            self._held.stop_read(held, LeaseError("dropped by this engine before all of it was there"))
 
     # -- the data thread --------------------------------------------------------------------------------------------
 
     def stage(self, transfer: Transfer, source: int, message: StageChunk, now: float) -> None:
         """A read needs a chunk packed by one of its sources: ask for it, again and again until it is there."""
-        hold = self._holds.read_by(transfer)
-        if hold is not None:
-            self._holds.ask_chunk(hold, source, message, now)
+        held = self._held.read_by(transfer)
+        if held is not None:
+            self._held.ask_chunk(held, source, message, now)
         else:
             # Dropped, or read a second time, in the moment in which `take` claimed it; or over by now.
             self._out.append(StopRead(transfer, LeaseEndedError("the lease was dropped before it was read")))
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         """A read has taken these chunks."""
-        hold = self._holds.read_by(transfer)
-        if hold is not None:
-            peer = hold.claims[source].peer
+        held = self._held.read_by(transfer)
+        if held is not None:
+            peer = held.rank_leases[source].peer
             for number in numbers:
-                hold.asked.pop((source, number), None)
-            self._out.append(SendTo(peer.address, ReleaseChunks(to=peer.epoch, token=hold.ref.token, numbers=numbers)))
+                held.asked.pop((source, number), None)
+            self._out.append(SendTo(peer.address, ReleaseChunks(to=peer.epoch, token=held.ref.token, numbers=numbers)))
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None, now: float) -> None:
         """The data thread is done with a read it was given; it has ended the transfer itself."""
-        hold = self._holds.read_by(transfer)
-        if hold is None:
+        held = self._held.read_by(transfer)
+        if held is None:
             return  # dropped, or read a second time, in the moment in which `take` claimed it
-        hold.read = error is None
-        hold.asked.clear()
+        held.read = error is None
+        held.asked.clear()
         if error is not None and error.retryable:
             # A peer may have been restarted, or may have replaced its agent: meet it afresh before the next read.
-            for claim in hold.claims:
-                claim.peer.state = PeerState.UNKNOWN
-        self._holds.settle(hold, now)
+            for rank_lease in held.rank_leases:
+                rank_lease.peer.state = PeerState.UNKNOWN
+        self._held.release(held, now)
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
-        return self._holds.in_use() | self._peers.in_use()
+        return self._held.in_use() | self._peers.in_use()
 
     # -- the clock --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Do what is due: ask again, renew, give up, forget peers."""
-        self._holds.tick(now)
+        self._held.tick(now)
         self._peers.tick(now)
 
     def stood_still(self, now: float, late_s: float = math.inf) -> None:
@@ -193,34 +193,34 @@ class Consumer:
 
     def broken(self, token: str, address: str, error: InternalError, now: float) -> None:
         """A fault while something was done for a lease, or for the peer at an address: reads that it touches end with it."""
-        hold, peer = self._holds.by_token.get(token), self._peers.by_address.get(address)
-        if hold is not None:
-            self._holds.broken(hold, error, now)
+        held, peer = self._held.by_token.get(token), self._peers.by_address.get(address)
+        if held is not None:
+            self._held.broken(held, error, now)
         elif peer is not None and not token:
-            for hold in [hold for each in list(peer.needed_by) if (hold := self._holds.by_token.get(each)) is not None]:
-                if hold.state is HoldState.WAITING:
-                    self._holds.broken(hold, error, now)
+            for held in [held for each in list(peer.needed_by) if (held := self._held.by_token.get(each)) is not None]:
+                if held.state is HeldLeaseState.WAITING:
+                    self._held.broken(held, error, now)
 
     def read_broken(self, transfer: Transfer, error: InternalError, now: float) -> None:
         """A fault while a read was begun: it ends with it."""
-        if self._holds.read_by(transfer) is None:
+        if self._held.read_by(transfer) is None:
             transfer.end(error)
         self.broken(transfer.ref.token, "", error, now)
 
     def forget(self, transfer: Transfer, now: float) -> None:
         """A fault when a read had ended: its lease ends at its producer by itself."""
-        hold = self._holds.by_token.get(transfer.ref.token)
-        if hold is not None and hold.transfer is transfer:
-            self._holds.forget(hold, now)
+        held = self._held.by_token.get(transfer.ref.token)
+        if held is not None and held.transfer is transfer:
+            self._held.forget(held, now)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
-        times = [at for at in (self._holds.next_deadline(), self._peers.next_deadline()) if at is not None]
+        times = [at for at in (self._held.next_deadline(), self._peers.next_deadline()) if at is not None]
         return min(times, default=None)
 
     def close(self) -> None:
         """End everything, and let producers have back what is held. The data path must have been closed before."""
-        self._holds.close()
+        self._held.close()
 
     # -- producers --------------------------------------------------------------------------------------------------
 
@@ -236,13 +236,13 @@ class Consumer:
         peer = self._peers.by_address.get(address)
         if peer is not None:
             peer.refused(HandshakeError("address", why))
-            self._holds.pump_all(peer, now)
+            self._held.advance_all(peer, now)
 
     def nobody_listens(self, address: str, why: str, now: float) -> None:
         """A peer was asked something, does not answer, and its port is closed: whoever waits for it waits in vain."""
         peer = self._peers.by_address.get(address)
         if peer is not None:
-            self._holds.gone(peer, PeerTimeoutError(why), now)
+            self._held.gone(peer, PeerTimeoutError(why), now)
 
     def received(self, address: str, message: Message, now: float) -> None:
         """Take one message of the peer at ``address``."""
@@ -260,7 +260,7 @@ class Consumer:
         elif isinstance(message, Revoked):
             self._lease_over(peer, message.token, LeaseEndedError(printable(message.reason)), now)
         elif isinstance(message, (Pending, Grant, ChunkReady, Released)):
-            found = self._holds.at(peer, message.token)
+            found = self._held.at(peer, message.token)
             if found is not None:
                 self._answered(*found, message, now)
         else:
@@ -268,66 +268,72 @@ class Consumer:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _answered(self, hold: Hold, claim: Claim, message: Pending | Grant | ChunkReady | Released, now: float) -> None:
-        if isinstance(message, Grant) and hold.state in (HoldState.WAITING, HoldState.READING):
-            if hold.state is HoldState.READING and claim.grant is not None and claim.grant.check != message.check:
+    def _answered(
+        self, held: HeldLease, rank_lease: RankLease, message: Pending | Grant | ChunkReady | Released, now: float
+    ) -> None:
+        if isinstance(message, Grant) and held.state in (HeldLeaseState.WAITING, HeldLeaseState.READING):
+            if (
+                held.state is HeldLeaseState.READING
+                and rank_lease.grant is not None
+                and rank_lease.grant.check != message.check
+            ):
                 # The same token was offered anew, with other blocks. Bytes that are all on their way are judged by their cell.
-                self._holds.stop_read(hold, LeaseEndedError("the lease ended, and its token was offered again"))
+                self._held.stop_read(held, LeaseEndedError("the lease ended, and its token was offered again"))
             else:
-                self._granted(hold, claim, message, now)
-        elif isinstance(message, ChunkReady) and hold.state is HoldState.READING and hold.transfer is not None:
-            source = hold.claims.index(claim)
-            if hold.asked.pop((source, message.number), None) is not None:
-                self._out.append(ChunkStaged(hold.transfer, source, message.number, message.address, message.digest))
-        elif isinstance(message, Released) and hold.state in (HoldState.SETTLING, HoldState.ENDED):
-            self._holds.done_with(hold, claim, now)
+                self._granted(held, rank_lease, message, now)
+        elif isinstance(message, ChunkReady) and held.state is HeldLeaseState.READING and held.transfer is not None:
+            source = held.rank_leases.index(rank_lease)
+            if held.asked.pop((source, message.number), None) is not None:
+                self._out.append(ChunkStaged(held.transfer, source, message.number, message.address, message.digest))
+        elif isinstance(message, Released) and held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
+            self._held.done_with(held, rank_lease, now)
 
-    def _granted(self, hold: Hold, claim: Claim, grant: Grant, now: float) -> None:
+    def _granted(self, held: HeldLease, rank_lease: RankLease, grant: Grant, now: float) -> None:
         try:
-            if not claim.granted(grant, now):
-                if claim.wants_more:
-                    self._holds.pump(hold, now)
+            if not rank_lease.granted(grant, now):
+                if rank_lease.wants_more:
+                    self._held.advance(held, now)
                 return
         except BlockError as error:
-            if hold.state is HoldState.READING:
-                self._holds.stop_read(hold, error)
+            if held.state is HeldLeaseState.READING:
+                self._held.stop_read(held, error)
             else:
-                self._holds.fail(hold, error, now)
+                self._held.fail(held, error, now)
             return
-        if claim.complete:
-            claim.ask_at = claim.renew_at(now)
-        if hold.state is HoldState.READING:
-            self._holds.more_granted(hold, claim, now)
+        if rank_lease.complete:
+            rank_lease.ask_at = rank_lease.renew_at(now)
+        if held.state is HeldLeaseState.READING:
+            self._held.more_granted(held, rank_lease, now)
         else:
-            self._holds.pump(hold, now)
+            self._held.advance(held, now)
 
     def _welcome(self, peer: Peer, message: Welcome, now: float) -> None:
         welcomed = self._peers.welcomed(peer, message, now)
         if welcomed is Welcomed.LOST:
-            self._holds.lost(peer, now)
+            self._held.lost(peer, now)
         if welcomed is not Welcomed.NOTHING:
-            self._holds.pump_all(peer, now)
+            self._held.advance_all(peer, now)
 
     def _refused(self, peer: Peer, message: Refused, now: float) -> None:
         code, reason = message.code, printable(message.reason)
         if code in _LEASE_ERRORS:
             self._lease_over(peer, message.token, _LEASE_ERRORS[code](reason), now)
         elif code == "staging":
-            found = self._holds.at(peer, message.token)
+            found = self._held.at(peer, message.token)
             if found is not None:
                 why = f"{peer.name or peer.address} cannot stage: {reason}"
-                self._holds.stop_read(found[0], TransferFailedError(why))
+                self._held.stop_read(found[0], TransferFailedError(why))
         elif self._peers.refused(peer, message, now):
-            self._holds.pump_all(peer, now)
+            self._held.advance_all(peer, now)
 
     def _lease_over(self, peer: Peer, token: str, error: LeaseError, now: float) -> None:
-        found = self._holds.at(peer, token)
+        found = self._held.at(peer, token)
         if found is None:
             return
-        hold, claim = found
-        if hold.state in (HoldState.WAITING, HoldState.GRANTED):
-            self._holds.fail(hold, error, now, claim)
-        elif hold.state is HoldState.READING:
-            self._holds.stop_read(hold, error)
+        held, rank_lease = found
+        if held.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED):
+            self._held.fail(held, error, now, rank_lease)
+        elif held.state is HeldLeaseState.READING:
+            self._held.stop_read(held, error)
         else:
-            self._holds.done_with(hold, claim, now)
+            self._held.done_with(held, rank_lease, now)

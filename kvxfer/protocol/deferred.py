@@ -31,7 +31,7 @@ class _Step(NamedTuple):
     deadline: float
 
 
-class Gate:
+class DeferredSteps:
     """Steps that wait, by lease. Those of one lease are taken in order; leases do not wait for each other.
 
     Times are ``now`` of the caller's monotonic clock.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One lease as its consumer holds it: a claim at each rank of the producer, and what there is to read. Pure, no I/O."""
+"""One lease as its consumer holds it: a rank_lease at each rank of the producer, and what there is to read. Pure, no I/O."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 _SHORTEST_RENEWAL_S = 0.02
 
 
-class HoldState(str, Enum):
-    """See the diagram of `kvxfer.protocol.held_leases`. ENDED is a hold that failed before anybody asked to read it."""
+class HeldLeaseState(str, Enum):
+    """See the diagram of `kvxfer.protocol.held_leases`. ENDED is a held that failed before anybody asked to read it."""
 
     WAITING = "waiting"
     GRANTED = "granted"
     READING = "reading"
-    SETTLING = "settling"
-    ENDED = "ended"
+    RELEASING = "releasing"
+    FAILED = "failed"
 
 
 @dataclass(eq=False)
-class Claim:
+class RankLease:
     """A lease at one rank of its producer.
 
     Attributes:
         grant: the blocks there that are readable, once some are.
-        settled: nothing more is to be said to that rank.
+        released: nothing more is to be said to that rank.
         ask_at: when to say the next thing to it; ``turn_at`` its turn among all that is said to that rank, if it waits for it.
         pieces: of a grant of which more is to come.
     """
 
     peer: Peer
     grant: Grant | None = None
-    settled: bool = False
+    released: bool = False
     ask_at: float = 0.0
     turn_at: float | None = None
     tables: Sequence[CheckedTable] | None = field(default=None, repr=False)
@@ -119,11 +119,11 @@ class Asked:
 
 
 @dataclass(eq=False)
-class Hold:
+class HeldLease:
     """One lease held by this consumer.
 
     Attributes:
-        claims: one for each rank of the producer, in rank order; only the first until that rank was met.
+        rank_leases: one for each rank of the producer, in rank order; only the first until that rank was met.
         routers: how the part of each rank travels, once all ranks were met.
         asked: chunks that the read waits for, by rank and number.
     """
@@ -131,8 +131,8 @@ class Hold:
     ref: LeaseRef
     since: float
     deadline: float
-    claims: list[Claim]
-    state: HoldState = HoldState.WAITING
+    rank_leases: list[RankLease]
+    state: HeldLeaseState = HeldLeaseState.WAITING
     routers: Sequence[Router] | None = None
     transfer: Transfer | None = None
     error: KvxferError | None = None
@@ -145,63 +145,65 @@ class Hold:
     def addresses(self) -> Sequence[str]:
         """Of all ranks of the producer, as far as they are known."""
         told = self.ref.addresses
-        if len(told) == 1 and self.claims:
-            return self.claims[0].peer.addresses or told
+        if len(told) == 1 and self.rank_leases:
+            return self.rank_leases[0].peer.addresses or told
         return told
 
     @property
     def spread(self) -> bool:
         """Every rank of the producer is known."""
-        return len(self.claims) == len(self.addresses)
+        return len(self.rank_leases) == len(self.addresses)
 
     @property
     def met(self) -> bool:
         """Every rank of the producer was met."""
-        return self.spread and all(claim.peer.is_met for claim in self.claims)
+        return self.spread and all(rank_lease.peer.is_met for rank_lease in self.rank_leases)
 
     @property
     def granted(self) -> bool:
         """Every rank of the producer has granted all of it."""
-        return self.spread and all(claim.complete for claim in self.claims)
+        return self.spread and all(rank_lease.complete for rank_lease in self.rank_leases)
 
     @property
     def readable(self) -> bool:
         """Every rank of the producer has granted some of it."""
-        return self.spread and all(claim.grant is not None for claim in self.claims)
+        return self.spread and all(rank_lease.grant is not None for rank_lease in self.rank_leases)
 
     @property
     def may_begin(self) -> bool:
         """A read of it could begin."""
-        unread = self.state in (HoldState.WAITING, HoldState.GRANTED)
+        unread = self.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED)
         return unread and self.readable and self.met and self.routers is not None
 
     @property
     def waits(self) -> bool:
         """It is being read, and waits for a grant or a chunk."""
-        return self.state is HoldState.READING and (bool(self.asked) or not self.granted)
+        return self.state is HeldLeaseState.READING and (bool(self.asked) or not self.granted)
 
-    def claim_at(self, peer: Peer) -> Claim | None:
-        """The claim at one rank, if it is this lease's."""
-        return next((claim for claim in self.claims if claim.peer is peer), None)
+    def at_rank_of(self, peer: Peer) -> RankLease | None:
+        """The rank_lease at one rank, if it is this lease's."""
+        return next((rank_lease for rank_lease in self.rank_leases if rank_lease.peer is peer), None)
 
-    def waits_for(self) -> list[tuple[Claim, float]]:
+    def waits_for(self) -> list[tuple[RankLease, float]]:
         """Of which ranks a read wants something, and since when: to be met, a grant, a chunk."""
-        if self.transfer is None or self.state in (HoldState.SETTLING, HoldState.ENDED):
+        if self.transfer is None or self.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
             return []
-        if self.state is HoldState.READING:
-            since = {i: self.transfer.started for i, claim in enumerate(self.claims) if not claim.complete}
+        if self.state is HeldLeaseState.READING:
+            since = {
+                i: self.transfer.started for i, rank_lease in enumerate(self.rank_leases) if not rank_lease.complete
+            }
             for (source, _), asked in self.asked.items():
                 since.setdefault(source, asked.since)
-            return [(self.claims[source], at) for source, at in since.items()]
-        waiting = self.state is HoldState.WAITING
+            return [(self.rank_leases[source], at) for source, at in since.items()]
+        waiting = self.state is HeldLeaseState.WAITING
         started = self.transfer.started
-        return [(c, started) for c in self.claims if not c.peer.is_met or (waiting and not c.complete)]
+        return [(c, started) for c in self.rank_leases if not c.peer.is_met or (waiting and not c.complete)]
 
-    def mistake(self, claim: Claim) -> HandshakeError | None:
+    def mistake(self, rank_lease: RankLease) -> HandshakeError | None:
         """Why a peer that was met is not who the lease says that lives there."""
-        peer, ref, number = claim.peer, self.ref, self.claims.index(claim)
-        if peer.name != ref.owner:
-            return HandshakeError("identity", f"{peer.address} is {peer.name!r}, the lease is {ref.owner!r}'s")
+        peer, ref, number = rank_lease.peer, self.ref, self.rank_leases.index(rank_lease)
+        if peer.name != ref.producer:
+            return HandshakeError("identity", f"{peer.address} is {peer.name!r}, the lease is {ref.producer!r}'s")
         if peer.rank != number:
             why = f"{peer.address} is rank {peer.rank} of {peer.name!r}, and rank {number} for the lease"
             return HandshakeError("rank", why)
@@ -218,7 +220,7 @@ class Hold:
         """
         if not self.readable:
             return None
-        sources = [self.source(number, transfer) for number in range(len(self.claims))]
+        sources = [self.source(number, transfer) for number in range(len(self.rank_leases))]
         return StartRead(transfer, [source for source in sources if source is not None])
 
     def source(self, number: int, transfer: Transfer) -> Source | None:
@@ -227,14 +229,16 @@ class Hold:
         Raises:
             BlockError: the read does not fit what the rank has leased, or another rank has leased other tokens.
         """
-        claim = self.claims[number]
-        if claim.grant is None or self.routers is None or not self.routers[number].rank_plan.overlaps:
+        rank_lease = self.rank_leases[number]
+        if rank_lease.grant is None or self.routers is None or not self.routers[number].rank_plan.overlaps:
             return None
-        router, complete = self.routers[number], claim.grant.complete
+        router, complete = self.routers[number], rank_lease.grant.complete
         matched = router.rank_plan.match_tables if complete else router.rank_plan.match_published
-        match = matched(claim.leased(), transfer.into, transfer.tokens)
+        match = matched(rank_lease.leased(), transfer.into, transfer.tokens)
         if complete:
             for group in router.rank_plan.target_groups:
                 if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
-                    raise BlockError(f"the ranks of {claim.peer.name!r} have leased different tokens")
-        return Source(number, claim.peer.agent_info, router, match, claim.grant.cell, claim.grant.check, complete)
+                    raise BlockError(f"the ranks of {rank_lease.peer.name!r} have leased different tokens")
+        return Source(
+            number, rank_lease.peer.agent_info, router, match, rank_lease.grant.cell, rank_lease.grant.check, complete
+        )

@@ -30,7 +30,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         token: 128 random bits as hex.
-        owner: name of the producer's endpoint (for vLLM the engine id).
+        producer: name of the producer's endpoint (for vLLM the engine id).
         addresses: control addresses of the producer's ranks, ``tcp://host:port``, in rank order; or of the first rank only,
             if that one was told of the others (`Endpoint.join`).
         request: the producer's name for the request, for logs.
@@ -41,7 +41,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = REF_VERSION
     token: Token
-    owner: Annotated[Name, msgspec.Meta(min_length=1)]
+    producer: Annotated[Name, msgspec.Meta(min_length=1)]
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(min_length=1, max_length=MAX_RANKS)]
     request: Annotated[str, msgspec.Meta(max_length=1024)] = ""
     num_tokens: Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)] = 0
@@ -50,7 +50,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def mint(
-        cls, *, owner: str, addresses: Sequence[str], request: str = "", num_tokens: int = 0, digest: str = ""
+        cls, *, producer: str, addresses: Sequence[str], request: str = "", num_tokens: int = 0, digest: str = ""
     ) -> LeaseRef:
         """A reference with a fresh token. Any process of the producer may mint; `Endpoint.announce` makes it known.
 
@@ -58,7 +58,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             LeaseRefError: a field is out of range.
         """
         token = secrets.token_hex(16)
-        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024]}
+        fields = {"producer": producer, "addresses": list(addresses), "request": request[:1024]}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 
     @classmethod
@@ -66,7 +66,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         cls,
         key: str,
         *,
-        owner: str,
+        producer: str,
         addresses: Sequence[str],
         request: str = "",
         num_tokens: int = 0,
@@ -78,7 +78,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             key: what both were told of the request and nobody else was, such as a router's transfer id. Without a secret, who
                 knows it and all of the following may read the request's KV.
-            owner, num_tokens, digest: as both know them; those of another prompt are another lease.
+            producer, num_tokens, digest: as both know them; those of another prompt are another lease.
             addresses, request: see `LeaseRef`; the two sides may differ in them.
             secret: of both sides; without it nobody can tell the token from the rest.
 
@@ -86,14 +86,14 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
             LeaseRefError: a field is out of range.
         """
         try:
-            known = msgspec.json.encode([key, owner, num_tokens, digest])
+            known = msgspec.json.encode([key, producer, num_tokens, digest])
         except ValueError as error:  # as in `from_obj`
             raise LeaseRefError(f"a shared lease cannot be made: {error}") from error
         if secret is not None:
             token = secret.digest(known).hex()
         else:
             token = hashlib.blake2b(known, digest_size=16, person=b"kvxfer-lease").hexdigest()
-        fields = {"owner": owner, "addresses": list(addresses), "request": request[:1024], "rendezvous": True}
+        fields = {"producer": producer, "addresses": list(addresses), "request": request[:1024], "rendezvous": True}
         return cls.from_obj({**fields, "v": REF_VERSION, "token": token, "num_tokens": num_tokens, "digest": digest})
 
     @classmethod
@@ -125,10 +125,10 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         # Logs show it, and whoever reads logs is not to read KV.
-        return f"<LeaseRef {shown(self.token)} of {self.owner!r}, request {self.request!r}>"
+        return f"<LeaseRef {shown(self.token)} of {self.producer!r}, request {self.request!r}>"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        return [("token", shown(self.token)), ("owner", self.owner), ("request", self.request)]
+        return [("token", shown(self.token)), ("producer", self.producer), ("request", self.request)]
 
     def to_obj(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -3,10 +3,10 @@
 
 ::
 
-    WANTED --announce--> ANNOUNCED --offer--> OPEN --open--> ACTIVE --settle--> SETTLED
+    WANTED --announce--> ANNOUNCED --offer--> OPEN --open--> ACTIVE --release--> SETTLED
        |                  |  (seal)            |               |
        +------------------+-- withdraw --------+-- revoke -----+--------------> REVOKED
-       +-- rendezvous_timeout_s -------+-- announce_s ------+-- lease_s ----+--------------> EXPIRED
+       +-- rendezvous_timeout_s -------+-- announce_timeout_s ------+-- lease_s ----+--------------> EXPIRED
 
 A lease is announced when its token is handed out (before prefill has finished), offered when its blocks are complete
 (from then its time runs), and active once a consumer has opened it. While prefill runs, blocks may be sealed: they are
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
 
 
 class ContradictionError(LeaseError):
-    """What is sealed or offered does not begin with what was sealed before, and may have been read since."""
+    """What is sealed or end_awaited does not begin with what was sealed before, and may have been read since."""
 
 
 class LeaseState(str, Enum):
     """Where a lease is; the last three are ends."""
 
-    WANTED = "wanted"
+    EXPECTED = "expected"
     ANNOUNCED = "announced"
-    OPEN = "open"
-    ACTIVE = "active"
-    SETTLED = "settled"
+    READY = "ready"
+    IN_USE = "in use"
+    RELEASED = "released"
     EXPIRED = "expired"
     REVOKED = "revoked"
 
 
-class Holder(NamedTuple):
+class ConsumerRank(NamedTuple):
     """One process of a consumer: its engine's name, its own epoch, and which of how many ranks it is."""
 
     name: str
@@ -66,8 +66,8 @@ class Holder(NamedTuple):
 class Lease:
     """One lease of the producer. Only `LeaseTable` changes it.
 
-    A lease belongs to one consumer, whose ranks each read what they need of it: it is settled when all of them have
-    settled.
+    A lease belongs to one consumer, whose ranks each read what they need of it: it is released when all of them have
+    released.
 
     Attributes:
         blocks: per cache group the ids as little-endian uint32; before the offer, of what was sealed.
@@ -75,8 +75,8 @@ class Lease:
         cell: address of its cell on the lease board, while it has one; ``check`` what stands there, and nowhere else ever.
         announced: the engine made it known; else only consumers have named its token.
         last_at: when it ends, however often it is renewed.
-        holders: by rank, the processes of the consumer that have asked for it.
-        settled: ranks that are done with it.
+        consumers: by rank, the processes of the consumer that have asked for it.
+        released: ranks that are done with it.
         read: some rank read it.
         spared: it was given time because this process had stood still, and nobody has asked for it since.
     """
@@ -90,33 +90,33 @@ class Lease:
     cell: int | None = None
     check: bytes = field(default=b"", repr=False)
     announced: bool = False
-    offered: bool = False
+    end_awaited: bool = False
     last_at: float = float("inf")
-    holders: dict[int, Holder] = field(default_factory=dict)
-    settled: set[int] = field(default_factory=set)
+    consumers: dict[int, ConsumerRank] = field(default_factory=dict)
+    released: set[int] = field(default_factory=set)
     read: bool = False
     spared: bool = False
 
     @property
     def complete(self) -> bool:
         """All of its blocks are readable."""
-        return self.state in (LeaseState.OPEN, LeaseState.ACTIVE)
+        return self.state in (LeaseState.READY, LeaseState.IN_USE)
 
     @property
     def readable(self) -> bool:
         """Some of its blocks are."""
         return self.complete or bool(self.blocks)
 
-    def waiting(self) -> list[Holder]:
-        """Those that have not settled it."""
-        return [holder for rank, holder in self.holders.items() if rank not in self.settled]
+    def waiting(self) -> list[ConsumerRank]:
+        """Those that have not released it."""
+        return [consumer for rank, consumer in self.consumers.items() if rank not in self.released]
 
-    def admits(self, holder: Holder) -> bool:
+    def admits(self, consumer: ConsumerRank) -> bool:
         """It is free, or this process's, or that of another rank of the consumer that has it."""
-        for known in self.holders.values():
-            return (known.name, known.world) == (holder.name, holder.world) and self.holders.get(
-                holder.rank, holder
-            ) == holder
+        for known in self.consumers.values():
+            return (known.name, known.world) == (consumer.name, consumer.world) and self.consumers.get(
+                consumer.rank, consumer
+            ) == consumer
         return True
 
 
@@ -133,7 +133,7 @@ class LeaseTable:
         self._live: dict[str, Lease] = {}
         self._ended: EndedLeases[Lease] = EndedLeases(settings.remembered_leases)
         self._timers = Timers()
-        self._wanted: OrderedDict[str, None] = OrderedDict()
+        self._expected: OrderedDict[str, None] = OrderedDict()
         """Tokens of leases in that state, the one that was asked for last at the end."""
 
     def __len__(self) -> int:
@@ -152,109 +152,107 @@ class LeaseTable:
     def announce(self, token: str, request: str, now: float) -> None:
         """Make a token known before its blocks are. Known already: nothing changes."""
         lease = self._live.get(token)
-        if lease is not None and lease.state is LeaseState.WANTED:
-            del self._wanted[token]
-            lease.state, lease.request, lease.deadline = LeaseState.ANNOUNCED, request, now + self._settings.announce_s
+        if lease is not None and lease.state is LeaseState.EXPECTED:
+            del self._expected[token]
+            lease.state, lease.request, lease.deadline = (
+                LeaseState.ANNOUNCED,
+                request,
+                now + self._settings.announce_timeout_s,
+            )
             lease.announced = True
             self._timers.set(token, lease.deadline)
         elif lease is None and token not in self._ended:
-            self._add(Lease(token, request, now + self._settings.announce_s, announced=True))
+            self._add(Lease(token, request, now + self._settings.announce_timeout_s, announced=True))
 
-    def want(self, token: str, now: float) -> None:
+    def expect(self, token: str, now: float) -> None:
         """A consumer came first: keep a place for it until the token is announced.
 
         There are ``max_leases`` places. When all are taken, the one that was asked for longest ago goes: a consumer that still
-        waits for its own asks again each ``retry_s``, and has a place again.
+        waits for its own asks again each ``retry_interval_s``, and has a place again.
         """
-        if token in self._wanted:
-            self._wanted.move_to_end(token)
+        if token in self._expected:
+            self._expected.move_to_end(token)
         if token in self._live or token in self._ended:
             return
-        while len(self._wanted) >= self._settings.max_leases:
-            oldest, _ = self._wanted.popitem(last=False)
+        while len(self._expected) >= self._settings.max_leases:
+            oldest, _ = self._expected.popitem(last=False)
             del self._live[oldest]
             self._timers.cancel(oldest)
-        self._wanted[token] = None
-        self._add(Lease(token, "", now + self._settings.rendezvous_timeout_s, LeaseState.WANTED))
+        self._expected[token] = None
+        self._add(Lease(token, "", now + self._settings.rendezvous_timeout_s, LeaseState.EXPECTED))
 
-    def publish_part(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int] = ()) -> Lease:
-        """These blocks of an announced lease are complete and will not change; more follow, and `publish` has all.
-
-        Args:
-            blocks, first_tokens: see `Lease`; those sealed before among them.
-
-        Raises:
-            LeaseUnknownError: never announced.
-            LeaseEndedError: it ended before.
-            ContradictionError: these do not begin with those that were sealed before. Nothing changes; the lease has to be revoked.
-            LeaseError: no cell is free; or it was offered before. Nothing changes.
-        """
-        lease = self._find(token)
-        if lease.state is LeaseState.WANTED:
-            raise LeaseUnknownError(f"no lease {shown(token)} was announced here")
-        if lease.offered:
-            raise LeaseError(f"the blocks of lease {shown(token)} were offered before")
-        self._make_readable(lease, blocks, first_tokens)
-        return lease
-
-    def publish(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int] = ()) -> Lease:
-        """The blocks are complete and will not change: the lease's time runs from now.
+    def publish(
+        self,
+        token: str,
+        blocks: Sequence[bytes],
+        now: float,
+        first_tokens: Sequence[int] = (),
+        *,
+        complete: bool = True,
+    ) -> Lease:
+        """Make blocks of an announced lease readable. They must not change until the lease ends.
 
         Args:
-            blocks, first_tokens: see `Lease`.
+            blocks, first_tokens: see `Lease`; with those that were published before.
+            complete: these are all blocks of the request, and the lease's time runs from now.
 
         Raises:
-            LeaseUnknownError: never announced.
-            LeaseEndedError: it ended before; the caller may reuse the blocks.
-            ContradictionError: as of `publish`.
-            LeaseError: no cell is free, and the lease is ended; or it was offered before (`offered`), and stands.
+            LeaseUnknownError: the lease was never announced.
+            LeaseEndedError: the lease ended before; the caller may reuse the blocks.
+            ContradictionError: the blocks do not begin with those published before. Nothing changes; the lease has to be revoked.
+            LeaseError: no cell is free, which ends the lease if ``complete``; or the complete blocks were published before,
+                and nothing changes.
         """
         lease = self._live.get(token) or self._ended.get(token)
-        if lease is None or lease.state is LeaseState.WANTED:
-            if lease is None:
-                self._ended.add(Lease(token, "", now, LeaseState.REVOKED, offered=True))
+        if lease is None or lease.state is LeaseState.EXPECTED:
+            if not complete:
+                pass
+            elif lease is None:
+                self._ended.add(Lease(token, "", now, LeaseState.REVOKED, end_awaited=True))
             else:
-                lease.offered = True
+                lease.end_awaited = True
                 self._end(lease, LeaseState.REVOKED)
             raise LeaseUnknownError(f"no lease {shown(token)} was announced here")
-        before, lease.offered = lease.offered, True
+        before, lease.end_awaited = lease.end_awaited, lease.end_awaited or complete
         self._find(token)
         if before:
-            raise LeaseError(f"the blocks of lease {shown(token)} were offered before")
+            raise LeaseError(f"the blocks of lease {shown(token)} were published before")
         try:
             self._make_readable(lease, blocks, first_tokens)
         except ContradictionError:
             raise
         except LeaseError:
-            self._end(lease, LeaseState.REVOKED)
+            if complete:
+                self._end(lease, LeaseState.REVOKED)
             raise
-        lease.state = LeaseState.OPEN
-        lease.last_at = now + self._settings.max_lease_s
-        lease.deadline, lease.spared = min(now + self._settings.lease_s, lease.last_at), False
-        self._timers.set(token, lease.deadline)
+        if complete:
+            lease.state = LeaseState.READY
+            lease.last_at = now + self._settings.max_lease_s
+            lease.deadline, lease.spared = min(now + self._settings.lease_s, lease.last_at), False
+            self._timers.set(token, lease.deadline)
         return lease
 
-    def offered(self, token: str) -> bool:
+    def end_awaited(self, token: str) -> bool:
         """`publish` was called for it: its end has been told or will be."""
         lease = self._live.get(token) or self._ended.get(token)
-        return lease is not None and lease.offered
+        return lease is not None and lease.end_awaited
 
-    def open(self, token: str, holder: Holder, now: float) -> Lease:
+    def open(self, token: str, consumer: ConsumerRank, now: float) -> Lease:
         """A consumer asks for the blocks. Idempotent for the same one; the answer is the lease's state.
 
         Raises:
-            LeaseUnknownError, LeaseEndedError: there is nothing to open, or this rank has settled it.
+            LeaseUnknownError, LeaseEndedError: there is nothing to open, or this rank has released it.
             LeaseError: another consumer has it.
         """
         lease = self._find(token)
-        if not lease.admits(holder):
+        if not lease.admits(consumer):
             raise LeaseError(f"lease {shown(token)} was opened by another consumer")
-        if holder.rank in lease.settled:
-            raise LeaseEndedError(f"rank {holder.rank} has settled lease {shown(token)}")
-        lease.holders[holder.rank] = holder
-        if lease.state is LeaseState.OPEN:
-            lease.state = LeaseState.ACTIVE
-        if lease.state is LeaseState.ACTIVE:
+        if consumer.rank in lease.released:
+            raise LeaseEndedError(f"rank {consumer.rank} has released lease {shown(token)}")
+        lease.consumers[consumer.rank] = consumer
+        if lease.state is LeaseState.READY:
+            lease.state = LeaseState.IN_USE
+        if lease.state is LeaseState.IN_USE:
             self._extend(lease, now)
         return lease
 
@@ -262,34 +260,34 @@ class LeaseTable:
         """The lease, if it lives."""
         return self._live.get(token)
 
-    def held(self, token: str, holder: Holder) -> Lease | None:
+    def held(self, token: str, consumer: ConsumerRank) -> Lease | None:
         """The lease, if this process may read its blocks now."""
         lease = self._live.get(token)
-        stands = lease is not None and lease.readable and holder in lease.waiting()
+        stands = lease is not None and lease.readable and consumer in lease.waiting()
         return lease if stands else None
 
-    def why_not_held(self, token: str, holder: Holder) -> LeaseError:
+    def why_not_held(self, token: str, consumer: ConsumerRank) -> LeaseError:
         """Why this process may not read the blocks of a lease now."""
         try:
             lease = self._find(token)
         except LeaseError as error:
             return error
-        if lease.holders.get(holder.rank) == holder and holder.rank in lease.settled:
-            return LeaseEndedError(f"rank {holder.rank} has settled lease {shown(token)}")
-        return LeaseUnknownError(f"no lease {shown(token)} is held by rank {holder.rank} of {holder.name!r}")
+        if lease.consumers.get(consumer.rank) == consumer and consumer.rank in lease.released:
+            return LeaseEndedError(f"rank {consumer.rank} has released lease {shown(token)}")
+        return LeaseUnknownError(f"no lease {shown(token)} is held by rank {consumer.rank} of {consumer.name!r}")
 
-    def renew(self, tokens: Sequence[str], holder: Holder, now: float) -> list[str]:
-        """Extend what this holder still waits for; returns the tokens of leases that do not stand."""
+    def renew(self, tokens: Sequence[str], consumer: ConsumerRank, now: float) -> list[str]:
+        """Extend what this consumer still waits for; returns the tokens of leases that do not stand."""
         ended = []
         for token in tokens:
             lease = self._live.get(token)
-            if lease is None or holder not in lease.waiting():
+            if lease is None or consumer not in lease.waiting():
                 ended.append(token)
-            elif lease.state is LeaseState.ACTIVE:
+            elif lease.state is LeaseState.IN_USE:
                 self._extend(lease, now)
         return ended
 
-    def settle(self, token: str, holder: Holder, *, read: bool) -> tuple[bool, Lease | None]:
+    def release(self, token: str, consumer: ConsumerRank, *, read: bool) -> tuple[bool, Lease | None]:
         """A rank of the consumer is done with the blocks; when all are, the lease has ended.
 
         Returns:
@@ -300,18 +298,20 @@ class LeaseTable:
             before = self._ended.get(token)
             if before is None:
                 # A consumer that came first and has left before it was known here: nobody will come for these blocks.
-                self._ended.add_named(Lease(token, "", 0.0, LeaseState.SETTLED), holder.name)
-            # A rank that had settled hears the same again, also if others let it expire.
-            stood = before is not None and holder.rank in before.settled and before.holders[holder.rank] == holder
+                self._ended.add_named(Lease(token, "", 0.0, LeaseState.RELEASED), consumer.name)
+            # A rank that had released hears the same again, also if others let it expire.
+            stood = (
+                before is not None and consumer.rank in before.released and before.consumers[consumer.rank] == consumer
+            )
             return stood, None
-        if not lease.admits(holder):
+        if not lease.admits(consumer):
             return False, None
-        lease.holders[holder.rank] = holder
-        lease.settled.add(holder.rank)
+        lease.consumers[consumer.rank] = consumer
+        lease.released.add(consumer.rank)
         lease.read = lease.read or read
-        if len(lease.settled) < holder.world:
+        if len(lease.released) < consumer.world:
             return True, None
-        self._end(lease, LeaseState.SETTLED)
+        self._end(lease, LeaseState.RELEASED)
         return True, lease
 
     def revoke(self, token: str) -> Lease | None:
@@ -325,7 +325,7 @@ class LeaseTable:
         """End a lease whose blocks did not become complete after its engine had offered them. None if it had ended before."""
         lease = self._live.get(token)
         if lease is not None:
-            lease.offered = True
+            lease.end_awaited = True
             self._end(lease, LeaseState.EXPIRED)
         return lease
 
@@ -351,10 +351,10 @@ class LeaseTable:
                 lease.spared = True
                 lease.deadline = until
 
-    def settled(self, token: str) -> Lease | None:
-        """The lease, if it is remembered as one that its consumer has settled."""
+    def released(self, token: str) -> Lease | None:
+        """The lease, if it is remembered as one that its consumer has released."""
         lease = self._ended.get(token)
-        return lease if lease is not None and lease.state is LeaseState.SETTLED else None
+        return lease if lease is not None and lease.state is LeaseState.RELEASED else None
 
     def request(self, token: str) -> str:
         """The request a live or remembered lease is for; empty if unknown."""
@@ -402,14 +402,14 @@ class LeaseTable:
         if lease.cell is not None:
             self._board.wipe(lease.cell)
             lease.cell = None
-        self._wanted.pop(lease.token, None)
+        self._expected.pop(lease.token, None)
         lease.state, lease.blocks = state, []
         del self._live[lease.token]
         self._timers.cancel(lease.token)
-        if lease.announced or lease.offered:
+        if lease.announced or lease.end_awaited:
             self._ended.add(lease)
         else:
-            self._ended.add_named(lease, next((holder.name for holder in lease.holders.values()), ""))
+            self._ended.add_named(lease, next((consumer.name for consumer in lease.consumers.values()), ""))
 
 
 def _check_continued(lease: Lease, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:

@@ -43,7 +43,7 @@ MAX_TOKENS_PER_RENEW = 4096
 MAX_NAME = 256
 MAX_ADDRESS = 256
 
-MAX_IMAGE_NBYTES = 1 << 18
+MAX_CHUNK_LAYOUT_NBYTES = 1 << 18
 """Of the description of one chunk: a thousand layers with a scale for each of 16 heads."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
@@ -84,9 +84,9 @@ class Hello(_Message, frozen=True, kw_only=True):
     """Rank of the producer that the consumer means to talk to."""
     agent: Name
     """Adapter by which the consumer moves bytes."""
-    reader: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)] = 0
+    consumer_rank: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)] = 0
     """Which of the consumer's ranks this is; all ranks of an engine have one name."""
-    readers: Annotated[int, msgspec.Meta(gt=0, le=MAX_RANKS)] = 1
+    consumer_world: Annotated[int, msgspec.Meta(gt=0, le=MAX_RANKS)] = 1
     """How many ranks the consumer has: each settles a lease for itself."""
 
 
@@ -180,7 +180,7 @@ class StageChunk(_Message, frozen=True, kw_only=True):
     chunk's begin. Decoded by `layout_of` when it is known that the sender may ask for it."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
-    taken: _Numbers = []
+    released: _Numbers = []
     """As in `ReleaseChunks`: most chunks make room for the next one."""
     digest: bool = False
     """The chunk itself is not wanted, only its digest."""
@@ -286,8 +286,8 @@ def layout_of(stage: StageChunk) -> CacheSpec:
         WireError: it is no cache, or takes more bytes than that of any chunk.
     """
     data = bytes(stage.layout)
-    if len(data) > MAX_IMAGE_NBYTES:
-        raise WireError(f"the description of a chunk has {len(data)} bytes, more than {MAX_IMAGE_NBYTES}")
+    if len(data) > MAX_CHUNK_LAYOUT_NBYTES:
+        raise WireError(f"the description of a chunk has {len(data)} bytes, more than {MAX_CHUNK_LAYOUT_NBYTES}")
     try:
         return _decode_layout(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:

@@ -108,8 +108,8 @@ class Peer:
             epoch=me.epoch,
             rank=self.rank,
             agent=me.agent,
-            reader=me.spec.rank,
-            readers=me.spec.world,
+            consumer_rank=me.spec.rank,
+            consumer_world=me.spec.world,
         )
 
     def welcomed(self, me: Identity, message: Welcome, now: float) -> str | None:

@@ -44,7 +44,7 @@ class Welcomed(str, Enum):
     LOST = "lost"
 
 
-class Acquaintances:
+class Peers:
     """Peers by their control address.
 
     Args:
@@ -103,7 +103,9 @@ class Acquaintances:
         No more than that: a machine that is late all the time notices in the end that a peer is silent.
         """
         settings = self._settings
-        least = now - settings.peer_timeout_s + min(_CATCH_UP_RETRIES * settings.retry_s, settings.peer_timeout_s)
+        least = (
+            now - settings.peer_timeout_s + min(_CATCH_UP_RETRIES * settings.retry_interval_s, settings.peer_timeout_s)
+        )
         for peer in self.by_address.values():
             peer.heard_at = min(max(peer.heard_at + late_s, least), now)
 
@@ -119,12 +121,12 @@ class Acquaintances:
 
     def meet(self, peer: Peer, now: float) -> None:
         """Greet a peer that was not greeted a moment ago."""
-        if peer.state is not PeerState.GREETED or now >= peer.greeted_at + self._settings.retry_s:
+        if peer.state is not PeerState.GREETED or now >= peer.greeted_at + self._settings.retry_interval_s:
             self.greet(peer, now)
 
     def welcomed(self, peer: Peer, message: Welcome, now: float) -> Welcomed:
         """The peer introduced itself, asked or not."""
-        if peer.changes_too_often(message, now, self._settings.retry_s):
+        if peer.changes_too_often(message, now, self._settings.retry_interval_s):
             self._metrics.count("kvxfer_refused_messages_total", reason="rate")
             if peer.is_met:
                 peer.state = PeerState.UNKNOWN  # what it is now is asked when it is needed
@@ -149,7 +151,7 @@ class Acquaintances:
         if code in ("stale_epoch", "not_introduced"):
             # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
             if peer.is_met:
-                if now >= peer.greeted_at + self._settings.retry_s:
+                if now >= peer.greeted_at + self._settings.retry_interval_s:
                     self.greet(peer, now)
                 else:
                     peer.state = PeerState.GREETED  # each lease greets again when it is due

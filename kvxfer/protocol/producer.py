@@ -12,9 +12,9 @@ from kvxfer.defects import Defects
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseUnknownError, WireError, shown
 from kvxfer.layout.block_table import BlockTable, ids_from_wire
 from kvxfer.protocol.actions import Action, Emit, EndPack, Packed, PackKey, Reply, StartPack
-from kvxfer.protocol.deferred import Gate
+from kvxfer.protocol.deferred import DeferredSteps
 from kvxfer.protocol.grants import PIECE_NBYTES, next_piece
-from kvxfer.protocol.lease_table import ContradictionError, Holder, Lease, LeaseState, LeaseTable
+from kvxfer.protocol.lease_table import ConsumerRank, ContradictionError, Lease, LeaseState, LeaseTable
 from kvxfer.protocol.messages import (
     PROTOCOL,
     Acquire,
@@ -73,9 +73,9 @@ class Producer:
         self._metrics = metrics
         self._out = out
         # Bounded: the least recently heard connection is forgotten, and has to introduce itself again.
-        self._holders: OrderedDict[bytes, Holder] = OrderedDict()
-        self._connections: dict[Holder, bytes] = {}
-        self._seen: dict[Holder, Seen] = {}
+        self._consumers: OrderedDict[bytes, ConsumerRank] = OrderedDict()
+        self._connections: dict[ConsumerRank, bytes] = {}
+        self._seen: dict[ConsumerRank, Seen] = {}
         self._chunks = StagedChunks()
         self._look_at = 0.0
         self._piece_nbytes = min(PIECE_NBYTES, settings.max_message_nbytes // 2)
@@ -83,7 +83,7 @@ class Producer:
         self._untold: dict[str, object] = {}
         """Leases that the engine has offered and whose end it was not told: the one thing here that other threads change."""
         self._defects = Defects(metrics, "control")
-        self._gate = Gate(lambda token, why: self.revoke(token, why[:1024]))
+        self._gate = DeferredSteps(lambda token, why: self.revoke(token, why[:1024]))
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
@@ -103,66 +103,51 @@ class Producer:
         now: float,
         first_tokens: Sequence[int] = (),
         after: Sequence[Completion] = (),
+        *,
+        complete: bool = True,
     ) -> None:
-        """Blocks of an announced lease are complete after that; a consumer that waits for them gets its grant.
+        """Make blocks of an announced lease readable once ``after`` has ended; consumers that wait for them get a grant.
 
-        If ``after`` does not end within ``lease_s``, the lease expires: nobody reads what may still be written.
+        Args:
+            complete: these are all blocks of the request. If ``after`` does not end within ``lease_s``, the lease expires:
+                no consumer reads what may still be written.
         """
         self._gate.then(
             token,
             after,
-            lambda now: self._guarded(token, lambda: self._offer(token, blocks, now, first_tokens), offered=True),
+            lambda now: self._guarded(
+                token, lambda: self._publish(token, blocks, now, first_tokens, complete=complete), end_awaited=complete
+            ),
             now,
-            deadline=now + self._settings.lease_s,
-            late=lambda now: self._guarded(token, lambda: self._give_up(token, now), offered=True),
+            deadline=now + (self._settings.lease_s if complete else self._settings.announce_timeout_s),
+            late=lambda now: (
+                self._guarded(token, lambda: self._give_up(token, now), end_awaited=True) if complete else None
+            ),
         )
 
-    def _offer(self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int]) -> None:
-        live, before = self._table.get(token), self._table.offered(token)
-        stands = live is not None and live.offered
+    def _publish(
+        self, token: str, blocks: Sequence[bytes], now: float, first_tokens: Sequence[int], *, complete: bool
+    ) -> None:
+        live, before = self._table.get(token), self._table.end_awaited(token)
+        stands = live is not None and live.end_awaited
         try:
-            lease = self._table.publish(token, blocks, now, first_tokens)
+            lease = self._table.publish(token, blocks, now, first_tokens, complete=complete)
         except ContradictionError as error:
             self._contradicted(token, error)
             return
         except LeaseError as error:
-            if (
-                stands
-            ):  # told already that this cannot be (`may_publish`): an event now would free blocks that are still leased
+            if not complete:
+                _log.debug("no consumer is told of these blocks, which are published again at the end: %s", error)
+            elif stands:
+                # `may_publish` has refused this call already. An event now would free blocks that are still leased.
                 _log.warning("%s", error)
             else:
-                self._not_offered(token, error, before=before)
+                self._not_published(token, error, before=before)
             return
-        for holder in lease.waiting():
-            self._table.open(token, holder, now)
+        if complete:
+            for consumer in lease.waiting():
+                self._table.open(token, consumer, now)
         self._tell(lease, self._grant(lease, asked=False))
-
-    def publish_part(
-        self,
-        token: str,
-        blocks: Sequence[bytes],
-        now: float,
-        first_tokens: Sequence[int] = (),
-        after: Sequence[Completion] = (),
-    ) -> None:
-        """Some blocks of an announced lease are complete after that: who waits for them may begin to read."""
-        self._gate.then(
-            token,
-            after,
-            lambda _: self._guarded(token, lambda: self._seal(token, blocks, first_tokens), offered=False),
-            now,
-            deadline=now + self._settings.announce_s,
-        )
-
-    def _seal(self, token: str, blocks: Sequence[bytes], first_tokens: Sequence[int]) -> None:
-        try:
-            lease = self._table.publish_part(token, blocks, first_tokens)
-        except ContradictionError as error:
-            self._contradicted(token, error)
-        except LeaseError as error:
-            _log.debug("nobody is told of the sealed blocks, which are offered again at the end: %s", error)
-        else:
-            self._tell(lease, self._grant(lease, asked=False))
 
     def _contradicted(self, token: str, error: ContradictionError) -> None:
         """Blocks that were sealed may have been read: what takes their place is another request, for all that readers know."""
@@ -173,31 +158,33 @@ class Producer:
         why = f"the devices that write its blocks did not end within {self._settings.lease_s:g} s"
         lease = self._table.give_up(token)
         if lease is None:
-            self._offer(token, [], now, [])  # it had ended before, and its engine has not been told yet
+            self._publish(
+                token, [], now, [], complete=True
+            )  # it had ended before, and its engine has not been told yet
             return
         _log.warning("lease %s of %r: %s", shown(token), lease.request, why)
         self._tell(lease, Revoked(token=token, reason=why))
         self._unstage(lease)
         self._end(LeaseExpired(token, lease.request), "expired")
 
-    def _guarded(self, token: str, step: Callable[[], object], *, offered: bool) -> None:
+    def _guarded(self, token: str, step: Callable[[], object], *, end_awaited: bool) -> None:
         try:
             step()
         except Exception as error:  # noqa: BLE001 - the other leases are not touched
-            self.broken(token, self._defects.caught(error), offered=offered)
+            self.broken(token, self._defects.caught(error), end_awaited=end_awaited)
 
-    def broken(self, token: str, error: InternalError, *, offered: bool) -> None:
+    def broken(self, token: str, error: InternalError, *, end_awaited: bool) -> None:
         """A fault of kvxfer while something was said of a lease: it is revoked.
 
         Args:
-            offered: the engine has offered its blocks, and waits for the one event of their end.
+            end_awaited: the engine has published all blocks, and waits for the one event of their end.
         """
         lease = self._table.get(token)
         if lease is not None:
-            lease.offered = lease.offered or offered
+            lease.end_awaited = lease.end_awaited or end_awaited
             self.revoke(token, str(error)[:1024])
-        elif offered and token in self._untold:
-            self._not_offered(token, LeaseError(str(error)), before=True)
+        elif end_awaited and token in self._untold:
+            self._not_published(token, LeaseError(str(error)), before=True)
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine hears of it by LeaseRevoked, unless the lease had ended before."""
@@ -205,7 +192,7 @@ class Producer:
         if lease is not None:
             self._tell(lease, Revoked(token=token, reason=reason))
             self._unstage(lease)
-            if lease.offered:
+            if lease.end_awaited:
                 self._end(LeaseRevoked(token, lease.request), "revoked")
 
     def agent_replaced(self, agent_info: bytes) -> None:
@@ -227,7 +214,7 @@ class Producer:
             self._out.append(EndPack(key, [number]))  # nobody waits for it any more
             return
         self._chunks.packed(chunks, number, result, now)
-        connection = self._connections.get(chunks.reader)
+        connection = self._connections.get(chunks.consumer)
         if connection is not None:
             self._tell_chunk(connection, key.token, number, result)
 
@@ -238,12 +225,12 @@ class Producer:
 
     def gone(self, connection: bytes, now: float) -> None:
         """A connection has ended. What came by it may still be read; its consumer may come by another one."""
-        holder = self._holders.get(connection)
-        if holder is not None and self._connections.get(holder) == connection:
-            del self._connections[holder]
-            self._seen[holder] = self._seen[holder]._replace(gone_at=now)
+        consumer = self._consumers.get(connection)
+        if consumer is not None and self._connections.get(consumer) == connection:
+            del self._connections[consumer]
+            self._seen[consumer] = self._seen[consumer]._replace(gone_at=now)
 
-    def hoarders(self) -> list[Holder]:
+    def hoarders(self) -> list[ConsumerRank]:
         """Consumers that keep more than their share of staging slots while others wait: `tick` ends that."""
         return self._chunks.hoarders()
 
@@ -264,28 +251,30 @@ class Producer:
     def tick(self, now: float) -> None:
         """End what has expired, and learn what devices have written."""
         self._gate.tick(now)
-        self._withdraw(now)
+        self._revoke_slot_keepers(now)
         for lease in self._table.expire(now):
             if lease.state is LeaseState.REVOKED:
                 why = (
-                    f"the lease was renewed for {self._settings.max_lease_s:g} s and not settled (setting max_lease_s)"
+                    f"the lease was renewed for {self._settings.max_lease_s:g} s and not released (setting max_lease_s)"
                 )
                 _log.warning("lease %s of %r is revoked: %s", shown(lease.token), lease.request, why)
             else:
-                why = "the lease expired" if lease.offered else "its blocks did not become complete in time"
+                why = "the lease expired" if lease.end_awaited else "its blocks did not become complete in time"
             self._tell(lease, Revoked(token=lease.token, reason=why))
             self._unstage(lease)
             if lease.state is LeaseState.REVOKED:
                 self._end(LeaseRevoked(lease.token, lease.request), "revoked")
-            elif lease.offered:
+            elif lease.end_awaited:
                 self._end(LeaseExpired(lease.token, lease.request), "expired")
 
     def stood_still(self, now: float, late_s: float = 0.0) -> None:
         """This process ran nothing for so long: consumers that renewed meanwhile have to be heard before their leases end."""
         self._gate.spare(late_s)
-        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_s)
+        self._table.spare(now + _CATCH_UP_RETRIES * self._settings.retry_interval_s)
         self._chunks.stood_still(now)
-        self._seen = {holder: Seen(now, None if seen.gone_at is None else now) for holder, seen in self._seen.items()}
+        self._seen = {
+            consumer: Seen(now, None if seen.gone_at is None else now) for consumer, seen in self._seen.items()
+        }
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""
@@ -298,7 +287,7 @@ class Producer:
         for lease in self._table.close():
             self._tell(lease, Revoked(token=lease.token, reason="the producer was shut down"))
             self._unstage(lease)
-            if lease.offered:
+            if lease.end_awaited:
                 self._end(LeaseRevoked(lease.token, lease.request), "revoked")
         self._gate.close()
 
@@ -321,54 +310,54 @@ class Producer:
         if message.to != self._me.epoch:
             self._refuse(connection, "stale_epoch", f"meant for epoch {message.to or 'unknown'}", token, counted=True)
             return
-        holder = self._holders.get(connection)
-        if holder is None:
+        consumer = self._consumers.get(connection)
+        if consumer is None:
             self._refuse(connection, "not_introduced", "Hello comes first", token, counted=True)
             return
-        self._holders.move_to_end(connection)
-        self._connections.setdefault(holder, connection)
-        self._seen[holder] = Seen(now, None)
+        self._consumers.move_to_end(connection)
+        self._connections.setdefault(consumer, connection)
+        self._seen[consumer] = Seen(now, None)
         if isinstance(message, Acquire):
-            self._open(connection, holder, message, now)
+            self._open(connection, consumer, message, now)
         elif isinstance(message, Renew):
-            ended = self._table.renew(message.tokens, holder, now)
+            ended = self._table.renew(message.tokens, consumer, now)
             self._reply(connection, Renewed(ended=ended))
         elif isinstance(message, StageChunk):
-            self._taken(PackKey(message.token, holder.rank), holder, message.taken)
-            self._stage(connection, holder, message)
+            self._taken(PackKey(message.token, consumer.rank), consumer, message.released)
+            self._stage(connection, consumer, message)
         elif isinstance(message, ReleaseChunks):
-            self._taken(PackKey(message.token, holder.rank), holder, message.numbers)
+            self._taken(PackKey(message.token, consumer.rank), consumer, message.numbers)
         else:
-            stood, lease = self._table.settle(message.token, holder, read=message.read)
+            stood, lease = self._table.release(message.token, consumer, read=message.read)
             self._reply(connection, Released(token=message.token, stood=stood))
             if stood:
-                self._end_pack(PackKey(message.token, holder.rank))
-            if lease is not None and lease.offered:
+                self._end_pack(PackKey(message.token, consumer.rank))
+            if lease is not None and lease.end_awaited:
                 event = LeaseReleased(lease.token, lease.request, lease.read)
-                self._end(event, "settled" if lease.read else "unread")
+                self._end(event, "read" if lease.read else "unread")
 
-    def _not_offered(self, token: str, error: LeaseError, *, before: bool) -> None:
+    def _not_published(self, token: str, error: LeaseError, *, before: bool) -> None:
         """Tell the end of a lease that cannot be offered; ``before``: it was offered before, and that had its own end."""
         request = self._table.request(token)
-        settled = self._table.settled(token) if not before else None
-        if settled is not None:
+        released = self._table.released(token) if not before else None
+        if released is not None:
             # Its consumer has no need of these blocks, or not any more: that is no failure.
-            self._end(LeaseReleased(token, request, settled.read), "settled" if settled.read else "unread")
+            self._end(LeaseReleased(token, request, released.read), "read" if released.read else "unread")
         elif isinstance(error, LeaseEndedError):
-            # The consumer gave up, or prefill took longer than announce_s: nobody will come for these blocks.
+            # The consumer gave up, or prefill took longer than announce_timeout_s: nobody will come for these blocks.
             self._end(LeaseRevoked(token, request), "unread")
             _log.info("nobody will come for the blocks of %r: %s", request, error)
         else:
             self._end(LeaseRevoked(token, request), "revoked")
             _log.warning("cannot offer the blocks of %r: %s", request, error)
 
-    def _withdraw(self, now: float) -> None:
+    def _revoke_slot_keepers(self, now: float) -> None:
         """End the leases of readers that keep staging slots for which others wait."""
         if not self._chunks.short or now < self._look_at:
             return
         self._look_at = now + _LOOK_S
         never = Seen(float("-inf"), float("-inf"))
-        for token, why in list(self._chunks.to_withdraw(now, lambda holder: self._seen.get(holder, never))):
+        for token, why in list(self._chunks.to_revoke(now, lambda consumer: self._seen.get(consumer, never))):
             _log.warning("lease %s is revoked: %s", shown(token), why)
             self._metrics.count("kvxfer_slot_revocations_total")
             self.revoke(token, why)
@@ -381,13 +370,17 @@ class Producer:
         elif hello.rank != me.spec.rank:
             why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
             self._refuse(connection, "rank", why, counted=True, rank=me.spec.rank)
-        elif hello.reader >= hello.readers:
-            self._refuse(connection, "rank", f"no rank {hello.reader} of {hello.readers} reads", counted=True)
+        elif hello.consumer_rank >= hello.consumer_world:
+            self._refuse(
+                connection, "rank", f"no rank {hello.consumer_rank} of {hello.consumer_world} reads", counted=True
+            )
         elif hello.agent != me.agent:
             why = f"bytes move by {me.agent!r} here, not by {hello.agent!r}"
             self._refuse(connection, "agent", why, counted=True)
         else:
-            self._introduce(connection, Holder(hello.name, hello.epoch, hello.reader, hello.readers), now)
+            self._introduce(
+                connection, ConsumerRank(hello.name, hello.epoch, hello.consumer_rank, hello.consumer_world), now
+            )
             self._reply(connection, self._welcome())
 
     def _welcome(self) -> Welcome:
@@ -412,26 +405,26 @@ class Producer:
             addresses=list(me.addresses),
         )
 
-    def _introduce(self, connection: bytes, holder: Holder, now: float) -> None:
-        before = self._holders.get(connection)
+    def _introduce(self, connection: bytes, consumer: ConsumerRank, now: float) -> None:
+        before = self._consumers.get(connection)
         if before is not None:
             self._forget(connection, before)
-        self._holders[connection] = holder
-        self._holders.move_to_end(connection)
-        self._connections[holder], self._seen[holder] = connection, Seen(now, None)
-        while len(self._holders) > _MOST_CONNECTIONS:
-            self._forget(*self._holders.popitem(last=False))
+        self._consumers[connection] = consumer
+        self._consumers.move_to_end(connection)
+        self._connections[consumer], self._seen[consumer] = connection, Seen(now, None)
+        while len(self._consumers) > _MOST_CONNECTIONS:
+            self._forget(*self._consumers.popitem(last=False))
 
-    def _forget(self, connection: bytes, holder: Holder) -> None:
-        if self._connections.get(holder, connection) == connection:  # it has not come by another one since
-            self._connections.pop(holder, None)
-            self._seen.pop(holder, None)
+    def _forget(self, connection: bytes, consumer: ConsumerRank) -> None:
+        if self._connections.get(consumer, connection) == connection:  # it has not come by another one since
+            self._connections.pop(consumer, None)
+            self._seen.pop(consumer, None)
 
-    def _open(self, connection: bytes, holder: Holder, message: Acquire, now: float) -> None:
+    def _open(self, connection: bytes, consumer: ConsumerRank, message: Acquire, now: float) -> None:
         try:
             if message.rendezvous:
-                self._table.want(message.token, now)
-            lease = self._table.open(message.token, holder, now)
+                self._table.expect(message.token, now)
+            lease = self._table.open(message.token, consumer, now)
         except LeaseUnknownError as error:
             self._refuse(connection, "unknown_lease", str(error), message.token, counted=True)
         except LeaseEndedError as error:
@@ -464,22 +457,22 @@ class Producer:
             complete=lease.complete,
         )
 
-    def _stage(self, connection: bytes, holder: Holder, message: StageChunk) -> None:
-        lease = self._table.held(message.token, holder)
+    def _stage(self, connection: bytes, consumer: ConsumerRank, message: StageChunk) -> None:
+        lease = self._table.held(message.token, consumer)
         if lease is None:
-            error = self._table.why_not_held(message.token, holder)
+            error = self._table.why_not_held(message.token, consumer)
             code = "ended_lease" if isinstance(error, LeaseEndedError) else "unknown_lease"
             self._refuse(connection, code, str(error), message.token, counted=True)
             return
-        key, number = PackKey(message.token, holder.rank), message.number
-        chunks = self._chunks.of(key, holder)
+        key, number = PackKey(message.token, consumer.rank), message.number
+        chunks = self._chunks.of(key, consumer)
         if number in chunks.asked:
             self._tell_chunk(connection, message.token, number, chunks.asked[number].result)
         elif chunks.is_taken(number):
             return  # asked again before it was known to be there, and taken by now
         elif not chunks.may_ask(number):
             self._refuse(connection, "staging", f"more than {MOST_CHUNKS} chunks at once", message.token, counted=True)
-        elif self._chunks.is_busy(holder):
+        elif self._chunks.is_busy(consumer):
             self._reply(connection, Pending(token=message.token))  # it asks again
         else:
             try:
@@ -489,7 +482,7 @@ class Producer:
                 return
             self._chunks.ask(chunks, number, len(bytes(message.layout)))
             blocks = _read(tuple(lease.blocks), tuple(lease.first_tokens))
-            self._out.append(StartPack(key, number, layout, message.tokens, blocks, message.digest, holder))
+            self._out.append(StartPack(key, number, layout, message.tokens, blocks, message.digest, consumer))
 
     def _tell_chunk(self, connection: bytes, token: str, number: int, chunk: Packed | KvxferError | None) -> None:
         if isinstance(chunk, bytes):
@@ -499,16 +492,16 @@ class Producer:
         elif chunk is not None:
             self._refuse(connection, "staging", str(chunk), token, counted=True)
 
-    def _taken(self, key: PackKey, holder: Holder, numbers: Sequence[int]) -> None:
+    def _taken(self, key: PackKey, consumer: ConsumerRank, numbers: Sequence[int]) -> None:
         chunks = self._chunks.get(key)
-        if chunks is None or chunks.reader != holder:
+        if chunks is None or chunks.consumer != consumer:
             return
         taken = self._chunks.take(chunks, numbers)
         if taken:
             self._out.append(EndPack(key, taken))
 
     def _unstage(self, lease: Lease) -> None:
-        for rank in lease.holders:
+        for rank in lease.consumers:
             self._end_pack(PackKey(lease.token, rank))
 
     def _end_pack(self, key: PackKey) -> None:
@@ -516,8 +509,8 @@ class Producer:
             self._out.append(EndPack(key))
 
     def _tell(self, lease: Lease, message: Message) -> None:
-        for holder in lease.waiting():
-            connection = self._connections.get(holder)
+        for consumer in lease.waiting():
+            connection = self._connections.get(consumer)
             if connection is not None:
                 self._reply(connection, message)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The producer's account of chunks: which a reader asked for, which are packed and not taken, and who keeps too many. Pure, no I/O.
+"""The producer's account of chunks: which a consumer asked for, which are packed and not taken, and who keeps too many. Pure, no I/O.
 
-A packed chunk keeps a staging slot until its reader has taken it. A reader that died, or that stands still, takes nothing: as soon as
+A packed chunk keeps a staging slot until its consumer has taken it. A consumer that died, or that stands still, takes nothing: as soon as
 chunks of others wait for a slot, its lease is revoked, which gives its slots back. Whatever it still reads from them does not count,
 because the check of its lease is gone.
 """
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from kvxfer.errors import KvxferError
     from kvxfer.protocol.actions import Packed, PackKey
-    from kvxfer.protocol.lease_table import Holder
+    from kvxfer.protocol.lease_table import ConsumerRank
 
 MOST_CHUNKS = 256
-"""Chunks that one reader may have asked for and not taken: far more than any reader of ours does."""
+"""Chunks that one consumer may have asked for and not taken: far more than any consumer of ours does."""
 _MOST_WAITING = 1024
 _MOST_WAITING_NBYTES = 4 << 20
 """Of descriptions of chunks that one consumer waits for, over all of its leases."""
@@ -35,7 +35,7 @@ GONE_S = 0.5
 
 @dataclass
 class Chunk:
-    """One chunk of a reader.
+    """One chunk of a consumer.
 
     Attributes:
         nbytes: of its description.
@@ -55,12 +55,12 @@ class Chunk:
 
 @dataclass
 class Chunks:
-    """What one reader of one lease asked to have packed and has not taken.
+    """What one consumer of one lease asked to have packed and has not taken.
 
     Chunks are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
-    reader: Holder
+    consumer: ConsumerRank
     asked: dict[int, Chunk] = field(default_factory=dict)
     missed: set[int] = field(default_factory=set)
     next_number: int = 0
@@ -93,52 +93,52 @@ class StagedChunks:
 
     def __init__(self) -> None:
         self._by_key: dict[PackKey, Chunks] = {}
-        self._waiting: Counter[Holder] = Counter()
-        self._waiting_nbytes: Counter[Holder] = Counter()
+        self._waiting: Counter[ConsumerRank] = Counter()
+        self._waiting_nbytes: Counter[ConsumerRank] = Counter()
         self._share = 0
 
     def __len__(self) -> int:
         return len(self._by_key)
 
     def get(self, key: PackKey) -> Chunks | None:
-        """What a reader has asked for and not taken."""
+        """What a consumer has asked for and not taken."""
         return self._by_key.get(key)
 
-    def of(self, key: PackKey, reader: Holder) -> Chunks:
+    def of(self, key: PackKey, consumer: ConsumerRank) -> Chunks:
         """The same; empty for one that has asked for nothing yet."""
-        return self._by_key.setdefault(key, Chunks(reader))
+        return self._by_key.setdefault(key, Chunks(consumer))
 
-    def is_busy(self, reader: Holder) -> bool:
+    def is_busy(self, consumer: ConsumerRank) -> bool:
         """So much waits for this consumer already that it has to ask again later."""
-        return self._waiting[reader] >= _MOST_WAITING or self._waiting_nbytes[reader] >= _MOST_WAITING_NBYTES
+        return self._waiting[consumer] >= _MOST_WAITING or self._waiting_nbytes[consumer] >= _MOST_WAITING_NBYTES
 
     def ask(self, chunks: Chunks, number: int, nbytes: int) -> None:
         """A chunk is asked for."""
         chunks.ask(number, nbytes)
-        self._waiting[chunks.reader] += 1
-        self._waiting_nbytes[chunks.reader] += nbytes
+        self._waiting[chunks.consumer] += 1
+        self._waiting_nbytes[chunks.consumer] += nbytes
 
     def packed(self, chunks: Chunks, number: int, result: Packed | KvxferError, now: float) -> None:
         """The data thread has packed one that is asked for, or cannot."""
         chunk = chunks.asked[number]
-        self._waits_no_more(chunks.reader, chunk)
+        self._waits_no_more(chunks.consumer, chunk)
         chunk.result, chunk.packed_at = result, now
 
     def take(self, chunks: Chunks, numbers: Iterable[int]) -> list[int]:
-        """A reader has taken chunks, or does not want them any more; returns those that it had asked for."""
+        """A consumer has taken chunks, or does not want them any more; returns those that it had asked for."""
         numbers = list(dict.fromkeys(numbers))
         taken = [number for number in numbers if number in chunks.asked]
         for number in taken:
-            self._waits_no_more(chunks.reader, chunks.asked.pop(number))
+            self._waits_no_more(chunks.consumer, chunks.asked.pop(number))
         chunks.missed.difference_update(numbers)  # given up before the question was here
         return taken
 
     def end(self, key: PackKey) -> bool:
-        """A reader wants nothing more; True if it had asked for anything."""
+        """A consumer wants nothing more; True if it had asked for anything."""
         chunks = self._by_key.pop(key, None)
         if chunks is not None:
             for chunk in chunks.asked.values():
-                self._waits_no_more(chunks.reader, chunk)
+                self._waits_no_more(chunks.consumer, chunk)
         return chunks is not None
 
     # -- slots --------------------------------------------------------------------------------------------------------
@@ -158,45 +158,45 @@ class StagedChunks:
             for chunk in chunks.asked.values():
                 chunk.packed_at = max(chunk.packed_at, now)
 
-    def to_withdraw(self, now: float, seen: Callable[[Holder], Seen]) -> Iterator[tuple[str, str]]:
+    def to_revoke(self, now: float, seen: Callable[[ConsumerRank], Seen]) -> Iterator[tuple[str, str]]:
         """Leases to be revoked so that others get slots: the token of each, and why."""
         if not self._share:
             return
-        for reader, held in self._kept().items():
-            if not self._others_wait(reader):
+        for consumer, held in self._kept().items():
+            if not self._others_wait(consumer):
                 continue
-            heard_at, gone_at = seen(reader)
+            heard_at, gone_at = seen(consumer)
             oldest = min(chunk.packed_at for _, chunk in held)
             if gone_at is not None and now >= gone_at + GONE_S:
-                limit, why = now, "the connection of its reader has ended"
+                limit, why = now, "the connection of its consumer has ended"
             elif len(held) > self._share and now >= oldest + UNTAKEN_S:
-                limit, why = now - UNTAKEN_S, f"its reader has left chunks untaken for {UNTAKEN_S:g} s"
+                limit, why = now - UNTAKEN_S, f"its consumer has left chunks untaken for {UNTAKEN_S:g} s"
             elif now >= max(oldest, heard_at) + SILENT_S:
-                limit, why = now - SILENT_S, f"its reader has said nothing for {SILENT_S:g} s"
+                limit, why = now - SILENT_S, f"its consumer has said nothing for {SILENT_S:g} s"
             else:
                 continue
             for token in dict.fromkeys(key.token for key, chunk in held if chunk.packed_at <= limit):
                 yield token, f"{why}, and others wait for a staging slot"
 
-    def hoarders(self) -> list[Holder]:
+    def hoarders(self) -> list[ConsumerRank]:
         """Consumers that keep more than their share while others wait."""
         kept = self._kept().items() if self._share else ()
-        return [reader for reader, held in kept if len(held) > self._share and self._others_wait(reader)]
+        return [consumer for consumer, held in kept if len(held) > self._share and self._others_wait(consumer)]
 
-    def _kept(self) -> dict[Holder, list[tuple[PackKey, Chunk]]]:
-        kept: dict[Holder, list[tuple[PackKey, Chunk]]] = defaultdict(list)
+    def _kept(self) -> dict[ConsumerRank, list[tuple[PackKey, Chunk]]]:
+        kept: dict[ConsumerRank, list[tuple[PackKey, Chunk]]] = defaultdict(list)
         for key, chunks in self._by_key.items():
             for chunk in chunks.asked.values():
                 if chunk.keeps_slot:
-                    kept[chunks.reader].append((key, chunk))
+                    kept[chunks.consumer].append((key, chunk))
         return kept
 
-    def _others_wait(self, reader: Holder) -> bool:
-        return any(other != reader for other in self._waiting)
+    def _others_wait(self, consumer: ConsumerRank) -> bool:
+        return any(other != consumer for other in self._waiting)
 
-    def _waits_no_more(self, reader: Holder, chunk: Chunk) -> None:
+    def _waits_no_more(self, consumer: ConsumerRank, chunk: Chunk) -> None:
         if chunk.result is None:
-            self._waiting[reader] -= 1
-            self._waiting_nbytes[reader] -= chunk.nbytes
-            if not self._waiting[reader]:
-                del self._waiting[reader], self._waiting_nbytes[reader]
+            self._waiting[consumer] -= 1
+            self._waiting_nbytes[consumer] -= chunk.nbytes
+            if not self._waiting[consumer]:
+                del self._waiting[consumer], self._waiting_nbytes[consumer]

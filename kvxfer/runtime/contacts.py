@@ -4,7 +4,7 @@
 The first transfer between two agents also connects them, and it may hang for ever: the peer's port is closed by a firewall, its
 process stands still, or the engine itself has lost the connection (seen with UCX 1.23, rarely, after other consumers of the same
 producer had been killed). So the first transfer is a contact: it reads a few bytes that nobody needs, belongs to no read, and has
-no deadline. Reads of that peer wait for it. When it has hung for ``contact_s`` the peer is *silent*: reads that want something of
+no deadline. Reads of that peer wait for it. When it has hung for ``contact_timeout_s`` the peer is *silent*: reads that want something of
 it fail at once, by name and retryably, until the contact ends; other peers are served by the same agent as before.
 
 A new agent would help only against a connection that the engine has lost, and costs everybody else something: reads under way
@@ -39,11 +39,11 @@ LOOK_EVERY_S = 0.05
 """How often to look whether a silent peer answers after all."""
 
 _PATIENCE = 2.0
-"""Times ``contact_s``, for a contact on an agent that was made anew: a busy machine is slow to connect."""
+"""Times ``contact_timeout_s``, for a contact on an agent that was made anew: a busy machine is slow to connect."""
 _BUSY = 8.0
-"""Times ``contact_s``, for which a contact must have hung before an agent that others use is made anew."""
+"""Times ``contact_timeout_s``, for which a contact must have hung before an agent that others use is made anew."""
 _PAUSES = (8.0, 8.0, 24.0)
-"""Times ``contact_s``, between one new agent for the sake of silent peers and the next: by how many agents such a peer has not
+"""Times ``contact_timeout_s``, between one new agent for the sake of silent peers and the next: by how many agents such a peer has not
 answered before this one; the last one from then on."""
 _MOST_REMEMBERED = 1024
 
@@ -73,16 +73,16 @@ class Contacts:
     Args:
         life: of the agent.
         place: address of memory into which every contact reads, and whose content means nothing.
-        contact_s: how long a contact may hang before its peer is silent.
+        contact_timeout_s: how long a contact may hang before its peer is silent.
         now: the clock.
     """
 
     def __init__(
-        self, life: AgentLifecycle, place: int, contact_s: float, metrics: Metrics, now: Callable[[], float]
+        self, life: AgentLifecycle, place: int, contact_timeout_s: float, metrics: Metrics, now: Callable[[], float]
     ) -> None:
         self._life = life
         self._place = place
-        self._contact_s = contact_s
+        self._contact_s = contact_timeout_s
         self._metrics = metrics
         self._now = now
         self._by_flight: dict[Flight, bytes] = {}

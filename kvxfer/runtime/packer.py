@@ -131,7 +131,7 @@ class Packer:
         slot = self._arena.take(Use.OUTGOING) if self._waiting else None
         if slot is not None:
             moved = True
-            self._pack(self._waiting.take(lambda job: self._kept[job.reader] < self._share), slot)
+            self._pack(self._waiting.take(lambda job: self._kept[job.consumer] < self._share), slot)
         is_short = slot is None and bool(self._waiting)
         if is_short is not self._is_short:
             self._is_short = is_short
@@ -151,8 +151,8 @@ class Packer:
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:
-        self._slots[job.key][job.number] = slot, job.reader
-        self._kept[job.reader] += 1
+        self._slots[job.key][job.number] = slot, job.consumer
+        self._kept[job.consumer] += 1
         try:
             copies = self._start(job, self._arena.view(slot, self._arena.slot_nbytes))
         except Exception as error:  # noqa: BLE001 - one bad request must not end the thread

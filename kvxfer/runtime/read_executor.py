@@ -117,7 +117,7 @@ class Reads:
         self._scratches = Supply(board.take_scratch, board.give_scratch)
         self._slots = Supply(lambda: arena.take(Use.LANDING), arena.give)
         self._supplies = (self._scratches, self._slots)
-        self._contacts = Contacts(life, board.unread, settings.contact_s, metrics, now)
+        self._contacts = Contacts(life, board.unread, settings.contact_timeout_s, metrics, now)
 
     # -- what the data thread asks ----------------------------------------------------------------------------------
 

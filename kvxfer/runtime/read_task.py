@@ -350,7 +350,7 @@ class _Packed:
                 taken, self._taken = self._taken, []
                 carrier.stage(
                     self._leg,
-                    StageChunk(token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, taken=taken),
+                    StageChunk(token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, released=taken),
                 )
         if self._taken:
             taken, self._taken = self._taken, []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Routes:
-    """Finds the route from each rank of a producer; see `Acquaintances`.
+    """Finds the route from each rank of a producer; see `Peers`.
 
     Attributes:
         me: this rank, whose cache is read into.

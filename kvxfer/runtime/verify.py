@@ -80,7 +80,7 @@ class Check:
             told, self._told = self._told, []
             token, layout = self._leg.reading.job.transfer.ref.token, self._chunk_planner.layout(chunk)
             stage = StageChunk(
-                token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, taken=told, digest=True
+                token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, released=told, digest=True
             )
             carrier.stage(self._leg, stage)
         if not self._busy and not self._over:

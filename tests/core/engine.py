@@ -17,8 +17,8 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.environment import REAL
 from kvxfer.testing import eventually
 
-QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_s=0.1, quarantine_s=0.05)
-SMALL = Settings(staging_nbytes=1 << 16, retry_s=0.1)  # slots of 8 KiB: everything is cut into chunks
+QUICK = Settings(lease_s=1.5, peer_timeout_s=3.0, read_timeout_s=30.0, retry_interval_s=0.1, quarantine_s=0.05)
+SMALL = Settings(staging_nbytes=1 << 16, retry_interval_s=0.1)  # slots of 8 KiB: everything is cut into chunks
 ROUTES = [None, *(route.value for route in Route)]
 HEADS = 8
 
@@ -127,7 +127,7 @@ class ShardedEngine:
 
     def lease(self, blocks, **more):
         addresses = [rank.endpoint.address for rank in self.ranks]
-        ref = LeaseRef.mint(owner=self.name, addresses=addresses, request="r", **more)
+        ref = LeaseRef.mint(producer=self.name, addresses=addresses, request="r", **more)
         for rank in self.ranks:
             rank.endpoint.announce(ref)
             rank.endpoint.publish(ref, blocks)

@@ -73,13 +73,13 @@ def test_what_is_no_address(address):
     with pytest.raises(ConfigError, match=r"tcp://|port 0|neither a numeric address nor a host name"):
         addresses.parse(address)
     with pytest.raises(LeaseRefError):
-        LeaseRef.mint(owner="P", addresses=[address])
+        LeaseRef.mint(producer="P", addresses=[address])
 
 
 def test_a_lease_has_an_owner():
     """A lease without an owner's name is refused: no peer could be the one that it means."""
     with pytest.raises(LeaseRefError):
-        LeaseRef.mint(owner="", addresses=["tcp://h:1"])
+        LeaseRef.mint(producer="", addresses=["tcp://h:1"])
 
 
 @pytest.mark.parametrize("advertise", ["", "a b", "1.2.3.4:55", "tcp://h", "h\n", "*"])
@@ -270,7 +270,7 @@ def test_a_name_harms_its_own_lease_only(engines, silent, monkeypatch, name):
     source, sink = engines(), engines()
     held = source.endpoint.lease([1])
     sink.endpoint.acquire(held)
-    lost = sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://{name}:5"]), [9])
+    lost = sink.endpoint.read(LeaseRef.mint(producer="x", addresses=[f"tcp://{name}:5"]), [9])
     until = time.monotonic() + 3 * QUICK.lease_s
     while time.monotonic() < until:
         assert sink.endpoint.read(source.endpoint.lease([3]), [3]).wait(30)
@@ -285,7 +285,7 @@ def test_several_addresses_of_which_one_answers(engines, silent):
     silent["prefill"] = ["127.0.0.9", "::1", "127.0.0.8", "127.0.0.1"]
     source, sink = engines(), engines()
     port = source.endpoint.address.rpartition(":")[2]
-    by_name = LeaseRef.mint(owner=source.endpoint.name, addresses=[f"tcp://prefill:{port}"])
+    by_name = LeaseRef.mint(producer=source.endpoint.name, addresses=[f"tcp://prefill:{port}"])
     source.endpoint.announce(by_name)
     source.endpoint.publish(by_name, [5])
     assert sink.endpoint.read(by_name, [5]).wait(30)
@@ -294,7 +294,7 @@ def test_several_addresses_of_which_one_answers(engines, silent):
     source.endpoint.close()
     moved = Engine(7, name=name, bind=f"tcp://127.0.0.8:{port}", settings=Settings())
     try:
-        again = LeaseRef.mint(owner=name, addresses=[f"tcp://prefill:{port}"])
+        again = LeaseRef.mint(producer=name, addresses=[f"tcp://prefill:{port}"])
         moved.endpoint.announce(again)
         moved.endpoint.publish(again, [6])
         assert sink.endpoint.read(again, [6], timeout_s=30).wait(40)
@@ -323,7 +323,7 @@ def _many_ranks():
     layers = {"layer.0": np.zeros((32, 2, 4, 16), np.uint16)}
     hostile = Endpoint(KVCache.from_layers(layers, block_tokens=4, rank=0, world=1024), "inproc", settings=QUICK)
     hostile.join([hostile.address, *(f"tcp://127.0.0.1:{port}" for port in range(1, 1024))])
-    ref = LeaseRef.mint(owner=hostile.name, addresses=[hostile.address])
+    ref = LeaseRef.mint(producer=hostile.name, addresses=[hostile.address])
     hostile.announce(ref)
     lost = sink.endpoint.read(ref, [9], timeout_s=30)
     eventually(lambda: sink.endpoint.in_use()["peers"] > 20)

@@ -17,14 +17,22 @@ def test_argument_before_environment_before_default():
     """An explicit value wins over a variable, a variable over the default, and each says where it came from."""
     environ = {
         "KVXFER_LEASE_S": "7.5",
-        "KVXFER_RETRY_S": "2",
+        "KVXFER_RETRY_INTERVAL_S": "2",
         "KVXFER_MAX_LEASES": "12",
-        "KVXFER_HOLD_S": "",
+        "KVXFER_UNREAD_LEASE_S": "",
         "OTHER": "x",
     }
-    settings = Settings.resolve(environ=environ, lease_s=9, hold_s=None)
-    assert (settings.lease_s, settings.retry_s, settings.max_leases, settings.hold_s) == (9, 2.0, 12, Settings.hold_s)
-    assert "lease_s=9 (argument)" in settings.describe() and "retry_s=2.0 (KVXFER_RETRY_S)" in settings.describe()
+    settings = Settings.resolve(environ=environ, lease_s=9, unread_lease_s=None)
+    assert (settings.lease_s, settings.retry_interval_s, settings.max_leases, settings.unread_lease_s) == (
+        9,
+        2.0,
+        12,
+        Settings.unread_lease_s,
+    )
+    assert (
+        "lease_s=9 (argument)" in settings.describe()
+        and "retry_interval_s=2.0 (KVXFER_RETRY_INTERVAL_S)" in settings.describe()
+    )
     assert all(name in settings.describe() for name in names())
 
 

@@ -14,7 +14,7 @@ from kvxfer.defects import Defects
 from kvxfer.errors import ConfigError, InternalError, KvxferError, UnavailableError
 from kvxfer.metrics import Metrics
 from kvxfer.protocol.consumer import Consumer
-from kvxfer.protocol.held_leases import Holds
+from kvxfer.protocol.held_leases import HeldLeases
 from kvxfer.protocol.lease_table import LeaseTable
 from kvxfer.protocol.transfer import LeaseRevoked
 from kvxfer.runtime import arguments, routes
@@ -22,7 +22,7 @@ from kvxfer.runtime.read_executor import Reads
 from kvxfer.testing import eventually
 from tests.core.engine import Engine
 
-BRIEF = Settings(lease_s=1.5, peer_timeout_s=5.0, read_timeout_s=3.0, retry_s=0.1, hold_s=5.0)
+BRIEF = Settings(lease_s=1.5, peer_timeout_s=5.0, read_timeout_s=3.0, retry_interval_s=0.1, unread_lease_s=5.0)
 
 
 class PlantedError(Exception):
@@ -76,11 +76,11 @@ def test_a_fault_in_planning(pair, monkeypatch, held):
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
 
 
-@pytest.mark.parametrize("method", ["_pump_claim", "_plan", "_schedule", "_start", "_claim", "_ask_again"])
+@pytest.mark.parametrize("method", ["_advance_rank", "_plan", "_schedule", "_start", "_add_rank", "_ask_again"])
 def test_a_fault_about_a_hold(pair, monkeypatch, method):
     """Wherever it comes, the read ends by name long before its deadline, and its lease is not held for ever."""
     source, sink = pair
-    monkeypatch.setattr(Holds, method, fault)
+    monkeypatch.setattr(HeldLeases, method, fault)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
     eventually(lambda: transfer.done, timeout_s=10)
     assert transfer.error is None or isinstance(transfer.error, InternalError)

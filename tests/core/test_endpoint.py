@@ -63,7 +63,7 @@ def test_blocks_arrive(pair):
 def test_announced_then_offered(pair):
     """A read asked for before prefill ends is served when the blocks are offered."""
     source, sink = pair
-    ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[source.endpoint.address]))
+    ref = source.endpoint.announce(LeaseRef.mint(producer=source.endpoint.name, addresses=[source.endpoint.address]))
     transfer = sink.endpoint.read(ref, [3])
     assert not transfer.wait(0.3)
     source.endpoint.publish(ref, [5])
@@ -351,10 +351,12 @@ def test_a_device_that_fails_before_a_read(pair):
 def test_a_request_that_both_were_told_of(pair):
     """The consumer reads by a reference of its own making, before the producer has made the same one."""
     source, sink = pair
-    ref = LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=[source.endpoint.address])
+    ref = LeaseRef.for_rendezvous("id", producer=source.endpoint.name, addresses=[source.endpoint.address])
     transfer = sink.endpoint.read(ref, [5])
     eventually(lambda: source.endpoint.in_use()["leases"])
-    source.endpoint.announce(LeaseRef.for_rendezvous("id", owner=source.endpoint.name, addresses=["tcp://elsewhere:1"]))
+    source.endpoint.announce(
+        LeaseRef.for_rendezvous("id", producer=source.endpoint.name, addresses=["tcp://elsewhere:1"])
+    )
     source.endpoint.publish(ref, [1])
     assert transfer.wait(30) and sink.blocks(5) == source.blocks(1)
 
@@ -388,7 +390,7 @@ def test_one_rank_of_several_mints_no_lease(engines):
 
 def test_a_reference_made_by_hand(pair):
     """A LeaseRef whose constructor checked nothing is checked at the door."""
-    bad = LeaseRef(token="x", owner="o", addresses=())
+    bad = LeaseRef(token="x", producer="o", addresses=())
     with pytest.raises(LeaseRefError):
         pair[0].endpoint.read(bad, [1])
 
@@ -434,7 +436,7 @@ def test_addresses_that_are_nobodys(pair):
     """Reads from addresses where nobody lives fail in time and by name, and delay no read of a living peer."""
     source, sink = pair
     nobody = ["tcp://127.0.0.1:1", "tcp://no.such.host.invalid:5"]
-    lost = [sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[a]), [i]) for i, a in enumerate(nobody)]
+    lost = [sink.endpoint.read(LeaseRef.mint(producer="x", addresses=[a]), [i]) for i, a in enumerate(nobody)]
     assert sink.endpoint.read(source.endpoint.lease([3]), [3]).wait(2.5)
     for transfer in lost:
         with pytest.raises((PeerTimeoutError, HandshakeError)):
@@ -511,7 +513,7 @@ def test_a_blocked_copy_blocks_nothing_else(engines):
     """While a copy blocks inside the agent, every call returns at once, leases are renewed and handshakes go on."""
     gate = Gate()
     # A lease must not run out because this machine is busy: a third of it is the time for one renewal.
-    patient = Settings(lease_s=6.0, peer_timeout_s=30.0, read_timeout_s=60.0, retry_s=0.1)
+    patient = Settings(lease_s=6.0, peer_timeout_s=30.0, read_timeout_s=60.0, retry_interval_s=0.1)
     source, other = engines(settings=patient), engines(settings=patient)
     sink = engines(agent=gate.make, settings=patient)
     ref, held = source.endpoint.lease([1]), source.endpoint.lease([2])
@@ -652,7 +654,7 @@ def test_many_read_one_lease_at_once(engines):
 def test_threads_hammering(engines):
     """Eight threads that announce, offer, hold, read, drop and revoke at random: each lease and each read ends once."""
     source = engines(settings=replace(QUICK, lease_s=3.0))
-    sinks = [engines(settings=replace(QUICK, hold_s=5.0), blocks=960) for _ in range(2)]
+    sinks = [engines(settings=replace(QUICK, unread_lease_s=5.0), blocks=960) for _ in range(2)]
     offered, transfers, lock, faults = [], [], threading.Lock(), []
 
     def hammer(seed):
@@ -696,7 +698,7 @@ def test_threads_hammering(engines):
     ends = [e.transfer for sink in sinks for e in sink.poll() if isinstance(e, (Done, Failed))]
     assert len(ends) == len(transfers) == len(set(map(id, ends)))
     assert sum(t.error is None for t in transfers) > 50
-    # A lease that is held again after it was read and settled is known to have ended until ``hold_s`` has passed.
+    # A lease that is held again after it was read and settled is known to have ended until ``unread_lease_s`` has passed.
     eventually(lambda: not any(sink.endpoint.in_use()["held_leases"] for sink in sinks), timeout_s=20)
     assert source.endpoint.in_use()["lease_cells"] == 0
 

@@ -114,7 +114,9 @@ class Side:
 
     def ref(self) -> str:
         """A lease for all ranks."""
-        return LeaseRef.mint(owner=f"engine-{self.seed}", addresses=[rank.address() for rank in self.ranks]).to_json()
+        return LeaseRef.mint(
+            producer=f"engine-{self.seed}", addresses=[rank.address() for rank in self.ranks]
+        ).to_json()
 
     def each(self, order: str, *args: Any) -> list[Any]:
         """Give all ranks an order, and wait for their answers."""

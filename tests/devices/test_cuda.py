@@ -48,7 +48,7 @@ def test_the_layers_of_an_engine(target):
     before = {name: tensor.clone() for name, tensor in mine.items()}
     blocks, into = [3, 17, 4, 9], [1, 2, 0, 19]
     with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
-        ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
+        ref = LeaseRef.mint(producer=producer.name, addresses=[producer.address])
         producer.announce(ref)
         producer.publish(ref, blocks)
         transfer = consumer.read(ref, into)
@@ -63,7 +63,7 @@ def test_blocks_are_read_when_the_gpu_has_written_them():
     """What a stream has not written yet when it is offered after its event is waited for, and arrives whole."""
     theirs, mine = tensors("HND", "cuda", 1), tensors("NHD", "cuda", 2)
     with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
-        ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
+        ref = LeaseRef.mint(producer=producer.name, addresses=[producer.address])
         producer.announce(ref)
         transfer = consumer.read(ref, [0, 1, 2, 3])
         stream, events = torch.cuda.Stream(), []

@@ -44,7 +44,7 @@ REPLACEMENTS = {
 LEASE_REPLACEMENTS = {
     "v": [DELETE, None, 0, 2, "1", 1.0, 10**30],
     "token": [DELETE, None, "", "00", _HEX + "0", _HEX.upper(), "g" * 32, _HEX, 5, [_HEX], "\ud800" * 32],
-    "owner": [DELETE, None, "", "another engine", 5, "x" * 1_000_000],
+    "producer": [DELETE, None, "", "another engine", 5, "x" * 1_000_000],
     "addresses": [
         *(
             DELETE,

@@ -48,7 +48,7 @@ SPEC = cache().spec
 
 def reference(number: int) -> LeaseRef:
     """One of the leases that an input may speak of."""
-    made = LeaseRef.mint(owner="peer", addresses=[PEER], num_tokens=40)
+    made = LeaseRef.mint(producer="peer", addresses=[PEER], num_tokens=40)
     return msgspec.structs.replace(made, token=f"{number % LEASES:032x}", rendezvous=number % LEASES == 7)
 
 
@@ -95,10 +95,10 @@ class Machine:
             self.offered.append(ref.token)
             self.producer.publish(ref.token, blocks, self.now)
         elif what == "seal":
-            self.producer.publish_part(ref.token, blocks, self.now)
+            self.producer.publish(ref.token, blocks, self.now, complete=False)
         elif what == "other":
             other = [np.array([9, 8], dtype="<u4").tobytes()]  # which is no continuation of what is sealed
-            self.producer.publish_part(ref.token, other, self.now)
+            self.producer.publish(ref.token, other, self.now, complete=False)
         elif what == "short":
             self.producer.short_of_slots(number % 3, self.now)
         elif what == "gone":
@@ -224,7 +224,7 @@ def seeds() -> list[Any]:
         return {**msgspec.msgpack.decode(messages.encode(message)), **more}
 
     hello = said(messages.Hello(protocol=messages.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = messages.StageChunk(token="0" * 32, number=0, layout=messages.encode_spec(SPEC), tokens=(0, 8), taken=[])
+    stage = messages.StageChunk(token="0" * 32, number=0, layout=messages.encode_spec(SPEC), tokens=(0, 8), released=[])
     welcome = said(
         messages.Welcome(
             protocol=messages.PROTOCOL,

@@ -121,7 +121,7 @@ def seeds_wire() -> list[bytes]:
     return [
         messages.encode(message)
         for message in (
-            messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl", reader=1, readers=2),
+            messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=3, agent="nixl", consumer_rank=1, consumer_world=2),
             messages.Welcome(
                 protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", agent_info=b"\0\xff", spec=machine.SPEC,
                 slot_nbytes=9, casts=["float16"], addresses=["tcp://h:1"],
@@ -130,7 +130,7 @@ def seeds_wire() -> list[bytes]:
             messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             messages.Renew(to="e", tokens=[TOKEN] * 3),
             messages.Renewed(ended=[TOKEN]),
-            messages.StageChunk(to="e", token=TOKEN, number=5, layout=messages.encode_spec(machine.SPEC), tokens=(3, 9), taken=[0, 7]),
+            messages.StageChunk(to="e", token=TOKEN, number=5, layout=messages.encode_spec(machine.SPEC), tokens=(3, 9), released=[0, 7]),
             messages.ChunkReady(token=TOKEN, number=0, address=4096),
             messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
             messages.Release(to="e", token=TOKEN, read=True),
@@ -159,7 +159,7 @@ def seeds_machine() -> list[bytes]:
 def _lease(**more: Any) -> LeaseRef:
     return LeaseRef.from_obj(
         {
-            **LeaseRef.mint(owner="P", addresses=["tcp://h:1"], request="r", num_tokens=32).to_obj(),
+            **LeaseRef.mint(producer="P", addresses=["tcp://h:1"], request="r", num_tokens=32).to_obj(),
             "token": TOKEN,
             **more,
         }
@@ -607,7 +607,7 @@ TARGETS = [
     Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/protocol/messages.py": 95}),
     Target("machine", "msgpack", run_machine, seeds_machine, {
         # Not more of the consumer: what it does after faults of kvxfer itself no message can reach.
-        "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
+        "kvxfer/protocol/producer.py": 84, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),

@@ -151,7 +151,7 @@ class HostileProducer:
 
     def lease(self, num_tokens: int = 64) -> LeaseRef:
         """A reference to a lease of its own."""
-        return LeaseRef.mint(owner=self._name, addresses=[self.address], num_tokens=num_tokens)
+        return LeaseRef.mint(producer=self._name, addresses=[self.address], num_tokens=num_tokens)
 
     def tell(self, message: messages.Message | bytes) -> None:
         """Say something to everybody who has spoken, unasked."""

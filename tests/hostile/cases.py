@@ -95,7 +95,7 @@ def tables(scene: Scene) -> Iterator[None]:
                     number=number,
                     layout=messages.encode_spec(spec),
                     tokens=(number, number + 1),
-                    taken=[],
+                    released=[],
                 )
             )
             number += 1
@@ -122,7 +122,7 @@ def turn(scene: Scene) -> Iterator[None]:
                         layout=messages.encode_spec(layout),
                         tokens=(0, 512),
                         digest=True,
-                        taken=taken,
+                        released=taken,
                     )
                 )
             while me.hear(0):

@@ -38,8 +38,8 @@ class Member:
             epoch="e" * 16,
             rank=0,
             agent=agent,
-            reader=reader,
-            readers=reader + 1,
+            consumer_rank=reader,
+            consumer_world=reader + 1,
         )
         self.say(hello)
         self.welcome: Any = self.hear(messages.Welcome)

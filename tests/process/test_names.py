@@ -45,7 +45,7 @@ ONE = "127.0.0.1 localhost\n"
 def named(engine, host, block):
     """A lease of one block that names the engine's host so."""
     port = addresses.parse(engine.endpoint.address)[1]
-    ref = LeaseRef.mint(owner=engine.endpoint.name, addresses=[addresses.join(host, port)])
+    ref = LeaseRef.mint(producer=engine.endpoint.name, addresses=[addresses.join(host, port)])
     engine.endpoint.announce(ref)
     engine.endpoint.publish(ref, [block])
     return ref
@@ -92,7 +92,7 @@ def test_a_host_of_ipv6_only(bind, host):
 
 
 def _restarts():
-    source, sink = Engine(1, bind="tcp://127.0.0.1:0"), Engine(2, settings=Settings(retry_s=0.1))
+    source, sink = Engine(1, bind="tcp://127.0.0.1:0"), Engine(2, settings=Settings(retry_interval_s=0.1))
     name, port = source.endpoint.name, addresses.parse(source.endpoint.address)[1]
     assert sink.endpoint.read(named(source, "prefill", 1), [1]).wait(30)
     for block, bind in enumerate((f"tcp://[::1]:{port}", f"tcp://127.0.0.1:{port}", f"tcp://[::1]:{port}"), 2):
@@ -114,7 +114,7 @@ def _up_later():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sink = Engine(2)
-    ref = LeaseRef.mint(owner="late", addresses=[f"tcp://prefill:{port}"])
+    ref = LeaseRef.mint(producer="late", addresses=[f"tcp://prefill:{port}"])
     transfer = sink.endpoint.read(ref, [5], timeout_s=20)
     assert not transfer.wait(1.0)
     source = Engine(1, name="late", bind=f"tcp://[::1]:{port}")
@@ -132,12 +132,15 @@ def test_a_producer_that_is_up_later():
 
 def _silent_name_server():
     assert _hangs(), "this resolver does not ask the name server"
-    source, sink = Engine(1, settings=Settings(lease_s=3.0)), Engine(2, settings=Settings(retry_s=0.1), blocks=64)
+    source, sink = (
+        Engine(1, settings=Settings(lease_s=3.0)),
+        Engine(2, settings=Settings(retry_interval_s=0.1), blocks=64),
+    )
     held = source.endpoint.lease([1])
     sink.endpoint.acquire(held)
     assert sink.endpoint.read(source.endpoint.lease([2]), [2]).wait(30)
     lost = [
-        sink.endpoint.read(LeaseRef.mint(owner="x", addresses=[f"tcp://a{number}.slow.example:9999"]), [9 + number])
+        sink.endpoint.read(LeaseRef.mint(producer="x", addresses=[f"tcp://a{number}.slow.example:9999"]), [9 + number])
         for number in range(40)
     ]
     longest = 0.0

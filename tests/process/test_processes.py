@@ -89,22 +89,22 @@ def test_one_on_loopback_and_one_on_all_addresses(child, ucx):
 def test_a_producer_whose_fabric_is_silent(child, ucx):
     """Long reads from a healthy producer are all done while one is asked that answers on its control channel and nowhere else.
 
-    The agent is made anew for its sake at most once in eight times ``contact_s``; otherwise its reads fail at once, by name.
+    The agent is made anew for its sake at most once in eight times ``contact_timeout_s``; otherwise its reads fail at once, by name.
     """
-    contact_s = 0.4
-    settings = {**PATIENT, "contact_s": contact_s}
+    contact_timeout_s = 0.4
+    settings = {**PATIENT, "contact_timeout_s": contact_timeout_s}
     good, silent, consumer = (child(seed, LARGE, settings=settings, **ucx) for seed in (1, 2, 3))
     silent.silence_fabric()
     blocks, refs = list(range(200)), [silent.lease([1]) for _ in range(40)]
     begin, asked = time.monotonic(), []
-    while len(asked) < len(refs) and (time.monotonic() < begin + 10 * contact_s or len(asked) < 4):
+    while len(asked) < len(refs) and (time.monotonic() < begin + 10 * contact_timeout_s or len(asked) < 4):
         asked.append(consumer.read(refs[len(asked)], [200 + len(asked)], 10.0))
         outcome, _ = consumer.read_and_wait(good.lease(blocks), blocks, 30.0)
         assert outcome == "done"
     assert consumer.holds_blocks_of(1, blocks, blocks)
     outcomes = {consumer.outcome(number, 30.0) for number in asked}
     assert outcomes == {"PeerTimeoutError"}
-    assert 1 <= consumer.metric("kvxfer_agent_resets_total") <= 2 + (time.monotonic() - begin) / (8 * contact_s)
+    assert 1 <= consumer.metric("kvxfer_agent_resets_total") <= 2 + (time.monotonic() - begin) / (8 * contact_timeout_s)
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
@@ -258,7 +258,7 @@ def test_handshakes_go_on_side_by_side(child):
     """Three cold producers are met at once while dead and unknown addresses are waited for."""
     producers, consumer = [child(i) for i in range(1, 4)], child(9)
     refs = [p.lease([1]) for p in producers]
-    dead = [LeaseRef.mint(owner="x", addresses=[a]).to_json() for a in ("tcp://127.0.0.1:1", "tcp://192.0.2.1:5")]
+    dead = [LeaseRef.mint(producer="x", addresses=[a]).to_json() for a in ("tcp://127.0.0.1:1", "tcp://192.0.2.1:5")]
     lost = [consumer.read(ref, [1 + i], TIMEOUT_S) for i, ref in enumerate(dead)]
     numbers = [consumer.read(ref, [10 + i], TIMEOUT_S) for i, ref in enumerate(refs)]
     for i, (producer, number) in enumerate(zip(producers, numbers, strict=True)):

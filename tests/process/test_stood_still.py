@@ -16,8 +16,8 @@ from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
 
-PATIENT = Settings(lease_s=30.0, retry_s=0.3)
-IMPATIENT = Settings(lease_s=30.0, retry_s=0.3, peer_timeout_s=2.0)
+PATIENT = Settings(lease_s=30.0, retry_interval_s=0.3)
+IMPATIENT = Settings(lease_s=30.0, retry_interval_s=0.3, peer_timeout_s=2.0)
 STANDS_S = 3.0
 
 
@@ -61,7 +61,7 @@ def test_the_answers_are_read_first():
         ]
 
         def begin():
-            ref = LeaseRef.mint(owner=ranks[0].name, addresses=[rank.address for rank in ranks])
+            ref = LeaseRef.mint(producer=ranks[0].name, addresses=[rank.address for rank in ranks])
             for rank in ranks:
                 rank.announce(ref)
             pipe.send(ref.to_json())

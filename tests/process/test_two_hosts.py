@@ -19,7 +19,7 @@ from tests.process.hosts import TwoHosts, why_not
 _reason = NixlAgent.why_unavailable() or why_not()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
-SETTINGS = {"lease_s": 4.0, "peer_timeout_s": 6.0, "quarantine_s": 0.5, "contact_s": 2.0}
+SETTINGS = {"lease_s": 4.0, "peer_timeout_s": 6.0, "quarantine_s": 0.5, "contact_timeout_s": 2.0}
 SECRET = b"what two hosts know and no other does"
 TIMEOUT_S = 10.0
 MARGIN_S = 15.0

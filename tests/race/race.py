@@ -192,7 +192,7 @@ class Race:
             return
         chance = self._random
         number, num_tokens = next(self._numbers), chance.randint(1, _MOST_TOKENS)
-        named = {"owner": self._owner, "addresses": self._addresses, "num_tokens": num_tokens}
+        named = {"producer": self._owner, "addresses": self._addresses, "num_tokens": num_tokens}
         shared = chance.random() < 0.4
         if shared:
             ref = LeaseRef.for_rendezvous(f"request {number}", request=f"{number}", **named)
@@ -237,11 +237,11 @@ class Race:
         number = next(self._numbers)
         skip = chance.randrange(lease.num_tokens) if chance.random() < 0.3 else 0
         stop = chance.randint(skip + 1, lease.num_tokens) if chance.random() < 0.2 else lease.num_tokens
-        hold_s = chance.uniform(0.0, 1.5) if chance.random() < 0.5 else 0.0
+        unread_lease_s = chance.uniform(0.0, 1.5) if chance.random() < 0.5 else 0.0
         timeout_s = chance.uniform(0.5, 4.0)
-        job = Job(number, lease.seed, stop, lease.ref, hold_s=hold_s, skip=skip, timeout_s=timeout_s)
+        job = Job(number, lease.seed, stop, lease.ref, unread_lease_s=unread_lease_s, skip=skip, timeout_s=timeout_s)
         for sink in self._sinks:
-            ends_by = time.monotonic() + wait_s + hold_s + timeout_s + _MARGIN_S
+            ends_by = time.monotonic() + wait_s + unread_lease_s + timeout_s + _MARGIN_S
             self._reads[sink.label, number] = (ends_by, sink.frozen_s)
 
         def decode() -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from kvxfer.testing.soak.memory import Blocks
 
 SETTINGS: dict[str, Any] = {
-    "announce_s": 4.0, "rendezvous_timeout_s": 2.0, "read_timeout_s": 4.0, "peer_timeout_s": 3.0, "hold_s": 3.0, "retry_s": 0.1,
-    "quarantine_s": 0.3, "contact_s": 2.0, "idle_peer_s": 3.0, "staging_nbytes": 4 << 20,
+    "announce_timeout_s": 4.0, "rendezvous_timeout_s": 2.0, "read_timeout_s": 4.0, "peer_timeout_s": 3.0, "unread_lease_s": 3.0, "retry_interval_s": 0.1,
+    "quarantine_s": 0.3, "contact_timeout_s": 2.0, "idle_peer_s": 3.0, "staging_nbytes": 4 << 20,
 }  # fmt: skip
 TOKENS = 8192
 """Of one cache."""

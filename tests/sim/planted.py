@@ -168,7 +168,7 @@ def copy_not_waited_for(patch):
 @bug
 def read_deadline_dropped(patch):
     """A read whose blocks never come waits for ever."""
-    patch(held_leases.Holds, "_give_up", lambda self, hold, now: setattr(held_lease, "deadline", now + 1e9))
+    patch(held_leases.HeldLeases, "_give_up", lambda self, hold, now: setattr(held_lease, "deadline", now + 1e9))
 
 
 @bug
@@ -176,7 +176,7 @@ def staged_read_deadline_dropped(patch):
     """A read that waits for a chunk or a grant waits for ever."""
     patch(read_executor.Reads, "_give_up_late", lambda self: None)
     patch(read_executor.Reads, "due_s", lambda self: None)
-    patch(held_leases.Holds, "stop_read", lambda self, hold, error: None)
+    patch(held_leases.HeldLeases, "stop_read", lambda self, hold, error: None)
 
 
 @bug
@@ -189,7 +189,7 @@ def lease_never_expires(patch):
 @bug
 def place_kept_for_ever(patch):
     """A consumer that comes first and never again leaves a lease behind."""
-    want = lease_table.LeaseTable.want
+    want = lease_table.LeaseTable.expect
 
     def wanted(self, token, now):
         known = token in self._live
@@ -197,7 +197,7 @@ def place_kept_for_ever(patch):
         if not known and token in self._live:
             self._timers.cancel(token)
 
-    patch(lease_table.LeaseTable, "want", wanted)
+    patch(lease_table.LeaseTable, "expect", wanted)
 
 
 @bug
@@ -227,7 +227,7 @@ def expiry_not_told(patch):
 @bug
 def device_not_waited_for(patch):
     """Blocks count as complete before the device has written them."""
-    patch(deferred.Gate, "then", lambda self, token, after, act, now, **_: act(now))
+    patch(deferred.DeferredSteps, "then", lambda self, token, after, act, now, **_: act(now))
 
 
 @bug
@@ -295,49 +295,49 @@ def slot_lent_twice(patch):
 @bug
 def restarted_producer_not_noticed(patch):
     """Grants of a process that is gone are taken for those of the one in its place."""
-    patch(held_leases.Holds, "lost", lambda self, peer, now: None)
-    patch(held_lease.Hold, "mistake", lambda self, claim: None)
+    patch(held_leases.HeldLeases, "lost", lambda self, peer, now: None)
+    patch(held_lease.HeldLease, "mistake", lambda self, claim: None)
     patch(read_task.Leg, "_read_cell", _unfenced)
 
 
 @bug
 def peers_never_forgotten(patch):
     """Whom nothing is asked of any more is remembered for ever."""
-    patch(peers.Acquaintances, "tick", lambda self, now: None)
-    patch(peers.Acquaintances, "next_deadline", lambda self: None)
+    patch(peers.Peers, "tick", lambda self, now: None)
+    patch(peers.Peers, "next_deadline", lambda self: None)
 
 
 @bug
 def settling_not_repeated(patch):
     """Who does not hear that a lease is settled is not told again, and waits for its end."""
-    patch(held_leases.Holds, "_ask_all", lambda self, hold, now: None)
+    patch(held_leases.HeldLeases, "_ask_all", lambda self, hold, now: None)
 
 
 @bug
 def fault_in_the_control_thread(patch):
     """A fault of ours is survived, and nobody would know."""
-    pump = held_leases.Holds.pump
+    pump = held_leases.HeldLeases.advance
 
     def faulty(self, hold, now):
         if len(self.by_token) > 3:
             raise PlantedError(len(self.by_token))
         pump(self, hold, now)
 
-    patch(held_leases.Holds, "pump", faulty)
+    patch(held_leases.HeldLeases, "advance", faulty)
 
 
 @bug
 def hold_never_ends(patch):
     """A lease that is held and never read is renewed for ever."""
-    begin = held_leases.Holds.acquire
+    begin = held_leases.HeldLeases.acquire
 
     def for_ever(self, ref, now):
         held = begin(self, ref, now)
-        if held.transfer is None and held.state is held_lease.HoldState.WAITING:
+        if held.transfer is None and held.state is held_lease.HeldLeaseState.WAITING:
             held.deadline = now + 1e9
         return held
 
-    patch(held_leases.Holds, "acquire", for_ever)
+    patch(held_leases.HeldLeases, "acquire", for_ever)
 
 
 @bug
@@ -380,24 +380,28 @@ def clock_of_the_control_thread_is_behind(patch):
 @bug
 def renewals_by_the_producers_clock(patch):
     """A lease is renewed when a third of its producer's time of day has passed, and not of its length."""
-    patch(held_lease.Claim, "renew_at", lambda self, now: now + 1e5 / 3)
+    patch(held_lease.RankLease, "renew_at", lambda self, now: now + 1e5 / 3)
 
 
 @bug
 def one_rank_settles_for_all(patch):
     """The first rank of a consumer that has read its share gives the blocks of all back."""
-    settle = lease_table.LeaseTable.settle
+    settle = lease_table.LeaseTable.release
 
     def settled(self, token, holder, *, read):
         return settle(self, token, holder._replace(world=1), read=read)
 
-    patch(lease_table.LeaseTable, "settle", settled)
+    patch(lease_table.LeaseTable, "release", settled)
 
 
 @bug
 def one_rank_grants_for_all(patch):
     """What one rank of a producer has granted counts as granted by all."""
-    patch(held_lease.Hold, "readable", property(lambda self: any(claim.grant is not None for claim in self.claims)))
+    patch(
+        held_lease.HeldLease,
+        "readable",
+        property(lambda self: any(rank_lease.grant is not None for rank_lease in self.rank_leases)),
+    )
 
 
 @bug
@@ -437,8 +441,8 @@ def slot_given_back_while_it_is_packed(patch):
 @bug
 def device_failure_at_the_producer_ignored(patch):
     """Blocks that a device has failed to write are offered all the same."""
-    init = deferred.Gate.__init__
-    patch(deferred.Gate, "__init__", lambda self, failed: init(self, lambda token, why: None))
+    init = deferred.DeferredSteps.__init__
+    patch(deferred.DeferredSteps, "__init__", lambda self, failed: init(self, lambda token, why: None))
 
 
 @bug

@@ -87,7 +87,7 @@ def test_everything_is_behind_what_the_device_was_asked_for():
         return made[-1]
 
     worker = KvxferWorker([endpoint], in_groups([["a"], ["b"]]), mark)
-    first, second, third = (LeaseRef.mint(owner="P", addresses=["tcp://p:1"]) for _ in range(3))
+    first, second, third = (LeaseRef.mint(producer="P", addresses=["tcp://p:1"]) for _ in range(3))
     worker.follow(KvxferMetadata(seal=[Seal(first, [[7, 8]], [1])]))
     assert made == []
     worker.layer_computed("a")

@@ -26,7 +26,7 @@ class Scene:
         for rank in self.ranks:
             rank.automatic = False
         self.worker = KvxferWorker(self.ranks)
-        self.lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
+        self.lease = LeaseRef.mint(producer="P", addresses=["tcp://p:1"])
 
     def read(self):
         self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [HeldBlocks([7, 8])], 0)]))
@@ -179,7 +179,7 @@ def test_caches_that_were_replaced(scene):
     """If the engine has made other caches, leases of the old ones end, and loads into them fail when they are over."""
     turns = Turns()
     scene.worker = KvxferWorker(scene.ranks, turns=turns)
-    sent = LeaseRef.mint(owner="D", addresses=["tcp://d:1"])
+    sent = LeaseRef.mint(producer="D", addresses=["tcp://d:1"])
     scene.worker.follow(KvxferMetadata(announce=[sent], offer=[Offer("s", sent, [HeldBlocks([1])])]))
     scene.read()
     assert scene.loaded() == (set(), set())

@@ -42,7 +42,7 @@ def test_steps_of_a_worker(blocks):
         with Intruder() as intruder:
             for number in range(30):
                 name = str(number)
-                ref = LeaseRef.mint(owner=endpoints[0].name, addresses=[endpoints[0].address])
+                ref = LeaseRef.mint(producer=endpoints[0].name, addresses=[endpoints[0].address])
                 step(producer, announce=[ref], seal=[Seal(ref, [source[:-5]], [0])])
                 step(consumer, hold=[ref])
                 step(producer, offer=[Offer(name, ref, [HeldBlocks(source)])])

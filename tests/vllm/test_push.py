@@ -137,7 +137,7 @@ def test_layers_in_any_order_and_again():
     """A part is told complete when the last of its layers is, whichever that is; what is no layer of ours changes nothing."""
     endpoint = ScriptedEndpoint()
     worker = KvxferWorker([endpoint], in_groups([["a", "b"], ["c"]]))
-    lease = LeaseRef.mint(owner="P", addresses=["tcp://p:1"])
+    lease = LeaseRef.mint(producer="P", addresses=["tcp://p:1"])
 
     def step(*names):
         worker.follow(KvxferMetadata(seal=[Seal(lease, [[7, 8, 9]], [1])]))

@@ -132,7 +132,7 @@ def test_offer_that_fails_frees_the_blocks():
     endpoint = ScriptedEndpoint()
     endpoint.raises["publish"] = RuntimeError("no")
     worker = KvxferWorker([endpoint])
-    lease = LeaseRef.mint(owner="P", addresses=["tcp://h:1"])
+    lease = LeaseRef.mint(producer="P", addresses=["tcp://h:1"])
     worker.follow(KvxferMetadata(announce=[lease], offer=[Offer("r", lease, [1])]))
     assert worker.results().finished_sending == {"r"}
     assert worker.results().finished_sending == set()

@@ -325,7 +325,7 @@ def test_every_byte(source, target, request, monkeypatch):
     wanted = [each.copy() for each in far.content]
     for here, there in zip(near.content, wanted, strict=True):
         there[into] = here[blocks].reshape(len(into), target[2], HEADS, -1)
-    lease = LeaseRef.mint(owner="P", addresses=near.addresses, num_tokens=64)
+    lease = LeaseRef.mint(producer="P", addresses=near.addresses, num_tokens=64)
     near.step(announce=[lease])
     near.step(offer=[Offer("p", lease, [HeldBlocks(blocks)])])
     loaded = far.step(read=[Read("d", lease, [HeldBlocks(into)], 0)])

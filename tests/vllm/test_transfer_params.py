@@ -43,7 +43,7 @@ json_values = st.recursive(
 
 def good(**changes):
     """Parameters as a producer answers them, changed; ... removes a key."""
-    lease = LeaseRef.mint(owner="P", addresses=["tcp://127.0.0.1:5600"], request="p", num_tokens=40, digest="d")
+    lease = LeaseRef.mint(producer="P", addresses=["tcp://127.0.0.1:5600"], request="p", num_tokens=40, digest="d")
     params = response(lease, [[4, 9]], host="127.0.0.1", port=5600, tp_size=1) | changes
     return {key: value for key, value in params.items() if value is not ...}
 

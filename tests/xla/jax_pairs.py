@@ -27,7 +27,9 @@ import numpy as np
 from kvxfer import Endpoint, KVCache
 from kvxfer.config import Settings
 
-SETTINGS = Settings(staging_nbytes=1 << 16, retry_s=0.1, lease_s=20.0, peer_timeout_s=20.0, read_timeout_s=60.0)
+SETTINGS = Settings(
+    staging_nbytes=1 << 16, retry_interval_s=0.1, lease_s=20.0, peer_timeout_s=20.0, read_timeout_s=60.0
+)
 LAYERS, HEADS, HEAD_DIM = 2, 2, 8
 SHAPES = (("NHD", 16, 4), ("HND", 16, 4), ("NHD", 8, 8), ("HND", 32, 2))
 REQUESTS = 4

@@ -53,7 +53,7 @@ class Engine:
         return [array if self.order == "NHD" else array.transpose(0, 2, 1, 3) for array in found]
 
     def lease(self, blocks):
-        ref = LeaseRef.mint(owner=self.name, addresses=[endpoint.address for endpoint in self.endpoints])
+        ref = LeaseRef.mint(producer=self.name, addresses=[endpoint.address for endpoint in self.endpoints])
         for endpoint in self.endpoints:
             endpoint.announce(ref)
             endpoint.publish(ref, blocks)

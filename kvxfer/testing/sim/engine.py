@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.lease_table import Holder
+    from kvxfer.protocol.lease_table import ConsumerRank
     from kvxfer.protocol.transfer import Event, Transfer
     from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, float] = {
     "lease_s": 6.0,
-    "announce_s": 20.0,
+    "announce_timeout_s": 20.0,
     "rendezvous_timeout_s": 5.0,
     "read_timeout_s": 10.0,
     "peer_timeout_s": 4.0,
-    "hold_s": 15.0,
+    "unread_lease_s": 15.0,
     "idle_peer_s": 30.0,
     "quarantine_s": 0.5,
-    "contact_s": 2.0,
+    "contact_timeout_s": 2.0,
     "max_leases": 64,
     "staging_nbytes": 1 << 15,
 }
@@ -58,7 +58,7 @@ polling costs, and the time of an agent that cannot be made again at once."""
 
 
 _RENEWAL_PAUSE = 8.0
-"""Times ``contact_s``: for the sake of silent peers an agent is not made anew more often than that."""
+"""Times ``contact_timeout_s``: for the sake of silent peers an agent is not made anew more often than that."""
 
 
 @dataclass(eq=False)
@@ -118,7 +118,7 @@ class Rank:
         self.memory: RankMemory = RankMemory(self.process, engine.shape, number)
         self.shadow: Array = self.memory.read(range(engine.shape.blocks))
         self.reads: dict[Transfer, Overdue] = {}
-        self._hoards: dict[Holder, float] = {}
+        self._hoards: dict[ConsumerRank, float] = {}
         self._began = self.process.now()
 
         def make_agent(name: str) -> VirtualAgent:
@@ -161,7 +161,7 @@ class Rank:
         if max(self._hoards.values(), default=0.0) > HOARD_S:
             self.engine.story.fail("slots kept", f"readers keep slots of {self.process.name} for which others wait")
         renewed = self.endpoint.metrics.value("kvxfer_contacts_total", outcome="renewed")
-        if renewed > 1 + (self.process.now() - self._began) / (_RENEWAL_PAUSE * SETTINGS["contact_s"]):
+        if renewed > 1 + (self.process.now() - self._began) / (_RENEWAL_PAUSE * SETTINGS["contact_timeout_s"]):
             self.engine.story.fail(
                 "torn down too often",
                 f"{self.process.name} made its agent anew {renewed:g} times for peers that are silent",

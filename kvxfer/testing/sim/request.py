@@ -130,7 +130,7 @@ class Request:
         first = self._both and self._is("knows the first rank only", 0.5)
         addresses = source.addresses[:1] if first else source.addresses
         mint: dict[str, Any] = {
-            "owner": source.ranks[0].endpoint.name,
+            "producer": source.ranks[0].endpoint.name,
             "addresses": addresses,
             "request": self.name,
         }

@@ -111,7 +111,11 @@ class Churn:
         request = self._requests[number] = Request(job, source, None, source.life, both=chance.random() < 0.5)
         if request.both:
             ref = LeaseRef.for_rendezvous(
-                f"{number}", owner=source.name, addresses=[source.address], request=f"{number}", num_tokens=num_tokens
+                f"{number}",
+                producer=source.name,
+                addresses=[source.address],
+                request=f"{number}",
+                num_tokens=num_tokens,
             ).to_json()
             request.job = job = dataclasses.replace(job, ref=ref)
             self._decode(request, sink)
@@ -132,11 +136,13 @@ class Churn:
             request.decoded = "decoder away"
             self.report.decoded["decoder away"] += 1
             return
-        hold_s = chance.uniform(0.0, 2.0) if chance.random() < 0.3 else 0.0
+        unread_lease_s = chance.uniform(0.0, 2.0) if chance.random() < 0.3 else 0.0
         skip = chance.randrange(request.job.num_tokens) if chance.random() < 0.3 else 0
-        job = dataclasses.replace(request.job, hold_s=hold_s, skip=skip, timeout_s=SETTINGS["read_timeout_s"])
+        job = dataclasses.replace(
+            request.job, unread_lease_s=unread_lease_s, skip=skip, timeout_s=SETTINGS["read_timeout_s"]
+        )
         request.sink_life, request.frozen_s = sink.life, sink.frozen_s
-        request.ends_by = time.monotonic() + hold_s + job.timeout_s + _MARGIN_S
+        request.ends_by = time.monotonic() + unread_lease_s + job.timeout_s + _MARGIN_S
         sink.order("decode", job)
 
     def _disturb(self) -> None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from kvxfer.protocol.transfer import Event, Transfer
 
 SETTINGS: dict[str, Any] = {
-    "lease_s": 4.0, "announce_s": 20.0, "rendezvous_timeout_s": 3.0, "read_timeout_s": 8.0, "peer_timeout_s": 5.0, "hold_s": 6.0,
-    "retry_s": 0.2, "quarantine_s": 0.5, "idle_peer_s": 8.0, "staging_nbytes": 1 << 20,
+    "lease_s": 4.0, "announce_timeout_s": 20.0, "rendezvous_timeout_s": 3.0, "read_timeout_s": 8.0, "peer_timeout_s": 5.0, "unread_lease_s": 6.0,
+    "retry_interval_s": 0.2, "quarantine_s": 0.5, "idle_peer_s": 8.0, "staging_nbytes": 1 << 20,
 }  # fmt: skip
 """Short, so that each deadline passes many times."""
 _SECRET = Secret(b"known to every engine of a soak")
@@ -60,7 +60,7 @@ class Job:
         seed: what its KV is, see `kvxfer.testing.soak.memory.content`.
         ref: for the decoder the lease, as JSON; for the prefiller that of a request that both are told of at once.
         pieces: prefill takes so many steps of ``step_s``; all blocks but those of the last one are sealed on the way.
-        hold_s: the decoder holds the lease so long before it reads.
+        unread_lease_s: the decoder holds the lease so long before it reads.
         skip: tokens that the decoder has already.
         timeout_s: of the read.
     """
@@ -71,7 +71,7 @@ class Job:
     ref: str = ""
     pieces: int = 1
     step_s: float = 0.0
-    hold_s: float = 0.0
+    unread_lease_s: float = 0.0
     skip: int = 0
     timeout_s: float = 8.0
 
@@ -158,10 +158,10 @@ class Resident:
     def decode(self, job: Job) -> None:
         """Hold a lease if that is wanted, and read it."""
         decode = _Decode(job, LeaseRef.from_json(job.ref))
-        if job.hold_s:
+        if job.unread_lease_s:
             self._endpoint.acquire(decode.ref)
         self._held[job.number] = decode
-        self._after(job.hold_s, lambda: self._read(decode))
+        self._after(job.unread_lease_s, lambda: self._read(decode))
 
     def abort(self, number: int) -> None:
         """The client of this request has gone."""

@@ -57,7 +57,7 @@ def reads(world, consumer, producer):
 
 
 def lease_of(owner):
-    return LeaseRef.mint(owner=owner, addresses=[LIAR])
+    return LeaseRef.mint(producer=owner, addresses=[LIAR])
 
 
 def test_an_agent_of_another_name_is_refused(world, honest, consumer):
@@ -191,7 +191,7 @@ def test_honest_reads_go_on(how):
     assert target.read(source.endpoint.lease([1]), [1]).wait(30)
     liar = Liar(answers)
     try:
-        target.acquire(LeaseRef.mint(owner=theirs.name, addresses=[liar.address]))
+        target.acquire(LeaseRef.mint(producer=theirs.name, addresses=[liar.address]))
         done = 0
         while done < 100 or liar.said < 200:
             assert target.read(source.endpoint.lease([1]), [1]).wait(30)

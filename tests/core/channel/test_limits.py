@@ -213,7 +213,7 @@ WITH_SECRET = "sixteen bytes at least, and here are more"
 )
 def test_a_peer_gone_mad(engines, secret, kind):
     """One process says as much as it can and hears nothing: the one beside it meets, renews and reads in time, and memory stays."""
-    settings = Settings(lease_s=1.5, retry_s=0.1, read_timeout_s=30.0)
+    settings = Settings(lease_s=1.5, retry_interval_s=0.1, read_timeout_s=30.0)
     shared = {"settings": settings, "secret": SECRET if secret else None}
     source, sink = engines(**shared), engines(**shared)
     rss = psutil.Process().memory_info().rss
@@ -282,7 +282,7 @@ def connections_of(engine):
 @pytest.mark.parametrize("most", [64, 4096], ids=["too many", "allowed"])
 def test_two_thousand_idle_connections(engines, many_descriptors, said, most):
     """Two thousand connections that stay and say nothing: an honest peer is served, and of more than allowed the rest is shut."""
-    settings = Settings(lease_s=1.0, retry_s=0.1, read_timeout_s=30.0, max_connections=most)
+    settings = Settings(lease_s=1.0, retry_interval_s=0.1, read_timeout_s=30.0, max_connections=most)
     source, sink = engines(settings=settings), engines(settings=settings)
     assert sink.endpoint.read(source.endpoint.lease([1]), [1]).wait(30)  # it was there before them
     idle = [raw(source, said, close=False) for _ in range(2000)]
@@ -301,7 +301,7 @@ def test_two_thousand_idle_connections(engines, many_descriptors, said, most):
 
 def test_connections_that_come_and_go(engines):
     """Who connects and hangs up as fast as it can for two seconds leaves no descriptor behind and nobody unserved."""
-    settings = Settings(lease_s=1.0, retry_s=0.1, read_timeout_s=30.0, max_connections=16)
+    settings = Settings(lease_s=1.0, retry_interval_s=0.1, read_timeout_s=30.0, max_connections=16)
     source, sink = engines(settings=settings), engines(settings=settings)
     before = psutil.Process().num_fds()
     until = time.monotonic() + 2
@@ -381,12 +381,15 @@ def test_a_producer_that_floods(engines):
 
     from kvxfer.protocol.lease_ref import LeaseRef
 
-    source, sink = engines(), engines(settings=Settings(max_messages_per_s=200, retry_s=0.1, read_timeout_s=30.0))
+    source, sink = (
+        engines(),
+        engines(settings=Settings(max_messages_per_s=200, retry_interval_s=0.1, read_timeout_s=30.0)),
+    )
     with zmq.Context() as context, context.socket(zmq.ROUTER) as liar:
         liar.setsockopt(zmq.LINGER, 0)
         number = liar.bind_to_random_port("tcp://127.0.0.1")
         transfer = sink.endpoint.read(
-            LeaseRef.mint(owner="liar", addresses=[f"tcp://127.0.0.1:{number}"]), [1], timeout_s=2
+            LeaseRef.mint(producer="liar", addresses=[f"tcp://127.0.0.1:{number}"]), [1], timeout_s=2
         )
         answer = messages.encode(messages.Renewed(ended=[]))
         while not transfer.done:

@@ -63,7 +63,7 @@ def test_a_read_of_a_dead_address_fails_at_once(free_port):
     try:
         for _ in range(2):
             begin = time.monotonic()
-            ref = LeaseRef.mint(owner="gone", addresses=[f"tcp://127.0.0.1:{free_port}"])
+            ref = LeaseRef.mint(producer="gone", addresses=[f"tcp://127.0.0.1:{free_port}"])
             with pytest.raises(PeerTimeoutError, match="nobody listens"):
                 sink.endpoint.read(ref, [1]).wait(30)
             assert time.monotonic() - begin < 5.0  # about 0.7 s on a machine that is not busy; peer_timeout_s is 15
@@ -75,7 +75,7 @@ def test_a_shared_lease_waits_for_its_producer(free_port):
     """A reference that both sides make for themselves may be earlier than its producer: it waits until somebody listens."""
     sink = Engine(2, settings=Settings())
     try:
-        ref = LeaseRef.for_rendezvous("both know this", owner="later", addresses=[f"tcp://127.0.0.1:{free_port}"])
+        ref = LeaseRef.for_rendezvous("both know this", producer="later", addresses=[f"tcp://127.0.0.1:{free_port}"])
         transfer = sink.endpoint.read(ref, [1])
         assert not transfer.wait(2.0)
         assert not transfer.done

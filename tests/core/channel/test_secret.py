@@ -22,7 +22,7 @@ from kvxfer.errors import ConfigError, PeerTimeoutError
 from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import PackKey, SendTo, StartPack
-from kvxfer.protocol.held_lease import Claim, Hold
+from kvxfer.protocol.held_lease import HeldLease, RankLease
 from kvxfer.protocol.lease_table import Lease
 from kvxfer.protocol.peer import Peer
 from kvxfer.secret import KeyPair
@@ -32,7 +32,7 @@ from tests.core.protocol.virtual import small_cache
 
 TEXT = b"what all servers of this fleet know"
 OURS, THEIRS = Secret(TEXT), Secret(b"what another fleet's servers know")
-BRISK = Settings(lease_s=5.0, peer_timeout_s=0.6, read_timeout_s=30.0, retry_s=0.1)
+BRISK = Settings(lease_s=5.0, peer_timeout_s=0.6, read_timeout_s=30.0, retry_interval_s=0.1)
 
 
 @pytest.fixture
@@ -111,13 +111,13 @@ def test_tokens_are_not_shown():
     """What holds the token of a lease that lives does not show it, to people, to logs or to rich."""
     token = "0123456789abcdef" * 2
     grant = messages.Grant(token=token, blocks=[b""], cell=1, check=bytes(16), ttl_s=1.0)
-    ref = LeaseRef.for_rendezvous("key", owner="x", addresses=["tcp://x:1"])
+    ref = LeaseRef.for_rendezvous("key", producer="x", addresses=["tcp://x:1"])
     peer = Peer("tcp://x:1", 0)
     peer.needed_by[token] = None
     stage = messages.StageChunk(token=token, number=0, layout=messages.encode_spec(small_cache().spec), tokens=(0, 1))
     holds = [
         grant, messages.Renew(tokens=[token]), messages.Renewed(ended=[token]), messages.Release(token=token, read=True), stage, ref,
-        Claim(peer, grant), Hold(ref, 0.0, 1.0, [Claim(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),
+        RankLease(peer, grant), HeldLease(ref, 0.0, 1.0, [RankLease(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),
         SendTo("tcp://x:1", grant), StartPack(PackKey(token, 0), 0, small_cache().spec, (0, 1), []),
     ]  # fmt: skip
     for each in holds:
@@ -236,7 +236,7 @@ def test_a_wiretap(engines, secret):
     """With a secret nothing of a lease or a cache can be read off the wire, and to say it all again has no effect."""
     source, sink = engines(secret), engines(secret)
     tap = Wiretap(source.endpoint.address)
-    ref = source.endpoint.announce(LeaseRef.mint(owner=source.endpoint.name, addresses=[tap.address]))
+    ref = source.endpoint.announce(LeaseRef.mint(producer=source.endpoint.name, addresses=[tap.address]))
     source.endpoint.publish(ref, [1, 2])
     assert sink.endpoint.read(ref, [3, 4]).wait(30) and sink.blocks(3, 4) == source.blocks(1, 2)
     assert source.end(ref).read
@@ -261,7 +261,7 @@ def test_a_wiretap(engines, secret):
 
 def test_the_token_of_a_request_that_both_were_told_of():
     """With a secret the token cannot be made from what a router, a client and a log may know of the request."""
-    known = {"key": "transfer-1", "owner": "P", "addresses": ["tcp://p:1"], "num_tokens": 7, "digest": "d"}
+    known = {"key": "transfer-1", "producer": "P", "addresses": ["tcp://p:1"], "num_tokens": 7, "digest": "d"}
     tokens = {LeaseRef.for_rendezvous(**known, secret=secret).token for secret in (None, OURS, THEIRS)}
     assert len(tokens) == 3 and LeaseRef.for_rendezvous(**known, secret=Secret(TEXT)).token in tokens
 

@@ -151,7 +151,7 @@ def test_calls_of_an_engine(request_blocks):
         Intruder() as intruder,
     ):
         for round_ in range(60):
-            ref = LeaseRef.mint(owner=producer.name, addresses=[producer.address])
+            ref = LeaseRef.mint(producer=producer.name, addresses=[producer.address])
             calls = {
                 "announce": lambda ref=ref: producer.announce(ref),
                 "seal": lambda ref=ref: producer.publish(ref, source[:-5], complete=False),

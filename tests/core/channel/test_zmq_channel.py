@@ -230,7 +230,7 @@ def test_a_producer_that_answers_garbage(answer):
         from kvxfer.protocol.lease_ref import LeaseRef
 
         transfer = sink.endpoint.read(
-            LeaseRef.mint(owner="liar", addresses=[f"tcp://127.0.0.1:{number}"]), [1], timeout_s=1.5
+            LeaseRef.mint(producer="liar", addresses=[f"tcp://127.0.0.1:{number}"]), [1], timeout_s=1.5
         )
         deadline = time.monotonic() + 5
         while not transfer.done and time.monotonic() < deadline:

@@ -16,7 +16,7 @@ from tests.core.engine import ROUTES
 from tests.core.planner.pairs import pair_cases
 from tests.core.planner.test_any_pair import bound, carry_out, interpret, matched
 
-SMALL = Settings(staging_nbytes=1 << 18, retry_s=0.1)
+SMALL = Settings(staging_nbytes=1 << 18, retry_interval_s=0.1)
 TOKENS, HEADS, CONTENT = 16, 2, 4
 FEW = settings(max_examples=max(40, settings.default.max_examples // 4))
 

@@ -63,13 +63,13 @@ def test_verify_compares_no_head_that_another_source_has_not_brought_yet():
     rng = np.random.default_rng(1)
     there = rng.integers(0, 1 << 16, (4, 8, 3, 4, 8)).astype(np.uint16)
     here = np.zeros_like(there)
-    quick = Settings(retry_s=0.1)
+    quick = Settings(retry_interval_s=0.1)
     with contextlib.ExitStack() as stack:
         ranks = [heads_of(there, 0, 3, 0), heads_of(there, 1, 2, 1)]
         producers = [stack.enter_context(Endpoint(each, "inproc", name="P", settings=quick)) for each in ranks]
         target = KVCache.from_layers({f"layers.{i}": here[i] for i in range(4)}, heads_total=3)
         consumer = stack.enter_context(Endpoint(target, "inproc", settings=quick))
-        ref = LeaseRef.mint(owner="P", addresses=[each.address for each in producers], request="r")
+        ref = LeaseRef.mint(producer="P", addresses=[each.address for each in producers], request="r")
         for each in producers:
             each.announce(ref)
         transfer = consumer.read(ref, [4, 5, 6], verify=True, timeout_s=30)
@@ -78,7 +78,7 @@ def test_verify_compares_no_head_that_another_source_has_not_brought_yet():
         eventually(lambda: np.array_equal(here[:, 6, 0], there[:, 3, 0]))
         # Other reads, asked to verify as well, end after what rank 0 gave to the first was compared, and compared in halves.
         for i in range(12):
-            other = LeaseRef.mint(owner="P", addresses=[each.address for each in producers], request=f"other {i}")
+            other = LeaseRef.mint(producer="P", addresses=[each.address for each in producers], request=f"other {i}")
             for each in producers:
                 each.announce(other)
                 each.publish(other, [7])

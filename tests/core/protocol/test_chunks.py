@@ -233,7 +233,7 @@ def test_nobody_spins_for_chunks(world, producer, consumer):
     world.advance(1)
     before = consumer.ticks
     world.advance(20)
-    assert consumer.ticks - before <= 20 * 8 and len(consumer.consumer._holds._timers) <= 31
+    assert consumer.ticks - before <= 20 * 8 and len(consumer.consumer._held._timers) <= 31
 
 
 def test_the_agent_is_replaced_under_a_packed_read(world, producer, consumer):
@@ -274,7 +274,7 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     ref, transfer = waiting(world, producer, consumer, timeout_s=5)
     producer.answers = False
     world.advance(6)
-    assert transfer.done and consumer.holds
+    assert transfer.done and consumer.held_leases
     stages, unstages = len(said(consumer, messages.StageChunk)), len(said(consumer, messages.ReleaseChunks))
     message = messages.StageChunk(token=ref.token, number=9, layout=messages.encode_spec(consumer.spec), tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)
@@ -302,8 +302,8 @@ def test_one_rank_of_two_owes_its_chunks(world, silent):
 
 
 def test_settings_of_retries(world, producer):
-    """How often is asked is retry_s."""
-    consumer = world.node("consumer", settings=Settings(retry_s=2.0))
+    """How often is asked is retry_interval_s."""
+    consumer = world.node("consumer", settings=Settings(retry_interval_s=2.0))
     waiting(world, producer, consumer)
     world.advance(10)
     assert len(said(consumer, messages.StageChunk)) == 6

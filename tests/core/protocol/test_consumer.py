@@ -92,8 +92,8 @@ def test_a_renewal_that_is_found_due_between_ticks_is_sent_at_once(world, produc
 
 
 def test_a_hold_nobody_reads_is_dropped_after_hold_s(world, producer):
-    """A forgotten hold gives the producer its blocks back after hold_s."""
-    consumer = world.node("consumer", settings=Settings(hold_s=50.0))
+    """A forgotten hold gives the producer its blocks back after unread_lease_s."""
+    consumer = world.node("consumer", settings=Settings(unread_lease_s=50.0))
     ref = producer.lease(1)
     consumer.acquire(ref)
     world.advance(49)
@@ -268,7 +268,7 @@ def test_a_held_grant_whose_peer_went_silent(world, producer, consumer):
 
 def test_a_dead_peer_delays_no_other(world, consumer):
     """Reads from living peers end at once while others wait for dead addresses."""
-    dead = [LeaseRef.mint(owner="x", addresses=[f"tcp://dead{i}:1"]) for i in range(20)]
+    dead = [LeaseRef.mint(producer="x", addresses=[f"tcp://dead{i}:1"]) for i in range(20)]
     waiting = [consumer.read(ref, 1) for ref in dead]
     living = [world.node(f"p{i}") for i in range(5)]
     transfers = [consumer.read(p.lease(1), 2 + i) for i, p in enumerate(living)]
@@ -283,7 +283,7 @@ def test_strangers_addresses_are_forgotten_at_once(world, producer, consumer):
     """An address that never became a peer is given up as soon as nothing waits for it; one that did is kept a while."""
     consumer.read(producer.lease(1), 1)
     for i in range(50):
-        consumer.read(LeaseRef.mint(owner="x", addresses=[f"tcp://nobody{i}:1"]), 2, timeout_s=5)
+        consumer.read(LeaseRef.mint(producer="x", addresses=[f"tcp://nobody{i}:1"]), 2, timeout_s=5)
     world.advance(5 + consumer.settings.lease_s + 1)
     assert set(consumer.peers) == {producer.address}
     world.advance(consumer.settings.idle_peer_s)
@@ -330,7 +330,10 @@ def test_each_rank_is_met_at_its_address(world):
     transfer = me.read(source.lease(1), 1)
     world.advance(1)
     assert transfer.error is None and transfer.done
-    assert [(hello.rank, hello.reader, hello.readers) for hello in said(me, messages.Hello)] == [(0, 1, 3), (1, 1, 3)]
+    assert [(hello.rank, hello.consumer_rank, hello.consumer_world) for hello in said(me, messages.Hello)] == [
+        (0, 1, 3),
+        (1, 1, 3),
+    ]
     assert [me.peers[node.address].rank for node in source.nodes] == [0, 1]
 
 
@@ -356,9 +359,9 @@ def test_the_plan_is_made_once(world, producer, consumer):
 
 def test_wrong_identity(world, producer, consumer):
     """A lease of somebody who does not live at the address is refused by name, and later ones of the tenant are read."""
-    stray = LeaseRef.mint(owner="somebody else", addresses=[producer.address])
+    stray = LeaseRef.mint(producer="somebody else", addresses=[producer.address])
     assert code_of(world, consumer, stray) == "identity"
-    assert code_of(world, consumer, LeaseRef.mint(owner="third", addresses=[producer.address])) == "identity"
+    assert code_of(world, consumer, LeaseRef.mint(producer="third", addresses=[producer.address])) == "identity"
     transfer = consumer.read(producer.lease(1), 1)
     world.advance(1)
     assert transfer.done and transfer.error is None
@@ -401,7 +404,7 @@ def test_an_incompatible_cache(world, consumer, axis, cache):
 
 def test_an_address_that_cannot_be_connected_to(world, consumer):
     """What the control channel cannot even dial fails the reads that wait for it, at once."""
-    ref = LeaseRef.mint(owner="x", addresses=["tcp://x:1"])
+    ref = LeaseRef.mint(producer="x", addresses=["tcp://x:1"])
     transfer = consumer.read(ref, 1)
     consumer.consumer.unreachable("tcp://x:1", "no such thing", world.now)
     assert isinstance(transfer.error, HandshakeError) and transfer.error.code == "address"
@@ -452,7 +455,7 @@ def test_restarted_while_settling(world, producer, consumer):
     assert transfer.error is None
     world.restart(producer)
     world.advance(2)
-    assert not consumer.holds
+    assert not consumer.held_leases
 
 
 def test_a_stale_epoch_is_refused_by_name(world, producer, consumer):
@@ -628,7 +631,7 @@ def test_nobody_spins(world, producer, consumer, what):
     before = consumer.ticks
     world.advance(20)
     assert consumer.ticks - before <= 20 * 8
-    timers = consumer.consumer._holds._timers
+    timers = consumer.consumer._held._timers
     assert len(timers) <= 10 and len(timers._heap) < 100
 
 
@@ -638,7 +641,7 @@ def test_timers_do_not_grow_with_reads(world, producer, consumer):
         consumer.read(producer.lease(i % 32), i % 32)
         world.advance(0.05)
     for node in (consumer, producer):
-        for timers in (node.consumer._holds._timers, node.consumer._peers._retirements, node.table._timers):
+        for timers in (node.consumer._held._timers, node.consumer._peers._retirements, node.table._timers):
             assert len(timers) <= 2 and len(timers._heap) < 200
 
 
@@ -721,7 +724,7 @@ def test_words_of_a_peer_are_printable(world, producer, consumer):
         transfer.error
     )
     for number in range(30):
-        stranger = LeaseRef.mint(owner="x", addresses=[f"tcp://nobody:{number + 1}"])
+        stranger = LeaseRef.mint(producer="x", addresses=[f"tcp://nobody:{number + 1}"])
         failing = consumer.read(stranger, 2)
         refused = messages.Refused(code=f"code\n{number}", reason="no\nreason", epoch="e")
         consumer.consumer.received(stranger.addresses[0], refused, world.now)

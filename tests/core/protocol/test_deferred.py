@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from kvxfer.protocol.deferred import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Gate
+from kvxfer.protocol.deferred import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, DeferredSteps
 
 
 class Event:
@@ -36,7 +36,7 @@ def told():
 
 @pytest.fixture
 def gate(told):
-    return Gate(lambda token, why: told.append((token, why)))
+    return DeferredSteps(lambda token, why: told.append((token, why)))
 
 
 def run(gate, until, now=0.0):

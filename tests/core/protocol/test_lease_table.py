@@ -12,11 +12,11 @@ from kvxfer.config import Settings
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import Holder, LeaseState, LeaseTable
+from kvxfer.protocol.lease_table import ConsumerRank, LeaseState, LeaseTable
 
-ME, OTHER = Holder("me", "my epoch"), Holder("other", "another epoch")
+ME, OTHER = ConsumerRank("me", "my epoch"), ConsumerRank("other", "another epoch")
 T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
-SETTINGS = Settings(lease_s=30.0, announce_s=100.0)
+SETTINGS = Settings(lease_s=30.0, announce_timeout_s=100.0)
 
 
 @pytest.fixture
@@ -43,11 +43,11 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     table.announce(T1, "r", 0)
     assert free(board)
     lease = table.publish(T1, [b"1234"], 5)
-    assert lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
+    assert lease.state is LeaseState.READY and cell(board, lease) == lease.check
     assert table.open(T1, ME, 6) is lease
-    assert lease.state is LeaseState.ACTIVE
-    assert table.settle(T1, ME, read=True) == (True, lease)
-    assert lease.state is LeaseState.SETTLED and lease.read and free(board) and len(table) == 0
+    assert lease.state is LeaseState.IN_USE
+    assert table.release(T1, ME, read=True) == (True, lease)
+    assert lease.state is LeaseState.RELEASED and lease.read and free(board) and len(table) == 0
     assert table.next_deadline() is None
 
 
@@ -57,7 +57,7 @@ def test_opened_before_it_is_offered(table):
     assert table.open(T1, ME, 1).state is LeaseState.ANNOUNCED
     assert table.expire(99.9) == []
     lease = table.publish(T1, [], 99.9)
-    assert lease.holders == {0: ME} and lease.deadline == pytest.approx(129.9)
+    assert lease.consumers == {0: ME} and lease.deadline == pytest.approx(129.9)
 
 
 @pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
@@ -140,13 +140,13 @@ def test_revoked_in_any_state(table, board, state):
     assert free(board)
 
 
-@pytest.mark.parametrize("end", ["settle", "revoke", "expire"])
+@pytest.mark.parametrize("end", ["release", "revoke", "expire"])
 def test_an_ended_lease_stays_ended(table, end):
     """Opening and offering it again are refused by name; announcing it again changes nothing."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     {
-        "settle": lambda: table.settle(T1, ME, read=False),
+        "release": lambda: table.release(T1, ME, read=False),
         "revoke": lambda: table.revoke(T1),
         "expire": lambda: table.expire(99),
     }[end]()
@@ -165,18 +165,18 @@ def test_unknown_leases_are_unknown(table):
         table.open(T1, ME, 0)
     with pytest.raises(LeaseUnknownError):
         table.publish(T2, [], 0)
-    assert table.settle(T3, ME, read=True) == (False, None)
+    assert table.release(T3, ME, read=True) == (False, None)
     assert table.request(T3) == "" and len(table) == 0
 
 
 def test_who_was_offered_is_known(table):
     """A lease was offered when `publish` was called, in vain too: its end is told, and no other's."""
     table.announce(T1, "r", 0)
-    assert not table.offered(T1) and not table.offered(T2)
+    assert not table.end_awaited(T1) and not table.end_awaited(T2)
     table.publish(T1, [], 0)
     with pytest.raises(LeaseUnknownError):
         table.publish(T2, [], 0)
-    assert table.offered(T1) and table.offered(T2)
+    assert table.end_awaited(T1) and table.end_awaited(T2)
     with pytest.raises(LeaseEndedError):
         table.open(T2, ME, 1)
 
@@ -184,61 +184,64 @@ def test_who_was_offered_is_known(table):
 def test_sealed_blocks_are_readable_before_the_offer(table, board):
     """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
     table.announce(T1, "r", 0)
-    lease = table.publish_part(T1, [b"1234"], [16])
+    lease = table.publish(T1, [b"1234"], 0, [16], complete=False)
     assert lease.readable and not lease.complete and cell(board, lease) == lease.check
     posted = lease.cell
-    assert table.publish_part(T1, [b"12345678"], [16]) is lease and (lease.blocks, lease.first_tokens) == (
+    assert table.publish(T1, [b"12345678"], 0, [16], complete=False) is lease and (
+        lease.blocks,
+        lease.first_tokens,
+    ) == (
         [b"12345678"],
         [16],
     )
     assert table.publish(T1, [b"123456789abc"], 5, [16]) is lease and lease.complete
     assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
-    with pytest.raises(LeaseError, match="offered before"):
-        table.publish_part(T1, [b"1234"])
+    with pytest.raises(LeaseError, match="published before"):
+        table.publish(T1, [b"1234"], 5, complete=False)
     assert lease.blocks == [b"123456789abc"] and len(board._free) == 3
 
 
 def test_a_place_for_a_consumer_that_comes_first(table, board):
     """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
-    table.want(T1, 0)
+    table.expect(T1, 0)
     lease = table.open(T1, ME, 1)
     assert (
-        lease.state is LeaseState.WANTED
+        lease.state is LeaseState.EXPECTED
         and not lease.readable
         and table.expire(SETTINGS.rendezvous_timeout_s - 0.1) == []
     )
     table.announce(T1, "r", 2)
     assert (lease.state, lease.request, lease.deadline) == (LeaseState.ANNOUNCED, "r", pytest.approx(102.0))
-    assert table.expire(101.9) == [] and table.publish(T1, [b"1234"], 101.9).holders == {0: ME}
+    assert table.expire(101.9) == [] and table.publish(T1, [b"1234"], 101.9).consumers == {0: ME}
 
 
 def test_a_place_is_no_lease(table, board):
     """What was not announced cannot be sealed, nor offered; the offer ends it, and its blocks are the caller's."""
-    table.want(T1, 0)
+    table.expect(T1, 0)
     with pytest.raises(LeaseUnknownError):
-        table.publish_part(T1, [b"1234"])
+        table.publish(T1, [b"1234"], 5, complete=False)
     with pytest.raises(LeaseUnknownError):
         table.publish(T1, [b"1234"], 1)
-    assert free(board) and len(table) == 0 and table.offered(T1)
+    assert free(board) and len(table) == 0 and table.end_awaited(T1)
 
 
 def test_places_are_few(board):
     """At most ``max_leases`` are kept for consumers that came first; the one that was asked for longest ago makes room."""
     table = LeaseTable(Settings(max_leases=2, rendezvous_timeout_s=3.0), board)
     for token in (T1, T2, T1):
-        table.want(token, 0)
-    table.want(T3, 0)
+        table.expect(token, 0)
+    table.expect(T3, 0)
     assert table.get(T2) is None and table.get(T1) is not None and table.get(T3) is not None
     table.announce(T1, "r", 0)
-    table.want(T2, 1)
+    table.expect(T2, 1)
     assert [lease.token for lease in table.expire(3.0)] == [T3] and len(table) == 2
-    table.want(T3, 3.0)  # it has ended: no place is kept for it
+    table.expect(T3, 3.0)  # it has ended: no place is kept for it
     assert table.get(T3) is None
 
 
 def test_who_settles_first_of_all(table, board):
     """A lease that its consumer has settled before it was known here is not offered any more."""
-    assert table.settle(T1, ME, read=False) == (False, None)
+    assert table.release(T1, ME, read=False) == (False, None)
     table.announce(T1, "r", 0)
     with pytest.raises(LeaseEndedError):
         table.publish(T1, [b"1234"], 1)
@@ -253,7 +256,7 @@ def test_taken_by_one_consumer(table):
     table.open(T1, ME, 1)
     with pytest.raises(LeaseError, match="another consumer"):
         table.open(T1, OTHER, 1)
-    assert table.settle(T1, OTHER, read=True) == (False, None)
+    assert table.release(T1, OTHER, read=True) == (False, None)
     assert len(table) == 1
 
 
@@ -261,9 +264,9 @@ def test_settling_again_gives_the_same_answer(table):
     """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
-    assert table.settle(T1, ME, read=True)[0]
-    assert table.settle(T1, ME, read=True) == (True, None)
-    assert table.settle(T1, OTHER, read=True) == (False, None)
+    assert table.release(T1, ME, read=True)[0]
+    assert table.release(T1, ME, read=True) == (True, None)
+    assert table.release(T1, OTHER, read=True) == (False, None)
 
 
 def test_settling_after_expiry_did_not_stand(table):
@@ -272,7 +275,7 @@ def test_settling_after_expiry_did_not_stand(table):
     table.publish(T1, [], 0)
     table.open(T1, ME, 0)
     table.expire(30)
-    assert table.settle(T1, ME, read=True) == (False, None)
+    assert table.release(T1, ME, read=True) == (False, None)
 
 
 def test_a_second_offer_changes_nothing(table, board):
@@ -281,7 +284,7 @@ def test_a_second_offer_changes_nothing(table, board):
     lease = table.publish(T1, [b"1111"], 0)
     with pytest.raises(LeaseError, match="before"):
         table.publish(T1, [b"2222"], 1)
-    assert lease.blocks == [b"1111"] and lease.state is LeaseState.OPEN and cell(board, lease) == lease.check
+    assert lease.blocks == [b"1111"] and lease.state is LeaseState.READY and cell(board, lease) == lease.check
 
 
 def test_a_full_board_ends_the_lease(table, board):
@@ -315,7 +318,7 @@ def test_memory_of_ended_leases_is_bounded(table):
         token = f"{i:032x}"
         table.announce(token, "r", 0)
         table.publish(token, [], 0)
-        table.settle(token, ME, read=True)
+        table.release(token, ME, read=True)
     assert len(table._ended) <= 16_384
     assert len(table._timers) == 0 and len(table._timers._heap) < 200
     assert len(table) == 0
@@ -323,7 +326,7 @@ def test_memory_of_ended_leases_is_bounded(table):
 
 # -- consumers of several ranks -----------------------------------------------------------------------------------------
 
-RANKS = [Holder("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
+RANKS = [ConsumerRank("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
 
 
 @pytest.fixture
@@ -337,19 +340,19 @@ def test_settled_when_every_rank_has_settled(table, board, offered):
     """The lease stands, cell and blocks, until the last rank of its consumer is done; one rank that read is enough for read."""
     for rank in RANKS:
         table.open(T1, rank, 0)
-    assert table.settle(T1, RANKS[2], read=True) == (True, None)
-    assert table.settle(T1, RANKS[2], read=True) == (True, None)
-    assert table.settle(T1, RANKS[0], read=False) == (True, None)
-    assert offered.state is LeaseState.ACTIVE and cell(board, offered) == offered.check
+    assert table.release(T1, RANKS[2], read=True) == (True, None)
+    assert table.release(T1, RANKS[2], read=True) == (True, None)
+    assert table.release(T1, RANKS[0], read=False) == (True, None)
+    assert offered.state is LeaseState.IN_USE and cell(board, offered) == offered.check
     assert offered.blocks == [b"1234"] and offered.waiting() == [RANKS[1]]
-    assert table.settle(T1, RANKS[1], read=False) == (True, offered)
-    assert offered.state is LeaseState.SETTLED and offered.read and free(board)
-    assert [table.settle(T1, rank, read=True) for rank in RANKS] == [(True, None)] * 3
+    assert table.release(T1, RANKS[1], read=False) == (True, offered)
+    assert offered.state is LeaseState.RELEASED and offered.read and free(board)
+    assert [table.release(T1, rank, read=True) for rank in RANKS] == [(True, None)] * 3
 
 
 def test_ranks_may_settle_what_they_never_opened(table, offered):
     """Ranks that do not need the blocks settle unread, and that counts as much."""
-    assert [table.settle(T1, rank, read=False)[1] for rank in RANKS] == [None, None, offered]
+    assert [table.release(T1, rank, read=False)[1] for rank in RANKS] == [None, None, offered]
     assert not offered.read
 
 
@@ -358,8 +361,8 @@ def test_a_rank_that_settled_is_done(table, offered):
     for rank in RANKS:
         table.open(T1, rank, 0)
     assert table.held(T1, RANKS[0]) is offered
-    table.settle(T1, RANKS[0], read=True)
-    with pytest.raises(LeaseEndedError, match="rank 0 has settled"):
+    table.release(T1, RANKS[0], read=True)
+    with pytest.raises(LeaseEndedError, match="rank 0 has released"):
         table.open(T1, RANKS[0], 1)
     assert table.renew([T1], RANKS[0], 10) == [T1] and table.renew([T1], RANKS[1], 20) == []
     assert table.held(T1, RANKS[0]) is None and table.held(T1, RANKS[1]) is offered
@@ -369,10 +372,10 @@ def test_a_rank_that_settled_is_done(table, offered):
 @pytest.mark.parametrize(
     "stranger",
     [
-        Holder("other", "epoch 1", 1, 3),  # another engine
-        Holder("engine", "epoch x", 0, 3),  # the same rank, started again
-        Holder("engine", "epoch 1", 1, 2),  # another number of ranks
-        Holder("engine", "epoch 0", 0, 1),
+        ConsumerRank("other", "epoch 1", 1, 3),  # another engine
+        ConsumerRank("engine", "epoch x", 0, 3),  # the same rank, started again
+        ConsumerRank("engine", "epoch 1", 1, 2),  # another number of ranks
+        ConsumerRank("engine", "epoch 0", 0, 1),
     ],
     ids=["engine", "epoch", "world", "alone"],
 )
@@ -382,8 +385,8 @@ def test_strangers_of_a_lease_in_use(table, offered, stranger):
     with pytest.raises(LeaseError, match="another consumer"):
         table.open(T1, stranger, 1)
     assert table.renew([T1], stranger, 10) == [T1] and table.held(T1, stranger) is None
-    assert table.settle(T1, stranger, read=True) == (False, None)
-    assert offered.deadline == 30 and offered.holders == {0: RANKS[0]} and not offered.settled
+    assert table.release(T1, stranger, read=True) == (False, None)
+    assert offered.deadline == 30 and offered.consumers == {0: RANKS[0]} and not offered.released
 
 
 def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
@@ -391,11 +394,11 @@ def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
     for rank in RANKS:
         table.open(T1, rank, 0)
     for rank in RANKS[:2]:
-        table.settle(T1, rank, read=True)
+        table.release(T1, rank, read=True)
     assert table.expire(29.9) == [] and not free(board)
     assert table.expire(30) == [offered] and offered.state is LeaseState.EXPIRED and free(board)
-    assert table.settle(T1, RANKS[0], read=True) == (True, None)
-    assert table.settle(T1, RANKS[2], read=True) == (False, None)
+    assert table.release(T1, RANKS[0], read=True) == (True, None)
+    assert table.release(T1, RANKS[2], read=True) == (False, None)
 
 
 def test_any_rank_keeps_it_alive(table, offered):
@@ -421,12 +424,12 @@ def test_held_only_while_it_stands(table, offered):
 def test_some_ranks_settle_before_the_offer(table):
     """A lease that some ranks do not need is still offered to the others, and ends with the last of them."""
     table.announce(T1, "r", 0)
-    table.settle(T1, RANKS[0], read=False)
+    table.release(T1, RANKS[0], read=False)
     lease = table.publish(T1, [], 1)
-    assert lease.state is LeaseState.OPEN and lease.waiting() == []
+    assert lease.state is LeaseState.READY and lease.waiting() == []
     table.open(T1, RANKS[1], 2)
-    table.settle(T1, RANKS[1], read=True)
-    assert table.settle(T1, RANKS[2], read=False) == (True, lease)
+    table.release(T1, RANKS[1], read=True)
+    assert table.release(T1, RANKS[2], read=False) == (True, lease)
 
 
 # -- the reference that travels -----------------------------------------------------------------------------------------
@@ -434,14 +437,16 @@ def test_some_ranks_settle_before_the_offer(table):
 
 def test_a_reference_survives_json():
     """What one side mints and a router carries is what the other side gets."""
-    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1", "tcp://h:2"], request="req", num_tokens=7, digest="d")
+    ref = LeaseRef.mint(
+        producer="engine", addresses=["tcp://h:1", "tcp://h:2"], request="req", num_tokens=7, digest="d"
+    )
     assert LeaseRef.from_json(ref.to_json()) == ref == LeaseRef.from_obj(ref.to_obj())
-    assert LeaseRef.mint(owner="e", addresses=["tcp://h:1"]).token != ref.token
+    assert LeaseRef.mint(producer="e", addresses=["tcp://h:1"]).token != ref.token
 
 
 def test_a_token_is_not_shown(table):
     """Who reads logs and errors can tell leases apart, and read no KV."""
-    ref = LeaseRef.mint(owner="engine", addresses=["tcp://h:1"])
+    ref = LeaseRef.mint(producer="engine", addresses=["tcp://h:1"])
     said = [repr(ref), str([ref]), f"{ref}"]
     for call in (lambda: table.publish(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
         with pytest.raises(LeaseError) as caught:
@@ -450,14 +455,14 @@ def test_a_token_is_not_shown(table):
     assert all(ref.token[:8] in text and ref.token[:9] not in text for text in said), said
 
 
-GOOD = {"v": 1, "token": T1, "owner": "o", "addresses": ["tcp://127.0.0.1:5600"], "request": "r", "num_tokens": 3}
+GOOD = {"v": 1, "token": T1, "producer": "o", "addresses": ["tcp://127.0.0.1:5600"], "request": "r", "num_tokens": 3}
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"token": "1" * 31}, {"token": "g" * 32}, {"token": T1 + "\n"}, {"token": None}, {"token": "A" * 32},
-        {"owner": 5}, {"owner": "x" * 257}, {"owner": None},
+        {"producer": 5}, {"producer": "x" * 257}, {"producer": None},
         {"addresses": []}, {"addresses": "tcp://h:1"}, {"addresses": ["h:1"]}, {"addresses": [None]},
         {"addresses": ["ipc:///tmp/socket"]}, {"addresses": ["tcp://h"]}, {"addresses": ["tcp://h:1/../x"]},
         {"addresses": ["tcp://h:123456"]}, {"addresses": ["tcp://h:1\n"]}, {"addresses": ["tcp://a b:1"]},
@@ -489,10 +494,10 @@ def test_no_json_at_all(text):
 def test_minting_checks_too():
     """An owner's own slip is refused before it travels; a long request name is cut, for it only serves logs."""
     with pytest.raises(LeaseRefError):
-        LeaseRef.mint(owner="o" * 300, addresses=["tcp://h:1"])
+        LeaseRef.mint(producer="o" * 300, addresses=["tcp://h:1"])
     with pytest.raises(LeaseRefError):
-        LeaseRef.mint(owner="o", addresses=[])
-    assert len(LeaseRef.mint(owner="o", addresses=["tcp://h:1"], request="r" * 5000).request) == 1024
+        LeaseRef.mint(producer="o", addresses=[])
+    assert len(LeaseRef.mint(producer="o", addresses=["tcp://h:1"], request="r" * 5000).request) == 1024
 
 
 def test_unknown_fields_are_the_future():

@@ -31,11 +31,18 @@ MESSAGES = [
     messages.Revoked(token=TOKEN, reason="because"),
     messages.Refused(code="garbage", reason="because", epoch="e"),
     messages.StageChunk(
-        to="e", token=TOKEN, number=(1 << 31) - 1, layout=messages.encode_spec(SPEC), tokens=(3, 1 << 40), taken=[0, 7]
+        to="e",
+        token=TOKEN,
+        number=(1 << 31) - 1,
+        layout=messages.encode_spec(SPEC),
+        tokens=(3, 1 << 40),
+        released=[0, 7],
     ),
     messages.ChunkReady(token=TOKEN, number=0, address=(1 << 63) - 1),
     messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
-    messages.Hello(protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", reader=1023, readers=1024),
+    messages.Hello(
+        protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="nixl", consumer_rank=1023, consumer_world=1024
+    ),
     messages.Grant(token=TOKEN, blocks=[b"", b""], first_tokens=[0, 1 << 40], cell=0, check=bytes(16), ttl_s=30.0),
     messages.Welcome(
         protocol=messages.PROTOCOL,
@@ -113,7 +120,7 @@ def _changed(message, **fields):
         (11, {"number": -1}), (11, {"number": 1 << 31}), (11, {"layout": {}}), (11, {"layout": None}), (11, {"tokens": [1]}),
         (11, {"tokens": [-1, 4]}), (11, {"tokens": [0, (1 << 40) + 1]}), (11, {"tokens": [0, 1, 2]}), (11, {"tokens": 7}), (11, {"token": "x"}),
         (12, {"address": -1}), (12, {"address": 1 << 63}), (12, {"number": "1"}), (13, {"numbers": [0] * 1025}), (13, {"numbers": ["0"]}),
-        (14, {"reader": -1}), (14, {"reader": 1024}), (14, {"readers": 0}), (14, {"readers": 1025}),
+        (14, {"consumer_rank": -1}), (14, {"consumer_rank": 1024}), (14, {"consumer_world": 0}), (14, {"consumer_world": 1025}),
         (15, {"first_tokens": [-1]}), (15, {"first_tokens": [(1 << 40) + 1]}), (15, {"first_tokens": [0] * 1025}),
         (16, {"addressable": 1}), (16, {"slot_nbytes": -1}), (16, {"slot_nbytes": (1 << 40) + 1}),
         (10, {"reason": "x" * 1025}), (10, {"code": "x" * 65}), (9, {"reason": None}), (7, {"read": 1}),
@@ -143,16 +150,16 @@ def _read(data):
 
 def test_a_description_of_a_chunk_is_bounded():
     """What takes more bytes than that of any chunk is refused before it is decoded."""
-    stage = msgspec.structs.replace(MESSAGES[11], layout=msgspec.Raw(bytes(messages.MAX_IMAGE_NBYTES + 1)))
+    stage = msgspec.structs.replace(MESSAGES[11], layout=msgspec.Raw(bytes(messages.MAX_CHUNK_LAYOUT_NBYTES + 1)))
     with pytest.raises(WireError, match="262145 bytes"):
         messages.layout_of(stage)
 
 
 def test_a_peer_without_the_new_fields_is_understood():
     """What was added has defaults: one rank that reads, tokens from the first on, a cache with addresses and no chunks."""
-    assert (MESSAGES[0].reader, MESSAGES[0].readers) == (0, 1) and MESSAGES[4].first_tokens == []
+    assert (MESSAGES[0].consumer_rank, MESSAGES[0].consumer_world) == (0, 1) and MESSAGES[4].first_tokens == []
     assert (MESSAGES[1].addressable, MESSAGES[1].slot_nbytes) == (True, 0)
-    for message, added in ((MESSAGES[0], {"reader", "readers"}), (MESSAGES[4], {"first_tokens"})):
+    for message, added in ((MESSAGES[0], {"consumer_rank", "consumer_world"}), (MESSAGES[4], {"first_tokens"})):
         assert not added & msgspec.msgpack.decode(messages.encode(message)).keys()
 
 

@@ -33,7 +33,7 @@ def test_from_unknown_to_met():
     assert peer.state is PeerState.UNKNOWN
     hello = peer.greet(ME, 5.0)
     assert (hello.name, hello.epoch, hello.rank, hello.to) == ("me", "my epoch", 0, "")
-    assert (hello.reader, hello.readers) == (0, 1)
+    assert (hello.consumer_rank, hello.consumer_world) == (0, 1)
     assert peer.state is PeerState.GREETED and not peer.is_met
     assert peer.welcomed(ME, welcome(addressable=False, slot_nbytes=7), 6.0) is None
     assert peer.is_met and peer.spec is not None and (peer.name, peer.met_at) == ("p", 6.0)
@@ -44,7 +44,7 @@ def test_every_rank_says_which_it_is():
     """A greeting names the rank that greets, of how many, and the rank that is meant."""
     me = Identity("me", "my epoch", "inproc", b"", small_cache(rank=2, world=3).spec)
     hello = Peer("tcp://p:1", rank=5).greet(me, 0)
-    assert (hello.reader, hello.readers, hello.rank) == (2, 3, 5)
+    assert (hello.consumer_rank, hello.consumer_world, hello.rank) == (2, 3, 5)
 
 
 def test_another_process_is_noticed():

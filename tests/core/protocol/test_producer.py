@@ -70,7 +70,7 @@ def test_the_whole_talk(producer, talk):
     settled, event = talk(messages.Release(to=producer.epoch, token=token, read=True))
     assert settled == messages.Released(token=token, stood=True) and (event.token, event.read) == (token, True)
     assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [settled]
-    assert producer.metrics.value("kvxfer_leases_total", end="settled") == 1
+    assert producer.metrics.value("kvxfer_leases_total", end="read") == 1
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_the_whole_talk(producer, talk):
         ({"protocol": messages.PROTOCOL + 1}, "protocol"),
         ({"rank": 1}, "rank"),
         ({"agent": "other"}, "agent"),
-        ({"reader": 1}, "rank"),
-        ({"reader": 5, "readers": 5}, "rank"),
+        ({"consumer_rank": 1}, "rank"),
+        ({"consumer_rank": 5, "consumer_world": 5}, "rank"),
     ],
 )
 def test_a_hello_for_somebody_else(producer, talk, changes, code):
@@ -211,7 +211,7 @@ def test_no_event_for_what_was_never_offered(producer, talk, end):
     if end == "revoke":
         producer.producer.revoke(ref.token, "r")
     elif end == "expire":
-        producer.producer.tick(producer.world.now + producer.settings.announce_s)
+        producer.producer.tick(producer.world.now + producer.settings.announce_timeout_s)
     elif end == "settle":
         assert kinds(talk(messages.Release(to=producer.epoch, token=ref.token, read=False))) == ["Released"]
     else:
@@ -234,18 +234,18 @@ def test_an_offer_nobody_announced_is_given_back_once(producer):
     [((5, 6, 7), (), "entry 0 was block 1 when it was sealed, and now 5"), ((1, 6), (), "entry 1 was block 2"),
      ((1,), (), "2 blocks were sealed, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
 )  # fmt: skip
-@pytest.mark.parametrize("how", ["publish_part", "publish"])
+@pytest.mark.parametrize("how", ["partial", "complete"])
 def test_blocks_that_contradict_what_was_sealed(producer, talk, caplog, how, offered_blocks, firsts, differs):
     """A lease whose sealed blocks change is revoked by name, its reader is told, and its offer has one end event."""
     ref, now = producer.announce(), producer.world.now
     talk(hello(producer))
-    producer.producer.publish_part(ref.token, block_bytes(1, 2), now)
+    producer.producer.publish(ref.token, block_bytes(1, 2), now, complete=False)
     talk(messages.Acquire(to=producer.epoch, token=ref.token))
-    getattr(producer.producer, how)(ref.token, block_bytes(*offered_blocks), now, firsts)
+    producer.producer.publish(ref.token, block_bytes(*offered_blocks), now, firsts, complete=how == "complete")
     told = take(producer)
-    assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "publish" else [])] and differs in told[0].reason
+    assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "complete" else [])] and differs in told[0].reason
     assert any(record.levelname == "ERROR" and differs in record.getMessage() for record in caplog.records)
-    if how == "publish_part":
+    if how == "partial":
         producer.producer.publish(ref.token, block_bytes(*offered_blocks), now)
         assert kinds(take(producer)) == ["LeaseRevoked"]
     assert producer.producer.in_use()["leases"] == 0
@@ -257,8 +257,8 @@ def test_what_was_sealed_may_be_continued(producer, talk):
     talk(hello(producer))
     talk(messages.Acquire(to=producer.epoch, token=ref.token))
     one, two, none = block_bytes(1)[0], block_bytes(1, 2)[0], b""
-    producer.producer.publish_part(ref.token, [one, none], now, [8, 0])
-    producer.producer.publish_part(ref.token, [two, none], now, [8, 0])
+    producer.producer.publish(ref.token, [one, none], now, [8, 0], complete=False)
+    producer.producer.publish(ref.token, [two, none], now, [8, 0], complete=False)
     producer.producer.publish(ref.token, [two, two], now, [8, 64])
     assert kinds(take(producer)) == ["Grant"] * 3
 
@@ -292,7 +292,7 @@ def test_a_stranger_cannot_fill_the_memory(producer, talk):
         talk(hello(producer, epoch=f"e{i}"), A)
         if i % 3 == 0:
             talk(hello(producer, epoch=f"e{i}"), b"connection%d" % i)
-    assert len(producer.producer._holders) <= _MOST_CONNECTIONS
+    assert len(producer.producer._consumers) <= _MOST_CONNECTIONS
     assert len(producer.producer._connections) <= _MOST_CONNECTIONS
 
 
@@ -319,7 +319,7 @@ def test_a_new_agent_is_told_to_everybody(producer, talk):
 
 def test_time_is_kept_for_many_leases(world):
     """Ten thousand leases expire in one tick, and the producer has nothing to wake up for afterwards."""
-    node = world.node("p", settings=Settings(announce_s=5.0))
+    node = world.node("p", settings=Settings(announce_timeout_s=5.0))
     for _ in range(10_000):
         ref = node.mint()
         node.producer.announce(ref.token, "", world.now)
@@ -334,7 +334,7 @@ def test_time_is_kept_for_many_leases(world):
 def meet(node, talk, rank, ranks, *, name="c", epoch=None):
     """Introduce one rank of a consumer; returns its connection."""
     connection = f"{name}.{rank}.{epoch}".encode()
-    talk(hello(node, name=name, epoch=epoch or f"e{rank}", reader=rank, readers=ranks), connection)
+    talk(hello(node, name=name, epoch=epoch or f"e{rank}", consumer_rank=rank, consumer_world=ranks), connection)
     return connection
 
 
@@ -349,7 +349,7 @@ def test_one_event_when_all_ranks_have_settled(producer, talk):
     assert talk(settle, ranks[1]) == [answered] == talk(settle, ranks[1]) == talk(settle, ranks[0])
     assert kinds(talk(settle, ranks[2])) == ["Released", "LeaseReleased"]
     assert talk(settle, ranks[0]) == [answered]
-    assert producer.metrics.value("kvxfer_leases_total", end="settled") == 1
+    assert producer.metrics.value("kvxfer_leases_total", end="read") == 1
 
 
 def test_all_ranks_that_wait_get_their_grant(producer, talk):
@@ -429,7 +429,7 @@ class Stager:
             number=number,
             layout=messages.encode_spec(self.node.spec),
             tokens=(1, 7),
-            taken=list(taken),
+            released=list(taken),
         )
         return self.say(message, self.ranks[rank])
 
@@ -660,7 +660,7 @@ def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
 def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     """A chunk that is packed for a reader that reconnected is told when it asks again."""
     stager.stage()
-    holder = producer.producer._holders.pop(stager.ranks[0])
+    holder = producer.producer._consumers.pop(stager.ranks[0])
     del producer.producer._connections[holder]
     assert stager.packed() == []
     assert kinds(

@@ -12,7 +12,7 @@ from kvxfer.protocol.transfer import Done
 from tests.core.protocol.virtual import World
 
 BLOCKS = 64
-TIMES = Settings(lease_s=6.0, announce_s=40.0, peer_timeout_s=8.0, hold_s=30.0, idle_peer_s=20.0)
+TIMES = Settings(lease_s=6.0, announce_timeout_s=40.0, peer_timeout_s=8.0, unread_lease_s=30.0, idle_peer_s=20.0)
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -48,7 +48,10 @@ class Interleavings(RuleBasedStateMachine):
     def block(self):
         """One that no lease has."""
         live = [
-            node.offered[token] for node in self.producer.nodes for token in node.table._live if token in node.offered
+            node.published[token]
+            for node in self.producer.nodes
+            for token in node.table._live
+            if token in node.published
         ]
         used = {block for blocks in live for block in blocks} | {block for _, _, block in self.rest}
         return next(block for block in range(BLOCKS) if block not in used)
@@ -93,7 +96,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def _offer(self, node, ref, block):
         standing = node.table._live.get(ref.token)
-        if standing is None or not standing.offered:
+        if standing is None or not standing.end_awaited:
             node.publish(ref, block)
             self.at_offer[node, ref.token] = node.content[block]
 
@@ -179,7 +182,7 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def each_offered_lease_ends_at_most_once(self):
         for node in self.generations:
-            for token in node.offered:
+            for token in node.published:
                 assert len(node.ends(token)) <= 1
 
     @invariant()
@@ -214,7 +217,7 @@ class Interleavings(RuleBasedStateMachine):
         self.done_means_the_right_bytes()
         self.world.advance(200)
         for node in self.producer.nodes:
-            for token in node.offered:
+            for token in node.published:
                 assert len(node.ends(token)) == 1, token
         for node in (*self.producer.nodes, *self.readers):
             node.check_nothing_left()

@@ -71,7 +71,7 @@ def test_one_handshake_for_each_pair_of_ranks(world, engines):
         sink.read(source.lease(1), 1)
         world.advance(1)
     for number, node in enumerate(sink.nodes):
-        greetings = [(hello.rank, hello.reader, hello.readers) for hello in said(node, messages.Hello)]
+        greetings = [(hello.rank, hello.consumer_rank, hello.consumer_world) for hello in said(node, messages.Hello)]
         assert greetings == [(rank, number, len(sink.nodes)) for rank in range(len(source.nodes))]
 
 
@@ -269,7 +269,7 @@ def test_others_are_met_after_the_first(world):
     sink.acquire(ref)
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address}
-    stranger = msgspec.structs.replace(ref, owner="somebody else", token="e" * 32)
+    stranger = msgspec.structs.replace(ref, producer="somebody else", token="e" * 32)
     sink.acquire(with_addresses(stranger, *(node.address for node in reversed(source.nodes))))
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address, source.nodes[2].address}

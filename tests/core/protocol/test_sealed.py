@@ -19,7 +19,7 @@ from kvxfer.errors import (
 )
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import Holder, LeaseState
+from kvxfer.protocol.lease_table import ConsumerRank, LeaseState
 from tests.core.protocol.virtual import nothing_left
 
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"])
@@ -27,14 +27,14 @@ BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"]
 
 def shared(producer, key="transfer-1", **more):
     """The reference that both sides make for themselves."""
-    return LeaseRef.for_rendezvous(key, owner=producer.name, addresses=[producer.address], **more)
+    return LeaseRef.for_rendezvous(key, producer=producer.name, addresses=[producer.address], **more)
 
 
 def begun(world, producer, consumer, *, packed=False, **more):
     """A read of four blocks of which two are sealed and have been read."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12, 13, 14, packed=packed, **more)
-    producer.publish_part(ref, 1, 2)
+    producer.publish(ref, 1, 2, complete=False)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[1], producer.content[2]] and not transfer.done
@@ -45,7 +45,7 @@ def begun(world, producer, consumer, *, packed=False, **more):
 def test_read_as_it_is_sealed(world, producer, consumer, packed):
     """What is sealed is read while prefill goes on, each block once; the last ones come with the offer, then all is fenced."""
     ref, transfer = begun(world, producer, consumer, packed=packed)
-    producer.publish_part(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3, complete=False)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[b] for b in (1, 2, 3)]
@@ -61,7 +61,7 @@ def test_read_as_it_is_sealed(world, producer, consumer, packed):
 def test_sealed_before_it_is_read(world, producer, consumer, when):
     """Blocks sealed before the consumer has blocks of its own are there when it begins."""
     ref = producer.announce()
-    producer.publish_part(ref, 1, 2)
+    producer.publish(ref, 1, 2, complete=False)
     if when == "held":
         consumer.acquire(ref)
     world.advance(3)
@@ -79,9 +79,9 @@ def test_only_some_tokens_are_wanted(world, producer, consumer):
     """A prefix that the consumer has already is not read, however early it is sealed."""
     ref = producer.announce()
     transfer = consumer.read(ref, 13, 14, tokens=(8, None))
-    producer.publish_part(ref, 1, 2)
+    producer.publish(ref, 1, 2, complete=False)
     world.advance(1)
-    producer.publish_part(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3, complete=False)
     world.advance(1)
     (reading,) = world.readings
     assert reading.legs[0].content == [producer.content[3]]
@@ -98,7 +98,7 @@ def test_grants_may_be_lost(world, producer, consumer, lost):
     transfer = consumer.read(ref, 11, 12, 13)
     for step in range(400):
         if step == 100:
-            producer.publish_part(ref, 1, 2)
+            producer.publish(ref, 1, 2, complete=False)
         if step == 200:
             producer.publish(ref, 1, 2, 3)
         world.settle_losing(lost)
@@ -130,7 +130,7 @@ def test_grants_may_overtake_each_other(world, producer, consumer):
 @pytest.mark.parametrize("end", ["revoked", "too slow", "restarted", "dead", "closed"])
 def test_a_prefill_that_does_not_end_well(world, consumer, packed, end):
     """Who has read half of a request hears at once that the rest will not come, or after ``peer_timeout_s`` that nobody is there."""
-    producer = world.node("producer", settings=Settings(announce_s=60))
+    producer = world.node("producer", settings=Settings(announce_timeout_s=60))
     ref, transfer = begun(world, producer, consumer, packed=packed, timeout_s=1000)
     if end == "revoked":
         producer.revoke(ref)
@@ -150,8 +150,8 @@ def test_a_prefill_that_does_not_end_well(world, consumer, packed, end):
 
 
 def test_what_is_offered_after_its_end_is_given_back(world, consumer):
-    """Prefill took longer than ``announce_s``: the engine gets its blocks back at once, and half a read was thrown away."""
-    producer = world.node("producer", settings=Settings(announce_s=60))
+    """Prefill took longer than ``announce_timeout_s``: the engine gets its blocks back at once, and half a read was thrown away."""
+    producer = world.node("producer", settings=Settings(announce_timeout_s=60))
     ref, transfer = begun(world, producer, consumer, timeout_s=1000)
     world.advance(70)
     producer.publish(ref, 1, 2, 3, 4)
@@ -163,7 +163,7 @@ def test_blocks_reused_under_a_read(world, producer, consumer):
     world.read_s = 1.0
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12)
-    producer.publish_part(ref, 1)
+    producer.publish(ref, 1, complete=False)
     world.advance(0.5)
     world.perfect = False  # no message arrives from here on but the one that claims that all is well
     producer.revoke(ref)
@@ -185,7 +185,7 @@ def test_the_consumer_gives_up(world, producer, consumer, packed):
     consumer.release(ref)
     world.advance(1)
     assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
-    producer.publish_part(ref, 1, 2, 3)
+    producer.publish(ref, 1, 2, 3, complete=False)
     producer.publish(ref, 1, 2, 3, 4)
     world.advance(1)
     assert producer.ends(ref.token) == ["LeaseReleased"]
@@ -228,12 +228,12 @@ def test_what_does_not_fit_in_the_end(world, producer, consumer):
 def test_nothing_is_sealed_after_the_offer(world, producer, consumer):
     """A seal that comes late, or of a lease that nobody announced, changes nothing."""
     ref = producer.lease(1, 2)
-    producer.publish_part(ref, 1)
-    producer.publish_part(producer.mint(), 1)
+    producer.publish(ref, 1, complete=False)
+    producer.publish(producer.mint(), 1, complete=False)
     transfer = consumer.read(ref, 11, 12)
     world.advance(1)
     assert len(transfer.content) == 2 and consumer.outcomes(transfer) == ["Done"]
-    producer.publish_part(ref, 1)
+    producer.publish(ref, 1, complete=False)
     nothing_left(world, producer, consumer)
 
 
@@ -244,7 +244,7 @@ def test_all_ranks_seal_at_their_own_pace(world):
     transfer = sink.read(ref, 11, 12, 13)
     for number, node in enumerate(source.nodes):
         assert not world.readings
-        node.publish_part(ref, *range(1, 2 + number % 2))
+        node.publish(ref, *range(1, 2 + number % 2), complete=False)
         world.advance(1)
     (reading,) = world.readings
     assert [len(leg.content) for leg in reading.legs] == [1, 2, 1]
@@ -265,14 +265,14 @@ def test_both_sides_make_the_same_reference(producer):
     """The token follows from what both know; whoever knows another key, prompt or length has another lease."""
     one = shared(producer, request="a", num_tokens=7, digest="d")
     two = LeaseRef.for_rendezvous(
-        "transfer-1", owner=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
+        "transfer-1", producer=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
     )
     assert one.token == two.token and one.rendezvous and LeaseRef.from_json(one.to_json()) == one
     others = [shared(producer, "transfer-2", num_tokens=7, digest="d"), shared(producer, num_tokens=8, digest="d"),
               shared(producer, num_tokens=7, digest="e"), shared(producer, "transfer-1\0", num_tokens=7, digest="d")]  # fmt: skip
     assert len({ref.token for ref in (one, *others)}) == 5
     with pytest.raises(LeaseRefError):
-        LeaseRef.for_rendezvous("k", owner="P", addresses=[])
+        LeaseRef.for_rendezvous("k", producer="P", addresses=[])
     with pytest.raises(LeaseRefError):
         shared(producer, "half a character \ud800")
 
@@ -285,9 +285,9 @@ def test_either_side_may_come_first(world, producer, consumer, first):
     if first == "consumer":
         transfer = consumer.read(ref, 11, 12)
         world.advance(3)
-        assert producer.table.get(ref.token).state is LeaseState.WANTED
+        assert producer.table.get(ref.token).state is LeaseState.EXPECTED
     producer.announce(ref)
-    producer.publish_part(ref, 1)
+    producer.publish(ref, 1, complete=False)
     transfer = transfer or consumer.read(ref, 11, 12)
     world.advance(1)
     producer.publish(ref, 1, 2)
@@ -319,7 +319,7 @@ def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer
     world.advance(10)
     assert transfer.done and transfer.error is not None and len(producer.table) == 0
     producer.announce(ref)
-    producer.publish_part(ref, 1)
+    producer.publish(ref, 1, complete=False)
     producer.publish(ref, 1)
     world.advance(1)
     assert producer.ends(ref.token) == ["LeaseReleased"]
@@ -385,13 +385,13 @@ def test_a_flood_of_unknown_tokens_displaces_nothing(world, producer, consumer, 
     else:
         flooded(producer, lambda token: messages.Acquire(to=producer.epoch, token=token, rendezvous=True))
         world.advance(producer.settings.rendezvous_timeout_s + 1)
-    assert producer.table.settle(ref.token, consumer_holder(consumer), read=True) == (True, None)
+    assert producer.table.release(ref.token, consumer_holder(consumer), read=True) == (True, None)
     assert len(producer.table._ended) < 1000 and len(producer.table) == 0
 
 
 def consumer_holder(consumer):
     """As the producer knows it."""
-    return Holder(consumer.name, consumer.epoch, consumer.spec.rank, consumer.spec.world)
+    return ConsumerRank(consumer.name, consumer.epoch, consumer.spec.rank, consumer.spec.world)
 
 
 def test_an_early_consumer_keeps_its_place_in_a_flood(world, producer, consumer):
@@ -417,14 +417,14 @@ def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed,
     if begins == "after the offer":
         producer.publish(ref, 1, 2)
     else:
-        producer.publish_part(ref, 1)
+        producer.publish(ref, 1, complete=False)
     transfer = consumer.read(ref, 11, 12, packed=packed)
     world.advance(1)
     world.perfect = False  # no message is lost in silence from here on: the consumer hears nothing of the end
     producer.revoke(ref)
     world.network.clear()
     world.perfect = True
-    producer.sealed.clear()
+    producer.partial.clear()
     producer.announce(ref)
     producer.publish(ref, 3, 4)
     world.advance(20)
@@ -485,7 +485,7 @@ class Kernel:
 def launched(producer, ref, sealed, *, new):
     """Blocks are sealed behind a kernel that has just begun to write the new ones."""
     kernel = Kernel(producer, *new)
-    producer.publish_part(ref, *sealed, after=[kernel])
+    producer.publish(ref, *sealed, after=[kernel], complete=False)
     return kernel.begin()
 
 
@@ -578,7 +578,7 @@ def test_a_device_that_never_ends(world, producer, consumer, sealed):
     transfer = consumer.read(ref, 11, timeout_s=300)
     kernel = Kernel(producer, 1)
     if sealed:
-        producer.publish_part(ref, 1, after=[kernel])
+        producer.publish(ref, 1, after=[kernel], complete=False)
     producer.publish(ref, 1, after=[] if sealed else [kernel])
     kernel.begin()
     world.advance(producer.settings.lease_s - 1)
@@ -614,7 +614,7 @@ def test_a_device_that_never_ends_after_its_lease(world, producer, consumer):
 
 def first_rank(engine, key="transfer-1"):
     """A reference by one who knows only where the first rank listens."""
-    return LeaseRef.for_rendezvous(key, owner=engine.name, addresses=[engine.nodes[0].address])
+    return LeaseRef.for_rendezvous(key, producer=engine.name, addresses=[engine.nodes[0].address])
 
 
 def test_the_first_rank_knows_the_others(world):
@@ -625,7 +625,7 @@ def test_the_first_rank_knows_the_others(world):
     transfer = sink.read(ref, 11, 12)
     world.advance(1)
     source.announce(ref)
-    source.publish_part(ref, 1)
+    source.publish(ref, 1, complete=False)
     world.advance(1)
     source.publish(ref, 1, 2)
     content = source.content(1, 2)
@@ -638,7 +638,7 @@ def test_a_lease_that_names_the_first_rank_only(world):
     """What one side is told by the other may name the first rank alone, too, which knows the others."""
     source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
     source.nodes[0].producer.joined([node.address for node in source.nodes])
-    ref = LeaseRef.mint(owner=source.name, addresses=[source.nodes[0].address])
+    ref = LeaseRef.mint(producer=source.name, addresses=[source.nodes[0].address])
     source.announce(ref)
     source.publish(ref, 1, 2)
     transfer, content = sink.read(ref, 11, 12), source.content(1, 2)

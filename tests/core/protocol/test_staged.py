@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 
 from kvxfer.protocol.actions import PackKey
-from kvxfer.protocol.lease_table import Holder
+from kvxfer.protocol.lease_table import ConsumerRank
 from kvxfer.protocol.staged import GONE_S, MOST_CHUNKS, SILENT_S, UNTAKEN_S, Seen, StagedChunks
 
-SLOW, OTHER = Holder("slow", "1"), Holder("other", "2")
+SLOW, OTHER = ConsumerRank("slow", "1"), ConsumerRank("other", "2")
 
 
 class Account:
-    """One producer's, with a reader that keeps chunks and another one that waits."""
+    """One producer's, with a consumer that keeps chunks and another one that waits."""
 
     def __init__(self, kept, *, others=1, heard_at=0.0, gone_at=None, share=2):
         self.staged = StagedChunks()
@@ -28,8 +28,8 @@ class Account:
             self.staged.ask(theirs, number, 100)
         self.staged.short_of_slots(share)
 
-    def withdrawn(self, now):
-        return [token for token, _ in self.staged.to_withdraw(now, self.seen.__getitem__)]
+    def revoked(self, now):
+        return [token for token, _ in self.staged.to_revoke(now, self.seen.__getitem__)]
 
 
 @pytest.mark.parametrize(
@@ -41,21 +41,21 @@ class Account:
 )  # fmt: skip
 def test_who_loses_its_slots(account, after_s):
     """More than the share untaken, silence, or a connection that has ended: each for its time, and no earlier."""
-    assert account.withdrawn(after_s - 0.01) == []
-    assert account.withdrawn(after_s) == [account.key.token]
+    assert account.revoked(after_s - 0.01) == []
+    assert account.revoked(after_s) == [account.key.token]
 
 
 @pytest.mark.parametrize("account", [Account(7, others=0, gone_at=0.0), Account(7, share=0, gone_at=0.0)])
 def test_nobody_loses_slots_that_others_do_not_need(account):
-    """Where no other consumer waits, or slots are free, a reader may take its time."""
-    assert account.withdrawn(1000.0) == []
+    """Where no other consumer waits, or slots are free, a consumer may take its time."""
+    assert account.revoked(1000.0) == []
 
 
 def test_this_side_stood_still():
     """What readers have taken meanwhile is in the socket: their time begins when it can be read."""
     account = Account(7)
     account.staged.stood_still(100.0)
-    assert account.withdrawn(100.0 + UNTAKEN_S - 0.01) == [] and account.withdrawn(100.0 + UNTAKEN_S)
+    assert account.revoked(100.0 + UNTAKEN_S - 0.01) == [] and account.revoked(100.0 + UNTAKEN_S)
 
 
 def test_what_one_consumer_may_wait_for():

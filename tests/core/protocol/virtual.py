@@ -160,8 +160,8 @@ class Node:
         self.consumer = Consumer(self.identity, self.settings, self.metrics, self.out, self._routes)
         self.world.nodes[self.address] = self
         self.world.by_agent[self.identity.agent_info] = self
-        self.offered: dict[str, tuple[int, ...]] = {}
-        self.sealed: dict[str, tuple[int, ...]] = {}
+        self.published: dict[str, tuple[int, ...]] = {}
+        self.partial: dict[str, tuple[int, ...]] = {}
         self.content: dict[int, int] = {}
         """What each block holds: a number that changes whenever the engine reuses it."""
         self.packing: dict[tuple[PackKey, int], tuple[float, StartPack]] = {}
@@ -179,9 +179,9 @@ class Node:
         return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.rank_plans]
 
     @property
-    def holds(self) -> Any:
-        """Leases that it holds, by token."""
-        return self.consumer._holds.by_token
+    def held_leases(self) -> Any:
+        """Leases that its consumer holds, by token."""
+        return self.consumer._held.by_token
 
     @property
     def peers(self) -> Any:
@@ -190,10 +190,10 @@ class Node:
 
     def check_nothing_left(self) -> None:
         """No table holds anything, no memory is taken, and there is nothing to wake up for."""
-        assert not self.holds and not self.peers and not self.consumer._holds.granted
-        assert not self.consumer._holds._renewals and not self.consumer._peers._routers
+        assert not self.held_leases and not self.peers and not self.consumer._held.granted
+        assert not self.consumer._held._renewals and not self.consumer._peers._routers
         assert self.next_deadline() is None
-        assert len(self.consumer._holds._timers) == len(self.consumer._peers._retirements) == 0
+        assert len(self.consumer._held._timers) == len(self.consumer._peers._retirements) == 0
         assert len(self.table) == 0 and len(self.table._timers) == 0
         assert len(self.board._free) == CELLS and not self.board._array.any()
         assert not self.packing and not self.chunks and not self.memory and not self.producer._chunks
@@ -202,7 +202,7 @@ class Node:
 
     def mint(self, request: str = "request") -> LeaseRef:
         """A reference whose addresses name this node for every rank."""
-        ref = LeaseRef.mint(owner=self.name, addresses=[self.address], request=request)
+        ref = LeaseRef.mint(producer=self.name, addresses=[self.address], request=request)
         return msgspec.structs.replace(ref, token=f"{next(self.world.tokens):032x}")  # the same in every run
 
     def announce(self, ref: LeaseRef | None = None) -> LeaseRef:
@@ -211,24 +211,17 @@ class Node:
         self.perform()
         return ref
 
-    def publish(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
-        for block in blocks[len(self.sealed.get(ref.token, ())) :]:
+    def publish(self, ref: LeaseRef, *blocks: int, complete: bool = True, after: Any = ()) -> None:
+        for block in blocks[len(self.partial.get(ref.token, ())) :]:
             self.content[block] = next(_numbers)
-        self.offered[ref.token] = blocks
-        self.producer.publish(ref.token, block_bytes(*blocks), self.world.now, after=after)
+        (self.published if complete else self.partial)[ref.token] = blocks
+        self.producer.publish(ref.token, block_bytes(*blocks), self.world.now, after=after, complete=complete)
         self.perform()
 
     def lease(self, *blocks: int) -> LeaseRef:
         ref = self.announce()
         self.publish(ref, *blocks)
         return ref
-
-    def publish_part(self, ref: LeaseRef, *blocks: int, after: Any = ()) -> None:
-        for block in blocks[len(self.sealed.get(ref.token, ())) :]:
-            self.content[block] = next(_numbers)
-        self.sealed[ref.token] = blocks
-        self.producer.publish_part(ref.token, block_bytes(*blocks), self.world.now, after=after)
-        self.perform()
 
     def revoke(self, ref: LeaseRef) -> None:
         self.producer.revoke(ref.token, "revoked by a test")
@@ -331,7 +324,7 @@ class Node:
                 self.world.readings.append(Reading(self, action, self.world.now + self.world.read_s))
             elif isinstance(action, Emit):
                 self.events.append(action.event)
-                for block in self.offered.get(action.event.token, ()):
+                for block in self.published.get(action.event.token, ()):
                     self.content[block] = next(_numbers)  # the engine uses it for something else at once
             elif isinstance(action, ForgetAgent):
                 self.forgotten.append(action.agent_info)
@@ -379,7 +372,7 @@ class Engine:
             self.nodes.append(Node(world, name, f"tcp://{name}.{rank}:1", spec=cache.spec, **more))
 
     def mint(self, request: str = "request") -> LeaseRef:
-        ref = LeaseRef.mint(owner=self.name, addresses=[node.address for node in self.nodes], request=request)
+        ref = LeaseRef.mint(producer=self.name, addresses=[node.address for node in self.nodes], request=request)
         return msgspec.structs.replace(ref, token=f"{next(self.world.tokens):032x}")
 
     def announce(self, ref: LeaseRef | None = None) -> LeaseRef:
@@ -388,13 +381,9 @@ class Engine:
             node.announce(ref)
         return ref
 
-    def publish(self, ref: LeaseRef, *blocks: int) -> None:
+    def publish(self, ref: LeaseRef, *blocks: int, complete: bool = True) -> None:
         for node in self.nodes:
-            node.publish(ref, *blocks)
-
-    def publish_part(self, ref: LeaseRef, *blocks: int) -> None:
-        for node in self.nodes:
-            node.publish_part(ref, *blocks)
+            node.publish(ref, *blocks, complete=complete)
 
     def lease(self, *blocks: int) -> LeaseRef:
         ref = self.announce()

@@ -32,7 +32,7 @@ MANY = settings(max_examples=max(500, settings.default.max_examples))
 SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
 
 # The smallest arena there is, so that requests of a few KiB are cut into chunks; and a model by which packing pays at once.
-TINY = Settings(staging_nbytes=1 << 15, retry_s=0.2)
+TINY = Settings(staging_nbytes=1 << 15, retry_interval_s=0.2)
 EAGER = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 ROUTES = [None, None, *Route]
 # Least and most of a chunk: those of the settings' defaults are larger than a slot of the tiny arena.
@@ -75,7 +75,7 @@ def move(
 
         producers = endpoints("P", pair.sources)
         consumers = endpoints("D", pair.targets, route=route, convert=pair.convert, verify=verify)
-        ref = LeaseRef.mint(owner="P", addresses=[endpoint.address for endpoint in producers], request="r")
+        ref = LeaseRef.mint(producer="P", addresses=[endpoint.address for endpoint in producers], request="r")
         for endpoint in producers:
             endpoint.announce(ref)
 

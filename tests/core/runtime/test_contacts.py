@@ -45,9 +45,9 @@ class Patient(InprocAgent):
 class Two(Rig):
     """A data path that reads from two producers, of which the fabric of the second one is silent for as long as it is in ``silent``."""
 
-    def __init__(self, contact_s):
+    def __init__(self, contact_timeout_s):
         self.silent = set()
-        super().__init__(contact_s=contact_s, met=False)
+        super().__init__(contact_timeout_s=contact_timeout_s, met=False)
         cache = small_cache(seed=9, heads_total=2)
         self.other = Sender(f"silent-{id(self)}", cache)
         self.other_router = Router(plan([cache.spec], self.cache.spec).rank_plans[0], Costs(), slot_nbytes=1 << 12)
@@ -75,8 +75,8 @@ class Two(Rig):
 def two():
     made = []
 
-    def make(contact_s=0.2):
-        made.append(Two(contact_s))
+    def make(contact_timeout_s=0.2):
+        made.append(Two(contact_timeout_s))
         return made[-1]
 
     yield make
@@ -106,7 +106,7 @@ def test_no_other_peer_is_harmed(two):
 
 def test_a_read_under_way_is_not_disturbed(two):
     """A long read from another peer goes on while contacts with a silent one are given up: its agent is not torn down under it."""
-    rig = two(contact_s=0.5)
+    rig = two(contact_timeout_s=0.5)
     assert rig.works()
     slow = rig.senders[0].agent.name
     rig.silent.add(slow)  # from now on a transfer from there takes as long as the test wants
@@ -152,7 +152,7 @@ def test_it_answers_after_all(two):
 
 def test_it_is_forgotten(two):
     """When a silent peer is gone for good, its contact is too, those that wait for it fail, and nothing is looked at any more."""
-    rig = two(contact_s=20.0)
+    rig = two(contact_timeout_s=20.0)
     rig.ask()
     eventually(rig.contacts, what="the contact is under way")
     rig.path.do(ForgetAgent(rig.other.agent.describe()))
@@ -163,7 +163,7 @@ def test_it_is_forgotten(two):
 
 def test_many_wait_for_one_contact(two):
     """Any number of reads of a new peer wait for one contact, and all of them begin when it has answered."""
-    rig = two(contact_s=20.0)
+    rig = two(contact_timeout_s=20.0)
     transfers = [rig.ask() for _ in range(50)]
     eventually(lambda: rig.path.in_use()["reads"] == 50, what="all have begun")
     assert rig.path.in_use()["flights"] == 0  # a contact is nobody's flight
@@ -173,7 +173,7 @@ def test_many_wait_for_one_contact(two):
 
 def test_waiting_for_a_contact_has_the_deadline_of_the_read(two):
     """A read whose time is over before the peer is called silent ends by its deadline, and says for what it waited."""
-    rig = two(contact_s=20.0)
+    rig = two(contact_timeout_s=20.0)
     rig.ask(timeout_s=0.2)
     error = rig.end()[1]
     assert isinstance(error, TransferTimeoutError)
@@ -181,11 +181,11 @@ def test_waiting_for_a_contact_has_the_deadline_of_the_read(two):
 
 
 def test_new_agents_for_the_silent_are_rare(two):
-    """However long a silent peer is asked, the pauses between new agents for its sake grow: 8 times contact_s, then 24 times."""
-    rig = two(contact_s=0.02)
+    """However long a silent peer is asked, the pauses between new agents for its sake grow: 8 times contact_timeout_s, then 24 times."""
+    rig = two(contact_timeout_s=0.02)
     cell = rig.other.board.post(bytes(16))
-    until = time.monotonic() + 2.0  # a hundred times contact_s
+    until = time.monotonic() + 2.0  # a hundred times contact_timeout_s
     while time.monotonic() < until:
         rig.ask(cell=cell)
         assert isinstance(rig.end()[1], PeerTimeoutError)
-    assert 1 <= rig.fences() <= 6  # at 1, 9, 33, 57 and 81 times contact_s
+    assert 1 <= rig.fences() <= 6  # at 1, 9, 33, 57 and 81 times contact_timeout_s

@@ -118,7 +118,16 @@ class Rig:
     """
 
     def __init__(
-        self, *, quarantine_s=0.05, scratch=8, contact_s=3.0, met=True, ranks=1, route=None, slot=1 << 12, host=REAL
+        self,
+        *,
+        quarantine_s=0.05,
+        scratch=8,
+        contact_timeout_s=3.0,
+        met=True,
+        ranks=1,
+        route=None,
+        slot=1 << 12,
+        host=REAL,
     ):
         self.faults = Faults()
         self.agents = []
@@ -139,7 +148,7 @@ class Rig:
             self._make,
             self.cache,
             self.board,
-            Settings(quarantine_s=quarantine_s, contact_s=contact_s, staging_nbytes=1 << 15),
+            Settings(quarantine_s=quarantine_s, contact_timeout_s=contact_timeout_s, staging_nbytes=1 << 15),
             self.metrics,
             self.ends,
             host,
@@ -167,7 +176,7 @@ class Rig:
 
     def job(self, source=1, target=1, *, timeout_s=20.0, posted=True, agent_info=None, cell=None):
         """A read of one block, or of lists of them."""
-        ref = LeaseRef.mint(owner="source", addresses=["tcp://source:1"] * len(self.senders))
+        ref = LeaseRef.mint(producer="source", addresses=["tcp://source:1"] * len(self.senders))
         given, wanted = ([ids] if isinstance(ids, int) else list(ids) for ids in (source, target))
         into = check_tables(self.cache.spec, wanted, "target", distinct=True)
         transfer = Transfer(ref, into, None, time.monotonic() + timeout_s, lambda _: None)
@@ -594,7 +603,7 @@ def test_start_is_called_on_its_own_thread():
 
 def test_a_first_contact_that_hangs_is_begun_again():
     """The first bytes from a new peer never come: a new agent is made, and the same read goes through on it."""
-    rig = Rig(contact_s=0.1, met=False)
+    rig = Rig(contact_timeout_s=0.1, met=False)
     rig.faults = Faults(hang=range(1))
     rig.path.start()
     try:
@@ -610,7 +619,7 @@ def test_a_first_contact_that_hangs_is_begun_again():
 
 def test_a_contact_that_always_hangs_is_given_up():
     """A peer whose fabric answers no agent costs one new agent; then its reads fail by name, retryably and at once, until it answers."""
-    rig = Rig(contact_s=0.1, met=False)
+    rig = Rig(contact_timeout_s=0.1, met=False)
     rig.faults = Faults(hang=range(1000))
     rig.path.start()
     try:

@@ -24,7 +24,7 @@ from kvxfer.runtime import events
 from kvxfer.runtime.events import Events
 from kvxfer.testing import eventually
 
-REF = LeaseRef.mint(owner="x", addresses=["tcp://x:1"])
+REF = LeaseRef.mint(producer="x", addresses=["tcp://x:1"])
 
 
 def transfer():

@@ -13,7 +13,7 @@ from kvxfer import LeaseRef
 from kvxfer.errors import TransferFailedError
 from kvxfer.protocol.transfer import Transfer
 
-REF = LeaseRef.mint(owner="p", addresses=["tcp://127.0.0.1:1"])
+REF = LeaseRef.mint(producer="p", addresses=["tcp://127.0.0.1:1"])
 
 
 def failed(kept):

@@ -475,7 +475,7 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
 
     def ask(name, number):
         key = PackKey(name * 32, 0)
-        rig.packer.start(StartPack(key, number, rig.layout(), (0, 12), [BlockTable(list(LEASED), 0)], reader=name))
+        rig.packer.start(StartPack(key, number, rig.layout(), (0, 12), [BlockTable(list(LEASED), 0)], consumer=name))
         jobs[name].append(key)
 
     for number in range(20):

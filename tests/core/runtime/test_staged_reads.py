@@ -188,7 +188,7 @@ def test_ranks_may_have_blocks_of_their_own(sharded):
     """Each rank of the producer names its blocks for itself."""
     source, target = sharded("P", world=2, order="NHD"), sharded("D", order="NHD")
     source.fill(1)
-    ref = LeaseRef.mint(owner="P", addresses=[rank.endpoint.address for rank in source.ranks])
+    ref = LeaseRef.mint(producer="P", addresses=[rank.endpoint.address for rank in source.ranks])
     tables = [[5, 6, 7], [30, 1, 9]]
     for rank, blocks in zip(source.ranks, tables, strict=True):
         rank.endpoint.announce(ref)

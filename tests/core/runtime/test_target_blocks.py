@@ -36,7 +36,7 @@ def test_a_second_read_into_a_block_is_refused_until_the_first_has_ended(engines
     assert first.wait(30)
     assert sink.endpoint.read(source.endpoint.lease([2]), [6]).wait(30)
     assert sink.blocks(5, 6, 7) == source.blocks(3, 2, 1)
-    failed = sink.endpoint.read(LeaseRef.mint(owner="x", addresses=["tcp://127.0.0.1:1"]), [6], timeout_s=0.1)
+    failed = sink.endpoint.read(LeaseRef.mint(producer="x", addresses=["tcp://127.0.0.1:1"]), [6], timeout_s=0.1)
     with pytest.raises(KvxferError):
         failed.wait(30)
     assert sink.endpoint.read(source.endpoint.lease([2]), [6]).wait(30)
