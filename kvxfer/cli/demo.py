@@ -65,7 +65,7 @@ class Row:
     @property
     def good(self) -> bool:
         """Moved, and every byte is right."""
-        return not self.error and not self.wrong_nbytes and self.lease == "settled"
+        return not self.error and not self.wrong_nbytes and self.lease == "released"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "json":
         print(json.dumps({"good": True, "first_seed": options.first, "profiles": found, "faults": faults}, indent=2))
         return 0
-    heads = ("profile", "seeds", "requests", "done", "failed", "settled", "expired", "revoked", "moved", "took")
+    heads = ("profile", "seeds", "requests", "done", "failed", "released", "expired", "revoked", "moved", "took")
     print(table(heads, rows))
     print("\nwent wrong: " + (", ".join(f"{kind} {number:,}" for kind, number in faults.most_common()) or "nothing"))
     print("wrong bytes 0, blocks reused too early 0, ends missed or told twice 0, things left behind 0")

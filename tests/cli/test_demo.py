@@ -57,7 +57,7 @@ def test_json_says_that_every_byte_is_right():
     assert found["good"] and found["pids"]["producer"] != found["pids"]["consumer"]
     assert (contiguous["nbytes"], fragmented["nbytes"], held["nbytes"]) == (65536, 65536, 32768)
     assert contiguous["descriptors"] == 4 < contiguous["runs"] == 16 == fragmented["runs"]
-    assert all(row["wrong_nbytes"] == 0 and row["lease"] == "settled" for row in found["requests"])
+    assert all(row["wrong_nbytes"] == 0 and row["lease"] == "released" for row in found["requests"])
     # Each round looks at the whole cache: the blocks that moved, and those that had to stay as they were.
     assert all(row["checked_nbytes"] == 2 * found["cache_nbytes"] for row in found["requests"])
     assert found["late_read"]["error"].startswith("LeaseEndedError")
