@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit test-xla e2e sim soak search fuzz race hostile nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
@@ -24,12 +24,15 @@ demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte 
 serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them
 	@$(FULL) -m tools.serve $(ARGS)
 
-test: check unit test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
+test: check unit slow test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
 
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
-unit: full-env ## Tests of every part, on real NIXL, without vLLM servers (make unit ARGS="-k lease")
-	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla $(SIDE_BY_SIDE) $(ARGS)
+unit: full-env ## Tests of every part, on real NIXL, without vLLM servers: minutes, for each push (make unit ARGS="-k lease")
+	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
+
+slow: full-env ## The unit tests that take longer: random pairs moved, soaks, races, hostile peers, every model type
+	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla -m slow $(SIDE_BY_SIDE) $(ARGS)
 
 test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
 	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(SIDE_BY_SIDE) $(ARGS)

@@ -44,7 +44,12 @@ class Task:
 
 
 _KVXFER = ("-c", "import sys; from kvxfer.cli import main; sys.exit(main(sys.argv[1:]))")
-_ANY_PAIR = [f"tests/core/test_{name}.py" for name in ("any_pair", "any_pair_moved", "plan", "strided")]
+_ANY_PAIR = [
+    "tests/core/planner/test_any_pair.py",
+    "tests/core/runtime/test_any_pair_moved.py",
+    "tests/core/planner/test_plan.py",
+    "tests/core/buffers/test_host_copy.py",
+]
 
 TASKS = (
     Task("race", ("-m", "tests.race.race", "--seconds", "{s}", "--seed", "{seed}"), 1800),
