@@ -25,6 +25,7 @@
     |   +-- PeerLostError            the peer died or its connection broke
     |   +-- TransferTimeoutError     the deadline passed
     |   +-- TransferFailedError      the transfer engine said no
+    |   +-- IntegrityError           what arrived is not what the source has
     |
     +-- WireError                a message cannot be decoded, is too large, or has another protocol version
     +-- HandshakeError           the peer refused to be met, or is not the one expected; ``code`` is its reason

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from msgspec import structs
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -120,7 +120,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
     settings = options.for_endpoint(os.environ)
     # The limit is the process's, however many ranks live in it.
-    settings = replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
+    settings = structs.replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
     engine_id = vllm_config.kv_transfer_config.engine_id
     secret = Secret.resolve(file=options.secret_file)
     endpoints: list[Endpoint] = []

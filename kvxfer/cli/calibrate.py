@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import structs
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.buffers.host_cast import can_cast
@@ -100,7 +101,7 @@ class Sink:
 
     def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
         self._source = source
-        settings = replace(Settings.resolve(), staging_nbytes=staging_nbytes)
+        settings = structs.replace(Settings.resolve(), staging_nbytes=staging_nbytes)
         self.endpoint: Endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
         self.part: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from kvxfer.config import MAX_S, OTHER_VARIABLES, Settings, names
 from kvxfer.errors import ConfigError
@@ -23,16 +24,8 @@ def test_argument_before_environment_before_default():
         "OTHER": "x",
     }
     settings = Settings.resolve(environ=environ, lease_s=9, unread_lease_s=None)
-    assert (settings.lease_s, settings.retry_interval_s, settings.max_leases, settings.unread_lease_s) == (
-        9,
-        2.0,
-        12,
-        Settings.unread_lease_s,
-    )
-    assert (
-        "lease_s=9 (argument)" in settings.describe()
-        and "retry_interval_s=2.0 (KVXFER_RETRY_INTERVAL_S)" in settings.describe()
-    )
+    assert (settings.lease_s, settings.retry_interval_s, settings.max_leases, settings.unread_lease_s) == (9, 2.0, 12, Settings().unread_lease_s)
+    assert "lease_s=9.0 (argument)" in settings.describe() and "retry_interval_s=2.0 (KVXFER_RETRY_INTERVAL_S)" in settings.describe()
     assert all(name in settings.describe() for name in names())
 
 
@@ -66,8 +59,40 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("text", ["abc", "-1", "0", "nan", "1e", "1.5.2"])
 def test_a_bad_variable_is_named(text):
     """What is wrong with a variable is said with the variable's name."""
-    with pytest.raises(ConfigError, match="KVXFER_LEASE_S"):
+    with pytest.raises(ConfigError) as caught:
         Settings.resolve(environ={"KVXFER_LEASE_S": text})
+    assert str(caught.value) == (
+        f"lease_s must be a number of seconds above 0 and up to 31622400, not {text!r} (KVXFER_LEASE_S)"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -5, (1 << 24) + 1, 1 << 70])
+def test_arguments_and_variables_are_refused_alike(value):
+    """The same value is refused in the same words, with its origin, whether it is an argument or text of the environment."""
+    text = str(value)
+    with pytest.raises(ConfigError) as of_argument:
+        Settings.resolve(environ={}, max_leases=value)
+    with pytest.raises(ConfigError) as of_variable:
+        Settings.resolve(environ={"KVXFER_MAX_LEASES": text})
+    allowed = "max_leases must be a whole number from 1 to 16777216"
+    assert str(of_argument.value) == f"{allowed}, not {value} (argument)"
+    assert str(of_variable.value) == f"{allowed}, not {text!r} (KVXFER_MAX_LEASES)"
+
+
+def test_text_is_no_number_in_an_argument():
+    """Only the environment may give numbers as text."""
+    with pytest.raises(ConfigError, match=r"not '5' \(argument\)"):
+        Settings.resolve(environ={}, lease_s="5")
+
+
+def test_equality_looks_at_values_only():
+    """Two settings with the same values are equal and hash alike, wherever the values come from."""
+    by_variable = Settings.resolve(environ={"KVXFER_LEASE_S": "5"})
+    assert by_variable == Settings(lease_s=5) != Settings(lease_s=6)
+    assert hash(by_variable) == hash(Settings(lease_s=5.0)) and by_variable != 5
+    assert structs.replace(by_variable, max_leases=3) == Settings(lease_s=5, max_leases=3)
+    with pytest.raises(ConfigError, match="max_leases"):
+        structs.replace(by_variable, max_leases=0)
 
 
 def test_whole_numbers_of_the_environment_are_whole():

@@ -7,11 +7,10 @@ import asyncio
 import random
 import threading
 import time
-from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
+from msgspec import structs
 
 from kvxfer import Endpoint
 from kvxfer.agents.inproc import InprocAgent
@@ -381,7 +380,7 @@ def test_bad_blocks_are_not_sealed(pair, blocks):
 def test_one_rank_of_several_mints_no_lease(engines):
     """A lease names every rank's address, of which one rank knows its own only: it says so instead of minting half a lease."""
     engine = engines()
-    spec = msgspec.structs.replace(engine.cache.spec, rank=1, world=2)
+    spec = structs.replace(engine.cache.spec, rank=1, world=2)
     with Endpoint(KVCache(spec, engine.cache.buffers), "inproc", settings=QUICK) as rank:
         for mint in (rank.announce, lambda: rank.lease([1])):
             with pytest.raises(ConfigError, match=r"2 ranks.*LeaseRef\.mint"):
@@ -453,7 +452,7 @@ def test_reading_from_oneself(engines):
 def test_an_incompatible_peer(engines):
     """Caches that cannot serve each other: the read says on which axis."""
     source, sink = engines(), engines()
-    spec = msgspec.structs.replace(source.cache.spec, fingerprint="another model")
+    spec = structs.replace(source.cache.spec, fingerprint="another model")
     stranger = Endpoint(KVCache(spec, source.cache.buffers), "inproc", settings=QUICK)
     with stranger, pytest.raises(IncompatibleError, match="fingerprint"):
         sink.endpoint.read(stranger.lease([1]), [1]).wait(30)
@@ -587,7 +586,7 @@ def test_closed_is_closed(pair):
 
 def test_close_gives_producers_their_blocks_back(engines):
     """What a consumer still held is settled when it closes, and not only when the lease expires."""
-    source, sink = engines(settings=replace(QUICK, lease_s=60.0)), engines()
+    source, sink = engines(settings=structs.replace(QUICK, lease_s=60.0)), engines()
     ref = source.endpoint.lease([1])
     sink.endpoint.acquire(ref)
     eventually(lambda: sink.endpoint.granted(ref))
@@ -653,8 +652,8 @@ def test_many_read_one_lease_at_once(engines):
 
 def test_threads_hammering(engines):
     """Eight threads that announce, offer, hold, read, drop and revoke at random: each lease and each read ends once."""
-    source = engines(settings=replace(QUICK, lease_s=3.0))
-    sinks = [engines(settings=replace(QUICK, unread_lease_s=5.0), blocks=960) for _ in range(2)]
+    source = engines(settings=structs.replace(QUICK, lease_s=3.0))
+    sinks = [engines(settings=structs.replace(QUICK, unread_lease_s=5.0), blocks=960) for _ in range(2)]
     offered, transfers, lock, faults = [], [], threading.Lock(), []
 
     def hammer(seed):

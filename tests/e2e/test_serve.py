@@ -116,7 +116,7 @@ def test_a_failure_is_told(room, tmp_path):
         process.kill()
         process.wait()
     text = (tmp_path / "out").read_text()
-    assert "KVXFER_LEASE_S must be a number" in text
+    assert "lease_s must be a number of seconds" in text and "(KVXFER_LEASE_S)" in text
     assert started
     assert members(started) == []
 

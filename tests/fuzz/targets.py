@@ -272,7 +272,7 @@ def run_settings(data: bytes) -> bool:
         settings.describe()
         Settings(**value)
     except (ConfigError, TypeError) as error:
-        assert isinstance(error, ConfigError) or "unexpected keyword" in str(error), error
+        assert isinstance(error, ConfigError) or "unexpected keyword" in str(error).lower(), error
         return False
     return True
 

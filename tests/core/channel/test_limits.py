@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvxfer import LeaseReleased
 from kvxfer.channel.connections import _ours
@@ -439,7 +439,7 @@ def test_the_pace_of_one_peer():
 
 def test_a_burst_of_leases(engines):
     """8,000 leases that are held at once are all granted and settled, and nobody is cut off or dropped for asking too much."""
-    settings = replace(QUICK, lease_s=300.0, peer_timeout_s=120.0)
+    settings = structs.replace(QUICK, lease_s=300.0, peer_timeout_s=120.0)
     source, sink = engines(settings=settings).endpoint, engines(settings=settings).endpoint
     refs = [source.lease([number % 32]) for number in range(8000)]
     for ref in refs:
@@ -487,7 +487,7 @@ def test_replies_that_nobody_takes():
 
 def test_a_connection_that_takes_no_answers(engines):
     """What waits for a member that asks for large grants and takes none of them is a few MiB, and others are answered."""
-    source = engines(blocks=1 << 16, settings=replace(QUICK, lease_s=300.0)).endpoint
+    source = engines(blocks=1 << 16, settings=structs.replace(QUICK, lease_s=300.0)).endpoint
     ref = source.lease(list(np.random.default_rng(1).permutation(1 << 16)))
     member = Member(source.address)
     before = psutil.Process().memory_info().rss
