@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for names and prose: one class per name, docstrings that name the thing, the project's vocabulary, the width of pages."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = [path for top in ("kvxfer", "adapters", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COLUMNS = 100
+
+_BEGINNINGS = """
+About And As At Because But By Did Everybody For From Has He How If In Is It Like Nobody Not Of On Only Or
+Over She So Somebody Something Such That Their There These They This Those To Until What When Where Which
+While Who Whoever Whom Whose Why With Without You
+"""
+NO_BEGINNINGS = frozenset(_BEGINNINGS.split())
+"""First words of a docstring that begin neither an imperative nor a noun phrase."""
+
+BANNED = {
+    "acquaintance": "peer",
+    "anybody": "any peer, any thread",
+    "everybody": "all peers",
+    "fence": "lease check, or reset of the agent",
+    "grain": "block alignment",
+    "holder": "consumer",
+    "lane": "source",
+    "leg": "source",
+    "nest": "strided copy",
+    "nobody": "no peer, no thread",
+    "offer": "publish",
+    "seal": "publish",
+    "settle": "release",
+    "somebody": "a peer, a thread",
+    "stranger": "unauthenticated peer",
+    "tile": "chunk template",
+    "whoever": "the peer, the caller",
+    "withdraw": "revoke",
+}
+"""Words that the project does not use, and what to say instead. Their plurals and other forms are banned, too."""
+
+FORMS = {
+    form: word
+    for word in BANNED
+    for form in (word, f"{word}s", f"{word}d", f"{word}ed", f"{word}ing", f"{word.removesuffix('e')}ing")
+} | {"withdrawn": "withdraw", "withdrew": "withdraw", "settlement": "settle"}
+
+ALLOWED: dict[str, set[str]] = {
+    "docs/nixl.md": {"lane"},  # UCX calls its connections so
+    "adapters/kvxfer_nixl": {"lane"},
+}
+"""Words that a file or folder may use, as the field does."""
+
+# What is still to be rewritten. These sets only shrink.
+PROSE_TO_DO: tuple[str, ...] = ("adapters", "integrations", "kvxfer", "docs", "README.md", "CONTRIBUTING.md")
+"""Files and folders whose prose is still to be rewritten."""
+_TWICE = """
+BytesTests Channel Chunk Consumer ContractTests Ends Geometry Job Loop Options Pair Peer Piece Producer
+Reading Refused Registration Report Request Router Sample Shape Share Source _Held _Task
+"""
+TWICE_TO_DO = frozenset(_TWICE.split())
+"""Names that still belong to several classes."""
+
+
+def name_of(path: Path) -> str:
+    """Path from the root of the project."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def within(path: Path, places: tuple[str, ...]) -> bool:
+    """A file is one of these, or in one of these folders."""
+    return any(name_of(path) == place or name_of(path).startswith(f"{place}/") for place in places)
+
+
+@lru_cache
+def tree(path: Path) -> ast.Module:
+    """A file of the product, parsed."""
+    return ast.parse(path.read_text())
+
+
+def test_no_class_name_exists_twice():
+    """A class name means one thing in the core, the adapters and the integrations."""
+    where = defaultdict(list)
+    for path in PRODUCT:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                where[node.name].append(name_of(path))
+    assert {name: files for name, files in where.items() if len(files) > 1 and name not in TWICE_TO_DO} == {}
+
+
+def test_docstrings_name_the_thing():
+    """The first line of each public docstring begins with an imperative or a noun phrase."""
+    found = []
+    for path in PRODUCT:
+        if within(path, PROSE_TO_DO):
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                name = getattr(node, "name", "the module")
+                first = (ast.get_docstring(node) or "A").split(maxsplit=1)[0]
+                if not name.startswith("_") and first.rstrip(",;:.") in NO_BEGINNINGS:
+                    found.append(f"{name_of(path)}: {name}: {(ast.get_docstring(node) or '').splitlines()[0]}")
+    assert found == []
+
+
+def words(text: str) -> set[str]:
+    """Words of a text in lower case; those that make up an identifier one by one."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", text)}
+
+
+def test_the_vocabulary():
+    """Neither the product nor its pages use a word that the project has another one for."""
+    found = {}
+    for path in PRODUCT + PAGES:
+        if within(path, PROSE_TO_DO):
+            continue
+        allowed = set().union(*(some for place, some in ALLOWED.items() if within(path, (place,))))
+        banned = {FORMS[word] for word in words(path.read_text()) & set(FORMS)} - allowed
+        if banned:
+            found[name_of(path)] = {word: BANNED[word] for word in sorted(banned)}
+    assert found == {}
+
+
+def test_pages_are_wrapped():
+    """A line of prose in the documentation has at most 100 columns; tables, code and links may be longer."""
+    found = []
+    for page in PAGES:
+        code = False
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            prose = re.sub(r"\]\([^)]*\)|https?://\S+|`[^`]*`|<[^>]*>", "", line)
+            if len(line) > COLUMNS < len(prose) and not code and not line.lstrip().startswith("|"):
+                found.append(f"{name_of(page)}:{number}")
+    assert found == []
+
+
+def test_nothing_names_a_machine():
+    """No file names a folder of the machine on which it was written."""
+    made_here = {"__pycache__", "build", "dist", "corpus"}
+    machine = re.compile(r"(?<![\w./-])/(?:work|home|root|Users)/[a-z]")
+    found = []
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if path.suffix not in {".py", ".md", ".toml", ".yml", ".sh"} or any(
+            part in made_here or (part.startswith(".") and part not in {".ci", ".github"}) for part in parts
+        ):
+            continue
+        found += [f"{name_of(path)}: {line.strip()}" for line in path.read_text().splitlines() if machine.search(line)]
+    assert found == []
