@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control addresses, ``tcp://host:port``: which numeric addresses a host means, where a listener binds, what peers are told.
+"""Control addresses, ``tcp://host:port``: the IP addresses of a host, the ones to bind, the one to advertise.
 
-A *number* is a numeric address as text, such as ``127.0.0.1`` or ``fe80::1%eth0``. ZeroMQ is given numbers only: of a name it
-would take one address, and resolve it on the thread that serves all connections.
+An *ip* is an IP address as text, such as ``127.0.0.1`` or ``fe80::1%eth0``. ZeroMQ gets no host names: it would resolve a name
+on the thread that serves all connections, and use one of its addresses.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from kvxfer.errors import ConfigError
 
 LAST_PORT = 65_535
 ANY = "*"
-"""Host of a listener that takes connections to every address of this machine, of both families."""
+"""Host of a listener that is bound to all addresses of this machine, IPv4 and IPv6."""
 
-MOST_NUMBERS = 8
-"""Numbers that are taken of one name."""
+MOST_IPS = 8
+"""Most IP addresses of one name that are used."""
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _NAME = re.compile(
@@ -29,16 +29,16 @@ _NAME = re.compile(
 _LONGEST_NAME = 253
 _EVERYTHING = ("", ANY, "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
-# Documentation addresses (RFC 5737, RFC 3849): no host has them, and the default route leads to them.
+# Addresses reserved for documentation (RFC 5737, RFC 3849): no host has them, and the default route leads to them.
 _SOMEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 @lru_cache(1024)
 def parse(address: str) -> tuple[str, int]:
-    """Host and port of an address that can be connected to; an IPv6 host without its brackets.
+    """Host and port of an address to connect to; an IPv6 host without its brackets.
 
     Raises:
-        ConfigError: it is not ``tcp://host:port`` with a host that can exist and a port from 1 to 65535.
+        ConfigError: the address is not ``tcp://host:port`` with a valid host and a port from 1 to 65535.
     """
     host, port = _split(address)
     if port == 0:
@@ -47,26 +47,26 @@ def parse(address: str) -> tuple[str, int]:
 
 
 def parse_bind(address: str) -> tuple[str, int]:
-    """Host and port to listen on: the host may be `ANY`, and port 0 means any free one.
+    """Host and port to listen on: the host may be `ANY`, and port 0 means any free port.
 
     Raises:
-        ConfigError: it is not ``tcp://host:port``.
+        ConfigError: the address is not ``tcp://host:port``.
     """
     host, port = _split(address)
     return (ANY, port) if host in ("", ANY) else (checked_host(host, address), port)
 
 
 def checked_host(host: str, given: str | None = None) -> str:
-    """A host without brackets, if it is a number or could be a name.
+    """Check that a host is an IP address or a valid host name, and return it without brackets.
 
     Args:
-        given: what to call it in the error.
+        given: the text to show in the error instead of ``host``.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the host is neither.
     """
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if _number(bare) is None and not (len(bare) <= _LONGEST_NAME and _NAME.fullmatch(bare)):
+    if _ip(bare) is None and not (len(bare) <= _LONGEST_NAME and _NAME.fullmatch(bare)):
         raise ConfigError(
             f"{host if given is None else given!r}: {host!r} is neither a numeric address nor a host name"
         )
@@ -74,28 +74,28 @@ def checked_host(host: str, given: str | None = None) -> str:
 
 
 def join(host: str, port: int) -> str:
-    """The address of a host and a port; an IPv6 host gets the brackets that it needs there."""
+    """Control address of a host and a port; an IPv6 host gets its brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host and not host.startswith("[") else f"tcp://{host}:{port}"
 
 
-def numbers(host: str) -> list[str] | None:
-    """The numbers of a host that no name server has to be asked for: of a number, and of ``localhost``; None of another name.
+def known_ips(host: str) -> list[str] | None:
+    """IP addresses of a host that are known without a look-up: of an IP address and of ``localhost``; None for another name.
 
     ``localhost`` means both loopback addresses, whatever the hosts file says (RFC 6761, section 6.3).
     """
     if host.rstrip(".").lower() == "localhost":
         return list(_LOOPBACK)
-    number = _number(host)
-    return None if number is None else [number]
+    ip = _ip(host)
+    return None if ip is None else [ip]
 
 
 def resolve(host: str) -> list[str]:
-    """The numbers of a host as the system's resolver orders them, `MOST_NUMBERS` at the most. Blocks for as long as that takes.
+    """Look up the IP addresses of a host, in the order of the system's resolver, at most `MOST_IPS`. Blocks.
 
     Raises:
         ConfigError: the name has no address, or the resolver failed.
     """
-    known = numbers(host)
+    known = known_ips(host)
     if known is not None:
         return known
     try:
@@ -111,40 +111,40 @@ def resolve(host: str) -> list[str]:
             ordered[str(sockaddr[0]).partition("%")[0] + scope] = None
     if not ordered:
         raise ConfigError(f"the host name {host!r} has no IP address")
-    return list(ordered)[:MOST_NUMBERS]
+    return list(ordered)[:MOST_IPS]
 
 
-def is_loopback(number: str) -> bool:
-    """Only processes of this machine reach it."""
-    return number != ANY and ipaddress.ip_address(number.partition("%")[0]).is_loopback
+def is_loopback(ip: str) -> bool:
+    """Whether only processes of this machine can reach the address."""
+    return ip != ANY and ipaddress.ip_address(ip.partition("%")[0]).is_loopback
 
 
-def is_ipv6(number: str) -> bool:
-    """It is an address of IPv6, or `ANY`."""
-    return number == ANY or ":" in number
+def is_ipv6(ip: str) -> bool:
+    """Whether the address belongs to IPv6, or is `ANY`."""
+    return ip == ANY or ":" in ip
 
 
-def told(bound: list[str]) -> str:
-    """What peers are told of a listener that is bound to these numbers: one number, which reaches furthest; IPv4 before IPv6."""
-    every = [number for number in bound if number in _EVERYTHING]
+def advertised_ip(bound: list[str]) -> str:
+    """IP address to advertise for a listener bound to these: the one that reaches furthest; IPv4 before IPv6."""
+    every = [ip for ip in bound if ip in _EVERYTHING]
     if every:
-        return own_number(ipv6=any(is_ipv6(number) for number in every))
-    return min(bound, key=lambda number: (is_loopback(number), is_ipv6(number)))
+        return own_ip(ipv6=any(is_ipv6(ip) for ip in every))
+    return min(bound, key=lambda ip: (is_loopback(ip), is_ipv6(ip)))
 
 
-def told_host(host: str) -> str:
-    """What peers are told of a listener that is to be bound to ``host``: a number where the name means another machine to each.
+def advertised_host(host: str) -> str:
+    """Host to advertise for a listener bound to ``host``: an IP address for ``localhost`` and for all interfaces.
 
-    A name that is not ``localhost`` is told as it is: where it leads, peers find out for themselves.
+    Any other name is advertised as it is, and peers look it up.
     """
     if host.strip("[]") in _EVERYTHING:
-        return own_number(ipv6=host != "0.0.0.0")  # noqa: S104 - compared, not bound
-    known = numbers(host.strip("[]"))
-    return host if known is None else told(known)
+        return own_ip(ipv6=host != "0.0.0.0")  # noqa: S104 - compared, not bound
+    known = known_ips(host.strip("[]"))
+    return host if known is None else advertised_ip(known)
 
 
-def own_number(*, ipv6: bool = True) -> str:
-    """The number that this machine has on its default route, of IPv4 or else of IPv6. Nothing is sent to find it."""
+def own_ip(*, ipv6: bool = True) -> str:
+    """IP address of this machine on its default route, IPv4 before IPv6. Sends nothing to find it."""
     for family in (socket.AF_INET, socket.AF_INET6) if ipv6 else (socket.AF_INET,):
         with contextlib.suppress(OSError), contextlib.closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
             probe.connect((_SOMEWHERE[family], 9))
@@ -160,7 +160,7 @@ def _split(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _number(text: str) -> str | None:
+def _ip(text: str) -> str | None:
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of kvxfer itself: each is counted, and becomes a named error; a trace of each kind is logged at most once a second."""
+"""Faults of kvxfer itself: each is counted and becomes an `InternalError`; its trace is logged at most once a second per kind."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _MOST_KINDS = 256
 
 
 class Defects:
-    """What one thread caught. Used by that thread.
+    """Faults that one thread has caught. Used by that thread.
 
     Args:
-        metrics: counts in ``kvxfer_internal_errors_total``.
-        where: the thread, for people and as a label.
+        metrics: counted in ``kvxfer_internal_errors_total``.
+        where: name of the thread, for messages and as a label.
     """
 
     def __init__(self, metrics: Metrics, where: str) -> None:
         self._metrics = metrics
         self._where = where
         self._kinds: dict[tuple[type, object, int], tuple[float, int]] = {}
-        """By kind, when its trace may be logged again, and how many came in since the last one."""
+        """By kind, the time at which its trace may be logged again, and the number of faults since the last trace."""
 
     def caught(self, error: BaseException) -> InternalError:
-        """Count and log a fault; returns what the transfers that it touches end with."""
+        """Count and log a fault, and return the error for the transfers or leases that it affects."""
         self._metrics.count("kvxfer_internal_errors_total", where=self._where)
         now, kind = time.monotonic(), _kind(error)
         again_at, unsaid = self._kinds.get(kind, (0.0, 0))
@@ -42,7 +42,7 @@ class Defects:
                 self._kinds.clear()
             self._kinds[kind] = (now + _EVERY_S, 0)
             more = f" ({unsaid} more of this kind since the last trace)" if unsaid else ""
-            _log.error("fault in the %s thread; it goes on%s", self._where, more, exc_info=error)
+            _log.error("fault in the %s thread, which continues%s", self._where, more, exc_info=error)
         else:
             self._kinds[kind] = (again_at, unsaid + 1)
         named = InternalError(f"a fault of kvxfer in its {self._where} thread: {type(error).__name__}: {error}")
@@ -51,7 +51,7 @@ class Defects:
 
 
 def _kind(error: BaseException) -> tuple[type, object, int]:
-    """Its class, and where it was raised."""
+    """Class of an error and the line that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -24,20 +24,20 @@
     +-- TransferError            bytes did not arrive
     |   +-- PeerLostError            the peer died or its connection broke
     |   +-- TransferTimeoutError     the deadline passed
-    |   +-- TransferFailedError      the transfer engine said no
+    |   +-- TransferFailedError      the transfer engine reported a failure
     |   +-- IntegrityError           what arrived is not what the source has
     |
     +-- WireError                a message cannot be decoded, is too large, or has another protocol version
-    +-- HandshakeError           the peer refused to be met, or is not the one expected; ``code`` is its reason
+    +-- HandshakeError           the peer refused the handshake, or is not the one expected; ``code`` is its reason
     +-- PeerTimeoutError         the peer's control channel did not answer in time
     +-- LeaseError
         +-- LeaseRefError            the lease that came with a request is malformed (also a ValueError)
-        +-- LeaseUnknownError        the owner knows no such lease
-        +-- LeaseEndedError          the lease expired or was revoked: bytes read under it are thrown away
+        +-- LeaseUnknownError        the producer knows no such lease
+        +-- LeaseEndedError          the lease expired or was revoked: bytes read under it are discarded
 
-Two facts matter to whoever catches one: ``retryable`` (may the same call succeed later?) and ``quiet`` (is it certain
-that nothing will still be written to the local blocks?). Blocks of an error that is not quiet must rest until the
-agent is closed; the endpoint does that itself before it reports a failed transfer.
+Two attributes matter to callers: ``retryable`` (may the same call succeed later?) and ``quiet`` (is it certain that nothing
+will still be written to the local blocks?). Blocks of an error that is not quiet must stay unused until the agent is closed;
+the endpoint does that itself before it reports a failed transfer.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ClosedError(KvxferError):
 
 
 class InternalError(KvxferError):
-    """A fault of kvxfer itself, named in the message and counted in ``kvxfer_internal_errors_total``. Worth a report."""
+    """A fault of kvxfer itself, named in the message and counted in ``kvxfer_internal_errors_total``. Please report it."""
 
 
 class LayoutError(KvxferError, ValueError):
@@ -149,7 +149,7 @@ class PeerLostError(TransferError):
 
 
 class TransferTimeoutError(TransferError):
-    """The deadline passed. Giving up stops no engine we know: late bytes may still land."""
+    """The deadline passed. No known transfer engine stops writing then: late bytes may still arrive."""
 
     quiet = False
 
@@ -161,14 +161,15 @@ class TransferFailedError(TransferError):
 
 
 class Difference(NamedTuple):
-    """What a read was asked to verify, and is not what its source has.
+    """A stretch of tokens whose bytes differ between consumer and producer.
 
     Attributes:
-        group: of the reader's cache.
-        layer: its number, and ``layer_name`` its name, empty where layers have none.
-        record: ``"kv"`` or another of `kvxfer.layout.spec`.
-        tokens: of the request, first and first after the last.
-        blocks: ids of the reader's blocks that hold them.
+        group: cache group of the consumer.
+        layer: number of the layer.
+        layer_name: name of the layer, empty where layers have none.
+        record: ``"kv"`` or another record of `kvxfer.layout.spec`.
+        tokens: first token of the request, and first after the last.
+        blocks: ids of the consumer's blocks that hold them.
     """
 
     group: str
@@ -185,11 +186,11 @@ class Difference(NamedTuple):
 
 
 class IntegrityError(TransferError):
-    """What arrived is not what the source has. Only reads that were asked to verify find this.
+    """The bytes that arrived differ from those of the producer. Only reads with ``verify`` find this.
 
     Attributes:
-        differences: where; nothing was found elsewhere, unless there is ``more``.
-        more: so many were found that no further ones were looked for.
+        differences: the differences that were found.
+        more: there may be more: the search ended at a limit.
     """
 
     def __init__(self, differences: Sequence[Difference], *, more: bool = False) -> None:
@@ -206,7 +207,7 @@ class WireError(KvxferError, ValueError):
 
 
 class HandshakeError(KvxferError):
-    """The peer refused to be met, or is not the one that was expected.
+    """The peer refused the handshake, or is not the one that was expected.
 
     Attributes:
         code: the reason as a short word that is stable between versions, e.g. ``"incompatible"``.
@@ -232,15 +233,15 @@ class LeaseRefError(LeaseError, ValueError):
 
 
 class LeaseUnknownError(LeaseError):
-    """The owner knows no such lease."""
+    """The producer knows no such lease."""
 
 
 class LeaseEndedError(LeaseError):
-    """The lease expired or was revoked; what was read under it is thrown away."""
+    """The lease expired or was revoked; bytes read under it are discarded."""
 
 
 def fresh(error: KvxferError) -> KvxferError:
-    """The same error with a traceback of its own: that of one that is raised again and again would grow with each time."""
+    """Copy an error without its traceback, which would grow each time the error is raised."""
     new = type(error).__new__(type(error))
     new.args = error.args
     new.__dict__.update(error.__dict__)
@@ -249,9 +250,9 @@ def fresh(error: KvxferError) -> KvxferError:
 
 
 def release_frames(error: BaseException) -> None:
-    """Let go of what the functions that an error came through had in hand: an error may be kept for as long as an engine likes.
+    """Drop the references that an error's tracebacks hold to local variables, since an engine may keep the error.
 
-    Where its causes were raised can still be told.
+    The tracebacks of its causes still name files and lines.
     """
     error.__traceback__ = None
     seen = {id(error)}
@@ -264,13 +265,11 @@ def release_frames(error: BaseException) -> None:
             rest += [cause.__cause__, cause.__context__]
 
 
-def printable(words: str) -> str:
-    """What a peer has said, as messages and logs may show it: without characters that move a cursor or begin a line."""
-    return (
-        words if words.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
-    )
+def printable(text: str) -> str:
+    """Text of a peer for messages and logs: without characters that move a cursor or begin a line."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def shown(token: str) -> str:
-    """A lease's token as messages and logs may show it: enough to tell leases apart, too little to claim one."""
+    """Beginning of a lease's token for messages and logs: enough to tell leases apart, too little to acquire one."""
     return f"{token[:8]}..."

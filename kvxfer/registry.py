@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters by name, through entry points: a stranger's package is found exactly as the ones shipped here.
+"""Adapters by name, through entry points: third-party packages are found in the same way as those of this project.
 
 Groups: ``kvxfer.agents`` (subclasses of `TransferAgent`) and ``kvxfer.buffers`` (subclasses of `DeviceBuffer`).
-One broken plug-in never breaks another: its failure is the answer to `why_unavailable`.
+A broken plug-in does not break another: `why_unavailable` returns its failure.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 Kind = Literal["agents", "buffers"]
 
 AgentChoice = Union[str, "Callable[..., TransferAgent]"]
-"""A name of the registry, or a callable that makes an agent from the name that it is to bear."""
+"""A name of the registry, or a callable that makes an agent with the name it is given."""
 
-# Known without any metadata, so that kvxfer also runs from a source tree that was never installed.
+# Known without metadata, so that kvxfer also runs from a source tree that was never installed.
 _BUILT_IN: dict[str, dict[str, type]] = {"agents": {"inproc": InprocAgent}, "buffers": {}}
 
 
@@ -40,16 +40,16 @@ def _found(kind: Kind) -> dict[str, list[EntryPoint]]:
 
 
 def names(kind: Kind = "agents") -> list[str]:
-    """Every adapter that is installed, whether or not it can run here."""
+    """Names of all installed adapters, whether or not they can run here."""
     return sorted({*_found(kind), *_BUILT_IN[kind]})
 
 
 def load(name: str, kind: Kind = "agents") -> type:
-    """The adapter's class.
+    """Import the class of an adapter.
 
     Raises:
-        ConfigError: no adapter of this name, or two packages claim it.
-        UnavailableError: it is installed but cannot run here; the message says what to do.
+        ConfigError: there is no adapter of this name, or two packages claim it.
+        UnavailableError: the adapter is installed but cannot run here; the message says what to do.
     """
     points = _found(kind).get(name, [])
     distinct = {point.value for point in points}
@@ -72,14 +72,14 @@ def load(name: str, kind: Kind = "agents") -> type:
         try:
             reason = adapter.why_unavailable()
         except Exception as error:
-            raise UnavailableError(f"{name} ({points[0].value}) cannot say whether it can run: {error!r}") from error
+            raise UnavailableError(f"{name} ({points[0].value}) failed in why_unavailable: {error!r}") from error
         if reason is not None:
             raise UnavailableError(reason)
     return adapter
 
 
 def why_unavailable(name: str, kind: Kind = "agents") -> str | None:
-    """None if the adapter can run here, else the reason in one sentence."""
+    """Reason in one sentence why an adapter cannot run here; None if it can."""
     try:
         load(name, kind)
     except (ConfigError, UnavailableError) as error:
@@ -90,16 +90,16 @@ def why_unavailable(name: str, kind: Kind = "agents") -> str | None:
 def agent_maker(
     choice: AgentChoice, options: dict[str, Any], prefix: str, *, loopback: bool
 ) -> Callable[[], TransferAgent]:
-    """What makes the agents of one endpoint, one after the other, each under another name.
+    """Callable that makes the agents of one endpoint, one after the other, each with a name of its own.
 
     Args:
-        choice: of the user.
-        options: for the adapter; only with a name of the registry.
-        prefix: with which all their names begin, followed by ``/`` and a number.
-        loopback: the endpoint's control address is reached from this machine only, and so its agents are to be.
+        choice: the user's choice of agent.
+        options: options of the adapter; only with a name of the registry.
+        prefix: beginning of all their names, followed by ``/`` and a number.
+        loopback: only this machine reaches the endpoint's control address, so its agents need no other reach.
 
     Raises:
-        ConfigError: the choice is no agent, or the options do not go with it.
+        ConfigError: the choice is no agent, or takes no such options.
         UnavailableError: the adapter cannot run here.
     """
     if callable(choice):
@@ -128,19 +128,19 @@ def agent_maker(
         except TypeError as error:
             raise ConfigError(f"agent_options {sorted(options)} do not fit {choice!r}: {error}") from error
         except Exception as error:
-            raise UnavailableError(f"{choice!r} makes no agent: {type(error).__name__}: {error}") from error
+            raise UnavailableError(f"{choice!r} made no agent: {type(error).__name__}: {error}") from error
         if not isinstance(agent, TransferAgent):
-            raise ConfigError(f"{choice!r} was to make a TransferAgent and made {agent!r:.200}")
+            raise ConfigError(f"{choice!r} must make a TransferAgent and made {agent!r:.200}")
         if agent.name != name:
             agent.close()
             raise ConfigError(
-                f"{choice!r} was to make an agent named {name!r} and made {agent.name!r}: peers refuse an agent that does not bear "
-                "the name of its endpoint, so pass on the name that the callable is given"
+                f"{choice!r} must make an agent named {name!r} and made {agent.name!r}: peers refuse an agent without the name of "
+                "its endpoint, so pass on the name that the callable is given"
             )
         if made == 1 and agent.loopback_only and not loopback:
             _log.warning(
-                "other machines can ask %s for KV, and cannot read it: its transfer agent (%s) can be reached from this machine "
-                "only, as loopback_only or the engine's own settings say",
+                "other machines can reach %s but cannot read its KV: its transfer agent (%s) can be reached from this machine "
+                "only, because of loopback_only or the transfer engine's own settings",
                 prefix,
                 agent.adapter,
             )
@@ -150,9 +150,9 @@ def agent_maker(
 
 
 def _has_keyword(make: Callable[..., object], name: str) -> bool:
-    """A callable has an argument of that name."""
+    """Whether a callable has a keyword argument of that name."""
     try:
         parameters = inspect.signature(make).parameters
-    except (TypeError, ValueError):  # one that is not written in Python may not tell
+    except (TypeError, ValueError):  # a callable that is not written in Python may have no signature
         return False
     return name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY

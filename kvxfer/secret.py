@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the endpoints of one fleet know and nobody else does: the keys of their control channel come from it."""
+"""Shared secret of the endpoints of one fleet: the keys of their control channels are derived from it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 LEAST_NBYTES = 16
-"""Shorter ones can be guessed."""
+"""Least length; a shorter secret can be guessed."""
 
 LEAST_DIFFERENT = 5
-"""One of fewer different bytes can be guessed: of 16 random ones, in whatever notation, more than that differ."""
+"""Least number of different bytes; 16 random bytes, in any notation, have more."""
 
 _MOST_NBYTES = 1 << 16
 _FILE_S = 10.0
-"""A file that is a pipe has to end within this."""
+"""Time within which a file that is a pipe must end."""
 
 _VARIABLE, _FILE_VARIABLE = "KVXFER_SECRET", "KVXFER_SECRET_FILE"
-_SALT = b"kvxfer secret, version 1"  # one for all: two servers that were told nothing but the secret have to agree
+_SALT = b"kvxfer secret, version 1"  # constant, since two servers share nothing but the secret
 _COST = {"n": 1 << 15, "r": 8, "p": 1, "maxmem": 64 << 20}  # 32 MiB and about a tenth of a second
 
 
 class KeyPair(NamedTuple):
-    """Keys of CurveZMQ, in its text form."""
+    """Pair of CurveZMQ keys, in text form."""
 
     public: bytes
     private: bytes
@@ -50,19 +50,20 @@ class KeyPair(NamedTuple):
 
 
 class Secret:
-    """Keys derived from a secret that people have put on each server: by scrypt (RFC 7914), and HKDF's second half (RFC 5869).
+    """Keys derived from the secret of a fleet, by scrypt (RFC 7914) and the expand step of HKDF (RFC 5869).
 
-    Immutable, for any thread. Never shows what it holds. Making one takes a moment.
+    Immutable, for any thread. Never shows the secret. The derivation takes about a tenth of a second.
 
     Args:
-        secret: bytes that nobody can guess, such as 32 from ``openssl rand -base64 32``.
-        origin: where it comes from, for messages.
+        secret: random bytes, such as those of ``openssl rand -base64 32``.
+        origin: source of the secret, for messages.
 
     Attributes:
-        listener, caller: keys of whoever is connected to, and of whoever connects. All endpoints of a fleet have the same.
+        listener: keys of the side that accepts a connection, the same for all endpoints of a fleet.
+        caller: keys of the side that connects, the same for all endpoints of a fleet.
 
     Raises:
-        ConfigError: it is too short.
+        ConfigError: the secret can be guessed.
     """
 
     __slots__ = ("_tokens", "caller", "listener")
@@ -90,13 +91,13 @@ class Secret:
 
     @classmethod
     def resolve(cls, *, file: str | None = None, environ: Mapping[str, str] | None = None) -> Secret | None:
-        """From a file, else ``KVXFER_SECRET_FILE``, else ``KVXFER_SECRET``; None if there is none.
+        """Read the secret from a file, else ``KVXFER_SECRET_FILE``, else ``KVXFER_SECRET``; None if there is none.
 
-        White space at the end does not count. A file may be a pipe, and has at most 64 KiB. The variable ``KVXFER_SECRET`` is
-        inherited by every child of the process; a file is read once and is not.
+        White space at the end is ignored. A file may be a pipe, and has at most 64 KiB. Child processes inherit the variable
+        ``KVXFER_SECRET``, but not the content of a file.
 
         Raises:
-            ConfigError: it cannot be read, or is too short. The message names where it comes from and never shows it.
+            ConfigError: the secret cannot be read, or can be guessed. The message names its source and never shows it.
         """
         environ = os.environ if environ is None else environ
         path = file or environ.get(_FILE_VARIABLE) or ""
@@ -106,18 +107,18 @@ class Secret:
             except (OSError, ValueError) as error:
                 raise ConfigError(f"cannot read the secret: {error}") from error
             if mode & 0o077:
-                _log.warning("others on this machine may read the secret in %s: chmod 600", path)
+                _log.warning("other users of this machine may read the secret in %s: chmod 600", path)
             return cls(content.rstrip(), path)
         text = environ.get(_VARIABLE) or ""
         return cls(os.fsencode(text.rstrip()), _VARIABLE) if text else None
 
     def digest(self, known: bytes) -> bytes:
-        """128 bits of something that can only be told from the outside by who has the secret."""
+        """128-bit message authentication code of some bytes, keyed by the secret."""
         return hmac.digest(self._tokens, known, "sha256")[:16]
 
 
 def _read(path: str) -> tuple[bytes, int]:
-    """Content and mode of a file, also of a pipe, which may have no writer, or one that never ends. Raises OSError."""
+    """Read content and mode of a file or pipe within `_FILE_S`. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode, content, deadline = os.fstat(descriptor).st_mode, b"", time.monotonic() + _FILE_S

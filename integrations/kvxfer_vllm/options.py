@@ -184,4 +184,4 @@ def tcp_address(host: str, port: int) -> str:
 
 def advertised(host: str) -> str:
     """The host that others are told: this machine's address for "all interfaces", a number for ``localhost``, else what is given."""
-    return addresses.told_host(host)
+    return addresses.advertised_host(host)

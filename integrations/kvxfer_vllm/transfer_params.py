@@ -264,7 +264,7 @@ def _same_place(address: str, own: str) -> bool:
     """An address leads to this server, as far as can be told without asking for names."""
     host, port = addresses.parse(address)
     own_host, own_port = addresses.parse(own)
-    numbers, own_numbers = addresses.numbers(host) or [], addresses.numbers(own_host) or []
+    numbers, own_numbers = addresses.known_ips(host) or [], addresses.known_ips(own_host) or []
     here = host == own_host or any(number in own_numbers or addresses.is_loopback(number) for number in numbers)
     return port == own_port and here
 

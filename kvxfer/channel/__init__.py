@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control channel: sockets, connections, addresses, and how much one peer may take."""
+"""The control channel: sockets, connections, and limits per peer."""

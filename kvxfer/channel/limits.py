@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a control channel one peer may take: connections, messages, memory. Pure: no sockets, no clock of its own.
+"""Limits of a control channel per peer: connections, messages, memory. Pure: no sockets, no clock of its own.
 
-Whoever goes on after a warning that it cannot miss, that its messages are dropped, loses its connection. That harms no peer of
-ours: ZeroMQ connects again by itself, and what matters is said again.
+Messages above the rate are dropped; a peer that goes on sending loses its connection. A well-behaved peer loses nothing by
+that: ZeroMQ reconnects, and the protocol sends messages without an answer again.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
 
 UNIT_NBYTES = 4096
-"""A message counts once for each so many bytes of it: to decode takes time by length."""
+"""Bytes of a message that count as one message, since decoding takes time by length."""
 
 CPU_SHARE = 1 / 2
-"""Of the control thread's processor time may go to messages of one connection."""
+"""Greatest share of the control thread's processor time for messages of one connection."""
 
-_NEWCOMERS_SHARE = 8
-"""One place of so many is for connections that have not said anything yet, however many others there are."""
+_SILENT_SHARE = 8
+"""One of so many connections may always be one that has sent no message yet."""
 
 MOST_UNFINISHED_NBYTES = 64 << 20
-"""Of a message that has begun to arrive and does not end. ZeroMQ bounds frames, and neither their number nor their sum."""
+"""Most bytes of a message that has not ended. ZeroMQ limits the size of a frame, not the number of frames of a message."""
 
 
 class Verdict(Enum):
-    """What is to be done with a message: TAKE it, DROP it, or CUT the connection that it came by."""
+    """Fate of a message: ACCEPT it, DROP it, or CLOSE its connection."""
 
-    TAKE = "take"
+    ACCEPT = "accept"
     DROP = "drop"
-    CUT = "cut"
+    CLOSE = "close"
 
 
-class Bucket:
-    """How much one peer may still say: so much a second, a second's worth at once. What is dropped counts too.
+class TokenBucket:
+    """Rate limit of one peer: a burst of one second's messages, refilled at ``per_s``. Dropped messages count, too.
 
     Args:
-        asked: it is one that this side connects to, and answers what it is asked; else a new connection may say less at once.
+        asked: this side connects to the peer and asks for its messages; else a new connection begins with a smaller burst.
     """
 
     def __init__(self, per_s: float, now: float, *, asked: bool = False) -> None:
@@ -52,38 +52,38 @@ class Bucket:
         self._at = now
 
     def spend(self, seconds: float) -> None:
-        """A message that was taken has cost so much of the thread's time.
+        """Charge the processor time that an accepted message took.
 
-        What is dropped for that does not get a peer cut: it cannot know what its messages cost.
+        A peer whose messages are dropped for their processor time keeps its connection: it cannot know the cost.
         """
         self._left_s = max(self._left_s - seconds, -2 * CPU_SHARE)
 
     def take(self, nbytes: int, now: float) -> Verdict:
-        """A message has come. A peer that is a second's worth in debt is cut."""
+        """Charge one message. A peer that is one second's messages in debt is to be disconnected."""
         self._left = min(self._left + (now - self._at) * self._per_s, self._per_s) - (1 + nbytes // UNIT_NBYTES)
         self._left_s = min(self._left_s + (now - self._at) * CPU_SHARE, CPU_SHARE)
         self._at = now
         if self._left >= 0:
-            return Verdict.TAKE if self._left_s >= 0 else Verdict.DROP
-        return Verdict.DROP if self._left > -self._per_s else Verdict.CUT
+            return Verdict.ACCEPT if self._left_s >= 0 else Verdict.DROP
+        return Verdict.DROP if self._left > -self._per_s else Verdict.CLOSE
 
 
-class Untaken:
-    """How many bytes of replies each connection has not taken yet, so that one which takes none is not answered without end.
+class ReplyBacklog:
+    """Bytes of replies that each connection has not acknowledged, to bound the replies to a peer that reads none.
 
     Args:
-        most: bytes that may wait for one connection; a reply is begun while no more than these do.
-        acknowledged: bytes that the other end of a connection has acknowledged so far; None where the system does not say.
+        most: bytes of one connection above which further replies are dropped.
+        acknowledged: bytes that the other end of a connection has acknowledged so far; None where the system does not tell.
     """
 
     def __init__(self, most: int, acknowledged: Callable[[int], int | None]) -> None:
         self._most = most
         self._acknowledged = acknowledged
         self._waiting: dict[int, tuple[int, int]] = {}
-        """By connection, bytes that wait, and what was acknowledged when that was last looked at."""
+        """By connection, unacknowledged bytes, and the bytes that were acknowledged when they were last counted."""
 
     def may_send(self, key: int, nbytes: int) -> bool:
-        """Count a reply of so many bytes, unless too many wait already."""
+        """Count a reply of so many bytes; False, and nothing is counted, if too many are unacknowledged."""
         waiting, before = self._waiting.get(key, (0, 0))
         if waiting > self._most // 2:
             now = self._acknowledged(key)
@@ -93,65 +93,65 @@ class Untaken:
         return allowed
 
     def forget(self, key: int) -> None:
-        """The connection has ended."""
+        """Forget a connection that has ended."""
         self._waiting.pop(key, None)
 
 
-class Buckets:
-    """A bucket for each peer.
+class TokenBuckets:
+    """A token bucket for each peer.
 
-    ``key`` names one: the address of a peer that this side connects to, or the number of a connection that came in. Messages whose
-    sender cannot be told share one.
+    The key is the address of a peer that this side connects to, or the file descriptor of an incoming connection. Messages of
+    unknown origin share one bucket.
     """
 
     def __init__(self, per_s: float) -> None:
         self._per_s = per_s
-        self._buckets: dict[Hashable, Bucket] = {}
+        self._buckets: dict[Hashable, TokenBucket] = {}
 
     def take(self, key: Hashable, nbytes: int, now: float) -> Verdict:
-        """See `Bucket.take`."""
+        """See `TokenBucket.take`."""
         bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[key] = Bucket(self._per_s, now, asked=isinstance(key, str))
+            bucket = self._buckets[key] = TokenBucket(self._per_s, now, asked=isinstance(key, str))
         return bucket.take(nbytes, now)
 
     def spend(self, key: Hashable, seconds: float) -> None:
-        """See `Bucket.spend`."""
+        """See `TokenBucket.spend`."""
         bucket = self._buckets.get(key)
         if bucket is not None:
             bucket.spend(seconds)
 
     def forget(self, key: Hashable) -> None:
-        """The peer has gone."""
+        """Forget a peer that has disconnected."""
         self._buckets.pop(key, None)
 
 
 @dataclass
-class _Place:
-    """One connection.
+class _Connection:
+    """One incoming connection.
 
     Attributes:
-        taken: a message of it came since it was last looked at.
-        finished_nbytes: what had arrived by it when that was last so.
+        taken: a complete message has come since the last check.
+        finished_nbytes: bytes that had arrived at the last check after a complete message.
     """
 
     taken: bool = False
     finished_nbytes: int = 0
 
 
-class Places:
-    """Connections that came in, by the number that the operating system gives each; at most ``most`` stay.
+class ConnectionTable:
+    """Incoming connections by file descriptor; at most ``most`` stay.
 
-    When there are more, one has to go: the oldest of those that never said anything, unless hardly any of these are left; then
-    the one that was silent for longest. So a stranger has no place for long while others come, and a peer that speaks keeps its.
+    When there are more, one is closed: the oldest without any message, or, where hardly any of these are left, the one whose
+    last message is the oldest. So silent connections cannot take the places of active peers.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._silent: OrderedDict[int, _Place] = OrderedDict()
-        self._heard: OrderedDict[int, _Place] = OrderedDict()
-        self._cut: set[int] = set()
-        """Hung up on; their end has not been told yet."""
+        self._silent: OrderedDict[int, _Connection] = OrderedDict()
+        self._heard: OrderedDict[int, _Connection] = OrderedDict()
+        self._shut: set[int] = set()
+        """Connections that were shut down and whose end ZeroMQ has not reported yet."""
 
     def __len__(self) -> int:
         return len(self._silent) + len(self._heard)
@@ -160,59 +160,58 @@ class Places:
         return iter([*self._silent, *self._heard])
 
     def accepted(self, connection: int) -> int | None:
-        """A connection has come in.
+        """Add a connection.
 
         Returns:
-            the one to be cut for it, if one has to be.
+            the connection to shut down for it, if there are too many.
         """
-        self._cut.discard(connection)
-        # Its first message may have been told before it was.
+        self._shut.discard(connection)
+        # ZeroMQ may report the first message of a connection before the connection.
         if connection not in self._heard:
-            self._silent[connection] = _Place()
+            self._silent[connection] = _Connection()
         if len(self) <= self.most:
             return None
-        newcomers = len(self._silent) * _NEWCOMERS_SHARE > self.most or not self._heard
+        newcomers = len(self._silent) * _SILENT_SHARE > self.most or not self._heard
         return next(iter(self._silent if newcomers else self._heard))
 
     def heard(self, connection: int) -> None:
-        """A message has come by it."""
-        place = self._heard.get(connection)
-        if place is not None:
+        """Note a message of a connection."""
+        entry = self._heard.get(connection)
+        if entry is not None:
             self._heard.move_to_end(connection)
-        elif connection in self._cut:
+        elif connection in self._shut:
             return
         else:
-            place = self._heard[connection] = self._silent.get(connection, _Place())
+            entry = self._heard[connection] = self._silent.get(connection, _Connection())
             if connection in self._silent:
                 del self._silent[connection]
-        place.taken = True
+        entry.taken = True
 
     def unfinished_nbytes(self, connection: int, received_nbytes: int) -> int:
-        """How much has arrived of a message that has not ended, at the most. What came beside ends of messages does not count.
+        """Upper bound of the bytes that have arrived of a message that has not ended.
 
         Args:
-            received_nbytes: by this connection, since it was made.
+            received_nbytes: all bytes that have arrived on this connection.
         """
-        place = self._heard.get(connection) or self._silent.get(connection)
-        if place is None:
+        entry = self._heard.get(connection) or self._silent.get(connection)
+        if entry is None:
             return 0
-        if place.taken:
-            place.taken, place.finished_nbytes = False, received_nbytes
-        return received_nbytes - place.finished_nbytes
+        if entry.taken:
+            entry.taken, entry.finished_nbytes = False, received_nbytes
+        return received_nbytes - entry.finished_nbytes
 
-    def cut(self, connection: int) -> None:
-        """It is hung up on, and takes no place any more."""
+    def shut(self, connection: int) -> None:
+        """Remove a connection that is being shut down."""
         if connection in self._silent or connection in self._heard:
             self.gone(connection)
-            self._cut.add(connection)
+            self._shut.add(connection)
 
     def gone(self, connection: int) -> bool:
-        """It has ended. True if that was no surprise: it had said something, or was cut."""
-        if connection in self._cut:
-            self._cut.discard(connection)
+        """Remove a connection that has ended. True if it had sent a message or was shut down by this side."""
+        if connection in self._shut:
+            self._shut.discard(connection)
             return True
-        stranger = connection not in self._heard
-        for places in (self._silent, self._heard):
-            if connection in places:
-                del places[connection]
-        return not stranger
+        expected = connection in self._heard
+        for connections in (self._silent, self._heard):
+            connections.pop(connection, None)
+        return expected

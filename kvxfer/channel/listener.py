@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a control channel listens: every address of its host that this machine has, at one port; and what peers are told of it."""
+"""Listening socket of a control channel: bound to each address of its host that this machine has, at one port."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from kvxfer.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 _MOST_PORTS_TRIED = 20
-"""Free ports of one address that are tried until one is free for all addresses of a listener."""
+"""Most ports to try until one is free at all addresses of a listener."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV)
-"""An address is not this machine's."""
+"""Errors of ``bind`` for an address that this machine does not have."""
 
 
-def refuse_strangers(bind: str, numbers: list[str]) -> None:
-    """Raise ConfigError if other machines reach one of the addresses of a listener that has no secret."""
-    if not all(map(addresses.is_loopback, numbers)):
+def require_secret(bind: str, ips: list[str]) -> None:
+    """Raise ConfigError if other machines can reach a listener that has no secret."""
+    if not all(map(addresses.is_loopback, ips)):
         raise ConfigError(
-            f"{bind} can be reached from other machines, and without a secret whoever reaches it may ask for KV: set "
+            f"{bind} can be reached from other machines, and without a secret every process that reaches it may read KV: set "
             "KVXFER_SECRET_FILE to a file that holds the same secret on all servers, or allow_unauthenticated "
-            "(KVXFER_ALLOW_UNAUTHENTICATED=1) in a network where everybody may"
+            "(KVXFER_ALLOW_UNAUTHENTICATED=1) in a network where all processes are trusted"
         )
 
 
-def listen(router: zmq.Socket[bytes], numbers: list[str], port: int) -> tuple[list[str], int]:
-    """Bind a socket to all of these numbers that are this machine's, at one port; 0 takes one that is free for all of them.
+def listen(router: zmq.Socket[bytes], ips: list[str], port: int) -> tuple[list[str], int]:
+    """Bind a socket to those of the addresses that this machine has, at one port; 0 takes a port that is free at all of them.
 
     Returns:
-        the numbers that are bound, and the port.
+        the addresses that are bound, and the port.
 
     Raises:
-        ZMQError: the port is taken at one of them, or none of them is this machine's.
+        ZMQError: the port is taken at one of them, or this machine has none of them.
     """
     last = zmq.ZMQError(errno.EADDRNOTAVAIL)
     for _ in range(_MOST_PORTS_TRIED):
         bound: list[str] = []
         found = port
-        for number in numbers:
-            router.setsockopt(zmq.IPV6, int(addresses.is_ipv6(number)))
+        for ip in ips:
+            router.setsockopt(zmq.IPV6, int(addresses.is_ipv6(ip)))
             try:
-                router.bind(addresses.join(number, found))
+                router.bind(addresses.join(ip, found))
             except zmq.ZMQError as error:
                 last = error
                 if error.errno in _NOT_HERE:
@@ -54,26 +54,26 @@ def listen(router: zmq.Socket[bytes], numbers: list[str], port: int) -> tuple[li
                 if port == 0 and bound and error.errno == errno.EADDRINUSE:
                     break  # another process has this port of this address
                 raise
-            bound.append(number)
+            bound.append(ip)
             found = int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         else:
             if not bound:
                 raise last
             return bound, found
-        for number in bound:
-            router.unbind(addresses.join(number, found))
+        for ip in bound:
+            router.unbind(addresses.join(ip, found))
     raise last
 
 
-def told(bound: list[str], port: int, advertise: str | None) -> str:
-    """The address that peers are told of a listener that is bound to these numbers."""
+def advertised_address(bound: list[str], port: int, advertise: str | None) -> str:
+    """Control address to advertise for a listener bound to these IP addresses."""
     if advertise is not None:
         return addresses.join(advertise, port)
-    number = addresses.told(bound)
-    if addresses.is_loopback(number) and not all(map(addresses.is_loopback, bound)):
+    ip = addresses.advertised_ip(bound)
+    if addresses.is_loopback(ip) and not all(map(addresses.is_loopback, bound)):
         _log.warning(
-            "listening on all interfaces, but this machine has no default route: peers are told %s, which only its own processes "
-            "reach; set advertise to an address that peers reach",
-            number,
+            "listening on all interfaces, but this machine has no default route: the advertised address is %s, which only "
+            "processes of this machine reach; set advertise to an address that peers reach",
+            ip,
         )
-    return addresses.join(number, port)
+    return addresses.join(ip, port)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that go out of a control channel, by the address of the peer: a DEALER each, to a numeric address.
+"""Outgoing connections of a control channel, by the address of the peer: a DEALER socket for each IP address.
 
-A host name may mean several numeric addresses, of which one leads to the peer, and another one after a restart. So each of them
-is connected to; the first that is heard from stays, and the others are closed. If what is said to a peer is not answered for a
-while, its name is looked up again and each of its addresses is tried again.
+A host name may have several IP addresses; one of them leads to the peer, and another one after a restart. So the channel
+connects to all of them, keeps the first that answers, and closes the others. If the peer does not answer for a while, the
+channel looks its name up again and tries all of its addresses again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from kvxfer import addresses
-from kvxfer.channel.listening import AGAIN_S, NAMED_S, Watch
+from kvxfer.channel.port_watch import AGAIN_S, NAMED_S, PortWatch
 from kvxfer.channel.resolver import Resolver
 from kvxfer.errors import ConfigError
 
@@ -24,25 +24,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SILENCE_S = 1.0
-"""A peer with a name that has not answered for so long is looked for at each of its addresses."""
+"""Time without an answer after which all addresses of a peer's host name are tried again."""
 
-_PATIENCE_S = 2.0
-"""A peer that was never heard from keeps its connection for so long when another one needs the place."""
+_UNMET_S = 2.0
+"""Time that a peer which has never answered keeps its connection when another peer needs the place."""
 
 _MOST_QUEUED = 64
-"""Messages to a peer whose name is being looked up. More are dropped; what matters is sent again."""
+"""Most messages to a peer during the look-up of its name. More are dropped; the protocol sends messages again."""
 
 
 @dataclass(eq=False)
 class _Route:
-    """How one peer is reached.
+    """Connections to one peer.
 
     Attributes:
-        sockets: by number; more than one while it is not known which of them leads to the peer.
-        begun: when it was needed first.
-        heard: a message has come from it.
-        unanswered_since: when the first of the messages was sent that it has not answered; None if there is none.
-        queued: messages for when there are sockets.
+        begun: time of the first message to the peer.
+        named: the host is a name with possibly several IP addresses.
+        sockets: by IP address; several while it is unknown which of them leads to the peer.
+        heard: the peer has sent a message.
+        unanswered_since: time of the first message without an answer; None if there is none.
+        queued: messages that wait for the look-up of the name.
+        watch: probe of the port while the peer does not answer.
     """
 
     address: str
@@ -54,19 +56,18 @@ class _Route:
     heard: bool = False
     unanswered_since: float | None = None
     queued: list[bytes] = field(default_factory=list)
-    watch: Watch | None = None
-    """Whether somebody listens there, while it does not answer."""
+    watch: PortWatch | None = None
 
 
 class Outgoing:
-    """Peers by their address. Used by the thread that owns the channel.
+    """Outgoing connections by address of the peer. Used by the thread that owns the channel.
 
     Args:
-        make: makes a DEALER for numbers of IPv6 or not, with all its options; raises ZMQError.
+        make: makes a DEALER with all its options, for IPv6 or not; raises ZMQError.
         push: gives frames to a socket.
-        poller: of the owning thread, which sockets are registered with.
-        tell: makes the owning thread call `look` soon; called by other threads.
-        most_unmet: peers at once that were never heard from. A lease may name any address, and each takes file descriptors.
+        poller: poller of the owning thread, for the sockets.
+        notify: makes the owning thread call `update` soon; called by other threads.
+        most_unmet: most peers at once that have never answered. A lease may name any address, and each takes file descriptors.
     """
 
     def __init__(
@@ -74,33 +75,33 @@ class Outgoing:
         make: Callable[[bool], zmq.Socket[bytes]],
         push: Callable[[zmq.Socket[bytes], list[bytes]], object],
         poller: zmq.Poller,
-        tell: Callable[[], object],
+        notify: Callable[[], object],
         most_unmet: int,
     ) -> None:
         self._make = make
         self._push = push
         self._poller = poller
         self._most_unmet = most_unmet
-        self._resolver = Resolver(tell)
+        self._resolver = Resolver(notify)
         self._routes: dict[str, _Route] = {}
         self._unmet: dict[str, _Route] = {}
-        """Those that were never heard from, oldest first."""
+        """Peers that have never answered, oldest first."""
         self._unresolved: dict[str, _Route] = {}
-        """Those without a socket, whose names are being looked up."""
+        """Peers without a socket, whose names are being looked up."""
         self._by_socket: dict[zmq.Socket[bytes], _Route] = {}
         self._retry_at = float("inf")
-        """When a peer with a name may have been silent for too long."""
+        """Time of the next retry of a host name that does not answer."""
         self._watch_at = float("inf")
-        """When to look whether somebody listens where a peer does not answer."""
+        """Time of the next probe of a port."""
 
     def send(self, address: str, data: bytes) -> bool:
-        """Send a message to a peer, or queue it while its name is looked up.
+        """Send a message to a peer, or queue it during the look-up of its name.
 
         Returns:
-            False: it was dropped, for there are too many peers that do not answer.
+            False if the message was dropped because too many peers do not answer.
 
         Raises:
-            ConfigError: the peer cannot be connected to; the message says why.
+            ConfigError: the address cannot be connected to; the message says why.
         """
         route = self._routes.get(address)
         if route is None:
@@ -109,10 +110,10 @@ class Outgoing:
                 return False
         now = time.monotonic()
         if route.named and route.unanswered_since is None:
-            self._silent_from(route, now)
+            self._wait_from(route, now)
         if route.watch is None:
-            looked_up = addresses.numbers(route.host) is None
-            route.watch = Watch(now, NAMED_S if looked_up else AGAIN_S)
+            looked_up = addresses.known_ips(route.host) is None
+            route.watch = PortWatch(now, NAMED_S if looked_up else AGAIN_S)
             self._watch_at = min(self._watch_at, route.watch.due)
         if route.sockets:
             for each in list(route.sockets.values()):
@@ -122,52 +123,52 @@ class Outgoing:
         return True
 
     def address_of(self, sock: zmq.Socket[bytes]) -> str | None:
-        """Of the peer that a socket leads to; None of any other socket."""
+        """Address of the peer that a socket leads to; None for any other socket."""
         route = self._by_socket.get(sock)
         return None if route is None else route.address
 
     def heard(self, sock: zmq.Socket[bytes]) -> None:
-        """A message of the peer came by this socket: it leads there."""
+        """Note a message on this socket, which so leads to the peer; close the peer's other sockets."""
         route = self._by_socket.get(sock)
         if route is None:
             return
         route.unanswered_since = None
-        self._watch_no_more(route)
+        self._stop_watch(route)
         if not route.heard:
             route.heard = True
             self._unmet.pop(route.address, None)
         if len(route.sockets) > 1:
-            for number, each in list(route.sockets.items()):
+            for ip, each in list(route.sockets.items()):
                 if each is not sock:
-                    self._close(route, number)
+                    self._close(route, ip)
 
-    def look(self) -> list[tuple[str, str]]:
-        """Connect to peers whose names were looked up, and look again for those that are silent.
+    def update(self) -> list[tuple[str, str]]:
+        """Connect to peers whose names are resolved, and retry those that do not answer.
 
         Returns:
-            addresses that cannot be connected to, and why: they are as if nothing had been sent to them.
+            addresses that cannot be connected to, with the reason; they are forgotten.
         """
         failed: list[tuple[str, str]] = []
         for route in list(self._unresolved.values()):
             try:
                 self._connect(route)
             except ConfigError as error:
-                self.hangup(route.address)
+                self.disconnect(route.address)
                 failed.append((route.address, str(error)))
                 continue
             if route.sockets:
-                self._silent_from(route, time.monotonic())
+                self._wait_from(route, time.monotonic())
                 queued, route.queued = route.queued, []
                 for data in queued:
                     for each in route.sockets.values():
                         self._push(each, [data])
         now = time.monotonic()
         if now >= self._retry_at:
-            self._look_again(now)
+            self._retry(now)
         return failed
 
-    def dead(self) -> list[str]:
-        """Addresses of peers that do not answer and where nobody listens, as the operating system says for some time now."""
+    def refused(self) -> list[str]:
+        """Addresses of peers that do not answer and whose ports have refused connections for some time."""
         now = time.monotonic()
         found: list[str] = []
         if now < self._watch_at:
@@ -176,37 +177,35 @@ class Outgoing:
         for route in self._routes.values():
             if route.watch is None or not route.sockets:
                 continue
-            if now >= route.watch.due and route.watch.look(route.sockets, route.port, now):
+            if now >= route.watch.due and route.watch.check(route.sockets, route.port, now):
                 found.append(route.address)
             self._watch_at = min(self._watch_at, route.watch.due)
         return found
 
     def wait_s(self) -> float:
-        """For how long `look` need not be called, unless ``tell`` asks for it."""
+        """Seconds until `update` or `refused` has something to do, unless ``notify`` is called before."""
         at = min((self._resolver.due_at(route.host) for route in self._unresolved.values()), default=float("inf"))
         return max(0.0, min(at, self._retry_at, self._watch_at) - time.monotonic())
 
-    def hangup(self, address: str) -> None:
-        """Close the connections to a peer, if there are some."""
+    def disconnect(self, address: str) -> None:
+        """Close the connections to a peer, if there are any."""
         route = self._routes.pop(address, None)
         if route is not None:
             self._unmet.pop(address, None)
             self._unresolved.pop(address, None)
-            self._watch_no_more(route)
-            for number in list(route.sockets):
-                self._close(route, number)
+            self._stop_watch(route)
+            for ip in list(route.sockets):
+                self._close(route, ip)
 
     def clear(self) -> None:
-        """Forget all. Sockets are closed with their context."""
+        """Forget all peers. Their sockets are closed with their context."""
         for route in self._routes.values():
-            self._watch_no_more(route)
+            self._stop_watch(route)
         for each in (self._routes, self._unmet, self._unresolved, self._by_socket):
             each.clear()
 
-    # -- inside -----------------------------------------------------------------------------------------------------
-
     @staticmethod
-    def _watch_no_more(route: _Route) -> None:
+    def _stop_watch(route: _Route) -> None:
         if route.watch is not None:
             route.watch.close()
             route.watch = None
@@ -215,69 +214,69 @@ class Outgoing:
         host, port = addresses.parse(address)
         if not self._make_room():
             return None
-        route = _Route(address, host, port, time.monotonic(), addresses.numbers(host) != [host])
-        self._connect(route)  # raises before anything is kept
+        route = _Route(address, host, port, time.monotonic(), addresses.known_ips(host) != [host])
+        self._connect(route)  # may raise, and then the route is not kept
         self._routes[address] = self._unmet[address] = route
         return route
 
     def _make_room(self) -> bool:
-        """A peer that was never heard from gives its place to another one after a while."""
+        """Whether there is room for one more peer; disconnect one that has not answered for a while if need be."""
         if len(self._unmet) < self._most_unmet:
             return True
         oldest = next(iter(self._unmet.values()))
-        if time.monotonic() < oldest.begun + _PATIENCE_S:
+        if time.monotonic() < oldest.begun + _UNMET_S:
             return False
-        self.hangup(oldest.address)
+        self.disconnect(oldest.address)
         return True
 
     def _connect(self, route: _Route) -> None:
-        """A socket for each number of a peer that has none yet; none while its name is being looked up. Raises ConfigError."""
-        numbers = self._resolver.numbers(route.host)
-        if numbers is None:
+        """Open a socket for each IP address that has none; none during the look-up of the name. Raises ConfigError."""
+        ips = self._resolver.ips(route.host)
+        if ips is None:
             self._unresolved[route.address] = route
             return
         self._unresolved.pop(route.address, None)
-        new = [number for number in numbers if number not in route.sockets]
-        for old in [number for number in route.sockets if number not in numbers]:
-            if len(route.sockets) + len(new) > addresses.MOST_NUMBERS:
+        new = [ip for ip in ips if ip not in route.sockets]
+        for old in [ip for ip in route.sockets if ip not in ips]:
+            if len(route.sockets) + len(new) > addresses.MOST_IPS:
                 self._close(route, old)
-        for number in new:
+        for ip in new:
             try:
-                self._open(route, number)
+                self._open(route, ip)
             except (zmq.ZMQError, ValueError, TypeError) as error:
                 if not route.sockets:
                     raise ConfigError(f"cannot connect to {route.address!r}: {error}") from error
 
-    def _open(self, route: _Route, number: str) -> None:
-        sock = self._make(addresses.is_ipv6(number))  # fails when this process is out of sockets
+    def _open(self, route: _Route, ip: str) -> None:
+        sock = self._make(addresses.is_ipv6(ip))  # fails when this process is out of sockets
         try:
-            sock.connect(addresses.join(number, route.port))
+            sock.connect(addresses.join(ip, route.port))
         except BaseException:
             sock.close(0)
             raise
-        route.sockets[number] = sock
+        route.sockets[ip] = sock
         self._by_socket[sock] = route
         self._poller.register(sock, zmq.POLLIN)
 
-    def _close(self, route: _Route, number: str) -> None:
-        sock = route.sockets.pop(number)
+    def _close(self, route: _Route, ip: str) -> None:
+        sock = route.sockets.pop(ip)
         del self._by_socket[sock]
         self._poller.unregister(sock)
         sock.close(0)
 
-    def _silent_from(self, route: _Route, now: float) -> None:
+    def _wait_from(self, route: _Route, now: float) -> None:
         route.unanswered_since = now
         self._retry_at = min(self._retry_at, now + _SILENCE_S)
 
-    def _look_again(self, now: float) -> None:
+    def _retry(self, now: float) -> None:
         self._retry_at = float("inf")
         for route in self._routes.values():
             if route.unanswered_since is None or not route.sockets:
                 continue
             if now < route.unanswered_since + _SILENCE_S:
-                self._silent_from(route, route.unanswered_since)
+                self._wait_from(route, route.unanswered_since)
                 continue
-            with contextlib.suppress(ConfigError):  # what was found before may still lead there
+            with contextlib.suppress(ConfigError):  # the addresses found before may still work
                 self._connect(route)
             self._unresolved.pop(route.address, None)
-            self._silent_from(route, now)
+            self._wait_from(route, now)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file descriptor by which one thread calls another out of its poll, without giving the interpreter's lock away.
+"""Wake-up of a polling thread through a file descriptor, without releasing the interpreter's lock.
 
-`socket.send` lets go of the lock while it is in the kernel, and the thread that it wakes is there to take it: the caller then
-waits for all that this thread has to do, a millisecond in which it wanted to spend two microseconds. The kernel needs no
-Python to set a byte down, so it is called with the lock held.
+`socket.send` releases the lock during the system call, and the thread that it wakes takes it. The caller then waits until that
+thread releases it again: about a millisecond, for a call of two microseconds. So `ring` calls ``send`` of the C library with
+the lock held.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _FLAGS: Final = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGN
 
 
 class WakeUp:
-    """Any thread, and signal handlers, call `ring`; the one that polls calls the rest.
+    """Wake-up of one polling thread. Any thread, and signal handlers, may call `ring`; only the polling thread calls the rest.
 
-    The bytes in the kernel are all the state there is. A ring puts one there, whoever else rings or clears meanwhile and
-    whatever exception strikes it, so none can be lost: what was rung for is done by the poller after a `clear` that came later,
-    or the descriptor is readable. The descriptors are closed with this object, and not before, so that a ring that comes late
-    never writes to another file of the same number.
+    The bytes in the kernel are the only state. Each ring writes one byte, whatever other threads do and even if an exception
+    interrupts the caller. So no wake-up is lost: either the polling thread clears later and then looks at its queue, or the
+    descriptor is readable. The descriptors stay open as long as this object, so that a late ring never writes to another file
+    with the same number.
     """
 
     def __init__(self) -> None:
@@ -39,22 +39,22 @@ class WakeUp:
         self._closed = False
 
     def fileno(self) -> int:
-        """Readable from `ring` to `clear`; -1 when closed."""
+        """File descriptor that is readable from `ring` to `clear`; -1 when closed."""
         return -1 if self._closed else self._in
 
     def ring(self) -> None:
-        """Call it out of its poll. No effect if it is closed. Does not release the interpreter's lock."""
+        """Wake the polling thread. No effect when closed. Does not release the interpreter's lock."""
         if not self._closed:
-            _libc.send(self._out, b"w", 1, _FLAGS)  # full: it is called already
+            _libc.send(self._out, b"w", 1, _FLAGS)  # fails if the socket is full, and then the thread wakes anyway
 
     def clear(self) -> None:
-        """Before it looks at what it was called for: what comes later rings again."""
+        """Make the descriptor unreadable. The polling thread calls this before it looks at its queue."""
         with contextlib.suppress(OSError):
             while len(os.read(self._in, _MOST)) == _MOST:
                 pass
 
     def close(self) -> None:
-        """Nobody polls any more."""
+        """End the polling; later rings have no effect."""
         self._closed = True
 
     def __del__(self) -> None:

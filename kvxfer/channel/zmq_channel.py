@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control channel: ZeroMQ sockets that carry `kvxfer.protocol.messages` messages. One thread owns it; it knows no leases.
+"""The control channel: ZeroMQ sockets that carry `kvxfer.protocol.messages`. One thread owns it; it knows no leases.
 
-A ROUTER takes what other endpoints say to this one; a DEALER per peer carries what this one asks. ZeroMQ reconnects
-by itself and keeps a queue meanwhile, so a peer that is not up yet, or is restarted, costs nobody else anything.
-Whatever strangers send to the port ends as a counted refusal, and none has more of this endpoint than `kvxfer.channel.limits` lets
-it. With a secret every connection is authenticated both ways and
-encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), and one that is not never reaches a message.
+A ROUTER socket receives the messages of other endpoints; a DEALER socket per peer carries the messages of this one. ZeroMQ
+reconnects by itself and queues messages meanwhile, so that a peer which starts late or restarts delays no other peer. Bytes
+that are no message end as a counted refusal, and `kvxfer.channel.limits` bounds what one peer can take. With a secret, every
+connection is authenticated both ways and encrypted (CurveZMQ, https://rfc.zeromq.org/spec/26), before its first message.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from zmq.utils import z85
 
 from kvxfer import addresses
 from kvxfer.channel import listener
-from kvxfer.channel.connections import Incoming, most_connections
-from kvxfer.channel.limits import Buckets, Untaken, Verdict
+from kvxfer.channel.connections import Incoming, connection_limit
+from kvxfer.channel.limits import ReplyBacklog, TokenBuckets, Verdict
 from kvxfer.channel.outgoing import Outgoing
 from kvxfer.channel.wakeup import WakeUp
 from kvxfer.errors import ConfigError, WireError
@@ -38,47 +37,51 @@ if TYPE_CHECKING:
     from kvxfer.secret import Secret
 
 _ZAP = "inproc://zeromq.zap.01"
-"""Where ZeroMQ asks who may connect (https://rfc.zeromq.org/spec/27)."""
+"""Socket at which ZeroMQ asks for authentication (https://rfc.zeromq.org/spec/27)."""
 
 _MOST_PER_TURN = 256
-"""Messages taken from one socket before the others and the timers get their turn."""
+"""Most messages to read from one socket before the others and the timers have their turn."""
 
 _MOST_WAITING = 64
-"""Messages of one connection that wait to be taken. A peer that sends more waits."""
+"""Most messages of one connection in the receive queue. Then the peer's queue fills up."""
 
 _MOST_QUESTIONS = 8192
-"""Messages that wait for one peer to take them, which are short. Thousands of leases may ask a peer that is busy."""
+"""Most requests in the queue to one peer. They are short, and thousands of leases may have one for a busy peer."""
 
-_MOST_UNTAKEN_NBYTES = 1 << 20
-"""Of replies that wait for one peer to take them, beside the last one. What is more is dropped."""
+_MOST_BACKLOG_NBYTES = 1 << 20
+"""Most bytes of replies that one peer has not read, beside the last reply. Further replies are dropped."""
 
 _MOST_REPLIES = 512
-"""Replies that wait for one peer to take them. What is more is dropped."""
+"""Most replies in the queue to one peer. Further replies are dropped."""
 
 _HANDSHAKE_MS = 10_000
-"""A connection that has not proved itself by then is closed by ZeroMQ."""
+"""Time limit of a handshake, after which ZeroMQ closes the connection."""
 
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 60, zmq.TCP_KEEPALIVE_INTVL: 15, zmq.TCP_KEEPALIVE_CNT: 4}
-"""Connections of hosts that are gone end after two minutes; a frozen process keeps its own."""
+"""Connections to hosts that are gone end after two minutes; those to a frozen process stay."""
 
 _LONGEST_WAIT_S = 3600.0
 
 _HARD_LIMIT = 2
-"""Times the longest message: ZeroMQ itself drops a connection that sends more at once, before it is in memory."""
+"""Multiple of the longest message above which ZeroMQ closes the connection before the message is in memory."""
 
 _LEAST_FILES = 16
-"""What the sockets of a channel take of the process's files, before anybody connects."""
+"""File descriptors that the sockets of a channel need before the first connection."""
 
 _LEAST_HARD_LIMIT_NBYTES = 1 << 16
-"""What a handshake needs, and more."""
+"""Least hard limit: more than a handshake needs."""
 
 
 @dataclass(frozen=True)
 class Inbound:
-    """Something arrived. ``source`` is a connection (bytes) of the ROUTER or the address (str) of a peer.
+    """A message, a frame that is no message, or the end of a connection.
 
-    ``message`` is None if it was garbage: then ``reason`` is a word to count it by and ``why`` a sentence. ``gone``: no message
-    came but the end of the connection.
+    Attributes:
+        source: an incoming connection (bytes), or the address of a peer (str).
+        message: None if the frame could not be decoded, or the connection has ended.
+        reason: the label that counts the refusal of the frame.
+        why: the refusal as a sentence.
+        gone: the connection has ended.
     """
 
     source: bytes | str
@@ -90,10 +93,11 @@ class Inbound:
 
 @dataclass(frozen=True)
 class Unreachable:
-    """A peer that something was sent to cannot be connected to, as its name cannot be resolved; ``why`` is a sentence.
+    """A peer that a message was sent to and that cannot be reached.
 
     Attributes:
-        dead: it can be named, but nobody listens there.
+        why: the reason as a sentence.
+        dead: its port refuses connections; else its name cannot be resolved.
     """
 
     address: str
@@ -102,11 +106,11 @@ class Unreachable:
 
 
 class Channel(Protocol):
-    """What an endpoint needs of its control channel. One thread owns it; only `wake` and the attributes are for others.
+    """Control channel of an endpoint. One thread owns it; other threads use only `wake` and the attributes.
 
     Attributes:
-        address: where peers find it.
-        loopback: it listens where only processes of this machine can connect.
+        address: the address to advertise to peers.
+        loopback: only processes of this machine can connect.
     """
 
     address: str
@@ -119,34 +123,34 @@ class Channel(Protocol):
         """Queue a message to the peer at ``address``. Raises ConfigError: it cannot be connected to."""
 
     def reply(self, connection: bytes, message: messages.Message) -> None:
-        """Queue a message on a connection that came in."""
+        """Queue a message on an incoming connection."""
 
-    def hangup(self, address: str) -> None:
+    def disconnect(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
 
     def receive(self, timeout_s: float | None) -> Iterable[Inbound | Unreachable]:
-        """What arrives within ``timeout_s``, and what was found out of peers meanwhile."""
+        """Messages that arrive within ``timeout_s``, and peers that cannot be reached."""
 
     def close(self) -> None:
-        """End it."""
+        """Close all connections."""
 
 
 class ControlChannel:
-    """Sockets of one endpoint. Only `wake` and `address` may be used by other threads.
+    """The control channel over ZeroMQ sockets. Other threads may use only `wake` and the attributes.
 
     Args:
-        bind: ``tcp://host:port``; port 0 takes a free one. A host name means all of its addresses that are this machine's,
-            ``localhost`` both loopback addresses, and ``*`` all addresses of both families.
-        advertise: host by which peers reach it, if that differs (bound to all interfaces, NAT).
-        secret: of all endpoints that may talk to each other.
-        allow_unauthenticated: an address that other machines reach may be bound without one.
+        bind: ``tcp://host:port``; port 0 takes a free one. A host name means all of its addresses that this machine has,
+            ``localhost`` both loopback addresses, and ``*`` all addresses, IPv4 and IPv6.
+        advertise: the host for the address to advertise, if it differs (bound to all interfaces, NAT).
+        secret: the secret of all endpoints that may talk to each other.
+        allow_unauthenticated: allow an address that other machines reach without a secret.
 
     Attributes:
-        address: where peers find it, a number unless ``advertise`` is a name.
-        bound: the numbers that it listens on; ``*`` if that is all.
+        address: the address to advertise to peers; its host is an IP address unless ``advertise`` is a name.
+        bound: the IP addresses that are bound; ``*`` for all.
 
     Raises:
-        ConfigError: the address cannot be bound, or not without a secret; the message says why.
+        ConfigError: the address cannot be bound, or needs a secret; the message says why.
     """
 
     def __init__(
@@ -164,41 +168,41 @@ class ControlChannel:
         self._secret = secret
         _check_room(bind)
         self._context = zmq.Context()
-        self._buckets = Buckets(settings.max_messages_per_s)
-        """By file descriptor of a connection that came in, or address of a peer."""
+        self._buckets = TokenBuckets(settings.max_messages_per_s)
+        """By file descriptor of an incoming connection, or address of a peer."""
         self._wakeup: WakeUp | None = None
         self._poller = zmq.Poller()
-        most = most_connections(settings)
-        self._outgoing = Outgoing(self._dealer, self._push, self._poller, _weakly(self.wake), max(8, most // 2))
-        self._spoken: dict[int, set[bytes]] = {}
-        """By file descriptor, ZeroMQ's names of the connections that a message came by."""
+        most = connection_limit(settings)
+        self._outgoing = Outgoing(self._dealer, self._push, self._poller, _weak_call(self.wake), max(8, most // 2))
+        self._identities: dict[int, set[bytes]] = {}
+        """By file descriptor, ZeroMQ's identities of the connections that have sent a message."""
         self._descriptors: dict[bytes, int] = {}
         """The reverse."""
         self._gone: list[bytes] = []
         self._replied: tuple[messages.Message | None, bytes] = None, b""
-        """The last reply, and how it is encoded."""
+        """The last reply, and its encoding."""
         try:
             self._wakeup = WakeUp()
             self._context.set(zmq.MAX_SOCKETS, most + 16)
-            self._router = self._context.socket(zmq.ROUTER)  # fails when this process is out of files
+            self._router = self._context.socket(zmq.ROUTER)  # fails when the process is out of file descriptors
             host, port = addresses.parse_bind(bind)
             advertised = None if advertise is None else addresses.checked_host(advertise, f"advertise={advertise!r}")
-            numbers = [addresses.ANY] if host == addresses.ANY else addresses.resolve(host)
+            ips = [addresses.ANY] if host == addresses.ANY else addresses.resolve(host)
             if secret is None and not allow_unauthenticated:
-                listener.refuse_strangers(bind, numbers)
+                listener.require_secret(bind, ips)
             self._configure(self._router)
             self._router.setsockopt(zmq.BACKLOG, 1024)
             self._router.setsockopt(zmq.SNDHWM, _MOST_REPLIES)
-            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply that is dropped is counted
+            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # so that dropped replies can be counted
             self._zap = self._context.socket(zmq.REP)
             if secret is not None:
-                self._zap.bind(_ZAP)  # before anybody can connect
+                self._zap.bind(_ZAP)  # before the first connection
                 self._router.setsockopt(zmq.ZAP_DOMAIN, b"kvxfer")
                 self._router.setsockopt(zmq.CURVE_SERVER, 1)
                 self._router.setsockopt(zmq.CURVE_SECRETKEY, secret.listener.private)
             self._incoming = Incoming(self._router, settings, metrics, self._ended, secret=secret is not None)
-            self._untaken = Untaken(max(_MOST_UNTAKEN_NBYTES, self._limit), self._incoming.acknowledged_nbytes)
-            bound, port = listener.listen(self._router, numbers, port)
+            self._backlog = ReplyBacklog(max(_MOST_BACKLOG_NBYTES, self._limit), self._incoming.acknowledged_nbytes)
+            bound, port = listener.listen(self._router, ips, port)
             self.bound: list[str] = bound
         except ConfigError:
             self.close()
@@ -206,7 +210,7 @@ class ControlChannel:
         except (zmq.ZMQError, OSError, ValueError) as error:
             self.close()
             raise ConfigError(f"cannot listen on {bind}: {error}") from error
-        self.address: str = listener.told(self.bound, port, advertised)
+        self.address: str = listener.advertised_address(self.bound, port, advertised)
         self._incoming.address = self.address
         self.loopback: bool = all(map(addresses.is_loopback, self.bound))
         for readable in (self._router, self._incoming.monitor, self._zap, self._wakeup):
@@ -219,68 +223,68 @@ class ControlChannel:
             wakeup.ring()
 
     def send(self, address: str, message: messages.Message) -> None:
-        """Queue a message to the peer at ``address``; if its name cannot be resolved, `receive` tells that later.
+        """Queue a message to the peer at ``address``; if its name cannot be resolved, `receive` reports that later.
 
         Raises:
-            ConfigError: it is no address that can be connected to.
+            ConfigError: the address cannot be connected to.
         """
         if not self._outgoing.send(address, messages.encode(message)):
             self._refused("unmet")
 
     def reply(self, connection: bytes, message: messages.Message) -> None:
-        """Queue a message on a connection that came in; lost if the peer has gone."""
-        if message is not self._replied[0]:  # a Welcome is the same for all that greet
+        """Queue a message on an incoming connection; lost if the peer has disconnected."""
+        if message is not self._replied[0]:  # the same Welcome goes to all peers
             self._replied = message, messages.encode(message)
         descriptor = self._descriptors.get(connection)
-        if descriptor is not None and not self._untaken.may_send(descriptor, len(self._replied[1])):
+        if descriptor is not None and not self._backlog.may_send(descriptor, len(self._replied[1])):
             self._refused("unsendable")
         else:
             self._push(self._router, [connection, self._replied[1]])
 
-    def hangup(self, address: str) -> None:
+    def disconnect(self, address: str) -> None:
         """Close the connection to a peer, if there is one."""
-        self._outgoing.hangup(address)
+        self._outgoing.disconnect(address)
         self._buckets.forget(address)
 
     def receive(self, timeout_s: float | None) -> Iterator[Inbound | Unreachable]:
-        """What arrives within ``timeout_s`` (None: wait until something does), or nothing after a `wake`.
+        """Messages that arrive within ``timeout_s`` (None: no limit), and peers that cannot be reached.
 
-        Returns earlier with nothing where ``timeout_s`` is longer than anybody needs.
+        Returns early after a `wake`, and whenever connections are due for a check.
         """
         timeout_s = _LONGEST_WAIT_S if timeout_s is None else min(timeout_s, _LONGEST_WAIT_S)
-        unreachable = [Unreachable(address, why) for address, why in self._outgoing.look()]
+        unreachable = [Unreachable(address, why) for address, why in self._outgoing.update()]
         unreachable += [
-            Unreachable(address, f"nobody listens at {address}", dead=True) for address in self._outgoing.dead()
+            Unreachable(address, f"no process listens at {address}", dead=True) for address in self._outgoing.refused()
         ]
         yield from unreachable
-        timeout_s = 0.0 if unreachable else min(timeout_s, self._incoming.look(), self._outgoing.wait_s())
+        timeout_s = 0.0 if unreachable else min(timeout_s, self._incoming.check(), self._outgoing.wait_s())
         timeout_ms = max(0, int(timeout_s * 1000) + 1)
         for readable, _ in self._poller.poll(timeout_ms):
             if readable is self._router:
                 yield from self._drain(self._router, None)
             elif readable is self._incoming.monitor:
-                self._incoming.follow()
+                self._incoming.read_events()
                 gone, self._gone = self._gone, []
                 for connection in gone:
                     yield Inbound(connection, None, gone=True)
             elif readable is self._zap:
-                self._admit()
+                self._authenticate()
             elif not isinstance(readable, zmq.Socket):
                 if self._wakeup is not None:
                     self._wakeup.clear()
             else:
                 address = self._outgoing.address_of(readable)
-                if address is not None:  # else it was closed in this turn
+                if address is not None:  # else it was closed in this call
                     yield from self._drain(readable, address)
 
     def close(self) -> None:
-        """Close every socket; what was queued last still has a moment to leave."""
+        """Close all sockets; queued messages have 0.2 s to leave."""
         self._outgoing.clear()
         wakeup, self._wakeup = self._wakeup, None
         if wakeup is not None:
             wakeup.close()
             with contextlib.suppress(KeyError):
-                self._poller.unregister(wakeup)  # its files are closed when nobody refers to it any more
+                self._poller.unregister(wakeup)  # its descriptors are closed with the object
         self._context.destroy(linger=200)
 
     def _dealer(self, ipv6: bool) -> zmq.Socket[bytes]:
@@ -304,11 +308,11 @@ class ControlChannel:
         sock.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
 
     def _push(self, sock: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        # A full queue means a peer that does not take what it is sent; what matters is sent again anyway.
+        # A full queue means a peer that does not read; the protocol sends messages without an answer again.
         try:
             sock.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:  # it has hung up meanwhile
+            if error.errno != zmq.EHOSTUNREACH:  # else the peer has disconnected meanwhile
                 self._refused("unsendable")
 
     def _drain(self, sock: zmq.Socket[bytes], address: str | None) -> Iterator[Inbound]:
@@ -319,27 +323,27 @@ class ControlChannel:
                 return
             connection = _descriptor(received[-1]) if address is None else -1
             if connection >= 0:
-                self._incoming.places.heard(connection)
+                self._incoming.table.heard(connection)
                 name = received[0].bytes
-                self._spoken.setdefault(connection, set()).add(name)
+                self._identities.setdefault(connection, set()).add(name)
                 self._descriptors[name] = connection
             verdict = self._buckets.take(address or connection, sum(map(len, received)), time.monotonic())
-            if verdict is not Verdict.TAKE:
+            if verdict is not Verdict.ACCEPT:
                 self._refused("rate")
-                if verdict is Verdict.CUT:
-                    self._cut(connection if address is None else address)
+                if verdict is Verdict.CLOSE:
+                    self._disconnect(connection if address is None else address)
             else:
                 began = time.thread_time()
                 frames = [frame.bytes for frame in received]
                 inbound = self._decode(frames.pop(0) if address is None else address, frames)
                 if address is not None:
-                    # What follows from the answer is what this side asked for.
+                    # The work that follows from an answer is this side's own, so only the decoding is charged.
                     self._buckets.spend(address, time.thread_time() - began)
                     if inbound.message is not None:
                         self._outgoing.heard(sock)
                     yield inbound
                 else:
-                    yield inbound  # and by then it has been answered
+                    yield inbound  # the caller answers it before the generator goes on
                     self._buckets.spend(connection, time.thread_time() - began)
             if sock.closed:
                 return
@@ -354,8 +358,8 @@ class ControlChannel:
         except WireError as error:
             return Inbound(source, None, "garbage", str(error))
 
-    def _admit(self) -> None:
-        """Answer ZeroMQ's questions who may connect: whoever proved to have the key of those that connect."""
+    def _authenticate(self) -> None:
+        """Answer ZeroMQ's authentication requests: accept connections that have proved to hold the fleet's key."""
         for _ in range(_MOST_PER_TURN):
             try:
                 version, question, _domain, _address, _identity, mechanism, *keys = self._zap.recv_multipart(
@@ -365,22 +369,22 @@ class ControlChannel:
                 return
             known = z85.decode(self._secret.caller.public) if self._secret is not None else b""
             good = mechanism == b"CURVE" and len(keys) == 1 and hmac.compare_digest(keys[0], known)
-            status = (b"200", b"OK") if good else (b"400", b"not one of us")
+            status = (b"200", b"OK") if good else (b"400", b"unknown key")
             self._zap.send_multipart([version, question, *status, b"", b""])
 
-    def _cut(self, peer: int | str) -> None:
-        """Hang up on somebody who says too much."""
+    def _disconnect(self, peer: int | str) -> None:
+        """Close the connection of a peer that sends too much."""
         if isinstance(peer, int):
-            self._incoming.cut(peer, "flood")
+            self._incoming.shut(peer, "flood")
             return
         self._refused("flood")
-        self._outgoing.hangup(peer)  # and what it has said counts on
+        self._outgoing.disconnect(peer)  # its bucket stays
 
     def _ended(self, connection: int) -> None:
-        """One that came in."""
+        """Forget an incoming connection that has ended."""
         self._buckets.forget(connection)
-        self._untaken.forget(connection)
-        gone = self._spoken.pop(connection, ())
+        self._backlog.forget(connection)
+        gone = self._identities.pop(connection, ())
         for name in gone:
             self._descriptors.pop(name, None)
         self._gone += gone
@@ -390,7 +394,7 @@ class ControlChannel:
 
 
 def _check_room(bind: str) -> None:
-    """ZeroMQ ends the process if it finds no room for the first files of a context. Raises ConfigError."""
+    """Raise ConfigError if too few file descriptors are free for a context: ZeroMQ would abort the process."""
     room: list[int] = []
     try:
         room.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(_LEAST_FILES))
@@ -404,12 +408,12 @@ def _check_room(bind: str) -> None:
 def _descriptor(frame: zmq.Frame) -> int:
     try:
         return int(frame.get(zmq.SRCFD))
-    except zmq.ZMQError:  # a peer of ZeroMQ's first protocol has none
+    except zmq.ZMQError:  # peers with the first version of ZeroMQ's protocol have none
         return -1
 
 
-def _weakly(method: Callable[[], object]) -> Callable[[], object]:
-    """A method to be called by threads that outlive its object: they do not keep that alive, and then nothing is called."""
+def _weak_call(method: Callable[[], object]) -> Callable[[], object]:
+    """Wrap a method so that threads which may outlive its object do not keep the object alive."""
     reference = weakref.WeakMethod(method)
 
     def call() -> None:

@@ -8,7 +8,7 @@ FIRST_SHARE = 1 / 10
 
 
 class Pace:
-    """When messages to one peer may be sent, so that its `Bucket` of the same rate takes them all, and what else is said to it.
+    """When messages to one peer may be sent, so that its `TokenBucket` of the same rate takes them all, and what else is said to it.
 
     Args:
         per_s: messages a second that the peer takes.

@@ -205,7 +205,7 @@ class ControlLoop:
         elif isinstance(action, Reply):
             self._channel.reply(action.connection, action.message)
         elif isinstance(action, Hangup):
-            self._channel.hangup(action.address)
+            self._channel.disconnect(action.address)
         elif isinstance(action, Emit):
             self._emit(action.event)
         else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control addresses: what is one, which numbers a host means, and names that the system's resolver is asked for."""
+"""Control addresses: what is one, the IP addresses of a host, and names that the system's resolver is asked for."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_both_families_at_one_port(bind, hosts):
     """``localhost`` and ``*`` listen on IPv4 and IPv6, at one port, and peers are told a number."""
     channel = ControlChannel(bind, QUICK, Metrics(), allow_unauthenticated=True)
     host, port = addresses.parse(channel.address)
-    assert addresses.numbers(host) == [host]
+    assert addresses.known_ips(host) == [host]
     assert all(listens(each, port) for each in hosts)
     channel.close()
 
@@ -177,7 +177,7 @@ def test_a_name_of_which_one_address_is_ours(monkeypatch):
 )
 def test_what_peers_are_told(bound, told):
     """Of several addresses peers are told one that other machines reach, if there is one, and IPv4 before IPv6."""
-    assert addresses.told(bound) == told
+    assert addresses.advertised_ip(bound) == told
 
 
 # -- names ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def silent(monkeypatch):
 
 
 def answer(names, host):
-    return eventually(lambda: names.numbers(host))
+    return eventually(lambda: names.ips(host))
 
 
 def test_answers_and_failures_are_remembered(silent):
@@ -227,13 +227,13 @@ def test_no_name_waits_for_another(silent, monkeypatch):
     told = threading.Event()
     names = Resolver(told.set)
     hanging = [f"hangs-{number}" for number in range(resolver.MOST_AT_ONCE - 1)]
-    assert [names.numbers(host) for host in hanging] == [None] * len(hanging)
+    assert [names.ips(host) for host in hanging] == [None] * len(hanging)
     assert answer(names, "good") == ["192.0.2.1"]
     assert told.wait(30)
-    assert names.numbers("one more that hangs") is None
+    assert names.ips("one more that hangs") is None
     with pytest.raises(ConfigError, match="'one too many' is not resolved: 32 other names are being looked up"):
-        names.numbers("one too many")
-    assert names.numbers("good") == ["192.0.2.1"]
+        names.ips("one too many")
+    assert names.ips("good") == ["192.0.2.1"]
     for host in hanging:
         with pytest.raises(ConfigError, match=f"'{host}' is not resolved: no answer for "):
             answer(names, host)
@@ -246,7 +246,7 @@ def test_what_was_known_is_used_until_there_is_news(silent, monkeypatch):
     assert answer(names, "name") == ["192.0.2.1"]
     monkeypatch.setattr(resolver, "REMEMBERED_S", 0.0)
     del silent["name"]
-    assert names.numbers("name") == names.numbers("name") == ["192.0.2.1"]
+    assert names.ips("name") == names.ips("name") == ["192.0.2.1"]
 
 
 def test_a_name_that_hangs_keeps_nothing_alive(silent):

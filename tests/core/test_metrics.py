@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 
 import pytest
 
-from kvxfer.metrics import Metrics
+from kvxfer.metrics import COUNTERS, HISTOGRAMS, Metrics
 
 
 def test_counting():
@@ -24,14 +26,14 @@ def test_counting():
 
 
 @pytest.mark.parametrize("call", [lambda m: m.count("kvxfer_transfer_total"), lambda m: m.observe("seconds", 1)])
-def test_a_slip_of_the_pen(call):
+def test_unknown_names(call):
     """A name that is not declared cannot be counted."""
     with pytest.raises(KeyError):
         call(Metrics())
 
 
-def test_every_byte_is_counted():
-    """A byte counter past a million still counts each byte."""
+def test_every_digit_is_kept():
+    """A byte counter past a million still shows each byte."""
     metrics = Metrics()
     metrics.count("kvxfer_bytes_total", 123_456_789_012)
     metrics.count("kvxfer_bytes_total", 1)
@@ -39,17 +41,23 @@ def test_every_byte_is_counted():
 
 
 def test_histograms():
-    """A bucket counts what is above the bound before it and not above its own, the last one the rest; a copy does not change any more."""
+    """Each bucket counts what is above the bound before it and not above its own; the sum is exact; a copy stays as it is."""
     metrics = Metrics()
-    assert metrics.histograms()["kvxfer_transfer_seconds"].number == 0
     for value in (0.0005, 0.0006, 0.3, 100.0):
         metrics.observe("kvxfer_transfer_seconds", value)
-    found = metrics.histograms()["kvxfer_transfer_seconds"]
-    metrics.observe("kvxfer_transfer_seconds", 1.0)
-    assert found.counts[:2] == [1, 1] and found.counts[-1] == 1 and sum(found.counts) == found.number == 4
-    assert found.counts[found.buckets.index(0.5)] == 1
-    assert len(found.counts) == len(found.buckets) + 1
-    assert found.total == pytest.approx(100.3011)
+    histogram = metrics.histograms()["kvxfer_transfer_seconds"]
+    metrics.observe("kvxfer_transfer_seconds", 0.3)
+    at = {bound: count for bound, count in zip((*histogram.buckets, math.inf), histogram.counts, strict=True) if count}
+    assert at == {0.0005: 1, 0.001: 1, 0.5: 1, math.inf: 1}
+    assert histogram.number == 4 and histogram.total == pytest.approx(100.3011)
+    assert metrics.histograms()["kvxfer_transfer_seconds"].number == 5
+
+
+def test_series_can_be_exported():
+    """Every name is one that Prometheus takes, counters end as its counters do, and each series has a sentence of help."""
+    for name, help_ in [*COUNTERS.items(), *((name, help_) for name, (help_, _) in HISTOGRAMS.items())]:
+        assert re.fullmatch(r"kvxfer_[a-z_]+", name) and name.endswith("_total") == (name in COUNTERS)
+        assert help_[0].isupper() and help_.endswith(".")
 
 
 def test_threads_lose_no_count():

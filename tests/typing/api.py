@@ -87,8 +87,9 @@ def an_endpoint(cache: kvxfer.KVCache) -> Iterator[kvxfer.Endpoint]:
     settings: kvxfer.Settings = kvxfer.Settings.resolve(lease_s=10.0)
     with kvxfer.Endpoint(cache=cache, agent="nixl", bind="tcp://127.0.0.1:0", name="a", settings=settings) as endpoint:
         address: str = endpoint.address
-        metrics: dict[str, dict[tuple[tuple[str, str], ...], float]] = endpoint.metrics.counters()
-        print(address, endpoint.name, endpoint.epoch, metrics)
+        sent: float = endpoint.metrics.value("kvxfer_bytes_total")
+        seconds: float = endpoint.metrics.histograms()["kvxfer_transfer_seconds"].total
+        print(address, endpoint.name, endpoint.epoch, sent, seconds)
         yield endpoint
 
 

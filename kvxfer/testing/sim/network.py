@@ -55,7 +55,7 @@ class Network:
         """All connections between two engines are new."""
         for channel in self.channels.values():
             for address in [a for a in channel.made if {channel.process.label[0], _label(a)[0]} == {engine, other}]:
-                channel.hangup(address)
+                channel.disconnect(address)
 
     def carry(self, source: str, target: str, message: messages.Message, deliver: Callable[[bytes], bool]) -> None:
         """Send a message from one label to another. ``deliver`` may say False: there is nobody, and it may be tried again."""
@@ -139,7 +139,7 @@ class VirtualChannel:
 
         self.process.network.carry(self.process.label, caller.process.label, message, deliver)
 
-    def hangup(self, address: str) -> None:
+    def disconnect(self, address: str) -> None:
         """See `Channel`."""
         connection = self.made.pop(address, None)
         target = self.process.network.channels.get(address)
@@ -148,7 +148,7 @@ class VirtualChannel:
 
     def _ended(self) -> None:
         for address in list(self.made):
-            self.hangup(address)
+            self.disconnect(address)
 
     def receive(self, timeout_s: float | None) -> list[Inbound]:  # noqa: ARG002
         """See `Channel`."""

@@ -24,15 +24,15 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from kvxfer import LeaseReleased
-from kvxfer.channel.connections import _ours
+from kvxfer.channel.connections import _duplicate
 from kvxfer.channel.limits import (
     CPU_SHARE,
     MOST_UNFINISHED_NBYTES,
     UNIT_NBYTES,
-    Bucket,
-    Buckets,
-    Places,
-    Untaken,
+    ConnectionTable,
+    ReplyBacklog,
+    TokenBucket,
+    TokenBuckets,
     Verdict,
 )
 from kvxfer.channel.zmq_channel import ControlChannel
@@ -54,36 +54,36 @@ def spent(bucket, messages, now, nbytes=0):
 
 def test_a_second_s_worth_and_no_more():
     """After a pause a peer says a second's worth at once; as much again is dropped, and then it is cut."""
-    bucket = Bucket(100, 0.0)
-    assert spent(bucket, 100, 10.0) == [Verdict.TAKE] * 100
+    bucket = TokenBucket(100, 0.0)
+    assert spent(bucket, 100, 10.0) == [Verdict.ACCEPT] * 100
     assert spent(bucket, 99, 10.0) == [Verdict.DROP] * 99
-    assert bucket.take(0, 10.0) is Verdict.CUT
+    assert bucket.take(0, 10.0) is Verdict.CLOSE
 
 
 def test_to_connect_again_pays_for_nobody():
     """A new connection may say a tenth of a second's worth at once."""
-    assert spent(Bucket(100, 0.0), 11, 0.0) == [Verdict.TAKE] * 10 + [Verdict.DROP]
+    assert spent(TokenBucket(100, 0.0), 11, 0.0) == [Verdict.ACCEPT] * 10 + [Verdict.DROP]
 
 
 def test_a_steady_peer_is_never_refused():
     """Whoever stays within the rate is always heard."""
-    bucket = Bucket(100, 0.0)
-    assert all(bucket.take(0, n / 100) is Verdict.TAKE for n in range(10_000))
+    bucket = TokenBucket(100, 0.0)
+    assert all(bucket.take(0, n / 100) is Verdict.ACCEPT for n in range(10_000))
 
 
 def test_long_messages_count_by_their_length():
     """A message counts once, and once more for each 4 KiB."""
-    bucket = Bucket(100, 0.0)
-    assert spent(bucket, 5, 10.0, 30 * UNIT_NBYTES) == [Verdict.TAKE] * 3 + [Verdict.DROP] * 2
+    bucket = TokenBucket(100, 0.0)
+    assert spent(bucket, 5, 10.0, 30 * UNIT_NBYTES) == [Verdict.ACCEPT] * 3 + [Verdict.DROP] * 2
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 1 << 20)), max_size=60))
 def test_no_more_is_taken_than_the_rate_allows(steps):
     """Whatever a peer does, over any time what is taken is at most the rate times the time and a second more."""
-    now, taken, buckets = 0.0, 0, Buckets(50)
+    now, taken, buckets = 0.0, 0, TokenBuckets(50)
     for wait_s, nbytes in steps:
         now += wait_s
-        if buckets.take("peer", nbytes, now) is Verdict.TAKE:
+        if buckets.take("peer", nbytes, now) is Verdict.ACCEPT:
             taken += 1 + nbytes // UNIT_NBYTES
     assert taken <= 50 * (now + 1)
 
@@ -93,34 +93,34 @@ def test_no_more_is_taken_than_the_rate_allows(steps):
 
 def test_the_oldest_stranger_goes_first():
     """When there are too many, the one that has been there longest without a word goes, and who spoke stays."""
-    places = Places(8)
+    places = ConnectionTable(8)
     for connection in range(8):
         assert places.accepted(connection) is None
     places.heard(0)
     assert places.accepted(8) == 1
-    places.cut(1)
+    places.shut(1)
     assert places.accepted(9) == 2 and len(places) == 9
 
 
 def test_newcomers_always_have_a_place():
     """When all places are taken by peers that spoke, the one that was silent for longest makes room for a new one."""
-    places = Places(8)
+    places = ConnectionTable(8)
     for connection in range(8):
         places.accepted(connection)
         places.heard(connection)
     places.heard(0)
     assert places.accepted(8) == 1
-    places.cut(1)
+    places.shut(1)
     assert places.accepted(9) == 8  # a second newcomer replaces the first one
 
 
 def test_ends_that_are_no_surprise():
     """An end is counted as a stranger's only if the connection had said nothing and was not cut."""
-    places = Places(8)
+    places = ConnectionTable(8)
     for connection in range(3):
         places.accepted(connection)
     places.heard(0)
-    places.cut(1)
+    places.shut(1)
     places.heard(1)  # its last words
     assert [places.gone(connection) for connection in (0, 1, 2, 3)] == [True, True, False, False]
     assert len(places) == 0
@@ -128,7 +128,7 @@ def test_ends_that_are_no_surprise():
 
 def test_what_has_no_end():
     """Bytes that came since the last look beside no message belong to one that does not end."""
-    places = Places(8)
+    places = ConnectionTable(8)
     places.accepted(0)
     assert places.unfinished_nbytes(0, 1000) == 1000
     places.heard(0)
@@ -137,15 +137,15 @@ def test_what_has_no_end():
     assert places.unfinished_nbytes(5, 7000) == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(["accepted", "heard", "gone", "cut"]), st.integers(0, 30)), max_size=200))
+@given(st.lists(st.tuples(st.sampled_from(["accepted", "heard", "gone", "shut"]), st.integers(0, 30)), max_size=200))
 def test_places_never_grow(steps):
     """Whatever is told in whatever order, obeying it keeps the number, and never is somebody to be cut who has no place."""
-    places = Places(10)
+    places = ConnectionTable(10)
     for kind, connection in steps:
         result = getattr(places, kind)(connection)
         if kind == "accepted" and result is not None:
             assert result in list(places)
-            places.cut(result)
+            places.shut(result)
         if kind == "accepted":
             assert len(places) <= 31
 
@@ -366,10 +366,10 @@ def test_a_descriptor_that_is_another_s_by_now():
             before = psutil.Process().num_fds()
             found = []
             for descriptor in (here.fileno(), there.fileno(), file.fileno(), 9999):
-                with _ours(descriptor, address) as sock:
+                with _duplicate(descriptor, address) as sock:
                     found.append(sock is not None)
             one, other = socket.socketpair()
-            with one, other, _ours(one.fileno(), address) as sock:
+            with one, other, _duplicate(one.fileno(), address) as sock:
                 found.append(sock is not None)
             assert found == [True, False, False, False, False]
             assert psutil.Process().num_fds() == before
@@ -421,7 +421,7 @@ def test_few_descriptors(monkeypatch):
     """Where a process may open few files, fewer connections are let in."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(), Metrics())
-    assert channel._incoming.places.most == 25
+    assert channel._incoming.table.most == 25
     channel.close()
 
 
@@ -433,8 +433,8 @@ def test_the_pace_of_one_peer():
     assert [pace.reserve(100.0) for _ in range(50)] == [100.0] * 50 and [pace.reserve(100.0) for _ in range(3)][
         -1
     ] > 100.0
-    bucket = Bucket(1000, 0.0)
-    assert all(bucket.take(50, at) is Verdict.TAKE for at in times)
+    bucket = TokenBucket(1000, 0.0)
+    assert all(bucket.take(50, at) is Verdict.ACCEPT for at in times)
 
 
 def test_a_burst_of_leases(engines):
@@ -455,26 +455,26 @@ def test_a_burst_of_leases(engines):
 
 def test_a_rate_in_time():
     """Messages that take long to handle are dropped when their sender has had its share of the thread, but nobody is cut for that."""
-    bucket, now, spent_s = Bucket(1000, 0.0, asked=True), 0.0, 0.0
+    bucket, now, spent_s = TokenBucket(1000, 0.0, asked=True), 0.0, 0.0
     for _ in range(100_000):
         now += 0.001
         verdict = bucket.take(0, now)
-        assert verdict is not Verdict.CUT
-        if verdict is Verdict.TAKE:
+        assert verdict is not Verdict.CLOSE
+        if verdict is Verdict.ACCEPT:
             bucket.spend(0.01)
             spent_s += 0.01
     assert 0.9 * CPU_SHARE * now < spent_s <= (CPU_SHARE + 0.01) * now
-    quick = Bucket(1000, 0.0, asked=True)
+    quick = TokenBucket(1000, 0.0, asked=True)
     for _ in range(10_000):
         now += 0.0015
-        assert quick.take(0, now) is Verdict.TAKE
+        assert quick.take(0, now) is Verdict.ACCEPT
         quick.spend(50e-6)
 
 
 def test_replies_that_nobody_takes():
     """A connection that takes nothing is not answered without end; one that takes what it is sent always is."""
     acknowledged = {1: 0, 2: 0, 3: None}
-    untaken = Untaken(1000, acknowledged.__getitem__)
+    untaken = ReplyBacklog(1000, acknowledged.__getitem__)
     assert [untaken.may_send(1, 300) for _ in range(6)] == [True] * 4 + [False] * 2
     acknowledged[1] = 1000
     assert untaken.may_send(1, 300)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether somebody listens at a TCP port, asked of the operating system: a process that has died is known at once by that.
+"""Probe of a peer's TCP port: a refused connection shows at once that the peer's process has died.
 
-ZeroMQ connects again and again and says nothing of it, so a peer that does not answer is asked about besides. A frozen process
-listens as before, and of a host that is gone nobody tells: for those there are time-outs.
+ZeroMQ reconnects without a report of refused connections, so the channel probes the port of a peer that does not answer. A
+frozen process still listens, and a host that is gone refuses nothing: time-outs find those.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FIRST_S = 0.15
-"""After a message was sent that has no answer yet, look for the first time."""
+"""Time from an unanswered message to the first probe."""
 AGAIN_S = 0.4
-"""A port that was refused has to be refused again so much later: a server that is restarted may listen by then."""
+"""Time for which a port must be refused, since a restarted server may listen by then."""
 NAMED_S = 5.0
-"""A port at a host with a name has to be refused for so long: its process may come back, or up, at another address of the name."""
+"""The same for a host name: the process may start again at another address of the name."""
 REST_S = 2.0
-"""Pause after somebody was found to listen."""
+"""Pause after a probe that found a listener."""
 _SOON_S = 0.02
 _LONGEST_S = 1.0
-"""A connection that is not made by then says nothing."""
+"""Time limit of a probe; a connection that is not made by then proves nothing."""
 _REFUSED = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
 
-class Watch:
-    """Looks at one peer for as long as it does not answer. Used by the thread that owns the channel.
+class PortWatch:
+    """Probes of one peer that does not answer. Used by the thread that owns the channel.
 
     Args:
-        patience_s: how long the port has to be refused.
+        patience_s: time for which the port must be refused.
 
     Attributes:
-        due: when to call `look` next, on the monotonic clock.
+        due: time of the next call of `check`, on the monotonic clock.
     """
 
     def __init__(self, now: float, patience_s: float = AGAIN_S) -> None:
@@ -47,12 +47,12 @@ class Watch:
         self._pending: list[_Attempt] = []
         self._until = 0.0
         self._refused_since: float | None = None
-        """When it was refused for the first time without an end since."""
+        """Time since which each probe was refused."""
 
-    def look(self, numbers: Iterable[str], port: int, now: float) -> bool:
-        """Go on; True if nobody listens at any of these addresses, now as some time ago."""
+    def check(self, ips: Iterable[str], port: int, now: float) -> bool:
+        """Begin or continue a probe; True if all addresses have refused connections for ``patience_s``."""
         if not self._pending:
-            self._pending = [_Attempt(number, port) for number in numbers]
+            self._pending = [_Attempt(ip, port) for ip in ips]
             self._until = now + _LONGEST_S
             self.due = now + (_SOON_S if self._pending else REST_S)
             return False
@@ -70,31 +70,31 @@ class Watch:
         return now >= since + self._patience_s
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """End the probe that is under way."""
         for attempt in self._pending:
             attempt.close()
         self._pending = []
 
 
 class _Attempt:
-    """A connection that is being made, and is not wanted."""
+    """One connection attempt of a probe."""
 
-    def __init__(self, number: str, port: int) -> None:
-        family = socket.AF_INET6 if addresses.is_ipv6(number) else socket.AF_INET
+    def __init__(self, ip: str, port: int) -> None:
+        family = socket.AF_INET6 if addresses.is_ipv6(ip) else socket.AF_INET
         self._sock: socket.socket | None = None
         self._code: int | None = None
         try:
             self._sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            code = self._sock.connect_ex((number, port))
-        except OSError as error:  # out of files: then nothing is found out
+            code = self._sock.connect_ex((ip, port))
+        except OSError as error:  # out of file descriptors: the probe finds nothing
             code = error.errno or errno.EMFILE
         if code != errno.EINPROGRESS:
             self._code = code
 
     def outcome(self) -> int | None:
-        """0 if somebody listens, else why the connection was not made; None if that is not decided yet."""
+        """0 if the connection was made, else the error number; None while it is not decided."""
         if self._code is None and self._sock is not None:
-            poll = select.poll()  # select knows no descriptors above 1023
+            poll = select.poll()  # select cannot take descriptors above 1023
             poll.register(self._sock, select.POLLOUT)
             if poll.poll(0):
                 self._code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from kvxfer.channel.listening import AGAIN_S, Watch
+from kvxfer.channel.port_watch import AGAIN_S, PortWatch
 from kvxfer.config import Settings
 from kvxfer.errors import PeerTimeoutError
 from kvxfer.protocol.lease_ref import LeaseRef
@@ -27,12 +27,12 @@ def free_port():
         yield port_of(probe)  # bound, not listened at: nobody else takes it
 
 
-def watched(watch, port, *, for_s=20.0, numbers=("127.0.0.1",)):
+def watched(watch, port, *, for_s=20.0, ips=("127.0.0.1",)):
     """Whether it finds, within that time, that nobody listens."""
     until = time.monotonic() + for_s
     while time.monotonic() < until:
         now = time.monotonic()
-        if now >= watch.due and watch.look(numbers, port, now):
+        if now >= watch.due and watch.check(ips, port, now):
             return True
         time.sleep(0.01)
     return False
@@ -40,20 +40,20 @@ def watched(watch, port, *, for_s=20.0, numbers=("127.0.0.1",)):
 
 def test_a_closed_port_is_found_the_second_time(free_port):
     """A port that is refused once may belong to a server that is restarted: it has to be refused again a moment later."""
-    watch, begin = Watch(time.monotonic()), time.monotonic()
+    watch, begin = PortWatch(time.monotonic()), time.monotonic()
     assert watched(watch, free_port)
     assert time.monotonic() - begin >= AGAIN_S
     watch.close()
 
 
 def test_an_open_port_is_never_found():
-    """Where somebody listens, frozen or not, nobody is called dead; nor where only one of several numbers is refused."""
+    """Where somebody listens, frozen or not, nobody is called dead; nor where only one of several ips is refused."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
-        watch = Watch(time.monotonic())
+        watch = PortWatch(time.monotonic())
         assert not watched(watch, port_of(listener), for_s=1.0)
         watch.close()
-        watch = Watch(time.monotonic())
-        assert not watched(watch, port_of(listener), for_s=1.0, numbers=("127.0.0.2", "127.0.0.1"))
+        watch = PortWatch(time.monotonic())
+        assert not watched(watch, port_of(listener), for_s=1.0, ips=("127.0.0.2", "127.0.0.1"))
         watch.close()
 
 
@@ -64,7 +64,7 @@ def test_a_read_of_a_dead_address_fails_at_once(free_port):
         for _ in range(2):
             begin = time.monotonic()
             ref = LeaseRef.mint(producer="gone", addresses=[f"tcp://127.0.0.1:{free_port}"])
-            with pytest.raises(PeerTimeoutError, match="nobody listens"):
+            with pytest.raises(PeerTimeoutError, match="no process listens"):
                 sink.endpoint.read(ref, [1]).wait(30)
             assert time.monotonic() - begin < 5.0  # about 0.7 s on a machine that is not busy; peer_timeout_s is 15
     finally:
