@@ -24,8 +24,16 @@ def test_argument_before_environment_before_default():
         "OTHER": "x",
     }
     settings = Settings.resolve(environ=environ, lease_s=9, unread_lease_s=None)
-    assert (settings.lease_s, settings.retry_interval_s, settings.max_leases, settings.unread_lease_s) == (9, 2.0, 12, Settings().unread_lease_s)
-    assert "lease_s=9.0 (argument)" in settings.describe() and "retry_interval_s=2.0 (KVXFER_RETRY_INTERVAL_S)" in settings.describe()
+    assert (settings.lease_s, settings.retry_interval_s, settings.max_leases, settings.unread_lease_s) == (
+        9,
+        2.0,
+        12,
+        Settings().unread_lease_s,
+    )
+    assert (
+        "lease_s=9.0 (argument)" in settings.describe()
+        and "retry_interval_s=2.0 (KVXFER_RETRY_INTERVAL_S)" in settings.describe()
+    )
     assert all(name in settings.describe() for name in names())
 
 
