@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import queue
 import threading
@@ -31,11 +30,8 @@ from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from multiprocessing.connection import Connection
 
     from kvxfer.memory.spans import Descriptors
-
-ANSWER_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -154,8 +150,8 @@ class RawNixl:
         self._regions = self.agent = None
 
 
-class _Child:
-    """What one rank of the producer does when it is told to over the pipe."""
+class Rank:
+    """One rank of the producer, in a process of its own."""
 
     def __init__(self, geometry: Geometry, name: str, rank: int, world: int) -> None:
         self.cache, self.arrays = geometry.allocate(0, rank, world)
@@ -231,24 +227,6 @@ class _Child:
         self.endpoint.close()
 
 
-def _live(pipe: Connection, geometry: Geometry, name: str, rank: int, world: int) -> None:
-    child = _Child(geometry, name, rank, world)
-    pipe.send((True, None))
-    while True:
-        try:
-            method, arguments = pipe.recv()
-        except EOFError:
-            break
-        try:
-            answer = True, getattr(child, method)(*arguments)
-        except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
-            answer = False, f"{type(error).__name__}: {error}"
-        pipe.send(answer)
-        if method == "close":
-            return
-    child.close()
-
-
 class Pair:
     """A producer in processes of its own and a consumer in this one.
 
@@ -270,17 +248,8 @@ class Pair:
         self.cache, self.arrays = self.geometry.allocate(0xEE)
         self.array = self.arrays[0]
         self.name = f"producer-{os.getpid()}-{id(self)}"
-        context = multiprocessing.get_context("spawn")
-        self._children = []
-        for rank in range(ranks):
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=_live, args=(theirs, geometry, self.name, rank, ranks), daemon=True)
-            process.start()
-            theirs.close()
-            self._children.append((pipe, process))
+        self._ranks = [Child(f"producer {rank}", Rank, geometry, self.name, rank, ranks) for rank in range(ranks)]
         self._raw: dict[str, RawNixl] = {}
-        for pipe, _ in self._children:
-            self._answer(pipe)
         self.source_specs = self.call_all("spec")
         self.addresses = self.call_all("address")
         self._sinks: dict[str | None, kvxfer.Endpoint] = {}
@@ -295,22 +264,11 @@ class Pair:
 
     def call_all(self, method: str, *arguments: object) -> list[Any]:
         """Run a method of each of the producer's processes."""
-        for pipe, _ in self._children:
-            pipe.send((method, arguments))
-        return [self._answer(pipe) for pipe, _ in self._children]
+        return call_all(self._ranks, method, *arguments)
 
     def call(self, method: str, *arguments: object) -> Any:
         """Run a method of the producer's first process."""
-        self._children[0][0].send((method, arguments))
-        return self._answer(self._children[0][0])
-
-    def _answer(self, pipe: Connection) -> Any:
-        if not pipe.poll(ANSWER_TIMEOUT_S):
-            raise RuntimeError("a producer's process does not answer")
-        good, answer = pipe.recv()
-        if not good:
-            raise RuntimeError(f"a producer's process: {answer}")
-        return answer
+        return self._ranks[0].call(method, *arguments)
 
     def raw(self, kind: str = "as adapter") -> RawNixl:
         """Raw NIXL of this process, which has met that of the producer's: ``as adapter`` or ``default``."""
@@ -398,14 +356,8 @@ class Pair:
             endpoint.close()
         for raw in self._raw.values():
             raw.close()
-        with contextlib.suppress(OSError, EOFError, RuntimeError):
-            self.call_all("close")
-        for pipe, process in self._children:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            pipe.close()
+        for rank in self._ranks:
+            rank.close()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
+from kvxfer.testing.child import ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except (UnavailableError, ConfigError) as error:
         return _told(f"{who}: {error}", EXIT_CANNOT_RUN)
-    except KvxferError as error:
+    except (KvxferError, ChildError) as error:
         return _told(f"{who}: {type(error).__name__}: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         return _told(f"\n{who}: interrupted", EXIT_INTERRUPTED)

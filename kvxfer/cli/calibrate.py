@@ -14,15 +14,17 @@ from msgspec import structs
 from kvxfer.buffers.cache import KVCache
 from kvxfer.buffers.host_cast import can_cast
 from kvxfer.buffers.host_copy import effort_of
-from kvxfer.cli.child import PROCESS_NBYTES, Child, ChildError
+from kvxfer.cli.checks import PROCESS_NBYTES
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
+from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Costs, Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import start_copies
 from kvxfer.runtime.staging import StagingArena
+from kvxfer.testing.child import Child, ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,7 +149,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
     few, many = list(range(2)), list(range(blocks))
     scattered = np.random.default_rng(0).permutation(blocks).tolist()
     samples: list[Sample] = []
-    with Child("calibration", Source, agent, blocks) as source:
+    with Child("calibration", Source, agent, blocks, raises=(ConfigError, UnavailableError)) as source:
         source.ready()
         with progress.step("long runs, in place"):
             sink = Sink(source, agent, "HND", blocks, Route.DIRECT, 1 << 20)

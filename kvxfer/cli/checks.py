@@ -12,6 +12,9 @@ from kvxfer.agents.capabilities import Reach
 from kvxfer.cli.table import size
 from kvxfer.errors import ConfigError, UnavailableError
 
+PROCESS_NBYTES = 200 << 20
+"""What a process takes beside its cache: Python, NumPy, the transfer engine, one layer of the demo's pattern."""
+
 
 def check_agent(name: str, what: str) -> None:
     """Refuse an agent that cannot work between processes.

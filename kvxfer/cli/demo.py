@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvxfer.cli import own_version
-from kvxfer.cli.checks import check_agent, check_memory
-from kvxfer.cli.child import PROCESS_NBYTES, Child
+from kvxfer.cli.checks import PROCESS_NBYTES, check_agent, check_memory
 from kvxfer.cli.parties import Consumer, Geometry, Outcome, Producer
 from kvxfer.cli.table import Progress, add_format, size, table
-from kvxfer.errors import ConfigError
+from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.testing.child import Child
 
 if TYPE_CHECKING:
     import argparse
@@ -96,9 +96,11 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress()
     with ExitStack() as stack:
         with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
-            producer = stack.enter_context(Child("producer", Producer, geometry, blocks, options.agent))
+            raises = (ConfigError, UnavailableError)  # these would have been the same in this process
+            producer = stack.enter_context(Child("producer", Producer, geometry, blocks, options.agent, raises=raises))
+            most_nbytes = wanted * geometry.block_nbytes
             consumer = stack.enter_context(
-                Child("consumer", Consumer, geometry, blocks, options.agent, wanted * geometry.block_nbytes)
+                Child("consumer", Consumer, geometry, blocks, options.agent, most_nbytes, raises=raises)
             )
             producer.ready()
             consumer.ready()

@@ -12,36 +12,28 @@ An adapter joins with a few lines::
 
 from __future__ import annotations
 
-import pytest
+import importlib
+import sys
+from typing import TYPE_CHECKING
 
-# Before any of them is imported: otherwise a failing suite shows a bare AssertionError, without the values.
-pytest.register_assert_rewrite(
-    *(
-        f"{__name__}.{module}"
-        for module in (
-            "actor",
-            "agent_suite",
-            "buffer_suite",
-            "conformance",
-            "devices",
-            "peers",
-        )
-    )
-)
-
-from kvxfer.testing.actor import Actor, FlightLog  # noqa: E402
-from kvxfer.testing.agent_suite import AgentSuite  # noqa: E402
-from kvxfer.testing.buffer_suite import BufferSuite, MadeBuffer  # noqa: E402
-from kvxfer.testing.devices import Device, HostDevice, on_device  # noqa: E402
-from kvxfer.testing.eventually import eventually, stays  # noqa: E402
-from kvxfer.testing.faults import Faults, FaultyAgent  # noqa: E402
-from kvxfer.testing.oracle import HostSpan, OracleMemory, noise, same_bytes  # noqa: E402
-from kvxfer.testing.peers import Peer, PeerGoneError, ProcessPeer, ThreadPeer  # noqa: E402
+if TYPE_CHECKING:
+    from kvxfer.testing.actor import Actor, FlightLog
+    from kvxfer.testing.agent_suite import AgentSuite
+    from kvxfer.testing.buffer_suite import BufferSuite, MadeBuffer
+    from kvxfer.testing.child import Child, ChildError, ChildGoneError
+    from kvxfer.testing.devices import Device, HostDevice, on_device
+    from kvxfer.testing.faults import Faults, FaultyAgent
+    from kvxfer.testing.oracle import HostSpan, OracleMemory, noise, same_bytes
+    from kvxfer.testing.peers import ProcessPeer, RemotePeer, ThreadPeer
+    from kvxfer.testing.waiting import eventually, stays
 
 __all__ = [
     "Actor",
     "AgentSuite",
     "BufferSuite",
+    "Child",
+    "ChildError",
+    "ChildGoneError",
     "Device",
     "Faults",
     "FaultyAgent",
@@ -50,9 +42,8 @@ __all__ = [
     "HostSpan",
     "MadeBuffer",
     "OracleMemory",
-    "Peer",
-    "PeerGoneError",
     "ProcessPeer",
+    "RemotePeer",
     "ThreadPeer",
     "eventually",
     "noise",
@@ -60,3 +51,32 @@ __all__ = [
     "same_bytes",
     "stays",
 ]
+
+_MODULES = {
+    "actor": ("Actor", "FlightLog"),
+    "agent_suite": ("AgentSuite",),
+    "buffer_suite": ("BufferSuite", "MadeBuffer"),
+    "child": ("Child", "ChildError", "ChildGoneError"),
+    "devices": ("Device", "HostDevice", "on_device"),
+    "waiting": ("eventually", "stays"),
+    "faults": ("Faults", "FaultyAgent"),
+    "oracle": ("HostSpan", "OracleMemory", "noise", "same_bytes"),
+    "peers": ("ProcessPeer", "RemotePeer", "ThreadPeer"),
+}
+
+# Modules whose asserts pytest has to rewrite before they are imported: else a failing suite shows a bare AssertionError.
+if sys.modules.get("pytest") is not None:
+    sys.modules["pytest"].register_assert_rewrite(
+        *(
+            f"{__name__}.{module}"
+            for module in ("actor", "agent_suite", "buffer_suite", "conformance", "devices", "peers")
+        )
+    )
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is asked for: the processes of `kvxfer demo` use `child`, and need no pytest for it."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

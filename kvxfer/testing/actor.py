@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from kvxfer.agents.flights import FlightState
 from kvxfer.errors import KvxferError
 from kvxfer.memory.spans import Descriptors
-from kvxfer.testing.eventually import eventually
 from kvxfer.testing.oracle import HostSpan, noise
+from kvxfer.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

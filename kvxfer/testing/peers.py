@@ -2,28 +2,24 @@
 """Peers for tests: an agent that lives in its own thread, or in its own process (spawned, never forked).
 
 Both are driven in the same way, by calls over a pipe that run in the peer's own thread: an agent belongs to the thread
-that made it. While there is nothing to do the peer polls its agent, as an endpoint's data thread would. What a peer's
-memory holds is told by the peer itself, over the pipe and never through the adapter.
+that made it. What a peer's memory holds is told by the peer itself, over the pipe and never through the adapter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import pickle
-import signal
 import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.testing.actor import Actor
-from kvxfer.testing.eventually import eventually
+from kvxfer.testing.child import Child, ChildGoneError, RemoteObject, serve
 from kvxfer.testing.oracle import HostSpan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
     from kvxfer.agents.base import TransferAgent
     from kvxfer.agents.capabilities import Op
@@ -33,53 +29,30 @@ if TYPE_CHECKING:
     from kvxfer.testing.oracle import OracleMemory
 
 ANSWER_TIMEOUT_S = 60.0
-"""A peer that has not answered by then is stuck. Starting a process and its transfer engine is part of it."""
+"""Deadline of a call. Starting a process and its transfer engine is part of it."""
 
 _POLL_INTERVAL_S = 0.0005
 _GOODBYE_S = 5.0
 
 
-class PeerGoneError(AssertionError):
-    """The peer's thread or process ended, or does not answer."""
-
-
-class PeerRaisedError(AssertionError):
-    """The peer raised something that cannot travel over a pipe; the message says what."""
-
-
-class Peer(ABC):
+class RemotePeer(ABC):
     """An `Actor` that lives elsewhere. Use it from one thread."""
 
     name: str
     """Of its agent."""
+    remote: RemoteObject
 
-    _pipe: Connection
-    _calls: int = 0
-
-    def call(self, method: str, *arguments: object, timeout_s: float = ANSWER_TIMEOUT_S) -> Any:
-        """Run ``Actor.method(*arguments)`` in the peer's thread and return its answer, or raise what it raised.
+    def call(self, method: str, *arguments: object, timeout_s: float | None = None, **named: object) -> Any:
+        """Call a method of the `Actor` in the peer's thread; returns its answer, or raises what it raised.
 
         Raises:
-            PeerGoneError: it is not there, or did not answer in time.
+            ChildGoneError: the peer has ended, or did not answer in time.
         """
-        self._calls += 1
-        number = None
-        try:
-            self._pipe.send((self._calls, method, arguments))
-            # An answer to an earlier call, that came after its time, is passed over.
-            while number != self._calls:
-                if not self._pipe.poll(timeout_s):
-                    raise PeerGoneError(f"{self.name} did not answer {method} within {timeout_s} s")
-                number, raised, answer = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise PeerGoneError(f"{self.name} is gone: {error!r}") from error
-        if raised:
-            raise answer
-        return answer
+        return self.remote.call("run", method, arguments, named, timeout_s=timeout_s)
 
     def allocate(self, nbytes: int, seed: int, *, register: bool = True) -> Memory:
         """As `Actor.allocate`; the address is one in the peer's memory."""
-        memory: Memory = self.call("allocate_", nbytes, seed, register)
+        memory: Memory = self.call("allocate", nbytes, seed, register=register)
         return memory
 
     def register(self, memory: Memory) -> None:
@@ -132,7 +105,7 @@ class Peer(ABC):
 
     @abstractmethod
     def stall(self) -> None:
-        """It stops doing anything at all, until `resume`."""
+        """Stop doing anything at all, until `resume`."""
 
     @abstractmethod
     def resume(self) -> None:
@@ -143,7 +116,7 @@ class Peer(ABC):
         """End it, whatever state it is in. Idempotent."""
 
 
-class ThreadPeer(Peer):
+class ThreadPeer(RemotePeer):
     """A peer in a thread of this process.
 
     Raises:
@@ -157,43 +130,42 @@ class ThreadPeer(Peer):
         make_memory: Callable[[int], OracleMemory] = HostSpan,
     ) -> None:
         self.name: str = name
-        self._pipe, theirs = multiprocessing.Pipe()
+        ours, theirs = multiprocessing.Pipe()
+        self.remote = RemoteObject(f"peer {name}", ours, raises=(Exception,), answer_s=ANSWER_TIMEOUT_S)
         # daemon: a peer that hangs inside a transfer engine must not keep the test run from ending.
-        self._thread = threading.Thread(
-            target=_live, args=(theirs, make_agent, name, make_memory), name=f"peer {name}", daemon=True
-        )
+        arguments = (theirs, _PollingActor, (make_agent, name, make_memory))
+        self._thread = threading.Thread(target=serve, args=arguments, name=f"peer {name}", daemon=True)
         self._thread.start()
-        self.call("started")
+        self.remote.ready()
 
     def stall(self) -> None:
-        """It stops polling its agent."""
-        self.call("acquire")
+        """Stop polling the agent."""
+        self.call("stall")
 
     def resume(self) -> None:
-        """It polls again."""
-        self.call("unhold")
+        """Poll again."""
+        self.call("resume")
 
     def stop(self) -> None:
-        """Its thread closes the agent and ends. Raises what the agent's last flights or its close have to complain of."""
-        if self._pipe.closed:
+        """Close the agent and end the thread. Raises what the agent's last flights or its close have to complain of."""
+        if self.remote.pipe.closed:
             return
         try:
-            with contextlib.suppress(PeerGoneError):
+            with contextlib.suppress(ChildGoneError):
                 self.call("close")
         finally:
-            with contextlib.suppress(OSError):
-                self._pipe.send((0, "stop", ()))
+            self.remote.dismiss()
             self._thread.join(ANSWER_TIMEOUT_S)
-            self._pipe.close()
+            self.remote.pipe.close()
         assert not self._thread.is_alive(), f"{self.name} does not end: its agent's close or poll hangs"
 
 
-class ProcessPeer(Peer):
+class ProcessPeer(RemotePeer):
     """A peer in a spawned process of its own.
 
     Raises:
         TypeError: ``make_agent`` or ``make_memory`` is not importable by its name, so another process cannot find it.
-        Exception: what ``make_agent`` raised over there.
+        Exception: what ``make_agent`` raised in the process.
     """
 
     def __init__(
@@ -209,18 +181,21 @@ class ProcessPeer(Peer):
         self.name: str = name
         self.worn: bool = False
         """It was stalled or killed, or lost its agent: not to be used for another test."""
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(
-            target=_live, args=(theirs, make_agent, name, make_memory), name=f"peer {name}", daemon=True
+        self._child = Child(
+            f"peer {name}",
+            _PollingActor,
+            make_agent,
+            name,
+            make_memory,
+            raises=(Exception,),
+            answer_s=ANSWER_TIMEOUT_S,
         )
-        self._process.start()
-        theirs.close()
+        self.remote = self._child
         try:
-            self.call("started")
-        except PeerGoneError as error:
+            self._child.ready()
+        except ChildGoneError as error:
             self.stop()
-            raise PeerGoneError(f"{error}: it died when it made its agent, or cannot import {make_agent}") from error
+            raise ChildGoneError(f"{error}: it died when it made its agent, or cannot import {make_agent}") from error
         except BaseException:
             self.stop()
             raise
@@ -228,34 +203,31 @@ class ProcessPeer(Peer):
     @property
     def pid(self) -> int:
         """Of the process."""
-        assert self._process.pid is not None
-        return self._process.pid
+        return self._child.pid
 
     @property
     def alive(self) -> bool:
         """The process has not ended."""
-        return self._process.is_alive()
+        return self._child.alive
 
     def stall(self) -> None:
-        """SIGSTOP: every thread of it stands still, but its kernel resources live on. Returns when it stands."""
+        """Stop every thread of the process (SIGSTOP); its kernel resources live on."""
         self.worn = True
-        os.kill(self.pid, signal.SIGSTOP)
-        eventually(lambda: _state_of(self.pid) in "TtZX", what=f"process {self.pid} stands still")
+        self._child.freeze()
 
     def peek(self, memory: Memory) -> bytes:
-        """What is in its memory of kind DRAM at this moment, told by the kernel: it need not run for that.
+        """Read its memory of kind DRAM as it is at this moment, through the kernel: the process need not run for that.
 
         Raises:
-            OSError: it is dead, or this process may not look into it (a sandbox).
+            OSError: the process is dead, or this one may not look into it (a sandbox).
         """
         with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as its:  # noqa: PTH123
             its.seek(memory.address)
             return its.read(memory.nbytes)
 
     def resume(self) -> None:
-        """SIGCONT."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGCONT)
+        """End of `stall` (SIGCONT)."""
+        self._child.thaw()
 
     def renew(self, name: str) -> None:
         """Close the agent and make another one in the same process; all memory is forgotten."""
@@ -263,103 +235,70 @@ class ProcessPeer(Peer):
         self.name = name
 
     def kill(self) -> None:
-        """SIGKILL, also while it stands still. Returns when it is dead."""
+        """Kill the process (SIGKILL), also while it is stalled. Returns when it is dead."""
         self.worn = True
-        self._process.kill()
-        self._process.join(ANSWER_TIMEOUT_S)
+        self._child.kill()
 
     def stop(self) -> None:
-        """End it in order if it answers, else kill it. Raises what the agent's last flights have to complain of."""
-        if self._pipe.closed:
+        """End the process in order if it answers, else kill it. Raises what the agent's last flights have to complain of."""
+        if self.remote.pipe.closed:
             return
         self.resume()
         try:
             # One that takes longer is killed: tests of `close` look at the other side, in their own thread.
-            with contextlib.suppress(PeerGoneError):
-                self.call("close", timeout_s=_GOODBYE_S)
+            if self.alive:
+                with contextlib.suppress(ChildGoneError):
+                    self.call("close", timeout_s=_GOODBYE_S)
         finally:
-            with contextlib.suppress(OSError):
-                self._pipe.send((0, "stop", ()))
-            self._process.join(_GOODBYE_S)
-            self.kill()
-            self._pipe.close()
+            self.worn = True
+            self._child.close(_GOODBYE_S)
 
 
-def _state_of(pid: int) -> str:
-    """One letter of /proc: T is stopped."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:  # noqa: PTH123
-            return stat.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "X"
+class _PollingActor:
+    """The far end of a peer: an `Actor` whose agent is polled while no call is there, as an endpoint's data thread would."""
 
+    def __init__(
+        self,
+        make_agent: Callable[[str], TransferAgent],
+        name: str,
+        make_memory: Callable[[int], OracleMemory],
+    ) -> None:
+        self._make_agent, self._make_memory = make_agent, make_memory
+        self._stalled = self._closed = False
+        self._broken: Exception | None = None
+        self._actor = Actor(make_agent, name, make_memory)
 
-class _Resident(Actor):
-    """An actor that is told what to do over a pipe."""
+    def run(self, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> object:
+        """Call a method of the actor, or of this class. The broken promise of a flight is raised by the next call."""
+        self._closed = self._closed or method == "close"
+        if self._broken is not None:
+            raise self._broken
+        mine: dict[str, Callable[..., object]] = {"stall": self._stall, "resume": self._resume, "renew": self._renew}
+        run: Callable[..., object] = mine[method] if method in mine else getattr(self._actor, method)
+        return run(*arguments, **named)
 
-    held = False
-
-    def allocate_(self, nbytes: int, seed: int, register: bool) -> Memory:
-        return self.allocate(nbytes, seed, register=register)
-
-    def started(self) -> None:
-        pass
-
-    def acquire(self) -> None:
-        self.held = True
-
-    def unhold(self) -> None:
-        self.held = False
-
-
-def _live(
-    pipe: Connection,
-    make_agent: Callable[[str], TransferAgent],
-    name: str,
-    make_memory: Callable[[int], OracleMemory],
-) -> None:
-    """Body of a peer's thread or process."""
-    with pipe:
+    def idle(self) -> float | None:
+        """Poll the agent."""
+        if self._stalled or self._closed:
+            return None
         try:
-            actor = _Resident(make_agent, name, make_memory)
-        except Exception as error:  # noqa: BLE001 - it is raised on the other side
-            with contextlib.suppress(EOFError, OSError):
-                pipe.send((pipe.recv()[0], True, _portable(error)))
-            return
-        closed = False
-        # The broken promise of a flight is told to whoever calls next, it does not end the peer in silence.
-        broken: Exception | None = None
-        while True:
-            while not actor.held and not closed and not pipe.poll(_POLL_INTERVAL_S):
-                try:
-                    actor.log.poll()
-                except Exception as error:  # noqa: BLE001 - see above
-                    broken = broken or error
-            try:
-                number, method, arguments = pipe.recv()
-            except (EOFError, OSError):
-                break
-            if method == "stop":
-                break
-            closed = closed or method == "close"
-            try:
-                if broken is not None:
-                    raise broken
-                if method == "renew":
-                    actor.close()
-                    actor, closed = _Resident(make_agent, arguments[0], make_memory), False
-                    method, arguments = "started", ()
-                answer: tuple[int, bool, object] = (number, False, getattr(actor, method)(*arguments))
-            except Exception as error:  # noqa: BLE001 - it is raised on the other side
-                answer = number, True, _portable(error)
-            pipe.send(answer)
+            self._actor.log.poll()
+        except Exception as error:  # noqa: BLE001 - raised by the next call
+            self._broken = self._broken or error
+        return _POLL_INTERVAL_S
+
+    def close(self) -> None:
+        """End."""
         with contextlib.suppress(Exception):
-            actor.agent.close()
+            self._actor.agent.close()
 
+    def _stall(self) -> None:
+        self._stalled = True
 
-def _portable(error: Exception) -> Exception:
-    try:
-        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes, a moment old
-    except Exception:  # noqa: BLE001 - any failure means the same
-        copy = None
-    return error if type(copy) is type(error) else PeerRaisedError(f"{type(error).__name__}: {error}")
+    def _resume(self) -> None:
+        self._stalled = False
+
+    def _renew(self, name: str) -> None:
+        self._actor.close()
+        self._actor = Actor(self._make_agent, name, self._make_memory)
+        self._closed = False

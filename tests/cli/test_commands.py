@@ -15,9 +15,9 @@ import pytest
 
 from kvxfer import registry
 from kvxfer.cli import main, plan
-from kvxfer.cli.child import Child
 from kvxfer.errors import ConfigError
-from kvxfer.testing.eventually import eventually
+from kvxfer.testing import Child
+from kvxfer.testing.waiting import eventually
 
 COMMAND = [sys.executable, "-c", "from kvxfer.cli import main; raise SystemExit(main())"]
 
@@ -142,7 +142,7 @@ class Stubborn:
 def test_the_error_of_a_child_is_what_it_would_be_here(kind: str, says: str) -> None:
     """Wrong usage found in another process is wrong usage; anything else names the process."""
     expected = ConfigError if kind == "ConfigError" else Exception
-    with pytest.raises(expected, match=says), Child("x", Stubborn, kind) as child:
+    with pytest.raises(expected, match=says), Child("x", Stubborn, kind, raises=(ConfigError,)) as child:
         child.ready()
 
 

@@ -15,7 +15,7 @@ import pytest
 from kvxfer import registry
 from kvxfer.cli import checks, demo, main
 from kvxfer.errors import UnavailableError
-from kvxfer.testing.eventually import eventually
+from kvxfer.testing.waiting import eventually
 
 COMMAND = [sys.executable, "-c", "from kvxfer.cli import main; raise SystemExit(main())", "demo", "--model", "tiny"]
 

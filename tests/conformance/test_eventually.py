@@ -27,7 +27,7 @@ class Clock:
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     # The package exports the function under the module's name.
-    monkeypatch.setattr(sys.modules["kvxfer.testing.eventually"], "time", clock)
+    monkeypatch.setattr(sys.modules["kvxfer.testing.waiting"], "time", clock)
     return clock
 
 

@@ -14,8 +14,8 @@ from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import PeerInfoError, RegistrationError, TransferFailedError, TransferTimeoutError
 from kvxfer.testing import Actor, AgentSuite, Faults, FaultyAgent
 from kvxfer.testing.conformance import unique_name
-from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.faults import ALWAYS
+from kvxfer.testing.waiting import eventually, stays
 
 
 def make_slow(name):

@@ -11,9 +11,9 @@ from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import FlightState
 from kvxfer.errors import ConfigError, RegistrationError
 from kvxfer.memory.spans import Memory
-from kvxfer.testing import PeerGoneError, ProcessPeer, ThreadPeer, eventually, noise
+from kvxfer.testing import ChildGoneError, ProcessPeer, ThreadPeer, eventually, noise
+from kvxfer.testing.child import ChildRaisedError
 from kvxfer.testing.conformance import unique_name
-from kvxfer.testing.peers import PeerRaisedError
 from tests.conformance.socket_agent import SocketAgent
 
 KINDS = pytest.mark.parametrize("kind", [ThreadPeer, ProcessPeer])
@@ -77,7 +77,7 @@ def test_agent_that_cannot_be_made(kind):
     """The error of making the agent comes out of making the peer."""
     with pytest.raises(ConfigError, match="there is no"):
         kind(make_impossible, unique_name("peer"))
-    with pytest.raises(PeerRaisedError, match="_TwoPartError"):
+    with pytest.raises(ChildRaisedError, match="_TwoPartError"):
         kind(make_unspeakable, unique_name("peer"))
 
 
@@ -92,7 +92,7 @@ def test_killed_peer(start):
     peer = start(ProcessPeer)
     peer.kill()
     assert not peer.alive
-    with pytest.raises(PeerGoneError):
+    with pytest.raises(ChildGoneError):
         peer.describe()
     with pytest.raises(FileNotFoundError):
         peer.peek(Memory(4096, 10))
@@ -108,7 +108,7 @@ def test_stalled_peer(start, kind):
     peer.stall()
     if kind is ProcessPeer:
         begin = time.monotonic()
-        with pytest.raises(PeerGoneError, match="did not answer"):
+        with pytest.raises(ChildGoneError, match="has not answered"):
             peer.call("describe", timeout_s=0.2)
         assert time.monotonic() - begin < 20
         assert peer.peek(memory) == noise(10, 1)

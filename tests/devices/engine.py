@@ -14,7 +14,7 @@ from kvxfer.config import Settings
 from kvxfer.layout.spec import Interval
 from kvxfer.testing.devices import on_device
 from tests.devices.known import DEVICES
-from tests.process.child import Child, Engine
+from tests.process.child import Engine, EngineProcess
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 3, 4, 8, 90
 """Of the model, and of its one request."""
@@ -105,7 +105,7 @@ class Side:
     def __init__(self, seed: int, device: str, order: str, block_tokens: int, world: int) -> None:
         self.seed = seed
         self.shapes = [Shape(device, order, block_tokens, rank, world) for rank in range(world)]
-        self.ranks = [Child(seed, shape, DeviceEngine) for shape in self.shapes]
+        self.ranks = [EngineProcess(seed, shape, DeviceEngine) for shape in self.shapes]
 
     def table(self, seed: int) -> list[int]:
         """Blocks for the request: anywhere, in the same places on all ranks."""
@@ -121,7 +121,7 @@ class Side:
     def each(self, order: str, *args: Any) -> list[Any]:
         """Give all ranks an order, and wait for their answers."""
         for rank in self.ranks:
-            rank.order(order, *args)
+            rank.ask(order, *args)
         return [rank.answer() for rank in self.ranks]
 
     def request_in(self, contents: list[np.ndarray], table: list[int]) -> np.ndarray:
@@ -146,7 +146,7 @@ class Side:
 
     def end(self) -> None:
         for rank in self.ranks:
-            rank.end()
+            rank.close()
 
 
 class Sides:

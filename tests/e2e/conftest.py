@@ -35,7 +35,7 @@ _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 
 if not _MISSING:
     from kvxfer.secret import Secret
-    from kvxfer.testing.eventually import tries
+    from kvxfer.testing.waiting import tries
     from tools.serve.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
     from tools.serve.model import SMALL, make_model
     from tools.serve.pair import PullRouter, PushProxy, ServerSettings, VllmServer, start_all

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import secrets
-import signal
 import socket
 import time
 from dataclasses import dataclass
@@ -461,14 +460,14 @@ def addresses(scene: Scene) -> Iterator[None]:
 @case_of_a_producer
 def silent_fabric(scene: Scene) -> Iterator[None]:
     """It answers on the control channel, and its agent is that of a process that stands still."""
-    from tests.process.child import Child
+    from tests.process.child import EngineProcess
 
-    stopped = Child(9)
-    scene.stack.callback(stopped.end)
+    stopped = EngineProcess(9)
+    scene.stack.callback(stopped.close)
     with HostileConsumer(stopped.address()) as asking:
         met = asking.welcome
         given = asking.open(LeaseRef.from_json(stopped.lease([1, 2, 3, 4])))
-    stopped.signal(signal.SIGSTOP)
+    stopped.freeze()
 
     def grant(message: messages.Acquire) -> messages.Message:
         return msgspec.structs.replace(given, to="", token=message.token)

@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from typing import Any
 
 from kvxfer.testing import eventually
 from tests.hostile.hostile import Member
-from tests.process.child import LARGE, Child
+from tests.process.child import LARGE, EngineProcess
 
 NUM_BLOCKS = 128
 """Of a read: 64 MiB, more than all slots hold."""
 
 
-def _end_in_a_read(producer: Any, reader: Any, how: signal.Signals) -> None:
+def _end_in_a_read(producer: Any, reader: Any, stop: bool) -> None:
     """Kill or stop a consumer that reads without a pause."""
     blocks = list(range(NUM_BLOCKS))
-    reader.order("read_on", [producer.lease(blocks) for _ in range(40)], blocks)
+    reader.ask("read_on", [producer.lease(blocks) for _ in range(40)], blocks)
     eventually(lambda: producer.slots_taken() > 0, interval_s=0.0, timeout_s=20.0, what="a chunk is packed for it")
-    reader.signal(how)
-    if how is signal.SIGKILL:
-        reader.process.join(20)
+    if stop:
+        reader.freeze()
+    else:
+        reader.kill()
 
 
-def next_read_s(dead: int, how: signal.Signals) -> tuple[str, float, int]:
+def next_read_s(dead: int, *, stop: bool = False) -> tuple[str, float, int]:
     """How the first packed read ends after so many consumers were killed or stopped in theirs, what it took, and the slots that they had."""
     blocks = list(range(NUM_BLOCKS))
-    children = [Child(1 + number, LARGE, Member, route="source_packed") for number in range(2 + dead)]
+    children = [EngineProcess(1 + number, LARGE, Member, route="source_packed") for number in range(2 + dead)]
     producer, honest, *lost = children
     try:
         for child in children:
@@ -42,7 +42,7 @@ def next_read_s(dead: int, how: signal.Signals) -> tuple[str, float, int]:
         for child in (honest, *lost):
             assert child.read_and_wait(producer.lease(blocks[:2]), blocks[:2], 20.0)[0] == "done"
         for child in lost:
-            _end_in_a_read(producer, child, how)
+            _end_in_a_read(producer, child, stop)
         taken = producer.slots_taken()
         outcome, took_s = honest.read_and_wait(producer.lease(blocks), blocks, 30.0)
         if outcome == "done":
@@ -50,7 +50,7 @@ def next_read_s(dead: int, how: signal.Signals) -> tuple[str, float, int]:
         return outcome, took_s, taken
     finally:
         for child in children:
-            child.end()
+            child.close()
 
 
 def main() -> int:
@@ -62,8 +62,7 @@ def main() -> int:
     parser.add_argument("--bound", type=float, default=3.0, help="seconds that the next read may take (%(default)g)")
     options = parser.parse_args()
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-    how = signal.SIGSTOP if options.stop else signal.SIGKILL
-    told = [next_read_s(options.dead, how) for _ in range(options.trials)]
+    told = [next_read_s(options.dead, stop=options.stop) for _ in range(options.trials)]
     beyond = [each for each in told if each[0] != "done" or each[1] > options.bound]
     took = sorted(seconds for _, seconds, _ in told)
     slots = sorted(taken for *_, taken in told)

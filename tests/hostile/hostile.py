@@ -21,8 +21,9 @@ from typing import Any
 import psutil
 
 from kvxfer import LeaseRef
+from kvxfer.testing import ChildError
 from tests.hostile.cases import CASES, OF_PRODUCERS, Scene
-from tests.process.child import SMALL, Child, Engine
+from tests.process.child import SMALL, Engine, EngineProcess
 
 _BLOCKS, _INTO = list(range(16, 32)), list(range(16))
 """Of honest reads. What is read into is not leased: the victim of one case may be the consumer and of the next the producer."""
@@ -69,14 +70,14 @@ class Pair:
     """An engine that is attacked, and one beside it. Use it as a context."""
 
     def __init__(self, shape: tuple[int, ...] = SMALL, **options: Any) -> None:
-        self.victim, self.honest = (Child(seed, shape, Member, **options) for seed in (1, 2))
+        self.victim, self.honest = (EngineProcess(seed, shape, Member, **options) for seed in (1, 2))
 
     def __enter__(self) -> Pair:
         return self
 
     def __exit__(self, *error: object) -> None:
         for child in (self.victim, self.honest):
-            child.end()
+            child.close()
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def attack(name: str, seconds: float, pair: Pair) -> Outcome:
         source, sink = (honest, victim) if name in OF_PRODUCERS else (victim, honest)
         for _ in range(5):
             assert sink.read_and_wait(source.lease(_BLOCKS), _INTO, 10.0)[0] == "done"
-        process = psutil.Process(victim.process.pid)
+        process = psutil.Process(victim.pid)
         base = process.memory_info().rss
         cpu = sum(process.cpu_times()[:2])
         faults = victim.metric("kvxfer_internal_errors_total")
@@ -193,7 +194,7 @@ def main() -> int:
         try:
             with pair_for(name) as pair:
                 outcome = attack(name, options.seconds, pair)
-        except (AssertionError, OSError, EOFError) as error:
+        except (AssertionError, ChildError, OSError, EOFError) as error:
             failed.append(name)
             print(f"{name:14} BROKEN: {type(error).__name__}: {error}", flush=True)
             continue

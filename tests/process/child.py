@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a process of its own, which a test orders about, freezes and kills."""
+"""An engine in a process of its own, which a test drives, freezes and kills."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import gc
-import multiprocessing as mp
 import os
-import signal
 import socket
 import sys
 import threading
@@ -23,7 +21,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
 from kvxfer.secret import Secret
-from kvxfer.testing import eventually
+from kvxfer.testing import Child
 from tests.process import hosts
 
 SMALL = (64, 2, 16, 64)
@@ -31,15 +29,8 @@ LARGE = (256, 8, 16, 256)
 LAYERS = 8
 
 
-def _state(task: Path) -> str:
-    try:
-        return (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "T"  # the thread ended before it was stopped
-
-
 class Engine:
-    """What runs in the child: an endpoint and its arrays. Its methods are the orders."""
+    """What runs in the process: an endpoint and its arrays."""
 
     def __init__(self, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
         self.seed, self.options = seed, options
@@ -180,91 +171,20 @@ def _pattern(seed: int, layer: int, blocks: Any) -> Any:
     return ((seed * 7919 + layer * 131 + blocks + 1) & 0xFFFF).astype(np.uint16)[:, None, None, None]
 
 
-def _serve(conn: Any, kind: type, seed: int, shape: Any, options: dict[str, Any]) -> None:
-    try:
-        engine = kind(seed, shape, options)
-        conn.send((True, None))
-    except BaseException as error:  # noqa: BLE001 - told to the test
-        conn.send((False, repr(error)))
-        return
-    while True:
-        try:
-            order, args, kwargs = conn.recv()
-        except EOFError:
-            return
-        try:
-            conn.send((True, getattr(engine, order)(*args, **kwargs)))
-        except BaseException as error:  # noqa: BLE001 - told to the test
-            conn.send((False, repr(error)))
-        if order == "close":
-            return
-
-
-class Child:
-    """The process as the test sees it. Orders are its methods: ``child.lease([1])``."""
+class EngineProcess(Child):
+    """An engine in a process of its own. The methods of the engine are its methods: ``child.lease([1])``."""
 
     def __init__(self, seed: int, shape: Any = SMALL, kind: type = Engine, **options: Any) -> None:
-        context = mp.get_context("spawn")
-        self.conn, theirs = context.Pipe()
+        super().__init__(f"engine {seed}", kind, seed, shape, options, answer_s=60.0)
         self.seed = seed
-        self.process = context.Process(target=_serve, args=(theirs, kind, seed, shape, options), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.started = False
 
-    def ready(self) -> Child:
-        if not self.started:
-            self.started = True
-            self._answer(60)
-        return self
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return functools.partial(self.call, method)
 
-    def __getattr__(self, order: str) -> Any:
-        def call(*args: Any, timeout_s: float = 60.0, **kwargs: Any) -> Any:
-            self.ready().conn.send((order, args, kwargs))
-            return self._answer(timeout_s)
-
-        return call
-
-    def order(self, name: str, *args: Any) -> None:
-        """Without waiting for the answer; `answer` takes it."""
-        self.ready().conn.send((name, args, {}))
-
-    def answer(self, timeout_s: float = 60.0) -> Any:
-        return self._answer(timeout_s)
-
-    def _answer(self, timeout_s: float) -> Any:
-        assert self.conn.poll(timeout_s), f"no answer from the child in {timeout_s} s"
-        good, value = self.conn.recv()
-        assert good, value
-        return value
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-        if number == signal.SIGSTOP:
-            # Each thread stops when it is scheduled next: on a busy machine one may still answer a message first.
-            tasks = Path(f"/proc/{self.process.pid}/task")
-            eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), what="every thread has stopped")
-
-    def freeze(self, seconds: float) -> None:
-        """It stands still for so long, with all its threads."""
-        self.signal(signal.SIGSTOP)
+    def freeze_for(self, seconds: float) -> None:
+        """Stop all its threads for so long."""
+        self.freeze()
         time.sleep(seconds)
-        self.signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.join(20)
-
-    def end(self) -> None:
-        """However it is by now."""
-        if self.process.is_alive():
-            self.signal(signal.SIGCONT)
-            with contextlib.suppress(OSError):
-                self.ready().conn.send(("close", (), {}))
-            self.process.join(15)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join(10)
-        self.conn.close()
-        self.process.close()
+        self.thaw()

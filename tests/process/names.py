@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing as mp
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvxfer.testing import Child, ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,23 +31,12 @@ def run(case: Callable[..., None], *args: Any, hosts: str, network: bool = False
         network: give it a network namespace of its own, with a loopback and a device of IPv6 only.
 
     Raises:
-        AssertionError: it raised, or did not end.
+        AssertionError, ChildError: it raised, or did not end.
     """
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=_inside, args=(theirs, case, args, hosts, network), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        assert ours.poll(timeout_s), f"{case.__name__} has not ended within {timeout_s:g} s"
-        failure = ours.recv()
-        assert not failure, failure
-        child.join(20)
+    with Child(case.__name__, _Namespaces, hosts, network) as child:
+        child.call("run", case, args, timeout_s=timeout_s)
+        child.close(20)
         assert child.exitcode == 0, "it did not end by itself"
-    finally:
-        if child.is_alive():
-            child.kill()
-        child.join(10)
 
 
 def why_not(*, network: bool = False) -> str | None:
@@ -58,7 +47,7 @@ def why_not(*, network: bool = False) -> str | None:
         return "not installed: ip (iproute2)"
     try:
         run(_nothing, hosts="127.0.0.1 localhost\n", network=network)
-    except AssertionError as error:
+    except (AssertionError, ChildError) as error:
         return f"no namespaces here: {str(error).strip().splitlines()[-1]}"
     return None
 
@@ -67,16 +56,17 @@ def _nothing() -> None:
     pass
 
 
-def _inside(conn: Any, case: Callable[..., None], args: Any, hosts: str, network: bool) -> None:
-    try:
+class _Namespaces:
+    """What lives in the process, which enters its namespaces."""
+
+    def __init__(self, hosts: str, network: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
             _enter(Path(folder), hosts, network=network)
+
+    def run(self, case: Callable[..., None], args: Any) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
             silent.bind((SILENT_SERVER, 53))
             case(*args)
-        conn.send("")
-    except BaseException:  # noqa: BLE001 - told to the test
-        conn.send(traceback.format_exc())
 
 
 def _enter(folder: Path, hosts: str, *, network: bool) -> None:

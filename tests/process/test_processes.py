@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_nixl import NixlAgent
-from tests.process.child import LARGE, Child
+from tests.process.child import LARGE, EngineProcess
 
 _reason = NixlAgent.why_unavailable()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -35,12 +34,12 @@ def child():
 
     def make(seed, *args, **options):
         options.setdefault("settings", SETTINGS)
-        children.append(Child(seed, *args, **options))
+        children.append(EngineProcess(seed, *args, **options))
         return children[-1]
 
     yield make
     for one in children:
-        one.end()
+        one.close()
 
 
 def serves(producer, consumer, target=20):
@@ -65,7 +64,7 @@ def test_two_consumers_one_producer(child):
     cells = producer.free_cells()
     refs = [producer.lease(BLOCKS) for _ in range(6)]
     for i, ref in enumerate(refs):
-        consumers[i % 2].order("read_and_wait", ref, [b + 8 * (i // 2) for b in BLOCKS], TIMEOUT_S)
+        consumers[i % 2].ask("read_and_wait", ref, [b + 8 * (i // 2) for b in BLOCKS], TIMEOUT_S)
         if i % 2:
             assert [c.answer()[0] for c in consumers] == ["done", "done"]
     for consumer in consumers:
@@ -139,14 +138,14 @@ def test_the_producer_is_frozen_before_the_read(child, met, held):
         consumer.acquire(ref)
         eventually(lambda: consumer.granted() == 1)
     consumer.ready()
-    producer.signal(signal.SIGSTOP)
+    producer.freeze()
     number = consumer.read(ref, BLOCKS, TIMEOUT_S)
     outcome = ended_in_time(consumer, number)
     if not held:
         assert outcome == "PeerTimeoutError"
     if outcome == "done":
         assert consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
-    producer.signal(signal.SIGCONT)
+    producer.thaw()
     assert serves(producer, consumer)
     eventually(lambda: len(producer.ends()) == 2 + met)
 
@@ -157,7 +156,7 @@ def test_a_producer_stands_still_for_longer_than_its_lease(child):
     ref = producer.lease(BLOCKS)
     consumer.acquire(ref)
     eventually(lambda: consumer.granted() == 1)
-    producer.freeze(2 * SETTINGS["lease_s"])
+    producer.freeze_for(2 * SETTINGS["lease_s"])
     outcome, _ = consumer.read_and_wait(ref, BLOCKS, TIMEOUT_S)
     assert outcome == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
     eventually(lambda: producer.ends() == ["LeaseReleased"])
@@ -167,7 +166,7 @@ def test_a_producer_stands_still_and_nobody_comes(child):
     """Leases that nobody asks for end all the same, a moment later."""
     producer = child(1, settings=SETTINGS)
     producer.lease(BLOCKS)
-    producer.freeze(2 * SETTINGS["lease_s"])
+    producer.freeze_for(2 * SETTINGS["lease_s"])
     eventually(lambda: producer.ends() == ["LeaseExpired"])
 
 
@@ -177,7 +176,7 @@ def test_a_consumer_stands_still_for_longer_than_its_patience(child):
     ref = producer.announce()
     number = consumer.read(ref, BLOCKS, 60.0)
     eventually(lambda: consumer.metric("kvxfer_handshakes_total", outcome="met") == 1)
-    consumer.freeze(2 * SETTINGS["peer_timeout_s"])
+    consumer.freeze_for(2 * SETTINGS["peer_timeout_s"])
     producer.publish(ref, BLOCKS)
     assert consumer.outcome(number, TIMEOUT_S) == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
 
@@ -190,11 +189,11 @@ def test_the_producer_is_frozen_during_the_read(child):
     blocks = list(range(200))
     ref = producer.lease(blocks)
     number = consumer.read(ref, blocks, TIMEOUT_S)
-    producer.signal(signal.SIGSTOP)
+    producer.freeze()
     if ended_in_time(consumer, number) == "done":
         assert consumer.holds_blocks_of(1, blocks, blocks)
     assert serves(other, consumer, target=210)
-    producer.signal(signal.SIGCONT)
+    producer.thaw()
     assert serves(producer, consumer, target=220)
 
 
@@ -206,7 +205,7 @@ def test_frozen_over_tcp(child):
     ref = producer.lease(BLOCKS)
     consumer.acquire(ref)
     eventually(lambda: consumer.granted() == 1)
-    producer.signal(signal.SIGSTOP)
+    producer.freeze()
     number = consumer.read(ref, BLOCKS, 2.0)
     assert (outcome := ended_in_time(consumer, number, timeout_s=2.0)) != "done"
     assert serves(other, consumer, target=50)
@@ -248,7 +247,7 @@ def test_a_producer_that_is_busy_for_seconds(child):
     )
     ref = producer.lease(BLOCKS)
     consumer.ready()
-    producer.order("keep_busy", 5.0, 0.7)
+    producer.ask("keep_busy", 5.0, 0.7)
     outcome, _ = consumer.read_and_wait(ref, BLOCKS, 30.0)
     assert outcome == "done" and consumer.holds_blocks_of(1, BLOCKS, BLOCKS)
     producer.answer()
@@ -273,7 +272,7 @@ def test_idle_costs_nothing(child):
     assert serves(producer, consumer)
     wall_s = 3.0
     for one in (producer, consumer):
-        one.order("cpu_while_idle", wall_s)
+        one.ask("cpu_while_idle", wall_s)
     assert [one.answer() <= 0.05 * wall_s for one in (producer, consumer)] == [True, True]
 
 

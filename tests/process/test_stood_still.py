@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing as mp
 import os
-import signal
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.config import Settings
 from kvxfer.errors import KvxferError
+from kvxfer.testing import Child
 
 PATIENT = Settings(lease_s=30.0, retry_interval_s=0.3)
 IMPATIENT = Settings(lease_s=30.0, retry_interval_s=0.3, peer_timeout_s=2.0)
@@ -30,31 +29,35 @@ def cache(rank, world, seed=0):
     return layers, KVCache.from_layers(layers, block_tokens=4, **share)
 
 
-def consume(pipe):
-    """Read what the pipe says, and tell how that ended and what is there."""
-    layers, target = cache(0, 1, seed=9)
-    with Endpoint(target, "nixl", settings=IMPATIENT) as endpoint, contextlib.suppress(EOFError):
-        while True:
-            transfer = endpoint.read(LeaseRef.from_json(pipe.recv()), [3], timeout_s=60)
-            pipe.send("reads")
-            try:
-                transfer.wait()
-                pipe.send([layer[3].tobytes() for layer in layers.values()])
-            except KvxferError as error:
-                pipe.send(f"{type(error).__name__}: {error}")
+class Consumer:
+    """Lives in a process of its own."""
+
+    def __init__(self):
+        self.layers, target = cache(0, 1, seed=9)
+        self.endpoint = Endpoint(target, "nixl", settings=IMPATIENT)
+
+    def read(self, ref):
+        self.transfer = self.endpoint.read(LeaseRef.from_json(ref), [3], timeout_s=60)
+
+    def outcome(self):
+        """The bytes of the read, or the error it ended with."""
+        try:
+            self.transfer.wait()
+        except KvxferError as error:
+            return f"{type(error).__name__}: {error}"
+        return [layer[3].tobytes() for layer in self.layers.values()]
+
+    def close(self):
+        self.endpoint.close()
 
 
 def test_the_answers_are_read_first():
     """Whatever the producer's ranks said while the consumer was stopped counts, also where its patience ran out meanwhile."""
     pytest.importorskip("nixl")
     world = 2
-    context = mp.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    child = context.Process(target=consume, args=(theirs,), daemon=True)
-    child.start()
-    theirs.close()
     made = [cache(rank, world) for rank in range(world)]
     with contextlib.ExitStack() as stack:
+        consumer = stack.enter_context(Child("consumer", Consumer))
         ranks = [
             stack.enter_context(Endpoint(each, "nixl", settings=PATIENT, name=f"producer-{world}-{os.getpid()}"))
             for _, each in made
@@ -64,8 +67,7 @@ def test_the_answers_are_read_first():
             ref = LeaseRef.mint(producer=ranks[0].name, addresses=[rank.address for rank in ranks])
             for rank in ranks:
                 rank.announce(ref)
-            pipe.send(ref.to_json())
-            assert pipe.poll(60) and pipe.recv() == "reads"
+            consumer.call("read", ref.to_json())
             return ref
 
         def offered(ref):
@@ -73,19 +75,15 @@ def test_the_answers_are_read_first():
                 rank.publish(ref, [5])
 
         def read():
-            assert pipe.poll(60)
             whole = [np.concatenate([layers[f"layer.{i}"][5] for layers, _ in made]).tobytes() for i in range(2)]
-            assert pipe.recv() == whole
+            assert consumer.call("outcome") == whole
 
         offered(begin())
         read()
         ref = begin()
         time.sleep(0.5)  # so that it waits, with all its questions answered
-        os.kill(child.pid, signal.SIGSTOP)
+        consumer.freeze()
         offered(ref)
         time.sleep(STANDS_S)  # what passes for the consumer at once
-        os.kill(child.pid, signal.SIGCONT)
+        consumer.thaw()
         read()
-    pipe.close()
-    child.join(30)
-    child.kill()

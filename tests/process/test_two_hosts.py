@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from kvxfer.testing import eventually
+from kvxfer.testing import ChildGoneError, eventually
 from kvxfer_nixl import NixlAgent
-from tests.process.child import LARGE, Child
+from tests.process.child import LARGE, EngineProcess
 from tests.process.hosts import TwoHosts, why_not
 
 _reason = NixlAgent.why_unavailable() or why_not()
@@ -42,10 +42,10 @@ def start(wire):
     """Starts an engine on one of the two hosts."""
     made = []
 
-    def start(host: int) -> Child:
+    def start(host: int) -> EngineProcess:
         end = wire.ends[host]
         network = {"namespace": end.namespace, "device": end.device, "bind": f"tcp://{end.address}:0", "ucx": "TLS=tcp"}
-        made.append(Child(host + 1, LARGE, settings=SETTINGS, secret=SECRET, **network))
+        made.append(EngineProcess(host + 1, LARGE, settings=SETTINGS, secret=SECRET, **network))
         return made[-1]
 
     try:
@@ -53,7 +53,7 @@ def start(wire):
     finally:
         wire.heal()
         for child in made:
-            child.end()
+            child.close()
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def reads(producer, consumer, target):
 def works_again(producer, consumer):
     """A few attempts are enough: TCP itself takes a while to find that a wire was healed."""
     eventually(lambda: reads(producer, consumer, 200) == "done", timeout_s=60.0, what="a read is done")
-    assert producer.process.is_alive() and consumer.process.is_alive()
+    assert producer.alive and consumer.alive
 
 
 def test_between_two_addresses(wire, pair):
@@ -122,12 +122,12 @@ def test_a_wire_that_breaks(wire, pair, start, how):
     wire.heal()
     try:
         works_again(producer, consumer)
-    except (OSError, EOFError):
-        producer.process.join(10)
-        assert producer.process.exitcode == -signal.SIGABRT
+    except ChildGoneError:
+        producer.join(10)
+        assert producer.exitcode == -signal.SIGABRT
         works_again(start(0).ready(), consumer)
     outcome, _ = consumer.read_and_wait(held, BLOCKS, TIMEOUT_S)
-    assert outcome == "LeaseEndedError" or (outcome != "done" and not producer.process.is_alive())
+    assert outcome == "LeaseEndedError" or (outcome != "done" and not producer.alive)
 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])

@@ -17,12 +17,11 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from typing import Any, NoReturn
 
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.soak.churn import SoakError
-from kvxfer.testing.soak.fleet import wait_up
+from kvxfer.testing.soak.fleet import listen, wait_up
 from kvxfer.testing.soak.inquiry import Inquiry
 from kvxfer.testing.soak.resident import Job
 from tests.race.proxy import Proxy
@@ -153,9 +152,8 @@ class Race:
     # -- what happens
 
     def _step(self, wait_s: float = 0.005) -> None:
-        pipes = {member.pipe: member for member in self._members}
-        for pipe in connection.wait(list(pipes), wait_s):
-            self._hear(pipes[pipe])
+        for member in listen(self._members, wait_s):
+            self._hear(member)
         for member in self._members:
             if not member.alive:
                 self._died(member)
@@ -262,8 +260,8 @@ class Race:
     def _told_up(self, member: RaceMember, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
 
-    def _told_failed(self, member: RaceMember, kind: str, why: str) -> None:
-        raise self._wrong(f"{member.label} does not start: {kind}: {why}")
+    def _told_failed(self, member: RaceMember, why: str) -> None:
+        raise self._wrong(f"{member.label} does not start: {why}")
 
     def _told_violated(self, member: RaceMember, what: str) -> None:
         raise self._wrong(f"{member.label}: {what}")

@@ -87,23 +87,18 @@ class Racer(resident.Resident):
         )
 
 
-def live(pipe: Any, log: str, agent: str, agent_options: dict[str, Any], geometry: Rank, bind: str) -> None:
-    """Body of the process."""
+def make(tell: Any, agent: str, agent_options: dict[str, Any], geometry: Rank, bind: str) -> resident.Resident:
+    """Make what lives in the process."""
     if geometry.tls:
         os.environ["UCX_TLS"] = geometry.tls
     if geometry.plant:
         from tests.sim.planted import BUGS
 
         BUGS[geometry.plant](setattr)
-    resident.live(pipe, log, agent, agent_options, geometry, bind, kind=Racer)
+    return resident.make(tell, agent, agent_options, geometry, bind, kind=Racer)
 
 
 class RaceMember(Member):
     """The process as the race sees it."""
 
-    body = staticmethod(live)
-
-    def give_up(self) -> None:
-        """End it at once, whatever it does."""
-        self._process.kill()
-        self.frozen_until = 0.0
+    make = staticmethod(make)

@@ -17,7 +17,7 @@ import psutil
 
 from kvxfer import Endpoint, LeaseRef
 from kvxfer.buffers.cache import KVCache
-from tests.process.child import SMALL, Child, Engine
+from tests.process.child import SMALL, Engine, EngineProcess
 
 MOST_MIB = 16.0
 """That memory may grow from the half of the transfers to the last."""
@@ -89,13 +89,13 @@ class One(Many):
 
 def transfers(number: int, told: Any = print) -> float:
     """MiB by which the larger of two processes grew from the half of so many transfers to the last."""
-    source, sink = Child(1, SMALL, Busy), Child(2, SMALL, Busy)
+    source, sink = EngineProcess(1, SMALL, Busy), EngineProcess(2, SMALL, Busy)
     try:
         source.ready(), sink.ready()
         halves: list[list[dict[str, int]]] = []
         done, step = 0, 500
         begun = time.monotonic()
-        processes = [psutil.Process(child.process.pid) for child in (source, sink)]
+        processes = [psutil.Process(child.pid) for child in (source, sink)]
         cpu = sum(sum(process.cpu_times()[:2]) for process in processes)
         for at in range(0, number, step):
             done += sink.read_all(source.leases(step))
@@ -112,12 +112,15 @@ def transfers(number: int, told: Any = print) -> float:
         return grown
     finally:
         for child in (source, sink):
-            child.end()
+            child.close()
 
 
 def idle(producers: int, told: Any = print, wall_s: float = 10.0) -> float:
     """Part of a core that a consumer takes while it does nothing, having met so many producers."""
-    many, one = Child(1, (8, 1, 16, 16), Many, number=producers), Child(2, (8, 1, 16, 16), One, number=1)
+    many, one = (
+        EngineProcess(1, (8, 1, 16, 16), Many, number=producers),
+        EngineProcess(2, (8, 1, 16, 16), One, number=1),
+    )
     try:
         many.ready(), one.ready()
         met_s = one.meet(many.leases(), timeout_s=120)
@@ -127,7 +130,7 @@ def idle(producers: int, told: Any = print, wall_s: float = 10.0) -> float:
         return float(core)
     finally:
         for child in (many, one):
-            child.end()
+            child.close()
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from kvxfer.agents.capabilities import Reach
 from kvxfer.agents.flights import FlightState
 from kvxfer.agents.ports import open_ports
 from kvxfer.testing.conformance import KIB
-from kvxfer.testing.eventually import eventually
+from kvxfer.testing.waiting import eventually
 
 if TYPE_CHECKING:
     from kvxfer.testing.agent_suite.testbed import Testbed

@@ -13,9 +13,9 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.errors import PeerUnknownError, RegistrationError, TransferError, TransferTimeoutError
 from kvxfer.testing.agent_suite.testbed import PLACES
 from kvxfer.testing.conformance import KIB, MIB
-from kvxfer.testing.eventually import eventually, stays
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
+from kvxfer.testing.waiting import eventually, stays
 
 if TYPE_CHECKING:
     from kvxfer.agents.flights import Flight

@@ -16,7 +16,7 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.testing.actor import Actor
 from kvxfer.testing.conformance import MIB, unique_name
 from kvxfer.testing.oracle import noise
-from kvxfer.testing.peers import PeerGoneError, ProcessPeer, ThreadPeer
+from kvxfer.testing.peers import ProcessPeer, ThreadPeer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvxfer.memory.spans import Memory
     from kvxfer.testing.actor import Spans
     from kvxfer.testing.oracle import OracleMemory
-    from kvxfer.testing.peers import Peer
+    from kvxfer.testing.peers import RemotePeer
 
 PLACES = ("thread", "process")
 """Where a peer lives: in a thread of this process, or in a process of its own on this host."""
@@ -55,7 +55,7 @@ class Testbed:
         self.patience_s = patience_s
         self._idle = idle
         self._actors: list[Actor] = []
-        self._peers: list[Peer] = []
+        self._peers: list[RemotePeer] = []
         self._seeds = itertools.count(1)
 
     def actor(self, name: str | None = None) -> Actor:
@@ -64,11 +64,11 @@ class Testbed:
         self._actors.append(actor)
         return actor
 
-    def peer(self, place: str, name: str | None = None) -> Peer:
+    def peer(self, place: str, name: str | None = None) -> RemotePeer:
         """A peer; skips the test if the adapter does not reach that far."""
         self.need_reach(place)
         name = name or unique_name("peer")
-        peer: Peer
+        peer: RemotePeer
         if place == "process":
             peer = self._idle_process(name) or ProcessPeer(self.make_agent, name, self.make_memory)
         else:
@@ -76,7 +76,7 @@ class Testbed:
         self._peers.append(peer)
         return peer
 
-    def _idle_process(self, name: str) -> Peer | None:
+    def _idle_process(self, name: str) -> RemotePeer | None:
         if not self._idle:
             return None
         peer = self._idle.pop()
@@ -87,7 +87,7 @@ class Testbed:
             raise
         return peer
 
-    def _dismiss(self, peer: Peer) -> None:
+    def _dismiss(self, peer: RemotePeer) -> None:
         if not isinstance(peer, ProcessPeer) or peer.worn:
             peer.stop()
             return
@@ -145,9 +145,9 @@ class Testbed:
         for peer in self._peers:
             try:
                 peer.resume()
-            except PeerGoneError:
+            except ChildGoneError:
                 pass  # killed, or died with the other side: what that may cost is the test's business
-            except AssertionError as error:
+            except Exception as error:  # noqa: BLE001 - the others are resumed first
                 problems.append(error)
         steps: list[Callable[[], None]] = [actor.close for actor in self._actors]
         steps += [partial(self._dismiss, peer) for peer in self._peers]
@@ -169,10 +169,10 @@ class ConnectedPair:
     moved, and nothing else has.
     """
 
-    def __init__(self, testbed: Testbed, actor: Actor, peer: Peer, nbytes: int, remote_nbytes: int) -> None:
+    def __init__(self, testbed: Testbed, actor: Actor, peer: RemotePeer, nbytes: int, remote_nbytes: int) -> None:
         self.testbed: Testbed = testbed
         self.actor: Actor = actor
-        self.peer: Peer = peer
+        self.peer: RemotePeer = peer
         seeds = testbed.seed(), testbed.seed()
         self.local: Memory = actor.allocate(nbytes, seeds[0])
         self.remote: Memory = peer.allocate(remote_nbytes, seeds[1])
@@ -224,7 +224,7 @@ class ConnectedPair:
 
     def check(self) -> None:
         """Both regions hold what is expected and nothing beside them was touched."""
-        sides: tuple[tuple[str, Actor | Peer, Memory], ...]
+        sides: tuple[tuple[str, Actor | RemotePeer, Memory], ...]
         sides = (("local", self.actor, self.local), ("remote", self.peer, self.remote))
         for side, owner, memory in sides:
             if owner.digest(memory) != hashlib.sha1(self._expected[side], usedforsecurity=False).digest():

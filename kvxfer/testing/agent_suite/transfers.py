@@ -13,9 +13,9 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.memory.spans import MemoryKind
 from kvxfer.testing.agent_suite.testbed import PLACES, scattered
 from kvxfer.testing.conformance import KIB, MIB
-from kvxfer.testing.eventually import eventually, tries
 from kvxfer.testing.oracle import same_bytes
 from kvxfer.testing.peers import ProcessPeer
+from kvxfer.testing.waiting import eventually, tries
 
 if TYPE_CHECKING:
     from kvxfer.testing.agent_suite.testbed import Testbed

@@ -7,11 +7,10 @@ import dataclasses
 import random
 import time
 from collections import Counter
-from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.testing.soak.fleet import Member, wait_up
+from kvxfer.testing.soak.fleet import Member, listen, wait_up
 from kvxfer.testing.soak.inquiry import Inquiry
 from kvxfer.testing.soak.report import Report, Request
 from kvxfer.testing.soak.resident import SETTINGS, Geometry, Job
@@ -200,9 +199,8 @@ class Churn:
     # -- what is told
 
     def _listen(self, timeout_s: float) -> None:
-        pipes = {member.pipe: member for member in self._members}
-        for pipe in connection.wait(list(pipes), timeout_s):
-            self._hear(pipes[pipe])  # type: ignore[index]
+        for member in listen(self._members, timeout_s):
+            self._hear(member)
         for member in self._members:
             if not member.alive:
                 self.fail(f"{member.label} died by itself, with exit code {member.exitcode}:\n{member.last_words}")
@@ -216,8 +214,8 @@ class Churn:
     def _told_up(self, member: Member, address: str, name: str) -> None:
         member.address, member.name, member.ready = address, name, True
 
-    def _told_failed(self, member: Member, kind: str, why: str) -> None:
-        self.fail(f"{member.label} does not start: {kind}: {why}")
+    def _told_failed(self, member: Member, why: str) -> None:
+        self.fail(f"{member.label} does not start: {why}")
 
     def _told_violated(self, member: Member, what: str) -> None:
         self.fail(f"{member.label}: {what}")

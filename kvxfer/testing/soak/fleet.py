@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -15,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer.testing.eventually import eventually
+from kvxfer.testing.child import Child, ChildError, wait_any
 from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
-from kvxfer.testing.spawning import start_uninterruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from multiprocessing.connection import Connection
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvxfer.testing.soak.resident import Geometry
 
-_PLAIN = {"ConfigError": ConfigError, "UnavailableError": UnavailableError}
 _UP_S = 60.0
 _LAST_WORDS = 40
 """Lines."""
@@ -44,10 +37,10 @@ class Member:
         ready: its endpoint is up, and it may be told things.
     """
 
-    pipe: Connection
-    """To the process, for those who wait for several."""
-    body: Callable[..., None] = staticmethod(resident.live)
-    """What the process runs: a function that can be imported by its name."""
+    child: Child
+    """Its process."""
+    make: Callable[..., object] = staticmethod(resident.make)
+    """Makes what lives in the process; importable by its name."""
 
     def __init__(
         self, label: str, agent: str, agent_options: dict[str, Any], geometry: Geometry, *, elder: bool
@@ -67,14 +60,19 @@ class Member:
         self.begin()
 
     def begin(self) -> None:
-        """Start a process. It says ``up`` when it can be told things."""
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        bind = self.address or "tcp://127.0.0.1:0"
-        arguments = (theirs, self._log.name, self._agent, self._agent_options, self.geometry, bind)
-        self._process = spawn.Process(target=self.body, args=arguments, name=f"soak {self.label}", daemon=True)
-        start_uninterruptible(self._process)
-        theirs.close()
+        """Start a process. It tells ``up`` when it takes orders."""
+        self.child = Child(
+            f"soak {self.label}",
+            self.make,
+            self._agent,
+            self._agent_options,
+            self.geometry,
+            self.address or "tcp://127.0.0.1:0",
+            answer_s=_UP_S,
+            raises=(ConfigError, UnavailableError),
+            tells=True,
+            output=self._log.name,
+        )
         self.life += 1
         self.ready = False
         self._up_by = time.monotonic() + _UP_S
@@ -82,7 +80,7 @@ class Member:
     @property
     def alive(self) -> bool:
         """The process has not ended by itself."""
-        return self._process.is_alive()
+        return self.child.alive
 
     @property
     def stuck(self) -> bool:
@@ -97,7 +95,7 @@ class Member:
     @property
     def exitcode(self) -> int | None:
         """Of the process; None while it runs."""
-        return self._process.exitcode
+        return self.child.exitcode
 
     @property
     def last_words(self) -> str:
@@ -105,29 +103,27 @@ class Member:
         lines = Path(self._log.name).read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LAST_WORDS:])
 
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid or 0
-
     def order(self, what: str, *arguments: object) -> None:
         """Have it do something; what comes of it is told by and by. A process that has died is found out elsewhere."""
-        with contextlib.suppress(OSError):
-            self.pipe.send((what, arguments))
+        self.child.order(what, *arguments)
 
     def told(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """What it has told since the last call."""
-        with contextlib.suppress(EOFError, OSError):
-            while self.pipe.poll():
-                yield self.pipe.recv()
+        """Yield what it has told since the last call; ``failed`` if its endpoint could not be made."""
+        try:
+            yield from self.child.told()
+        except (ConfigError, UnavailableError, ChildError) as error:
+            yield "failed", (str(error),)
 
     def kill(self) -> None:
-        """SIGKILL, and another process at the same address."""
-        self._process.kill()
-        self._process.join()
-        self.pipe.close()
-        self.frozen_until = 0.0
+        """Kill the process (SIGKILL), and start another one at the same address."""
+        self.give_up()
+        self.child.close()
         self.begin()
+
+    def give_up(self) -> None:
+        """Kill the process, whatever it does."""
+        self.child.kill()
+        self.frozen_until = 0.0
 
     def restart(self) -> None:
         """Have its endpoint closed, and another one made at the same address."""
@@ -136,20 +132,20 @@ class Member:
         self.order("restart")
 
     def freeze(self, seconds: float) -> None:
-        """SIGSTOP: every thread of it stands still."""
-        os.kill(self.pid, signal.SIGSTOP)
+        """Stop every thread of the process (SIGSTOP)."""
+        self.child.freeze()
         self._frozen_at = time.monotonic()
         self.frozen_until = self._frozen_at + seconds
 
     def thaw(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
+        """End of `freeze`."""
+        self.child.thaw()
         self.frozen_s += time.monotonic() - self._frozen_at
         self.frozen_until = 0.0
 
     def usage(self) -> Usage:
         """Measured from outside."""
-        process = psutil.Process(self.pid)
+        process = psutil.Process(self.child.pid)
         with process.oneshot():
             return Usage(process.memory_info().rss, process.num_fds(), process.num_threads())
 
@@ -157,35 +153,30 @@ class Member:
         """End it however it is, by force after ``goodbye_s``; returns its exit code."""
         if self.frozen_until:
             self.thaw()
-        self._process.join(goodbye_s)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self.pipe.close()
+        self.child.close(goodbye_s)
         self._log.close()
-        return self._process.exitcode
+        return self.child.exitcode
+
+
+def listen(members: Sequence[Member], timeout_s: float) -> list[Member]:
+    """Wait until some members have told something; returns those."""
+    talking = wait_any([member.child for member in members], timeout_s)
+    return [member for member in members if member.child in talking]
 
 
 def wait_up(members: list[Member]) -> None:
-    """Wait until all of them have said where they are.
+    """Wait until all of them have told their addresses.
 
     Raises:
         ConfigError, UnavailableError: the agent or its options will not do, as a process says.
         AssertionError: one does not come up.
     """
-
-    def up() -> bool:
-        for member in members:
-            for what, told in member.told():
-                if what != "up":
-                    kind, why = told if what == "failed" else (what, str(told))
-                    if kind in _PLAIN:
-                        raise _PLAIN[kind](why)
-                    raise AssertionError(f"{member.label} does not start: {kind}: {why}")
-                member.address, member.name = told
-                member.ready = True
-            if not member.alive:
-                raise AssertionError(f"{member.label} died, with exit code {member.exitcode}: {member.last_words}")
-        return all(member.ready for member in members)
-
-    eventually(up, timeout_s=_UP_S, interval_s=0.01, what="every engine is up")
+    for member in members:
+        try:
+            member.child.ready()
+        except ChildError as error:
+            raise AssertionError(f"{member.label} does not start: {error}: {member.last_words}") from error
+        for what, told in member.told():
+            assert what == "up", f"{member.label} does not start: {what} {told}"
+            member.address, member.name = told
+            member.ready = True

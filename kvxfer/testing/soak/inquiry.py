@@ -63,7 +63,7 @@ class Inquiry:
                 told(member)
             time.sleep(pause_s)
 
-        self._ask("close", listen, _CLOSE_S)
+        self._ask("finish", listen, _CLOSE_S)
         for member in self._members:
             (left,) = self.answers.get(member.label, ({"not closed": 1},))
             if left:

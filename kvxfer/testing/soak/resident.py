@@ -8,7 +8,6 @@ import gc
 import heapq
 import itertools
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.errors import KvxferError
 from kvxfer.planner.router import Costs
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Failed
@@ -25,7 +23,6 @@ from kvxfer.testing.soak.memory import Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
     from kvxfer.protocol.transfer import Event, Transfer
 
@@ -92,12 +89,14 @@ class _Decode:
 
 
 class Resident:
-    """What lives in the process. Its public methods are the orders; what they lead to is told through the pipe, by and by."""
+    """What lives in the process. Its public methods are the orders; what they lead to is told to the router, by and by."""
+
+    _finished = False
 
     def __init__(
-        self, pipe: Connection, agent: str, agent_options: dict[str, Any], geometry: Geometry, bind: str
+        self, tell: Callable[..., None], agent: str, agent_options: dict[str, Any], geometry: Geometry, bind: str
     ) -> None:
-        self._pipe = pipe
+        self._tell = tell
         self._agent, self._agent_options, self._geometry = agent, agent_options, geometry
         self._blocks: Blocks = self._make_blocks()
         self._cache: KVCache = self._make_cache()
@@ -126,21 +125,15 @@ class Resident:
             secret=_SECRET,
         )
 
-    def live(self) -> None:
-        """Take orders and steps, until the router closes or is gone."""
-        while True:
-            while self._pipe.poll():
-                try:
-                    order, arguments = self._pipe.recv()
-                except EOFError:
-                    return
-                getattr(self, order)(*arguments)
-                if order == "close":
-                    return
-            for event in self._endpoint.poll(_STEP_S):
-                self._ended(event)
-            while self._later and self._later[0][0] <= time.monotonic():
-                heapq.heappop(self._later)[2]()
+    def idle(self) -> float | None:
+        """Take events and steps that are due; see `kvxfer.testing.child`."""
+        if self._finished:
+            return None
+        for event in self._endpoint.poll(_STEP_S):
+            self._ended(event)
+        while self._later and self._later[0][0] <= time.monotonic():
+            heapq.heappop(self._later)[2]()
+        return 0.0
 
     # -- orders
 
@@ -202,15 +195,13 @@ class Resident:
             metrics.value("kvxfer_agent_resets_total"),
         )
 
-    def close(self) -> None:
-        """End."""
+    def finish(self) -> None:
+        """Close the endpoint, and tell what is left."""
+        self._finished = True
         self._stop()
         self._tell("closed", {what: number for what, number in self._endpoint.in_use().items() if number})
 
     # -- inside
-
-    def _tell(self, what: str, *told: object) -> None:
-        self._pipe.send((what, told))
 
     def _after(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), act))
@@ -292,17 +283,8 @@ class Resident:
         self._later.clear()
 
 
-def live(pipe: Connection, log: str, *arguments: Any, kind: type[Resident] = Resident) -> None:
-    """Body of the process. All that it prints, and what it crashed of if it did, goes to the file ``log``."""
-    with open(log, "ab") as sink:  # noqa: PTH123 - a descriptor is all that is wanted
-        for printed in (1, 2):
-            os.dup2(sink.fileno(), printed)
+def make(tell: Callable[..., None], *arguments: Any, kind: type[Resident] = Resident) -> Resident:
+    """Make what lives in the process."""
     faulthandler.enable()
-    logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # misfortunes of peers that are killed are no news
-    with pipe:
-        try:
-            resident = kind(pipe, *arguments)
-        except KvxferError as error:
-            pipe.send(("failed", (type(error).__name__, str(error))))
-            return
-        resident.live()
+    logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # that peers are killed is no news
+    return kind(tell, *arguments)
