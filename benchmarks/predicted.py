@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.rig import Geometry, Pair, pair_of
 from kvxfer.cli.table import table
-from kvxfer.planner.router import Costs, Router
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Router
 
 
 class Case(NamedTuple):

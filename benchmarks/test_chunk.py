@@ -17,7 +17,8 @@ import pytest
 from kvxfer import KVCache, plan
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.memory.copies import Copy
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route, Router
 from kvxfer.protocol.actions import PackKey, StartPack
 from kvxfer.runtime.packer import Packer, start_copies
 from kvxfer.runtime.staging import StagingArena, Use
@@ -94,13 +95,12 @@ def test_whole(benchmark, measuring, report, arena, target):
     part = plan([source.spec], sink.spec).rank_plans[0]
     size = arena.slot_nbytes
     router = Router(
-        part, Costs(), slot_nbytes=size, addressable=(False, False), chunk_nbytes=(size, size), only=Route.BOTH
+        part, Costs(), slot_nbytes=2 * size, addressable=(False, False), max_chunk_nbytes=size, only=Route.BOTH
     )
     rng = np.random.default_rng(0)
     match = part.match(rng.permutation(2 * number)[:number], rng.permutation(2 * number)[:number])
-    chosen = router.choose(match).size
-    assert chosen is not None
-    chunk_planner = chosen.chunk_planner
+    chunk_planner = router.choose(match).chunk_planner
+    assert chunk_planner is not None
     chunks = list(chunk_planner.chunks(match.tokens))
     told: list[object] = []
     packer = Packer(source, arena, lambda *what: told.append(what))

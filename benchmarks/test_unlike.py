@@ -16,7 +16,8 @@ import pytest
 
 from benchmarks.rig import Geometry, pair_of
 from kvxfer import registry
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route, Router
 
 MIB = 1 << 20
 GOAL_TIMES, GOAL_SHARE = 12, 0.2

@@ -11,8 +11,9 @@ from kvxfer.errors import KvxferError
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import TransferPlan, plan
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Event, Failed, LeaseExpired, LeaseReleased, LeaseRevoked, Transfer
 from kvxfer.secret import Secret

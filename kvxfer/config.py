@@ -83,14 +83,11 @@ class Settings(Struct, frozen=True, eq=False):
     dropped; a connection far above it is closed."""
     staging_nbytes: Annotated[int, Meta(ge=1 << 15, le=1 << 40)] = 64 << 20
     """Host memory for chunks of packed transfers, for both directions together: a hard limit."""
-    chunks_in_flight: Annotated[int, Meta(ge=1, le=64)] = 8
-    """Consumer: most chunks of one transfer from one source at a time. The number in flight follows from the time they take
-    (`kvxfer.planner.pipeline_depth`)."""
-    min_chunk_nbytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 512 << 10
-    """Consumer: least size of a chunk. The size follows from the time that chunks take (`kvxfer.planner.chunk_size`)."""
+    chunks_in_flight: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Consumer: number of chunks of one transfer from one source that are packed, moved or unpacked at a time."""
     max_chunk_nbytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 1 << 40
-    """Consumer: greatest size of a chunk, if a slot of either side's staging arena is not smaller. With ``min_chunk_nbytes`` of
-    the same value all chunks have this size. A block of one layer is never divided."""
+    """Consumer: greatest size of a chunk, if a slot of either side's staging arena is not smaller. A block of one layer is
+    never divided."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """By name, the source of each value that is not a default: ``"argument"`` or the variable. Two settings with equal values
     are equal whatever their origins."""

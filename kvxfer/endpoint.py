@@ -20,7 +20,7 @@ from kvxfer.config import MAX_S, Settings
 from kvxfer.errors import BlockError, ClosedError, ConfigError, LeaseError, shown
 from kvxfer.layout.block_table import check_tables, ids_to_wire
 from kvxfer.metrics import Metrics
-from kvxfer.planner.router import Costs
+from kvxfer.planner.costs import Costs
 from kvxfer.protocol.consumer import Consumer
 from kvxfer.protocol.grants import most_ids
 from kvxfer.protocol.lease_board import LeaseBoard

@@ -12,7 +12,7 @@ from kvxfer.cli.calibrate import Sample, calibrate, needed_nbytes
 from kvxfer.cli.checks import check_agent, check_memory, check_writable
 from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError
-from kvxfer.planner.router import Costs
+from kvxfer.planner.costs import Costs
 
 if TYPE_CHECKING:
     import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the constants of the cost model (`kvxfer.planner.router.Costs`) on this machine, between two processes."""
+"""Measures the constants of the cost model (`kvxfer.planner.costs.Costs`) on this machine, between two processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.planner.chunks import ChunkPlanner
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import start_copies
 from kvxfer.runtime.staging import StagingArena

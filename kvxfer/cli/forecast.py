@@ -14,7 +14,7 @@ from kvxfer.layout.block_table import BlockTable
 from kvxfer.planner.intersect import stretches
 from kvxfer.planner.plan import Planner, plan
 from kvxfer.planner.rank_plan import RankPlan
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.router import Route, Router
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvxfer.cli.specs import Side
     from kvxfer.layout.spec import CacheGroup, CacheSpec
+    from kvxfer.planner.costs import Costs
     from kvxfer.planner.intersect import Box, Overlap
     from kvxfer.planner.rank_plan import MatchedTables
 

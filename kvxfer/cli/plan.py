@@ -15,7 +15,8 @@ from kvxfer.cli.specs import FIRST_ADDRESS, read_side, same_model
 from kvxfer.cli.table import add_format
 from kvxfer.cli.words import OPTIONS, Written, whole, written
 from kvxfer.errors import ConfigError
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route
 
 if TYPE_CHECKING:
     from kvxfer.cli.specs import Side

@@ -10,7 +10,8 @@ from kvxfer.cli.forecast import ranges
 from kvxfer.cli.table import size, table
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.layout.spec import KVLayout
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route
 
 if TYPE_CHECKING:
     from kvxfer.cli.forecast import Conditions, Forecast, FromRank, Request

@@ -14,30 +14,28 @@ type on the way have to be packed where they change.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvxfer.buffers.host_copy import effort_of
-from kvxfer.errors import ConfigError, IncompatibleError
+from kvxfer.errors import IncompatibleError
 from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
-from kvxfer.planner.chunk_size import Chunking, Legs
 from kvxfer.planner.chunks import ChunkPlanner
-from kvxfer.planner.pipeline_depth import Depth
+from kvxfer.planner.costs import StageTimes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvxfer.buffers.host_copy import Effort
     from kvxfer.layout.block_table import CheckedTable
-    from kvxfer.planner.chunk_size import Size
+    from kvxfer.planner.costs import Costs
     from kvxfer.planner.rank_plan import MatchedTables, RankPlan, ResolvedPlan
 
 
+_CHUNKS_OF_A_SLOT: Final = 2
+"""Where a device's memory has no address. Its copies run beside the wire, and begin sooner with smaller chunks: 16 MiB take 0.8
+of the time that chunks of a whole slot take. In host memory chunks of a whole slot are best (docs/benchmarks.md)."""
 _TELLING: Final = 64
 """So many block ids show whether the blocks of a request lie in a row."""
 
@@ -51,83 +49,6 @@ class Route(str, Enum):
     BOTH = "both"
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Constants of the cost model, measured by ``kvxfer bench calibrate``; the defaults are those of a small x86-64 machine.
-
-    Attributes:
-        descriptor_s: what the transfer engine takes for one more descriptor.
-        wire_nbytes_per_s: what it moves with long ones.
-        run_s: what a device takes for one more run when it packs or unpacks.
-        pack_nbytes_per_s, unpack_nbytes_per_s: what it packs and unpacks in long runs.
-        land_s: what one more chunk costs that the target fetches alone.
-        chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
-        ask_s: from asking for the first chunk until it is there, but for the packing itself.
-        index_s: what one more run takes that is found by an index, for blocks that lie anywhere.
-        second_pass_nbytes_per_s: what is moved once more where neither side has the runs in a row.
-        lookup_s, convert_s: what one more element takes that changes its type, by a table (float8) and by arithmetic.
-    """
-
-    descriptor_s: float = 1.6e-6
-    wire_nbytes_per_s: float = 6e9
-    run_s: float = 1e-9
-    pack_nbytes_per_s: float = 8e9
-    unpack_nbytes_per_s: float = 6e9
-    land_s: float = 200e-6
-    chunk_s: float = 400e-6
-    ask_s: float = 900e-6
-    index_s: float = 45e-9
-    second_pass_nbytes_per_s: float = 6e9
-    lookup_s: float = 0.9e-9
-    convert_s: float = 2.2e-9
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise ConfigError(f"cost {name} must be a positive number, not {value!r}")
-
-    @classmethod
-    def load(cls, path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Costs:
-        """From the JSON file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``, else the defaults.
-
-        Raises:
-            ConfigError: the file cannot be read, or holds something else.
-        """
-        environ = os.environ if environ is None else environ
-        where = path or environ.get("KVXFER_COSTS") or None
-        if where is None:
-            return cls()
-        try:
-            held = json.loads(Path(where).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"cannot read the costs in {where}: {error}") from error
-        known = [field.name for field in fields(cls)]
-        if not isinstance(held, dict) or not set(held) <= set(known):
-            raise ConfigError(f"{where} holds no costs; known are {', '.join(known)}")
-        return cls(**held)
-
-    def save(self, path: str | Path) -> None:
-        """Write what `load` reads. Raises OSError."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    def wire_s(self, descriptors: float, nbytes: float) -> float:
-        """Seconds that the transfer engine takes."""
-        return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
-
-    def effort_s(self, effort: Effort) -> float:
-        """Seconds that a device takes beside `pack_s` or `unpack_s`."""
-        found = effort.indexed_runs * self.index_s + effort.twice_nbytes / self.second_pass_nbytes_per_s
-        return found + effort.looked_up * self.lookup_s + effort.computed * self.convert_s
-
-    def pack_s(self, runs: float, nbytes: float) -> float:
-        """Seconds that the source's device takes."""
-        return runs * self.run_s + nbytes / self.pack_nbytes_per_s
-
-    def unpack_s(self, runs: float, nbytes: float) -> float:
-        """Seconds that the target's device takes."""
-        return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
-
-
 class RouteChoice(NamedTuple):
     """A route, and what speaks for it.
 
@@ -137,7 +58,7 @@ class RouteChoice(NamedTuple):
         barred: why the others cannot.
         runs: descriptors of the direct route, or what they would be.
         nbytes: to move, as the source has them.
-        size: the chunks of a packed route; None if it is direct.
+        chunk_planner: cuts the chunks of a packed route; None if it is direct.
         staging_nbytes: most that the route may have in staging slots of one process at a time, were it alone.
     """
 
@@ -147,7 +68,7 @@ class RouteChoice(NamedTuple):
     barred: Mapping[Route, str]
     runs: int
     nbytes: int
-    size: Size | None
+    chunk_planner: ChunkPlanner | None
     staging_nbytes: int
 
     @property
@@ -166,7 +87,7 @@ class RouteChoice(NamedTuple):
 
 
 class Router:
-    """Chooses the route of one part of a plan, and the size of its chunks, request by request. Remembers what they took.
+    """Chooses the route of one part of a plan, and the size of its chunks, request by request.
 
     Args:
         rank_plan: what one source rank gives.
@@ -174,12 +95,12 @@ class Router:
         slot_nbytes: of one staging slot: the smaller of both sides'.
         addressable: whether the source's and the target's memory can be reached by the transfer engine.
         casts: dtypes that the source's and the target's devices can turn into each other.
-        in_flight: most chunks of one transfer that are staged at a time.
-        chunk_nbytes: least and most of a chunk; what a slot and a block of a layer need stands above both.
+        in_flight: chunks of one transfer that are under way at a time.
+        max_chunk_nbytes: chunks are no larger, unless one block of one layer is.
         only: take this route and no other.
 
     Attributes:
-        comparing: how many of the chunks of `for_comparison` are asked for at a time.
+        in_flight: chunks of one transfer that are under way at a time.
 
     Raises:
         IncompatibleError: no route can be taken, whatever the request.
@@ -193,15 +114,14 @@ class Router:
         slot_nbytes: int,
         addressable: tuple[bool, bool] = (True, True),
         casts: tuple[frozenset[str], frozenset[str]] = (CASTABLE, CASTABLE),
-        in_flight: int = 8,
-        chunk_nbytes: tuple[int, int] = (512 << 10, 1 << 40),
+        in_flight: int = 4,
+        max_chunk_nbytes: int = 1 << 40,
         only: Route | None = None,
     ) -> None:
         self.rank_plan = rank_plan
         self._costs = costs
         self._slot_nbytes = slot_nbytes
-        self._in_flight = in_flight
-        self.comparing: Depth = Depth(in_flight)
+        self.in_flight = in_flight
         self.barred: dict[Route, str] = {}
         source, target = (addressable[0] or not rank_plan.overlaps), (addressable[1] or not rank_plan.overlaps)
         if rank_plan.converts:
@@ -225,8 +145,8 @@ class Router:
                 who = ("source", "target")[converting]
                 what = " and ".join(sorted(dtypes))
                 self.barred.setdefault(route, f"the {who}'s device does not convert {what} (kvxfer[dtypes])")
-        self._chunking: dict[Route, Chunking] = {}
-        least, most = chunk_nbytes
+        chunk_nbytes = min(max_chunk_nbytes, slot_nbytes if all(addressable) else slot_nbytes // _CHUNKS_OF_A_SLOT)
+        self._chunk_planners: dict[Route, ChunkPlanner] = {}
         for route in (Route.SOURCE_PACKED, Route.TARGET_UNPACKED, Route.BOTH):
             if route not in self.barred:
                 try:
@@ -234,14 +154,12 @@ class Router:
                 except IncompatibleError as error:
                     self.barred[route] = str(error)
                     continue
-                if most < slot_nbytes:
-                    chunk_planner = chunk_planner.resized(max(most, chunk_planner.least_nbytes))
-                self._chunking[route] = Chunking(chunk_planner, least_nbytes=least, in_flight=in_flight)
+                self._chunk_planners[route] = chunk_planner.resized(max(chunk_nbytes, chunk_planner.least_nbytes))
         if only is not None:
             for route in Route:
                 if route is not only:
                     self.barred.setdefault(route, f"only {only.value} is allowed")
-        self._packed = [self._least(route) for route in self._chunking if route not in self.barred]
+        self._packed = [self._least(route) for route in self._chunk_planners if route not in self.barred]
         if len(self.barred) == len(Route):
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
@@ -267,15 +185,13 @@ class Router:
         costs, bound = self._costs, self.rank_plan.resolve(match)
         runs, nbytes = bound.estimated_runs()
         seconds: dict[Route, float] = {}
-        packed: dict[Route, tuple[float, float, Legs]] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         direct_s = seconds.get(Route.DIRECT, math.inf)
         for route, least_s, nbyte_s in self._packed:
             # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
             if least_s + nbytes * nbyte_s < direct_s:
-                packed[route] = self._legs(route, match)
-                seconds[route] = self._chunking[route].predicted_s(*packed[route])
+                seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return RouteChoice(
             route=route,
@@ -284,8 +200,8 @@ class Router:
             barred=self.barred,
             runs=runs,
             nbytes=nbytes,
-            size=None if route is Route.DIRECT else self._chunking[route].best(*packed[route]),
-            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self._in_flight * self._slot_nbytes),
+            chunk_planner=self._chunk_planners.get(route),
+            staging_nbytes=0 if route is Route.DIRECT else min(nbytes, self.in_flight * self._slot_nbytes),
         )
 
     def _like(self, route: Route) -> str:
@@ -305,12 +221,12 @@ class Router:
             return route, costs.land_s, 1 / costs.wire_nbytes_per_s + 1 / costs.unpack_nbytes_per_s
         return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
-    def _legs(self, route: Route, match: MatchedTables) -> tuple[float, float, Legs]:
-        """(bytes of all chunks, chunks of the largest size, what they take)."""
-        costs, chunk_planner = self._costs, self._chunking[route].sizes[0].chunk_planner
+    def _packed_s(self, route: Route, match: MatchedTables) -> float:
+        """Seconds that a packed route takes."""
+        costs, chunk_planner = self._costs, self._chunk_planners[route]
         pack_s = wire_s = unpack_s = 0.0
         rows = all(map(_in_a_row, match.sources)), all(map(_in_a_row, match.targets))
-        chunks = nbytes = 0.0
+        chunks = 0
         for number, template in enumerate(chunk_planner.templates):
             # One chunk stands for all of its template.
             chunk = next(chunk_planner.chunks_of(number, match.tokens), None)
@@ -322,13 +238,12 @@ class Router:
                 layout.pack_plan.resolve(layout.pack_tables(chunk, match)),
                 layout.unpack_plan.resolve(layout.unpack_tables(chunk, match)),
             )
-            (packed, source_nbytes), (spread, image_nbytes) = there.estimated_runs(), here.estimated_runs()
+            (packed, source_nbytes), (spread, layout_nbytes) = there.estimated_runs(), here.estimated_runs()
             cells = (chunk.layers[1] - chunk.layers[0]) * (chunk.tokens[1] - chunk.tokens[0])
             times = len(template.layers) * (stop - start) / cells
             chunks += chunk_planner.number_of(number, match.tokens)
-            nbytes += times * image_nbytes
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
-            wire_s += times * costs.wire_s(descriptors, image_nbytes)
+            wire_s += times * costs.wire_s(descriptors, layout_nbytes)
             # Efforts are remembered by the byte: to find them out takes longer than all the rest.
             key = route, number, chunk.tokens[1] - chunk.tokens[0] > template.block_tokens, *rows
             efforts = self._efforts.get(key)
@@ -336,14 +251,16 @@ class Router:
                 packs, unpacks = route is not Route.TARGET_UNPACKED, route is not Route.SOURCE_PACKED
                 efforts = self._efforts[key] = (
                     costs.effort_s(_effort(there)) / max(1, source_nbytes) if packs else 0.0,
-                    costs.effort_s(_effort(here)) / max(1, image_nbytes) if unpacks else 0.0,
+                    costs.effort_s(_effort(here)) / max(1, layout_nbytes) if unpacks else 0.0,
                 )
             pack_s += times * (costs.pack_s(packed, source_nbytes) + source_nbytes * efforts[0])
-            unpack_s += times * (costs.unpack_s(spread, image_nbytes) + image_nbytes * efforts[1])
+            unpack_s += times * (costs.unpack_s(spread, layout_nbytes) + layout_nbytes * efforts[1])
         if route is Route.TARGET_UNPACKED:
-            return nbytes, chunks, Legs(0.0, 0.0, wire_s + unpack_s, costs.land_s)
-        here_s = wire_s + (unpack_s if route is Route.BOTH else 0.0)
-        return nbytes, chunks, Legs(costs.ask_s, pack_s, here_s, costs.chunk_s)
+            times_of_all = StageTimes(0.0, 0.0, wire_s + unpack_s, costs.land_s)
+        else:
+            target_s = wire_s + (unpack_s if route is Route.BOTH else 0.0)
+            times_of_all = StageTimes(costs.ask_s, pack_s, target_s, costs.chunk_s)
+        return times_of_all.seconds(max(1, chunks))
 
 
 def _in_a_row(table: CheckedTable) -> bool:

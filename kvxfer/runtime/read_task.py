@@ -23,7 +23,6 @@ import numpy as np
 
 from kvxfer.errors import IncompatibleError, KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.memory.spans import Descriptors
-from kvxfer.planner.pipeline_depth import Ends
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_board import CELL_NBYTES
 from kvxfer.protocol.messages import StageChunk
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
     from kvxfer.errors import Difference
-    from kvxfer.planner.chunk_size import Size
-    from kvxfer.planner.chunks import Chunk, ChunkLayout
+    from kvxfer.planner.chunks import Chunk, ChunkLayout, ChunkPlanner
     from kvxfer.planner.rank_plan import MatchedTables, ResolvedPlan
     from kvxfer.protocol.actions import Source, StartRead
     from kvxfer.runtime.staging import Bytes
@@ -220,8 +218,8 @@ class Leg:
 
         choice = self.source.router.choose(match)
         self.reading.routes.add(choice.route.value)
-        if choice.size is not None:
-            self._work = _Packed(self, match, choice.route, choice.size, moved)
+        if choice.chunk_planner is not None:
+            self._work = _Packed(self, match, choice.route, choice.chunk_planner, moved)
             self._work.go_on(carrier)
             return
         if choice.bound.runs()[0] > _MOST_DESCRIPTORS:
@@ -302,22 +300,22 @@ class Leg:
 
 
 class _Packed:
-    """Tokens of one leg, in chunks: as many as `kvxfer.planner.pipeline_depth` says are asked for, on the wire or being unpacked at a time."""
+    """Tokens of one leg, in chunks: `Router.in_flight` of them are asked for, on the wire or being unpacked at a time."""
 
-    def __init__(self, leg: Leg, match: MatchedTables, route: Route, size: Size, then: Callable[[], None]) -> None:
+    def __init__(
+        self, leg: Leg, match: MatchedTables, route: Route, chunk_planner: ChunkPlanner, then: Callable[[], None]
+    ) -> None:
         self._leg = leg
-        self._chunk_planner = size.chunk_planner
+        self._chunk_planner = chunk_planner
         self._route = route
         self._match = match
         self._then = then
-        self._todo: Iterator[Chunk] = size.chunk_planner.chunks(match.tokens)
+        self._todo: Iterator[Chunk] = chunk_planner.chunks(match.tokens)
         self._asked: dict[int, Chunk] = {}
         self._open: set[int] = set()
         self._taken: list[int] = []
         self._busy = 0
-        self._depth = size.depth
-        self._ends = Ends(self._depth)
-        self._whole_nbytes = size.nbytes // 2
+        self._in_flight = leg.source.router.in_flight
         self._exhausted = False
         self._over = False
 
@@ -332,14 +330,13 @@ class _Packed:
 
     def go_on(self, carrier: Carrier) -> None:
         """Begin with further chunks, until all are done."""
-        while not self._exhausted and self._busy < self._depth.number:
+        while not self._exhausted and self._busy < self._in_flight:
             chunk = next(self._todo, None)
             if chunk is None:
                 self._exhausted = True
                 break
             self._busy += 1
             layout = self._chunk_planner.layout(chunk)
-            self._ends.begun(carrier.now(), whole=layout.nbytes > self._whole_nbytes)
             if self._route is Route.TARGET_UNPACKED:
                 self._land(carrier, chunk, layout, None, None)
             else:
@@ -357,7 +354,6 @@ class _Packed:
             carrier.unstage(self._leg, taken)
         if self._exhausted and not self._busy and not self._over:
             self._over = True
-            self._ends.over()
             self._then()
 
     def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:  # noqa: ARG002
@@ -417,5 +413,4 @@ class _Packed:
 
     def _ended(self, carrier: Carrier) -> None:
         self._busy -= 1
-        self._ends.ended(carrier.now())
         self.go_on(carrier)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.router import Route, Router
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
+    from kvxfer.planner.costs import Costs
     from kvxfer.protocol.peer import Identity, Peer
 
 
@@ -47,7 +48,7 @@ class Routes:
                 addressable=(peer.addressable, me.addressable),
                 casts=(peer.casts, me.casts),
                 in_flight=settings.chunks_in_flight,
-                chunk_nbytes=(settings.min_chunk_nbytes, settings.max_chunk_nbytes),
+                max_chunk_nbytes=settings.max_chunk_nbytes,
                 only=self.only,
             )
             for peer, part in zip(peers, made.rank_plans, strict=True)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from kvxfer.errors import Difference, IncompatibleError, IntegrityError
 from kvxfer.planner.chunks import chunk_table, digest
-from kvxfer.planner.pipeline_depth import Ends
 from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
@@ -35,7 +34,7 @@ def verdict(differences: Sequence[Difference]) -> IntegrityError | None:
 
 
 class Check:
-    """Tokens of one leg, in chunks: as many as `kvxfer.planner.pipeline_depth` says are asked for or compared at a time. Data thread only.
+    """Tokens of one leg, in chunks: `Router.in_flight` of them are asked for or compared at a time. Data thread only.
 
     Args:
         chunk_planner: the chunks.
@@ -53,8 +52,7 @@ class Check:
         self._asked: dict[int, Chunk] = {}
         self._told: list[int] = []
         self._busy = 0
-        self._depth = leg.source.router.comparing
-        self._ends = Ends(self._depth)
+        self._in_flight = leg.source.router.in_flight
         self._over = False
 
     @property
@@ -69,12 +67,11 @@ class Check:
 
     def go_on(self, carrier: Carrier) -> None:
         """Ask for further digests, until all are compared. What differs is noted with the read, which fails when it is over."""
-        while self._busy < self._depth.number:
+        while self._busy < self._in_flight:
             chunk = self._next()
             if chunk is None:
                 break
             self._busy += 1
-            self._ends.begun(carrier.now())
             number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
             self._asked[number] = chunk
             told, self._told = self._told, []
@@ -113,7 +110,6 @@ class Check:
             if ours != theirs:
                 self._differs(chunk)
             self._busy -= 1
-            self._ends.ended(carrier.now())
             self.go_on(carrier)
 
         carrier.take_slot(self._leg, pack)

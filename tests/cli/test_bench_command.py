@@ -12,7 +12,7 @@ import pytest
 from kvxfer import registry
 from kvxfer.cli import main
 from kvxfer.cli.calibrate import _fit
-from kvxfer.planner.router import Costs
+from kvxfer.planner.costs import Costs
 
 needs_nixl = pytest.mark.skipif(
     registry.why_unavailable("nixl") is not None, reason=str(registry.why_unavailable("nixl"))

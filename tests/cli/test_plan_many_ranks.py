@@ -16,8 +16,8 @@ from kvxfer.cli.forecast import Conditions, Request, forecasts
 from kvxfer.cli.specs import read_side, same_model
 from kvxfer.cli.words import written
 from kvxfer.errors import ConfigError
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import Planner, plan
-from kvxfer.planner.router import Costs
 
 
 def test_128_ranks_to_128_take_a_second():

@@ -12,7 +12,8 @@ import numpy as np
 from kvxfer import Endpoint, KVCache
 from kvxfer.config import Settings
 from kvxfer.layout.spec import Interval
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.environment import REAL
 from kvxfer.testing import eventually

@@ -19,8 +19,9 @@ from kvxfer.config import Settings
 from kvxfer.errors import TransferTimeoutError, WireError
 from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Router
+from kvxfer.planner.router import Router
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import Emit, Reply, SendTo, StartPack, StartRead, StopRead
 from kvxfer.protocol.consumer import Consumer

@@ -40,8 +40,8 @@ from kvxfer.layout.spec import CacheSpec
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import Descriptors, Memory, RegionTable
 from kvxfer.planner.chunks import ChunkPlanner
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import PackKey, StartPack
 from kvxfer.protocol.lease_ref import LeaseRef

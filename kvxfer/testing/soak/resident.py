@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.planner.router import Costs
+from kvxfer.planner.costs import Costs
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Failed
 from kvxfer.secret import Secret

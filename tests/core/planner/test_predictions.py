@@ -14,8 +14,9 @@ from kvxfer.buffers.host_copy import Effort, effort_of
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import LeaseEndedError
 from kvxfer.planner.chunks import ChunkPlanner
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.router import Route, Router
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 4, 2, 16, 1536
 FREE = {"lookup_s": 1e-15, "convert_s": 1e-15, "index_s": 1e-15, "second_pass_nbytes_per_s": 1e15}

@@ -20,7 +20,8 @@ from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import IncompatibleError
 from kvxfer.layout.block_table import BlockTable
-from kvxfer.planner.router import Costs, Route
+from kvxfer.planner.costs import Costs
+from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from tests.core.planner.pairs import pair_cases, pairs_in_parts
 
@@ -35,8 +36,8 @@ SOME = settings(max_examples=max(25, settings.default.max_examples // 20))
 TINY = Settings(staging_nbytes=1 << 15, retry_interval_s=0.2)
 EAGER = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 ROUTES = [None, None, *Route]
-# Least and most of a chunk: those of the settings' defaults are larger than a slot of the tiny arena.
-SIZES = [None, (1, 1 << 40), (1, 700), (1, 1)]
+# `max_chunk_nbytes`: the default is larger than a slot of the tiny arena.
+SIZES = [None, 2000, 700, 1]
 
 
 def sealed(rank, share: float) -> list[BlockTable]:
@@ -54,7 +55,7 @@ def move(
     seals: tuple[list[float], ...] = ([],),
     *,
     verify: bool = False,
-    sizes: tuple[int, int] | None = None,
+    max_chunk_nbytes: int | None = None,
 ) -> None:
     """Read the pair's request into every target rank; what arrives is checked against the oracle, and if asked by the product too.
 
@@ -64,7 +65,7 @@ def move(
     A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
     """
     expected = pair.expected()
-    tiny = TINY if sizes is None else replace(TINY, min_chunk_nbytes=sizes[0], max_chunk_nbytes=sizes[1])
+    tiny = TINY if max_chunk_nbytes is None else replace(TINY, max_chunk_nbytes=max_chunk_nbytes)
     with contextlib.ExitStack() as stack:
 
         def endpoints(name, ranks, **more):
@@ -115,9 +116,9 @@ def move(
 
 @MANY
 @given(pair_cases(), st.sampled_from(ROUTES), st.sampled_from(SIZES))
-def test_any_cache_is_read_into_any_other(pair, route, sizes):
+def test_any_cache_is_read_into_any_other(pair, route, max_chunk_nbytes):
     """Through endpoints over the reference agent, on a route of choice or of the model's, in chunks of any size: the right bytes and no others."""
-    move(pair, "inproc", route, sizes=sizes)
+    move(pair, "inproc", route, max_chunk_nbytes=max_chunk_nbytes)
 
 
 @settings(max_examples=max(200, settings.default.max_examples // 4))

@@ -9,8 +9,9 @@ import pytest
 
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.errors import LeaseEndedError, PeerTimeoutError, PeerUnknownError, TransferTimeoutError
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Router
+from kvxfer.planner.router import Router
 from kvxfer.protocol.actions import ForgetAgent
 from kvxfer.testing import eventually
 from tests.core.protocol.virtual import small_cache

@@ -29,8 +29,9 @@ from kvxfer.errors import (
 from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.metrics import Metrics
 from kvxfer.planner.chunks import ChunkPlanner
+from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
-from kvxfer.planner.router import Costs, Route, Router
+from kvxfer.planner.router import Route, Router
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import ChunkStaged, EndPack, ForgetAgent, PackKey, Source, StartPack, StartRead, StopRead
 from kvxfer.protocol.lease_board import LeaseBoard

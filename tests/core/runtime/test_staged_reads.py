@@ -93,8 +93,8 @@ def test_how_much_one_read_stages_is_a_setting(sharded, most):
 
 @pytest.mark.parametrize("most", [1024, 3000, 1 << 40])
 def test_how_large_chunks_are_is_a_setting(sharded, most):
-    """Least and most of ``chunk_nbytes`` alike: all chunks have that size, as far as a slot has room and a block is not divided."""
-    sizes = structs.replace(SMALL, min_chunk_nbytes=most, max_chunk_nbytes=most)
+    """Chunks have ``max_chunk_nbytes``, as far as a slot has room and a block is not divided."""
+    sizes = structs.replace(SMALL, max_chunk_nbytes=most)
     source = sharded("P", order="HND", blocks=64)
     target = sharded("D", order="NHD", blocks=64, route="both", settings=sizes)
     source.fill(1)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model: what descriptors, runs, bytes and chunks cost, and how long a transfer in chunks takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvxfer.buffers.host_copy import Effort
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Constants of the cost model, measured by ``kvxfer bench calibrate``; the defaults are those of a small x86-64 machine.
+
+    Attributes:
+        descriptor_s: what the transfer engine takes for one more descriptor.
+        wire_nbytes_per_s: what it moves with long ones.
+        run_s: what a device takes for one more run when it packs or unpacks.
+        pack_nbytes_per_s, unpack_nbytes_per_s: what it packs and unpacks in long runs.
+        land_s: what one more chunk costs that the target fetches alone.
+        chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
+        ask_s: from asking for the first chunk until it is there, but for the packing itself.
+        index_s: what one more run takes that is found by an index, for blocks that lie anywhere.
+        second_pass_nbytes_per_s: what is moved once more where neither side has the runs in a row.
+        lookup_s, convert_s: what one more element takes that changes its type, by a table (float8) and by arithmetic.
+    """
+
+    descriptor_s: float = 1.6e-6
+    wire_nbytes_per_s: float = 6e9
+    run_s: float = 1e-9
+    pack_nbytes_per_s: float = 8e9
+    unpack_nbytes_per_s: float = 6e9
+    land_s: float = 200e-6
+    chunk_s: float = 400e-6
+    ask_s: float = 900e-6
+    index_s: float = 45e-9
+    second_pass_nbytes_per_s: float = 6e9
+    lookup_s: float = 0.9e-9
+    convert_s: float = 2.2e-9
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise ConfigError(f"cost {name} must be a positive number, not {value!r}")
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Costs:
+        """From the JSON file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``, else the defaults.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds something else.
+        """
+        environ = os.environ if environ is None else environ
+        where = path or environ.get("KVXFER_COSTS") or None
+        if where is None:
+            return cls()
+        try:
+            held = json.loads(Path(where).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read the costs in {where}: {error}") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(held, dict) or not set(held) <= set(known):
+            raise ConfigError(f"{where} holds no costs; known are {', '.join(known)}")
+        return cls(**held)
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads. Raises OSError."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def wire_s(self, descriptors: float, nbytes: float) -> float:
+        """Seconds that the transfer engine takes."""
+        return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
+
+    def effort_s(self, effort: Effort) -> float:
+        """Seconds that a device takes beside `pack_s` or `unpack_s`."""
+        found = effort.indexed_runs * self.index_s + effort.twice_nbytes / self.second_pass_nbytes_per_s
+        return found + effort.looked_up * self.lookup_s + effort.computed * self.convert_s
+
+    def pack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the source's device takes."""
+        return runs * self.run_s + nbytes / self.pack_nbytes_per_s
+
+    def unpack_s(self, runs: float, nbytes: float) -> float:
+        """Seconds that the target's device takes."""
+        return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
+
+
+class StageTimes(NamedTuple):
+    """Time in each stage of a transfer in chunks, in seconds. The stages overlap: the slowest one sets the interval of chunks.
+
+    Attributes:
+        start_s: from the request for the first chunk until it is there, without the time to pack it.
+        source_s: to pack all bytes at the source.
+        target_s: to move and unpack all bytes at the target, while the source packs the next ones.
+        chunk_s: for each chunk, at the target.
+    """
+
+    start_s: float
+    source_s: float
+    target_s: float
+    chunk_s: float
+
+    def latency_s(self, chunks: float) -> float:
+        """From the request for the first of so many equal chunks until it is unpacked."""
+        return self.start_s + (self.source_s + self.target_s) / chunks + self.chunk_s
+
+    def interval_s(self, chunks: float) -> float:
+        """From the end of one of so many equal chunks to the end of the next."""
+        return max(self.source_s / chunks, self.target_s / chunks + self.chunk_s)
+
+    def seconds(self, chunks: float) -> float:
+        """From the request for the first of so many equal chunks until the last one is unpacked."""
+        return self.latency_s(chunks) + (chunks - 1) * self.interval_s(chunks)
