@@ -7,9 +7,10 @@ import statistics
 import time
 
 from kvxfer.config import Settings
+from kvxfer.protocol.lease import ConsumerRank
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import ConsumerRank, LeaseTable
+from kvxfer.protocol.lease_table import LeaseTable
 
 GOAL_RATIO = 1.5
 WAITING = (10, 1_000, 10_000)
@@ -27,7 +28,7 @@ def _match_s(table: LeaseTable, waiting: list[str], rounds: int) -> float:
         fresh = f"{i + len(waiting):032x}"
         waiting[(i * 7919) % len(waiting)] = fresh
         table.want(fresh, 1.0)
-        table.open(fresh, holder, 1.0)
+        table.acquire(fresh, holder, 1.0)
     return statistics.median(times)
 
 
@@ -40,7 +41,7 @@ def test_matching(benchmark, measuring, report):
         waiting = [f"{i:032x}" for i in range(number)]
         for token in waiting:
             table.want(token, 0.0)
-            table.open(token, ConsumerRank("D", "epoch"), 0.0)
+            table.acquire(token, ConsumerRank("D", "epoch"), 0.0)
         medians[number] = _match_s(table, waiting, rounds)
         report(
             "Matching a request with one that waits",

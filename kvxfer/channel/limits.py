@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from kvxfer.protocol.pace import FIRST_SHARE
+from kvxfer.protocol.pacer import FIRST_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator

@@ -185,9 +185,9 @@ class Consumer:
         self._held.tick(now)
         self._peers.tick(now)
 
-    def stood_still(self, now: float, late_s: float = math.inf) -> None:
+    def was_paused(self, now: float, late_s: float = math.inf) -> None:
         """This process ran nothing for so long: it asked nobody anything, and has not read what they said. That is no silence."""
-        self._peers.stood_still(now, late_s)
+        self._peers.was_paused(now, late_s)
 
     # -- faults of kvxfer -------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class DeferredSteps:
             self._since = now
         self._ask_at = now + min(max((now - self._since) * _SHARE, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
-    def spare(self, late_s: float) -> None:
+    def was_paused(self, late_s: float) -> None:
         """This process stood still for so long, in which it could not see that a device had ended."""
         for token, steps in self._waiting.items():
             self._waiting[token] = deque(step._replace(deadline=step.deadline + late_s) for step in steps)

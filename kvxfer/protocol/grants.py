@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block ids of a lease on the wire: as they are or as runs, in pieces of bounded size, put together again by who asked. Pure, no I/O.
 
-A lease with few blocks is granted in one message. Of a longer one each `Grant` carries as many ids as fit into a piece and says that
-there is ``more``; its consumer asks for the next piece by an `Acquire` that says how many ids it has. So neither side ever has to take
+A lease with few blocks is granted in one message. Of a longer one each `Grant` carries as many ids as fit into a batch and says that
+there is ``more``; its consumer asks for the next batch by an `Acquire` that says how many ids it has. So neither side ever has to take
 a message of unbounded length, and whoever is slow is sent no more than it asked for.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheSpec
     from kvxfer.protocol.messages import Grant
 
-PIECE_NBYTES = 32 << 10
+BATCH_NBYTES = 32 << 10
 """Of ids in one message."""
 _ID_NBYTES, _RUN_NBYTES = 4, 8
 _SPARSE = 8
@@ -32,7 +32,7 @@ _STRETCH = 1 << 20
 _FEWEST_IDS = 1 << 22
 
 
-class Piece(NamedTuple):
+class IdBatch(NamedTuple):
     """Part of a lease's block ids.
 
     Attributes:
@@ -53,27 +53,27 @@ def most_ids(spec: CacheSpec) -> int:
     return max(_FEWEST_IDS, 4 * sum(group.num_blocks * group.table_tokens for group in spec.groups))
 
 
-def next_piece(blocks: Sequence[bytes], have: Sequence[int] = (), nbytes: int = PIECE_NBYTES) -> Piece:
+def next_batch(blocks: Sequence[bytes], have: Sequence[int] = (), nbytes: int = BATCH_NBYTES) -> IdBatch:
     """What is granted next.
 
     Args:
         blocks: by group, all ids as little-endian uint32.
         have: by group, so many of them were granted already; empty: none.
-        nbytes: into which it has to fit; 0 for a piece that only says that there is more.
+        nbytes: into which it has to fit; 0 for a batch that only says that there is more.
     """
     if not any(have) and sum(map(len, blocks)) <= nbytes:
-        return Piece([], list(blocks), [], more=False)
+        return IdBatch([], list(blocks), [], more=False)
     skip, pieces, runs, more = [], [], [], False
     for number, raw in enumerate(blocks):
         at = min(have[number] if number < len(have) else 0, len(raw) // _ID_NBYTES)
         left = np.frombuffer(raw, dtype="<u4")[at:]
-        piece, taken, as_runs = _part(left, nbytes)
-        nbytes -= len(piece)
+        batch, taken, as_runs = _part(left, nbytes)
+        nbytes -= len(batch)
         more = more or taken < len(left)
         skip.append(at)
-        pieces.append(piece)
+        pieces.append(batch)
         runs += [number] * as_runs
-    return Piece(skip, pieces, runs, more)
+    return IdBatch(skip, pieces, runs, more)
 
 
 def _part(ids: npt.NDArray[np.uint32], nbytes: int) -> tuple[bytes, int, bool]:
@@ -102,7 +102,7 @@ def _beginnings(ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
 
 
 class Assembly:
-    """What one rank of a producer has granted of a lease, piece by piece.
+    """What one rank of a producer has granted of a lease, batch by batch.
 
     Args:
         most: ids, of all groups together: a producer that grants more is refused before they take any memory.
@@ -119,7 +119,7 @@ class Assembly:
         return [len(table) // _ID_NBYTES for table in self._tables]
 
     def add(self, grant: Grant) -> Grant | None:
-        """Take a piece; returns all of it as one grant, when there is no more.
+        """Take a batch; returns all of it as one grant, when there is no more.
 
         Raises:
             BlockError: it contradicts itself or what came before, or there are more ids than this side takes.
@@ -130,7 +130,7 @@ class Assembly:
         if len(skip) != len(grant.blocks):
             raise BlockError(f"{len(grant.blocks)} lists of leased blocks are said to begin in {len(skip)} places")
         if any(at > have for at, have in zip(skip, self.have, strict=True)):
-            return None  # an earlier piece was lost
+            return None  # an earlier batch was lost
         in_runs = frozenset(grant.runs)
         numbers = [_count(raw, runs=number in in_runs) for number, raw in enumerate(grant.blocks)]
         total = sum(max(at + new, have) for at, new, have in zip(skip, numbers, self.have, strict=True))

@@ -215,7 +215,7 @@ class Released(_Message, frozen=True, kw_only=True):
     """Answer to `Release`."""
 
     token: Token
-    stood: bool
+    was_live: bool
     """The lease had not ended otherwise before."""
 
 

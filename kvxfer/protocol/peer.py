@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from kvxfer.agents.description import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome
-from kvxfer.protocol.pace import Pace
+from kvxfer.protocol.pacer import Pacer
 
 if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheSpec
@@ -73,7 +73,7 @@ class Peer:
 
     address: str
     rank: int = 0
-    pace: Pace = field(default_factory=lambda: Pace(5000.0))
+    pace: Pacer = field(default_factory=lambda: Pacer(5000.0))
     state: PeerState = PeerState.UNKNOWN
     name: str = ""
     epoch: str = ""

@@ -15,7 +15,7 @@ from kvxfer.errors import HandshakeError, IncompatibleError, printable
 from kvxfer.protocol.actions import Action, ForgetAgent, Hangup, SendTo
 from kvxfer.protocol.grants import most_ids
 from kvxfer.protocol.messages import REFUSAL_CODES
-from kvxfer.protocol.pace import Pace
+from kvxfer.protocol.pacer import Pacer
 from kvxfer.protocol.peer import Peer, PeerState
 from kvxfer.protocol.timers import Timers
 
@@ -77,7 +77,7 @@ class Peers:
         """The peer at an address, for a lease that expects this rank of that engine there."""
         peer = self.by_address.get(address)
         if peer is None:
-            peer = self.by_address[address] = Peer(address, rank, Pace(self._settings.max_messages_per_s))
+            peer = self.by_address[address] = Peer(address, rank, Pacer(self._settings.max_messages_per_s))
         peer.needed_by[token] = owner
         self._retirements.cancel(address)
         return peer
@@ -97,7 +97,7 @@ class Peers:
             self._out.append(Hangup(address))
             self._leave_agent(peer, peer.agent_name, peer.agent_info)
 
-    def stood_still(self, now: float, late_s: float) -> None:
+    def was_paused(self, now: float, late_s: float) -> None:
         """Time in which this process did not run is no silence of a peer; and what it said meanwhile is still to be read.
 
         No more than that: a machine that is late all the time notices in the end that a peer is silent.

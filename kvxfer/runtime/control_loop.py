@@ -159,8 +159,8 @@ class ControlLoop:
         now = self._now()
         late_s, self._alive_until = now - self._alive_until, now
         if late_s > _LATE_S:
-            self._guarded(lambda: self.producer.stood_still(now, late_s))
-            self._guarded(lambda: self.consumer.stood_still(now, late_s))
+            self._guarded(lambda: self.producer.was_paused(now, late_s))
+            self._guarded(lambda: self.consumer.was_paused(now, late_s))
 
     def _take(self, inbound: Inbound | Unreachable) -> None:
         now = self._now()
@@ -172,7 +172,7 @@ class ControlLoop:
         token = getattr(message, "token", "")
         if isinstance(source, bytes):
             if inbound.gone:
-                self._guarded(lambda: self.producer.gone(source, now))
+                self._guarded(lambda: self.producer.disconnected(source, now))
             elif message is None:
                 self._guarded(lambda: self.producer.garbage(source, inbound.reason, inbound.why))
             else:

@@ -103,10 +103,10 @@ class Machine:
         elif what == "short":
             self.producer.short_of_slots(number % 3, self.now)
         elif what == "gone":
-            self.producer.gone(b"a", self.now)
+            self.producer.disconnected(b"a", self.now)
         elif what == "still":
-            self.producer.stood_still(self.now, float(number % 60))
-            self.consumer.stood_still(self.now, float(number % 60))
+            self.producer.was_paused(self.now, float(number % 60))
+            self.consumer.was_paused(self.now, float(number % 60))
         elif what == "unreachable":
             self.consumer.unreachable(PEER, "no such host", self.now)
         elif what == "revoke":

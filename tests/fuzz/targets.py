@@ -134,7 +134,7 @@ def seeds_wire() -> list[bytes]:
             messages.ChunkReady(token=TOKEN, number=0, address=4096),
             messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
             messages.Release(to="e", token=TOKEN, read=True),
-            messages.Released(token=TOKEN, stood=False),
+            messages.Released(token=TOKEN, was_live=False),
             messages.Revoked(token=TOKEN, reason="because"),
             messages.Refused(code="rank", reason="because", epoch="e", token=TOKEN, rank=2),
         )

@@ -181,6 +181,6 @@ class HostileProducer:
             elif isinstance(message, messages.Renew):
                 answer = messages.Renewed(ended=[])
             elif isinstance(message, messages.Release):
-                answer = messages.Released(token=message.token, stood=True)
+                answer = messages.Released(token=message.token, was_live=True)
             if answer is not None:
                 self._socket.send_multipart([connection, _as_bytes(answer)])

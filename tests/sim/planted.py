@@ -9,7 +9,18 @@ import pytest
 from kvxfer import endpoint
 from kvxfer.agents.flights import Flights, FlightState
 from kvxfer.planner import rank_plan
-from kvxfer.protocol import deferred, grants, held_lease, held_leases, lease_board, lease_table, peers, producer, staged
+from kvxfer.protocol import (
+    chunk_staging,
+    deferred,
+    grants,
+    held_lease,
+    held_leases,
+    lease_board,
+    lease_table,
+    peers,
+    producer,
+    staged_chunks,
+)
 from kvxfer.protocol.actions import Emit, EndPack
 from kvxfer.protocol.transfer import LeaseExpired
 from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read_executor, read_task, staging
@@ -84,12 +95,12 @@ def fence_beside_the_bytes(patch):
 @bug
 def check_is_the_token(patch):
     """What stands in a lease's cell is its token, which may be offered again."""
-    offered = lease_table.LeaseTable._make_readable
+    make_readable = lease_table.LeaseTable._make_readable
 
-    def readable(self, lease, *args):
+    def readable(self, lease, *args, **options):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(lease_table.secrets, "token_bytes", lambda _: bytes.fromhex(lease.token))
-            offered(self, lease, *args)
+            make_readable(self, lease, *args, **options)
 
     patch(lease_table.LeaseTable, "_make_readable", readable)
 
@@ -263,19 +274,19 @@ def chunks_not_given_back(patch):
 @bug
 def chunks_outlive_their_lease(patch):
     """The end of a lease ends no chunk."""
-    patch(producer.Producer, "_unstage", lambda self, lease: None)
+    patch(chunk_staging.ChunkStaging, "end_lease", lambda self, lease: None)
 
 
 @bug
 def one_chunk_is_taken_for_all(patch):
     """A reader that has taken one chunk is taken to have taken all it asked for: others are given their slots."""
-    taken = producer.Producer._taken
+    release = chunk_staging.ChunkStaging.release
 
-    def all_of_them(self, key, holder, numbers):
+    def all_of_them(self, key, consumer, numbers):
         chunks = self._chunks.get(key)
-        taken(self, key, holder, list(chunks.asked) if chunks is not None else numbers)
+        release(self, key, consumer, list(chunks.asked) if chunks is not None else numbers)
 
-    patch(producer.Producer, "_taken", all_of_them)
+    patch(chunk_staging.ChunkStaging, "release", all_of_them)
 
 
 @bug
@@ -386,12 +397,12 @@ def renewals_by_the_producers_clock(patch):
 @bug
 def one_rank_settles_for_all(patch):
     """The first rank of a consumer that has read its share gives the blocks of all back."""
-    settle = lease_table.LeaseTable.release
+    release = lease_table.LeaseTable.release
 
-    def settled(self, token, holder, *, read):
-        return settle(self, token, holder._replace(world=1), read=read)
+    def released(self, token, consumer, *, read):
+        return release(self, token, consumer._replace(world=1), read=read)
 
-    patch(lease_table.LeaseTable, "release", settled)
+    patch(lease_table.LeaseTable, "release", released)
 
 
 @bug
@@ -466,7 +477,11 @@ def closed_without_a_word(patch):
 @bug
 def overtaken_chunk_taken_for_an_old_one(patch):
     """A chunk that is asked for after the one behind it is taken for one that was here before."""
-    patch(staged.Chunks, "is_taken", lambda self, number: number < self.next_number and number not in self.asked)
+    patch(
+        staged_chunks.ConsumerChunks,
+        "was_released",
+        lambda self, number: number < self.next_number and number not in self.asked,
+    )
 
 
 @bug
@@ -522,18 +537,18 @@ def standing_still_is_silence(patch):
 @bug
 def first_piece_is_the_whole_grant(patch):
     """Who is granted blocks in pieces takes the first one for all there are."""
-    next_piece = grants.next_piece
+    next_batch = grants.next_batch
 
     def small(blocks, have=(), nbytes=None):
-        return next_piece(blocks, have, 8)._replace(more=False)
+        return next_batch(blocks, have, 8)._replace(more=False)
 
-    patch(producer, "next_piece", small)
+    patch(producer, "next_batch", small)
 
 
 @bug
 def slots_withdrawn_under_a_lease_that_stands(patch):
     """Where others wait for slots, those of chunks that nobody has taken yet are packed anew, and their lease stands."""
-    short = producer.Producer.short_of_slots
+    short = chunk_staging.ChunkStaging.short_of_slots
 
     def withdrawn(self, share, now):
         short(self, share, now)
@@ -541,7 +556,7 @@ def slots_withdrawn_under_a_lease_that_stands(patch):
             packed = [number for number, chunk in chunks.asked.items() if isinstance(chunk.result, int)]
             self._out.extend([EndPack(key, packed)] if packed else [])
 
-    patch(producer.Producer, "short_of_slots", withdrawn)
+    patch(chunk_staging.ChunkStaging, "short_of_slots", withdrawn)
 
 
 @bug
@@ -550,8 +565,8 @@ def one_check_for_all(patch):
     post = lease_board.LeaseBoard.post
     make_readable = lease_table.LeaseTable._make_readable
 
-    def readable(self, lease, blocks, first_tokens):
-        make_readable(self, lease, blocks, first_tokens)
+    def readable(self, lease, blocks, first_tokens, **options):
+        make_readable(self, lease, blocks, first_tokens, **options)
         lease.check = b"\1" * 16
 
     patch(lease_board.LeaseBoard, "post", lambda self, check: post(self, b"\1" * 16))

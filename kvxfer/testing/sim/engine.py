@@ -20,8 +20,8 @@ from kvxfer.testing.sim.process import Process
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvxfer.protocol.lease import ConsumerRank
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.lease_table import ConsumerRank
     from kvxfer.protocol.transfer import Event, Transfer
     from kvxfer.testing.sim.request import Request
     from kvxfer.testing.sim.story import Story
@@ -156,7 +156,7 @@ class Rank:
             self.engine.story.fail("fault survived", f"a fault was survived inside {self.process.name}")
         for event in self.endpoint.poll():
             self.engine.told(self, event)
-        hoarders = self.endpoint._producer.hoarders()  # noqa: SLF001 - nothing that an engine has to know
+        hoarders = self.endpoint._producer.over_share()  # noqa: SLF001 - nothing that an engine has to know
         self._hoards = {reader: self._hoards.get(reader, 0.0) + passed_s for reader in hoarders}
         if max(self._hoards.values(), default=0.0) > HOARD_S:
             self.engine.story.fail("slots kept", f"readers keep slots of {self.process.name} for which others wait")

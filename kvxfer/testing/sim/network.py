@@ -185,5 +185,5 @@ def _details(message: messages.Message) -> str:
     if isinstance(message, (messages.StageChunk, messages.ChunkReady)):
         return f", chunk {message.number}"
     if isinstance(message, messages.Released):
-        return "" if message.stood else ", it had ended"
+        return "" if message.was_live else ", it had ended"
     return ""

@@ -39,7 +39,7 @@ from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.config import Settings
 from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
-from kvxfer.protocol.pace import Pace
+from kvxfer.protocol.pacer import Pacer
 from kvxfer.testing import eventually
 from tests.core.channel.test_zmq_channel import GREETING, READY, SECRET, raw
 from tests.core.engine import QUICK, Engine
@@ -427,7 +427,7 @@ def test_few_descriptors(monkeypatch):
 
 def test_the_pace_of_one_peer():
     """Some messages at once, then one after the other at half the rate that the peer takes; a pause earns the first ones again."""
-    pace = Pace(1000)
+    pace = Pacer(1000)
     times = [pace.reserve(0.0) for _ in range(1050)]
     assert times[:50] == [0.0] * 50 and times == sorted(times) and times[-1] == pytest.approx(2.0, abs=0.01)
     assert [pace.reserve(100.0) for _ in range(50)] == [100.0] * 50 and [pace.reserve(100.0) for _ in range(3)][

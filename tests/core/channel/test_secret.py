@@ -23,7 +23,7 @@ from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import PackKey, SendTo, StartPack
 from kvxfer.protocol.held_lease import HeldLease, RankLease
-from kvxfer.protocol.lease_table import Lease
+from kvxfer.protocol.lease import Lease
 from kvxfer.protocol.peer import Peer
 from kvxfer.secret import KeyPair
 from kvxfer.testing import eventually

@@ -173,7 +173,7 @@ def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
     """Proper messages at the wrong place or for a dead process are refused by name and counted."""
     token = "0" * 32
     epoch = victim.endpoint.epoch
-    assert dealer(messages.encode(messages.Released(token=token, stood=True))).code == "garbage"
+    assert dealer(messages.encode(messages.Released(token=token, was_live=True))).code == "garbage"
     assert dealer(messages.encode(messages.Acquire(to="dead", token=token))).code == "stale_epoch"
     assert dealer(messages.encode(messages.Acquire(to=epoch, token=token))).code == "not_introduced"
     assert (

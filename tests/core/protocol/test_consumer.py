@@ -538,7 +538,7 @@ def test_a_producer_that_refuses_everything_after_meeting(world, producer, consu
         if isinstance(message, messages.Hello):
             liar(connection, message, now)
         else:
-            producer.producer._refuse(connection, "stale_epoch", "never heard of it")
+            producer.producer._connections.refuse(connection, "stale_epoch", "never heard of it")
 
     producer.producer.received = received
     transfer = consumer.read(ref, 1)
@@ -550,12 +550,12 @@ def test_a_producer_that_refuses_everything_after_meeting(world, producer, consu
 def test_answers_to_questions_never_asked(world, producer, consumer):
     """Messages about unknown leases, from unknown addresses or of the wrong direction change nothing; the last are counted."""
     token = "e" * 32
-    consumer.consumer.received("tcp://nobody:1", messages.Released(token=token, stood=True), world.now)
+    consumer.consumer.received("tcp://nobody:1", messages.Released(token=token, was_live=True), world.now)
     consumer.acquire(ref := producer.lease(1))
     world.settle()
     strays = [
-        messages.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Released(token=token, stood=True),
-        messages.Released(token=ref.token, stood=True), messages.Pending(token=ref.token), messages.Revoked(token=token, reason=""),
+        messages.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Released(token=token, was_live=True),
+        messages.Released(token=ref.token, was_live=True), messages.Pending(token=ref.token), messages.Revoked(token=token, reason=""),
         messages.Renewed(ended=[token] * 9), messages.Refused(code="unknown_lease", reason="", epoch="", token=token),
         messages.Refused(code="a code of the future", reason="", epoch=""), messages.Refused(code="garbage", reason="", epoch=""),
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import BlockError
 from kvxfer.layout.block_table import ids_to_wire
-from kvxfer.protocol.grants import PIECE_NBYTES, Assembly, most_ids, next_piece
+from kvxfer.protocol.grants import BATCH_NBYTES, Assembly, most_ids, next_batch
 from kvxfer.protocol.messages import Grant, encode
 
 CHECK, OTHER = bytes(range(16)), bytes(16)
@@ -25,8 +25,8 @@ def raw(*tables):
     return [ids_to_wire(np.asarray(table, dtype=np.int64)) for table in tables]
 
 
-def grant(piece, *, check=CHECK, complete=True):
-    fields = {"blocks": piece.blocks, "skip": piece.skip, "runs": piece.runs, "more": piece.more}
+def grant(batch, *, check=CHECK, complete=True):
+    fields = {"blocks": batch.blocks, "skip": batch.skip, "runs": batch.runs, "more": batch.more}
     return Grant(token="0" * 32, cell=0, check=check, ttl_s=1.0, complete=complete, **fields)
 
 
@@ -34,8 +34,8 @@ def fetched(blocks, nbytes, most=1 << 22):
     """What a consumer has in the end, and how many pieces it took."""
     pieces, number = Assembly(most), 0
     while True:
-        piece = next_piece(blocks, pieces.have, nbytes)
-        message = grant(piece)
+        batch = next_batch(blocks, pieces.have, nbytes)
+        message = grant(batch)
         assert len(encode(message)) < nbytes + 40 * len(blocks) + 200
         number += 1
         whole = pieces.add(message)
@@ -50,7 +50,7 @@ TABLE = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 60)), max_siz
 
 @given(st.lists(TABLE, min_size=1, max_size=4), st.integers(40, 2000))
 def test_any_tables_arrive(tables, nbytes):
-    """Whatever runs are in them and however little fits into a piece, the ids that arrive are those that were leased."""
+    """Whatever runs are in them and however little fits into a batch, the ids that arrive are those that were leased."""
     blocks = raw(*tables)
     whole, _ = fetched(blocks, nbytes)
     assert whole.blocks == blocks and not (whole.more or whole.runs or whole.skip)
@@ -59,36 +59,36 @@ def test_any_tables_arrive(tables, nbytes):
 def test_short_grants_are_one_message():
     """Few ids travel as they are, in one message without anything of pieces in it."""
     blocks = raw(range(100), [5, 3, 9])
-    assert next_piece(blocks) == ([], blocks, [], False)
+    assert next_batch(blocks) == ([], blocks, [], False)
 
 
 def test_long_tables_in_few_bytes():
     """A million ids in a row take one small message; at random they take as many pieces as their bytes need."""
-    whole, number = fetched(raw(range(1 << 20)), PIECE_NBYTES)
+    whole, number = fetched(raw(range(1 << 20)), BATCH_NBYTES)
     assert number == 1 and whole.blocks == raw(range(1 << 20))
     shuffled = np.random.default_rng(1).permutation(1 << 17)
-    whole, number = fetched(raw(shuffled), PIECE_NBYTES)
-    assert number == (4 << 17) // PIECE_NBYTES and whole.blocks == raw(shuffled)
+    whole, number = fetched(raw(shuffled), BATCH_NBYTES)
+    assert number == (4 << 17) // BATCH_NBYTES and whole.blocks == raw(shuffled)
 
 
 def test_pieces_of_tables_that_grow():
     """What is sealed while pieces are on their way comes with later ones."""
     pieces, ids = Assembly(1 << 22), np.random.default_rng(2).permutation(50_000)
-    assert pieces.add(grant(next_piece(raw(ids[:20_000]), ()), complete=False)) is None
+    assert pieces.add(grant(next_batch(raw(ids[:20_000]), ()), complete=False)) is None
     whole = None
     while whole is None:
-        whole = pieces.add(grant(next_piece(raw(ids), pieces.have)))
+        whole = pieces.add(grant(next_batch(raw(ids), pieces.have)))
     assert whole.blocks == raw(ids)
 
 
 def test_pieces_that_are_lost_repeated_or_of_another_offering():
-    """A gap is asked for again, a repeated piece changes nothing, and another check begins anew."""
+    """A gap is asked for again, a repeated batch changes nothing, and another check begins anew."""
     pieces, blocks = Assembly(1 << 22), raw(np.random.default_rng(3).permutation(30_000))
-    first = next_piece(blocks)
-    assert pieces.add(grant(next_piece(blocks, [9000]))) is None and pieces.have == [0]
+    first = next_batch(blocks)
+    assert pieces.add(grant(next_batch(blocks, [9000]))) is None and pieces.have == [0]
     for _ in range(2):
         assert pieces.add(grant(first)) is None and pieces.have == [8192]
-    assert pieces.add(grant(next_piece(raw([1, 2, 3]), (), 8), check=OTHER)) is None and pieces.have == [2]
+    assert pieces.add(grant(next_batch(raw([1, 2, 3]), (), 8), check=OTHER)) is None and pieces.have == [2]
 
 
 @pytest.mark.parametrize(

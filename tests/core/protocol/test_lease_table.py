@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from kvxfer.config import Settings
 from kvxfer.errors import LeaseEndedError, LeaseError, LeaseRefError, LeaseUnknownError
+from kvxfer.protocol.lease import ConsumerRank, LeaseState
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import ConsumerRank, LeaseState, LeaseTable
+from kvxfer.protocol.lease_table import LeaseTable
 
 ME, OTHER = ConsumerRank("me", "my epoch"), ConsumerRank("other", "another epoch")
 T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
@@ -44,7 +45,7 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     assert free(board)
     lease = table.publish(T1, [b"1234"], 5)
     assert lease.state is LeaseState.READY and cell(board, lease) == lease.check
-    assert table.open(T1, ME, 6) is lease
+    assert table.acquire(T1, ME, 6) is lease
     assert lease.state is LeaseState.IN_USE
     assert table.release(T1, ME, read=True) == (True, lease)
     assert lease.state is LeaseState.RELEASED and lease.read and free(board) and len(table) == 0
@@ -54,7 +55,7 @@ def test_the_way_of_a_lease_that_is_read(table, board):
 def test_opened_before_it_is_offered(table):
     """An open of an announced lease names its holder and starts no clock; the offer does."""
     table.announce(T1, "r", 0)
-    assert table.open(T1, ME, 1).state is LeaseState.ANNOUNCED
+    assert table.acquire(T1, ME, 1).state is LeaseState.ANNOUNCED
     assert table.expire(99.9) == []
     lease = table.publish(T1, [], 99.9)
     assert lease.consumers == {0: ME} and lease.deadline == pytest.approx(129.9)
@@ -67,7 +68,7 @@ def test_each_state_expires(table, board, until, how):
     if how != "announced":
         table.publish(T1, [], 5)
     if how == "opened":
-        table.open(T1, ME, 7)
+        table.acquire(T1, ME, 7)
     assert table.expire(until - 0.001) == []
     assert table.next_deadline() <= until
     (lease,) = table.expire(until)
@@ -79,12 +80,12 @@ def test_spared_once_until_somebody_asks(table):
     """After a standstill a lease gets a moment more, once: then it ends, or its holder is heard and it may be spared again."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
-    table.open(T1, ME, 0)
-    table.spare(42.0)
+    table.acquire(T1, ME, 0)
+    table.allow_for_pause(42.0)
     assert table.expire(41.9) == [] and table.next_deadline() == 42.0
     table.renew([T1], ME, 41.9)
-    table.spare(99.0)
-    table.spare(199.0)
+    table.allow_for_pause(99.0)
+    table.allow_for_pause(199.0)
     assert table.expire(98.9) == []
     assert [lease.token for lease in table.expire(99.0)] == [T1]
 
@@ -93,15 +94,15 @@ def test_sparing_shortens_nothing(table):
     """A lease that has more time than that keeps it."""
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [], 0)
-    table.spare(10.0)
-    assert lease.deadline == 30.0 and not lease.spared
+    table.allow_for_pause(10.0)
+    assert lease.deadline == 30.0 and not lease.pause_allowed
 
 
 def test_renewed_for_as_long_as_the_holder_likes(table):
     """Each renewal by the holder starts the time anew; when they stop, it ends."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
-    table.open(T1, ME, 0)
+    table.acquire(T1, ME, 0)
     for now in range(0, 600, 20):
         assert table.expire(now) == []
         assert table.renew([T1], ME, now) == []
@@ -113,8 +114,8 @@ def test_renewal_by_somebody_else_is_no_renewal(table):
     for token in (T1, T2):
         table.announce(token, "r", 0)
         table.publish(token, [], 0)
-    table.open(T1, ME, 0)
-    table.open(T2, OTHER, 0)
+    table.acquire(T1, ME, 0)
+    table.acquire(T2, OTHER, 0)
     assert table.renew([T1, T2, T3], ME, 10) == [T2, T3]
     assert [x.token for x in table.expire(30)] == [T2]
 
@@ -123,7 +124,7 @@ def test_a_renewal_never_shortens(table):
     """A clock that is read late by one caller takes nothing away."""
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [], 50)
-    table.open(T1, ME, 10)
+    table.acquire(T1, ME, 10)
     assert lease.deadline == 80
 
 
@@ -134,7 +135,7 @@ def test_revoked_in_any_state(table, board, state):
     if state != "announced":
         table.publish(T1, [], 0)
     if state == "opened":
-        table.open(T1, ME, 0)
+        table.acquire(T1, ME, 0)
     assert table.revoke(T1).state is LeaseState.REVOKED
     assert table.revoke(T1) is None and table.revoke(T2) is None
     assert free(board)
@@ -153,7 +154,7 @@ def test_an_ended_lease_stays_ended(table, end):
     table.announce(T1, "r", 99)
     assert len(table) == 0
     with pytest.raises(LeaseEndedError, match=end[:5]):
-        table.open(T1, ME, 99)
+        table.acquire(T1, ME, 99)
     with pytest.raises(LeaseEndedError):
         table.publish(T1, [], 99)
     assert table.request(T1) == "r"
@@ -162,7 +163,7 @@ def test_an_ended_lease_stays_ended(table, end):
 def test_unknown_leases_are_unknown(table):
     """Nothing can be done with a token that was never announced."""
     with pytest.raises(LeaseUnknownError):
-        table.open(T1, ME, 0)
+        table.acquire(T1, ME, 0)
     with pytest.raises(LeaseUnknownError):
         table.publish(T2, [], 0)
     assert table.release(T3, ME, read=True) == (False, None)
@@ -178,7 +179,7 @@ def test_who_was_offered_is_known(table):
         table.publish(T2, [], 0)
     assert table.end_awaited(T1) and table.end_awaited(T2)
     with pytest.raises(LeaseEndedError):
-        table.open(T2, ME, 1)
+        table.acquire(T2, ME, 1)
 
 
 def test_sealed_blocks_are_readable_before_the_offer(table, board):
@@ -204,7 +205,7 @@ def test_sealed_blocks_are_readable_before_the_offer(table, board):
 def test_a_place_for_a_consumer_that_comes_first(table, board):
     """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
     table.expect(T1, 0)
-    lease = table.open(T1, ME, 1)
+    lease = table.acquire(T1, ME, 1)
     assert (
         lease.state is LeaseState.EXPECTED
         and not lease.readable
@@ -252,10 +253,10 @@ def test_taken_by_one_consumer(table):
     """The first that opens a lease has it: others cannot open, renew or settle it."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
-    table.open(T1, ME, 0)
-    table.open(T1, ME, 1)
+    table.acquire(T1, ME, 0)
+    table.acquire(T1, ME, 1)
     with pytest.raises(LeaseError, match="another consumer"):
-        table.open(T1, OTHER, 1)
+        table.acquire(T1, OTHER, 1)
     assert table.release(T1, OTHER, read=True) == (False, None)
     assert len(table) == 1
 
@@ -273,7 +274,7 @@ def test_settling_after_expiry_did_not_stand(table):
     """Who settles too late learns it."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
-    table.open(T1, ME, 0)
+    table.acquire(T1, ME, 0)
     table.expire(30)
     assert table.release(T1, ME, read=True) == (False, None)
 
@@ -297,7 +298,7 @@ def test_a_full_board_ends_the_lease(table, board):
     with pytest.raises(LeaseError, match="max_leases"):
         table.publish(tokens[4], [], 0)
     with pytest.raises(LeaseEndedError):
-        table.open(tokens[4], ME, 0)
+        table.acquire(tokens[4], ME, 0)
     table.revoke(tokens[0])
     table.announce(T1, "r", 0)
     assert table.publish(T1, [], 0).cell is not None
@@ -339,7 +340,7 @@ def offered(table):
 def test_settled_when_every_rank_has_settled(table, board, offered):
     """The lease stands, cell and blocks, until the last rank of its consumer is done; one rank that read is enough for read."""
     for rank in RANKS:
-        table.open(T1, rank, 0)
+        table.acquire(T1, rank, 0)
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[0], read=False) == (True, None)
@@ -359,13 +360,13 @@ def test_ranks_may_settle_what_they_never_opened(table, offered):
 def test_a_rank_that_settled_is_done(table, offered):
     """It can neither open the lease again nor renew it, while the others can; and it holds nothing any more."""
     for rank in RANKS:
-        table.open(T1, rank, 0)
-    assert table.held(T1, RANKS[0]) is offered
+        table.acquire(T1, rank, 0)
+    assert table.readable_by(T1, RANKS[0]) is offered
     table.release(T1, RANKS[0], read=True)
     with pytest.raises(LeaseEndedError, match="rank 0 has released"):
-        table.open(T1, RANKS[0], 1)
+        table.acquire(T1, RANKS[0], 1)
     assert table.renew([T1], RANKS[0], 10) == [T1] and table.renew([T1], RANKS[1], 20) == []
-    assert table.held(T1, RANKS[0]) is None and table.held(T1, RANKS[1]) is offered
+    assert table.readable_by(T1, RANKS[0]) is None and table.readable_by(T1, RANKS[1]) is offered
     assert offered.deadline == 50
 
 
@@ -381,10 +382,10 @@ def test_a_rank_that_settled_is_done(table, offered):
 )
 def test_strangers_of_a_lease_in_use(table, offered, stranger):
     """Another engine, another process of the same rank and an engine of another size cannot open, renew, hold or settle it."""
-    table.open(T1, RANKS[0], 0)
+    table.acquire(T1, RANKS[0], 0)
     with pytest.raises(LeaseError, match="another consumer"):
-        table.open(T1, stranger, 1)
-    assert table.renew([T1], stranger, 10) == [T1] and table.held(T1, stranger) is None
+        table.acquire(T1, stranger, 1)
+    assert table.renew([T1], stranger, 10) == [T1] and table.readable_by(T1, stranger) is None
     assert table.release(T1, stranger, read=True) == (False, None)
     assert offered.deadline == 30 and offered.consumers == {0: RANKS[0]} and not offered.released
 
@@ -392,7 +393,7 @@ def test_strangers_of_a_lease_in_use(table, offered, stranger):
 def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
     """Nothing is free early because the others are done, and their settlements are answered as before."""
     for rank in RANKS:
-        table.open(T1, rank, 0)
+        table.acquire(T1, rank, 0)
     for rank in RANKS[:2]:
         table.release(T1, rank, read=True)
     assert table.expire(29.9) == [] and not free(board)
@@ -403,22 +404,22 @@ def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
 
 def test_any_rank_keeps_it_alive(table, offered):
     """One rank that renews is enough: the others may be late."""
-    table.open(T1, RANKS[0], 0)
+    table.acquire(T1, RANKS[0], 0)
     for now in range(10, 200, 20):
         assert table.renew([T1], RANKS[0], now) == [] and table.expire(now) == []
-    assert table.open(T1, RANKS[2], 210) is offered
+    assert table.acquire(T1, RANKS[2], 210) is offered
 
 
 def test_held_only_while_it_stands(table, offered):
     """Blocks are there for a rank that opened the lease, from the offer to its end; not before, and not for others."""
-    assert table.held(T1, RANKS[0]) is None and table.held(T2, RANKS[0]) is None
+    assert table.readable_by(T1, RANKS[0]) is None and table.readable_by(T2, RANKS[0]) is None
     table.announce(T2, "r", 0)
-    table.open(T2, RANKS[0], 0)
-    assert table.held(T2, RANKS[0]) is None
-    table.open(T1, RANKS[0], 0)
-    assert table.held(T1, RANKS[0]) is offered and table.held(T1, RANKS[1]) is None
+    table.acquire(T2, RANKS[0], 0)
+    assert table.readable_by(T2, RANKS[0]) is None
+    table.acquire(T1, RANKS[0], 0)
+    assert table.readable_by(T1, RANKS[0]) is offered and table.readable_by(T1, RANKS[1]) is None
     table.revoke(T1)
-    assert table.held(T1, RANKS[0]) is None and table.get(T1) is None
+    assert table.readable_by(T1, RANKS[0]) is None and table.get(T1) is None
 
 
 def test_some_ranks_settle_before_the_offer(table):
@@ -427,7 +428,7 @@ def test_some_ranks_settle_before_the_offer(table):
     table.release(T1, RANKS[0], read=False)
     lease = table.publish(T1, [], 1)
     assert lease.state is LeaseState.READY and lease.waiting() == []
-    table.open(T1, RANKS[1], 2)
+    table.acquire(T1, RANKS[1], 2)
     table.release(T1, RANKS[1], read=True)
     assert table.release(T1, RANKS[2], read=False) == (True, lease)
 
@@ -448,7 +449,7 @@ def test_a_token_is_not_shown(table):
     """Who reads logs and errors can tell leases apart, and read no KV."""
     ref = LeaseRef.mint(producer="engine", addresses=["tcp://h:1"])
     said = [repr(ref), str([ref]), f"{ref}"]
-    for call in (lambda: table.publish(ref.token, [b""], 0.0), lambda: table.open(ref.token, ME, 0.0)):
+    for call in (lambda: table.publish(ref.token, [b""], 0.0), lambda: table.acquire(ref.token, ME, 0.0)):
         with pytest.raises(LeaseError) as caught:
             call()
         said.append(str(caught.value))
@@ -529,7 +530,7 @@ def test_a_lease_that_is_renewed_for_ever(board):
     table = LeaseTable(Settings(lease_s=10.0, max_lease_s=60.0), board)
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [b"1234"], 5)
-    table.open(T1, ME, 5)
+    table.acquire(T1, ME, 5)
     for now in range(6, 65):
         assert table.renew([T1], ME, now) == [] and table.expire(now) == []
     assert table.expire(65) == [lease] and lease.state is LeaseState.REVOKED and free(board)

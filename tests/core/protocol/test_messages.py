@@ -27,7 +27,7 @@ MESSAGES = [
     messages.Renew(to="e", tokens=[TOKEN] * 4096),
     messages.Renewed(ended=[TOKEN]),
     messages.Release(to="e", token=TOKEN, read=True),
-    messages.Released(token=TOKEN, stood=False),
+    messages.Released(token=TOKEN, was_live=False),
     messages.Revoked(token=TOKEN, reason="because"),
     messages.Refused(code="garbage", reason="because", epoch="e"),
     messages.StageChunk(

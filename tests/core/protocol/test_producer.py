@@ -9,8 +9,8 @@ from kvxfer.config import Settings
 from kvxfer.errors import IncompatibleError
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import Emit, EndPack, PackKey, Reply, StartPack
-from kvxfer.protocol.producer import _MOST_CONNECTIONS
-from kvxfer.protocol.staged import MOST_CHUNKS
+from kvxfer.protocol.consumer_connections import _MOST_CONNECTIONS
+from kvxfer.protocol.staged_chunks import MOST_CHUNKS
 from tests.core.protocol.virtual import CELLS, block_bytes
 
 A, B = b"connection-a", b"connection-b"
@@ -68,7 +68,7 @@ def test_the_whole_talk(producer, talk):
     assert talk(messages.Acquire(to=producer.epoch, token=token)) == [grant]
     assert talk(messages.Renew(to=producer.epoch, tokens=[token])) == [messages.Renewed(ended=[])]
     settled, event = talk(messages.Release(to=producer.epoch, token=token, read=True))
-    assert settled == messages.Released(token=token, stood=True) and (event.token, event.read) == (token, True)
+    assert settled == messages.Released(token=token, was_live=True) and (event.token, event.read) == (token, True)
     assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [settled]
     assert producer.metrics.value("kvxfer_leases_total", end="read") == 1
 
@@ -122,7 +122,7 @@ def test_introduce_yourself_first(producer, talk):
     [
         messages.Welcome(protocol=messages.PROTOCOL, name="n", epoch="e", rank=0, agent="a", agent_info=b"", spec=None),
         messages.Pending(token="0" * 32), messages.Grant(token="0" * 32, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Renewed(ended=[]),
-        messages.Released(token="0" * 32, stood=True), messages.Revoked(token="0" * 32, reason="r"),
+        messages.Released(token="0" * 32, was_live=True), messages.Revoked(token="0" * 32, reason="r"),
         messages.Refused(code="rank", reason="r", epoch="e"),
     ],
     ids=lambda m: type(m).__name__,
@@ -199,7 +199,7 @@ def test_the_holder_is_told_how_it_ended(producer, talk, end):
     assert revoked.token == token and revoked.reason
     assert type(event).__name__ == ("LeaseExpired" if end == "expire" else "LeaseRevoked")
     assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [
-        messages.Released(token=token, stood=False)
+        messages.Released(token=token, was_live=False)
     ]
 
 
@@ -231,8 +231,8 @@ def test_an_offer_nobody_announced_is_given_back_once(producer):
 
 @pytest.mark.parametrize(
     ("offered_blocks", "firsts", "differs"),
-    [((5, 6, 7), (), "entry 0 was block 1 when it was sealed, and now 5"), ((1, 6), (), "entry 1 was block 2"),
-     ((1,), (), "2 blocks were sealed, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
+    [((5, 6, 7), (), "entry 0 was block 1 when it was published, and now 5"), ((1, 6), (), "entry 1 was block 2"),
+     ((1,), (), "2 blocks were published, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["partial", "complete"])
 def test_blocks_that_contradict_what_was_sealed(producer, talk, caplog, how, offered_blocks, firsts, differs):
@@ -292,8 +292,8 @@ def test_a_stranger_cannot_fill_the_memory(producer, talk):
         talk(hello(producer, epoch=f"e{i}"), A)
         if i % 3 == 0:
             talk(hello(producer, epoch=f"e{i}"), b"connection%d" % i)
-    assert len(producer.producer._consumers) <= _MOST_CONNECTIONS
-    assert len(producer.producer._connections) <= _MOST_CONNECTIONS
+    assert len(producer.producer._connections._consumers) <= _MOST_CONNECTIONS
+    assert len(producer.producer._connections._connections) <= _MOST_CONNECTIONS
 
 
 def test_the_forgotten_connection_introduces_itself_again(producer, talk):
@@ -345,7 +345,7 @@ def test_one_event_when_all_ranks_have_settled(producer, talk):
     grants = [talk(messages.Acquire(to=producer.epoch, token=token), rank) for rank in ranks]
     assert [kinds(grant) for grant in grants] == [["Grant"]] * 3
     settle = messages.Release(to=producer.epoch, token=token, read=True)
-    answered = messages.Released(token=token, stood=True)
+    answered = messages.Released(token=token, was_live=True)
     assert talk(settle, ranks[1]) == [answered] == talk(settle, ranks[1]) == talk(settle, ranks[0])
     assert kinds(talk(settle, ranks[2])) == ["Released", "LeaseReleased"]
     assert talk(settle, ranks[0]) == [answered]
@@ -395,7 +395,7 @@ def test_a_lease_in_use_is_taken(producer, talk, who):
     assert refused.code == "taken_lease" and refusals(producer, "taken_lease") == 1
     assert talk(messages.Renew(to=producer.epoch, tokens=[token]), stranger) == [messages.Renewed(ended=[token])]
     assert talk(messages.Release(to=producer.epoch, token=token, read=True), stranger) == [
-        messages.Released(token=token, stood=False)
+        messages.Released(token=token, was_live=False)
     ]
     assert len(producer.table) == 1
 
@@ -471,7 +471,7 @@ def test_the_next_question_tells_what_was_taken(producer, stager):
     stager.packed()
     assert kinds(stager.stage(1, taken=[0])) == ["EndPack", "StartPack"]
     assert stager.stage(1, taken=[0]) == []
-    (chunks,) = producer.producer._chunks._by_key.values()
+    (chunks,) = producer.producer._chunks._chunks._by_key.values()
     assert list(chunks.asked) == [1]
 
 
@@ -529,7 +529,7 @@ def test_a_reader_that_leaves_numbers_out(producer, stager):
     stager.stage(0)
     (refused,) = stager.stage(1 << 30)
     assert refused.code == "staging"
-    (chunks,) = producer.producer._chunks._by_key.values()
+    (chunks,) = producer.producer._chunks._chunks._by_key.values()
     assert not chunks.missed and kinds(stager.stage(1)) == ["StartPack"]
 
 
@@ -539,7 +539,7 @@ def test_a_long_read_is_remembered_in_little(producer, stager):
         stager.stage(number)
         stager.packed(number)
         stager.unstage(number)
-    (chunks,) = producer.producer._chunks._by_key.values()
+    (chunks,) = producer.producer._chunks._chunks._by_key.values()
     assert (chunks.asked, chunks.missed, chunks.next_number) == ({}, set(), 3 * MOST_CHUNKS)
     assert stager.stage(5) == []
 
@@ -582,7 +582,7 @@ def test_one_rank_that_settled_has_no_more_chunks(producer):
     for rank in range(2):
         stager.stage(rank=rank)
         stager.packed(rank=rank)
-    assert stager.settle(0) == [messages.Released(token=stager.token, stood=True), EndPack(stager.key(0))]
+    assert stager.settle(0) == [messages.Released(token=stager.token, was_live=True), EndPack(stager.key(0))]
     assert [a.code for a in stager.stage(1, rank=0)] == ["ended_lease"]
     assert kinds(stager.stage(1, rank=1)) == ["StartPack"]
     assert kinds(stager.settle(1)) == ["Released", "EndPack", "LeaseReleased"]
@@ -660,8 +660,8 @@ def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
 def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     """A chunk that is packed for a reader that reconnected is told when it asks again."""
     stager.stage()
-    holder = producer.producer._consumers.pop(stager.ranks[0])
-    del producer.producer._connections[holder]
+    consumer = producer.producer._connections._consumers.pop(stager.ranks[0])
+    del producer.producer._connections._connections[consumer]
     assert stager.packed() == []
     assert kinds(
         talk(

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 
 from kvxfer.protocol.actions import PackKey
-from kvxfer.protocol.lease_table import ConsumerRank
-from kvxfer.protocol.staged import GONE_S, MOST_CHUNKS, SILENT_S, UNTAKEN_S, Seen, StagedChunks
+from kvxfer.protocol.consumer_connections import LastHeard
+from kvxfer.protocol.lease import ConsumerRank
+from kvxfer.protocol.staged_chunks import DISCONNECTED_S, MOST_CHUNKS, SILENT_S, UNRELEASED_S, StagedChunks
 
 SLOW, OTHER = ConsumerRank("slow", "1"), ConsumerRank("other", "2")
 
@@ -15,10 +16,10 @@ SLOW, OTHER = ConsumerRank("slow", "1"), ConsumerRank("other", "2")
 class Account:
     """One producer's, with a consumer that keeps chunks and another one that waits."""
 
-    def __init__(self, kept, *, others=1, heard_at=0.0, gone_at=None, share=2):
+    def __init__(self, kept, *, others=1, heard_at=0.0, disconnected_at=None, share=2):
         self.staged = StagedChunks()
         self.key = PackKey("a" * 32, 0)
-        self.seen = {SLOW: Seen(heard_at, gone_at), OTHER: Seen(0.0, None)}
+        self.seen = {SLOW: LastHeard(heard_at, disconnected_at), OTHER: LastHeard(0.0, None)}
         mine = self.staged.of(self.key, SLOW)
         for number in range(kept):
             self.staged.ask(mine, number, 100)
@@ -35,8 +36,8 @@ class Account:
 @pytest.mark.parametrize(
     ("account", "after_s"),
     [
-        (Account(3), UNTAKEN_S), (Account(2), SILENT_S), (Account(2, heard_at=3.0), 3.0 + SILENT_S),
-        (Account(1, gone_at=1.0), 1.0 + GONE_S), (Account(7, gone_at=1.8, heard_at=1.0), UNTAKEN_S),
+        (Account(3), UNRELEASED_S), (Account(2), SILENT_S), (Account(2, heard_at=3.0), 3.0 + SILENT_S),
+        (Account(1, disconnected_at=1.0), 1.0 + DISCONNECTED_S), (Account(7, disconnected_at=1.8, heard_at=1.0), UNRELEASED_S),
     ],
 )  # fmt: skip
 def test_who_loses_its_slots(account, after_s):
@@ -45,7 +46,9 @@ def test_who_loses_its_slots(account, after_s):
     assert account.revoked(after_s) == [account.key.token]
 
 
-@pytest.mark.parametrize("account", [Account(7, others=0, gone_at=0.0), Account(7, share=0, gone_at=0.0)])
+@pytest.mark.parametrize(
+    "account", [Account(7, others=0, disconnected_at=0.0), Account(7, share=0, disconnected_at=0.0)]
+)
 def test_nobody_loses_slots_that_others_do_not_need(account):
     """Where no other consumer waits, or slots are free, a consumer may take its time."""
     assert account.revoked(1000.0) == []
@@ -54,8 +57,8 @@ def test_nobody_loses_slots_that_others_do_not_need(account):
 def test_this_side_stood_still():
     """What readers have taken meanwhile is in the socket: their time begins when it can be read."""
     account = Account(7)
-    account.staged.stood_still(100.0)
-    assert account.revoked(100.0 + UNTAKEN_S - 0.01) == [] and account.revoked(100.0 + UNTAKEN_S)
+    account.staged.was_paused(100.0)
+    assert account.revoked(100.0 + UNRELEASED_S - 0.01) == [] and account.revoked(100.0 + UNRELEASED_S)
 
 
 def test_what_one_consumer_may_wait_for():
@@ -69,7 +72,7 @@ def test_what_one_consumer_may_wait_for():
         assert not chunks.may_ask(MOST_CHUNKS)
     assert staged.is_busy(SLOW) and not staged.is_busy(OTHER)
     chunks = staged.of(PackKey("0" * 32, 0), SLOW)
-    assert staged.take(chunks, [0, 0, 999]) == [0] and not staged.is_busy(SLOW)
+    assert staged.release(chunks, [0, 0, 999]) == [0] and not staged.is_busy(SLOW)
     staged.ask(chunks, 256, 5 << 20)
     assert staged.is_busy(SLOW)
     staged.packed(chunks, 256, b"digest", 1.0)

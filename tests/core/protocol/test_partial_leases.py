@@ -18,8 +18,8 @@ from kvxfer.errors import (
     TransferTimeoutError,
 )
 from kvxfer.protocol import messages
+from kvxfer.protocol.lease import ConsumerRank, LeaseState
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.lease_table import ConsumerRank, LeaseState
 from tests.core.protocol.virtual import nothing_left
 
 BOTH = pytest.mark.parametrize("packed", [False, True], ids=["direct", "packed"])

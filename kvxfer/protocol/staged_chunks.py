@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from kvxfer.errors import KvxferError
     from kvxfer.protocol.actions import Packed, PackKey
-    from kvxfer.protocol.lease_table import ConsumerRank
+    from kvxfer.protocol.consumer_connections import LastHeard
+    from kvxfer.protocol.lease import ConsumerRank
 
 MOST_CHUNKS = 256
 """Chunks that one consumer may have asked for and not taken: far more than any consumer of ours does."""
@@ -25,16 +26,16 @@ _MOST_WAITING = 1024
 _MOST_WAITING_NBYTES = 4 << 20
 """Of descriptions of chunks that one consumer waits for, over all of its leases."""
 
-UNTAKEN_S = 2.0
+UNRELEASED_S = 2.0
 """While others wait, a consumer may leave more than its share of chunks untaken for this long, ..."""
 SILENT_S = 5.0
 """... and any chunk for this long if it says nothing, ..."""
-GONE_S = 0.5
+DISCONNECTED_S = 0.5
 """... and for this long after its connection has ended: time to connect again."""
 
 
 @dataclass
-class Chunk:
+class StagedChunk:
     """One chunk of a consumer.
 
     Attributes:
@@ -54,18 +55,18 @@ class Chunk:
 
 
 @dataclass
-class Chunks:
+class ConsumerChunks:
     """What one consumer of one lease asked to have packed and has not taken.
 
     Chunks are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
     """
 
     consumer: ConsumerRank
-    asked: dict[int, Chunk] = field(default_factory=dict)
+    asked: dict[int, StagedChunk] = field(default_factory=dict)
     missed: set[int] = field(default_factory=set)
     next_number: int = 0
 
-    def is_taken(self, number: int) -> bool:
+    def was_released(self, number: int) -> bool:
         """It was asked for before, and taken since."""
         return number < self.next_number and number not in self.missed and number not in self.asked
 
@@ -75,24 +76,17 @@ class Chunks:
 
     def ask(self, number: int, nbytes: int) -> None:
         """Note that it is asked for."""
-        self.asked[number] = Chunk(nbytes)
+        self.asked[number] = StagedChunk(nbytes)
         self.missed.discard(number)
         self.missed.update(range(self.next_number, number))
         self.next_number = max(self.next_number, number + 1)
-
-
-class Seen(NamedTuple):
-    """When a consumer was last heard, and since when its connection is gone; None while it has one."""
-
-    heard_at: float
-    gone_at: float | None
 
 
 class StagedChunks:
     """Chunks of all readers of an endpoint's leases."""
 
     def __init__(self) -> None:
-        self._by_key: dict[PackKey, Chunks] = {}
+        self._by_key: dict[PackKey, ConsumerChunks] = {}
         self._waiting: Counter[ConsumerRank] = Counter()
         self._waiting_nbytes: Counter[ConsumerRank] = Counter()
         self._share = 0
@@ -100,31 +94,31 @@ class StagedChunks:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def get(self, key: PackKey) -> Chunks | None:
+    def get(self, key: PackKey) -> ConsumerChunks | None:
         """What a consumer has asked for and not taken."""
         return self._by_key.get(key)
 
-    def of(self, key: PackKey, consumer: ConsumerRank) -> Chunks:
+    def of(self, key: PackKey, consumer: ConsumerRank) -> ConsumerChunks:
         """The same; empty for one that has asked for nothing yet."""
-        return self._by_key.setdefault(key, Chunks(consumer))
+        return self._by_key.setdefault(key, ConsumerChunks(consumer))
 
     def is_busy(self, consumer: ConsumerRank) -> bool:
         """So much waits for this consumer already that it has to ask again later."""
         return self._waiting[consumer] >= _MOST_WAITING or self._waiting_nbytes[consumer] >= _MOST_WAITING_NBYTES
 
-    def ask(self, chunks: Chunks, number: int, nbytes: int) -> None:
+    def ask(self, chunks: ConsumerChunks, number: int, nbytes: int) -> None:
         """A chunk is asked for."""
         chunks.ask(number, nbytes)
         self._waiting[chunks.consumer] += 1
         self._waiting_nbytes[chunks.consumer] += nbytes
 
-    def packed(self, chunks: Chunks, number: int, result: Packed | KvxferError, now: float) -> None:
+    def packed(self, chunks: ConsumerChunks, number: int, result: Packed | KvxferError, now: float) -> None:
         """The data thread has packed one that is asked for, or cannot."""
         chunk = chunks.asked[number]
         self._waits_no_more(chunks.consumer, chunk)
         chunk.result, chunk.packed_at = result, now
 
-    def take(self, chunks: Chunks, numbers: Iterable[int]) -> list[int]:
+    def release(self, chunks: ConsumerChunks, numbers: Iterable[int]) -> list[int]:
         """A consumer has taken chunks, or does not want them any more; returns those that it had asked for."""
         numbers = list(dict.fromkeys(numbers))
         taken = [number for number in numbers if number in chunks.asked]
@@ -152,25 +146,25 @@ class StagedChunks:
         """Chunks wait, and no slot is free."""
         return bool(self._share)
 
-    def stood_still(self, now: float) -> None:
+    def was_paused(self, now: float) -> None:
         """What readers have said meanwhile is not read yet."""
         for chunks in self._by_key.values():
             for chunk in chunks.asked.values():
                 chunk.packed_at = max(chunk.packed_at, now)
 
-    def to_revoke(self, now: float, seen: Callable[[ConsumerRank], Seen]) -> Iterator[tuple[str, str]]:
+    def to_revoke(self, now: float, seen: Callable[[ConsumerRank], LastHeard]) -> Iterator[tuple[str, str]]:
         """Leases to be revoked so that others get slots: the token of each, and why."""
         if not self._share:
             return
         for consumer, held in self._kept().items():
             if not self._others_wait(consumer):
                 continue
-            heard_at, gone_at = seen(consumer)
+            heard_at, disconnected_at = seen(consumer)
             oldest = min(chunk.packed_at for _, chunk in held)
-            if gone_at is not None and now >= gone_at + GONE_S:
+            if disconnected_at is not None and now >= disconnected_at + DISCONNECTED_S:
                 limit, why = now, "the connection of its consumer has ended"
-            elif len(held) > self._share and now >= oldest + UNTAKEN_S:
-                limit, why = now - UNTAKEN_S, f"its consumer has left chunks untaken for {UNTAKEN_S:g} s"
+            elif len(held) > self._share and now >= oldest + UNRELEASED_S:
+                limit, why = now - UNRELEASED_S, f"its consumer has left chunks untaken for {UNRELEASED_S:g} s"
             elif now >= max(oldest, heard_at) + SILENT_S:
                 limit, why = now - SILENT_S, f"its consumer has said nothing for {SILENT_S:g} s"
             else:
@@ -178,13 +172,13 @@ class StagedChunks:
             for token in dict.fromkeys(key.token for key, chunk in held if chunk.packed_at <= limit):
                 yield token, f"{why}, and others wait for a staging slot"
 
-    def hoarders(self) -> list[ConsumerRank]:
+    def over_share(self) -> list[ConsumerRank]:
         """Consumers that keep more than their share while others wait."""
         kept = self._kept().items() if self._share else ()
         return [consumer for consumer, held in kept if len(held) > self._share and self._others_wait(consumer)]
 
-    def _kept(self) -> dict[ConsumerRank, list[tuple[PackKey, Chunk]]]:
-        kept: dict[ConsumerRank, list[tuple[PackKey, Chunk]]] = defaultdict(list)
+    def _kept(self) -> dict[ConsumerRank, list[tuple[PackKey, StagedChunk]]]:
+        kept: dict[ConsumerRank, list[tuple[PackKey, StagedChunk]]] = defaultdict(list)
         for key, chunks in self._by_key.items():
             for chunk in chunks.asked.values():
                 if chunk.keeps_slot:
@@ -194,7 +188,7 @@ class StagedChunks:
     def _others_wait(self, consumer: ConsumerRank) -> bool:
         return any(other != consumer for other in self._waiting)
 
-    def _waits_no_more(self, consumer: ConsumerRank, chunk: Chunk) -> None:
+    def _waits_no_more(self, consumer: ConsumerRank, chunk: StagedChunk) -> None:
         if chunk.result is None:
             self._waiting[consumer] -= 1
             self._waiting_nbytes[consumer] -= chunk.nbytes
