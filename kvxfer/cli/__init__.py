@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
-from kvxfer.testing.child import ChildError
+from kvxfer.testing.remote import ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -25,7 +25,8 @@ from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import start_copies
 from kvxfer.runtime.staging import StagingArena
-from kvxfer.testing.child import Child, ChildError
+from kvxfer.testing.child import Child
+from kvxfer.testing.remote import ChildError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

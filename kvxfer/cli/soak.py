@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import argparse
     from collections import Counter
 
-    from kvxfer.testing.soak import Report
+    from kvxfer.testing.soak import SoakReport
 
 _CALM_EVERY_S = 60.0
 
@@ -79,7 +79,7 @@ def _agent_options(text: str) -> dict[str, Any]:
     return options
 
 
-def _told(report: Report) -> str:
+def _told(report: SoakReport) -> str:
     def counted(what: Counter[str]) -> str:
         return ", ".join(f"{name} {number:,}" for name, number in what.most_common()) or "nothing"
 

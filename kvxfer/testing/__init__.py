@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from kvxfer.testing.actor import Actor, FlightLog
     from kvxfer.testing.agent_suite import AgentSuite
     from kvxfer.testing.buffer_suite import BufferSuite, MadeBuffer
-    from kvxfer.testing.child import Child, ChildError, ChildGoneError
+    from kvxfer.testing.child import Child
     from kvxfer.testing.devices import Device, HostDevice, on_device
     from kvxfer.testing.faults import Faults, FaultyAgent
     from kvxfer.testing.oracle import HostSpan, OracleMemory, noise, same_bytes
     from kvxfer.testing.peers import ProcessPeer, RemotePeer, ThreadPeer
+    from kvxfer.testing.remote import ChildError, ChildGoneError
     from kvxfer.testing.waiting import eventually, stays
 
 __all__ = [
@@ -56,11 +57,12 @@ _MODULES = {
     "actor": ("Actor", "FlightLog"),
     "agent_suite": ("AgentSuite",),
     "buffer_suite": ("BufferSuite", "MadeBuffer"),
-    "child": ("Child", "ChildError", "ChildGoneError"),
+    "child": ("Child",),
     "devices": ("Device", "HostDevice", "on_device"),
     "waiting": ("eventually", "stays"),
     "faults": ("Faults", "FaultyAgent"),
     "oracle": ("HostSpan", "OracleMemory", "noise", "same_bytes"),
+    "remote": ("ChildError", "ChildGoneError"),
     "peers": ("ProcessPeer", "RemotePeer", "ThreadPeer"),
 }
 

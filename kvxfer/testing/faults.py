@@ -57,7 +57,7 @@ class Faults:
 
 
 @dataclass(eq=False)
-class _Held:
+class _HeldFlight:
     """A transfer as the wrapper sees it; ``start`` hands it to the agent below."""
 
     start: Callable[[], object]
@@ -95,7 +95,7 @@ class FaultyAgent(TransferAgent):
         self.calls: dict[str, int] = {}
         """How often each method was called."""
         self._inner = inner
-        self._late: list[_Held] = []
+        self._late: list[_HeldFlight] = []
         self._landing = threading.Lock()
         self._torn_down = False
 
@@ -139,7 +139,7 @@ class FaultyAgent(TransferAgent):
 
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> object:
         number = self._count("submit")
-        held = _Held(lambda: self._inner._submit(op, peer, spans, local, remote))  # noqa: SLF001
+        held = _HeldFlight(lambda: self._inner._submit(op, peer, spans, local, remote))  # noqa: SLF001
         if number in self.faults.late:
             with self._landing:
                 self._late.append(held)
@@ -159,7 +159,7 @@ class FaultyAgent(TransferAgent):
             return False
         return self._inner._poll(held.inner)  # noqa: SLF001
 
-    def _land_if_due(self, held: _Held, due: float) -> None:
+    def _land_if_due(self, held: _HeldFlight, due: float) -> None:
         with self._landing:
             if held in self._late and time.monotonic() >= due:
                 self._late.remove(held)
@@ -185,6 +185,6 @@ class FaultyAgent(TransferAgent):
         self._inner.close()
 
 
-def _held(handle: object) -> _Held:
-    assert isinstance(handle, _Held)
+def _held(handle: object) -> _HeldFlight:
+    assert isinstance(handle, _HeldFlight)
     return handle

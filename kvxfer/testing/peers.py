@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.testing.actor import Actor
-from kvxfer.testing.child import Child, ChildGoneError, RemoteObject, serve
+from kvxfer.testing.child import Child
 from kvxfer.testing.oracle import HostSpan
+from kvxfer.testing.remote import ChildGoneError, RemoteObject, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable

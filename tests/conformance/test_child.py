@@ -12,7 +12,7 @@ import pytest
 
 from kvxfer.errors import ConfigError, LeaseError
 from kvxfer.testing import Child, ChildGoneError, eventually
-from kvxfer.testing.child import ChildRaisedError, ChildTraceback, call_all, wait_any
+from kvxfer.testing.remote import ChildRaisedError, ChildTraceback, call_all, wait_any
 
 
 class Adder:

@@ -12,8 +12,8 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.errors import ConfigError, RegistrationError
 from kvxfer.memory.spans import Memory
 from kvxfer.testing import ChildGoneError, ProcessPeer, ThreadPeer, eventually, noise
-from kvxfer.testing.child import ChildRaisedError
 from kvxfer.testing.conformance import unique_name
+from kvxfer.testing.remote import ChildRaisedError
 from tests.conformance.socket_agent import SocketAgent
 
 KINDS = pytest.mark.parametrize("kind", [ThreadPeer, ProcessPeer])

@@ -23,7 +23,7 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.soak.churn import SoakError
 from kvxfer.testing.soak.fleet import listen, wait_up
 from kvxfer.testing.soak.inquiry import Inquiry
-from kvxfer.testing.soak.resident import Job
+from kvxfer.testing.soak.resident import RequestSpec
 from tests.race.proxy import Proxy
 from tests.race.racer import RaceMember, Rank
 
@@ -104,7 +104,7 @@ class Race:
         self._numbers = itertools.count(1)
         self._reads: dict[tuple[str, int], tuple[float, float]] = {}
         """By consumer's rank and job: when it has to have ended, and for how long its engine had been frozen when it was asked."""
-        self._leases: dict[tuple[str, int], Job] = {}
+        self._leases: dict[tuple[str, int], RequestSpec] = {}
         self._later: list[tuple[float, int, Any]] = []
         self._next_stop = {member.label: 0.0 for member in self._members}
         self._inquiry = Inquiry(self._members, self._fail)
@@ -197,7 +197,7 @@ class Race:
         else:
             ref = LeaseRef.mint(request=f"{number}", **named)
         pieces = chance.randint(2, 5) if chance.random() < 0.4 else 1
-        job = Job(number, number, num_tokens, ref.to_json(), pieces=pieces, step_s=chance.uniform(0.0, 0.08))
+        job = RequestSpec(number, number, num_tokens, ref.to_json(), pieces=pieces, step_s=chance.uniform(0.0, 0.08))
         self.figures.leases += 1
         self.figures.ways["whole" if pieces == 1 else "bit by bit"] += 1
         self.figures.ways["shared"] += shared
@@ -220,24 +220,26 @@ class Race:
         for member in members:
             member.order(*order)
 
-    def _again(self, job: Job) -> None:
+    def _again(self, job: RequestSpec) -> None:
         for source in self._sources:
             if source.ready and (source.label, job.number) not in self._leases:
                 self.figures.ways["came again"] += 1
                 self._lease(source, job)
 
-    def _lease(self, source: RaceMember, job: Job) -> None:
+    def _lease(self, source: RaceMember, job: RequestSpec) -> None:
         self._leases[source.label, job.number] = job
         source.order("prefill", job)
 
-    def _read(self, lease: Job, wait_s: float) -> None:
+    def _read(self, lease: RequestSpec, wait_s: float) -> None:
         chance = self._random
         number = next(self._numbers)
         skip = chance.randrange(lease.num_tokens) if chance.random() < 0.3 else 0
         stop = chance.randint(skip + 1, lease.num_tokens) if chance.random() < 0.2 else lease.num_tokens
         unread_lease_s = chance.uniform(0.0, 1.5) if chance.random() < 0.5 else 0.0
         timeout_s = chance.uniform(0.5, 4.0)
-        job = Job(number, lease.seed, stop, lease.ref, unread_lease_s=unread_lease_s, skip=skip, timeout_s=timeout_s)
+        job = RequestSpec(
+            number, lease.seed, stop, lease.ref, unread_lease_s=unread_lease_s, skip=skip, timeout_s=timeout_s
+        )
         for sink in self._sinks:
             ends_by = time.monotonic() + wait_s + unread_lease_s + timeout_s + _MARGIN_S
             self._reads[sink.label, number] = (ends_by, sink.frozen_s)

@@ -27,7 +27,7 @@ TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Rank(resident.Geometry):
+class Rank(resident.EngineConfig):
     """One rank of one engine.
 
     Attributes:
@@ -50,17 +50,17 @@ class Rank(resident.Geometry):
 class Racer(resident.Resident):
     """What lives in the process."""
 
-    _geometry: Rank
+    _config: Rank
     _starts = 0
 
     def _make_blocks(self) -> Blocks:
-        mine = self._geometry
+        mine = self._config
         share = HEADS // mine.world
         self._heads = (mine.rank * share, (mine.rank + 1) * share)
         return RankBlocks(mine.order, mine.block_tokens, TOKENS, self._heads)
 
     def _make_cache(self) -> KVCache:
-        mine = self._geometry
+        mine = self._config
         return KVCache.from_layers(
             self._blocks.layers,
             rank=mine.rank,
@@ -71,7 +71,7 @@ class Racer(resident.Resident):
         )
 
     def _start(self, bind: str) -> Endpoint:
-        mine = self._geometry
+        mine = self._config
         self._starts += 1
         chance = random.Random(f"{mine.seed} {self._starts}")
         lease_s = 0.1 ** chance.random()
@@ -87,15 +87,15 @@ class Racer(resident.Resident):
         )
 
 
-def make(tell: Any, agent: str, agent_options: dict[str, Any], geometry: Rank, bind: str) -> resident.Resident:
+def make(tell: Any, agent: str, agent_options: dict[str, Any], config: Rank, bind: str) -> resident.Resident:
     """Make what lives in the process."""
-    if geometry.tls:
-        os.environ["UCX_TLS"] = geometry.tls
-    if geometry.plant:
+    if config.tls:
+        os.environ["UCX_TLS"] = config.tls
+    if config.plant:
         from tests.sim.planted import BUGS
 
-        BUGS[geometry.plant](setattr)
-    return resident.make(tell, agent, agent_options, geometry, bind, kind=Racer)
+        BUGS[config.plant](setattr)
+    return resident.make(tell, agent, agent_options, config, bind, kind=Racer)
 
 
 class RaceMember(Member):

@@ -14,10 +14,10 @@ import pytest
 from kvxfer.agents.capabilities import Capabilities, Op, Reach
 from kvxfer.agents.flights import FlightState
 from kvxfer.testing.actor import Actor
-from kvxfer.testing.child import ChildGoneError
 from kvxfer.testing.conformance import MIB, unique_name
 from kvxfer.testing.oracle import noise
 from kvxfer.testing.peers import ProcessPeer, ThreadPeer
+from kvxfer.testing.remote import ChildGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ made up is the world (messages that are lost, repeated, delayed and overtaken; c
 they were given up; devices that end late or fail; processes that crash, freeze and come back; clocks that drift, jump and
 stand) and the engines that use the endpoints, of one rank or several, whatever their caches look like in memory.
 
-The same seed makes the same run. ``run(seed)`` returns a `Report`, or raises `SimulationError` that says the seed, what was
+The same seed makes the same run. ``run(seed)`` returns a `SimulationReport`, or raises `SimulationError` that says the seed, what was
 violated, and what happened before. `shrink` finds the little that is needed for that::
 
     from kvxfer.testing.sim import PROFILES, run
@@ -16,7 +16,7 @@ violated, and what happened before. `shrink` finds the little that is needed for
 """
 
 from kvxfer.testing.sim.shrink import Shrunk, shrink
-from kvxfer.testing.sim.story import PROFILES, Report, SimulationError, run
+from kvxfer.testing.sim.story import PROFILES, SimulationError, SimulationReport, run
 from kvxfer.testing.sim.world import Profile
 
-__all__ = ["PROFILES", "Profile", "Report", "Shrunk", "SimulationError", "run", "shrink"]
+__all__ = ["PROFILES", "Profile", "Shrunk", "SimulationError", "SimulationReport", "run", "shrink"]

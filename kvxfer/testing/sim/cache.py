@@ -35,7 +35,7 @@ CAPACITY = 160
 
 
 @dataclass(frozen=True)
-class Shape:
+class CacheShape:
     """What all ranks of an engine have in common.
 
     Attributes:
@@ -170,7 +170,7 @@ class RankMemory:
         share: which of all layers and heads are here, as an index of such content.
     """
 
-    def __init__(self, process: Process, shape: Shape, rank: int) -> None:
+    def __init__(self, process: Process, shape: CacheShape, rank: int) -> None:
         self._tokens = shape.block_tokens
         each = LAYERS // shape.world if shape.by_layer else HEADS // shape.world
         mine, everything = slice(rank * each, (rank + 1) * each), slice(None)

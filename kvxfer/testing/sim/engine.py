@@ -14,7 +14,7 @@ from kvxfer.layout.spec import KVLayout
 from kvxfer.planner.costs import Costs
 from kvxfer.protocol.transfer import Done, Failed, LeaseExpired
 from kvxfer.testing.sim.agent import VirtualAgent
-from kvxfer.testing.sim.cache import RankMemory, Shape, noise
+from kvxfer.testing.sim.cache import CacheShape, RankMemory, noise
 from kvxfer.testing.sim.process import Process
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease import ConsumerRank
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer.protocol.transfer import Event, Transfer
-    from kvxfer.testing.sim.request import Request
+    from kvxfer.testing.sim.request import SimulatedRequest
     from kvxfer.testing.sim.story import Story
 
     Array = np.ndarray[Any, Any]
@@ -71,7 +71,7 @@ class Serving:
         over: it was aborted.
     """
 
-    request: Request
+    request: SimulatedRequest
     ref: LeaseRef
     blocks: list[int]
     content: Array
@@ -91,7 +91,7 @@ class Fetching:
         ended: ranks whose reads have.
     """
 
-    request: Request
+    request: SimulatedRequest
     blocks: list[int]
     content: Array
     first: int
@@ -223,7 +223,7 @@ class Engine:
         self.lives += 1
         who = f"{self.name}.{self.lives}"
         chance = world.draw(f"engine {who}")
-        self.shape: Shape = Shape(
+        self.shape: CacheShape = CacheShape(
             order=chance.choice(list(KVLayout)) if world.chooses(f"{who} has its own order", 0.8) else KVLayout.LBHNC,
             block_tokens=chance.choice([2, 8]) if world.chooses(f"{who} has its own block size", 0.4) else 4,
             world=2 if world.chooses(f"{who} has two ranks", 0.35) else 1,

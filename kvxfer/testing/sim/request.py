@@ -24,7 +24,7 @@ _MOST_TOKENS = 40
 _KERNEL_S = 0.5
 
 
-class Request:
+class SimulatedRequest:
     """One request. What is special about it is chosen by name, so that a run can be repeated without.
 
     Args:
@@ -57,7 +57,7 @@ class Request:
     def failed(self, error: KvxferError, who: str) -> None:
         """A read of it did. What says that the same may succeed later is tried again."""
         if self.must_be_read and error.retryable and self._tries > 1:
-            again = Request(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
+            again = SimulatedRequest(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
             self._tries = 0  # its other ranks need not fail too
             again.begin()
         elif self._tries and (self.must_be_read or (self._world.kind and not isinstance(error, LeaseError))):

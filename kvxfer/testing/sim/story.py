@@ -16,7 +16,7 @@ import numpy as np
 
 from kvxfer.testing.sim.engine import Engine
 from kvxfer.testing.sim.network import Network
-from kvxfer.testing.sim.request import Request
+from kvxfer.testing.sim.request import SimulatedRequest
 from kvxfer.testing.sim.world import Profile, World
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SimulationError(AssertionError):
 
 
 @dataclass
-class Report:
+class SimulationReport:
     """What one run was like.
 
     Attributes:
@@ -148,7 +148,7 @@ class Story:
         only: AbstractSet[str] | None = None,
         until: float = float("inf"),
     ) -> None:
-        self.report: Report = Report(seed)
+        self.report: SimulationReport = SimulationReport(seed)
         self._until = until
         self.world: World = World(seed, profile, only)
         self.network: Network = Network(self.world)
@@ -165,7 +165,7 @@ class Story:
         """Raises SimulationError."""
         raise SimulationError(self.report.seed, self.world.now, finding, what, self.world)
 
-    def tell(self) -> Report:
+    def tell(self) -> SimulationReport:
         """All of it, from the first request to the last thing that comes to its end."""
         with self._listening():
             try:
@@ -193,7 +193,7 @@ class Story:
             chance = world.draw(f"{name} begins")
             at = chance.choice(bursts) if chance.random() < 0.3 else chance.uniform(0, BUSY_S * 0.9)
             if world.chooses(name, 1.0):
-                world.after(at, Request(self, name).begin)
+                world.after(at, SimulatedRequest(self, name).begin)
         self._plan_disturbances()
         self._steps()
         world.run(min(BUSY_S, self._until))
@@ -209,7 +209,7 @@ class Story:
         for pair in itertools.permutations(self.engines, 2):
             name = f"probe from {pair[0].name} to {pair[1].name}"
             if world.chooses(name, 1.0):
-                world.after(world.draw(name).uniform(*PROBES_S), Request(self, name, pair, tries=2).begin)
+                world.after(world.draw(name).uniform(*PROBES_S), SimulatedRequest(self, name, pair, tries=2).begin)
         over = BUSY_S + QUIET_S
         world.run(min(BUSY_S + LANDING_S, self._until))
         while world.now < min(over, self._until) and not all(engine.idle for engine in self.engines):
@@ -317,7 +317,7 @@ def run(
     *,
     only: AbstractSet[str] | None = None,
     until: float = float("inf"),
-) -> Report:
+) -> SimulationReport:
     """One run from beginning to end.
 
     Args:

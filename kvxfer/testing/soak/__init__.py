@@ -5,7 +5,7 @@ Two engines prefill and two decode, with caches that look different, by pull and
 requests are aborted and leases expire. What must hold is in `Churn`: right bytes, each end told once and in time, nothing in
 use when nothing is asked for, and memory, files and threads that do not grow, as the operating system counts them.
 
-``run(seconds)`` returns a `Report`, or raises `SoakError`::
+``run(seconds)`` returns a `SoakReport`, or raises `SoakError`::
 
     from kvxfer.testing.soak import run
 
@@ -13,6 +13,6 @@ use when nothing is asked for, and memory, files and threads that do not grow, a
 """
 
 from kvxfer.testing.soak.churn import SoakError, run
-from kvxfer.testing.soak.report import Report
+from kvxfer.testing.soak.report import SoakReport
 
-__all__ = ["Report", "SoakError", "run"]
+__all__ = ["SoakError", "SoakReport", "run"]

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.soak.fleet import Member, listen, wait_up
 from kvxfer.testing.soak.inquiry import Inquiry
-from kvxfer.testing.soak.report import Report, Request
-from kvxfer.testing.soak.resident import SETTINGS, Geometry, Job
+from kvxfer.testing.soak.report import SoakReport, TrackedRequest
+from kvxfer.testing.soak.resident import SETTINGS, EngineConfig, RequestSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GEOMETRIES = {
-    "producer 1": Geometry("LBHN", 16),
-    "producer 2": Geometry("BLNH", 32, packs=True),
-    "consumer 1": Geometry("LBNH", 32, packs=True),
-    "consumer 2": Geometry("BHLN", 16),
+CONFIGS = {
+    "producer 1": EngineConfig("LBHN", 16),
+    "producer 2": EngineConfig("BLNH", 32, packs=True),
+    "consumer 1": EngineConfig("LBNH", 32, packs=True),
+    "consumer 2": EngineConfig("BHLN", 16),
 }
 """The first of each kind is never killed."""
 
@@ -48,20 +48,19 @@ class Churn:
     def __init__(self, agent: str, agent_options: dict[str, Any], seed: int, tell: Callable[[str], object]) -> None:
         self._random = random.Random(seed)  # noqa: S311 - no secret
         self._tell = tell
-        self.report: Report = Report()
+        self.report: SoakReport = SoakReport()
         self._trace: list[str] = []
         self._begun = time.monotonic()
         self._members: list[Member] = [
-            Member(label, agent, agent_options, geometry, elder=label.endswith("1"))
-            for label, geometry in GEOMETRIES.items()
+            Member(label, agent, agent_options, config, elder=label.endswith("1")) for label, config in CONFIGS.items()
         ]
         self._sources, self._sinks = self._members[:2], self._members[2:]
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, TrackedRequest] = {}
         self._due = {kind: self._begun + self._random.expovariate(1 / every_s) for kind, every_s in _EVERY_S.items()}
         self._lost: Counter[str] = Counter()
         self._inquiry = Inquiry(self._members, self.fail)
 
-    def run(self, seconds: float, calm_every_s: float) -> Report:
+    def run(self, seconds: float, calm_every_s: float) -> SoakReport:
         """All of it. Raises SoakError."""
         hurry = True  # who has failed, or is interrupted, does not wait for anybody
         try:
@@ -106,8 +105,8 @@ class Churn:
         source, sink = chance.choice(sources), chance.choice(sinks)
         self.report.requests += 1
         number, num_tokens = self.report.requests, chance.randint(1, 600)
-        job = Job(number, number, num_tokens, pieces=chance.randint(1, 4), step_s=chance.uniform(0.0, 0.1))
-        request = self._requests[number] = Request(job, source, None, source.life, both=chance.random() < 0.5)
+        job = RequestSpec(number, number, num_tokens, pieces=chance.randint(1, 4), step_s=chance.uniform(0.0, 0.1))
+        request = self._requests[number] = TrackedRequest(job, source, None, source.life, both=chance.random() < 0.5)
         if request.both:
             ref = LeaseRef.for_rendezvous(
                 f"{number}",
@@ -123,7 +122,7 @@ class Churn:
         self.report.ways["push" if request.both else "pull"] += 1
         source.order("prefill", job)
 
-    def _decode(self, request: Request, sink: Member) -> None:
+    def _decode(self, request: TrackedRequest, sink: Member) -> None:
         """Tell the decoder, unless nobody does: then the lease expires."""
         chance = self._random
         request.sink = sink
@@ -263,7 +262,7 @@ class Churn:
     def _told_closed(self, member: Member, left: dict[str, int]) -> None:
         self._inquiry.answers[member.label] = (left,)
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: TrackedRequest) -> None:
         if request.prefilled and request.decoded:
             self._requests.pop(request.job.number, None)
 
@@ -339,7 +338,7 @@ def run(
     seed: int = 0,
     calm_every_s: float = 60.0,
     tell: Callable[[str], object] = lambda _: None,
-) -> Report:
+) -> SoakReport:
     """Two engines prefill for two others, for so long, while things go wrong.
 
     Args:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer.testing.child import Child, ChildError, wait_any
+from kvxfer.testing.child import Child
+from kvxfer.testing.remote import ChildError, wait_any
 from kvxfer.testing.soak import resident
 from kvxfer.testing.soak.report import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kvxfer.testing.soak.resident import Geometry
+    from kvxfer.testing.soak.resident import EngineConfig
 
 _UP_S = 60.0
 _LAST_WORDS = 40
@@ -43,11 +44,11 @@ class Member:
     """Makes what lives in the process; importable by its name."""
 
     def __init__(
-        self, label: str, agent: str, agent_options: dict[str, Any], geometry: Geometry, *, elder: bool
+        self, label: str, agent: str, agent_options: dict[str, Any], config: EngineConfig, *, elder: bool
     ) -> None:
         self.label = label
         self.elder = elder
-        self.geometry = geometry
+        self.config = config
         self._agent, self._agent_options = agent, agent_options
         self.address: str = ""
         self.name: str = ""
@@ -66,7 +67,7 @@ class Member:
             self.make,
             self._agent,
             self._agent_options,
-            self.geometry,
+            self.config,
             self.address or "tcp://127.0.0.1:0",
             answer_s=_UP_S,
             raises=(ConfigError, UnavailableError),

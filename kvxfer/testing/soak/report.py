@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvxfer.testing.soak.fleet import Member
-    from kvxfer.testing.soak.resident import Job
+    from kvxfer.testing.soak.resident import RequestSpec
 
 FLAT_RSS_NBYTES = 32 << 20
 """By so much the allocator may play, and tables may fill that are bounded (a producer remembers 16,384 leases)."""
@@ -42,7 +42,7 @@ class Usage:
 
 
 @dataclass
-class Request:
+class TrackedRequest:
     """One request, as the router knows it. An engine that was killed answers nothing more.
 
     Attributes:
@@ -51,7 +51,7 @@ class Request:
         ends_by: when the decode must have ended, but for the time that its engine was frozen since.
     """
 
-    job: Job
+    job: RequestSpec
     source: Member
     sink: Member | None
     source_life: int
@@ -64,7 +64,7 @@ class Request:
 
 
 @dataclass
-class Report:
+class SoakReport:
     """What a soak was like.
 
     Attributes:

@@ -37,7 +37,7 @@ _STEP_S = 0.003
 
 
 @dataclass(frozen=True)
-class Geometry:
+class EngineConfig:
     """What one engine's cache looks like, and how bytes leave it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Job:
+class RequestSpec:
     """One request, as the router tells it to both engines.
 
     Attributes:
@@ -75,7 +75,7 @@ class Job:
 
 @dataclass(eq=False)
 class _Prefill:
-    job: Job
+    job: RequestSpec
     ref: LeaseRef
     blocks: list[int]
     offered: bool = False
@@ -83,7 +83,7 @@ class _Prefill:
 
 @dataclass(eq=False)
 class _Decode:
-    job: Job
+    job: RequestSpec
     ref: LeaseRef
     blocks: list[int] = field(default_factory=list)
 
@@ -94,10 +94,10 @@ class Resident:
     _finished = False
 
     def __init__(
-        self, tell: Callable[..., None], agent: str, agent_options: dict[str, Any], geometry: Geometry, bind: str
+        self, tell: Callable[..., None], agent: str, agent_options: dict[str, Any], config: EngineConfig, bind: str
     ) -> None:
         self._tell = tell
-        self._agent, self._agent_options, self._geometry = agent, agent_options, geometry
+        self._agent, self._agent_options, self._config = agent, agent_options, config
         self._blocks: Blocks = self._make_blocks()
         self._cache: KVCache = self._make_cache()
         self._prefills: dict[str, _Prefill] = {}
@@ -109,7 +109,7 @@ class Resident:
         self._tell("up", self._endpoint.address, self._endpoint.name)
 
     def _make_blocks(self) -> Blocks:
-        return Blocks(self._geometry.order, self._geometry.block_tokens, 8192)
+        return Blocks(self._config.order, self._config.block_tokens, 8192)
 
     def _make_cache(self) -> KVCache:
         return KVCache.from_layers(self._blocks.layers)
@@ -121,7 +121,7 @@ class Resident:
             bind=bind,
             settings=Settings(**SETTINGS),
             agent_options=self._agent_options,
-            costs=_PACKING_PAYS if self._geometry.packs else None,
+            costs=_PACKING_PAYS if self._config.packs else None,
             secret=_SECRET,
         )
 
@@ -137,7 +137,7 @@ class Resident:
 
     # -- orders
 
-    def prefill(self, job: Job) -> None:
+    def prefill(self, job: RequestSpec) -> None:
         """Begin a prefill for another engine."""
         blocks = self._blocks.take(self._blocks.needed(0, job.num_tokens))
         if blocks is None:
@@ -148,7 +148,7 @@ class Resident:
         prefill = self._prefills[ref.token] = _Prefill(job, ref, blocks)
         self._compute(prefill, 1)
 
-    def decode(self, job: Job) -> None:
+    def decode(self, job: RequestSpec) -> None:
         """Hold a lease if that is wanted, and read it."""
         decode = _Decode(job, LeaseRef.from_json(job.ref))
         if job.unread_lease_s:
