@@ -52,3 +52,16 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert dead == []
+
+
+def test_tests_that_pages_name_exist() -> None:
+    """Every test file that a page names is there, and every test in it (`path::test`, and `::test` after a path)."""
+    dead = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for line in page.read_text().splitlines():
+            path = ""
+            for named, test in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)?(?:::(\w+))?(?:\[[^`]*\])?`", line):
+                path = named or path
+                if path and not ((ROOT / path).exists() and (not test or f"def {test}(" in (ROOT / path).read_text())):
+                    dead.append(f"{page.name}: {path}::{test}")
+    assert dead == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control addresses: what is one, the IP addresses of a host, and names that the system's resolver is asked for."""
+"""Control addresses: their syntax, the IP addresses of a host, and look-ups of names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.core.engine import QUICK, Engine
     ],
 )
 def test_addresses(address, host, port):
-    """Numbers of both families and host names can be connected to, and an address is what its parts make again."""
+    """IP addresses of both families and host names are parsed, and their parts make the same address again."""
     assert addresses.parse(address) == (host, port)
     assert addresses.join(host, port) == address
 
@@ -69,7 +69,7 @@ def test_addresses(address, host, port):
     ],
 )
 def test_what_is_no_address(address):
-    """What nobody can be at is refused, and the message shows it; so is a lease that names it."""
+    """An impossible address is refused, and the message shows it; so is a lease that names one."""
     with pytest.raises(ConfigError, match=r"tcp://|port 0|neither a numeric address nor a host name"):
         addresses.parse(address)
     with pytest.raises(LeaseRefError):
@@ -84,7 +84,7 @@ def test_a_lease_has_an_owner():
 
 @pytest.mark.parametrize("advertise", ["", "a b", "1.2.3.4:55", "tcp://h", "h\n", "*"])
 def test_what_cannot_be_advertised(advertise):
-    """What no peer could connect to is refused at the start."""
+    """A host to advertise that no peer could connect to is refused at the start."""
     with pytest.raises(ConfigError, match="advertise="):
         ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics(), advertise)
 
@@ -131,7 +131,7 @@ needs_ipv6 = pytest.mark.skipif(not loopback_has_ipv6(), reason="no ::1 here")
     ("bind", "hosts"), [("tcp://localhost:0", ["127.0.0.1", "::1"]), ("tcp://*:0", ["127.0.0.1", "::1"])]
 )
 def test_both_families_at_one_port(bind, hosts):
-    """``localhost`` and ``*`` listen on IPv4 and IPv6, at one port, and peers are told a number."""
+    """``localhost`` and ``*`` listen on IPv4 and IPv6, at one port, and advertise an IP address."""
     channel = ControlChannel(bind, QUICK, Metrics(), allow_unauthenticated=True)
     host, port = addresses.parse(channel.address)
     assert addresses.known_ips(host) == [host]
@@ -141,7 +141,7 @@ def test_both_families_at_one_port(bind, hosts):
 
 @needs_ipv6
 def test_a_port_that_is_taken_in_one_family():
-    """A fixed port that another process has on one of the addresses is told; a free one is looked for until it is free on all."""
+    """A fixed port that another process has at one of the addresses is an error; a free one is tried until it is free at all."""
     with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as taken:
         taken.bind(("::1", 0))
         taken.listen()
@@ -152,7 +152,7 @@ def test_a_port_that_is_taken_in_one_family():
 
 
 def test_a_name_of_which_one_address_is_ours(monkeypatch):
-    """Of a name's addresses those are bound that this machine has; without a secret all must be loopback."""
+    """The addresses of a name that this machine has are bound; without a secret all of them must be loopback."""
     found = [(socket.AF_INET, 1, 6, "", (each, 0)) for each in ("192.0.2.7", "127.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     with pytest.raises(ConfigError, match="without a secret"):
@@ -176,7 +176,7 @@ def test_a_name_of_which_one_address_is_ours(monkeypatch):
     ],
 )
 def test_what_peers_are_told(bound, told):
-    """Of several addresses peers are told one that other machines reach, if there is one, and IPv4 before IPv6."""
+    """Of several addresses one that other machines reach is advertised, if there is one, and IPv4 before IPv6."""
     assert addresses.advertised_ip(bound) == told
 
 
@@ -221,7 +221,7 @@ def test_answers_and_failures_are_remembered(silent):
 
 
 def test_no_name_waits_for_another(silent, monkeypatch):
-    """Names that hang are given up by name, are few at a time, and delay no other."""
+    """Look-ups that hang fail by name, are few at a time, and delay no other name."""
     monkeypatch.setattr(resolver, "LONGEST_S", 0.2)
     silent["good"] = ["192.0.2.1"]
     told = threading.Event()
@@ -240,7 +240,7 @@ def test_no_name_waits_for_another(silent, monkeypatch):
 
 
 def test_what_was_known_is_used_until_there_is_news(silent, monkeypatch):
-    """A name that was resolved before is used as it was while a name server does not answer."""
+    """The last answer for a name is used while its name server does not answer."""
     silent["name"] = ["192.0.2.1"]
     names = Resolver(lambda: None)
     assert answer(names, "name") == ["192.0.2.1"]
@@ -250,7 +250,7 @@ def test_what_was_known_is_used_until_there_is_news(silent, monkeypatch):
 
 
 def test_a_name_that_hangs_keeps_nothing_alive(silent):
-    """An endpoint's channel is closed, and collected, while a name of its is still looked up."""
+    """A channel is closed and collected while a look-up of one of its names is under way."""
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics())
     channel.send("tcp://hangs:1", messages.Renew(tokens=[]))
     begin = time.monotonic()
@@ -281,7 +281,7 @@ def test_a_name_harms_its_own_lease_only(engines, silent, monkeypatch, name):
 
 
 def test_several_addresses_of_which_one_answers(engines, silent):
-    """A peer is found at whichever of its name's addresses it is, and again at another one when it has moved."""
+    """A peer is found at any of its name's addresses, and again at another one when it has moved."""
     silent["prefill"] = ["127.0.0.9", "::1", "127.0.0.8", "127.0.0.1"]
     source, sink = engines(), engines()
     port = source.endpoint.address.rpartition(":")[2]
@@ -307,7 +307,7 @@ def test_several_addresses_of_which_one_answers(engines, silent):
 
 
 def test_peers_that_were_never_heard_from_are_few():
-    """However many addresses are named, connections to peers that never answered are bounded, and the oldest give way."""
+    """Connections to peers that never answered are bounded, and the oldest are closed for new ones (white-box: their number)."""
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(max_connections=16), Metrics())
     for port in range(1, 101):
         channel.send(f"tcp://127.0.0.1:{port}", messages.Renew(tokens=[]))

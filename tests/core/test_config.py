@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: where each comes from, and what is refused."""
+"""Settings: origins of the values, and values that are refused."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def test_values_that_make_no_sense(name, value):
 
 
 def test_a_count_is_whole():
-    """Half a lease cannot be offered."""
+    """A count that is no whole number is refused."""
     with pytest.raises(ConfigError, match="whole"):
         Settings(max_leases=1.5)
 
 
 def test_unknown_names_are_refused():
-    """A misspelt setting is told, with the known ones."""
+    """A misspelt setting is refused, with the known ones."""
     with pytest.raises(ConfigError, match=r"lease_seconds.*lease_s"):
         Settings.resolve(environ={}, lease_seconds=3)
 
 
 @pytest.mark.parametrize("text", ["abc", "-1", "0", "nan", "1e", "1.5.2"])
 def test_a_bad_variable_is_named(text):
-    """What is wrong with a variable is said with the variable's name."""
+    """The error of a variable names the setting, the value, the variable, and the values that are allowed."""
     with pytest.raises(ConfigError) as caught:
         Settings.resolve(environ={"KVXFER_LEASE_S": text})
     assert str(caught.value) == (
@@ -110,7 +110,7 @@ def test_whole_numbers_of_the_environment_are_whole():
 
 
 def test_unknown_variables_are_told_once(caplog):
-    """A KVXFER_* variable that means nothing is a warning with the name that is nearest to it, once; those of kvxfer are none."""
+    """An unknown KVXFER_* variable is a warning with the nearest known name, once; the variables of kvxfer are none."""
     known = {"KVXFER_LEASE_S": "5", **dict.fromkeys(OTHER_VARIABLES, "")}
     strange = {"KVXFER_LEASE_SECONDS": "5", "KVXFER_READ_TIMEOUT": "1", "KVXFER_XYZ": "1", "OTHER_LEASE_S": "1"}
     for _ in range(3):
@@ -123,7 +123,7 @@ def test_unknown_variables_are_told_once(caplog):
 
 
 def test_the_variables_of_this_repository_are_known():
-    """No part of the product reads a KVXFER_* variable that would be told as unknown."""
+    """Each KVXFER_* variable that the product reads is a known one."""
     root = Path(__file__).parents[2]
     read = {
         name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of kvxfer itself, put there by the test: each ends what it touches, by name, is counted, and nothing else is harmed."""
+"""Faults of kvxfer itself, planted by the test: each is counted, ends its own transfers or leases by name, and harms no other."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def faults(engine, where):
 
 @pytest.mark.parametrize("held", [False, True])
 def test_a_fault_in_planning(pair, monkeypatch, held):
-    """The read ends at once by an error that is not to be tried again, and is counted; other peers are served."""
+    """A fault in planning ends the read at once by an error that is not retryable, and is counted; other peers are served."""
     source, sink = pair
     monkeypatch.setattr(routes, "plan", fault)
     ref = source.endpoint.lease([1])
@@ -78,7 +78,7 @@ def test_a_fault_in_planning(pair, monkeypatch, held):
 
 @pytest.mark.parametrize("method", ["_advance_rank", "_plan", "_schedule", "_start", "_add_rank", "_ask_again"])
 def test_a_fault_about_a_hold(pair, monkeypatch, method):
-    """Wherever it comes, the read ends by name long before its deadline, and its lease is not held for ever."""
+    """A fault in any step of an acquired lease ends the read by name long before its deadline, and the lease ends, too."""
     source, sink = pair
     monkeypatch.setattr(HeldLeases, method, fault)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
@@ -92,7 +92,7 @@ def test_a_fault_about_a_hold(pair, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["_answered", "_welcome", "read", "read_ended"])
 def test_a_fault_with_a_message(pair, monkeypatch, method):
-    """A command or a message that cannot be worked off ends the reads that it is about."""
+    """A command or a message whose handling fails ends the reads that it concerns."""
     source, sink = pair
     monkeypatch.setattr(Consumer, method, fault)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
@@ -105,7 +105,7 @@ def test_a_fault_with_a_message(pair, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["publish", "announce"])
 def test_a_fault_in_the_producer(pair, monkeypatch, method):
-    """Offered blocks have their one event, whatever fails."""
+    """Leased blocks have exactly one end event, whichever step of the producer fails."""
     source, sink = pair
     monkeypatch.setattr(LeaseTable, method, fault)
     ref = source.endpoint.lease([1])
@@ -120,7 +120,7 @@ def test_a_fault_in_the_producer(pair, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["_poll", "_begin_unoccupied", "_serve_waiting", "_fence_if_due", "start"])
 def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
-    """Whichever part fails with each turn, deadlines are kept, reads end, and the log is not flooded."""
+    """If a part of the data thread fails in each turn, deadlines are kept, reads end, and the log is not flooded."""
     source, sink = pair
     monkeypatch.setattr(Reads, method, fault)
     late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
@@ -141,7 +141,7 @@ def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
 
 
 def test_traces_are_bounded(caplog):
-    """A fault that comes again and again is counted each time, and its trace is logged now and then; another kind at once."""
+    """A repeated fault is counted each time and its trace is logged once in a while; a fault of another kind is logged at once."""
     metrics = Metrics()
     defects = Defects(metrics, "data")
     with caplog.at_level(logging.ERROR):
@@ -166,26 +166,26 @@ def test_traces_are_bounded(caplog):
     ],
 )  # fmt: skip
 def test_options_of_a_wrong_type(options):
-    """An option that is something else is refused by name where it is given, and leaves nothing behind."""
+    """An option of a wrong type is refused by name where it is given, and leaves nothing behind."""
     with pytest.raises(ConfigError):
         Engine(**options)
 
 
 @pytest.mark.parametrize("cache", [None, "a cache", {}])
 def test_a_cache_that_is_none(cache):
-    """Something that is no cache is refused by name."""
+    """An argument that is no cache is refused by name."""
     with pytest.raises(ConfigError, match="KVCache"):
         Endpoint(cache, "inproc")
 
 
 def test_an_agent_that_raises_when_it_is_made():
-    """Whatever a callable raises, the constructor's error has a name."""
+    """Any exception of a callable becomes a named error of the constructor."""
     with pytest.raises(UnavailableError, match="PlantedError: on purpose"):
         Engine(agent=fault)
 
 
 def test_arguments_of_a_wrong_type(pair):
-    """Calls with something else than they take are refused by name, and change nothing."""
+    """Calls with arguments of a wrong type are refused by name, and change nothing."""
     endpoint = pair[0].endpoint
     ref = endpoint.lease([1])
     calls = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters by name: strangers are found as ours are, and a broken one breaks nobody else."""
+"""Adapters by name: third-party packages are found as this project's are, and a broken one breaks no other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Shaky(InprocAgent):
 @pytest.fixture
 def installed(monkeypatch):
     """Say which entry points there are."""
-    module = types.ModuleType("a_strangers_package")
+    module = types.ModuleType("third_party_package")
     module.Fine, module.Missing, module.Shaky, module.number = Fine, Missing, Shaky, 5
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -51,9 +51,9 @@ def test_what_ships_is_found():
     assert registry.why_unavailable("inproc") is None
 
 
-def test_a_stranger_is_found(installed):
+def test_third_party_packages_are_found(installed):
     """Another package's adapter loads as ours do."""
-    installed(fine="a_strangers_package:Fine")
+    installed(fine="third_party_package:Fine")
     assert registry.names("agents") == ["fine", "inproc"]
     assert registry.load("fine") is Fine
 
@@ -61,14 +61,14 @@ def test_a_stranger_is_found(installed):
 @pytest.mark.parametrize(
     ("point", "why"),
     [
-        ("no_such_package:Agent", "no_such_package"), ("a_strangers_package:Nothing", "Nothing"),
-        ("a_strangers_package:number", "not a class"), ("a_strangers_package:Missing", "pip install something"),
-        ("a_strangers_package:Shaky", "cannot even ask"),
+        ("no_such_package:Agent", "no_such_package"), ("third_party_package:Nothing", "Nothing"),
+        ("third_party_package:number", "not a class"), ("third_party_package:Missing", "pip install something"),
+        ("third_party_package:Shaky", "cannot even ask"),
     ],
 )  # fmt: skip
 def test_a_broken_one_breaks_only_itself(installed, point, why):
-    """Whatever is wrong with a plug-in is the answer to why_unavailable, and the others load."""
-    installed(broken=point, fine="a_strangers_package:Fine")
+    """Any fault of a plug-in is returned by why_unavailable, and the other plug-ins load."""
+    installed(broken=point, fine="third_party_package:Fine")
     assert why in registry.why_unavailable("broken")
     with pytest.raises(UnavailableError):
         registry.load("broken")
@@ -78,7 +78,7 @@ def test_a_broken_one_breaks_only_itself(installed, point, why):
 
 def test_a_name_claimed_twice(installed):
     """Two packages that claim one name are an error that names both; also if one of them is ours."""
-    installed(same="a_strangers_package:Fine a_strangers_package:Missing", inproc="a_strangers_package:Fine")
+    installed(same="third_party_package:Fine third_party_package:Missing", inproc="third_party_package:Fine")
     for name in ("same", "inproc"):
         with pytest.raises(ConfigError, match="claim"):
             registry.load(name)
@@ -86,7 +86,7 @@ def test_a_name_claimed_twice(installed):
 
 def test_installed_twice_is_not_claimed_twice(installed):
     """The same entry seen twice, as with an editable install beside a wheel, is one."""
-    installed(same="a_strangers_package:Fine a_strangers_package:Fine", inproc="kvxfer.agents.inproc:InprocAgent")
+    installed(same="third_party_package:Fine third_party_package:Fine", inproc="kvxfer.agents.inproc:InprocAgent")
     assert registry.load("same") is Fine and registry.load("inproc") is InprocAgent
 
 
@@ -110,7 +110,7 @@ def _named_only(name):
 
 @pytest.mark.parametrize("loopback", [True, False])
 def test_agents_are_told_whether_to_stay_on_loopback(loopback):
-    """A callable that has the argument is told whether the control address is on loopback; one that has not is called as ever."""
+    """A callable with the argument loopback_only gets it; one without is called without it."""
     make = registry.agent_maker(_open_or_not, {}, "told/0/e", loopback=loopback)
     with closing(make()) as first, closing(make()) as second:
         assert (first.told, second.told) == (loopback, loopback)
@@ -120,7 +120,7 @@ def test_agents_are_told_whether_to_stay_on_loopback(loopback):
 
 
 def test_an_agent_bears_the_name_that_it_was_given():
-    """A callable whose agent goes by another name is refused by name at the start: its peers would refuse it later."""
+    """A callable that makes an agent of another name is refused by name at the start: peers would refuse it later."""
     make = registry.agent_maker(lambda _: InprocAgent("my own choice"), {}, "mine/0/e", loopback=True)
     with pytest.raises(ConfigError, match="my own choice"):
         make()

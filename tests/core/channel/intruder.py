@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a call lets another thread have the interpreter's lock, found out by one that waits for it."""
+"""A thread that waits for the interpreter's lock, to find calls that release it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from kvxfer.testing import eventually
 
 
 class Intruder:
-    """A thread that waits for the interpreter's lock, and nobody has to give it up by himself for 1,000 seconds.
+    """A thread that waits for the interpreter's lock, which no other thread must release by itself for 1,000 seconds.
 
     Attributes:
-        came: how often it got in while it should not.
+        came: number of times that it got the lock during a guarded call.
     """
 
     def __init__(self) -> None:
         self.came = 0
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self._turn = threading.Lock()
+        self._turn.acquire()
         self._guards = False
         self._over = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -33,22 +33,22 @@ class Intruder:
     def __exit__(self, *error):
         sys.setswitchinterval(self._before)
         self._over = True
-        self._gate.release()
+        self._turn.release()
         self._thread.join()
 
     def _run(self):
         while True:
-            self._gate.acquire()
+            self._turn.acquire()
             if self._over:
                 return
             self.came += self._guards
 
     def during(self, call):
-        """What the call returns; it waits for the lock when the call begins, and again each time it had it."""
-        self._gate.release()
-        sum(range(50_000))  # by now it has come to the lock
+        """Run a call and return its result; the thread waits for the lock during all of the call."""
+        self._turn.release()
+        sum(range(50_000))  # by now the thread waits for the lock
         self._guards = True
         result = call()
         self._guards = False
-        eventually(self._gate.locked, what="it has had its turn")
+        eventually(self._turn.locked, what="it has had its turn")
         return result

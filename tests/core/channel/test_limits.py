@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much one peer may take of a control channel: strangers in great number, peers gone mad, and the honest one beside them."""
+"""Limits of a control channel per peer: many connections, floods, messages without end, and an honest peer beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from kvxfer import LeaseReleased
-from kvxfer.channel.connections import _duplicate
+from kvxfer.channel.connections import _duplicate, connection_limit
 from kvxfer.channel.limits import (
     CPU_SHARE,
     MOST_UNFINISHED_NBYTES,
@@ -39,13 +39,13 @@ from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.config import Settings
 from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
-from kvxfer.protocol.pacer import Pacer
+from kvxfer.protocol.pace import Pacer
 from kvxfer.testing import eventually
 from tests.core.channel.test_zmq_channel import GREETING, READY, SECRET, raw
 from tests.core.engine import QUICK, Engine
 from tests.process.reader import Member
 
-# -- a bucket ------------------------------------------------------------------------------------------------------------
+# -- rate limit ------------------------------------------------------------------------------------------------------------
 
 
 def spent(bucket, messages, now, nbytes=0):
@@ -53,20 +53,20 @@ def spent(bucket, messages, now, nbytes=0):
 
 
 def test_a_second_s_worth_and_no_more():
-    """After a pause a peer says a second's worth at once; as much again is dropped, and then it is cut."""
+    """After a pause a peer may send one second's messages at once; as many more are dropped, and the next closes the connection."""
     bucket = TokenBucket(100, 0.0)
     assert spent(bucket, 100, 10.0) == [Verdict.ACCEPT] * 100
     assert spent(bucket, 99, 10.0) == [Verdict.DROP] * 99
     assert bucket.take(0, 10.0) is Verdict.CLOSE
 
 
-def test_to_connect_again_pays_for_nobody():
-    """A new connection may say a tenth of a second's worth at once."""
+def test_a_new_connection_has_a_smaller_burst():
+    """A new connection may send the messages of a tenth of a second at once."""
     assert spent(TokenBucket(100, 0.0), 11, 0.0) == [Verdict.ACCEPT] * 10 + [Verdict.DROP]
 
 
 def test_a_steady_peer_is_never_refused():
-    """Whoever stays within the rate is always heard."""
+    """All messages of a peer within the rate are accepted."""
     bucket = TokenBucket(100, 0.0)
     assert all(bucket.take(0, n / 100) is Verdict.ACCEPT for n in range(10_000))
 
@@ -79,7 +79,7 @@ def test_long_messages_count_by_their_length():
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 1 << 20)), max_size=60))
 def test_no_more_is_taken_than_the_rate_allows(steps):
-    """Whatever a peer does, over any time what is taken is at most the rate times the time and a second more."""
+    """For any sequence of messages, those accepted in some time are at most the rate times that time and one second."""
     now, taken, buckets = 0.0, 0, TokenBuckets(50)
     for wait_s, nbytes in steps:
         now += wait_s
@@ -88,66 +88,66 @@ def test_no_more_is_taken_than_the_rate_allows(steps):
     assert taken <= 50 * (now + 1)
 
 
-# -- places --------------------------------------------------------------------------------------------------------------
+# -- connections--------------------------------------------------------------------------------------------------------
 
 
-def test_the_oldest_stranger_goes_first():
-    """When there are too many, the one that has been there longest without a word goes, and who spoke stays."""
-    places = ConnectionTable(8)
+def test_the_oldest_silent_connection_goes_first():
+    """When there are too many connections, the oldest without a message is closed; one with a message stays."""
+    table = ConnectionTable(8)
     for connection in range(8):
-        assert places.accepted(connection) is None
-    places.heard(0)
-    assert places.accepted(8) == 1
-    places.shut(1)
-    assert places.accepted(9) == 2 and len(places) == 9
+        assert table.accepted(connection) is None
+    table.heard(0)
+    assert table.accepted(8) == 1
+    table.shut(1)
+    assert table.accepted(9) == 2 and len(table) == 9
 
 
 def test_newcomers_always_have_a_place():
-    """When all places are taken by peers that spoke, the one that was silent for longest makes room for a new one."""
-    places = ConnectionTable(8)
+    """When all connections have sent messages, the one whose last message is the oldest makes room for a new one."""
+    table = ConnectionTable(8)
     for connection in range(8):
-        places.accepted(connection)
-        places.heard(connection)
-    places.heard(0)
-    assert places.accepted(8) == 1
-    places.shut(1)
-    assert places.accepted(9) == 8  # a second newcomer replaces the first one
+        table.accepted(connection)
+        table.heard(connection)
+    table.heard(0)
+    assert table.accepted(8) == 1
+    table.shut(1)
+    assert table.accepted(9) == 8  # a second newcomer replaces the first one
 
 
-def test_ends_that_are_no_surprise():
-    """An end is counted as a stranger's only if the connection had said nothing and was not cut."""
-    places = ConnectionTable(8)
+def test_expected_ends():
+    """The end of a connection is unexpected only if it sent no message and was not shut down by this side."""
+    table = ConnectionTable(8)
     for connection in range(3):
-        places.accepted(connection)
-    places.heard(0)
-    places.shut(1)
-    places.heard(1)  # its last words
-    assert [places.gone(connection) for connection in (0, 1, 2, 3)] == [True, True, False, False]
-    assert len(places) == 0
+        table.accepted(connection)
+    table.heard(0)
+    table.shut(1)
+    table.heard(1)  # a message that was on its way
+    assert [table.gone(connection) for connection in (0, 1, 2, 3)] == [True, True, False, False]
+    assert len(table) == 0
 
 
-def test_what_has_no_end():
-    """Bytes that came since the last look beside no message belong to one that does not end."""
-    places = ConnectionTable(8)
-    places.accepted(0)
-    assert places.unfinished_nbytes(0, 1000) == 1000
-    places.heard(0)
-    assert places.unfinished_nbytes(0, 5000) == 0
-    assert places.unfinished_nbytes(0, 7000) == 2000
-    assert places.unfinished_nbytes(5, 7000) == 0
+def test_a_message_that_does_not_end():
+    """Bytes that arrived since the last check without a complete message belong to a message that has not ended."""
+    table = ConnectionTable(8)
+    table.accepted(0)
+    assert table.unfinished_nbytes(0, 1000) == 1000
+    table.heard(0)
+    assert table.unfinished_nbytes(0, 5000) == 0
+    assert table.unfinished_nbytes(0, 7000) == 2000
+    assert table.unfinished_nbytes(5, 7000) == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from(["accepted", "heard", "gone", "shut"]), st.integers(0, 30)), max_size=200))
-def test_places_never_grow(steps):
-    """Whatever is told in whatever order, obeying it keeps the number, and never is somebody to be cut who has no place."""
-    places = ConnectionTable(10)
+def test_the_table_is_bounded(steps):
+    """For any order of events the table stays bounded, and a connection to shut down is one of the table."""
+    table = ConnectionTable(10)
     for kind, connection in steps:
-        result = getattr(places, kind)(connection)
+        result = getattr(table, kind)(connection)
         if kind == "accepted" and result is not None:
-            assert result in list(places)
-            places.shut(result)
+            assert result in list(table)
+            table.shut(result)
         if kind == "accepted":
-            assert len(places) <= 31
+            assert len(table) <= 31
 
 
 # -- a live endpoint -------------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def refused(engine, reason):
 
 
 def held_through(source, sink, seconds, *, lease_s):
-    """The honest one: it keeps a lease by renewing, meets the producer and reads again and again."""
+    """Keep one lease by renewals, and meet the producer and read again and again; returns when the time is over."""
     kept = source.endpoint.lease([7])
     sink.endpoint.acquire(kept)
     eventually(lambda: sink.endpoint.granted(kept))
@@ -211,8 +211,8 @@ WITH_SECRET = "sixteen bytes at least, and here are more"
         ("long", WITH_SECRET),
     ],
 )
-def test_a_peer_gone_mad(engines, secret, kind):
-    """One process says as much as it can and hears nothing: the one beside it meets, renews and reads in time, and memory stays."""
+def test_a_flood(engines, secret, kind):
+    """One process sends as much as it can and reads nothing: an honest one meets, renews and reads in time, and memory stays."""
     settings = Settings(lease_s=1.5, retry_interval_s=0.1, read_timeout_s=30.0)
     shared = {"settings": settings, "secret": SECRET if secret else None}
     source, sink = engines(**shared), engines(**shared)
@@ -251,7 +251,7 @@ def shake_hands(engine):
 
 
 def say_without_end(listener, *, most_nbytes):
-    """One message, frame after frame of it, until it is not listened to any more. Returns how much was said of it."""
+    """Send frames of one message until the connection is closed. Returns the bytes that were sent."""
     frame = b"\x03" + struct.pack(">Q", 1 << 20) + bytes(1 << 20)
     sent = 0
     with shake_hands(listener) as sock, contextlib.suppress(OSError):
@@ -263,7 +263,7 @@ def say_without_end(listener, *, most_nbytes):
 
 
 def listen(conn):
-    """An engine in a process of its own: tells its address and, when asked, how many messages without end it refused."""
+    """Engine in a process of its own: sends its address and, on request, the number of messages without end that it refused."""
     engine = Engine()
     with engine.endpoint as endpoint:
         conn.send(endpoint.address)
@@ -281,7 +281,7 @@ def connections_of(engine):
 @pytest.mark.parametrize("said", [b"", GREETING + READY], ids=["nothing", "a handshake"])
 @pytest.mark.parametrize("most", [64, 4096], ids=["too many", "allowed"])
 def test_two_thousand_idle_connections(engines, many_descriptors, said, most):
-    """Two thousand connections that stay and say nothing: an honest peer is served, and of more than allowed the rest is shut."""
+    """Two thousand silent connections that stay: an honest peer is served, and connections above the limit are closed."""
     settings = Settings(lease_s=1.0, retry_interval_s=0.1, read_timeout_s=30.0, max_connections=most)
     source, sink = engines(settings=settings), engines(settings=settings)
     assert sink.endpoint.read(source.endpoint.lease([1]), [1]).wait(30)  # it was there before them
@@ -300,7 +300,7 @@ def test_two_thousand_idle_connections(engines, many_descriptors, said, most):
 
 
 def test_connections_that_come_and_go(engines):
-    """Who connects and hangs up as fast as it can for two seconds leaves no descriptor behind and nobody unserved."""
+    """A process that connects and disconnects as fast as it can for two seconds leaves no descriptor, and peers are served."""
     settings = Settings(lease_s=1.0, retry_interval_s=0.1, read_timeout_s=30.0, max_connections=16)
     source, sink = engines(settings=settings), engines(settings=settings)
     before = psutil.Process().num_fds()
@@ -312,8 +312,8 @@ def test_connections_that_come_and_go(engines):
     eventually(lambda: psutil.Process().num_fds() <= before + 8, timeout_s=20)
 
 
-def test_closing_while_strangers_come(many_descriptors):
-    """An endpoint that is closed in the middle of three thousand new connections closes, and soon."""
+def test_closing_while_connections_come(many_descriptors):
+    """An endpoint that is closed during three thousand new connections closes, and soon."""
     engine = Engine(1, settings=Settings(max_connections=16))
     idle = []
     with contextlib.suppress(OSError):
@@ -326,7 +326,7 @@ def test_closing_while_strangers_come(many_descriptors):
 
 
 def test_a_message_without_end(engines, caplog):
-    """Frame after frame of one message that never ends: its sender is hung up on, and others are served."""
+    """A message of frames without end: its connection is closed, and other peers are served."""
     source, sink = engines(), engines()
     with caplog.at_level(logging.WARNING, "kvxfer"):
         sent = say_without_end(source, most_nbytes=20 * MOST_UNFINISHED_NBYTES)
@@ -336,7 +336,7 @@ def test_a_message_without_end(engines, caplog):
 
 
 def test_what_came_of_a_message_without_end_is_forgotten(monkeypatch):
-    """The memory that a message took which never ends is free again as soon as its sender was hung up on."""
+    """The memory of a message without end is free as soon as its connection is closed."""
     # Else the C library may keep what is freed, and what is measured is its taste.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 16))
     context = multiprocessing.get_context("spawn")
@@ -350,7 +350,7 @@ def test_what_came_of_a_message_without_end_is_forgotten(monkeypatch):
         for _ in range(2):
             assert say_without_end(there, most_nbytes=20 * MOST_UNFINISHED_NBYTES) > MOST_UNFINISHED_NBYTES
         eventually(lambda: rss.memory_info().rss - before < MOST_UNFINISHED_NBYTES // 2)
-        ours.send("how many were hung up on?")
+        ours.send("how many were refused?")
         assert ours.recv() == 2
     finally:
         ours.close()
@@ -358,7 +358,7 @@ def test_what_came_of_a_message_without_end_is_forgotten(monkeypatch):
 
 
 def test_a_descriptor_that_is_another_s_by_now():
-    """Nothing is hung up on but a connection that came in by this port, whatever its number stands for now."""
+    """Only incoming connections of this port are shut down, even if the descriptor now belongs to another file."""
     with socket.create_server(("127.0.0.1", 0)) as server, Path(os.devnull).open() as file:
         port = server.getsockname()[1]
         address = f"tcp://127.0.0.1:{port}"
@@ -376,7 +376,7 @@ def test_a_descriptor_that_is_another_s_by_now():
 
 
 def test_a_producer_that_floods(engines):
-    """A producer that answers without end is hung up on, and this side serves its others meanwhile."""
+    """A producer that sends answers without end is disconnected, and the consumer serves its other peers meanwhile."""
     import zmq
 
     from kvxfer.protocol.lease_ref import LeaseRef
@@ -402,7 +402,7 @@ def test_a_producer_that_floods(engines):
 
 
 def test_a_peer_that_does_not_listen(engines):
-    """Replies to somebody who does not take them are dropped and counted, and fill no memory."""
+    """Replies to a peer that does not read them are dropped and counted, and fill no memory."""
     source, sink = engines(settings=Settings(max_messages_per_s=1 << 30)), engines()
     hello = messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="deaf", epoch="e", rank=0, agent="inproc"))
     sock = shake_hands(source)
@@ -418,15 +418,15 @@ def test_a_peer_that_does_not_listen(engines):
 
 
 def test_few_descriptors(monkeypatch):
-    """Where a process may open few files, fewer connections are let in."""
+    """A process with few file descriptors accepts fewer connections."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(), Metrics())
-    assert channel._incoming.table.most == 25
+    assert connection_limit(Settings()) == 25
     channel.close()
 
 
 def test_the_pace_of_one_peer():
-    """Some messages at once, then one after the other at half the rate that the peer takes; a pause earns the first ones again."""
+    """A burst, then one message after the other at half the peer's rate; a pause allows a burst again."""
     pace = Pacer(1000)
     times = [pace.reserve(0.0) for _ in range(1050)]
     assert times[:50] == [0.0] * 50 and times == sorted(times) and times[-1] == pytest.approx(2.0, abs=0.01)
@@ -438,7 +438,7 @@ def test_the_pace_of_one_peer():
 
 
 def test_a_burst_of_leases(engines):
-    """8,000 leases that are held at once are all granted and settled, and nobody is cut off or dropped for asking too much."""
+    """8,000 leases acquired at once are all granted and released, without a dropped message or a closed connection."""
     settings = structs.replace(QUICK, lease_s=300.0, peer_timeout_s=120.0)
     source, sink = engines(settings=settings).endpoint, engines(settings=settings).endpoint
     refs = [source.lease([number % 32]) for number in range(8000)]
@@ -454,7 +454,7 @@ def test_a_burst_of_leases(engines):
 
 
 def test_a_rate_in_time():
-    """Messages that take long to handle are dropped when their sender has had its share of the thread, but nobody is cut for that."""
+    """Messages above a connection's share of processor time are dropped, but the connection stays open."""
     bucket, now, spent_s = TokenBucket(1000, 0.0, asked=True), 0.0, 0.0
     for _ in range(100_000):
         now += 0.001
@@ -471,22 +471,22 @@ def test_a_rate_in_time():
         quick.spend(50e-6)
 
 
-def test_replies_that_nobody_takes():
-    """A connection that takes nothing is not answered without end; one that takes what it is sent always is."""
+def test_reply_backlog():
+    """A connection that reads nothing gets a bounded number of replies; one that reads gets all of them."""
     acknowledged = {1: 0, 2: 0, 3: None}
-    untaken = ReplyBacklog(1000, acknowledged.__getitem__)
-    assert [untaken.may_send(1, 300) for _ in range(6)] == [True] * 4 + [False] * 2
+    backlog = ReplyBacklog(1000, acknowledged.__getitem__)
+    assert [backlog.may_send(1, 300) for _ in range(6)] == [True] * 4 + [False] * 2
     acknowledged[1] = 1000
-    assert untaken.may_send(1, 300)
+    assert backlog.may_send(1, 300)
     for _ in range(100):
-        assert untaken.may_send(2, 900) and untaken.may_send(3, 900)
+        assert backlog.may_send(2, 900) and backlog.may_send(3, 900)
         acknowledged[2] += 950
-    untaken.forget(1)
-    assert untaken.may_send(1, 5000) and not untaken.may_send(1, 1)
+    backlog.forget(1)
+    assert backlog.may_send(1, 5000) and not backlog.may_send(1, 1)
 
 
-def test_a_connection_that_takes_no_answers(engines):
-    """What waits for a member that asks for large grants and takes none of them is a few MiB, and others are answered."""
+def test_a_connection_that_reads_no_replies(engines):
+    """Unread grants of a member that asks for large ones take a few MiB at most, and other peers are answered."""
     source = engines(blocks=1 << 16, settings=structs.replace(QUICK, lease_s=300.0)).endpoint
     ref = source.lease(list(np.random.default_rng(1).permutation(1 << 16)))
     member = Member(source.address)

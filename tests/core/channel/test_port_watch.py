@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A peer that has died is known at once: its port is closed, and the operating system says so."""
+"""A peer that has died is found at once: its port refuses connections."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def port_of(sock):
 
 @pytest.fixture
 def free_port():
-    """A port at which nobody listens."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        yield port_of(probe)  # bound, not listened at: nobody else takes it
+        yield port_of(probe)  # bound without a listener, so that no other process takes it
 
 
 def watched(watch, port, *, for_s=20.0, ips=("127.0.0.1",)):
-    """Whether it finds, within that time, that nobody listens."""
+    """Whether the watch finds within that time that the port refuses connections."""
     until = time.monotonic() + for_s
     while time.monotonic() < until:
         now = time.monotonic()
@@ -39,7 +39,7 @@ def watched(watch, port, *, for_s=20.0, ips=("127.0.0.1",)):
 
 
 def test_a_closed_port_is_found_the_second_time(free_port):
-    """A port that is refused once may belong to a server that is restarted: it has to be refused again a moment later."""
+    """A port must be refused twice, a moment apart: after the first time it may belong to a server that restarts."""
     watch, begin = PortWatch(time.monotonic()), time.monotonic()
     assert watched(watch, free_port)
     assert time.monotonic() - begin >= AGAIN_S
@@ -47,7 +47,7 @@ def test_a_closed_port_is_found_the_second_time(free_port):
 
 
 def test_an_open_port_is_never_found():
-    """Where somebody listens, frozen or not, nobody is called dead; nor where only one of several ips is refused."""
+    """A peer with a listener, frozen or not, is not dead; nor is one of whose several addresses only one is refused."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         watch = PortWatch(time.monotonic())
         assert not watched(watch, port_of(listener), for_s=1.0)
@@ -58,7 +58,7 @@ def test_an_open_port_is_never_found():
 
 
 def test_a_read_of_a_dead_address_fails_at_once(free_port):
-    """A lease whose producer is not there fails by name long before ``peer_timeout_s``, waiting or asked for later."""
+    """The read of a lease whose producer is dead fails by name long before ``peer_timeout_s``, the first and the second time."""
     sink = Engine(2, settings=Settings())
     try:
         for _ in range(2):
@@ -71,8 +71,8 @@ def test_a_read_of_a_dead_address_fails_at_once(free_port):
         sink.endpoint.close()
 
 
-def test_a_shared_lease_waits_for_its_producer(free_port):
-    """A reference that both sides make for themselves may be earlier than its producer: it waits until somebody listens."""
+def test_a_rendezvous_read_waits_for_its_producer(free_port):
+    """A rendezvous read may begin before its producer has started: it waits until the producer listens."""
     sink = Engine(2, settings=Settings())
     try:
         ref = LeaseRef.for_rendezvous("both know this", producer="later", addresses=[f"tcp://127.0.0.1:{free_port}"])

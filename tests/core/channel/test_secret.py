@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A secret that the endpoints of a fleet share: who has it is served, who has not learns nothing and disturbs nobody."""
+"""The shared secret of a fleet: peers with it are served; peers without it learn nothing and disturb no other peer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def unauthenticated(engine):
 
 
 def test_every_process_derives_the_same_keys():
-    """The keys follow from the secret alone: another process, that knows nothing else, has the same."""
+    """The keys follow from the secret alone: another process with the same secret has the same keys."""
     code = f"from kvxfer import Secret; s = Secret({TEXT!r}); print(*s.listener, *s.caller, s.digest(b'x').hex())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.strip() == " ".join(map(str, [*OURS.listener, *OURS.caller, OURS.digest(b"x").hex()]))
@@ -66,7 +66,7 @@ def test_keys_differ_by_secret_and_purpose():
 
 
 def test_it_is_not_shown(tmp_path):
-    """Neither the secret nor a private key is in what a person or a log might see, and none is pickled by accident."""
+    """Neither the secret nor a private key is shown in texts or logs, and none is pickled by accident."""
     shown = " ".join(map(repr, (OURS, OURS.listener, [OURS.caller]))) + str(OURS)
     for hidden in (TEXT, OURS.listener.private, OURS.caller.private, OURS.listener.public):
         assert hidden.decode() not in shown
@@ -82,7 +82,7 @@ def test_it_is_not_shown(tmp_path):
 
 @pytest.mark.parametrize("text", [bytes(16), b"a" * 40, b"abcd" * 10, b"0" * 31 + b"1", "a text of a person"])
 def test_a_secret_that_can_be_guessed(text):
-    """Bytes that hardly differ, and what is no bytes, are refused by name, and not shown."""
+    """Secrets that can be guessed, and values that are no bytes, are refused by name, and not shown."""
     with pytest.raises(ConfigError) as told:
         Secret(text)
     assert repr(text) not in str(told.value)
@@ -108,7 +108,7 @@ def test_a_file_that_does_not_end(tmp_path, monkeypatch):
 
 
 def test_tokens_are_not_shown():
-    """What holds the token of a lease that lives does not show it, to people, to logs or to rich."""
+    """Objects that hold the token of a lease do not show it, in texts, in logs or in rich."""
     token = "0123456789abcdef" * 2
     grant = messages.Grant(token=token, blocks=[b""], cell=1, check=bytes(16), ttl_s=1.0)
     ref = LeaseRef.for_rendezvous("key", producer="x", addresses=["tcp://x:1"])
@@ -127,7 +127,7 @@ def test_tokens_are_not_shown():
 
 
 def test_where_it_comes_from(tmp_path, caplog):
-    """A given file before the file of the environment before the variable; a line's end does not count."""
+    """A given file comes before the file of the environment, and that before the variable; a line's end is ignored."""
     files = {name: tmp_path / name for name in ("a", "b")}
     for name, file in files.items():
         file.write_bytes(name.encode() + TEXT + b"\n")
@@ -154,7 +154,7 @@ def test_a_file_that_cannot_be_read(file):
 
 
 def test_those_who_have_it_serve_each_other(engines):
-    """Nothing else changes: a lease is read, and settled."""
+    """With a secret a lease is read and released as without one."""
     source, sink = engines(OURS), engines(Secret(TEXT))
     ref = source.endpoint.lease([1, 2])
     assert sink.endpoint.read(ref, [3, 4]).wait(30) and sink.blocks(3, 4) == source.blocks(1, 2)
@@ -163,24 +163,22 @@ def test_those_who_have_it_serve_each_other(engines):
 
 @pytest.mark.parametrize(("mine", "theirs"), [(OURS, THEIRS), (OURS, None), (None, OURS)])
 def test_others_are_not(engines, mine, theirs, caplog):
-    """Without the same secret not a word is heard: the read ends within its time, it is counted, and others are served."""
-    source, stranger, friend = engines(mine), engines(theirs), engines(mine)
+    """A peer with another secret gets no answer: its read ends in time, it is counted, and other peers are served."""
+    source, outsider, friend = engines(mine), engines(theirs), engines(mine)
     ref = source.endpoint.lease([1])
     with caplog.at_level(logging.WARNING, "kvxfer"):
-        transfer = stranger.endpoint.read(ref, [1])
+        transfer = outsider.endpoint.read(ref, [1])
         with pytest.raises(PeerTimeoutError):
             transfer.wait(30)
-        # A side without a secret may see no more than that the other one hangs up.
+        # A side without a secret may see only that the other side disconnects.
         eventually(lambda: (unauthenticated if mine else refused)(source) >= 1)
-    assert not stranger.endpoint._consumer._peers.by_address.get(source.endpoint.address, None) or (
-        stranger.endpoint._consumer._peers.by_address[source.endpoint.address].agent_info == b""
-    )
+    assert outsider.endpoint.in_use()["agent_peers"] == 0
     assert "secret" in caplog.text or mine is None
     assert friend.endpoint.read(ref, [2]).wait(30) and friend.blocks(2) == source.blocks(1)
 
 
 def test_to_know_the_listeners_key_is_not_enough(engines):
-    """Whoever connects has to prove a key of its own, which is compared; a right one, once more, is let in."""
+    """A caller must prove that it has the fleet's key; the right one is accepted again afterwards."""
     source = engines(OURS)
     hello = messages.Hello(protocol=messages.PROTOCOL, name="x", epoch="e", rank=0, agent="inproc")
     public, private = zmq.curve_keypair()
@@ -191,7 +189,7 @@ def test_to_know_the_listeners_key_is_not_enough(engines):
                 introduce(sock, OURS.listener.public, caller)
                 refused = unauthenticated(source)
                 sock.connect(source.endpoint.address)
-                with contextlib.suppress(zmq.Again):  # it may be refused by now, and then has nobody to send to
+                with contextlib.suppress(zmq.Again):  # its connection may be refused by now
                     sock.send(messages.encode(hello), zmq.DONTWAIT)
                 if answered:
                     assert sock.poll(30_000) and isinstance(messages.decode(sock.recv()), messages.Welcome)
@@ -204,7 +202,7 @@ def test_to_know_the_listeners_key_is_not_enough(engines):
 
 
 class Wiretap:
-    """A relay between a consumer and a producer that keeps what passes, by direction."""
+    """A relay between a consumer and a producer that records all bytes, by direction."""
 
     def __init__(self, address):
         self.target = int(address.rpartition(":")[2])
@@ -233,7 +231,7 @@ class Wiretap:
 
 @pytest.mark.parametrize("secret", [None, OURS], ids=["open", "with a secret"])
 def test_a_wiretap(engines, secret):
-    """With a secret nothing of a lease or a cache can be read off the wire, and to say it all again has no effect."""
+    """With a secret no byte of a lease or a cache can be read off the wire, and a replay has no effect."""
     source, sink = engines(secret), engines(secret)
     tap = Wiretap(source.endpoint.address)
     ref = source.endpoint.announce(LeaseRef.mint(producer=source.endpoint.name, addresses=[tap.address]))
@@ -260,7 +258,7 @@ def test_a_wiretap(engines, secret):
 
 
 def test_the_token_of_a_request_that_both_were_told_of():
-    """With a secret the token cannot be made from what a router, a client and a log may know of the request."""
+    """With a secret the token cannot be derived from what routers, clients and logs know of the request."""
     known = {"key": "transfer-1", "producer": "P", "addresses": ["tcp://p:1"], "num_tokens": 7, "digest": "d"}
     tokens = {LeaseRef.for_rendezvous(**known, secret=secret).token for secret in (None, OURS, THEIRS)}
     assert len(tokens) == 3 and LeaseRef.for_rendezvous(**known, secret=Secret(TEXT)).token in tokens
@@ -273,7 +271,7 @@ def test_the_token_of_a_request_that_both_were_told_of():
     "bind", ["tcp://*:0", "tcp://0.0.0.0:0", "tcp://[::]:0", "tcp://192.0.2.1:0", "tcp://[fe80::1]:0"]
 )
 def test_other_machines_may_connect_with_a_secret_only(bind, monkeypatch):
-    """An address that others reach is refused without a secret, unless that was allowed in so many words."""
+    """An address that other machines reach is refused without a secret, unless that is allowed explicitly."""
     monkeypatch.delenv("KVXFER_SECRET", raising=False)
     with pytest.raises(ConfigError, match=r"without a secret .*KVXFER_SECRET_FILE.*allow_unauthenticated"):
         ControlChannel(bind, BRISK, Metrics())
@@ -284,12 +282,12 @@ def test_other_machines_may_connect_with_a_secret_only(bind, monkeypatch):
 
 @pytest.mark.parametrize("bind", ["tcp://127.0.0.1:0", "tcp://localhost:0", "tcp://127.1.2.3:0"])
 def test_this_machine_may_always(bind):
-    """What only processes of this machine reach needs no secret."""
+    """An address that only processes of this machine reach needs no secret."""
     ControlChannel(bind, BRISK, Metrics()).close()
 
 
 def test_allowed_by_the_environment(engines, monkeypatch):
-    """An operator can allow it for all processes, and give the secret to all of them."""
+    """An operator can allow it for all processes, and give the secret to all of them (white-box: the channel has the secret)."""
     cache = engines(None).cache
     with pytest.raises(ConfigError, match="allow_unauthenticated"):
         Endpoint(cache, "inproc", bind="tcp://*:0")

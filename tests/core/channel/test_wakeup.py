@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waking a thread, and who has the interpreter's lock meanwhile."""
+"""Wake-ups of the control thread: none is lost, and the caller keeps the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.core.channel.intruder import Intruder
 
 
 def test_a_thread_that_waits_for_the_lock_does_not_get_it():
-    """Whoever wakes another thread goes on at once; `socket.send`, which lets go of the lock, is what it is held against."""
+    """A ring keeps the interpreter's lock; `socket.send`, which releases it, shows that the test would notice."""
     wakeup = WakeUp()
     ours, theirs = socket.socketpair()
     with Intruder() as intruder:
@@ -40,7 +40,7 @@ def test_a_thread_that_waits_for_the_lock_does_not_get_it():
 
 
 def test_it_can_be_polled():
-    """It is readable from the first ring until it is cleared, and then again."""
+    """The descriptor is readable from the first ring until it is cleared, and again after the next ring."""
     wakeup = WakeUp()
     for rings in (1, 3):
         assert select.select([wakeup], [], [], 0) == ([], [], [])
@@ -64,7 +64,7 @@ def orders(left):
 
 @pytest.mark.parametrize("interrupted", [False, True], ids=["", "one is interrupted before it rings"])
 def test_no_wake_up_is_lost(interrupted):
-    """In whatever order the steps of two that ring and of the one that polls come: what was rung for is done, or it can be polled.
+    """For any order of the steps of two rings and one poll, the work is done or the descriptor is readable.
 
     A ring is to leave word and to ring, a turn of the poller is to do what there is, to look, and to clear if it was rung.
     """
@@ -124,7 +124,7 @@ def test_a_ring_that_is_interrupted():
 
 
 def test_closed():
-    """Nobody is hurt by a ring after the end, least of all whoever gets the file's number; the files go with the object."""
+    """A ring after the end harms no file, not even one that has got the same descriptor; the files are closed with the object."""
     wakeup = WakeUp()
     number = wakeup.fileno()
     wakeup.close()
@@ -141,7 +141,7 @@ def test_closed():
 
 @pytest.mark.parametrize("request_blocks", [64, 2048])
 def test_calls_of_an_engine(request_blocks):
-    """No call that an engine makes for a transfer lets another thread have the interpreter's lock."""
+    """No call of an engine for a transfer releases the interpreter's lock."""
     shape = {"layers": 1, "blocks": 4096, "heads": 1, "block_tokens": 1, "head_dim": 2}
     caches = [KVCache.allocate("HND", **shape)[0] for _ in range(2)]
     source, target = (np.random.default_rng(i).permutation(4096)[:request_blocks].tolist() for i in range(2))

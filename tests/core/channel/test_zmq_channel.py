@@ -31,7 +31,7 @@ SECRET = Secret(b"sixteen bytes at least, and here are more")
 
 @pytest.fixture(scope="module", params=[None, SECRET], ids=["open", "with a secret"])
 def victim(request):
-    """A producer that all of this file's garbage is thrown at, and that serves every test's reads in between."""
+    """A producer that gets the garbage of all tests of this file, and serves a read in each."""
     engine = Engine(1, secret=request.param)
     engine.secret = request.param
     yield engine
@@ -41,7 +41,7 @@ def victim(request):
 
 @pytest.fixture
 def refused(victim):
-    """How many messages or connections were refused since; checks at the end that a fresh consumer is served."""
+    """Count of messages or connections refused since; checks at the end that a new consumer is served."""
     metrics = victim.endpoint.metrics
     before = metrics.value("kvxfer_refused_messages_total")
     yield lambda: metrics.value("kvxfer_refused_messages_total") - before
@@ -62,12 +62,12 @@ def port(engine):
 
 
 def raw(victim, data, *, close=True):
-    """Bytes over TCP, as any program may send them."""
+    """Send bytes over TCP, as any program can."""
     sock = socket.create_connection(("127.0.0.1", port(victim)), timeout=5)
     try:
         sock.sendall(data)
     except OSError:
-        pass  # hung up on already
+        pass  # disconnected already
     if close:
         sock.close()
     return sock
@@ -82,7 +82,7 @@ def introduce(sock, listener, caller):
 
 @pytest.fixture
 def dealer(victim):
-    """A proper ZeroMQ peer that says improper things."""
+    """A ZeroMQ peer that sends invalid messages."""
     context = zmq.Context()
     sock = context.socket(zmq.DEALER)
     if victim.secret is not None:
@@ -119,13 +119,13 @@ RAW = {
 
 @pytest.mark.parametrize("data", RAW.values(), ids=RAW)
 def test_raw_bytes(victim, refused, data):
-    """A connection that is no proper peer's is refused and counted."""
+    """A connection of another protocol is refused and counted."""
     raw(victim, data)
     eventually(lambda: refused() >= 1)
 
 
 def test_connections_that_hang(victim, refused):
-    """Fifty connections that say half a greeting and stay do not keep a peer from being served."""
+    """Fifty connections that send half a greeting and stay do not keep a peer from being served."""
     socks = [raw(victim, GREETING[:20], close=False) for _ in range(50)]
     with_a_fresh_consumer(victim)
     for sock in socks:
@@ -170,7 +170,7 @@ def test_a_message_over_the_hard_limit(refused, dealer):
 
 
 def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
-    """Proper messages at the wrong place or for a dead process are refused by name and counted."""
+    """Valid messages at the wrong place or for a dead process are refused by name and counted."""
     token = "0" * 32
     epoch = victim.endpoint.epoch
     assert dealer(messages.encode(messages.Released(token=token, was_live=True))).code == "garbage"
@@ -202,7 +202,7 @@ def test_messages_of_the_wrong_direction_or_epoch(victim, refused, dealer):
     assert refused() == 7
 
 
-def test_a_flood_starves_nobody(victim, refused, dealer):
+def test_a_flood_starves_no_peer(victim, refused, dealer):
     """Twenty thousand garbage messages in a row do not keep a lease from being served meanwhile."""
     for _ in range(20_000):
         try:
@@ -220,7 +220,7 @@ def test_a_flood_starves_nobody(victim, refused, dealer):
     "answer", [b"garbage", b"", b"\x91" * 1000, messages.encode(messages.Acquire(token="0" * 32)), bytes(2 << 20)]
 )
 def test_a_producer_that_answers_garbage(answer):
-    """A consumer that asked a liar counts what it says, fails that read by name and in time, and serves its others."""
+    """A consumer counts the invalid answers of a producer, fails that read by name and in time, and serves its other peers."""
     context = zmq.Context()
     liar = context.socket(zmq.ROUTER)
     number = liar.bind_to_random_port("tcp://127.0.0.1")
@@ -251,7 +251,7 @@ def test_a_producer_that_answers_garbage(answer):
 
 
 def test_names_are_resolved_and_advertised():
-    """A listener bound by name is reachable by number, one bound to everything by an address of this host, or as told."""
+    """A listener bound by name is reachable by IP address; one bound to all by an address of this host, or the given one."""
     for bind, host in (("tcp://localhost:0", "127.0.0.1"), ("tcp://127.0.0.1:0", "127.0.0.1")):
         channel = ControlChannel(bind, QUICK, Metrics())
         assert channel.address.startswith(f"tcp://{host}:")
@@ -270,13 +270,13 @@ def test_names_are_resolved_and_advertised():
     ["", "tcp://", "tcp://h", "tcp://h:x", "tcp://h:", "http://h:1", "tcp://127.0.0.1:65536", "tcp://127.0.0.1:-1"],
 )
 def test_no_address(bind):
-    """What is no address is refused by name."""
+    """An invalid address is refused by name."""
     with pytest.raises(ConfigError):
         ControlChannel(bind, Settings(), Metrics())
 
 
 def test_out_of_sockets(monkeypatch):
-    """When the process has no socket left, the peer is unreachable by name and nothing else breaks."""
+    """When the process has no socket left, the peer cannot be reached, by name, and nothing else breaks."""
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics())
 
     def none_left(*_):
@@ -290,7 +290,7 @@ def test_out_of_sockets(monkeypatch):
 
 
 def test_waking():
-    """A wake-up ends a wait at once, however many there were, and a closed channel takes it without complaint."""
+    """One or many wake-ups end a wait at once; on a closed channel they have no effect."""
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics())
     for _ in range(100_000):
         channel.wake()
