@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device's memory staged through the host's on both sides: out of the device, over the wire, into the device, all at once.
 
-The device is emulated (`benchmarks.paced`). Each leg is measured alone, and their sum is what staging without a pipeline takes.
+The device is emulated (`benchmarks.paced`). Each stage is measured alone, and their sum is what staging without a pipeline takes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _leg_s(cache, nbytes: int, *, pack: bool) -> float:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("target", ["HND", "NHD"])
 def test_pipeline(benchmark, measuring, report, target):
-    """Goal: 0.8 of the slowest leg alone."""
+    """Goal: 0.8 of the slowest stage alone."""
     why = registry.why_unavailable("nixl")
     if why is not None:
         pytest.skip(why)
@@ -70,17 +70,17 @@ def test_pipeline(benchmark, measuring, report, target):
             staged.append(pair.read_s(blocks, blocks))
             out.append(_leg_s(pair.cache, nbytes, pack=True))
             back.append(_leg_s(pair.cache, nbytes, pack=False))
-    legs = {"out": statistics.median(out), "wire": wire_s, "in": statistics.median(back)}
+    stages = {"out": statistics.median(out), "wire": wire_s, "in": statistics.median(back)}
     took = statistics.median(staged)
     report(
         f"ChunkReady on both sides, emulated device of {PacedBuffer.nbytes_per_s / 1e9:g} GB/s each way",
         **{
             "order": f"HND to {target}",
             "MiB": str(mib),
-            "of the slowest leg": f"{max(legs.values()) / took:.2f}",
+            "of the slowest stage": f"{max(stages.values()) / took:.2f}",
             "goal": f"{GOAL}",
-            "one after the other": f"{sum(legs.values()) / took:.2f} x",
-            "legs": ", ".join(f"{name} {nbytes / s / 1e9:.1f} GB/s" for name, s in legs.items()),
+            "one after the other": f"{sum(stages.values()) / took:.2f} x",
+            "stages": ", ".join(f"{name} {nbytes / s / 1e9:.1f} GB/s" for name, s in stages.items()),
         },
     )
 

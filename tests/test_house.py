@@ -48,6 +48,7 @@ FORMS = {
     form: word
     for word in BANNED
     for form in (word, f"{word}s", f"{word}d", f"{word}ed", f"{word}ing", f"{word.removesuffix('e')}ing")
+    if form not in {"nested", "nesting", "offering"}
 } | {"withdrawn": "withdraw", "withdrew": "withdraw", "settlement": "settle"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -57,7 +58,14 @@ ALLOWED: dict[str, set[str]] = {
 """Words that a file or folder may use, as the field does."""
 
 # What is still to be rewritten. These sets only shrink.
-PROSE_TO_DO: tuple[str, ...] = ("adapters", "integrations", "kvxfer", "docs", "README.md", "CONTRIBUTING.md")
+_PROSE = """
+adapters integrations
+kvxfer/agents kvxfer/buffers kvxfer/cli kvxfer/endpoint.py kvxfer/layout kvxfer/memory kvxfer/planner kvxfer/protocol
+kvxfer/runtime kvxfer/testing
+docs/adapters.md docs/devices.md docs/fuzzing.md docs/gpu.md docs/integrity.md docs/nightly.md docs/nixl.md docs/plan.md
+docs/protocol.md docs/simulator.md docs/vllm.md
+"""
+PROSE_TO_DO = tuple(_PROSE.split())
 """Files and folders whose prose is still to be rewritten."""
 _TWICE = """
 Channel Chunk Consumer Ends Job Loop Options Piece Producer Reading Refused Registration Request
@@ -120,7 +128,8 @@ def test_the_vocabulary():
         if within(path, PROSE_TO_DO):
             continue
         allowed = set().union(*(some for place, some in ALLOWED.items() if within(path, (place,))))
-        banned = {FORMS[word] for word in words(path.read_text()) & set(FORMS)} - allowed
+        text = re.sub(r"`(?:tests/|::)[^`]*`", "", path.read_text())  # names of tests
+        banned = {FORMS[word] for word in words(text) & set(FORMS)} - allowed
         if banned:
             found[name_of(path)] = {word: BANNED[word] for word in sorted(banned)}
     assert found == {}
