@@ -39,7 +39,7 @@ from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.config import Settings
 from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
-from kvxfer.protocol.pace import Pacer
+from kvxfer.protocol.pacer import Pacer
 from kvxfer.testing import eventually
 from tests.core.channel.test_zmq_channel import GREETING, READY, SECRET, raw
 from tests.core.engine import QUICK, Engine
