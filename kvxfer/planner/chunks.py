@@ -104,7 +104,7 @@ _MOST_IN_LINE_NBYTES = 8 << 20
 
 
 def _in_line(blocks: int, first_token: int, block_tokens: int) -> CheckedTable:
-    """The same object each time, so that what is known of it is found again (`kvxfer.planner.expand.AlignmentCache`). The last few are remembered."""
+    """The same object each time, so that what is known of it is found again (`kvxfer.planner.block_pairs.AlignmentCache`). The last few are remembered."""
     key = blocks, first_token, block_tokens
     with _in_line_lock:
         table = _in_line_before.get(key)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.errors import BlockError, IncompatibleError
 from kvxfer.layout.block_table import MAX_TOKENS, CheckedTable, check_tables
-from kvxfer.planner.expand import AlignmentCache, BlockAlignment, BlockPairs, CopyBatch, batches_of, descriptors
+from kvxfer.planner.block_pairs import AlignmentCache, BlockAlignment, BlockPairs
+from kvxfer.planner.expand import CopyBatch, batches_of, descriptors
 from kvxfer.planner.intersect import Overlap, Span, strided_copies
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
 from kvxfer.layout.block_table import CheckedTable, check_tables
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
-from kvxfer.planner.expand import AlignmentCache, alignments, kernel_blocks
+from kvxfer.planner.block_pairs import AlignmentCache, alignments, kernel_blocks
 from kvxfer.planner.plan import plan
 
 # At least so many; more under the profile `search`.

@@ -8,12 +8,12 @@ shown with many more of them in test_any_pair.py.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from itertools import cycle
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvxfer import registry
 from kvxfer.config import Settings
@@ -65,7 +65,7 @@ def move(
     A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
     """
     expected = pair.expected()
-    tiny = TINY if max_chunk_nbytes is None else replace(TINY, max_chunk_nbytes=max_chunk_nbytes)
+    tiny = TINY if max_chunk_nbytes is None else structs.replace(TINY, max_chunk_nbytes=max_chunk_nbytes)
     with contextlib.ExitStack() as stack:
 
         def endpoints(name, ranks, **more):
