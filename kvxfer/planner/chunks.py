@@ -1,131 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks of a packed transfer, described as what they are: small KV caches.
-
-On the packed route bytes cross the wire in chunks that lie in a staging slot. A chunk holds some layers, the heads and some
-tokens of one record, laid out *like* one of the two sides, so that this side needs no conversion. It is described by a
-`CacheSpec` whose addresses count from the beginning of the slot, and so the planner that serves two caches also serves a
-cache and a chunk: packing, the wire and unpacking are three plans of one algebra.
-"""
+"""Chunks of a packed transfer: how a request is cut into them, and the layout of each (`kvxfer.planner.chunk_layout`)."""
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import numpy as np
 
 from kvxfer.errors import IncompatibleError
-from kvxfer.layout.block_table import CheckedTable
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, Interval, KVLayout
+from kvxfer.planner.chunk_layout import Chunk, ChunkLayout
 from kvxfer.planner.intersect import Span, record_of
 from kvxfer.planner.plan import common
-from kvxfer.planner.rank_plan import MatchedTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-
-    import numpy.typing as npt
 
     from kvxfer.layout.spec import Scale
     from kvxfer.planner.intersect import Overlap
     from kvxfer.planner.rank_plan import RankPlan
 
 
-class Chunk(NamedTuple):
-    """Part of a template: ``layers`` positions and ``tokens`` of the request, each half-open."""
-
-    template: int
-    layers: Span
-    tokens: Span
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkLayout:
-    """The bytes of a chunk, as either side describes them; the two differ in how they number layers.
-
-    Attributes:
-        pack_plan: how the source packs it.
-        unpack_plan: how the target takes it.
-        repack_plan: how the target packs what it has taken, for comparison.
-        source, target: `pack_plan`'s and `unpack_plan`'s specs.
-        nbytes: of the slot that it needs.
-    """
-
-    source: CacheSpec
-    target: CacheSpec
-    nbytes: int
-    pack_plan: RankPlan
-    unpack_plan: RankPlan
-    repack_plan: RankPlan
-
-    @cached_property
-    def encoded(self) -> msgspec.Raw:
-        """`source` as a message carries it."""
-        return msgspec.Raw(msgspec.msgpack.encode(self.source))
-
-    def table(self, chunk: Chunk) -> CheckedTable:
-        """The block table of the layout when it holds ``chunk``."""
-        return chunk_table(self.source, chunk.tokens)
-
-    def pack_tables(self, chunk: Chunk, request: MatchedTables) -> MatchedTables:
-        """The block tables of `pack_plan`, when it packs ``chunk`` of a request."""
-        return MatchedTables(request.sources, [self.table(chunk)], [chunk.tokens], request.alignments)
-
-    def unpack_tables(self, chunk: Chunk, request: MatchedTables) -> MatchedTables:
-        """The block tables of `unpack_plan`, when the target takes ``chunk`` of a request."""
-        return MatchedTables(
-            [self.table(chunk)], request.targets, [chunk.tokens] * len(request.targets), request.alignments
-        )
-
-
-def chunk_table(spec: CacheSpec, tokens: Span) -> CheckedTable:
-    """The block table of a layout that holds the tokens ``[start, stop)`` from the beginning of their first block on.
-
-    It is no longer than they need, however many blocks the layout has; nor than the layout.
-    """
-    group = spec.groups[0]
-    tokens_of_block = group.table_tokens
-    first = tokens[0] // tokens_of_block
-    needed = -(-tokens[1] // tokens_of_block) - first
-    return _in_line(min(needed, group.num_blocks), first * tokens_of_block, tokens_of_block)
-
-
-_in_line_lock = threading.Lock()
-_in_line_before: OrderedDict[tuple[int, int, int], CheckedTable] = OrderedDict()
-_MOST_IN_LINE = 64
-_MOST_IN_LINE_NBYTES = 8 << 20
-
-
-def _in_line(blocks: int, first_token: int, block_tokens: int) -> CheckedTable:
-    """The same object each time, so that what is known of it is found again (`kvxfer.planner.block_pairs.AlignmentCache`). The last few are remembered."""
-    key = blocks, first_token, block_tokens
-    with _in_line_lock:
-        table = _in_line_before.get(key)
-        if table is None:
-            table = _in_line_before[key] = CheckedTable(np.arange(blocks, dtype=np.int64), first_token, block_tokens)
-            while (
-                len(_in_line_before) > _MOST_IN_LINE
-                or sum(each.ids.nbytes for each in _in_line_before.values()) > _MOST_IN_LINE_NBYTES
-            ):
-                _in_line_before.popitem(last=False)
-        else:
-            _in_line_before.move_to_end(key)
-    return table
-
-
 class Component(NamedTuple):
-    """What a layer holds of a record, in the order of the content.
+    """Component of a record in one layer.
 
     Attributes:
+        name: one of `kvxfer.layout.spec.COMPONENTS`.
         nbytes: of one token of one head.
-        element_nbytes: of its elements, where those of a token are not side by side; else 0.
+        element_nbytes: of its elements, if those of a token are not contiguous; else 0.
     """
 
     name: str
@@ -135,14 +41,15 @@ class Component(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkTemplate:
-    """Cells of a part that go into one kind of chunk: layers of which the same heads are given, in the same components.
+    """Template of the chunks of one kind: layers that are given with the same heads and the same components.
 
     Attributes:
-        group: the target's group; ``source_group`` the source's.
-        heads: an interval of them, all of which the part gives.
-        components: of each of its layers, on the side that is imitated.
-        layers: numbers at the source and at the target.
-        block_tokens: tokens of one block of the layout.
+        source_group, group: numbers of the group at the source and at the target.
+        record: of these layers.
+        heads: interval of heads, all of which the rank plan gives.
+        components: of each layer, on the side whose layout the chunk has.
+        layers: for each layer its number at the source and at the target.
+        block_tokens: tokens of one block of the chunk.
     """
 
     source_group: int
@@ -155,20 +62,20 @@ class ChunkTemplate:
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes of one token of one layer in the layout."""
+        """Bytes of one token of one layer in the chunk."""
         return sum(each.nbytes for each in self.components) * (self.heads[1] - self.heads[0])
 
 
 class ChunkPlanner:
-    """All chunks of one part of a plan that are laid out like one of its sides.
+    """Planner of the chunks of one rank plan.
 
     Args:
         rank_plan: what one source rank gives.
-        like: the side that needs no conversion: ``"source"`` or ``"target"``.
-        slot_nbytes: no chunk is larger.
+        like: the side whose layout the chunks have, so that it needs no conversion: ``"source"`` or ``"target"``.
+        slot_nbytes: greatest size of a chunk.
 
     Raises:
-        IncompatibleError: not even one block of one layer fits into a slot.
+        IncompatibleError: one block of one layer does not fit into a slot.
     """
 
     def __init__(self, rank_plan: RankPlan, like: str, slot_nbytes: int) -> None:
@@ -182,18 +89,18 @@ class ChunkPlanner:
 
     @property
     def least_nbytes(self) -> int:
-        """No chunk can be promised to be smaller: the largest block of one layer."""
+        """Size of the largest block of one layer, which is not divided."""
         return max((self._block_nbytes(template) for template in self.templates), default=0)
 
     def resized(self, nbytes: int) -> ChunkPlanner:
-        """The same in another size; what is known of their shapes is shared. Raises IncompatibleError, as the constructor."""
+        """Planner of chunks of another size, which shares this one's templates and layouts. Raises IncompatibleError: see the class."""
         other = copy(self)
         other.slot_nbytes = nbytes
-        other._check()  # noqa: SLF001 - of this class
+        other._check()  # noqa: SLF001 - the same class
         return other
 
     def chunks(self, tokens: Sequence[Span]) -> Iterator[Chunk]:
-        """What to move, cut so that each chunk fits into a slot.
+        """Cut a request into chunks that fit into a slot.
 
         Args:
             tokens: for each group of the target the tokens to move.
@@ -202,7 +109,7 @@ class ChunkPlanner:
             yield from self.chunks_of(number, tokens)
 
     def chunks_of(self, number: int, tokens: Sequence[Span]) -> Iterator[Chunk]:
-        """Those of one template, see `chunks`; none if nothing of its group is moved."""
+        """Chunks of one template, see `chunks`; none if no tokens of its group are moved."""
         template = self.templates[number]
         start, stop = tokens[template.group]
         if start >= stop:
@@ -216,7 +123,7 @@ class ChunkPlanner:
                 yield Chunk(number, span, (max(at, start), min(at + step, stop)))
 
     def number_of(self, number: int, tokens: Sequence[Span]) -> int:
-        """How many `chunks_of` makes."""
+        """Number of chunks that `chunks_of` makes."""
         template = self.templates[number]
         start, stop = tokens[template.group]
         if start >= stop:
@@ -227,7 +134,7 @@ class ChunkPlanner:
         return -(-len(template.layers) // layers) * -(-(end - base) // step)
 
     def halves(self, chunk: Chunk) -> list[Chunk]:
-        """Two chunks that make up this one; none if it is a block of a layer, or less."""
+        """Two chunks that together are this one; none if it is one block of one layer, or less."""
         (first, last), (start, stop) = chunk.layers, chunk.tokens
         if last - first > 1:
             middle = (first + last) // 2
@@ -239,7 +146,7 @@ class ChunkPlanner:
         return [chunk._replace(tokens=(start, middle)), chunk._replace(tokens=(middle, stop))]
 
     def layout(self, chunk: Chunk) -> ChunkLayout:
-        """How the bytes of a chunk lie. Remembered: chunks of one shape have the same."""
+        """Layout of a chunk. Cached: chunks of one shape share it."""
         template = self.templates[chunk.template]
         block_tokens = template.block_tokens
         first = chunk.tokens[0] // block_tokens
@@ -262,8 +169,8 @@ class ChunkPlanner:
         for each in self.rank_plan.overlaps:
             record = record_of(each.source.region.component)
             heads[each.source_group, each.target_group, record, _layers(each)].add(each.heads)
-        # Heads between two intervals are another rank's to give, and may not be here yet; components of another size are
-        # other components, though their sum be equal.
+        # Heads between two intervals come from another rank, perhaps later. Components of other sizes make another template, even if
+        # their sum is the same.
         same: dict[tuple[int, int, str, Span, tuple[Component, ...]], list[tuple[int, int]]] = defaultdict(list)
         held: dict[tuple[int, int], dict[tuple[int, str], tuple[Component, ...]]] = {}
         for (source_group, group, record, layers), spans in heads.items():
@@ -299,7 +206,7 @@ class ChunkPlanner:
         return KVLayout.LBHNC
 
     def _shape(self, template: ChunkTemplate, tokens: int) -> tuple[int, int]:
-        """(layers, tokens) of a chunk of ``tokens`` in all: whatever lies further inside in memory is kept together."""
+        """Layers and tokens of a full chunk, if ``tokens`` are moved in all: the inner of the two axes is filled first."""
         block = template.block_tokens
         other = self.rank_plan.target if self._like == "source" else self.rank_plan.source
         theirs = other.groups[template.group if self._like == "source" else template.source_group].table_tokens
@@ -311,7 +218,7 @@ class ChunkPlanner:
         elif tokens <= most:
             layers = min(len(template.layers), most // tokens)
         most //= layers
-        step = lcm(block, theirs)  # cuts suit both sides if they can
+        step = lcm(block, theirs)  # a multiple of both sides' blocks, if it fits
         if step > most:
             step = block
         return layers, min(tokens, most // step * step)
@@ -330,7 +237,7 @@ class ChunkPlanner:
             for component, nbytes, element_nbytes in template.components:
                 strides = order.strides(extents, nbytes)
                 element = element_nbytes if order.axes[-1] == "token" else 0
-                if element:  # as there: the tokens of an element side by side, instead of the elements of a token
+                if element:  # like the cache: the tokens of an element are contiguous, not the elements of a token
                     strides = msgspec.structs.replace(strides, token=element)
                 stride = element * block_tokens
                 regions.append(CacheRegion(component, numbers, end, extents, strides, nbytes, 0, element, stride))
@@ -376,21 +283,12 @@ class ChunkPlanner:
         )
 
 
-def digest(packed: npt.NDArray[np.uint8]) -> bytes:
-    """32 bytes that stand for a chunk. What it does not hold has to be 0.
-
-    SHA-256: of hashes that nobody can forge the standard library's fastest on processors that have instructions for it, which
-    those of servers do. So a fabric that changes bytes on purpose is found too, when the control channel has a secret.
-    """
-    return hashlib.sha256(packed.data).digest()
-
-
 def _layers(each: Overlap) -> tuple[int, int]:
     return each.source.region.layers[each.source.position], each.target.region.layers[each.target.position]
 
 
 def _components(group: CacheGroup) -> dict[tuple[int, str], tuple[Component, ...]]:
-    """By layer and record."""
+    """Components of each layer and record, in the order of the content."""
     found: dict[tuple[int, str], list[Component]] = defaultdict(list)
     for region in group.regions:
         for layer in region.layers:
@@ -400,7 +298,7 @@ def _components(group: CacheGroup) -> dict[tuple[int, str], tuple[Component, ...
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
-    """Intervals as few that have nothing between them."""
+    """Union of intervals, as disjoint intervals that do not touch."""
     joined: list[Span] = []
     for start, stop in sorted(spans):
         if joined and start <= joined[-1][1]:

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Costs:
-    """Constants of the cost model, measured by ``kvxfer bench calibrate``; the defaults are those of a small x86-64 machine.
+    """Constants of the cost model, as ``kvxfer bench calibrate`` measures them. The defaults are those of a small x86-64 machine.
 
     Attributes:
-        descriptor_s: what the transfer engine takes for one more descriptor.
-        wire_nbytes_per_s: what it moves with long ones.
-        run_s: what a device takes for one more run when it packs or unpacks.
-        pack_nbytes_per_s, unpack_nbytes_per_s: what it packs and unpacks in long runs.
-        land_s: what one more chunk costs that the target fetches alone.
-        chunk_s: what one more chunk costs that the source packs, messages included, while others are under way.
-        ask_s: from asking for the first chunk until it is there, but for the packing itself.
-        index_s: what one more run takes that is found by an index, for blocks that lie anywhere.
-        second_pass_nbytes_per_s: what is moved once more where neither side has the runs in a row.
-        lookup_s, convert_s: what one more element takes that changes its type, by a table (float8) and by arithmetic.
+        descriptor_s: time of the transfer engine for one more descriptor.
+        wire_nbytes_per_s: rate of the transfer engine with long descriptors.
+        run_s: time of a device for one more run when it packs or unpacks.
+        pack_nbytes_per_s, unpack_nbytes_per_s: rates at which a device packs and unpacks long runs.
+        land_s: time for one more chunk that the target fetches without the source's help.
+        chunk_s: time for one more chunk that the source packs, messages included, while others are in flight.
+        ask_s: from the request for the first chunk until it is there, without the time to pack it.
+        index_s: time for one more run that is found by an index, as for scattered blocks.
+        second_pass_nbytes_per_s: rate of the second copy that is needed if the runs are in a row on neither side.
+        lookup_s, convert_s: time for one more element that is converted, by a table (float8) and by arithmetic.
     """
 
     descriptor_s: float = 1.6e-6
@@ -54,10 +54,10 @@ class Costs:
 
     @classmethod
     def load(cls, path: str | Path | None = None, *, environ: Mapping[str, str] | None = None) -> Costs:
-        """From the JSON file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``, else the defaults.
+        """Read the file that ``kvxfer bench calibrate`` wrote: ``path``, else ``KVXFER_COSTS``; without either, the defaults.
 
         Raises:
-            ConfigError: the file cannot be read, or holds something else.
+            ConfigError: the file cannot be read, or does not hold costs.
         """
         environ = os.environ if environ is None else environ
         where = path or environ.get("KVXFER_COSTS") or None
@@ -73,24 +73,24 @@ class Costs:
         return cls(**held)
 
     def save(self, path: str | Path) -> None:
-        """Write what `load` reads. Raises OSError."""
+        """Write a file for `load`. Raises OSError."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def wire_s(self, descriptors: float, nbytes: float) -> float:
-        """Seconds that the transfer engine takes."""
+        """Seconds of the transfer engine for these descriptors and bytes."""
         return descriptors * self.descriptor_s + nbytes / self.wire_nbytes_per_s
 
     def effort_s(self, effort: Effort) -> float:
-        """Seconds that a device takes beside `pack_s` or `unpack_s`."""
+        """Seconds of a device in addition to `pack_s` or `unpack_s`."""
         found = effort.indexed_runs * self.index_s + effort.twice_nbytes / self.second_pass_nbytes_per_s
         return found + effort.looked_up * self.lookup_s + effort.computed * self.convert_s
 
     def pack_s(self, runs: float, nbytes: float) -> float:
-        """Seconds that the source's device takes."""
+        """Seconds of the source's device to pack."""
         return runs * self.run_s + nbytes / self.pack_nbytes_per_s
 
     def unpack_s(self, runs: float, nbytes: float) -> float:
-        """Seconds that the target's device takes."""
+        """Seconds of the target's device to unpack."""
         return runs * self.run_s + nbytes / self.unpack_nbytes_per_s
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algebra of the planner: what two caches have in common, as few strided copies around contiguous runs.
+"""The algebra of the planner: intersections of two caches, as few strided copies of long runs.
 
-Both sides are read as boxes of logical coordinates: layer x head interval x token interval x content interval. What two
-boxes have in common is copied, and where it lies on either side follows from the strides. Boxes at equal distances become
-a loop more, and loops that continue a run lengthen it. No layout, no order and no pair of them has a branch of its own.
+Both caches are boxes in logical coordinates: layer x head interval x token interval x content interval. The intersection of two
+boxes is copied, and its place on either side follows from the strides. Copies at equal distances are fused into one with a loop
+more, and a loop that continues a run lengthens the run. There is no special case for a layout, an order or a pair of them.
 
-K and V are one record on the content axis, K first, whether they lie together or apart. Content is counted in elements, so
-that it means the same on two sides of different dtypes.
+K and V are one record on the content axis, K first, in one region or in two. Content is counted in elements, so that it means
+the same on two sides with different dtypes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheGroup, CacheRegion
 
 _RECORDS: Final = {"k": "kv", "v": "kv"}
-"""Components that are part of another one's content; all others are records of their own."""
+"""Components that are part of a record with another name; every other component is a record of its own."""
 
 Span = tuple[int, int]
 """A half-open interval."""
 
 
 class Box(NamedTuple):
-    """One layer of one region, on the logical axes: heads of the model, elements of a record, one scale for all of it."""
+    """One layer of one region on the logical axes: heads of the model, elements of a record, and one scale for all of it."""
 
     region: CacheRegion
     position: int
@@ -45,7 +45,7 @@ class Box(NamedTuple):
     scale: float
 
     def address(self, head: int, element: int, token: int) -> int:
-        """Of an element in block 0."""
+        """Address of an element in block 0."""
         region, strides = self.region, self.region.strides
         inside = (head - self.first_head) * strides.head + token * strides.token
         content = (element - self.first_element) * self.element_stride
@@ -58,7 +58,7 @@ class Box(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What a box of the source and one of the target have in common. ``cast`` is None where bytes are copied."""
+    """Intersection of a box of the source and a box of the target. ``cast`` is None if bytes are copied as they are."""
 
     source_group: int
     target_group: int
@@ -70,14 +70,14 @@ class Overlap(NamedTuple):
 
 
 class CopyShape(NamedTuple):
-    """All of a segment but where it begins.
+    """Shape of a strided copy: everything but its addresses.
 
     Attributes:
         nbytes: length of one contiguous run at the source.
-        target_nbytes: at the target, which differs only if elements change their type.
-        loops: around it, in the order of the source's memory, outermost first.
+        target_nbytes: length of the run at the target, which differs only if elements change their type.
+        loops: loops around the run in the order of the source's memory, outermost first.
         source_block, target_block: bytes from one block to the next.
-        cast: of the elements, None where bytes are copied.
+        cast: conversion of the elements, or None.
     """
 
     nbytes: int
@@ -89,17 +89,17 @@ class CopyShape(NamedTuple):
 
     @property
     def joins_blocks(self) -> bool:
-        """Neighbouring blocks continue the run on both sides."""
+        """Whether the next block continues the run on both sides."""
         return self.nbytes == self.source_block and self.target_nbytes == self.target_block
 
 
 class StridedCopy(NamedTuple):
-    """A regular set of runs: for each block and each step of each loop, ``nbytes`` bytes from source to target.
+    """Regular set of runs: for each block and each step of each loop one run from source to target.
 
     Attributes:
-        source, target: address of the first run in block 0.
-        source_buffer, target_buffer: in which allocation it lies on either side.
-        shape: the rest.
+        source, target: addresses of the first run in block 0.
+        source_buffer, target_buffer: numbers of the allocations.
+        shape: everything else.
     """
 
     source: int
@@ -110,12 +110,12 @@ class StridedCopy(NamedTuple):
 
 
 def record_of(component: str) -> str:
-    """The record of whose content a component is a part, or all."""
+    """Record to which a component belongs."""
     return _RECORDS.get(component, component)
 
 
 def boxes(group: CacheGroup, dtype: str) -> dict[tuple[int, str], list[Box]]:
-    """All boxes of a group by layer number and record."""
+    """Boxes of a group by layer number and record."""
     sizes = content_sizes(group)
     heads = (group.heads.start, group.heads.stop)
     scales = {(scale.layer, scale.component): scale.factors for scale in group.scales}
@@ -136,7 +136,7 @@ def boxes(group: CacheGroup, dtype: str) -> dict[tuple[int, str], list[Box]]:
 
 
 def _scaled(box: Box, layer: int, scales: dict[tuple[int, str], tuple[float, ...]]) -> Iterator[Box]:
-    """A box cut where its scale changes."""
+    """Cut a box where its scale changes."""
     component, (begin, end) = box.region.component, box.content
     parts = [(component, (begin, end))]
     if component == "kv" and (layer, "kv") not in scales:
@@ -151,12 +151,12 @@ def _scaled(box: Box, layer: int, scales: dict[tuple[int, str], tuple[float, ...
 
 
 def overlap(groups: tuple[int, int], a: Box, b: Box, heads: Span, cast: tuple[str, str] | None) -> Overlap | None:
-    """What two boxes have in common within ``heads``, if anything.
+    """Intersection of two boxes within ``heads``, or None if it is empty.
 
     Args:
-        groups: numbers of the boxes' groups.
-        a, b: of the source and of the target.
-        heads: no others are wanted.
+        groups: numbers of the source's and the target's group.
+        a, b: boxes of the source and of the target.
+        heads: the heads to copy.
         cast: dtypes of the two sides; None if elements keep their type.
     """
     first, end = max(a.heads[0], b.heads[0], heads[0]), min(a.heads[1], b.heads[1], heads[1])
@@ -170,7 +170,7 @@ def overlap(groups: tuple[int, int], a: Box, b: Box, heads: Span, cast: tuple[st
 
 
 def strided_copies(overlaps: Iterable[Overlap], source_token: int, target_token: int, tokens: int) -> list[StridedCopy]:
-    """The strided copies that copy ``tokens`` tokens of a block, from one on either side."""
+    """Strided copies of ``tokens`` tokens of each block, which begin at these tokens of the blocks of either side."""
     made = []
     for _, _, a, b, (head, end_head), (element, end), cast in overlaps:
         s, t = a.region.strides, b.region.strides
@@ -184,33 +184,33 @@ def strided_copies(overlaps: Iterable[Overlap], source_token: int, target_token:
         places = a.address(head, element, source_token), b.address(head, element, target_token)
         made.append(StridedCopy(*places, a.region.buffer, b.region.buffer, shape))
     fused = fuse(made)
-    folded = {shape: fold(shape) for shape in {segment.shape for segment in fused}}
-    return [segment._replace(shape=folded[segment.shape]) for segment in fused]
+    folded = {shape: fold(shape) for shape in {each.shape for each in fused}}
+    return [each._replace(shape=folded[each.shape]) for each in fused]
 
 
-def fuse(parts: list[StridedCopy]) -> list[StridedCopy]:
-    """Segments of one shape at equal distances on both sides become one with a loop more, until none is left."""
+def fuse(copies: list[StridedCopy]) -> list[StridedCopy]:
+    """Fuse copies of one shape at equal distances on both sides into one with a loop more, as often as possible."""
     while True:
         alike: dict[tuple[object, ...], list[StridedCopy]] = defaultdict(list)
-        for segment in parts:
-            alike[segment[2:]].append(segment)
+        for each in copies:
+            alike[each[2:]].append(each)
         fused: list[StridedCopy] = []
         for same in alike.values():
             same.sort()
-            for run in _progressions([(segment.source, segment.target) for segment in same]):
+            for run in _progressions([(each.source, each.target) for each in same]):
                 first = same[run.start]
                 if len(run) > 1:
                     second = same[run.start + 1]
                     loop = StridedLoop(len(run), second.source - first.source, second.target - first.target)
                     first = first._replace(shape=first.shape._replace(loops=(loop, *first.shape.loops)))
                 fused.append(first)
-        if len(fused) == len(parts):
+        if len(fused) == len(copies):
             return fused
-        parts = fused
+        copies = fused
 
 
 def _progressions(points: list[tuple[int, int]]) -> Iterator[range]:
-    """Index ranges in which neighbouring points are one constant distance apart."""
+    """Index ranges in which the distance from point to point is constant."""
     begin = 0
     for i in range(1, len(points) + 1):
         if i < len(points) and i - begin > 1:
@@ -228,7 +228,7 @@ def _difference(points: list[tuple[int, int]], i: int) -> tuple[int, int]:
 
 
 def fold(shape: CopyShape) -> CopyShape:
-    """Loops that continue the run lengthen it; a loop that continues another lengthens that. Inner loops come last."""
+    """Fold loops that continue the run into it, and a loop that continues another into that one. Inner loops come last."""
     nbytes, target_nbytes = shape.nbytes, shape.target_nbytes
     kept: list[StridedLoop] = []
     for loop in sorted(shape.loops, key=lambda loop: loop.source_stride):
@@ -248,7 +248,7 @@ def fold(shape: CopyShape) -> CopyShape:
 
 
 def stretches(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Whole numbers as stretches in which each follows the one before: the first and the last of each, in order."""
+    """First and last number of each stretch of consecutive numbers, in order."""
     found: list[tuple[int, int]] = []
     for n in sorted(set(numbers)):
         if found and n == found[-1][1] + 1:

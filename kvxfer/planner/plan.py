@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of one cache belong at which place of another.
+"""Transfer plans: which bytes of one cache belong where in another.
 
-`plan` compares the caches of all ranks of a producer with that of one rank of a consumer and refuses, by name, what cannot
-be served; the algebra is in `kvxfer.planner.intersect`, the expansion for given blocks in `kvxfer.planner.expand`.
+`plan` compares the caches of all ranks of a producer with the cache of one rank of a consumer. A pair that cannot be served is
+refused with the axis and both values. The algebra is in `kvxfer.planner.intersect`, the expansion for given blocks in
+`kvxfer.planner.expand`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TransferPlan:
-    """How blocks of ``sources``, all ranks of a producer, become blocks of ``target``, one rank of a consumer.
+    """Plan that turns blocks of ``sources``, all ranks of a producer, into blocks of ``target``, one rank of a consumer.
 
-    Made by `plan`. Holds no addresses but those of the specs, and no memory.
+    Made by `plan`. Holds only the addresses of the specs, and owns no memory.
 
     Attributes:
-        rank_plans: for each source rank, in order, what it gives; it may be nothing.
+        rank_plans: for each source rank, in order, what it gives; that may be nothing.
     """
 
     sources: tuple[CacheSpec, ...]
@@ -41,33 +42,33 @@ class TransferPlan:
 
 
 def plan(source: CacheSpec | Sequence[CacheSpec], target: CacheSpec, *, convert: bool = False) -> TransferPlan:
-    """How to copy the KV of a request from all ranks of one engine to one rank of another.
+    """Plan how to copy the KV of a request from all ranks of one engine to one rank of another.
 
-    Needs no device and no peer. Memory orders, padding, block sizes, tensor and pipeline parallelism and the number of
-    blocks are each side's own affair. Where several source ranks hold the same heads, each byte is read from one of them, and
-    the layers are shared evenly between them, for each target rank and, as far as it can tell, for all of them together.
+    Needs no device and no peer. Memory orders, padding, block sizes, tensor and pipeline parallelism and the number of blocks
+    may differ. Where several source ranks hold the same heads, each byte is read from one of them. Their layers are divided
+    evenly between them, for each target rank and, as far as one plan can know, for all target ranks together.
 
     Args:
-        source: the caches of all ranks, in rank order; one alone may be given bare.
+        source: the caches of all ranks, in rank order, or the only one.
         target: the cache to fill.
-        convert: elements may be converted between the dtypes of `kvxfer.layout.dtypes.CASTABLE`, and rescaled.
+        convert: whether elements may be converted between the dtypes of `kvxfer.layout.dtypes.CASTABLE`, and rescaled.
 
     Raises:
-        IncompatibleError: the pair cannot be served; says which axis and why, with the values of both sides.
-        LayoutError: something is no `CacheSpec`.
+        IncompatibleError: the pair cannot be served; the message has the axis and the values of both sides.
+        LayoutError: an argument is not a `CacheSpec`.
     """
     return Planner(source, convert=convert).plan(target)
 
 
 class Planner:
-    """`plan` for several target ranks of one producer, whose ranks are looked at once for all of them.
+    """Plans for several target ranks of one producer, whose caches are indexed once.
 
     Args:
-        source, convert: as of `plan`.
+        source, convert: see `plan`.
 
     Raises:
-        IncompatibleError: there are no ranks.
-        LayoutError: something is no `CacheSpec`.
+        IncompatibleError: there are no source ranks.
+        LayoutError: an argument is not a `CacheSpec`.
     """
 
     def __init__(self, source: CacheSpec | Sequence[CacheSpec], *, convert: bool = False) -> None:
@@ -78,22 +79,22 @@ class Planner:
         for spec in self._sources:
             _refuse_other_things(spec)
         self._named = all(spec.layer_names for spec in self._sources)
-        # Ranks that look the same to `_refuse_unlike`: one stands for all.
+        # One rank for each set of values that `_refuse_unlike` compares.
         self._unlike: dict[tuple[object, ...], CacheSpec] = {}
         for spec in self._sources:
             self._unlike.setdefault(_looks(spec), spec)
-        self._held: dict[bool, _Held] = {}
+        self._index: dict[bool, _SourceIndex] = {}
 
     def plan(self, target: CacheSpec) -> TransferPlan:
-        """See `plan`. Raises IncompatibleError: the pair cannot be served."""
+        """Plan for one target rank, see the function `plan`. Raises IncompatibleError: the pair cannot be served."""
         _refuse_other_things(target)
         sources, convert = self._sources, self._convert
         by_name = bool(target.layer_names) and self._named
         for spec in self._unlike.values():
             _refuse_unlike(spec, target, convert=convert, by_name=by_name)
-        held = self._held.get(by_name)
-        if held is None:
-            held = self._held[by_name] = _Held(sources, by_name=by_name)
+        index = self._index.get(by_name)
+        if index is None:
+            index = self._index[by_name] = _SourceIndex(sources, by_name=by_name)
         found: list[list[Overlap]] = [[] for _ in sources]
         for number, group in enumerate(target.groups):
             made = boxes(group, target.dtype)
@@ -103,11 +104,11 @@ class Planner:
                 for layer, record in sorted(made)
             }
             for key, there in wanted.items():
-                if key not in held.cells:
-                    raise _missing(held.cells, target, group, key)
-                _refuse_other_content(held.contents[key], there, f"layer {key[1]!r}{_of(target, group)}")
-            for key, shares in _shares(target, group, held, wanted).items():
-                cells = held.cells[key]
+                if key not in index.cells:
+                    raise _missing(index.cells, target, group, key)
+                _refuse_other_content(index.contents[key], there, f"layer {key[1]!r}{_of(target, group)}")
+            for key, shares in _shares(target, group, index, wanted).items():
+                cells = index.cells[key]
                 for rank, heads in shares:
                     number_here, here = cells[rank]
                     cast = (sources[rank].dtype, target.dtype) if convert else None
@@ -120,7 +121,7 @@ class Planner:
 
 
 def common(source: CacheSpec, target: CacheSpec) -> RankPlan:
-    """All that two caches have in common, whether or not the target gets everything it needs; elements are converted."""
+    """Plan of all that two caches have in common, even if the target does not receive everything; elements are converted."""
     by_name = bool(target.layer_names) and bool(source.layer_names)
     held = _cells(source, by_name=by_name)
     found = []
@@ -140,16 +141,16 @@ def common(source: CacheSpec, target: CacheSpec) -> RankPlan:
 # -- inside -------------------------------------------------------------------------------------------------------------
 
 _Key = tuple[str, "str | int", str]
-"""(group, whole; layer; record)."""
+"""Group (`CacheGroup.whole`), layer and record of a cell."""
 
 _Cells = dict[_Key, tuple[int, list[Box]]]
-"""The group's number, and the boxes."""
+"""For each cell the number of its group, and its boxes."""
 
 
 def _refuse_other_things(spec: object) -> None:
     if not isinstance(spec, CacheSpec):
         hint = ": give its spec" if isinstance(getattr(spec, "spec", None), CacheSpec) else ""
-        raise LayoutError(f"a plan is made of CacheSpecs, not of {type(spec).__name__}{hint}")
+        raise LayoutError(f"a plan needs a CacheSpec, not a {type(spec).__name__}{hint}")
 
 
 def _cells(spec: CacheSpec, *, by_name: bool) -> _Cells:
@@ -160,26 +161,25 @@ def _cells(spec: CacheSpec, *, by_name: bool) -> _Cells:
     }
 
 
-class _Holders(NamedTuple):
-    """Who has the heads of the cells of a group.
+class _HeadRanks(NamedTuple):
+    """Source ranks that have the heads of the cells of one group.
 
     Attributes:
-        patterns: ranks, and which heads each has.
-        of: the number of the pattern of each cell, in the order of the layers.
+        patterns: ranks, and the heads of each.
+        of: for each cell the number of its pattern, in the order of the layers.
     """
 
     patterns: Sequence[tuple[tuple[int, Span], ...]]
     of: dict[_Key, int]
 
 
-class _Held:
-    """What all ranks of a producer have.
+class _SourceIndex:
+    """Index of the caches of all ranks of a producer.
 
     Attributes:
-        cells: by rank.
-        contents: boxes of a rank for each way in which ranks have a cell's content; there is one unless they contradict each
-            other.
-        holders: by group, whole.
+        cells: for each cell the boxes of each rank that has it.
+        contents: for each cell the boxes of one rank for each different content; one unless the ranks contradict each other.
+        head_ranks: by group (`CacheGroup.whole`).
     """
 
     def __init__(self, sources: Sequence[CacheSpec], *, by_name: bool) -> None:
@@ -209,8 +209,8 @@ class _Held:
             self.contents[key] = list(contents.values())
             known = patterns[key[0]]
             of[key[0]][key] = known.setdefault(tuple(spans), len(known))
-        self.holders: dict[str, _Holders] = {
-            whole: _Holders(list(patterns[whole]), {key: numbers[key] for key in sorted(numbers, key=in_order)})
+        self.head_ranks: dict[str, _HeadRanks] = {
+            whole: _HeadRanks(list(patterns[whole]), {key: numbers[key] for key in sorted(numbers, key=in_order)})
             for whole, numbers in of.items()
         }
 
@@ -237,7 +237,7 @@ def _missing(cells: Iterable[_Key], target: CacheSpec, group: CacheGroup, key: _
 
 
 def _ranges(layers: Sequence[str | int]) -> str:
-    """Layers as a person writes them: ``0-15, 20``."""
+    """Layers in short form: ``0-15, 20``."""
     numbers = (n for n in layers if isinstance(n, int))
     spans = [f"{a}-{b}" if a != b else str(a) for a, b in stretches(numbers)]
     return ", ".join([*spans, *(n for n in layers if isinstance(n, str))])
@@ -248,19 +248,20 @@ def _layer_key(spec: CacheSpec, layer: int, *, by_name: bool) -> str | int:
 
 
 def _shares(
-    target: CacheSpec, group: CacheGroup, held: _Held, wanted: Iterable[_Key]
+    target: CacheSpec, group: CacheGroup, index: _SourceIndex, wanted: Iterable[_Key]
 ) -> dict[_Key, list[tuple[int, Span]]]:
-    """Which rank gives which heads of which layer: each head once, and ranks that hold the same take turns.
+    """Rank and heads to read for each cell: each head once, from ranks that have it in turn.
 
-    Turns are counted over all that these ranks hold. A target rank takes those of its layers, and each rank of its stage is
-    one round ahead of the one before: so all target ranks together load the source evenly, as each does alone.
+    Turns are counted over all layers that these ranks hold. A target rank takes the turns of its layers, and each rank of its
+    pipeline stage begins one round later than the previous one. So all target ranks together load the source ranks evenly, as
+    does each alone.
 
     Raises:
-        IncompatibleError: nobody has some head.
+        IncompatibleError: no rank has some head.
     """
     first, end = group.heads.start, group.heads.stop
     shares: dict[_Key, list[tuple[int, Span]]] = {key: [] for key in wanted}
-    patterns, of = held.holders[group.whole]
+    patterns, of = index.head_ranks[group.whole]
     bounds = {bound for pattern in patterns for _, span in pattern for bound in span}
     ahead = target.rank % max(1, target.world * len(target.layers) // target.layers.total)
     for begin, stop in pairwise(sorted({first, end, *(bound for bound in bounds if first < bound < end)})):
@@ -268,17 +269,17 @@ def _shares(
         whole = [tuple(rank for rank, (a, b) in pattern if a <= begin and stop <= b) for pattern in patterns]
         for key, number in of.items():
             alike[whole[number]].append(key)
-        for holders, keys in alike.items():
+        for ranks, keys in alike.items():
             mine = [key for key in keys if key in shares]
             if not mine:
                 continue
-            if not holders:
+            if not ranks:
                 raise IncompatibleError("heads", f"no rank of the source has KV head {begin} of {group.heads.total}")
             turn = keys.index(mine[0]) + ahead * len(keys)
-            # Who has a turn takes a stretch of layers: where neighbouring layers are one run, it stays long.
-            stretches = sorted(range(len(mine)), key=lambda i: i % len(holders))
+            # A rank gives consecutive layers: where neighbouring layers are one run, runs stay long.
+            stretches = sorted(range(len(mine)), key=lambda i: i % len(ranks))
             for key, i in zip(mine, stretches, strict=True):
-                rank, share = holders[(turn + i) % len(holders)], shares[key]
+                rank, share = ranks[(turn + i) % len(ranks)], shares[key]
                 if share and share[-1] == (rank, (share[-1][1][0], begin)):
                     share[-1] = rank, (share[-1][1][0], stop)
                 else:
@@ -287,7 +288,7 @@ def _shares(
 
 
 def _looks(spec: CacheSpec) -> tuple[object, ...]:
-    """All that `_refuse_unlike` looks at."""
+    """Values of a spec that `_refuse_unlike` compares."""
     groups = tuple((group.whole, group.kind, group.heads.total) for group in spec.groups)
     return spec.fingerprint, spec.dtype, spec.layers.total, groups
 
@@ -304,19 +305,19 @@ def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_na
         if a.whole != b.whole:
             continue
         where = _of(target, b)
-        # A source that keeps the blocks of all tokens has those of any window.
+        # A source with the blocks of all tokens also has those of any sliding window.
         if (a.kind, b.kind) != ("full_attention", "sliding_window"):
             _require_equal("kind", a.kind, b.kind, where)
         _require_equal("heads", f"{a.heads.total} in the model", f"{b.heads.total} in the model", where)
 
 
-def _refuse_other_content(owners: list[list[Box]], there: list[Box], what: str) -> None:
+def _refuse_other_content(contents: list[list[Box]], there: list[Box], what: str) -> None:
     wants = _elements(there)
-    for here in owners:
+    for here in contents:
         has = _elements(here)
         if has == wants:
             continue
-        # Equal sums of unequal parts would mix K and V.
+        # Equal sums of unequal components would mix K and V.
         for component in sorted(has.keys() & wants.keys()):
             _require_equal(
                 "content", f"{has[component]}", f"{wants[component]}", f" elements of {component!r} of {what}"

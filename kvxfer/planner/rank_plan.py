@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank gives to another, bound to the block tables of a request: as strided copies or as descriptors."""
+"""The plan for one source rank and one target rank, and its strided copies and descriptors for the blocks of a request."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Tokens = tuple[int, "int | None"]
 
 _SAMPLE_TOKENS = 512
 _SAMPLE_RUNS = 1 << 20
-"""A sample has no more runs than about these: fewer tokens then."""
+"""Largest number of runs in a sample, roughly; a sample that would have more takes fewer tokens."""
 _MOST_ALIGNMENTS = 1024
-"""Kept for the next request. Whole blocks need a handful; where requests begin and end in theirs makes some hundred more."""
+"""Alignments to cache for later requests. Whole blocks need a few; requests that begin and end inside blocks add some hundred."""
 _MOST_PLACES = 1 << 21
-"""Kept of them, in 16 bytes each, unless one has more."""
+"""Addresses and offsets to cache for them, 16 bytes each; one alignment may have more."""
 
 
 class GroupPair(NamedTuple):
-    """Two block tables that are walked together: of which groups, in blocks of how many tokens."""
+    """A source group and a target group with overlaps, and the tokens of a kernel block of either."""
 
     source_group: int
     target_group: int
@@ -44,9 +44,12 @@ class GroupPair(NamedTuple):
 
 
 class MatchedTables(NamedTuple):
-    """Block tables of one request, one for each group of either side, and the tokens to move of each target group.
+    """Block tables of one request that were checked against each other.
 
-    ``alignments`` is what was found out about these tables, for whoever binds several parts of one request.
+    Attributes:
+        sources, targets: a table for each group of either side.
+        tokens: for each target group the tokens to move.
+        alignments: cache of the alignments of these tables, for several rank plans or chunks of one request.
     """
 
     sources: Sequence[CheckedTable]
@@ -56,7 +59,7 @@ class MatchedTables(NamedTuple):
 
 
 class AllocationCopy(NamedTuple):
-    """A copy from one allocation of the source into one of the target; its addresses are those of the specs."""
+    """Copy from one allocation of the source to one of the target, with the addresses of the specs."""
 
     source_buffer: int
     target_buffer: int
@@ -64,14 +67,14 @@ class AllocationCopy(NamedTuple):
 
 
 class _Batches(dict[tuple["GroupPair", BlockAlignment], list[CopyBatch]]):
-    """The strided copies of a part by pair of groups and alignment, as many as are worth keeping."""
+    """Cache of the strided copies of a rank plan by pair of groups and alignment, of bounded size."""
 
     def __init__(self) -> None:
         super().__init__()
         self._places = 0
 
     def keep(self, key: tuple[GroupPair, BlockAlignment], batches: list[CopyBatch]) -> list[CopyBatch]:
-        """Remember these; returns them."""
+        """Store and return ``batches``."""
         places = sum(batch.size for batch in batches)
         if len(self) >= _MOST_ALIGNMENTS or self._places + places > _MOST_PLACES:
             self.clear()
@@ -83,14 +86,14 @@ class _Batches(dict[tuple["GroupPair", BlockAlignment], list[CopyBatch]]):
 
 @dataclass(frozen=True, eq=False)
 class RankPlan:
-    """What one rank of the source gives to the target. Immutable, for any thread; holds no memory.
+    """Plan of what one source rank gives to one target rank. Immutable, for any thread; owns no memory.
 
     Attributes:
         source, target: the two caches.
-        overlaps: what is copied, on logical coordinates.
-        converts: elements change their type or scale on the way, so that bytes alone cannot be moved.
-        target_groups: numbers of the target's groups that get something.
-        unequal_blocks: blocks of the two sides differ in size.
+        overlaps: what is copied, in logical coordinates.
+        converts: whether elements change their type or scale, so that they cannot be moved as bytes.
+        target_groups: numbers of the target's groups that receive bytes.
+        unequal_blocks: whether blocks of the two sides differ in size.
     """
 
     source: CacheSpec
@@ -114,15 +117,15 @@ class RankPlan:
         object.__setattr__(self, "_batches", _Batches())
 
     def match(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> MatchedTables:
-        """The block tables of one request on both sides, checked against each other.
+        """Check the block tables of one request on both sides against each other.
 
         Args:
             source_blocks, target_blocks: see `kvxfer.layout.block_table.check_tables`.
-            tokens: only these; by default all that the target's blocks hold, as far as the source has them.
+            tokens: the tokens to move; by default all that both the target's and the source's blocks hold.
 
         Raises:
-            BlockError: ids are no integers, out of range or repeated in the target, or a block of the target would get
-                nothing, or tokens that the source's blocks do not hold.
+            BlockError: ids are not integers, are out of range or repeated in the target; a block of the target would receive
+                nothing; or the source's blocks do not hold the tokens.
         """
         asked = _asked(tokens)
         sources = check_tables(self.source, source_blocks, "source")
@@ -134,7 +137,7 @@ class RankPlan:
     def match_tables(
         self, sources: Sequence[CheckedTable], targets: Sequence[CheckedTable], tokens: Tokens | None = None
     ) -> MatchedTables:
-        """`match` for tables that were checked. Raises BlockError: they do not fit each other."""
+        """Like `match`, for tables that are checked already. Raises BlockError: they do not fit each other."""
         asked = _asked(tokens)
         spans: dict[int, Span] = {}
         for group_pair in self._group_pairs:
@@ -150,10 +153,10 @@ class RankPlan:
     def match_published(
         self, sources: Sequence[CheckedTable], targets: Sequence[CheckedTable], tokens: Tokens | None = None
     ) -> MatchedTables:
-        """As much of what `match_tables` will give as the source's blocks hold by now; it never refuses.
+        """The tokens of a later `match_tables` that the source's blocks, which still grow, hold already. Refuses nothing.
 
-        Only of full attention: the blocks of a window, and a state, are those of the moment in which prefill ends. Where
-        several parts of the source make a group of the target, what all of them hold.
+        Only groups with full attention have such tokens: the blocks of a sliding window and states change until prefill ends.
+        Where several groups of the source make one group of the target, the tokens are those that all of them hold.
         """
         asked = _asked(tokens)
         spans: dict[int, Span] = {}
@@ -168,33 +171,33 @@ class RankPlan:
         )
 
     def bind(self, source_blocks: Any, target_blocks: Any, tokens: Tokens | None = None) -> Descriptors:
-        """The runs to copy for these blocks. Arguments as of `match`.
+        """Descriptors for these blocks. Arguments as for `match`.
 
         Returns:
-            descriptors whose local side is the target and whose remote side is the source. No two of them are adjacent
-            on both sides within one allocation. Runs of one pair of allocations are in the order of the source's memory.
+            descriptors whose local side is the target and whose remote side is the source, ordered by pair of allocations,
+            then by source address. No two of them are adjacent on both sides within one allocation.
 
         Raises:
-            BlockError: as of `match`.
-            IncompatibleError: elements have to be converted on the way.
+            BlockError: see `match`.
+            IncompatibleError: elements have to be converted.
         """
         return self.descriptors(self.match(source_blocks, target_blocks, tokens))
 
     def descriptors(self, match: MatchedTables) -> Descriptors:
-        """See `bind`."""
+        """Descriptors for these tables, see `bind`."""
         return self.resolve(match).descriptors()
 
     def copies(self, match: MatchedTables) -> list[AllocationCopy]:
-        """The same as strided copies, which devices carry out, with conversions."""
+        """Strided copies for these tables, with conversions, for devices to carry out."""
         return self.resolve(match).copies()
 
     def runs(self, match: MatchedTables) -> tuple[int, int]:
-        """(descriptors, bytes at the source) that there would be, without making them; the first may be a little high."""
+        """Number of descriptors and of source bytes, without making the descriptors; the first number may be a little high."""
         return self.resolve(match).runs()
 
     def resolve(self, match: MatchedTables) -> ResolvedPlan:
-        """The strided copies of these blocks."""
-        bound = []
+        """Resolve the block ids of these tables to addresses."""
+        batches_of_pairs = []
         alignments = match.alignments or AlignmentCache()
         for group_pair, overlaps in self._group_pairs.items():
             start, stop = match.tokens[group_pair.target_group]
@@ -206,32 +209,32 @@ class RankPlan:
                 batches = self._batches.get(key)
                 if batches is None:
                     batches = self._batches.keep(key, batches_of(strided_copies(overlaps, *alignment)))
-                bound += [(batch, pairs) for batch in batches]
-        return ResolvedPlan(self, match, bound)
+                batches_of_pairs += [(batch, pairs) for batch in batches]
+        return ResolvedPlan(self, match, batches_of_pairs)
 
 
 class ResolvedPlan(NamedTuple):
-    """A part bound to the blocks of a request. Holds no memory; made by `RankPlan.resolve`."""
+    """Rank plan whose block ids are resolved to addresses; made by `RankPlan.resolve`. Owns no memory."""
 
     rank_plan: RankPlan
     match: MatchedTables
     batches: Sequence[tuple[CopyBatch, BlockPairs]]
 
     def descriptors(self) -> Descriptors:
-        """As of `RankPlan.bind`."""
+        """Descriptors, see `RankPlan.bind`."""
         if self.rank_plan.converts:
-            raise IncompatibleError("dtype", "elements have to be converted on the way: descriptors cannot say how")
+            raise IncompatibleError("dtype", "elements have to be converted, which descriptors cannot express")
         return descriptors(self.batches)
 
     def copies(self) -> list[AllocationCopy]:
-        """As of `RankPlan.copies`."""
-        bound = [(batch, pairs) for batch, pairs in self.batches if len(pairs)]
+        """Strided copies, see `RankPlan.copies`."""
+        resolved = [(batch, pairs) for batch, pairs in self.batches if len(pairs)]
         return [
-            AllocationCopy(*allocations, copy) for batch, pairs in bound for allocations, copy in batch.copies(pairs)
+            AllocationCopy(*allocations, copy) for batch, pairs in resolved for allocations, copy in batch.copies(pairs)
         ]
 
     def runs(self) -> tuple[int, int]:
-        """As of `RankPlan.runs`."""
+        """Number of descriptors and of source bytes, see `RankPlan.runs`."""
         runs = nbytes = 0
         for batch, pairs in self.batches:
             runs += batch.runs(pairs)
@@ -239,7 +242,7 @@ class ResolvedPlan(NamedTuple):
         return runs, nbytes
 
     def split_by_runs(self, most: int) -> list[MatchedTables]:
-        """The same tokens as several requests, each of about ``most`` descriptors, but of one token at least."""
+        """Split the tokens into requests of about ``most`` descriptors each, but of one token at least."""
         pieces = -(-self.runs()[0] // most)
         if pieces <= 1:
             return [self.match]
@@ -247,7 +250,7 @@ class ResolvedPlan(NamedTuple):
         longest = max(stop - start for start, stop in spans)
         cuts = []
         for (start, stop), table in zip(spans, match.targets, strict=True):
-            # At the ends of blocks where pieces have so many tokens: what is one run there stays one.
+            # Cuts at the ends of blocks keep runs whole; pieces of less than a block are cut anywhere.
             grid = table.tokens if longest >= pieces * table.tokens else 1
             at = [max(start, (start + (stop - start) * i // pieces) // grid * grid) for i in range(pieces)]
             cuts.append([*at, stop])
@@ -255,7 +258,7 @@ class ResolvedPlan(NamedTuple):
         return [match._replace(tokens=piece) for piece in made if any(start < stop for start, stop in piece)]
 
     def estimated_runs(self) -> tuple[int, int]:
-        """As `runs`, but where blocks differ in size and so many runs turn out to be neighbours, judged by a sample."""
+        """Like `runs`; if blocks differ in size, which makes many runs mergeable, the number of runs is estimated from a sample."""
         runs, nbytes = self.runs()
         if self.rank_plan.converts or not self.rank_plan.unequal_blocks:
             return runs, nbytes
@@ -271,10 +274,10 @@ class ResolvedPlan(NamedTuple):
 
 
 def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, tokens: Tokens | None) -> Span:
-    """Which tokens are copied from one block table to another.
+    """Tokens that are copied from one block table to another.
 
     Raises:
-        BlockError: a block of the target would get nothing, or the source does not hold what is asked for.
+        BlockError: a block of the target would receive nothing, or the source does not hold the tokens.
     """
     where = f" of group {group.name!r}" if group.name else ""
     if not len(target.ids):
@@ -284,7 +287,7 @@ def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, toke
             raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
         return source.first_token, source.end_token
     asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
-    # A window's table begins late, and is whole all the same.
+    # The table of a sliding window begins later, and is complete nevertheless.
     start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
     stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
     if start < target.first_token or stop > target.end_token:
@@ -305,7 +308,7 @@ def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, toke
 
 
 def published_interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, tokens: Tokens | None) -> Span:
-    """As much of `interval` as one block table of the source holds while it grows; (0, 0) if that is nothing."""
+    """Part of `interval` that a source table, which still grows, holds already; (0, 0) if that is nothing."""
     start, stop = tokens or (target.first_token, None)
     stop = min(source.end_token, target.end_token if stop is None else min(stop, target.end_token))
     whole = group.kind not in ("sliding_window", "state")
@@ -313,14 +316,14 @@ def published_interval(group: CacheGroup, source: CheckedTable, target: CheckedT
 
 
 def _asked(tokens: Any) -> Tokens | None:
-    """``[start, stop)`` as integers, whatever a caller gave. Raises BlockError: it is no interval."""
+    """The caller's tokens as integers ``(start, stop)``. Raises BlockError: they are no interval."""
     if tokens is None:
         return None
     try:
         start, stop = tokens
         asked = index(start), None if stop is None else index(stop)
     except (TypeError, ValueError) as error:
-        raise BlockError("the tokens to move are no pair of whole numbers (start, stop)") from error
+        raise BlockError("the tokens to move must be a pair of integers (start, stop)") from error
     if not 0 <= asked[0] <= (MAX_TOKENS if asked[1] is None else asked[1]) <= MAX_TOKENS:
         raise BlockError(f"tokens {asked[0]} to {'the end' if asked[1] is None else asked[1]} are no interval")
     return asked

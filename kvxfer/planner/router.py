@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the bytes of one part of a plan travel: in place, or packed on one side or on both. Chosen by predicted time.
+"""Routes: bytes are moved in place, or packed on one side or on both. The router chooses by predicted time.
 
 ================  ==============================================================================================
-direct            the engine moves every run from cache to cache
-source_packed     the source gathers runs into chunks laid out like the target's memory; the engine spreads those
-target_unpacked   the engine gathers long runs into chunks laid out like the source's memory; the target scatters them
+direct            the transfer engine moves every run from cache to cache
+source_packed     the source gathers runs into chunks laid out like the target's memory; the engine scatters those
+target_unpacked   the engine gathers long runs into chunks laid out like the source's memory; the target unpacks them
 both              the source packs, whole chunks cross, the target unpacks
 ================  ==============================================================================================
 
-A route that cannot be taken has a reason: memory without an address cannot be reached in place, and bytes that change their
-type on the way have to be packed where they change.
+A route is barred, with a reason, if it would move bytes in place from or to memory without an address, or if the device that would
+have to convert elements cannot.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
 
 _CHUNKS_OF_A_SLOT: Final = 2
-"""Where a device's memory has no address. Its copies run beside the wire, and begin sooner with smaller chunks: 16 MiB take 0.8
-of the time that chunks of a whole slot take. In host memory chunks of a whole slot are best (docs/benchmarks.md)."""
+"""For memory without an address, whose device copies while the wire carries other chunks: with half a slot the first chunk is on the
+wire sooner, and 16 MiB take three quarters of the time that chunks of a slot take. In host memory chunks of a slot are fastest
+(docs/benchmarks.md)."""
 _TELLING: Final = 64
-"""So many block ids show whether the blocks of a request lie in a row."""
+"""Block ids to look at, to tell whether the blocks of a request are in a row."""
 
 
 class Route(str, Enum):
-    """See the module."""
+    """Route of a read, see the module."""
 
     DIRECT = "direct"
     SOURCE_PACKED = "source_packed"
@@ -50,20 +51,20 @@ class Route(str, Enum):
 
 
 class RouteChoice(NamedTuple):
-    """A route, and what speaks for it.
+    """Route chosen for a request, and the reasons.
 
     Attributes:
-        bound: the strided copies between the two caches.
-        seconds: predicted time of each route that can be taken.
-        barred: why the others cannot.
-        runs: descriptors of the direct route, or what they would be.
-        nbytes: to move, as the source has them.
-        chunk_planner: cuts the chunks of a packed route; None if it is direct.
-        staging_nbytes: most that the route may have in staging slots of one process at a time, were it alone.
+        resolved: the strided copies between the two caches.
+        seconds: predicted time of each route that was considered.
+        barred: for each route that cannot be taken, the reason.
+        runs: number of descriptors that the direct route has, or would have.
+        nbytes: bytes to move, in the source's dtype.
+        chunk_planner: of a packed route; None if the route is direct.
+        staging_nbytes: most bytes in the staging slots of one process at a time, if this read is the only one.
     """
 
     route: Route
-    bound: ResolvedPlan
+    resolved: ResolvedPlan
     seconds: Mapping[Route, float]
     barred: Mapping[Route, str]
     runs: int
@@ -73,13 +74,13 @@ class RouteChoice(NamedTuple):
 
     @property
     def why(self) -> str:
-        """One sentence for people."""
+        """Sentence that gives the reason."""
         mean = f"{self.runs:,} runs of {self.nbytes / max(self.runs, 1):,.0f} bytes on average"
         direct = self.seconds.get(Route.DIRECT)
         if self.route is Route.DIRECT:
             others = [s for r, s in self.seconds.items() if r is not Route.DIRECT]
             if not others:
-                return f"{mean}: packing them could save nothing"
+                return f"{mean}: packing cannot save anything"
             return f"{mean} take {_ms(self.seconds[self.route])} in place, {_ms(min(others))} packed"
         if direct is None:
             return self.barred[Route.DIRECT]
@@ -87,20 +88,20 @@ class RouteChoice(NamedTuple):
 
 
 class Router:
-    """Chooses the route of one part of a plan, and the size of its chunks, request by request.
+    """Chooser of the route for each request of one rank plan.
 
     Args:
         rank_plan: what one source rank gives.
-        costs: of the model.
-        slot_nbytes: of one staging slot: the smaller of both sides'.
-        addressable: whether the source's and the target's memory can be reached by the transfer engine.
-        casts: dtypes that the source's and the target's devices can turn into each other.
-        in_flight: chunks of one transfer that are under way at a time.
-        max_chunk_nbytes: chunks are no larger, unless one block of one layer is.
-        only: take this route and no other.
+        costs: constants of the cost model.
+        slot_nbytes: size of a staging slot, the smaller of the two sides'.
+        addressable: whether the transfer engine reaches the source's and the target's memory.
+        casts: dtypes that the source's and the target's devices convert into each other.
+        in_flight: number of chunks of one transfer that are in flight at a time.
+        max_chunk_nbytes: greatest size of a chunk, unless one block of one layer is larger.
+        only: the only route allowed, if any.
 
     Attributes:
-        in_flight: chunks of one transfer that are under way at a time.
+        in_flight: number of chunks of one transfer that are in flight at a time.
 
     Raises:
         IncompatibleError: no route can be taken, whatever the request.
@@ -164,10 +165,10 @@ class Router:
             raise IncompatibleError("route", "; ".join(f"{route.value}: {why}" for route, why in self.barred.items()))
 
     def for_comparison(self) -> ChunkPlanner:
-        """Chunks of which both sides can tell the digest, see `kvxfer.runtime.verify`.
+        """Planner of chunks that both sides can pack and compare by digest, see `kvxfer.runtime.verify`.
 
         Raises:
-            IncompatibleError: the source's device cannot make them, or a slot is too small for one.
+            IncompatibleError: the source's device cannot pack them, or one does not fit into a slot.
         """
         if self._comparison is None:
             if self.rank_plan.converts and not self._dtypes <= self._source_casts:
@@ -181,21 +182,21 @@ class Router:
         return self._comparison
 
     def choose(self, match: MatchedTables) -> RouteChoice:
-        """The route that is predicted to be the fastest for these blocks."""
-        costs, bound = self._costs, self.rank_plan.resolve(match)
-        runs, nbytes = bound.estimated_runs()
+        """Choose the route with the shortest predicted time for these blocks."""
+        costs, resolved = self._costs, self.rank_plan.resolve(match)
+        runs, nbytes = resolved.estimated_runs()
         seconds: dict[Route, float] = {}
         if Route.DIRECT not in self.barred:
             seconds[Route.DIRECT] = costs.wire_s(runs, nbytes)
         direct_s = seconds.get(Route.DIRECT, math.inf)
         for route, least_s, nbyte_s in self._packed:
-            # To look at the shapes of chunks takes longer than to move a few MiB: only where they may be worth it.
+            # Predicting a packed route takes longer than moving a few MiB: only if it can be faster than the direct one.
             if least_s + nbytes * nbyte_s < direct_s:
                 seconds[route] = self._packed_s(route, match)
         route = min(seconds, key=lambda each: seconds[each])
         return RouteChoice(
             route=route,
-            bound=bound,
+            resolved=resolved,
             seconds=seconds,
             barred=self.barred,
             runs=runs,
@@ -206,15 +207,15 @@ class Router:
 
     def _like(self, route: Route) -> str:
         if route is Route.BOTH:
-            # Converted where that makes the wire carry less.
+            # The wire carries the smaller dtype.
             sizes = (DTYPE_NBYTES[spec.dtype] for spec in (self.rank_plan.source, self.rank_plan.target))
             return "source" if next(sizes) < next(sizes) else "target"
         return "target" if route is Route.SOURCE_PACKED else "source"
 
     def _least(self, route: Route) -> tuple[Route, float, float]:
-        """What a packed route cannot be less than where elements keep their type: seconds, and more for each byte.
+        """Lower bound of a packed route's time, for elements that keep their type: seconds, and seconds per byte.
 
-        One chunk at least, or full ones, unpacked in long runs.
+        At least one chunk, or full chunks, unpacked in long runs.
         """
         costs = self._costs
         if route is Route.TARGET_UNPACKED:
@@ -222,13 +223,13 @@ class Router:
         return route, costs.ask_s, 1 / costs.wire_nbytes_per_s + costs.chunk_s / self._slot_nbytes
 
     def _packed_s(self, route: Route, match: MatchedTables) -> float:
-        """Seconds that a packed route takes."""
+        """Predicted seconds of a packed route."""
         costs, chunk_planner = self._costs, self._chunk_planners[route]
         pack_s = wire_s = unpack_s = 0.0
         rows = all(map(_in_a_row, match.sources)), all(map(_in_a_row, match.targets))
         chunks = 0
         for number, template in enumerate(chunk_planner.templates):
-            # One chunk stands for all of its template.
+            # The first chunk stands for all chunks of its template.
             chunk = next(chunk_planner.chunks_of(number, match.tokens), None)
             if chunk is None:
                 continue
@@ -244,7 +245,7 @@ class Router:
             chunks += chunk_planner.number_of(number, match.tokens)
             descriptors = {Route.SOURCE_PACKED: spread, Route.TARGET_UNPACKED: packed, Route.BOTH: 1}[route]
             wire_s += times * costs.wire_s(descriptors, layout_nbytes)
-            # Efforts are remembered by the byte: to find them out takes longer than all the rest.
+            # Efforts per byte are cached: to find them takes longer than all the rest.
             key = route, number, chunk.tokens[1] - chunk.tokens[0] > template.block_tokens, *rows
             efforts = self._efforts.get(key)
             if efforts is None:
@@ -264,13 +265,13 @@ class Router:
 
 
 def _in_a_row(table: CheckedTable) -> bool:
-    """Blocks follow each other, as far as the first of them tell."""
+    """Whether the first blocks have equal distances, which is taken to hold for all."""
     ids = table.ids[:_TELLING]
     return len(ids) < 2 or bool((ids[1:] - ids[:-1] == ids[1] - ids[0]).all())
 
 
-def _effort(bound: ResolvedPlan) -> Effort:
-    return effort_of(each.copy for each in bound.copies())
+def _effort(resolved: ResolvedPlan) -> Effort:
+    return effort_of(each.copy for each in resolved.copies())
 
 
 def _ms(seconds: float) -> str:

@@ -20,7 +20,7 @@ from kvxfer.errors import BlockError, IncompatibleError, KvxferError
 from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
 from kvxfer.planner.block_pairs import AlignmentCache
-from kvxfer.planner.chunks import chunk_table, digest
+from kvxfer.planner.chunk_layout import chunk_table, digest
 from kvxfer.planner.plan import common
 from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.runtime.staging import FairQueue, StagingArena, Use

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
     from kvxfer.errors import Difference
-    from kvxfer.planner.chunks import Chunk, ChunkLayout, ChunkPlanner
+    from kvxfer.planner.chunk_layout import Chunk, ChunkLayout
+    from kvxfer.planner.chunks import ChunkPlanner
     from kvxfer.planner.rank_plan import MatchedTables, ResolvedPlan
     from kvxfer.protocol.actions import Source, StartRead
     from kvxfer.runtime.staging import Bytes
@@ -222,10 +223,10 @@ class Leg:
             self._work = _Packed(self, match, choice.route, choice.chunk_planner, moved)
             self._work.go_on(carrier)
             return
-        if choice.bound.runs()[0] > _MOST_DESCRIPTORS:
-            self._move_in_pieces(carrier, choice.bound, moved)
+        if choice.resolved.runs()[0] > _MOST_DESCRIPTORS:
+            self._move_in_pieces(carrier, choice.resolved, moved)
             return
-        spans = choice.bound.descriptors()
+        spans = choice.resolved.descriptors()
         self.count(spans)
         if not len(spans):
             moved()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import Difference, IncompatibleError, IntegrityError
-from kvxfer.planner.chunks import chunk_table, digest
+from kvxfer.planner.chunk_layout import chunk_table, digest
 from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
@@ -21,7 +21,8 @@ from kvxfer.runtime.packer import start_copies
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kvxfer.planner.chunks import Chunk, ChunkPlanner
+    from kvxfer.planner.chunk_layout import Chunk
+    from kvxfer.planner.chunks import ChunkPlanner
     from kvxfer.runtime.read_task import Carrier, Leg
 
 MOST_DIFFERENCES = 16

@@ -516,7 +516,7 @@ def test_walks_are_remembered_and_the_same(block_tokens, spans, seed, most):
     both = [CheckedTable(rng.permutation(64)[: 48 // tokens], 0, tokens) for tokens in block_tokens]
     walks = AlignmentCache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvxfer.planner.expand._MOST_BLOCKS", most)
+        patch.setattr("kvxfer.planner.block_pairs._MOST_BLOCKS", most)
         for start, tokens in [*spans, *spans]:
             stop = min(48, start + tokens)
             kernels = (1, 1) if tokens % 2 else block_tokens

@@ -18,7 +18,8 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, KvxferError, TransferFailedError
 from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, Interval
-from kvxfer.planner.chunks import _MOST_IN_LINE_NBYTES, ChunkPlanner, _in_line_before, chunk_table
+from kvxfer.planner.chunk_layout import _MOST_IN_LINE_NBYTES, _in_line_before, chunk_table
+from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.rank_plan import MatchedTables
 from kvxfer.protocol.actions import PackKey, StartPack
