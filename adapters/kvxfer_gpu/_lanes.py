@@ -93,7 +93,7 @@ def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callab
         return None
 
 
-class Share(NamedTuple):
+class BufferWork(NamedTuple):
     """What one buffer has to do: copies, and where in which storage the buffer begins."""
 
     flat: Flat
@@ -187,7 +187,7 @@ class Lanes:
         self._lock = threading.Lock()
         self._lanes: deque[_Lane] = deque()
 
-    def pack(self, shares: Sequence[Share], out: Bytes) -> EventCompletion:
+    def pack(self, shares: Sequence[BufferWork], out: Bytes) -> EventCompletion:
         """Gather what these copies say into ``out``."""
         copies = [copy for share in shares for copy in share.copies]
         low, high = _bounds([copy.target_bounds() for copy in copies])
@@ -212,7 +212,7 @@ class Lanes:
             lane.last = EventCompletion(lane.event, finish if straight is None else None)
             return lane.last
 
-    def unpack(self, shares: Sequence[Share], packed: Bytes) -> EventCompletion:
+    def unpack(self, shares: Sequence[BufferWork], packed: Bytes) -> EventCompletion:
         """Scatter ``packed`` as these copies say."""
         low, high = _bounds([copy.source_bounds() for share in shares for copy in share.copies])
         leaving = self._pinned.find(packed[low:high])
@@ -239,7 +239,7 @@ class Lanes:
         self._lanes.append(lane)
         return lane
 
-    def _move(self, lane: _Lane, scratch: Flat, shares: Sequence[Share], to: int, *, pack: bool) -> None:
+    def _move(self, lane: _Lane, scratch: Flat, shares: Sequence[BufferWork], to: int, *, pack: bool) -> None:
         together = self._runtime.carries(copy.cast for share in shares for copy in share.copies)
         work: list[tuple[Flat, Task | Detour]] = []
         for group in [shares] if together else [[share] for share in shares]:

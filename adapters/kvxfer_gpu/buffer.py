@@ -9,7 +9,7 @@ from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.memory.arrays import ArrayView, read_array, views_of_one
 from kvxfer.memory.spans import Memory, MemoryKind
-from kvxfer_gpu._lanes import Lanes, Pinned, Share, pinned
+from kvxfer_gpu._lanes import BufferWork, Lanes, Pinned, pinned
 from kvxfer_gpu._torch import torch
 from kvxfer_gpu.completion import EventCompletion
 from kvxfer_gpu.runtime import Flat, Runtime
@@ -124,13 +124,13 @@ class GpuBuffer(DeviceBuffer):
     def _unpack_all(cls, shares: Any, packed: Bytes) -> list[Completion]:
         return [lanes.unpack(mine, packed) for lanes, mine in _by_gpu(shares)]
 
-    def _share(self, copies: Sequence[Copy]) -> Share:
-        return Share(self._flat, self._offset, copies)
+    def _share(self, copies: Sequence[Copy]) -> BufferWork:
+        return BufferWork(self._flat, self._offset, copies)
 
 
-def _by_gpu(shares: Sequence[tuple[GpuBuffer, Sequence[Copy]]]) -> list[tuple[Lanes, list[Share]]]:
+def _by_gpu(shares: Sequence[tuple[GpuBuffer, Sequence[Copy]]]) -> list[tuple[Lanes, list[BufferWork]]]:
     """One launch for all layers that lie on one GPU, in however many allocations."""
-    found: dict[int, tuple[Lanes, list[Share]]] = {}
+    found: dict[int, tuple[Lanes, list[BufferWork]]] = {}
     for buffer, copies in shares:
         lanes = buffer._lanes  # noqa: SLF001 - of this class
         found.setdefault(id(lanes), (lanes, []))[1].append(buffer._share(copies))  # noqa: SLF001 - of this class

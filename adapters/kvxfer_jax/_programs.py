@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two programs that a device runs, compiled ahead for each size of piece: gather units, scatter units."""
+"""The two programs of a device, compiled once for each size of piece: gather units, scatter units."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _BITS: Final = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 class Program(NamedTuple):
-    """What a program is compiled for.
+    """Everything that a compiled program depends on.
 
     Attributes:
         shape, dtype, sharding: of the array, which is on one device.
-        unit_nbytes: of a unit.
+        unit_nbytes: bytes of a unit.
         size: units of a piece.
-        cast: dtypes on the way, or None.
+        cast: source and target dtype of a conversion, or None.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
 @cache
 def gather(program: Program) -> Callable[..., jax.Array]:
-    """(array, indices, factor) -> the units, one after the other."""
+    """A program (array, indices, factor) -> the units, one after the other."""
 
     def run(array: jax.Array, indices: jax.Array, factor: jax.Array) -> jax.Array:
         found = _rows(array, program.unit_nbytes).at[indices].get(mode="clip").reshape(-1)
@@ -51,7 +51,7 @@ def gather(program: Program) -> Callable[..., jax.Array]:
 
 @cache
 def scatter(program: Program) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(array, indices, factor, values) -> (the array, in the memory of the one before; something to wait for)."""
+    """A program (array, indices, factor, values) -> (the new array, in the memory of the old one; a signal to wait for)."""
 
     def run(array: jax.Array, indices: jax.Array, factor: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         if program.cast is not None:
@@ -67,7 +67,7 @@ def scatter(program: Program) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 
 def value_dtype(program: Program) -> np.dtype[Any]:
-    """What a scatter takes: elements of the cast's source, else of the array, or bytes where units hold no whole ones."""
+    """Type of a scatter's values: the cast's source, else the array's, or bytes where a unit is no whole number of elements."""
     if program.cast is not None:
         return numpy_dtype(program.cast[0])
     return np.dtype(np.uint8) if program.unit_nbytes % program.dtype.itemsize else program.dtype
@@ -80,12 +80,12 @@ def value_count(program: Program) -> int:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's or ml_dtypes' type of this name."""
+    """Type of NumPy or ml_dtypes by its name."""
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def as_dtype(array: jax.Array, dtype: Any) -> jax.Array:
-    """The same bits as elements of another type; flat, if that has another size."""
+    """The same bits as elements of another type; one-dimensional if their size differs."""
     mine, other = array.dtype.itemsize, np.dtype(dtype).itemsize
     if array.dtype == dtype:
         return array
@@ -96,16 +96,16 @@ def as_dtype(array: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _widens(program: Program) -> bool:
-    """A scatter into small floats is computed in wider ones, which may make one NaN of another: so XLA 0.10 on the CPU.
+    """Whether XLA computes a scatter in wider types, which may replace one NaN by another: JAX 0.10 on the CPU, small floats.
 
-    As integers every bit stays; but that, too, takes a temporary copy of the whole array. Accelerators do neither.
+    A scatter of integers keeps every bit, but it, too, takes a temporary copy of the whole array. Accelerators do neither.
     """
     (device,) = program.sharding.device_set
     return device.platform == "cpu" and str(program.dtype).startswith(("bfloat16", "float8"))
 
 
 def _rows(array: jax.Array, unit_nbytes: int) -> jax.Array:
-    """One row for each unit: a collapse of leading axes where it can be, which moves nothing on any device."""
+    """The array with one row for each unit: where possible by a collapse of leading axes, which moves nothing on any device."""
     itemsize = array.dtype.itemsize
     for axis in range(1, array.ndim):
         if prod(array.shape[axis:]) * itemsize == unit_nbytes:
@@ -116,7 +116,7 @@ def _rows(array: jax.Array, unit_nbytes: int) -> jax.Array:
 
 
 def _cast(elements: jax.Array, cast: tuple[str, str], factor: jax.Array) -> jax.Array:
-    """See `kvxfer.memory.copies.Cast`."""
+    """Convert elements as `kvxfer.memory.copies.Cast` defines."""
     source, target = (numpy_dtype(name) for name in cast)
     values = as_dtype(elements, source).astype(jnp.float32) * factor
     largest = LARGEST.get(cast[1])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arrays of an engine's cache, which the engine and kvxfer have in turn.
+"""The arrays of an engine's cache, which the engine and kvxfer use in turns.
 
-A jax.Array never changes. What writes to a cache, a step of the engine or a transfer that arrives, *donates* the old array
-and gets a new one in the same memory. Two that do so at the same time would each donate an array that the other holds: so
-there is one place where the present arrays are, and whoever wants to use them takes them, and gives back what they became.
+A jax.Array never changes. A write to a cache, by a step of the engine or by a transfer that arrives, *donates* the old array
+and returns a new one in the same memory. Two writers at the same time would each donate an array that the other still uses.
+So `Arrays` holds the present arrays: each side takes them for a turn, and gives back what they have become.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 
 class Arrays:
-    """The present arrays of a cache, one for each layer or for several, and whose turn it is.
+    """The present arrays of a cache, one for each layer or for several, and the lock for taking turns with them.
 
     ::
 
         with arrays.turn() as caches:  # a list
             caches[:] = step(caches)  # with donate_argnums: the old ones are gone
 
-    In between, kvxfer packs from them and unpacks into them, on threads of its own. A turn is as long as it takes to *start*
-    what uses the arrays, not until that is computed: JAX orders the rest by itself. The engine must not use an array that it
-    had in an earlier turn; JAX raises "Array has been deleted" if something has been unpacked since.
+    Between these turns kvxfer packs from the arrays and unpacks into them, on threads of its own. A turn lasts until the
+    computation that uses the arrays has *started*, not until it has ended: JAX orders the rest by itself. The engine must not
+    use an array from an earlier turn; JAX raises "Array has been deleted" if blocks have been unpacked since.
 
     Args:
         arrays: in the order in which `turn` gives them. Any sharding over the heads; see `shares`.
 
     Raises:
-        UnsupportedBufferError: something is no jax.Array, or was deleted.
+        UnsupportedBufferError: an element is no jax.Array, or was deleted.
     """
 
     def __init__(self, arrays: Iterable[jax.Array]) -> None:
@@ -60,33 +60,33 @@ class Arrays:
 
     @contextmanager
     def turn(self) -> Iterator[list[jax.Array]]:
-        """Take the arrays, and give back what is in the list at the end, also if an error ends it. Any thread."""
+        """Take the arrays for a turn; at its end, also by an error, the list becomes the present arrays. Any thread."""
         arrays = self.take()
         try:
             yield arrays
         except BaseException:
-            # That is what has to be told, whatever it left in the list.
+            # That error is to be raised, whatever the list contains.
             with suppress(UnsupportedBufferError):
                 self.give(arrays)
             raise
         self.give(arrays)
 
     def take(self, timeout_s: float | None = None) -> list[jax.Array]:
-        """Begin a turn, when the present one is over; for engines that cannot use `turn`. Any thread.
+        """Begin a turn when the present one is over; for engines that cannot use `turn`. Any thread.
 
         Raises:
             TimeoutError: the present turn was not over in time.
         """
         if not self._turn.take(timeout_s):
-            raise TimeoutError("somebody else has had the arrays of this cache for too long")
+            raise TimeoutError("another thread has held the arrays of this cache for too long")
         return list(self._arrays)
 
     def give(self, arrays: Sequence[jax.Array]) -> None:
-        """End a turn: these are the present arrays from now on. Any thread.
+        """End a turn and make these the present arrays. Any thread.
 
         Raises:
-            UnsupportedBufferError: they are not the same in number, shape, dtype or sharding, or one was donated and not
-                replaced. The turn is over all the same, with the arrays it began with.
+            UnsupportedBufferError: the arrays differ in number, shape, dtype or sharding from those before, or one was donated
+                and not replaced. The turn ends all the same, and the present arrays stay those with which it began.
         """
         try:
             self._check(arrays)
@@ -101,15 +101,17 @@ class Arrays:
             if not _alike(_facts(array), facts):
                 raise UnsupportedBufferError(f"an array of the cache was {facts} and became {_facts(array)}")
             if array.is_deleted():
-                raise UnsupportedBufferError("an array of the cache was donated, and what it became was not given back")
+                raise UnsupportedBufferError(
+                    "an array of the cache was donated, and the array that it became was not given back"
+                )
 
     def shares(
         self, names: Sequence[str], *, order: str = "NHD", heads: int | None = None, components: int = 1
     ) -> list[Share]:
-        """What each device has of the cache: arguments for `kvxfer.KVCache.from_layers`, for one rank each.
+        """Each device's share of the cache: arguments for `kvxfer.KVCache.from_layers`, for one rank each.
 
         Args:
-            names: of the layers. Each has one array, or ``components`` of them (K and V), one after the other.
+            names: names of the layers. Each layer has one array, or ``components`` arrays (K and V), one after the other.
             order: ``NHD``: arrays are ``[block, token, head, ...]``, or ``HND``: ``[block, head, token, ...]``; what
                 follows is the content of a token of a head.
             heads: KV heads of the whole array, where its axis of heads is something else, such as K and V of each head in
@@ -117,8 +119,8 @@ class Arrays:
             components: arrays of one layer.
 
         Raises:
-            UnsupportedBufferError: the arrays are not like that, or are sharded along another axis than the heads', or not
-                all in the same way, or several devices have the same heads.
+            UnsupportedBufferError: the arrays do not have this form, are sharded along another axis than the heads' or not all
+                in the same way, or several devices have the same heads.
         """
         if len(names) * components != len(self._arrays):
             raise UnsupportedBufferError(
@@ -129,35 +131,37 @@ class Arrays:
         if any(each != ranks[0] for each in ranks):
             raise UnsupportedBufferError("the arrays of a cache must be sharded alike")
         if len(set(ranks[0])) != len(ranks[0]):
-            raise UnsupportedBufferError("several devices have copies of the same heads, of which one would be written")
+            raise UnsupportedBufferError(
+                "several devices have copies of the same heads, and only one of them would be written"
+            )
         found = []
         for shard, (start, stop, total) in enumerate(ranks[0]):
-            views = [self.place(number, shard).paged(order, stop - start) for number in range(len(self._arrays))]
+            views = [self.part(number, shard).paged(order, stop - start) for number in range(len(self._arrays))]
             layers = {name: views[i * components : (i + 1) * components] for i, name in enumerate(names)}
             world = total // (stop - start)
             found.append(Share(layers, start, total, start // (stop - start), world, views[0].device))
         return found
 
-    def place(self, number: int, shard: int = 0) -> Place:
-        """One device's part of one array: ``shard`` counts those that this process has."""
+    def part(self, number: int, shard: int = 0) -> ArrayPart:
+        """One device's part of one array; ``shard`` counts the parts that this process has."""
         with self.turn() as arrays:
             part = _parts(arrays[number])[shard]
             if str(part.dtype) not in DTYPE_NBYTES or not part.size:
                 raise UnsupportedBufferError(f"an array of shape {part.shape} and {part.dtype} is no cache")
             (device,) = part.devices()
             base = self._bases[number][shard]
-            return Place(self, number, shard, part.shape, part.dtype, part.sharding, f"jax:{device.id}", base)
+            return ArrayPart(self, number, shard, part.shape, part.dtype, part.sharding, f"jax:{device.id}", base)
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class ArrayPart:
     """One device's part of one of the `Arrays`.
 
     Attributes:
-        shard: among the parts that this process has.
+        shard: number of the part among those that this process has.
         shape, dtype, sharding: of the part.
-        device: where it lies.
-        base: what stands for its address where kvxfer tells allocations apart by address. Nobody reads memory there.
+        device: on which it lies.
+        base: number in place of an address, by which kvxfer tells allocations apart. No memory is read there.
     """
 
     arrays: Arrays
@@ -170,16 +174,21 @@ class Place:
     base: int
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
-        """Of the part."""
+        """Bytes of the part."""
         return prod(self.shape) * self.dtype.itemsize
 
     def parts_of(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """All parts of the array that this process has, in a turn: arrays that share their memory with the whole."""
+        """All parts of the array that this process has, as arrays that share its memory. In a turn."""
         return _parts(arrays[self.number])
 
     def put_together(self, arrays: list[jax.Array], parts: list[jax.Array]) -> None:
-        """Some of the parts were donated, in a turn, and became others."""
+        """Replace the whole array after some of its parts were donated and became others. In a turn."""
         whole = arrays[self.number]
         if isinstance(whole.sharding, _jax().sharding.SingleDeviceSharding):
             (arrays[self.number],) = parts
@@ -187,7 +196,7 @@ class Place:
             arrays[self.number] = _jax().make_array_from_single_device_arrays(whole.shape, whole.sharding, parts)
 
     def paged(self, order: str, heads: int) -> ArrayView:
-        """As ``[block, head, token, content]``."""
+        """The part as a view ``[block, head, token, content]``."""
         shape, steps = paged(self.shape, self.dtype.itemsize, order, heads)
         allocation = (self.base, self.base + self.nbytes)
         return ArrayView(self.base, shape, steps, self.dtype.itemsize, str(self.dtype), allocation, self, self.device)
@@ -195,7 +204,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one device has of a cache: one rank's part.
+    """One device's share of a cache: one rank's part.
 
     ::
 
@@ -211,7 +220,7 @@ class Share:
 
     @property
     def place(self) -> dict[str, Any]:
-        """Where it stands among the others."""
+        """The rank's place among the others: arguments for `kvxfer.KVCache.from_layers`."""
         return {
             "head_start": self.head_start,
             "heads_total": self.heads_total,
@@ -221,16 +230,18 @@ class Share:
 
 
 def _jax() -> Any:
-    """The library, which is not imported before somebody has an array of it."""
+    """The library, imported no earlier than the first array is given."""
     import jax  # noqa: PLC0415
 
     return jax
 
 
 def _parts(array: jax.Array) -> list[jax.Array]:
-    """The parts of an array that this process has, each on one device."""
+    """Parts of an array that this process has, each on one device."""
     if array.is_deleted():
-        raise UnsupportedBufferError("the array was deleted: something donated it and did not give back what it became")
+        raise UnsupportedBufferError(
+            "the array was deleted: it was donated, and the array that it became was not given back"
+        )
     if isinstance(array.sharding, _jax().sharding.SingleDeviceSharding):
         return [array]
     return [part.data for part in array.addressable_shards]
@@ -241,7 +252,7 @@ def _facts(array: jax.Array) -> tuple[Any, ...]:
 
 
 def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Compiled programs may say of what they return in other words how it is sharded."""
+    """Whether both are equal; compiled programs may describe the same sharding in another way."""
     (shape, dtype, sharding), (its_shape, its_dtype, its_sharding) = one, other
     return (shape, dtype) == (its_shape, its_dtype) and (
         sharding is its_sharding or sharding == its_sharding or sharding.is_equivalent_to(its_sharding, len(shape))
@@ -249,7 +260,7 @@ def _alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 
 
 def _ranks(array: jax.Array, order: str, heads: int | None) -> list[tuple[int, int, int]]:
-    """For each part (first head, end, heads in all)."""
+    """(first head, end, heads of the whole array) of each part."""
     axis = 1 if order == "HND" else 2
     whole = array.shape[axis] if axis < array.ndim else 1
     total = whole if heads is None else heads

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kvxfer_nixl``: which NIXL is used here and why, what starts, and what to mind.
+"""``python -m kvxfer_nixl``: report which NIXL is used here and why, which backends start, and what to watch for.
 
-Each backend is started in a process of its own: that a plug-in is listed proves nothing, and one that crashes must not take
-the answer about the others with it.
+Each backend is started in a process of its own: a plug-in that is listed may not start, and one that crashes must not end
+the report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.errors import KvxferError
 from kvxfer_nixl._ibverbs import exit_crash_risk
-from kvxfer_nixl._lane import Lane, Surroundings, predict
+from kvxfer_nixl._link import Link, Surroundings, predict
 from kvxfer_nixl._module import NAMES, NixlModule, find
 from kvxfer_nixl.agent import PROGRESS_DELAY_US, NixlAgent
 
@@ -22,20 +22,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRY_TIMEOUT_S = 30.0
-_WHO = ("loopback", "any")
+_REACHED_FROM = ("loopback", "any")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; 0 if NIXL and its UCX backend can be used here, else 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvxfer_nixl", description="What NIXL is here, and what of it works."
+        prog="python -m kvxfer_nixl", description="Report which NIXL is installed here, and what of it works."
     )
     parser.add_argument("--module", choices=NAMES, help="ask about this module only")
     parser.add_argument(
-        "--try", dest="backend", metavar="BACKEND", help="start this backend in this process, say how it went"
+        "--try", dest="backend", metavar="BACKEND", help="start this backend in this process, and report the outcome"
     )
     parser.add_argument(
-        "--ports", choices=_WHO, help="start UCX in this process for peers from there, say on which ports it listens"
+        "--ports",
+        choices=_REACHED_FROM,
+        help="start UCX in this process for peers from there, and report on which ports it listens",
     )
     options = parser.parse_args(arguments)
     if options.ports:
@@ -58,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say("backends   (each is started, in a process of its own)")
     works = {backend: _try_elsewhere(backend, module) for backend in _listed(module)}
     here = Surroundings.here({"UCX": {}})
-    lane = predict(here, here)
+    link = predict(here, here)
     _say(
-        f"lane       to a process on this host: {lane.value} (UCX_TLS={here.tls}; {'an' if here.rdma else 'no'} RDMA device)"
+        f"link       to a process on this host: {link.value} (UCX_TLS={here.tls}; {'an' if here.rdma else 'no'} RDMA device)"
     )
-    if lane is Lane.STREAM:
+    if link is Link.STREAM:
         _say("           fate-shared: a reader that dies during a READ may abort the process it reads from")
     if works.get("UCX"):
         _say_ports(module)
@@ -83,19 +85,19 @@ def _say_ports(module: NixlModule) -> None:
     _say(
         "ports      (TCP ports on which UCX listens; numbers are of this trial unless port_range or UCX_TCP_PORT_RANGE sets them)"
     )
-    for who, control in (("loopback", "on loopback"), ("any", "on other addresses")):
+    for reached_from, control in (("loopback", "on loopback"), ("any", "on other addresses")):
         try:
-            done = _run_elsewhere(module, "--ports", who)
+            done = _run_elsewhere(module, "--ports", reached_from)
             answers = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
         except subprocess.TimeoutExpired:
             answers = []
         found = answers[-1].removeprefix(_ANSWER) if answers else "not known: UCX did not start"
         _say(f"           control address {control + ':':20} {found}")
     _say(
-        "           Over TCP UCX asks for no key: whoever can connect to a port reads and writes all memory of the process and can"
+        "           Over TCP UCX asks for no key: a process that can connect to a port can read and write all memory of this one and"
     )
     _say(
-        "           end it, with or without a secret. Ports on loopback are open to all users of this machine. Let only the"
+        "           can end it, with or without a secret. Ports on loopback are open to all users of this machine. Let only the"
     )
     _say(
         "           servers of the fleet connect to the others: a firewall, or a network of their own (docs/security.md)."
@@ -124,7 +126,7 @@ def _try_elsewhere(backend: str, module: NixlModule) -> bool:
 
 
 _ANSWER = "kvxfer_nixl: "
-"""Marks our line among what NIXL and UCX print."""
+"""Prefix of the answer, among the lines that NIXL and UCX print."""
 
 
 def _try_here(backend: str, module: str | None) -> int:
@@ -135,13 +137,13 @@ def _try_here(backend: str, module: str | None) -> int:
         return 1
     kinds = sorted(kind.value for kind in agent.capabilities.kinds)
     agent.close()
-    _say(f"{_ANSWER}starts; takes {' and '.join(kinds) or 'neither DRAM nor VRAM, so it is of no use to kvxfer'}")
+    _say(f"{_ANSWER}starts; takes {' and '.join(kinds) or 'neither DRAM nor VRAM, so kvxfer cannot use it'}")
     return 0 if kinds else 1
 
 
-def _ports_here(who: str, module: str | None) -> int:
+def _ports_here(reached_from: str, module: str | None) -> int:
     try:
-        agent = NixlAgent("kvxfer-report", module=module, loopback_only=who == "loopback")
+        agent = NixlAgent("kvxfer-report", module=module, loopback_only=reached_from == "loopback")
     except KvxferError as error:
         _say(f"{_ANSWER}{error}")
         return 1

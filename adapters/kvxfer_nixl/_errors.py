@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's exceptions become kvxfer's here, and nowhere else; the original stays chained as the cause.
+"""Translation of NIXL's exceptions to kvxfer's; the original stays chained as the cause.
 
 NIXL (1.5.1) has twelve exception classes without a common base, and each of its module names has its own set of them, so
-they are told apart by class name. What one means depends on the call that raised it: "not found" is a missing library when
-a backend starts, and memory outside every region when a transfer is made.
+they are told apart by class name. The meaning depends on the call that raised: "not found" is a missing library when a
+backend starts, and memory outside every region when a transfer is made.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kvxfer.errors import (
 
 
 class NotStartedError(TransferFailedError):
-    """NIXL refused the transfer while it was being made: not a byte was moved."""
+    """NIXL refused to prepare the transfer: no byte was moved."""
 
     quiet: ClassVar[bool] = True
 
 
 def backend_error(error: Exception, backend: str) -> KvxferError:
-    """What `createBackend` raised."""
+    """The error for an exception of `createBackend`."""
     match type(error).__name__:
         case "nixlNotFoundError":
             why = "its plug-in cannot be loaded: it was not built into this NIXL, or a library it needs is missing"
@@ -46,12 +46,12 @@ def backend_error(error: Exception, backend: str) -> KvxferError:
 
 
 def registration_error(error: Exception, what: str) -> RegistrationError:
-    """What `registerMem` or `deregisterMem` raised."""
+    """The error for an exception of `registerMem` or `deregisterMem`."""
     return RegistrationError(f"NIXL refuses to {what}: {_native(error)}")
 
 
 def peer_error(error: Exception, name: str) -> KvxferError:
-    """What `loadRemoteMD` raised."""
+    """The error for an exception of `loadRemoteMD`."""
     match type(error).__name__:
         case "nixlNotAllowedError":
             return PeerConflictError(
@@ -68,7 +68,7 @@ def peer_error(error: Exception, name: str) -> KvxferError:
 
 
 def preparation_error(error: Exception, name: str) -> KvxferError:
-    """What `createXferReq` raised: nothing was posted yet."""
+    """The error for an exception of `createXferReq`: nothing was posted yet."""
     match type(error).__name__:
         case "nixlRemoteDisconnectError":
             return PeerLostError(f"the connection to {name!r} is broken")
@@ -81,7 +81,7 @@ def preparation_error(error: Exception, name: str) -> KvxferError:
 
 
 def transfer_error(error: Exception, name: str) -> KvxferError:
-    """What `postXferReq` or `getXferStatus` raised: some bytes may have moved, some may still."""
+    """The error for an exception of `postXferReq` or `getXferStatus`: some bytes may have moved, others may still move."""
     if type(error).__name__ in {"nixlRemoteDisconnectError", "nixlCancelledError"}:
         return PeerLostError(f"{name!r} died, or the connection to it broke, during the transfer")
     return TransferFailedError(f"the transfer with {name!r} failed: {_native(error)}")

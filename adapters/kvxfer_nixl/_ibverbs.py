@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One trap by itself: NIXL's wheel beside Debian's ibverbs-providers crashes the process when it exits.
+"""Workaround for NIXL's wheel beside Debian's ibverbs-providers, which crash the process when it exits.
 
 UCX's module for EFA (bundled with NIXL 1.5.1) loads the system's libefa and with it a second libnl, whose clean-up at exit
-is a SIGSEGV: exit status 139, after all work is done, every time. UCX reads which modules to load once, when the first UCX
-backend of the process starts; ``UCX_MODULES=^ib`` there avoids it and costs nothing on a host without an HCA.
+is a SIGSEGV: exit status 139, after all work is done, every time. UCX reads once which modules to load, when the first UCX
+backend of the process starts; ``UCX_MODULES=^ib`` then avoids the crash, and costs nothing on a host without an HCA.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _log = logging.getLogger("kvxfer.nixl")
 
 
 def exit_crash_risk(module: NixlModule) -> str | None:
-    """Why a process with a UCX backend of ``module`` will crash when it exits, in one sentence; None if it will not."""
+    """Reason, in one sentence, for which a process with a UCX backend of ``module`` crashes at exit; None if it does not."""
     if "UCX_MODULES" in os.environ:
-        return None  # the operator decides
+        return None  # the operator has decided
     if not any(Path(module.path).parent.glob(f"{module.name}.libs/ucx/libuct_ib_efa*")):
         return None
     if has_hca():
-        return None  # there the module is needed; whether it crashes there was not tried
+        return None  # the module is needed there; whether it crashes was not tried
     system = _system_libefa()
     if system is None:
         return None
@@ -40,18 +40,17 @@ def exit_crash_risk(module: NixlModule) -> str | None:
 
 
 def has_hca() -> bool:
-    """The kernel knows an RDMA device."""
+    """Whether the kernel knows an RDMA device."""
     devices = Path("/sys/class/infiniband")
     return devices.is_dir() and any(devices.iterdir())
 
 
 @contextmanager
 def without_exit_crash(module: NixlModule) -> Iterator[None]:
-    """Around the start of a UCX backend: where it would crash the process at exit, UCX is told to leave InfiniBand out.
+    """Have UCX start without InfiniBand, where it would crash the process at exit. For the start of a UCX backend.
 
-    The environment is the operator's, so it is touched only if the crash is certain otherwise, only if they said nothing
-    about ``UCX_MODULES``, and is put back before this returns. A backend that somebody else started earlier in this
-    process has settled the matter for good; then this changes nothing.
+    The environment belongs to the operator. So it is changed only if the crash is certain otherwise and ``UCX_MODULES`` is
+    not set, and is restored at the end. It has no effect if a UCX backend was started earlier in this process.
     """
     risk = exit_crash_risk(module)
     if risk is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frame of NIXL's metadata, checked before NIXL reads it.
 
-NIXL 1.5 trusts the lengths and counts in it, and some that lie end the process (SIGSEGV, SIGABRT). And it registers whatever
-agent is named inside before anybody can ask whose metadata it is. The frame::
+NIXL 1.5 trusts the lengths and counts in it, and wrong ones can end the process (SIGSEGV, SIGABRT). NIXL also registers the
+agent that is named inside, before a caller can ask which one it is. The frame::
 
     nixlSerDes|  field...          field: tag, length as 8 bytes, value, |
     Agent        name
@@ -11,7 +11,7 @@ agent is named inside before anybody can ask whose metadata it is. The frame::
     nixlSecElms  number of them    each: bknd backend, nixlDList nixlSDList, t kind, n number of regions,
                                          and without a tag each region: address, length, device, key
 
-What a connection and a key hold is the backend's own, and not looked at.
+The contents of a connection and of a key belong to the backend and are not looked at.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _REGION_NBYTES = 24
 
 
 def agent_name(metadata: bytes) -> str:
-    """The agent that well-formed metadata is of.
+    """Name of the agent that metadata belongs to.
 
     Raises:
-        ValueError: it is not well-formed, with the reason.
+        ValueError: the metadata is not well-formed, with the reason.
     """
     fields = _Fields(metadata)
     name = fields.text("Agent")
@@ -50,7 +50,7 @@ def agent_name(metadata: bytes) -> str:
 
 
 class _Fields:
-    """Reads one field after the other."""
+    """Reader of one field after another."""
 
     def __init__(self, metadata: bytes) -> None:
         if not metadata.startswith(_INTRO):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which NIXL this process uses, and why: one library lives under five module names.
+"""The search for NIXL, one library under five module names, and the reason for the choice.
 
 NIXL ships as `nixl_cu12`, `nixl_cu13` and `nixl_rocm`, with `nixl` as a shim that picks one of them; AMD's older fork is
-`rixl`, and the PyPI project of that name is an unrelated product. A candidate is therefore looked at on disk before a line
-of it runs, and the first one that is NIXL and can be imported wins. All have the same `_bindings`, so the adapter needs no
-other distinction; what an older one lacks is tested for (`hasattr`), never concluded from a version.
+`rixl`, and the PyPI project of that name is an unrelated product. A candidate's files are therefore examined before any of
+its code runs, and the first candidate that is NIXL and can be imported is taken. All have the same `_bindings`, so the
+adapter needs no other distinction; features that an older version lacks are tested for (`hasattr`), never concluded from a
+version.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
 NAMES = ("nixl_rocm", "nixl", "nixl_cu13", "nixl_cu12", "rixl")
-"""Every name NIXL goes by, in the order of the search on a machine that speaks for no vendor."""
+"""All module names of NIXL, in the order of the search on a machine without a GPU of a known vendor."""
 
 INSTALL = "pip install 'kvxfer[nixl]' (or nixl-cu12 for CUDA 12, or NIXL built with -Dwheel_variant=rocm)"
 
@@ -38,7 +39,7 @@ _import_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Candidate:
-    """One module name, as the search saw it: ``reason`` says why it was or was not chosen."""
+    """One module name of the search; ``reason`` says why it was or was not chosen."""
 
     name: str
     chosen: bool
@@ -65,10 +66,10 @@ class NixlModule:
 
 
 def search_order(platform: str | None = None) -> tuple[str, ...]:
-    """`NAMES`, best first for ``platform``: ``"amd"``, ``"nvidia"`` or None for a machine without a GPU.
+    """`NAMES`, best first for ``platform``: ``"amd"``, ``"nvidia"``, or None for a machine without a GPU.
 
-    A CUDA build on an AMD machine moves DRAM only, and the other way round, so the vendor's own builds go first and
-    the others stay as what is better than nothing.
+    A CUDA build on an AMD machine moves DRAM only, and vice versa. So the vendor's own builds come first, and the others
+    follow.
     """
     if platform == "amd":
         return ("nixl_rocm", "rixl", "nixl", "nixl_cu13", "nixl_cu12")
@@ -78,7 +79,7 @@ def search_order(platform: str | None = None) -> tuple[str, ...]:
 
 
 def platform_of(root: Path = Path("/")) -> str | None:
-    """``"amd"`` or ``"nvidia"`` by the driver's device nodes; None if there are none, or both."""
+    """``"amd"`` or ``"nvidia"``, by the driver's device nodes; None if there are none, or both."""
     amd, nvidia = (root / "dev/kfd").exists(), (root / "dev/nvidiactl").exists()
     if amd == nvidia:
         return None
@@ -87,16 +88,16 @@ def platform_of(root: Path = Path("/")) -> str | None:
 
 @cache
 def find(module: str | None = None) -> NixlModule:
-    """The NIXL module to use, imported without its side effects on logging (see `_import_quietly`).
+    """Find the NIXL module to use; import it without its side effects on logging (see `_import_quietly`).
 
-    What was found once in a process stays; what was not is looked for again.
+    A module that was found stays for the life of the process; a failed search is repeated at the next call.
 
     Args:
-        module: one of `NAMES` to take no other; None searches.
+        module: one of `NAMES`, the only one to try; None tries all.
 
     Raises:
         ConfigError: ``module`` is none of `NAMES`.
-        UnavailableError: none is installed and can be imported; the message says what each one lacks.
+        UnavailableError: none can be imported; the message says what each one lacks.
     """
     if module is not None and module not in NAMES:
         raise ConfigError(f"module={module!r} is no name of NIXL; known are {', '.join(NAMES)}")
@@ -131,7 +132,7 @@ def _why_chosen(name: str, package: str, asked: str | None, platform: str | None
     elif platform is not None:
         why = f"first that works in the order for {platform.upper()} machines"
     else:
-        why = "first that works; this machine speaks for no GPU vendor"
+        why = "first that works; this machine has no GPU of one known vendor"
     return why if package == name else f"{why}; stands for {package}"
 
 
@@ -151,19 +152,19 @@ def _spec(name: str) -> ModuleSpec | None:
 
 
 def _resolve(name: str) -> str:
-    """The package that holds the code of candidate ``name``, judged by its files: nothing is imported."""
+    """The package with the code of candidate ``name``, told by its files: nothing is imported."""
     spec = _spec(name)
     if spec is None:
         raise UnavailableError(_ABSENT)
     if name == "nixl" and _spec("nixl_meta_utils") is not None:
-        # The shim of NIXL >= 1.5 imports torch to learn its CUDA version when torch's files do not tell (a CPU build):
-        # a second and 300 MB for a process that needs none of it. Its rule is simple enough to follow here.
+        # The shim of NIXL >= 1.5 imports torch to learn its CUDA version when torch's files do not tell (a CPU build), which
+        # costs a process a second and 300 MB. Its rule is simple enough to follow here.
         return _resolve_shim()
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if any((folder / "_api.py").exists() and any(folder.glob("_bindings*.so")) for folder in folders):
         return name
     if name == "nixl" and any((folder / "__init__.py").exists() for folder in folders):
-        return name  # a shim of another version: it is asked by importing it
+        return name  # a shim of another version: importing it will tell
     where = spec.origin or ", ".join(str(folder) for folder in folders)
     raise UnavailableError(f"{where} is another product of that name, not NIXL (no _api and _bindings)")
 
@@ -182,7 +183,7 @@ def _resolve_shim() -> str:
 
 
 def _cuda_major() -> int | None:
-    """CUDA version of this process's torch, from its files: torch is never imported for it."""
+    """CUDA version of this process's torch, read from its files; torch is not imported."""
     torch = sys.modules.get("torch")
     version = getattr(getattr(torch, "version", None), "cuda", None)
     if torch is None:
@@ -198,7 +199,7 @@ def _cuda_major() -> int | None:
 
 
 def _import_quietly(package: str) -> Any:
-    """Import ``package._bindings``; logging, stdout and the environment stay as they are.
+    """Import ``package._bindings``, and leave logging, stdout and the environment as they are.
 
     NIXL's import calls `logging.config.dictConfig`, which closes every handler the process has, points a logger at
     stdout and turns `logging.raiseExceptions` off (seen in 1.5.1).
@@ -222,7 +223,7 @@ def _logging_left_alone() -> Iterator[None]:
     def only_for_others(config: Any) -> None:
         loggers: Mapping[str, object] = config.get("loggers", {})
         if threading.get_ident() != thread or not loggers.keys() <= {"nixl", "rixl"} or "root" in config:
-            original(config)  # whoever configures logging in the same moment is none of our business
+            original(config)  # not NIXL's call: other threads may configure logging at the same time
 
     logging.config.dictConfig = only_for_others
     try:

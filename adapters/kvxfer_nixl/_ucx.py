@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of UCX that decide on which TCP ports it listens.
 
-UCX carries out remote memory access over TCP by messages that the owner's process applies, without a check of any key: a
-process that connects to such a port reads and writes all of this process's memory, and can end it (UCX 1.23). NIXL exchanges no
-secret either. So the ports themselves have to be out of a stranger's reach.
+UCX carries out remote memory access over TCP by messages that the remote process applies without checking any key: a process
+that connects to such a port can read and write all memory of the process that listens, and can end it (UCX 1.23). NIXL
+exchanges no secret either. So no other than the fleet's own processes may reach the ports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _warned_of_ports = False
 
 
 def ucx_setting(options: Mapping[str, str], name: str) -> str | None:
-    """A setting of UCX as the operator gave it: the environment, which NIXL lets win, else ``engine_config``."""
+    """A setting of UCX as the operator gave it: the environment, which takes precedence in NIXL, else ``engine_config``."""
     given = os.environ.get(f"UCX_{name}")
     if given:
         return given
@@ -40,15 +40,15 @@ def with_ucx_setting(options: Mapping[str, str], name: str, value: str) -> dict[
 
 
 def warn_of_open_ports(ports: Sequence[Port]) -> None:
-    """Say once in a process what other machines can do by way of these ports."""
+    """Warn once in a process of what other machines can do through these ports."""
     global _warned_of_ports  # noqa: PLW0603 - once in a process
     reached = [str(port) for port in ports if not port.on_loopback]
     if not reached or _warned_of_ports:
         return
     _warned_of_ports = True
     _log.warning(
-        "the transfer engine listens on %s, where it asks for no key and no secret: whoever can connect there reads and writes all "
-        "memory of this process and can end it. Let only the servers of this fleet connect (a firewall and the option "
+        "the transfer engine listens on %s, where it asks for no key and no secret: a process that can connect there can read and write "
+        "all memory of this process, and can end it. Let only the servers of this fleet connect (a firewall and the option "
         "port_range, or a network of their own); see docs/security.md",
         ", ".join(reached),
     )

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIXL as a kvxfer transfer agent.
 
-Facts about NIXL 1.5.1 that shaped this file (measured; tests/nixl holds each):
+Facts about NIXL 1.5.1 that shaped this file (measured; tests/nixl holds a test of each):
 
 - The Python class `nixl_agent` hard-codes a progress delay of 0, which makes an idle agent spin on one core. The C++ agent
-  below it, in `_bindings`, takes the delay; there it is the longest sleep of a thread that wakes on events, so a long one
-  costs no latency. This adapter therefore speaks to the bindings, which are the same in all of NIXL's packages.
-- Nothing stops a transfer in flight but the end of the agent. Handles are therefore released only when NIXL has said
-  that they are complete; every other one is kept until `close`.
+  below it, in `_bindings`, takes the delay; there it is the longest sleep of a thread that wakes on events, so a long delay
+  costs no latency. This adapter therefore calls the bindings, which are the same in all of NIXL's packages.
+- Only the end of the agent stops a transfer in flight. Handles are therefore released only when NIXL has said that they are
+  complete; all others are kept until `close`.
 - Over TCP, the end of an agent whose READ is in flight can crash the healthy process that it reads from (SIGSEGV, 5 of 8
-  with 2,048 descriptors). `close` therefore lets such reads end first, for a while.
+  with 2,048 descriptors). `close` therefore waits a while for such reads.
 - A transfer on one host is a copy inside the call that posts it, with the GIL released.
 """
 
@@ -30,10 +30,11 @@ from kvxfer.errors import ConfigError, PeerInfoError, TransferError, Unavailable
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer_nixl import _errors
 from kvxfer_nixl._ibverbs import without_exit_crash
-from kvxfer_nixl._lane import Lane, LaneWatch, Surroundings, predict
+from kvxfer_nixl._link import Link, LinkWatch, Surroundings, predict
 from kvxfer_nixl._metadata import agent_name
 from kvxfer_nixl._module import find
-from kvxfer_nixl._options import Options
+from kvxfer_nixl._options import NixlOptions
+from kvxfer_nixl._records import NixlDescription, NixlPeer, XferRequest
 from kvxfer_nixl._ucx import warn_of_open_ports
 
 if TYPE_CHECKING:
@@ -47,40 +48,9 @@ PROGRESS_DELAY_US = 10_000
 """An idle agent costs 0.002 of a core with it (0.012 with 1 ms, 1.0 with NIXL's default of 0), at the same latency."""
 
 RECYCLE_AFTER_CYCLES = 256
-"""Each disconnect leaks one file descriptor on either side until the agent ends (UCX): worth a word after so many."""
+"""Each disconnect leaks one file descriptor on either side until the agent ends (UCX): warn after so many."""
 
 _DRAIN_POLL_S = 0.001
-
-
-class _Native(msgspec.Struct, frozen=True):
-    """This adapter's part of a description.
-
-    Attributes:
-        metadata: NIXL's own, for `loadRemoteMD`.
-        surroundings: what decides the lane.
-        registered: a number for each registered region, never reused by that agent.
-    """
-
-    metadata: bytes
-    surroundings: Surroundings
-    registered: list[int]
-
-
-class _Peer:
-    __slots__ = ("forgotten", "name", "registered", "watch")
-
-    def __init__(self, name: str, registered: frozenset[int], watch: LaneWatch) -> None:
-        self.name, self.registered, self.watch, self.forgotten = name, registered, watch, False
-
-
-class _Transfer:
-    """One posted request. ``complete`` only when NIXL said so: then, and only then, it may be released."""
-
-    __slots__ = ("broken", "complete", "handle", "op", "peer")
-
-    def __init__(self, handle: int, peer: _Peer, op: Op) -> None:
-        self.handle, self.peer, self.op = handle, peer, op
-        self.complete = self.broken = False
 
 
 class NixlAgent(TransferAgent):
@@ -88,14 +58,14 @@ class NixlAgent(TransferAgent):
 
     Args:
         name: see `TransferAgent`.
-        backends: NIXL backends to start, by name; the ones that reach peers are UCX and LIBFABRIC among others.
-        backend_options: options of a backend, as strings, handed to NIXL as they are. UCX gets ``ucx_error_handling_mode``
-            ``peer`` unless told otherwise: with ``none`` the death of a peer goes unnoticed.
-        module: take this module and no other (`kvxfer_nixl._module.NAMES`).
+        backends: NIXL backends to start, by name; UCX and LIBFABRIC, among others, reach peers.
+        backend_options: options of each backend, as strings, handed to NIXL as they are. UCX gets ``ucx_error_handling_mode``
+            ``peer`` by default: with ``none`` the death of a peer goes unnoticed.
+        module: the only module of NIXL to use (one of `kvxfer_nixl._module.NAMES`); by default the first that works.
         progress_delay_us: longest sleep of NIXL's progress thread, which wakes on events; rounded up to milliseconds.
         max_submit_nbytes: most bytes handed to NIXL in one call, which on one host blocks until they are copied.
-        drain_s: how long `close` waits for reads over TCP to end before it breaks them off (see `Lane.STREAM`).
-        loopback_only: UCX uses the loopback device only, so that other machines reach none of its ports: over TCP it checks no
+        drain_s: seconds for which `close` waits for reads over TCP before it ends them (see `Link.STREAM`).
+        loopback_only: UCX uses the loopback device only, so that other machines reach none of its ports: over TCP UCX checks no
             key (docs/security.md). `Endpoint` passes False where its control address is reached from other machines.
             ``UCX_NET_DEVICES``, or ``NET_DEVICES`` in ``engine_config``, takes precedence.
         port_range: TCP ports that UCX may listen on, such as ``"40000-40099"``; by default any free ones. An agent takes one
@@ -119,7 +89,7 @@ class NixlAgent(TransferAgent):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if a NIXL module can be imported here; whether a backend starts is known only when one is made."""
+        """None if a NIXL module can be imported here. Whether a backend starts shows only when an agent is made."""
         try:
             find()
         except UnavailableError as error:
@@ -140,25 +110,26 @@ class NixlAgent(TransferAgent):
         port_range: str | None = None,
         **unknown: object,
     ) -> None:
-        options = Options.checked(
-            backends=backends,
-            backend_options=backend_options if backend_options is not None else {},
-            progress_delay_us=progress_delay_us,
-            max_submit_nbytes=max_submit_nbytes,
-            drain_s=drain_s,
-            loopback_only=loopback_only,
-            port_range=port_range,
-            unknown=unknown,
-        )
+        given = {
+            "backends": backends,
+            "backend_options": {} if backend_options is None else backend_options,
+            "module": module,
+            "progress_delay_us": progress_delay_us,
+            "max_submit_nbytes": max_submit_nbytes,
+            "drain_s": drain_s,
+            "loopback_only": loopback_only,
+            "port_range": port_range,
+        }
+        options = NixlOptions.of(given | unknown)
         super().__init__(name)
-        self.loopback_only = options.loopback_only
-        self.module = find(module)
-        """Which NIXL this is, and why."""
+        for_backends, self.loopback_only = options.for_backends()
+        self.module = find(options.module)
+        """The module of NIXL that is used, and why."""
         self._bindings = self.module.bindings
-        self._agent: Any = self._new_agent(options)
+        self._agent: Any = self._new_agent(options.progress_delay_us)
         before = open_ports()
         try:
-            self._backends = {name: self._start_backend(name, given) for name, given in options.backends.items()}
+            self._backends = {name: self._start_backend(name, its) for name, its in for_backends.items()}
             self._check_reach()
         except BaseException:
             self._agent = None  # the traceback of what is raised here would keep it, and its thread, alive
@@ -169,38 +140,38 @@ class NixlAgent(TransferAgent):
         self._knows_frame = self._reads_own_frame()
         self._segments = {MemoryKind.DRAM: self._bindings.DRAM_SEG, MemoryKind.VRAM: self._bindings.VRAM_SEG}
         self._backends_of = {kind: self._backends_for(kind) for kind in self._segments}
-        # What the class declares holds for the defaults; this instance knows better.
+        # What the class declares holds for the defaults only.
         vars(self)["capabilities"] = replace(
             type(self).capabilities,
             kinds=frozenset(kind for kind, handles in self._backends_of.items() if handles),
-            detects_death=options.backends.get("UCX", {}).get("ucx_error_handling_mode") != "none",
+            detects_death=for_backends.get("UCX", {}).get("ucx_error_handling_mode") != "none",
             max_submit_nbytes=options.max_submit_nbytes,
         )
-        self._surroundings = Surroundings.here(options.backends)
+        self._surroundings = Surroundings.here(for_backends)
         self._registered: dict[int, Any] = {}
         self._registrations_made = 0
-        self._unfinished: dict[int, _Transfer] = {}
+        self._unfinished: dict[int, XferRequest] = {}
         self._drain_s = options.drain_s
         self.connection_cycles = 0
-        """Peers disconnected so far. Each one costs a file descriptor here and there: see `RECYCLE_AFTER_CYCLES`."""
+        """Peers disconnected so far. Each one costs a file descriptor on both sides: see `RECYCLE_AFTER_CYCLES`."""
 
-    def lane(self, peer: AgentPeer) -> Lane:
-        """Kind of connection to ``peer``: predicted from what both sides told, replaced by what transfers showed."""
-        native: _Peer = peer.native
-        return native.watch.lane
+    def link(self, peer: AgentPeer) -> Link:
+        """Kind of connection to ``peer``: predicted from the descriptions of both sides, corrected by what transfers show."""
+        native: NixlPeer = peer.native
+        return native.watch.link
 
     def explain(self, peer: AgentPeer) -> str:
-        """Module, version, backends and lane."""
-        return f"{self.module.name} {self.module.version}, {'+'.join(self._backends)}, lane {self.lane(peer).value}"
+        """Module, version, backends and kind of link."""
+        return f"{self.module.name} {self.module.version}, {'+'.join(self._backends)}, link {self.link(peer).value}"
 
     # -- start ------------------------------------------------------------------------------------------------------
 
-    def _new_agent(self, options: Options) -> Any:
+    def _new_agent(self, progress_delay_us: int) -> Any:
         config = self._bindings.nixlAgentConfig()
         config.useProgThread = True
-        config.useListenThread = False  # it listens on all addresses and asks for no password
-        config.pthrDelay = options.progress_delay_us
-        # RW lets the progress thread and this one work side by side; NIXL before 0.9 and RIXL have one big lock only.
+        config.useListenThread = False  # that thread listens on all addresses and asks for no password
+        config.pthrDelay = progress_delay_us
+        # RW lets the progress thread and this one work in parallel; NIXL before 0.9 and RIXL have a single lock.
         config.syncMode = getattr(self._bindings, "NIXL_THREAD_SYNC_RW", self._bindings.NIXL_THREAD_SYNC_STRICT)
         if hasattr(config, "captureTelemetry"):
             config.captureTelemetry = False
@@ -257,18 +228,20 @@ class NixlAgent(TransferAgent):
         del self._registered[number]
 
     def _describe(self) -> bytes:
-        return msgspec.msgpack.encode(_Native(self._agent.getLocalMD(), self._surroundings, list(self._registered)))
+        return msgspec.msgpack.encode(
+            NixlDescription(self._agent.getLocalMD(), self._surroundings, list(self._registered))
+        )
 
-    def _connect(self, name: str, native: bytes) -> _Peer:
+    def _connect(self, name: str, native: bytes) -> NixlPeer:
         try:
-            described = msgspec.msgpack.decode(native, type=_Native)
+            described = msgspec.msgpack.decode(native, type=NixlDescription)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise PeerInfoError(f"cannot read the NIXL part of the description of {name!r}: {error}") from error
         self._check_metadata(name, described.metadata)
         registered = frozenset(described.registered)
-        known: _Peer | None = self._peers[name].native if name in self._peers else None
+        known: NixlPeer | None = self._peers[name].native if name in self._peers else None
         if known is not None and not known.registered <= registered:
-            # NIXL only ever adds regions, and would keep using the keys of one that was replaced at the same address.
+            # NIXL only adds regions: it would go on using the keys of a region that was replaced at the same address.
             self._forget(name)
         try:
             answered = self._agent.loadRemoteMD(described.metadata)
@@ -281,13 +254,13 @@ class NixlAgent(TransferAgent):
         if known is not None:
             known.registered = registered
             return known
-        watch = LaneWatch(predict(self._surroundings, described.surroundings))
-        if watch.lane.fate_shared:
+        watch = LinkWatch(predict(self._surroundings, described.surroundings))
+        if watch.link.fate_shared:
             self._warn_of_shared_fate(name)
-        return _Peer(name, registered, watch)
+        return NixlPeer(name, registered, watch)
 
     def _check_metadata(self, name: str, metadata: bytes) -> None:
-        """NIXL reads metadata only if its frame is sound and it is of the agent ``name``. Raises PeerInfoError."""
+        """Refuse metadata with a malformed frame, or of another agent than ``name``, before NIXL reads it. Raises PeerInfoError."""
         if not self._knows_frame:
             return
         try:
@@ -298,7 +271,7 @@ class NixlAgent(TransferAgent):
             raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {found!r}")
 
     def _reads_own_frame(self) -> bool:
-        """This NIXL's metadata has the frame that is known here; another version's may have another one."""
+        """Whether this NIXL writes metadata in the frame that is known here; another version may write another one."""
         try:
             return agent_name(self._agent.getLocalMD()) == self.name
         except ValueError as error:
@@ -320,18 +293,18 @@ class NixlAgent(TransferAgent):
     def _forget(self, name: str | bytes) -> None:
         try:
             self._agent.invalidateRemoteMD(name)
-        except Exception:  # noqa: BLE001 - what is unknown or dead is forgotten already
+        except Exception:  # noqa: BLE001 - NIXL has forgotten what is unknown or dead
             _log.debug("NIXL does not forget %r", name, exc_info=True)
 
     def _warn_of_shared_fate(self, name: str) -> None:
-        _log.warning("fate-shared lane: %s reaches %s over TCP, where a reader that dies during a READ may abort the "
-                     "process it reads from (UCX); a WRITE by the owner does not", self.name, name)  # fmt: skip
+        _log.warning("fate-shared link: %s reaches %s over TCP, where a process that dies during a READ may abort the "
+                     "process that it reads from (UCX); a WRITE does not", self.name, name)  # fmt: skip
 
     # -- transfers --------------------------------------------------------------------------------------------------
 
-    def _submit(self, op: Op, peer: Any, spans: Descriptors, local: Memory, remote: Memory) -> _Transfer:
-        # The C++ agent is named as self._agent only, in no local variable of a frame that an exception could keep alive in
-        # its traceback: then close() would end nothing (see _close).
+    def _submit(self, op: Op, peer: Any, spans: Descriptors, local: Memory, remote: Memory) -> XferRequest:
+        # No local variable refers to the C++ agent: the traceback of an exception would keep its frame and so the agent alive,
+        # and close() would end nothing (see _close).
         bindings = self._bindings
         try:
             handle = self._agent.createXferReq(
@@ -344,7 +317,7 @@ class NixlAgent(TransferAgent):
             )
         except Exception as error:
             raise _errors.preparation_error(error, peer.name) from error
-        transfer = _Transfer(handle, peer, op)
+        transfer = XferRequest(handle, peer, op)
         self._unfinished[handle] = transfer
         try:
             status = self._agent.postXferReq(handle, "")
@@ -352,12 +325,12 @@ class NixlAgent(TransferAgent):
             transfer.broken = True
             raise _errors.transfer_error(error, peer.name) from error
         transfer.complete = status == bindings.NIXL_SUCCESS
-        if peer.watch.posted(op, spans.total_nbytes, inline=transfer.complete) and peer.watch.lane.fate_shared:
+        if peer.watch.posted(op, spans.total_nbytes, inline=transfer.complete) and peer.watch.link.fate_shared:
             self._warn_of_shared_fate(peer.name)
         return transfer
 
     def _spans(self, memory: Memory, addresses: Any, nbytes: Any) -> Any:
-        if len(nbytes) == 1:  # as each read of a lease's cell: a tuple is cheaper than an array
+        if len(nbytes) == 1:  # as each check of a lease: a tuple is cheaper than an array
             return self._bindings.nixlXferDList(
                 self._segments[memory.kind], [(int(addresses[0]), int(nbytes[0]), memory.device_id)]
             )
@@ -370,7 +343,7 @@ class NixlAgent(TransferAgent):
             try:
                 status = self._agent.getXferStatus(handle.handle)
             except Exception as error:
-                # NIXL answers no more about a peer that was forgotten, but the transfer goes on all the same.
+                # NIXL no longer answers about a peer that was forgotten, but the transfer may still be running.
                 handle.broken = not handle.peer.forgotten
                 raise _errors.transfer_error(error, handle.peer.name) from error
             if status == self._bindings.NIXL_IN_PROG:
@@ -380,33 +353,33 @@ class NixlAgent(TransferAgent):
         return True
 
     def _release(self, handle: Any) -> None:
-        # An incomplete one stays until the agent ends: releasing it stops nothing, and its memory may be unmapped under
-        # a copy that still runs, which crashes this process (seen with TCP).
+        # An incomplete request stays until the agent ends: releasing it stops nothing, and unmaps memory that a copy may still
+        # use, which crashes this process (seen with TCP).
         if handle.complete:
             self._unfinished.pop(handle.handle, None)
             self._agent.releaseXferReq(handle.handle)
 
     def _close(self) -> None:
         self._drain()
-        # The end of the C++ agent joins its progress thread and destroys UCX's workers: nothing moves after that. It
-        # happens here because nobody else holds the agent (transfers know numbers, not objects).
+        # The end of the C++ agent joins its progress thread and destroys UCX's workers: nothing moves after that. This is the
+        # only reference to the agent (requests know numbers, not objects), so it ends here.
         self._agent = None
         self._unfinished.clear()
         self._registered.clear()
 
     def _drain(self) -> None:
-        """Wait for reads over TCP, so that their end does not crash whom they read from."""
+        """Wait for reads over TCP: ending them could crash the process that they read from."""
         deadline = time.monotonic() + self._drain_s
         while time.monotonic() < deadline:
-            running = [t for t in self._unfinished.values() if t.op is Op.READ and t.peer.watch.lane.fate_shared]
+            running = [t for t in self._unfinished.values() if t.op is Op.READ and t.peer.watch.link.fate_shared]
             if all(self._ended(transfer) for transfer in running):
                 return
             time.sleep(_DRAIN_POLL_S)
         _log.warning(
-            "%s closes with reads over TCP in flight; the processes they read from may not survive it", self.name
+            "%s closes with reads over TCP in flight; the processes that they read from may not survive it", self.name
         )
 
-    def _ended(self, transfer: _Transfer) -> bool:
+    def _ended(self, transfer: XferRequest) -> bool:
         if transfer.complete or transfer.broken:
             return True
         try:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing and unpacking, from the first index to the last byte. Each job runs on a thread of the module's own."""
+"""Packing from and unpacking into tensors of torch_xla. Each call runs on a background thread of this adapter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,63 +10,40 @@ import torch
 import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-from kvxfer.buffers.index_gather import pick, units_of
+from kvxfer.buffers.index_tasks import IndexTask, index_tasks
 from kvxfer.errors import TransferFailedError
-from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.normal_form import SOURCE, TARGET
 from kvxfer_xla import _programs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from typing import TypeAlias
 
     from kvxfer.buffers.background import Turn
     from kvxfer.buffers.base import Bytes
-    from kvxfer.buffers.index_gather import Picked, Piece
+    from kvxfer.buffers.index_gather import IndexPiece
     from kvxfer.memory.copies import Copy
     from kvxfer_xla.buffer import Facts
 
     Work: TypeAlias = Sequence[tuple[Facts, Sequence[Copy]]]
-
-
-@dataclass(eq=False)
-class _Task:
-    """Units of one tensor, and what moves them."""
-
-    facts: Facts
-    picked: Picked
-    pieces: list[Piece]
-
-    def on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.facts.device)
-
-    def cast(self, elements: torch.Tensor) -> torch.Tensor:
-        cast = self.picked.cast
-        if cast is None:
-            return elements
-        # Not a number: torch_xla may make a constant of it, and another graph for each.
-        return _programs.cast(elements, cast.source, cast.target, self.on_device(np.array(cast.factor, np.float32)))
+    Task: TypeAlias = IndexTask[Facts]
 
 
 def pack(work: Work, out: Bytes, turn: Turn) -> None:
     """Copy from tensors to ``out``."""
     try:
-        tasks = list(_tasks(work, SOURCE))
+        tasks = list(index_tasks(work, SOURCE))
         with turn:
             started = [[_gather(task, piece) for piece in task.pieces] for task in tasks]
         for task, found in zip(tasks, started, strict=True):
-            place = task.picked.place_in(out)
-            dense = np.empty(task.picked.nbytes, np.uint8) if place is None else place
-            for piece, each in zip(task.pieces, found, strict=True):
-                dense[piece.begin : piece.end] = each.cpu().numpy().view(np.uint8)[: piece.end - piece.begin]
-            if place is None:
-                task.picked.spread(dense, out)
+            task.store((each.cpu().numpy().view(np.uint8) for each in found), out)
     except RuntimeError as error:
         raise TransferFailedError(f"the device cannot pack: {error}") from error
 
 
-def _gather(task: _Task, piece: Piece) -> torch.Tensor:
-    found = task.cast(_programs.gathered(task.facts.tensor, task.picked.unit_nbytes, task.on_device(piece.indices)))
+def _gather(task: Task, piece: IndexPiece) -> torch.Tensor:
+    facts = task.array
+    found = _cast(task, _programs.gathered(facts.tensor, task.picked.unit_nbytes, _on_device(task, piece.indices)))
     _programs.sync([found])
     return found
 
@@ -75,39 +51,35 @@ def _gather(task: _Task, piece: Piece) -> torch.Tensor:
 def unpack(work: Work, packed: Bytes, turn: Turn) -> None:
     """Copy from ``packed`` to tensors, in place."""
     try:
-        tasks = list(_tasks(work, TARGET))
-        values = [_values(task, packed) for task in tasks]
+        tasks = list(index_tasks(work, TARGET))
+        # Copies: torch takes no array that cannot be written.
+        values = [task.values(packed, copy=True) for task in tasks]
         with turn:
             for task, mine in zip(tasks, values, strict=True):
                 for piece, each in zip(task.pieces, mine, strict=True):
                     _scatter(task, piece, each)
-        # Of all that runs on the device by now: the tensors themselves are the engine's again.
+        # Waits for all that runs on the device by now: the tensors themselves belong to the engine again.
         xm.wait_device_ops()
     except RuntimeError as error:
         raise TransferFailedError(f"the device cannot unpack: {error}") from error
 
 
-def _scatter(task: _Task, piece: Piece, values: np.ndarray) -> None:
-    indices, elements = task.on_device(piece.indices), task.cast(task.on_device(values))
+def _scatter(task: Task, piece: IndexPiece, values: np.ndarray) -> None:
+    tensor = task.array.tensor
+    indices, elements = _on_device(task, piece.indices), _cast(task, _on_device(task, values))
     with alias_with_buffer_donor_config():
-        _programs.scatter(task.facts.tensor, task.picked.unit_nbytes, indices, elements)
-        _programs.sync([task.facts.tensor])
+        _programs.scatter(tensor, task.picked.unit_nbytes, indices, elements)
+        _programs.sync([tensor])
 
 
-def _values(task: _Task, packed: Bytes) -> list[np.ndarray]:
-    """What the pieces write, as long as their programs want it. Copies: torch takes no array that cannot be written."""
-    dense, found = task.picked.collect(packed), []
-    near = DTYPE_NBYTES[task.picked.cast.target] if task.picked.cast else 1
-    far = DTYPE_NBYTES[task.picked.cast.source] if task.picked.cast else 1
-    for piece in task.pieces:
-        padded = np.zeros(len(piece.indices) * task.picked.unit_nbytes * far // near, np.uint8)
-        padded[: piece.end - piece.begin] = dense[piece.begin : piece.end]
-        found.append(padded)
-    return found
+def _on_device(task: Task, array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(task.array.device)
 
 
-def _tasks(work: Work, side: int) -> Iterator[_Task]:
-    for facts, copies in work:
-        for picked in pick(copies, side, units_of(facts.shape, facts.itemsize)):
-            beyond = None if side == SOURCE else facts.nbytes // picked.unit_nbytes
-            yield _Task(facts, picked, list(picked.pieces(beyond)))
+def _cast(task: Task, elements: torch.Tensor) -> torch.Tensor:
+    cast = task.picked.cast
+    if cast is None:
+        return elements
+    # The factor is no Python number: torch_xla may make a constant of it, and another graph for each.
+    factor = _on_device(task, np.array(cast.factor, np.float32))
+    return _programs.cast(elements, cast.source, cast.target, factor)

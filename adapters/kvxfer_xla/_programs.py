@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device does, in the words of torch: gather units, scatter units, cast elements."""
+"""The operations of the device, in torch: gather units, scatter units, cast elements."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def gathered(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor) -> t
 
 
 def scatter(tensor: torch.Tensor, unit_nbytes: int, indices: torch.Tensor, values: torch.Tensor) -> None:
-    """Write units; those of an index beyond the tensor are dropped, which XLA defines for a scatter."""
+    """Write units; a unit whose index is beyond the tensor is dropped, as XLA defines for a scatter."""
     if not _widens(tensor) and unit_nbytes % tensor.element_size() == 0:
-        # Before anything is recorded: it marks the memory that the tensor has at this moment. Not where the tensor is seen as
-        # other elements: what it becomes is then not recognised as its heir (torch_xla 2.9).
+        # Before anything is recorded: this marks the memory that the tensor has at this moment. Not where the tensor is viewed
+        # as other elements: torch_xla 2.9 then does not see that the result replaces it.
         torch.ops.xla.dynamo_set_buffer_donor_(tensor, True)
     rows = rows_of(tensor, unit_nbytes)
     rows.index_copy_(0, indices.long(), as_dtype(values, rows.dtype).view(-1, *rows.shape[1:]))
 
 
 def rows_of(tensor: torch.Tensor, unit_nbytes: int) -> torch.Tensor:
-    """One row for each unit.
+    """The tensor with one row for each unit.
 
-    bfloat16 and float8 are integers here on the CPU, where XLA computes with wider ones and may make one NaN of another. The
-    price is that a scatter then moves the tensor to new memory. (For float16 that would not help: torch_xla 2.9 has the CPU make
-    quiet NaNs of signalling ones whatever one does.)
+    On the CPU bfloat16 and float8 are viewed as integers, because XLA computes with wider types there and may replace one NaN
+    by another. The cost is that a scatter then moves the tensor to new memory. (For float16 that would not help: torch_xla 2.9
+    makes signalling NaNs quiet on the CPU in any case.)
     """
     itemsize = tensor.element_size()
     if unit_nbytes % itemsize:
@@ -54,11 +54,11 @@ def _widens(tensor: torch.Tensor) -> bool:
 
 
 def cast(elements: torch.Tensor, source: str, target: str, factor: torch.Tensor) -> torch.Tensor:
-    """See `kvxfer.memory.copies.Cast`: elements of the source's type, in any integers, to those of the target's, in integers."""
+    """Convert elements as `kvxfer.memory.copies.Cast` defines; both sides are viewed as integers."""
     values = as_dtype(elements, getattr(torch, source)).to(torch.float32) * factor
     largest = LARGEST.get(target)
     if largest is not None:
-        # XLA's clamp makes a number of NaN.
+        # XLA's clamp replaces NaN by a number.
         values = torch.where(values.isnan(), values, values.clamp(-largest, largest))
     made = values.to(getattr(torch, target))
     return made.view(_BITS[made.element_size()])
@@ -70,6 +70,6 @@ def as_dtype(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def sync(tensors: list[torch.Tensor]) -> None:
-    """Start what was recorded for these tensors, and for no others. Does not wait."""
-    module: Any = torch_xla._XLAC  # noqa: SLF001 - torch_xla.sync would carry out what others have recorded as well
+    """Start the operations recorded for these tensors, and for no others. Does not wait."""
+    module: Any = torch_xla._XLAC  # noqa: SLF001 - torch_xla.sync would also start what other threads have recorded
     module._xla_sync_multi(tensors, devices=[str(tensors[0].device)], wait=False, sync_xla_data=True)  # noqa: SLF001

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from kvxfer.memory.copies import Copy
 
 TURN: Final = Turn()
-"""Held by whoever uses tensors of caches: torch_xla records what is done to tensors, for all threads of a process in common,
-and `torch_xla.sync` carries out whatever is recorded by then."""
+"""Lock to hold while using tensors of caches: torch_xla records operations for all threads of a process together, and
+`torch_xla.sync` carries out everything recorded so far."""
 
 _background: Final = Background("kvxfer-xla", threads=2)
-"""One job may record and start programs while the one before waits for its bytes."""
+"""A job may record and start programs while the job before it waits for its bytes."""
 
 
 class Facts(NamedTuple):
-    """A tensor, and what never changes of it."""
+    """A tensor, and its properties that never change."""
 
     tensor: torch.Tensor
     shape: tuple[int, ...]
@@ -41,27 +41,26 @@ class Facts(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         return prod(self.shape) * self.itemsize
 
 
 class XlaBuffer(DeviceBuffer):
-    """A tensor of torch_xla; it gives no address, so what moves is packed.
+    """A tensor of torch_xla. XLA gives no address, so all transfers are packed.
 
     Packing gathers on the device, in the order in which the bytes lie in the chunk, and copies the result to the host.
-    Unpacking copies to the device and scatters there; the tensor is a donor of its memory to what it becomes, so the cache
-    is updated in place. Graphs have few shapes, whatever requests look like, and are compiled once. All of it happens on two
-    threads of this module.
+    Unpacking copies to the device and scatters there; the tensor donates its memory to the result, so the cache is updated in
+    place. Graphs have few shapes, whatever the requests, and are compiled once. All of it runs on two threads of this module.
 
-    An engine in the same process holds `TURN` while it records a step that uses its caches and calls `torch_xla.sync`, and
-    not while that is computed: torch_xla orders the rest by itself. It goes on using its tensor, which stays the same object.
+    An engine in the same process holds `TURN` while it records a step that uses its caches and calls `torch_xla.sync`, but
+    not while the step is computed: torch_xla orders the rest by itself. The engine's tensor stays the same object.
 
     Args:
-        tensor: on an XLA device, not sharded; or the views of one that `layer` made
-            (`kvxfer.KVCache.from_layers` hands them over).
+        tensors: one tensor on an XLA device, not sharded; or all views of it that `layer` made
+            (`kvxfer.KVCache.from_layers` passes them).
 
     Raises:
-        UnsupportedBufferError: it is none.
+        UnsupportedBufferError: anything else.
     """
 
     def __init__(self, *tensors: Any) -> None:
@@ -69,7 +68,7 @@ class XlaBuffer(DeviceBuffer):
         if not found or any(each is not found[0] for each in found):
             raise UnsupportedBufferError("a buffer is made of one tensor: make one for each")
         self.tensor: torch.Tensor = _checked(found[0])
-        """The engine's own. To be asked for anything, even its size, in a turn only."""
+        """The engine's own tensor. Use it, even to ask for its size, only while holding `TURN`."""
         shape, itemsize = tuple(self.tensor.shape), int(self.tensor.element_size())
         self.facts: Facts = Facts(self.tensor, shape, itemsize, str(self.tensor.device))
 
@@ -80,16 +79,16 @@ class XlaBuffer(DeviceBuffer):
 
     @classmethod
     def layer(cls, tensor: torch.Tensor, *, order: str = "NHD", heads: int | None = None) -> ArrayView:
-        """What `kvxfer.KVCache.from_layers` takes for a layer, or for one component of it.
+        """A layer, or one component of it, for `kvxfer.KVCache.from_layers`.
 
         Args:
             tensor: ``[block, token, head, ...]`` in the order ``NHD``, or ``[block, head, token, ...]`` in the order ``HND``;
-                what follows is the content of a token of a head.
-            heads: KV heads, where the axis of heads is something else: in the order ``NHD``, all that follows the tokens
-                holds so many.
+                the remaining axes are the content of a token of a head.
+            heads: number of KV heads, for the order ``NHD`` where heads have no axis of their own: all axes after the tokens
+                together hold so many heads.
 
         Raises:
-            UnsupportedBufferError: it is no such tensor.
+            UnsupportedBufferError: no such tensor.
         """
         _checked(tensor)
         itemsize, axis = tensor.element_size(), 1 if order == "HND" else 2
@@ -106,16 +105,16 @@ class XlaBuffer(DeviceBuffer):
 
     @property
     def memory(self) -> None:
-        """XLA gives no address."""
+        """None: XLA gives no address."""
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         return self.facts.nbytes
 
     @property
     def device(self) -> str:
-        """As torch_xla writes it: ``xla:0``."""
+        """The device as torch_xla writes it: ``xla:0``."""
         return self.facts.device
 
     def can_cast(self, source: str, target: str) -> bool:
@@ -142,14 +141,14 @@ def _work(shares: Shares) -> list[tuple[Facts, Sequence[Copy]]]:
 
 
 def _jobs() -> Any:
-    """What needs torch_xla, for those who have it."""
+    """The module that needs torch_xla, imported at first use."""
     from kvxfer_xla import _jobs  # noqa: PLC0415
 
     return _jobs
 
 
 def _checked(tensor: Any) -> torch.Tensor:
-    import torch  # noqa: PLC0415 - by now somebody has a tensor, or none
+    import torch  # noqa: PLC0415 - needed only once a tensor is given
 
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "xla":
         where = f"on {tensor.device}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"

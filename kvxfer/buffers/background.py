@@ -24,12 +24,12 @@ class Background:
     def __init__(self, name: str, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, name)
 
-    def start(self, job: Callable[[], object]) -> Job:
+    def start(self, job: Callable[[], object]) -> BackgroundJob:
         """Do it soon. Any thread."""
-        return Job(self._pool.submit(job))
+        return BackgroundJob(self._pool.submit(job))
 
 
-class Job:
+class BackgroundJob:
     """Something that is being done; a `Completion`."""
 
     answers_at_once: ClassVar[bool] = True

@@ -117,19 +117,21 @@ def stand_in() -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class IndexPiece:
     """Units that one program moves.
 
     Attributes:
         indices: int32, of the units in the device's array; padded, by one index or by indices beyond the array.
         number: of the units that are meant, the first ones.
         begin, end: where they are in the dense bytes, as the host has them.
+        padded_nbytes: of all units of the piece, padding included, as the host has them.
     """
 
     indices: npt.NDArray[np.int32]
     number: int
     begin: int
     end: int
+    padded_nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,7 @@ class Picked:
     _parts: tuple[tuple[int, Runs], ...]
     _device: int
 
-    def pieces(self, beyond: int | None = None) -> Iterator[Piece]:
+    def pieces(self, beyond: int | None = None) -> Iterator[IndexPiece]:
         """All units, in pieces of few sizes.
 
         Args:
@@ -165,7 +167,8 @@ class Picked:
             padded[: len(mine)] = mine
             if beyond is not None:
                 padded[len(mine) :] = np.arange(beyond, beyond + size - len(mine))
-            yield Piece(padded, len(mine), self._on_host(begin), self._on_host(begin + len(mine)))
+            first, last = self._on_host(begin), self._on_host(begin + len(mine))
+            yield IndexPiece(padded, len(mine), first, last, self._on_host(size))
 
     def spread(self, dense: Bytes, out: Bytes) -> None:
         """Put all dense bytes, which came from the device, where the copies want them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Over which kind of lane UCX moves bytes between two processes, as far as one can tell from outside.
+"""The kind of link over which UCX moves bytes between two processes, as far as it can be told from outside.
 
-NIXL does not say, and it matters: see `Lane.STREAM`. Both sides put what they know of themselves into their description
-(`Surroundings`), which gives a prediction; what a transfer shows then replaces it (`LaneWatch`).
+NIXL does not tell, and it matters: see `Link.STREAM`. Both sides put what they know of themselves into their descriptions
+(`Surroundings`), which gives a prediction; what transfers show then replaces it (`LinkWatch`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Lane(str, Enum):
+class Link(str, Enum):
     """Kind of connection to one peer."""
 
     MEMORY = "memory"
-    """Same host, one process copies from the other's memory (CMA). Needs nothing of the other side once met."""
+    """Same host: one process copies from the other's memory (CMA). Once connected, the other side takes no part."""
     RDMA = "rdma"
     """A device reads and writes the other side's memory."""
     STREAM = "stream"
@@ -36,15 +36,15 @@ class Lane(str, Enum):
 
     @property
     def fate_shared(self) -> bool:
-        """A reader that dies during a READ may take the process it reads from with it; prefer a WRITE by the owner."""
-        return self is Lane.STREAM
+        """Whether a process that dies during a READ may take down the process that it reads from."""
+        return self is Link.STREAM
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What decides the lane, of one process.
+    """What decides the kind of link, of one process.
 
     Attributes:
-        host: same string, same machine and same namespace of process ids.
+        host: equal for processes of one machine and one namespace of process ids.
         rdma: the kernel knows an RDMA device.
         tls: the transports UCX may use, as in ``UCX_TLS``.
         ucx: UCX is among the backends.
@@ -57,7 +57,7 @@ class Surroundings(msgspec.Struct, frozen=True):
 
     @classmethod
     def here(cls, backends: Mapping[str, Mapping[str, str]]) -> Surroundings:
-        """Of this process, with ``backends`` and their options."""
+        """The surroundings of this process, with ``backends`` and their options."""
         tls = os.environ.get("UCX_TLS", "")
         if not tls:
             settings = backends.get("UCX", {}).get("engine_config", "").split(",")
@@ -65,57 +65,57 @@ class Surroundings(msgspec.Struct, frozen=True):
         return cls(_host(), has_hca(), tls or "all", "UCX" in backends)
 
     def allows(self, transports: frozenset[str]) -> bool:
-        """UCX may use at least one of ``transports`` here."""
+        """Whether UCX may use at least one of ``transports`` here."""
         listed = {name.strip().lower() for name in self.tls.removeprefix("^").split(",")}
         if self.tls.startswith("^"):
             return not transports <= listed
         return "all" in listed or not transports.isdisjoint(listed)
 
 
-# Only those with which UCX detects the death of a peer; posix and sysv are no choice in its error handling mode "peer".
+# Only transports with which UCX detects the death of a peer: in its error handling mode "peer" it uses no posix and no sysv.
 _MEMORY = frozenset({"cma", "shm", "sm", "mm", "xpmem", "knem"})
 _RDMA = frozenset(
     {"ib", "rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ud", "ud_v", "ud_x", "srd"}
 )
 
 
-def predict(mine: Surroundings, theirs: Surroundings) -> Lane:
-    """The lane that UCX will choose between two processes."""
+def predict(mine: Surroundings, theirs: Surroundings) -> Link:
+    """The kind of link that UCX will choose between two processes."""
     if not (mine.ucx and theirs.ucx):
-        return Lane.UNKNOWN
+        return Link.UNKNOWN
     if mine.host == theirs.host and mine.allows(_MEMORY) and theirs.allows(_MEMORY):
-        return Lane.MEMORY
+        return Link.MEMORY
     if mine.rdma and theirs.rdma and mine.allows(_RDMA) and theirs.allows(_RDMA):
-        return Lane.RDMA
-    return Lane.STREAM
+        return Link.RDMA
+    return Link.STREAM
 
 
-class LaneWatch:
-    """The lane to one peer: predicted, and corrected by what is seen.
+class LinkWatch:
+    """The link to one peer: predicted, and corrected by what transfers show.
 
-    A sandbox may forbid CMA to a pair that looks fit for it (Docker's seccomp profile, Yama); UCX then silently takes TCP.
-    A copy from memory to memory is over when it has been posted; a long READ that is not, time and again, is none. The
-    opposite proves nothing: a READ over TCP, too, is now and then over at once.
+    A sandbox may forbid CMA to a pair that looks fit for it (Docker's seccomp profile, Yama); UCX then silently takes TCP. A
+    copy from memory to memory is complete when it has been posted. So when several long READs in turn are not, the link is no
+    memory copy. The opposite proves nothing: a READ over TCP is sometimes complete at once, too.
     """
 
-    def __init__(self, predicted: Lane) -> None:
-        self.lane = predicted
+    def __init__(self, predicted: Link) -> None:
+        self.link = predicted
         self._met = False
         self._waited = 0
 
     def posted(self, op: Op, nbytes: int, *, inline: bool) -> bool:
-        """Learn from a transfer that was just posted, and was or was not complete at once; True if it changed the lane."""
-        # A short WRITE may be buffered, and before the first contact everything waits.
-        if self.lane is not Lane.MEMORY or not self._met or op is not Op.READ or nbytes < _TELLING_NBYTES:
+        """Learn from a transfer that was just posted, ``inline`` if it was complete at once; True if the kind of link changed."""
+        # A short WRITE may be buffered, and before the first transfer has succeeded all of them wait.
+        if self.link is not Link.MEMORY or not self._met or op is not Op.READ or nbytes < _TELLING_NBYTES:
             return False
         self._waited = 0 if inline else self._waited + 1
         if self._waited < _TELLING_TIMES:
             return False
-        self.lane = Lane.STREAM
+        self.link = Link.STREAM
         return True
 
     def completed(self) -> None:
-        """A transfer has ended well: contact is made."""
+        """Note that a transfer has succeeded: the connection exists."""
         self._met = True
 
 
@@ -128,4 +128,4 @@ def _host() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - the link's text names the namespace
     except OSError:
-        return f"unknown-{os.getpid()}"  # never equal to another: at worst RDMA or TCP is predicted on one host
+        return f"unknown-{os.getpid()}"  # equal to no other: at worst RDMA or TCP is predicted on one host
