@@ -19,7 +19,7 @@ import pytest
 from benchmarks.paced import PacedBuffer
 from benchmarks.rig import Geometry, pair_of
 from kvxfer import registry
-from kvxfer.buffers.base import let_end, pack_all, unpack_all
+from kvxfer.buffers.base import pack_all, unpack_all, wait_for_end
 from kvxfer.memory.copies import Copy
 from kvxfer.planner import router
 from kvxfer.runtime.staging import StagingArena, Use
@@ -38,10 +38,10 @@ def _leg_s(cache, nbytes: int, *, pack: bool) -> float:
     begin, running = time.perf_counter(), []
     for i in range(nbytes // arena.slot_nbytes):
         if len(running) == len(slots):
-            let_end(running.pop(0))
+            wait_for_end(running.pop(0))
         running.append((pack_all if pack else unpack_all)([(buffer, [whole])], slots[i % len(slots)]))
     for each in running:
-        let_end(each)
+        wait_for_end(each)
     return time.perf_counter() - begin
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.buffers.base import let_end
+from kvxfer.buffers.base import wait_for_end
 from kvxfer.buffers.host_copy import copy_runs
 from kvxfer.memory.copies import StridedLoop
 from kvxfer_gpu._task import tasks
@@ -122,7 +122,7 @@ class _Lane:
     def begin(self, nbytes: int) -> Flat:
         """So much scratch memory, when the work before has ended, well or not: who had asked for it is told."""
         if self.last is not None and not self.last.done:
-            let_end([self.last])
+            wait_for_end([self.last])
         if self.scratch is None or self.scratch.nbytes < nbytes:
             self.scratch = Flat(self._runtime.scratch(_rounded(nbytes)))
         return self.scratch

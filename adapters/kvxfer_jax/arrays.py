@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.buffers.background import Turn
+from kvxfer.buffers.fair_lock import FairLock
 from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.layout.dtypes import DTYPE_NBYTES
@@ -47,7 +47,7 @@ class Arrays:
 
     def __init__(self, arrays: Iterable[jax.Array]) -> None:
         self._arrays = list(arrays)
-        self._turn = Turn()
+        self._turn = FairLock()
         for array in self._arrays:
             if not isinstance(array, _jax().Array):
                 raise UnsupportedBufferError(f"a {type(array).__name__} is no jax.Array")
@@ -77,7 +77,7 @@ class Arrays:
         Raises:
             TimeoutError: the present turn was not over in time.
         """
-        if not self._turn.take(timeout_s):
+        if not self._turn.acquire(timeout_s):
             raise TimeoutError("another thread has held the arrays of this cache for too long")
         return list(self._arrays)
 
@@ -92,7 +92,7 @@ class Arrays:
             self._check(arrays)
             self._arrays = list(arrays)
         finally:
-            self._turn.give()
+            self._turn.release()
 
     def _check(self, arrays: Sequence[jax.Array]) -> None:
         if len(arrays) != len(self._facts):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import jax
 
-    from kvxfer.buffers.base import Bytes, Completion, Shares
+    from kvxfer.buffers.base import BufferCopies, Bytes, Completion
     from kvxfer.memory.copies import Copy
 
 _background: Final = Background("kvxfer-jax", threads=2)
@@ -100,15 +100,15 @@ class JaxBuffer(DeviceBuffer):
         return _background.start(partial(_jobs().unpack, [(self.part, copies)], packed))
 
     @classmethod
-    def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
+    def _pack_all(cls, shares: BufferCopies, out: Bytes) -> list[Completion]:
         return [_background.start(partial(_jobs().pack, mine, out)) for mine in _by_turn(shares)]
 
     @classmethod
-    def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
+    def _unpack_all(cls, shares: BufferCopies, packed: Bytes) -> list[Completion]:
         return [_background.start(partial(_jobs().unpack, mine, packed)) for mine in _by_turn(shares)]
 
 
-def _by_turn(shares: Shares) -> Iterable[list[tuple[ArrayPart, Sequence[Copy]]]]:
+def _by_turn(shares: BufferCopies) -> Iterable[list[tuple[ArrayPart, Sequence[Copy]]]]:
     """Work that can be done in one turn, for each `Arrays`."""
     found: dict[Arrays, list[tuple[ArrayPart, Sequence[Copy]]]] = defaultdict(list)
     for buffer, copies in shares:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeAlias
 
-    from kvxfer.buffers.background import Turn
     from kvxfer.buffers.base import Bytes
+    from kvxfer.buffers.fair_lock import FairLock
     from kvxfer.buffers.index_gather import IndexPiece
     from kvxfer.memory.copies import Copy
     from kvxfer_xla.buffer import Facts
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Task: TypeAlias = IndexTask[Facts]
 
 
-def pack(work: Work, out: Bytes, turn: Turn) -> None:
+def pack(work: Work, out: Bytes, turn: FairLock) -> None:
     """Copy from tensors to ``out``."""
     try:
         tasks = list(index_tasks(work, SOURCE))
@@ -48,7 +48,7 @@ def _gather(task: Task, piece: IndexPiece) -> torch.Tensor:
     return found
 
 
-def unpack(work: Work, packed: Bytes, turn: Turn) -> None:
+def unpack(work: Work, packed: Bytes, turn: FairLock) -> None:
     """Copy from ``packed`` to tensors, in place."""
     try:
         tasks = list(index_tasks(work, TARGET))

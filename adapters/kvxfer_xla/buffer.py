@@ -8,8 +8,9 @@ from importlib.util import find_spec
 from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from kvxfer.buffers.background import Background, Turn
+from kvxfer.buffers.background import Background
 from kvxfer.buffers.base import DeviceBuffer
+from kvxfer.buffers.fair_lock import FairLock
 from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from kvxfer.buffers.base import Bytes, Completion, Shares
+    from kvxfer.buffers.base import BufferCopies, Bytes, Completion
     from kvxfer.memory.copies import Copy
 
-TURN: Final = Turn()
+TURN: Final = FairLock()
 """Lock to hold while using tensors of caches: torch_xla records operations for all threads of a process together, and
 `torch_xla.sync` carries out everything recorded so far."""
 
@@ -128,15 +129,15 @@ class XlaBuffer(DeviceBuffer):
         return _background.start(partial(_jobs().unpack, [(self.facts, copies)], packed, TURN))
 
     @classmethod
-    def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
+    def _pack_all(cls, shares: BufferCopies, out: Bytes) -> list[Completion]:
         return [_background.start(partial(_jobs().pack, _work(shares), out, TURN))]
 
     @classmethod
-    def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
+    def _unpack_all(cls, shares: BufferCopies, packed: Bytes) -> list[Completion]:
         return [_background.start(partial(_jobs().unpack, _work(shares), packed, TURN))]
 
 
-def _work(shares: Shares) -> list[tuple[Facts, Sequence[Copy]]]:
+def _work(shares: BufferCopies) -> list[tuple[Facts, Sequence[Copy]]]:
     return [(buffer.facts, copies) for buffer, copies in shares if isinstance(buffer, XlaBuffer)]
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of a device that blocks, on threads of its own, so that whoever asks for it goes on; and whose turn it is."""
+"""Blocking calls of a device on threads of their own, so that the calling thread goes on."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
 from typing import TYPE_CHECKING, ClassVar
@@ -14,23 +13,23 @@ if TYPE_CHECKING:
 
 
 class Background:
-    """Threads that do what they are given, in that order. They start with the first job and end with the process.
+    """Threads that run jobs in the order given. They start with the first job and end with the process.
 
     Args:
         name: of the threads.
-        threads: how many; with two, one job may begin while the one before it still waits for its bytes.
+        threads: how many; with two, a job may begin while the job before it still waits for its bytes.
     """
 
     def __init__(self, name: str, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, name)
 
     def start(self, job: Callable[[], object]) -> BackgroundJob:
-        """Do it soon. Any thread."""
+        """Queue a job. Any thread."""
         return BackgroundJob(self._pool.submit(job))
 
 
 class BackgroundJob:
-    """Something that is being done; a `Completion`."""
+    """A queued or running job; a `Completion`."""
 
     answers_at_once: ClassVar[bool] = True
     """See `kvxfer.buffers.base.Completion`."""
@@ -55,9 +54,9 @@ class BackgroundJob:
 
 
 def ends_within(call: Callable[[], object], timeout_s: float | None) -> bool:
-    """Make a call that may block on a thread of its own, and wait for it at most so long; False if it has not returned.
+    """Make a call that may block on a thread of its own; return False if it has not returned after ``timeout_s``.
 
-    What it raises is lost. If no thread can be started, it is not called.
+    What the call raises is lost. If no thread can be started, the call is not made.
     """
     returned = threading.Event()
 
@@ -72,43 +71,3 @@ def ends_within(call: Callable[[], object], timeout_s: float | None) -> bool:
     except RuntimeError:
         return False
     return returned.wait(timeout_s)
-
-
-class Turn:
-    """A lock that serves in the order of arrival: whoever takes it again and again lets those go first who wait."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
-        self._taken = False
-
-    def __enter__(self) -> None:
-        self.take()
-
-    def __exit__(self, *error: object) -> None:
-        self.give()
-
-    def take(self, timeout_s: float | None = None) -> bool:
-        """Wait for it, at most so long; False if it was not to be had in time."""
-        with self._guard:
-            if not self._taken:
-                self._taken = True
-                return True
-            gate = threading.Lock()
-            gate.acquire()
-            self._waiting.append(gate)
-        if gate.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            return True
-        with self._guard:
-            if gate in self._waiting:
-                self._waiting.remove(gate)
-                return False
-        return True  # it was handed over just now
-
-    def give(self) -> None:
-        """Hand it to who has waited longest. Any thread."""
-        with self._guard:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._taken = False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that holds a cache: the contract for a device, and host memory as the first of them.
+"""The contract between kvxfer and the memory of a device that holds a cache, and host memory as its first implementation.
 
-A device answers two questions. Can a transfer engine reach its memory by address? And whether or not it can: how are
-chosen bytes gathered into host memory, in another order and perhaps as another dtype, and scattered back?
+A `DeviceBuffer` says whether a transfer engine reaches its memory by address. Whether or not it does, a buffer gathers chosen
+bytes into host memory, in another order and perhaps as another dtype, and scatters them back.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Bytes: TypeAlias = npt.NDArray[np.uint8]
-    Shares: TypeAlias = "Sequence[tuple[DeviceBuffer, Sequence[Copy]]]"
+    BufferCopies: TypeAlias = "Sequence[tuple[DeviceBuffer, Sequence[Copy]]]"
     Start: TypeAlias = Callable[["DeviceBuffer", Sequence[Copy]], "Completion"]
 
 _log = logging.getLogger(__name__)
 
 
-LET_END_S: Final = 30.0
-"""Longest time for which kvxfer waits for copies that it cannot go on without, when it closes or begins anew."""
+LONGEST_WAIT_S: Final = 30.0
+"""Longest time for which kvxfer waits for copies when it closes or resets an agent."""
 
 
 @runtime_checkable
 class Completion(Protocol):
-    """Something that a device may still be doing, such as a copy or a kernel. Any thread may ask.
+    """Work of a device that may still be running, such as a copy or a kernel. Any thread may ask.
 
-    One that raises has ended, and failed. A class whose ``done``, and whose ``wait`` after that, return at once sets the class
-    attribute ``answers_at_once`` to True: kvxfer then asks it on the thread that wants to know. Others are asked on another
-    thread, so that one that blocks harms what waits for it and nothing else (`kvxfer.buffers.completions`).
+    A completion that raises has ended, and failed. If neither ``done`` nor, once it is True, ``wait`` blocks, the class sets
+    the attribute ``answers_at_once`` to True: kvxfer then asks on the thread that needs the answer. It asks all others on
+    another thread, so that one that blocks delays only what waits for it (`kvxfer.buffers.completions`).
     """
 
     @property
     def done(self) -> bool:
-        """It has ended; its bytes are in place unless `wait` raises."""
+        """Whether the work has ended; its bytes are in place unless `wait` raises."""
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until it has ended, at most ``timeout_s``; returns `done`. Raises what made it fail."""
+        """Block until the work has ended, at most ``timeout_s``; return `done`. Raises the error that made it fail."""
 
 
 class _Finished:
-    """The completion of a copy that was carried out at once."""
+    """Completion of a copy that has ended."""
 
     answers_at_once: ClassVar[bool] = True
     done: Final = True
@@ -73,22 +73,22 @@ FINISHED: Final[Completion] = _Finished()
 class DeviceBuffer(ABC):
     """One allocation on one device, holding all or part of a cache.
 
-    An adapter implements three properties and two methods, and `can_cast` if it casts; arguments are checked here, once for
-    all devices. It may also do the work of several buffers at once (`_pack_all`, `_unpack_all`) and prepare the memory that
-    chunks are staged in (`prepare_staging`). Places are given as byte offsets from the start of the buffer, so a buffer without an address is used like
-    any other.
+    An adapter implements three properties and two methods, and `can_cast` if it casts; this class checks arguments, once for
+    all devices. An adapter may also start the work of several buffers at once (`_pack_all`, `_unpack_all`) and prepare the
+    memory in which chunks are staged (`prepare_staging`). Offsets are bytes from the start of the buffer, so a buffer without
+    an address is used like any other.
 
-    Thread: one at a time; which one does not matter.
+    Thread: any, but one at a time.
     """
 
     longest_chunk_nbytes: ClassVar[int] = 8 << 20
-    """Chunks are as long as the staging arena allows and no longer than this. Host memory: so long they stay in the processor's
-    caches between packing and the wire."""
+    """Longest chunk, if the staging arena allows it. Host memory: chunks of this length stay in the processor's caches between
+    packing and the wire."""
 
     @property
     @abstractmethod
     def memory(self) -> Memory | None:
-        """The span a transfer engine may register, or None if this device gives no address (XLA)."""
+        """The span that a transfer engine may register, or None if this device gives no address (XLA)."""
 
     @property
     @abstractmethod
@@ -98,7 +98,7 @@ class DeviceBuffer(ABC):
     @property
     @abstractmethod
     def device(self) -> str:
-        """Where it lies, as a person writes it: ``cpu``, ``cuda:0``."""
+        """Name of the device for people: ``cpu``, ``cuda:0``."""
 
     @classmethod
     def why_unavailable(cls) -> str | None:
@@ -106,8 +106,8 @@ class DeviceBuffer(ABC):
         return None
 
     @classmethod
-    def view_of(cls, array: Any) -> ArrayView:  # noqa: ARG003 - for those who override it
-        """Shape and place of an array that buffers of this class are made of. Raises UnsupportedBufferError."""
+    def view_of(cls, array: Any) -> ArrayView:  # noqa: ARG003 - for overrides
+        """Shape and address of an array from which buffers of this class are made. Raises UnsupportedBufferError."""
         raise UnsupportedBufferError(f"{cls.__name__} reads no arrays: make its buffers and the CacheSpec by hand")
 
     @abstractmethod
@@ -119,39 +119,39 @@ class DeviceBuffer(ABC):
         """Start copying from ``packed`` to this buffer. Arguments are checked, and at least one copy is given."""
 
     @classmethod
-    def _pack_all(cls, shares: Shares, out: Bytes) -> list[Completion]:
-        """`_pack` for several buffers of this class: for devices on which many small beginnings cost more than one."""
+    def _pack_all(cls, shares: BufferCopies, out: Bytes) -> list[Completion]:
+        """Start `_pack` of several buffers of this class together, for devices on which many small starts cost more than one."""
         return _begin_each(shares, lambda buffer, copies: buffer._pack(copies, out))  # noqa: SLF001 - of this class
 
     @classmethod
-    def _unpack_all(cls, shares: Shares, packed: Bytes) -> list[Completion]:
-        """`_unpack` for several buffers of this class."""
+    def _unpack_all(cls, shares: BufferCopies, packed: Bytes) -> list[Completion]:
+        """Start `_unpack` of several buffers of this class together."""
         return _begin_each(shares, lambda buffer, copies: buffer._unpack(copies, packed))  # noqa: SLF001 - of this class
 
     def mark(self) -> Completion:
-        """When all that the calling thread has asked this device to do by now has ended. For ``after=`` of `kvxfer.Endpoint`.
+        """Completion of all work that the calling thread has given this device so far. For ``after=`` of `kvxfer.Endpoint`.
 
-        Done at once, unless an adapter says otherwise: for devices whose work has ended when a call returns.
+        The default is done at once: for devices whose work has ended when a call returns.
         """
         return FINISHED
 
     @classmethod
-    def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:  # noqa: ARG003 - for those who override it
-        """Host memory in which chunks will lie, for a device that reads and writes faster what it was told of.
+    def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:  # noqa: ARG003 - for overrides
+        """Prepare the host memory in which chunks will lie, for a device that copies faster from and to prepared memory.
 
         Args:
-            memory: stays where it is until what this returns was called. Other devices may be told of it too.
+            memory: stays in place until the returned function was called. Other devices may prepare it too.
 
         Returns:
-            how to take it back, or None if there is nothing to take back. Raises nothing: a device that cannot prepare it
-            says so in the log, and copies all the same.
+            a function that undoes it, or None if there is nothing to undo. Raises nothing: a device that cannot prepare the
+            memory logs that, and copies all the same.
         """
         return None
 
-    def can_cast(self, source: str, target: str) -> bool:  # noqa: ARG002 - for those who override it
+    def can_cast(self, source: str, target: str) -> bool:  # noqa: ARG002 - for overrides
         """Whether `pack` and `unpack` take a `Cast` from one dtype (of `kvxfer.layout.dtypes.DTYPE_NBYTES`) to the other.
 
-        False unless an adapter says otherwise. It then casts as `Cast` defines, with any factor, in both directions.
+        The default is False. An adapter that returns True casts as `Cast` defines, with any factor, in both directions.
         """
         return False
 
@@ -165,7 +165,7 @@ class DeviceBuffer(ABC):
             out: one-dimensional uint8, contiguous and writable; it shares no memory with the buffer.
 
         Returns:
-            when it is done; until then neither memory may be written, and the caller keeps ``out`` alive.
+            a completion; until it is done neither memory may be written, and the caller keeps ``out`` alive.
 
         Raises:
             DescriptorError: a copy is not as documented or leaves the buffer or ``out``, or ``out`` is not as above.
@@ -184,7 +184,7 @@ class DeviceBuffer(ABC):
             packed: one-dimensional uint8, contiguous, only read; it shares no memory with the buffer.
 
         Returns:
-            when it is done; until then neither memory may be written, and the caller keeps ``packed`` alive.
+            a completion; until it is done neither memory may be written, and the caller keeps ``packed`` alive.
 
         Raises:
             DescriptorError: a copy is not as documented or leaves ``packed`` or the buffer, or ``packed`` is not as above.
@@ -222,29 +222,31 @@ class DeviceBuffer(ABC):
                 raise UnsupportedError(self._why_no_cast(cast.source, cast.target))
 
     def _why_no_cast(self, source: str, target: str) -> str:
-        """For the error: a device whose casts have to be installed says how."""
+        """Message for the error; a device whose casts need a package names it."""
         return f"{self.device} cannot cast {source} to {target}"
 
 
-def pack_all(shares: Shares, out: Bytes) -> list[Completion]:
-    """`DeviceBuffer.pack` of several buffers into the same memory; those of one class begin together.
+def pack_all(shares: BufferCopies, out: Bytes) -> list[Completion]:
+    """Pack several buffers into the same memory; buffers of one class start together.
 
     Raises:
-        KvxferError: as of `DeviceBuffer.pack`, or what a device raised. What had begun has ended.
+        KvxferError: as `DeviceBuffer.pack`, or an error of a device. Copies that had started have ended.
     """
     for buffer, copies in shares:
         buffer._check_pack(copies, out)  # noqa: SLF001 - this module
     return _begin_all(shares, lambda kind, mine: kind._pack_all(mine, out))  # noqa: SLF001 - this module
 
 
-def unpack_all(shares: Shares, packed: Bytes) -> list[Completion]:
-    """`DeviceBuffer.unpack` of several buffers from the same memory; those of one class begin together. Raises as `pack_all`."""
+def unpack_all(shares: BufferCopies, packed: Bytes) -> list[Completion]:
+    """Unpack the same memory into several buffers; buffers of one class start together. Raises as `pack_all`."""
     for buffer, copies in shares:
         buffer._check_unpack(copies, packed)  # noqa: SLF001 - this module
     return _begin_all(shares, lambda kind, mine: kind._unpack_all(mine, packed))  # noqa: SLF001 - this module
 
 
-def _begin_all(shares: Shares, begin: Callable[[type[DeviceBuffer], Shares], list[Completion]]) -> list[Completion]:
+def _begin_all(
+    shares: BufferCopies, begin: Callable[[type[DeviceBuffer], BufferCopies], list[Completion]]
+) -> list[Completion]:
     kinds: dict[type[DeviceBuffer], list[tuple[DeviceBuffer, Sequence[Copy]]]] = {}
     for share in shares:
         if len(share[1]):
@@ -254,27 +256,27 @@ def _begin_all(shares: Shares, begin: Callable[[type[DeviceBuffer], Shares], lis
         for kind, mine in kinds.items():
             begun += begin(kind, mine)
     except BaseException:
-        let_end(begun)
+        wait_for_end(begun)
         raise
     return begun
 
 
-def _begin_each(shares: Shares, start: Start) -> list[Completion]:
+def _begin_each(shares: BufferCopies, start: Start) -> list[Completion]:
     begun: list[Completion] = []
     try:
         for buffer, copies in shares:
             begun.append(start(buffer, copies))
     except BaseException:
-        let_end(begun)
+        wait_for_end(begun)
         raise
     return begun
 
 
-def let_end(copies: Sequence[Completion], timeout_s: float = LET_END_S) -> bool:
-    """Wait until copies have ended, well or not, so that nothing touches their memory any more.
+def wait_for_end(copies: Sequence[Completion], timeout_s: float = LONGEST_WAIT_S) -> bool:
+    """Wait until copies have succeeded or failed, so that their devices no longer touch their memory.
 
     Returns:
-        False if one has not ended after ``timeout_s``, which is logged: its device may still touch that memory.
+        False if a copy has not ended after ``timeout_s``, which is logged: its device may still touch the memory.
     """
     deadline = time.monotonic() + timeout_s
     late = [copy for copy in copies if copy is not FINISHED and not _ends_by(copy, deadline)]
@@ -292,7 +294,7 @@ def _ends_by(copy: Completion, deadline: float) -> bool:
         nonlocal ended
         try:
             ended = bool(copy.wait(left_s))
-        except BaseException:  # noqa: BLE001 - a vendor's, of any kind: it has ended
+        except BaseException:  # noqa: BLE001 - an error of a vendor, of any type: the copy has ended
             ended = True
 
     if getattr(type(copy), "answers_at_once", False):
@@ -305,7 +307,7 @@ def _ends_by(copy: Completion, deadline: float) -> bool:
 class HostBuffer(DeviceBuffer):
     """Host memory of NumPy arrays, or of anything with ``__array_interface__`` or DLPack: PyTorch's CPU tensors too.
 
-    Covers everything from the first to the last byte of its arrays, gaps included, and keeps them alive.
+    Covers all bytes from the first to the last of its arrays, gaps included, and keeps the arrays alive.
 
     Args:
         arrays: one array, or several views of one allocation (the layers of a cache).
@@ -323,12 +325,12 @@ class HostBuffer(DeviceBuffer):
 
     @classmethod
     def view_of(cls, array: Any) -> ArrayView:
-        """See `kvxfer.memory.arrays.read_array`."""
+        """Read an array as `kvxfer.memory.arrays.read_array` does."""
         return read_array(array)
 
     @property
     def memory(self) -> Memory:
-        """Always registrable."""
+        """The span; always registrable."""
         return self._memory
 
     @property
@@ -338,14 +340,14 @@ class HostBuffer(DeviceBuffer):
 
     @property
     def device(self) -> str:
-        """Always ``cpu``."""
+        """``cpu``."""
         return "cpu"
 
     def __repr__(self) -> str:
         return f"HostBuffer({self._memory})"
 
     def can_cast(self, source: str, target: str) -> bool:
-        """Between bfloat16, float16, float32 and float8_e4m3fn. All but float16 and float32 need ``kvxfer[dtypes]``."""
+        """Whether both are of bfloat16, float16, float32, float8_e4m3fn. The first and the last need ``kvxfer[dtypes]``."""
         return host_cast.can_cast(source, target)
 
     def _why_no_cast(self, source: str, target: str) -> str:

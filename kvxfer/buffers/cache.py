@@ -162,7 +162,7 @@ class KVCache:
         made = []
         for group_name, names in groups.items():
             cells = [
-                _Cell(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
+                _LayerPart(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
                 for name in names
                 for component, view in views[name].items()
             ]
@@ -283,7 +283,7 @@ def _refuse_overlaps(group: str, regions: Sequence[CacheRegion]) -> None:
             )
 
 
-class _Cell:
+class _LayerPart:
     """One component of one layer: a region without a layer axis yet."""
 
     def __init__(self, component: str, layer: int, view: ArrayView, buffer: int, base: int) -> None:
@@ -347,14 +347,14 @@ def _one_dtype(views: Iterable[ArrayView]) -> str:
     return names[0]
 
 
-def _regions(cells: list[_Cell]) -> Iterable[CacheRegion]:
+def _regions(cells: list[_LayerPart]) -> Iterable[CacheRegion]:
     """Cells of one group as few regions: those of one buffer at equal distances become one with a layer stride."""
-    by_shape: dict[tuple[object, ...], dict[int, _Cell]] = {}
+    by_shape: dict[tuple[object, ...], dict[int, _LayerPart]] = {}
     for cell in cells:
         # The first layer at an address stands for all that share it.
         by_shape.setdefault(cell.shape, {}).setdefault(cell.address, cell)
     for same in by_shape.values():
-        run: list[_Cell] = []
+        run: list[_LayerPart] = []
         for address in sorted(same):
             if len(run) > 1 and address - run[-1].address != run[1].address - run[0].address:
                 yield from _region(run)
@@ -363,7 +363,7 @@ def _regions(cells: list[_Cell]) -> Iterable[CacheRegion]:
         yield from _region(run)
 
 
-def _region(run: list[_Cell]) -> Iterable[CacheRegion]:
+def _region(run: list[_LayerPart]) -> Iterable[CacheRegion]:
     first = run[0]
     stride = run[1].address - first.address if len(run) > 1 else 0
     try:

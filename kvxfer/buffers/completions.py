@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions of engines and adapters, asked in a way that cannot harm the thread that asks.
+"""A wrapper of completions that may raise or block, with which neither harms the thread that asks.
 
-`Completion.done` and `Completion.wait` are code of a vendor. They may raise anything, and they may block. kvxfer asks each of
-them through a `Watched`, which neither raises nor blocks when it is asked: one that raises has ended, and failed; one that
-blocks has not ended, so that whatever waits for it ends by its own deadline.
+`Completion.done` and `Completion.wait` are code of an engine or an adapter. They may raise anything, and they may block.
+kvxfer asks them through a `Watched`, whose ``done`` neither raises nor blocks: a completion that raises has ended, and failed;
+one that blocks has not ended, so that whatever waits for it ends by its own deadline.
 
-Classes that set ``answers_at_once`` are asked on the thread that wants to know. All others are asked on a thread of this
-module; if a question is not answered within a moment, another thread takes over the rest.
+Completions of classes that set ``answers_at_once`` are asked on the calling thread. All others are asked on a thread of this
+module; if one does not answer within a moment, another thread takes over the rest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _ANSWER_S = 0.25
-"""A question that is not answered after this long has its thread to itself."""
+"""A call that has not returned after this long keeps its thread, and another thread takes over the other completions."""
 _MOST_ASKERS = 16
-"""Threads that wait for an answer at most. What could not be asked counts as not ended."""
+"""Most threads at a time. A completion that no thread could ask counts as not ended."""
 _IDLE_S = 1.0
-"""A thread that has nothing to ask ends after this long."""
+"""A thread without completions ends after this long."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_SHARE = 50e-6, 0.05, 1 / 20
-"""Between two questions: a share of the time for which the youngest was asked already."""
+"""Pause between two rounds of calls: a share of the time since the youngest completion was first asked."""
 
 
 def is_completion(each: Any) -> bool:
-    """Whether it has ``done`` and ``wait``. Looks only: on Python before 3.12 `isinstance` asks ``done``, which may raise."""
+    """Whether it has ``done`` and ``wait``; calls neither (`isinstance` calls ``done`` before Python 3.12, which may raise)."""
     for name in ("done", "wait"):
         try:
             inspect.getattr_static(each, name)
@@ -46,15 +46,15 @@ def is_completion(each: Any) -> bool:
 
 
 def watched(each: Completion) -> Completion:
-    """The same completion, which can be asked without harm."""
+    """The completion itself if it is safe to ask, else wrapped in a `Watched`."""
     return each if each is FINISHED or isinstance(each, Watched) else Watched(each)
 
 
 class Watched:
-    """A `Completion` that can be asked without harm; see the module. Any thread.
+    """A `Completion` that is safe to ask; see the module. Any thread.
 
     Args:
-        inner: of an engine or an adapter.
+        inner: the completion of an engine or an adapter.
     """
 
     __slots__ = ("_asked_since", "_asker", "_direct", "_ended", "_error", "_inner")
@@ -74,7 +74,7 @@ class Watched:
 
     @property
     def done(self) -> bool:
-        """It has ended, well or not. Raises nothing, and does not block."""
+        """Whether it has succeeded or failed. Raises nothing, and does not block."""
         if self._ended:
             return True
         if self._direct:
@@ -84,33 +84,34 @@ class Watched:
         return self._ended
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until it has ended, at most ``timeout_s``, whatever the other side does; returns `done`.
+        """Block until it has ended, at most ``timeout_s`` even if the inner `wait` blocks longer; return `done`.
 
         Raises:
-            TransferFailedError: it failed; or another KvxferError, which it raised itself.
+            TransferFailedError: it failed with an error of a vendor.
+            KvxferError: the error that it raised itself.
         """
         if not self._ended and (timeout_s is None or timeout_s > 0):
             if self._direct:
                 self._try(lambda: self._inner.wait(timeout_s))
             else:
-                self._insist(timeout_s)
+                self._wait_elsewhere(timeout_s)
         if self.done and self._error is not None:
             raise _named(self._error)
         return self._ended
 
-    def _insist(self, timeout_s: float | None) -> None:
-        """Wait on another thread: some copies are not even begun before somebody waits for them."""
+    def _wait_elsewhere(self, timeout_s: float | None) -> None:
+        """Call `wait` on another thread: some copies do not begin before it is called."""
 
-        def insist() -> None:
+        def wait() -> None:
             self._try(lambda: self._inner.wait(timeout_s))
 
-        ends_within(insist, timeout_s)
+        ends_within(wait, timeout_s)
 
     def _ask(self) -> None:
         def ask() -> bool:
             if not self._inner.done:
                 return False
-            self._inner.wait(0)  # raises what made it fail
+            self._inner.wait(0)  # raises the error that made it fail
             return True
 
         self._try(ask)
@@ -118,7 +119,7 @@ class Watched:
     def _try(self, question: Callable[[], object]) -> None:
         try:
             ended = bool(question())
-        except BaseException as error:  # noqa: BLE001 - a vendor's, of any kind
+        except BaseException as error:  # noqa: BLE001 - an error of a vendor, of any type
             self._error, ended = error, True
         self._ended = self._ended or ended
 
@@ -132,7 +133,7 @@ def _named(error: BaseException) -> KvxferError:
 
 
 class _Asker:
-    """A thread that asks completions again and again until each has ended."""
+    """A thread that asks completions repeatedly until each has ended."""
 
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[Watched] = queue.SimpleQueue()
@@ -141,7 +142,7 @@ class _Asker:
         threading.Thread(target=self._run, name="kvxfer-completions", daemon=True).start()
 
     def is_stuck(self, but_for: Watched | None = None) -> bool:
-        """It has waited too long for an answer of another one than this."""
+        """Whether it has waited too long for the answer of another completion than this."""
         asking = self._asking
         return asking is not None and asking is not but_for and time.monotonic() > self._since + _ANSWER_S
 
@@ -173,14 +174,14 @@ class _Asker:
 
 _lock = threading.Lock()
 _askers: list[_Asker] = []
-"""All that run; the last one takes what is new."""
+"""All running threads; the last one takes new completions."""
 
 
 def _asker_for(each: Watched) -> _Asker | None:
-    """Have a thread ask it; None if there are too many threads that wait for an answer already."""
+    """Give a completion to a thread; None if the most threads are all waiting for an answer."""
     with _lock:
         if not _askers or _askers[-1].is_stuck():
-            # One that has its answer by now can be used again.
+            # A thread that has its answer by now can be used again.
             free = next((asker for asker in _askers if not asker.is_stuck()), None)
             if free is not None:
                 _askers.remove(free)
@@ -189,7 +190,7 @@ def _asker_for(each: Watched) -> _Asker | None:
             else:
                 try:
                     free = _Asker()
-                except RuntimeError:  # no thread can be started: asked again later
+                except RuntimeError:  # no thread can be started: tried again at the next call
                     return None
             _askers.append(free)
         asker = _askers[-1]
@@ -209,8 +210,8 @@ def _retires(asker: _Asker) -> bool:
 
 
 def _forget_threads() -> None:
-    """In a child process that was forked none of them runs."""
-    global _lock  # noqa: PLW0603 - somebody may have held it
+    """Forget all threads in a forked child process, where none of them runs."""
+    global _lock  # noqa: PLW0603 - another thread may have held it
     _lock = threading.Lock()
     _askers.clear()
 

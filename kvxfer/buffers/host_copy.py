@@ -178,7 +178,7 @@ def _indexed(runs: Runs, source: Bytes, target: Bytes, convert: Convert | None) 
         other = runs.along(SOURCE)
         if other.in_line(SOURCE):
             runs = other
-    read, written = _Places(runs, SOURCE, source), _Places(runs, TARGET, target)
+    read, written = _RunArray(runs, SOURCE, source), _RunArray(runs, TARGET, target)
     one_pass = read.in_line or (written.in_line and read.packed)
     batch_runs = _BATCH_RUNS
     if convert is not None or not one_pass:
@@ -195,7 +195,7 @@ def _indexed(runs: Runs, source: Bytes, target: Bytes, convert: Convert | None) 
             np.take(read.array, here, out=written.array[there], mode="clip")
 
 
-class _Places:
+class _RunArray:
     """Runs of one side as elements of an array, which has one for each place where a run may begin.
 
     Attributes:

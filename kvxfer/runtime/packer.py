@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from kvxfer.buffers.base import FINISHED, let_end, pack_all, unpack_all
+from kvxfer.buffers.base import FINISHED, pack_all, unpack_all, wait_for_end
 from kvxfer.buffers.completions import watched
 from kvxfer.defects import Defects
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
@@ -146,7 +146,7 @@ class Packer:
 
     def close(self) -> None:
         """Wait for the copies that run; the arena must not be used afterwards."""
-        if not let_end([copy for _, _, copies in self._running for copy in copies]):
+        if not wait_for_end([copy for _, _, copies in self._running for copy in copies]):
             self._arena.keep()
         self._running.clear()
 

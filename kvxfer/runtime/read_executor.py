@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
-from kvxfer.buffers.base import let_end
+from kvxfer.buffers.base import wait_for_end
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
@@ -209,7 +209,7 @@ class Reads:
 
     def shut(self) -> None:
         """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
-        if not let_end([copy for each in self._copying for copy in each.copies]):
+        if not wait_for_end([copy for each in self._copying for copy in each.copies]):
             self._arena.keep()
         self._flying.clear()
         self._copying.clear()
@@ -492,7 +492,7 @@ class Reads:
             each.leg.reading.pending -= 1
         # What is copied by devices goes on, and has to end before its slots are used again.
         for copying in [each for each in self._copying if each.leg.reading in touched]:
-            if let_end(copying.copies):
+            if wait_for_end(copying.copies):
                 self._copying.remove(copying)
                 copying.leg.reading.pending -= 1
             else:  # its slot is not used again before it has ended

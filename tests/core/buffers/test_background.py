@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work on threads of its own, and turns that nobody can keep to himself."""
+"""Jobs on background threads, and the lock for turns between an engine and transfers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 
 import pytest
 
-from kvxfer.buffers.background import Background, Turn
+from kvxfer.buffers.background import Background
 from kvxfer.buffers.base import Completion
+from kvxfer.buffers.fair_lock import FairLock
 from kvxfer.testing import eventually
 
 
 def test_a_job_is_a_completion():
-    """A job tells when it has ended, to whoever asks and as often as asked, and waits no longer than it is told to."""
+    """A job tells whether it has ended, to any caller and repeatedly, and `wait` keeps its timeout."""
     go = threading.Event()
     job = Background("test", 1).start(go.wait)
     assert isinstance(job, Completion)
@@ -50,21 +51,21 @@ def test_jobs_begin_in_order():
     assert all(each.wait(30) for each in jobs) and sorted(begun) == [0, 1, 2, 3]
 
 
-def test_whoever_waits_is_next():
-    """One that takes its turn again and again lets another go first that waits, in the order of arrival."""
-    turn, order = Turn(), []
+def test_waiting_threads_go_first():
+    """A thread that acquires the lock again lets the waiting threads go first, in the order of arrival."""
+    turn, order = FairLock(), []
 
     def wait(number):
         with turn:
             order.append(number)
 
-    turn.take()
+    turn.acquire()
     threads = []
     for number in range(3):
         threads.append(threading.Thread(target=wait, args=(number,)))
         threads[-1].start()
-        eventually(lambda n=number: len(turn._waiting) == n + 1)
-    turn.give()
+        eventually(lambda n=number: turn.waiting == n + 1)
+    turn.release()
     with turn:
         order.append("again")
     for thread in threads:
@@ -72,18 +73,18 @@ def test_whoever_waits_is_next():
     assert order == [0, 1, 2, "again"]
 
 
-def test_a_turn_is_waited_for_as_long_as_one_likes():
-    """Who gives up waiting is not served, and keeps nobody from being served."""
-    turn = Turn()
-    assert turn.take(0) is True
-    assert turn.take(0.01) is False and turn.take(0) is False
-    turn.give()
-    assert turn.take(0) is True
+def test_a_timeout_leaves_the_queue():
+    """A thread that stops waiting is not granted the lock, and does not keep other threads from it."""
+    turn = FairLock()
+    assert turn.acquire(0) is True
+    assert turn.acquire(0.01) is False and turn.acquire(0) is False
+    turn.release()
+    assert turn.acquire(0) is True
 
 
 def test_one_at_a_time():
-    """However many threads take turns, each has it alone."""
-    turn, inside, most, total = Turn(), 0, 0, 0
+    """Of many threads that take turns, one at a time holds the lock."""
+    turn, inside, most, total = FairLock(), 0, 0, 0
 
     def work():
         nonlocal inside, most, total

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from kvxfer.buffers.base import FINISHED, HostBuffer, let_end
+from kvxfer.buffers.base import FINISHED, HostBuffer, wait_for_end
 from kvxfer.buffers.completions import _MOST_ASKERS, is_completion, watched
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
@@ -134,9 +134,9 @@ def test_what_is_a_completion():
 @pytest.mark.parametrize("where", ["done", "wait"])
 def test_copies_are_not_waited_for_without_end(hanging, where, caplog):
     """A copy that does not end is given up after a while, and that is logged."""
-    assert not let_end([FINISHED, hanging(where), watched(hanging(where))], timeout_s=0.3)
+    assert not wait_for_end([FINISHED, hanging(where), watched(hanging(where))], timeout_s=0.3)
     assert "2 copies of a device have not ended" in caplog.text
-    assert let_end([FINISHED, Raising(), watched(RaisesInWait())], timeout_s=10)
+    assert wait_for_end([FINISHED, Raising(), watched(RaisesInWait())], timeout_s=10)
 
 
 @pytest.mark.parametrize("kind", [Raising, RaisesInWait])
@@ -230,7 +230,7 @@ class StuckBuffer(HostBuffer):
 
 def test_a_device_that_hangs(hanging, monkeypatch):
     """A device whose copies hang ends neither other reads nor, after a while, the close."""
-    monkeypatch.setattr(read_executor, "let_end", partial(let_end, timeout_s=0.5))
+    monkeypatch.setattr(read_executor, "wait_for_end", partial(wait_for_end, timeout_s=0.5))
     source, other = Engine(0), Engine(1)
     sink = Engine(2, route="target_unpacked")
     StuckBuffer.held = staticmethod(hanging)
