@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy that sends a request to a prefill and a decode server at once, so that its KV leaves while it is computed.
+"""A proxy that sends a request to a prefill and a decode server at once, so that its KV moves while it is computed.
 
-FOR TRYING OUT, not for production: one pair of servers, no retries, no health checks, no authentication. It shows what a real
-router has to do: name the prefill server to the decode server, give both the same ``transfer_id``, and let neither wait.
+For experiments, not for production: one pair of servers, no retries, no health checks, no authentication. It shows the work of
+a router: name the prefill server to the decode server, give both the same ``transfer_id``, and send to both at once.
 
     python examples/push_proxy.py --prefill http://127.0.0.1:8100 --engine-id prefill-0 --side-channel 127.0.0.1:5600 \
         --decode http://127.0.0.1:8200 --port 8000
 
-``--engine-id`` is what the prefill server has in its ``--kv-transfer-config`` (``"engine_id":"prefill-0"``), and
-``--side-channel`` its ``KVXFER_SIDE_CHANNEL_HOST`` and ``_PORT``. With ``--order prefill-first`` it asks one after the other.
+``--engine-id`` is the ``engine_id`` in the ``--kv-transfer-config`` of the prefill server (``"engine_id":"prefill-0"``), and
+``--side-channel`` its ``KVXFER_SIDE_CHANNEL_HOST`` and ``_PORT``. ``--order prefill-first`` sends to one after the other.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Proxy:
         self.session: ClientSession | None = None
 
     async def run(self, _: web.Application) -> AsyncIterator[None]:
-        """Hold one session for as long as the application lives."""
+        """Keep one session open as long as the application runs."""
         async with ClientSession(timeout=ClientTimeout(total=None, sock_connect=10)) as self.session:
             yield
 
     async def health(self, _: web.Request) -> web.Response:
-        """Healthy when both servers are."""
+        """Answer whether both servers are healthy."""
         for url in (self.options.prefill, self.options.decode):
             try:
                 async with self.session.get(f"{url}/health", timeout=ClientTimeout(total=5)) as answer:
@@ -84,19 +84,19 @@ class Proxy:
         except (ClientError, asyncio.TimeoutError) as error:
             return failed(502, f"a server cannot be reached: {error}")
         finally:
-            prefill.cancel()  # the client has gone, or the answer is complete
+            prefill.cancel()  # the client has disconnected, or the answer is complete
             with contextlib.suppress(asyncio.CancelledError, ClientError, asyncio.TimeoutError):
                 await prefill
 
     async def prefill(self, path: str, body: dict, headers: dict[str, str]) -> tuple[int, str]:
-        """Ask the prefill server; the status and the text of its answer."""
+        """Ask the prefill server; returns the status and the text of its answer."""
         async with self.session.post(self.options.prefill + path, json=body, headers=headers) as answer:
             return answer.status, await answer.text()
 
     async def decode(
         self, request: web.Request, body: dict, headers: dict[str, str], prefill: asyncio.Future
     ) -> web.StreamResponse:
-        """Ask the decode server, and give its answer on; what the prefill server refuses ends both."""
+        """Ask the decode server and forward its answer; a refusal of the prefill server ends both requests."""
         asking = asyncio.ensure_future(
             self.session.post(self.options.decode + request.path, json=body, headers=headers)
         )
@@ -120,7 +120,7 @@ class Proxy:
 
 
 def failed(status: int, why: str) -> web.Response:
-    """An error as OpenAI's clients expect it."""
+    """Error response as OpenAI's clients expect it."""
     return web.json_response({"error": {"message": why, "type": "proxy_error", "code": status}}, status=status)
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     app.router.add_get("/health", proxy.health)
     for path in ("/v1/completions", "/v1/chat/completions"):
         app.router.add_post(path, proxy.generate)
-    # A handler whose client has gone is cancelled, and so tells both servers; aiohttp leaves it running otherwise.
+    # With handler_cancellation a disconnect of the client cancels the handler, which aborts the request at both servers.
     web.run_app(app, host=options.host, port=options.port, print=None, handler_cancellation=True)
 
 

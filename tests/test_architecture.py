@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The house rules that no linter knows: folders, headers, sizes, and what import-linter must be told about."""
+"""Rules that no linter checks: folders, headers, sizes, and the settings of import-linter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPEN_TO_ADAPTERS = {"agents", "buffers", "config", "errors", "layout", "memory"}
 
 
 def files_of_the_project(*suffixes: str) -> list[Path]:
-    """What lies in the tree and was neither made here nor fetched: git is not asked, a bare machine has none."""
+    """Files of the project, without generated and fetched ones; works without git."""
     made_here = {"__pycache__", "build", "dist"}
     return sorted(
         path
@@ -34,7 +34,7 @@ def files_of_the_project(*suffixes: str) -> list[Path]:
 
 
 def product_files() -> list[Path]:
-    """Python files that are installed."""
+    """Python files of the packages that are installed."""
     return [path for path in files_of_the_project(".py") if path.relative_to(ROOT).parts[0] in PRODUCT]
 
 
@@ -50,12 +50,12 @@ def plug_in_packages() -> list[Path]:
 
 @pytest.mark.parametrize("parent", ["adapters", "integrations"])
 def test_parents_of_plug_ins_are_no_packages(parent: str) -> None:
-    """adapters/ and integrations/ hold packages and are none: a stranger's adapter has no privilege less than ours."""
+    """adapters/ and integrations/ are no packages: third-party adapters have the same rights as those of this project."""
     assert not (ROOT / parent / "__init__.py").exists()
 
 
 def test_every_package_is_known_to_import_linter_and_to_the_wheel() -> None:
-    """A new adapter or integration cannot be forgotten by the import rules, nor left out of what is installed."""
+    """Each adapter and integration is under the import rules and in the wheel."""
     packages = ["kvxfer", *(folder.name for folder in plug_in_packages())]
     in_wheel = [Path(path).name for path in PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]]
     assert sorted(PYPROJECT["tool"]["importlinter"]["root_packages"]) == sorted(packages)
@@ -74,13 +74,13 @@ def test_every_adapter_is_under_the_adapter_contract() -> None:
 
 
 def test_every_package_is_typed() -> None:
-    """Type checkers believe our annotations only where py.typed lies."""
+    """Each package has py.typed, without which type checkers ignore its annotations."""
     for package in [ROOT / "kvxfer", *plug_in_packages()]:
         assert (package / "py.typed").exists(), package
 
 
 def test_the_name_of_an_unrelated_pypi_project_is_no_dependency() -> None:
-    """RIXL is loaded where an image ships it and never asked of PyPI, where its name belongs to someone else."""
+    """RIXL is never a requirement: on PyPI its name belongs to another project."""
     project = PYPROJECT["project"]
     requirements = list(project["dependencies"])
     for extra in project["optional-dependencies"].values():
@@ -94,13 +94,13 @@ def test_the_name_of_an_unrelated_pypi_project_is_no_dependency() -> None:
     "path", files_of_the_project(".py", ".sh", ".toml"), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_file_names_its_licence(path: Path) -> None:
-    """The first two lines of every source file say under which licence it is."""
+    """The first two lines of every source file name its licence."""
     lines = path.read_text().splitlines()[:2]
     assert "# SPDX-License-Identifier: Apache-2.0" in lines
 
 
 def test_product_has_no_assert_statements() -> None:
-    """Bad input raises a named error, also under `python -O`; only conformance suites assert."""
+    """The product has no assert statements, since bad input must raise a named error; only conformance suites assert."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in product_files()
@@ -125,16 +125,16 @@ def test_every_test_says_what_it_holds_the_code_to() -> None:
 
 
 def test_no_catch_all_names() -> None:
-    """A module is named after what it answers, never after being left over."""
+    """A module is named after its task, never with a catch-all name."""
     banned = {"common", "helper", "helpers", "impl", "manager", "mgr", "misc", "util", "utils"}
     assert [str(path) for path in product_files() if path.stem.strip("_") in banned] == []
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_module_sizes() -> None:
-    """Long modules are told of, for a person to judge; a module of twice the measure fails."""
+    """A module of more than 400 lines is a warning, one of twice as many a failure."""
     sizes = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in product_files()}
     for path, lines in sizes.items():
         if lines > MAX_LINES:
-            warnings.warn(f"{path} has {lines} lines; the measure is {MAX_LINES}", UserWarning, stacklevel=1)
+            warnings.warn(f"{path} has {lines} lines, more than {MAX_LINES}", UserWarning, stacklevel=1)
     assert [str(path) for path, lines in sizes.items() if lines > 2 * MAX_LINES] == []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import brings along: asked of a fresh interpreter, for this one has imported everything already."""
+"""Effects of imports, each in a fresh interpreter."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `pip install kvxfer` puts on a machine."""
+"""Content of the wheel: packages, licence, entry points."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> No
 
 
 def test_wheel_carries_its_licence_and_entry_points(wheel: zipfile.ZipFile) -> None:
-    """The licence text travels along, and plug-ins are found as a stranger's would be."""
+    """The wheel has the licence text and the entry points of all plug-ins."""
     (entries,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
     text = wheel.read(entries).decode()
     for group in ("[kvxfer.agents]", "[kvxfer.buffers]", "[vllm.general_plugins]", "[console_scripts]"):
@@ -49,7 +49,7 @@ def test_wheel_carries_its_licence_and_entry_points(wheel: zipfile.ZipFile) -> N
 
 @pytest.mark.parametrize("group", ["kvxfer.agents", "kvxfer.buffers", "vllm.general_plugins", "console_scripts"])
 def test_entry_points_lead_somewhere(group: str) -> None:
-    """Each name that the metadata promises can be loaded, vLLM and NIXL installed or not."""
+    """Each entry point can be loaded, with or without vLLM and NIXL."""
     found = [entry for entry in entry_points(group=group) if entry.value.startswith("kvxfer")]
     if not found:
         pytest.skip("kvxfer is on the path but not installed, so it has no entry points")

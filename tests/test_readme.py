@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README and the page for engines are followed literally: their Python runs, and the commands they name exist."""
+"""Pages of documentation: their Python runs, and the commands, links and tests that they name exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_LINES = 90
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_python_of_the_readme_runs(program: str, tmp_path: Path) -> None:
-    """What a newcomer copies from the README or the page for engines into a file runs to its end, on real NIXL."""
+    """Each Python program of the README and of docs/python.md runs to its end, on real NIXL."""
     pytest.importorskip("nixl_cu13", reason="NIXL is not installed")
     path = tmp_path / "program.py"
     path.write_text(program)
@@ -36,14 +36,14 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 
 def test_readme_is_short() -> None:
-    """A newcomer reads the README in two minutes: at most 90 lines of at most 100 columns."""
+    """The README has at most 90 lines of at most 100 columns."""
     lines = README.splitlines()
     assert len(lines) <= MOST_LINES
     assert [line for line in lines if len(line) > 100] == []
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
-    """Every relative link of the README and of the pages names a file that is there."""
+    """Every relative link of a page leads to a file."""
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     dead = [
         f"{page.name}: {target}"
@@ -55,7 +55,7 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
 
 
 def test_tests_that_pages_name_exist() -> None:
-    """Every test file that a page names is there, and every test in it (`path::test`, and `::test` after a path)."""
+    """Every test that a page names exists (`path`, `path::test`, and `::test` after a path)."""
     dead = []
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for line in page.read_text().splitlines():

