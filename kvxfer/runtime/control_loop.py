@@ -11,7 +11,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvxfer.channel.zmq_channel import Unreachable
+from kvxfer.channel.base import Unreachable
 from kvxfer.defects import Defects
 from kvxfer.errors import ConfigError, InternalError
 from kvxfer.protocol.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
@@ -19,7 +19,7 @@ from kvxfer.protocol.actions import Action, Emit, Hangup, Packed, PackKey, Reply
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.channel.zmq_channel import Channel, Inbound
+    from kvxfer.channel.base import Channel, Inbound
     from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.consumer import Consumer

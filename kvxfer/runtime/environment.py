@@ -20,7 +20,7 @@ from kvxfer.protocol.transfer import Latch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.channel.zmq_channel import Channel
+    from kvxfer.channel.base import Channel
 
 
 class Loop(Protocol):

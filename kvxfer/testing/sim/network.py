@@ -11,7 +11,7 @@ import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
-from kvxfer.channel.zmq_channel import Inbound
+from kvxfer.channel.base import Inbound
 from kvxfer.errors import ConfigError
 from kvxfer.protocol import messages
 
@@ -87,7 +87,7 @@ class Network:
 
 
 class VirtualChannel:
-    """`kvxfer.channel.zmq_channel.Channel` through the network.
+    """`kvxfer.channel.base.Channel` through the network.
 
     Attributes:
         made: its connections by the address that they lead to, each under a name that no other ever has.

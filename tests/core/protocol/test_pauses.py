@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvxfer.channel.zmq_channel import Inbound
+from kvxfer.channel.base import Inbound
 from kvxfer.metrics import Metrics
 from kvxfer.protocol.actions import StartRead
 from kvxfer.protocol.messages import Grant, Pending
