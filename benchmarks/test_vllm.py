@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Through real vLLM: seconds from the decode request to its first token, beside vLLM's own NixlConnector, A B B A.
+"""Real vLLM servers: seconds from the decode request to its first token, beside vLLM's own NixlConnector, A B B A.
 
-Two prefill and two decode servers are up, and the pair whose turn it is not is frozen: vLLM's NixlConnector keeps a core
-of each of its processes busy also when idle, which on a small machine would be measured in kvxfer's place. Each prompt is
-new to both, is prefilled by the producer first, and only the decode request is timed. Then the same prompt is asked
-again: now its KV is there, so that time is all that is not the transfer.
+Two prefill and two decode servers run, and the pair that is not measured is frozen: NixlConnector keeps a core of each of its
+processes busy also when idle, which on a small machine would slow kvxfer down. Each prompt is new to both, the producer prefills it
+first, and only the decode request is timed. Then the same prompt is asked again: its KV is in the cache now, so this time is all but
+the transfer.
 
-The last benchmark sends requests to both servers at once instead (push), and looks at the client's time to its first token.
+The first benchmark sends requests to both servers at once (push), and measures the client's time to its first token.
 
 Minutes long: ``make benchvllm``.
 """
@@ -41,14 +41,14 @@ pytestmark = [
 
 
 class _Pair:
-    """A prefill and a decode server with one connector, frozen between its turns."""
+    """A prefill and a decode server with one connector, frozen while they are not measured."""
 
     def __init__(
         self, connector: str, model, folder, *arguments: str, cores: tuple[int, ...] = (), **options: str
     ) -> None:
         from tools.serve.pair import ServerSettings, VllmServer, start_all
 
-        # bf16 takes AMX attention, which dies of an illegal instruction where a virtual machine names AMX and bars it.
+        # bf16 uses AMX attention, which ends with an illegal instruction if a virtual machine announces AMX and bars it.
         common = {
             "model": model,
             "connector": connector,
@@ -68,7 +68,7 @@ class _Pair:
     def __enter__(self):
         for server in self.servers:
             server.thaw()
-        for server in self.servers:  # the first step after a pause is slow: not what is measured
+        for server in self.servers:  # the first step after a pause is slow and not measured
             assert server.ask([7, 8, 9], max_tokens=2).ok
         return self
 
@@ -79,20 +79,20 @@ class _Pair:
             server.freeze()
 
     def first_token_s(self, prompt) -> tuple[float, float]:
-        """Seconds to the first token of a decode request whose KV is with the producer; and of one that is all here."""
-        handed = self.prefill.prefill(prompt)
-        assert handed.kv_transfer_params, handed.body
-        moved = self.decode.ask(prompt, max_tokens=4, stream=True, kv_transfer_params=handed.kv_transfer_params)
+        """Seconds to the first token of a decode request that transfers its KV, and of one that has it in its cache."""
+        prefilled = self.prefill.prefill(prompt)
+        assert prefilled.kv_transfer_params, prefilled.body
+        moved = self.decode.ask(prompt, max_tokens=4, stream=True, kv_transfer_params=prefilled.kv_transfer_params)
         assert moved.ok, moved.body
         here = self.decode.ask(prompt, max_tokens=4, stream=True)
         assert here.ok, here.body
         return moved.first_byte_s, here.first_byte_s
 
     def warm_up(self, prompt) -> None:
-        """Kernels, handshake, first touch of the cache's pages.
+        """Warm up kernels, the handshake and the pages of the cache.
 
-        Several times if need be: NixlConnector's first handshake gives up after 5 s, and fails the request, where the other
-        server is still busy.
+        Repeated if necessary: NixlConnector's first handshake gives up after 5 s, and fails the request, if the other server is
+        still busy.
         """
         for tries_left in reversed(range(WARM_UPS)):
             try:
@@ -104,14 +104,14 @@ class _Pair:
                 return
 
     def client_first_token_s(self, prompt, how: str) -> float:
-        """Seconds from the client's request to its first token: from one server, prefilled and decoded, or sent to both at once."""
+        """Seconds from the client's request to its first token: ``how`` is "alone" (one server), "pull" or "push"."""
         name, begin = uuid.uuid4().hex, time.monotonic()
         if how == "alone":
             server, params = self.prefill, None
         elif how == "pull":
             server, params = self.decode, self.prefill.prefill(prompt, request_id=name).kv_transfer_params
         else:
-            server, params = self.decode, self.prefill.told_at_once(name)
+            server, params = self.decode, self.prefill.rendezvous_params(name)
             prefill = threading.Thread(
                 target=lambda: self.prefill.prefill(
                     prompt, transfer_id=name, request_id=name, timeout_s=ANSWER_TIMEOUT_S
@@ -138,12 +138,12 @@ class _Pair:
     ],
 )
 def test_client(benchmark, measuring, report, tmp_path, connector, ways, options):
-    """Sent to both at once, a request's transfer is hidden behind its prefill: goal 80 % of what it costs in pull.
+    """Push hides the transfer behind the prefill: the goal is 80 % of its cost in pull.
 
-    One pair of servers at a time: six would not fit a small machine. ``alone`` is the prefill server's own first token, and
-    what the decode server takes for one when the KV is there already comes on top of it in any way; the rest is the transfer's. Each
-    server has a core of its own, as if it had a machine of its own: vLLM spins while it waits for a transfer, and a decode
-    server that waits from the beginning would slow the prefill server down.
+    One pair of servers at a time, because six servers do not fit a small machine. ``alone`` is the prefill server's own first
+    token. The time of the decode server with its KV in the cache comes on top of it in each way; the rest is the cost of the
+    transfer. Each server has a core of its own, as on a machine of its own: vLLM spins while it waits for a transfer, and a
+    decode server that waits from the beginning would slow the prefill server down.
     """
     if not measuring:
         pytest.skip("minutes long, and only of use with a clock: make benchvllm")
@@ -160,7 +160,7 @@ def test_client(benchmark, measuring, report, tmp_path, connector, ways, options
                     for way in ways if round_number % 2 else ways[::-1]:
                         prompt = [numbers.randrange(5, KV_HEAVY.vocabulary) for _ in range(tokens)]
                         seconds = pair.client_first_token_s(prompt, way)
-                        if way != "alone":  # its KV is there now: what the decode server itself takes
+                        if way != "alone":  # its KV is in the cache now: the time of the decode server itself
                             again = pair.decode.ask(prompt, max_tokens=2, stream=True)
                             assert again.ok, again.body
                         if round_number >= 0:

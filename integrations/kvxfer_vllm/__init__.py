@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's KV connector over kvxfer.
+"""vLLM's KV connector on kvxfer.
 
 vLLM finds it by the entry point (``{"kv_connector": "KvxferConnector", "kv_role": "kv_producer"}`` and nothing else) or by
-``"kv_connector_module_path": "kvxfer_vllm"``. Importing this package imports neither torch nor vLLM nor a transfer engine:
-vLLM's plug-in loader does so in every process, also in those that never move a block.
+``"kv_connector_module_path": "kvxfer_vllm"``. Importing this package imports neither torch nor vLLM nor a transfer engine,
+because vLLM's plug-in loader imports it in every process, also in those that move no block.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ __all__ = ["KvxferConnector"]
 
 
 def __getattr__(name: str) -> object:
-    """The connector class, imported when it is first asked for."""
+    """Import the connector class when it is first used."""
     if name == "KvxferConnector":
-        from kvxfer_vllm.connector import KvxferConnector  # noqa: PLC0415 - this is the laziness the docstring promises
+        from kvxfer_vllm.connector import KvxferConnector  # noqa: PLC0415 - see the module's docstring
 
         return KvxferConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

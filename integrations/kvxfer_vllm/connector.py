@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``KvxferConnector``: the class that vLLM makes, once per role. A thin facade: every method forwards to one half.
+"""``KvxferConnector``: the class that vLLM makes once per role. Each of its methods calls one half, scheduler's or worker's.
 
-vLLM's engine dies of an exception in any of these methods, so those of the scheduler's half that concern one request are
-guarded: a defect is logged and counted, and that request is computed locally.
+An exception in one of these methods ends vLLM's engine. So the scheduler's methods for one request are guarded: a defect is
+logged and counted, and the request is computed locally.
 
-The class declares SupportsHMA: layers of several kinds have cache groups, and block tables, of their own.
+The class declares SupportsHMA: it takes several cache groups, each with block tables of its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import ConfigError
 from kvxfer.layout.spec import MAX_GROUPS
 from kvxfer.secret import Secret
@@ -48,9 +49,11 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
+    from kvxfer_vllm.endpoint_group import EndpointLike
     from kvxfer_vllm.tpu import Runner
-    from kvxfer_vllm.worker import Turns
+    from kvxfer_vllm.worker import CacheTurns
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -59,7 +62,7 @@ _Hook = TypeVar("_Hook", bound="Callable[..., Any]")
 
 
 def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
-    """A hook that gets a request and must not raise: after a defect, ``answer`` lets the request be computed locally."""
+    """Guard a hook for one request: after a defect it returns ``answer``, by which vLLM computes the request locally."""
 
     def guard(hook: _Hook) -> _Hook:
         signature = inspect.signature(hook)
@@ -73,7 +76,7 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
                 name, request_id = hook.__name__, given["request"].request_id
                 logger.exception("Defect in %s of KvxferConnector, met by request %s", name, request_id)
                 # Told that tokens will come from elsewhere, vLLM waits for a load.
-                self._of_scheduler().survive(name, request_id, parked=given.get("num_external_tokens", 0) > 0)
+                self.scheduler_half.survive(name, request_id, parked=given.get("num_external_tokens", 0) > 0)
                 return answer
 
         return cast("_Hook", guarded)
@@ -82,7 +85,7 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
 
 
 def _hit_source() -> Any:
-    """How vLLM's metrics call what comes from another server; None before vLLM 0.32, which does not ask."""
+    """Source of loaded tokens in vLLM's metrics; None before vLLM 0.32, which has no such metrics."""
     try:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.32
     except ImportError:
@@ -96,10 +99,10 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     Args:
         vllm_config: of this server.
         role: SCHEDULER in the engine's process, WORKER in each worker, before its caches exist.
-        kv_cache_config: the cache groups.
+        kv_cache_config: of this server.
 
     Raises:
-        ConfigError: an option is unknown or this configuration is not supported; the server does not start.
+        ConfigError: an option is wrong, or this configuration is not supported; the server does not start.
     """
 
     _cache_hit_source = _hit_source()
@@ -111,7 +114,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         refuse_unsupported(vllm_config, kv_cache_config, layer_by_layer=self._options.granularity == "layer")
         if not transfer.engine_id:
             raise ConfigError("KvxferConnector needs an engine_id")
-        # vLLM adds layers that share another's cache to the groups later; only owners are transferred.
+        # Later vLLM adds layers to the groups that share the cache of another one; those are not transferred.
         layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
         self._groups = layer_groups(kv_cache_config, self._options.parts(layer_names), local_layers(vllm_config))
         self._scheduler: KvxferScheduler | None = None
@@ -139,63 +142,74 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
 
     # -------------------------------------------------------------------------------------------- scheduler's half
 
+    @property
+    def scheduler_half(self) -> KvxferScheduler:
+        """The half in vLLM's scheduler.
+
+        Raises:
+            RuntimeError: this is a worker's connector.
+        """
+        if self._scheduler is None:
+            raise RuntimeError("vLLM called a scheduler's hook of a worker's connector")
+        return self._scheduler
+
     @_guarded()
     def on_new_request(self, request: Request) -> None:
         """See :meth:`KvxferScheduler.on_new_request`."""
-        self._of_scheduler().on_new_request(request)
+        self.scheduler_half.on_new_request(request)
 
     @_guarded((0, False))
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See :meth:`KvxferScheduler.get_num_new_matched_tokens`."""
-        return self._of_scheduler().get_num_new_matched_tokens(request, num_computed_tokens)
+        return self.scheduler_half.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:  # noqa: ARG002
-        """A transfer overwrites the request's blocks of every group, so vLLM need not zero them first."""
+        """All cache groups: a transfer overwrites the request's blocks of each, so vLLM need not zero them first."""
         return tuple(self._kv_cache_config.transfer_group_ids)
 
     @_guarded()
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """See :meth:`KvxferScheduler.update_state_after_alloc`."""
-        self._of_scheduler().update_state_after_alloc(request, blocks, num_external_tokens)
+        self.scheduler_half.update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """This step's orders to the workers."""
-        return self._of_scheduler().build_connector_meta(scheduler_output)
+        """See :meth:`KvxferScheduler.build_connector_meta`."""
+        return self.scheduler_half.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Learn which loads are over, before vLLM acts on it."""
-        self._of_scheduler().loads_over(connector_output.finished_recving or ())
+        """Take the loads that ended, before vLLM acts on them."""
+        self.scheduler_half.loads_ended(connector_output.finished_recving or ())
 
     @_guarded((False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """As :meth:`request_finished_all_groups`, of the one group there is."""
-        return self._of_scheduler().request_finished(request, (block_ids,))
+        """See :meth:`KvxferScheduler.request_finished`; for a model with one cache group."""
+        return self.scheduler_half.request_finished(request, (block_ids,))
 
     @_guarded((False, None))
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """See :meth:`KvxferScheduler.request_finished`."""
-        return self._of_scheduler().request_finished(request, block_ids)
+        return self.scheduler_half.request_finished(request, block_ids)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
-        """Learn the workers' addresses, by rank. Called only when workers told any."""
-        self._of_scheduler().set_addresses(metadata)
+        """See :meth:`KvxferScheduler.set_addresses`. Called only if workers reported an address."""
+        self.scheduler_half.set_addresses(metadata)
 
     def get_finished_count(self) -> int | None:
-        """How many worker processes report each request: on TPUs one, which drives all devices; None: all."""
+        """Number of worker processes that report each request: on TPUs one, which drives all devices; None: all."""
         return 1 if self._vllm_config.device_config.device_type == "tpu" else None
 
     def has_pending_push_work(self) -> bool:
-        """None: what vLLM waits for, on either side, keeps it stepping by itself."""
+        """Whether vLLM must step for a push: never, because the requests themselves keep it stepping."""
         return False
 
-    def _of_scheduler(self) -> KvxferScheduler:
-        if self._scheduler is None:
-            raise RuntimeError("vLLM called a scheduler's hook of a worker's connector")
-        return self._scheduler
-
     # ------------------------------------------------------------------------------------------------ worker's half
+
+    @property
+    def worker_half(self) -> KvxferWorker | None:
+        """The half in a worker; None before the caches are registered, and in the scheduler."""
+        return self._worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
@@ -204,52 +218,59 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     def register_runner(self, runner: Runner) -> None:
         """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
 
-        tpu-inference calls this instead of :meth:`register_kv_caches`. The caches are kvxfer's between steps, see
+        tpu-inference calls this instead of :meth:`register_kv_caches`. kvxfer uses the caches between steps, see
         :class:`kvxfer_vllm.tpu.RunnerCaches`.
         """
-        from kvxfer_vllm.tpu import RunnerCaches  # noqa: PLC0415 - JAX is not imported before a runner has it
+        from kvxfer_vllm.tpu import RunnerCaches  # noqa: PLC0415 - imports JAX, which only such a runner has
 
         lent = RunnerCaches(runner, self._groups, self._vllm_config, self._kv_cache_config, self._options)
         self._start(lent.caches, lent)
 
-    def _start(self, caches: Sequence[KVCache], turns: Turns | None = None) -> None:
-        endpoints = start_endpoints(caches, self._vllm_config, self._options)
-        self._worker = KvxferWorker(endpoints, self._groups, caches[0].buffers[0].mark, turns)
+    def _start(self, caches: Sequence[KVCache], turns: CacheTurns | None = None) -> None:
+        self.use(start_endpoints(caches, self._vllm_config, self._options), caches[0].buffers[0].mark, turns)
+
+    def use(
+        self,
+        endpoints: Sequence[EndpointLike],
+        mark: Callable[[], Completion] = lambda: FINISHED,
+        turns: CacheTurns | None = None,
+    ) -> None:
+        """Make the worker's half on endpoints that run; it closes them. Arguments as of :class:`KvxferWorker`."""
+        self._worker = KvxferWorker(endpoints, self._groups, mark, turns)
         self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """This worker's address, where the scheduler's half cannot know it by itself.
+        """This worker's address, unless the scheduler's half knows it: the address of one rank with a fixed port.
 
-        With one rank on a fixed port it can, and then there is nothing that MultiConnector, which hands one connector's
-        payload to all, could give to the wrong one.
+        MultiConnector passes the payload of one connector on to all, so no payload is better than one that is not needed.
         """
         _, port = side_channel(os.environ, self._vllm_config.parallel_config.data_parallel_index)
         known = port != 0 and self._vllm_config.parallel_config.tensor_parallel_size == 1
         return None if known else self._handshake
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Follow the orders at the beginning of the step, so that bytes move while the model computes."""
+        """Follow the orders at the beginning of a step, so that bytes move while the model computes."""
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None and isinstance(connector_metadata, KvxferMetadata):
             self._worker.follow(connector_metadata)
 
     def start_load_kv(self, forward_context: object, **kwargs: Any) -> None:
-        """Nothing: loads began when the step's orders were bound."""
+        """Do nothing: loads began when the step's orders were bound."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request is scheduled only after its whole prompt was loaded."""
+        """Do nothing: a request is scheduled only after its whole prompt was loaded."""
 
     def save_kv_layer(self, layer_name: str, *_: object, **kwargs: Any) -> None:  # noqa: ARG002
-        """Nothing is saved: with granularity "layer" consumers may read a part of the layers when its last one was computed."""
+        """See :meth:`KvxferWorker.layer_computed`. Nothing is saved: consumers read the blocks where they are."""
         if self._worker is not None:
             self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing: consumers read the blocks where they are."""
+        """Do nothing, as nothing is saved."""
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """With granularity "layer": a graph of the whole model would be replayed without :meth:`save_kv_layer`."""
+        """Whether a graph of the whole model is wrong: with granularity "layer", as it does not call :meth:`save_kv_layer`."""
         return ConnectorOptions.parse(extra_config).granularity == "layer"
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
@@ -261,14 +282,14 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         return results
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        """As :meth:`get_transfer_results`, for callers that learn of failures from block ids."""
+        """See :meth:`get_transfer_results`; for a vLLM that learns of failures by block ids."""
         if self._worker is None:
             return None, None
         results = self._worker.results()
         return results.finished_sending or None, results.finished_recving or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Empty, unless :meth:`get_finished` was used: vLLM 0.32 learns of failures by request."""
+        """Blocks of failed loads; empty unless :meth:`get_finished` was used: vLLM 0.32 learns of failures by request."""
         return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def shutdown(self) -> None:
@@ -279,14 +300,14 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     # --------------------------------------------------------------------------------------------------- statistics
 
     def get_kv_connector_stats(self) -> KvxferStats | None:
-        """What this half observed since the last call."""
+        """Observations of this half since the last call."""
         if self._worker is not None:
             return self._worker.take_stats()
         return self._scheduler.stats.take() if self._scheduler is not None else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvxferStats:
-        """Statistics from the plain data that came from another process."""
+        """Make statistics of the plain data from another process."""
         return KvxferStats(data=data if data is not None else {})
 
     @classmethod
@@ -297,5 +318,5 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KvxferPromMetrics:
-        """The metrics ``vllm:kvxfer_*`` of the API server."""
+        """Make the metrics ``vllm:kvxfer_*`` of the API server."""
         return KvxferPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

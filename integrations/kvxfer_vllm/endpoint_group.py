@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks of this engine that live in one process, as one: each is asked, and what has ended has ended at all of them.
+"""Several endpoints of one process as one: the ranks of this engine that live in this process.
 
-vLLM has a worker process for each GPU, and so one rank in each. A process that drives several devices, as on TPUs, has a rank
-for each of them. A request is loaded when all ranks have their part of it, and its blocks are free when no rank's are read.
+vLLM has a worker process, and so a rank, for each GPU. A process that drives several devices, as on TPUs, has a rank for each
+of them. A request is loaded when all ranks have read their part of it, and its blocks are free when the lease has ended at
+all ranks.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class EndpointLike(Protocol):
-    """What this package uses of :class:`kvxfer.Endpoint`; tests put a recorder in its place."""
+    """The part of `kvxfer.Endpoint` that the connector uses; tests have a scripted endpoint in its place."""
 
     @property
     def metrics(self) -> Metrics:
         """Counters since start."""
+
+    @property
+    def address(self) -> str:
+        """Control address that peers connect to."""
 
     def announce(self, ref: LeaseRef) -> object:
         """Make a token known."""
@@ -43,36 +48,36 @@ class EndpointLike(Protocol):
     def publish(
         self, ref: LeaseRef, blocks: Tables, *, complete: bool = True, after: Sequence[Completion] = ()
     ) -> None:
-        """Make blocks of an announced lease readable, once the device has come that far."""
+        """Make blocks of an announced lease readable when ``after`` has completed."""
 
     def revoke(self, ref: LeaseRef) -> None:
         """End a lease early."""
 
     def acquire(self, ref: LeaseRef) -> None:
-        """Open a lease and renew it."""
+        """Acquire a lease and renew it."""
 
     def read(
         self, ref: LeaseRef, into: Tables, *, tokens: tuple[int, int | None], after: Sequence[Completion] = ()
     ) -> Transfer:
-        """Start reading a lease, once the device has done with the blocks."""
+        """Begin to read a lease when ``after`` has completed."""
 
     def release(self, ref: LeaseRef) -> None:
-        """Give a lease back unread."""
+        """Release a lease unread."""
 
     def poll(self, timeout_s: float = 0.0) -> Sequence[Event]:
-        """What happened; waits for the first event."""
+        """Return what has happened; wait up to ``timeout_s`` for the first event."""
 
     def close(self) -> None:
-        """End threads and free the agent."""
+        """End the threads and free the agent."""
 
 
 @dataclass(eq=False)
 class GroupTransfer:
-    """One lease as all ranks read it.
+    """Transfers of all ranks that read one lease.
 
     Attributes:
         ref: the lease.
-        transfers: one of each rank that could begin.
+        transfers: one for each rank that could begin, and its endpoint.
         error: of the first rank that failed; None while none has.
     """
 
@@ -83,30 +88,30 @@ class GroupTransfer:
 
     @property
     def seconds(self) -> float:
-        """Of the rank that took longest."""
+        """Time of the rank that took longest."""
         return max(transfer.seconds for transfer in self.transfers)
 
     @property
     def nbytes(self) -> int:
-        """Of all ranks."""
+        """Bytes of all ranks."""
         return sum(transfer.nbytes for transfer in self.transfers)
 
     @property
     def descriptors(self) -> int:
-        """Of all ranks."""
+        """Descriptors of all ranks."""
         return sum(transfer.descriptors for transfer in self.transfers)
 
-    def ended(self, event: Done | Failed) -> bool:
-        """One rank's transfer ended; True if it was the last. The others need not go on after one that failed."""
+    def end_one(self, event: Done | Failed) -> bool:
+        """End the transfer of one rank; True if it was the last one. A failure also ends those that still wait."""
         self._ended.add(event.transfer)
         if isinstance(event, Failed):
             self.fail(event.error)
         return len(self._ended) == len(self.transfers)
 
     def fail(self, error: KvxferError) -> None:
-        """It has failed, whatever the ranks that have not ended say: of these those end that still wait for their producer.
+        """Make the whole transfer fail, whatever its other ranks report.
 
-        Bytes that are on their way have to arrive before the reading ends.
+        Ranks that still wait for their producer end at once. Bytes in flight must arrive before this transfer ends.
         """
         if self.error is None:
             self.error = error
@@ -117,29 +122,29 @@ class GroupTransfer:
 
 @dataclass
 class _PublishedLease:
-    """One lease as all ranks have offered it: how many have not ended theirs, and the ends of the others."""
+    """A lease that several ranks have published: the number of ranks where it stands, and its ends at the others."""
 
     left: int
     ends: list[LeaseEvent] = field(default_factory=list)
 
 
 class EndpointGroup:
-    """One or more endpoints of one engine. Everything runs on the engine's thread.
+    """One or more endpoints of one engine. All methods run on the engine's thread.
 
     Args:
         endpoints: of the ranks of this process. Closed by `close`.
     """
 
     def __init__(self, endpoints: Sequence[EndpointLike]) -> None:
-        self._endpoints = list(endpoints)
-        self._readings: dict[Transfer, GroupTransfer] = {}
-        self._offered: dict[str, _PublishedLease] = {}
+        self.endpoints: Sequence[EndpointLike] = tuple(endpoints)
+        self._reading: dict[Transfer, GroupTransfer] = {}
+        self._published: dict[str, _PublishedLease] = {}
         self._ended: list[GroupTransfer | LeaseEvent] = []
 
     @property
     def metrics(self) -> list[Metrics]:
-        """Of each rank."""
-        return [endpoint.metrics for endpoint in self._endpoints]
+        """Metrics of each rank."""
+        return [endpoint.metrics for endpoint in self.endpoints]
 
     def announce(self, ref: LeaseRef) -> None:
         """See `EndpointLike.announce`."""
@@ -162,57 +167,58 @@ class EndpointGroup:
     ) -> None:
         """See `EndpointLike.publish`. A complete lease ends once for all ranks.
 
-        Raises what the first rank raised; then no rank has published the complete blocks. If a later one raises, the lease is
-        revoked.
+        Raises the error of the first rank; then no rank has published the complete blocks. If a later rank raises, the lease
+        is revoked at the others.
         """
         if not complete:
             self._each(lambda endpoint: endpoint.publish(ref, blocks, complete=False, after=after))
             return
-        took: list[EndpointLike] = []
-        for endpoint in self._endpoints:
+        published: list[EndpointLike] = []
+        for endpoint in self.endpoints:
             try:
                 endpoint.publish(ref, blocks, after=after)
             except Exception:
-                if not took:
+                if not published:
                     raise
                 logger.exception("A rank cannot publish the KV of %r, which is revoked at the others", ref.request)
-                for other in took:
+                for other in published:
                     other.revoke(ref)
                 break
-            took.append(endpoint)
-        self._offered[ref.token] = _PublishedLease(len(took))
+            published.append(endpoint)
+        self._published[ref.token] = _PublishedLease(len(published))
 
     def read(
         self, ref: LeaseRef, into: Tables, *, tokens: tuple[int, int | None], after: Sequence[Completion]
     ) -> GroupTransfer:
-        """Start reading a lease at each rank; ends as `poll` says.
+        """Begin to read a lease at each rank; `poll` returns the transfer when it has ended at all of them.
 
-        Raises what the first rank raised; then no rank reads. If a later one raises, the reading fails when the others end.
+        Raises the error of the first rank; then no rank reads. If a later rank raises, the transfer fails when the others
+        have ended.
         """
-        reading = GroupTransfer(ref)
-        for endpoint in self._endpoints:
+        whole = GroupTransfer(ref)
+        for endpoint in self.endpoints:
             try:
                 transfer = endpoint.read(ref, into, tokens=tokens, after=after)
             except Exception as error:
-                if not reading.transfers:
+                if not whole.transfers:
                     raise
                 logger.exception("A rank cannot read the KV of %r", ref.request)
-                reading.fail(error if isinstance(error, KvxferError) else KvxferError(str(error)))
+                whole.fail(error if isinstance(error, KvxferError) else KvxferError(str(error)))
                 break
-            reading.transfers[transfer] = endpoint
-            self._readings[transfer] = reading
-        return reading
+            whole.transfers[transfer] = endpoint
+            self._reading[transfer] = whole
+        return whole
 
     def poll(self, timeout_s: float = 0.0) -> list[GroupTransfer | LeaseEvent]:
-        """What ended at all ranks since the last call; waits up to ``timeout_s`` for something to happen at one.
+        """Return what has ended at all ranks since the last call; wait up to ``timeout_s`` for something to happen at one.
 
-        Of a lease's ends the worst one is told: expired, else revoked, else settled. An endpoint that raises is raised when
-        all were asked; what the others told comes with the next call.
+        Of a lease's ends at the ranks the worst one is returned: expired, else revoked, else released. If an endpoint raises,
+        this raises after all were asked, and the next call returns the events of the others.
         """
         error, happened = None, False
-        for endpoint in self._endpoints:
+        for endpoint in self.endpoints:
             try:
-                events = endpoint.poll(0.0 if happened else timeout_s / len(self._endpoints))
+                events = endpoint.poll(0.0 if happened else timeout_s / len(self.endpoints))
             except Exception as each:  # noqa: BLE001 - raised below
                 error = error or each
                 continue
@@ -230,23 +236,23 @@ class EndpointGroup:
 
     def _happened(self, event: Event) -> None:
         if isinstance(event, (Done, Failed)):
-            reading = self._readings.pop(event.transfer, None)
-            if reading is not None and reading.ended(event):
-                self._ended.append(reading)
+            whole = self._reading.pop(event.transfer, None)
+            if whole is not None and whole.end_one(event):
+                self._ended.append(whole)
             return
-        offered = self._offered.get(event.token)
-        if offered is None:
+        published = self._published.get(event.token)
+        if published is None:
             return
-        offered.ends.append(event)
-        offered.left -= 1
-        if offered.left == 0:
-            del self._offered[event.token]
-            self._ended.append(max(offered.ends, key=_badness))
+        published.ends.append(event)
+        published.left -= 1
+        if published.left == 0:
+            del self._published[event.token]
+            self._ended.append(max(published.ends, key=_badness))
 
     def _each(self, act: Callable[[EndpointLike], object]) -> None:
-        """Do it at every rank, also if one raises; then raise what the first one raised."""
+        """Act at every rank, also after one has raised; then raise the first error."""
         error = None
-        for endpoint in self._endpoints:
+        for endpoint in self.endpoints:
             try:
                 act(endpoint)
             except Exception as each:  # noqa: BLE001 - raised below
@@ -256,7 +262,7 @@ class EndpointGroup:
 
 
 def _badness(event: LeaseEvent) -> int:
-    """Of an end, among those of the same lease at other ranks. A rank that needed nothing settles unread."""
+    """Rank of an end among those of the same lease at other ranks. A consumer that needs nothing of a rank releases unread."""
     if isinstance(event, LeaseReleased):
         return int(event.read)
     return 3 if isinstance(event, LeaseExpired) else 2

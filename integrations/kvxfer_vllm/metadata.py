@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler's half tells the workers' halves with each engine step, and what a worker tells once at start-up.
+"""One step's orders from the scheduler's half to the workers' halves, and the address that a worker reports at start-up.
 
-Both are pickled by vLLM, so they hold plain data. They import vLLM's base classes only because vLLM checks for them.
+vLLM pickles both, so they hold plain data. They have base classes of vLLM because vLLM checks for them.
 """
 
 from __future__ import annotations
@@ -13,64 +13,67 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandsha
 
 if TYPE_CHECKING:
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer_vllm.groups import HeldBlocks
+    from kvxfer_vllm.groups import GroupBlocks
 
 
 @dataclass(frozen=True)
-class Read:
-    """Fill ``blocks`` of this engine, by cache group, with the lease's KV from ``first_token`` on."""
+class ReadOrder:
+    """Read the lease's KV from ``first_token`` on into ``blocks`` of this engine, by cache group."""
 
     request_id: str
     lease: LeaseRef
-    blocks: list[HeldBlocks]
+    blocks: list[GroupBlocks]
     first_token: int
 
 
 @dataclass(frozen=True)
-class Seal:
-    """First blocks of a prefill that goes on, by cache group, which are complete when this step has been computed.
+class PartialPublishOrder:
+    """Publish the first blocks of a running prefill, which are complete when this step has been computed.
 
-    ``before`` says how many of each group are complete now. Groups that drop blocks give none.
+    Attributes:
+        lease: of the prefill.
+        blocks: by cache group; none of groups that drop blocks.
+        complete_before: number of these blocks, by cache group, that are complete before this step.
     """
 
     lease: LeaseRef
     blocks: list[list[int]]
-    before: list[int]
+    complete_before: list[int]
 
 
 @dataclass(frozen=True)
-class Offer:
-    """Prefill is done: these blocks, by cache group, are the lease's until it ends; then ``request_id`` is reported as sent."""
+class PublishOrder:
+    """Publish all blocks, by cache group, of a finished prefill; when the lease ends, report ``request_id`` as sent."""
 
     request_id: str
     lease: LeaseRef
-    blocks: list[HeldBlocks]
+    blocks: list[GroupBlocks]
 
 
 @dataclass
 class KvxferMetadata(KVConnectorMetadata):
-    """One step's orders. A worker follows the lists in the order in which they stand here.
+    """One step's orders. A worker follows the lists in this order, and ``publish_partial`` when it has computed the step.
 
     Attributes:
         announce: producer: leases whose tokens are about to be handed out.
-        seal: producer: what this step will have computed of prefills.
-        offer: producer: finished prefills.
-        withdraw: producer: leases that will never be offered.
-        hold: consumer: leases to keep alive while their requests wait.
+        publish_partial: producer: blocks of running prefills that this step completes.
+        publish: producer: finished prefills.
+        revoke: producer: leases whose prefill ended without a result.
+        acquire: consumer: leases to acquire and renew while their requests wait.
         read: consumer: loads to start.
-        drop: consumer: leases that were never read and are not needed; their producer may have its blocks back.
-        cancel: consumer: requests that are over while they load; they are still reported, once their blocks are quiet.
-        fail: consumer: requests that vLLM waits for in vain, because reading could not even be asked for.
+        release: consumer: leases that are not needed and were not read; the producer may reuse their blocks.
+        cancel: consumer: requests that ended while they load; a worker still reports each of them, when its blocks are quiet.
+        fail: consumer: requests that vLLM waits for although no load could be ordered; a worker reports them as failed.
         idle: this step computes nothing.
     """
 
     announce: list[LeaseRef] = field(default_factory=list)
-    seal: list[Seal] = field(default_factory=list)
-    offer: list[Offer] = field(default_factory=list)
-    withdraw: list[LeaseRef] = field(default_factory=list)
-    hold: list[LeaseRef] = field(default_factory=list)
-    read: list[Read] = field(default_factory=list)
-    drop: list[LeaseRef] = field(default_factory=list)
+    publish_partial: list[PartialPublishOrder] = field(default_factory=list)
+    publish: list[PublishOrder] = field(default_factory=list)
+    revoke: list[LeaseRef] = field(default_factory=list)
+    acquire: list[LeaseRef] = field(default_factory=list)
+    read: list[ReadOrder] = field(default_factory=list)
+    release: list[LeaseRef] = field(default_factory=list)
     cancel: list[str] = field(default_factory=list)
     fail: list[str] = field(default_factory=list)
     idle: bool = False
@@ -78,6 +81,6 @@ class KvxferMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True)
 class KvxferHandshake(KVConnectorHandshakeMetadata):
-    """Where one worker's endpoint listens, for the leases that the scheduler mints."""
+    """Address of one worker's endpoint, for the leases that the scheduler's half makes."""
 
     address: str

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kv_connector_extra_config`` and the side channel's address. Pure; wrong values stop the server at start-up, by name."""
+"""``kv_connector_extra_config`` and the side channel's address. No vLLM, no I/O; wrong values end the server's start."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
 
 from kvxfer import addresses
-from kvxfer.config import Settings
+from kvxfer.config import MAX_S, Settings
 from kvxfer.errors import ConfigError
 
-# NixlConnector's options that a configuration may bring along, and what to say instead here.
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Options of NixlConnector that a configuration may bring along, and what to say instead here.
 _FROM_NIXL = {
     "bidirectional_kv_xfer": "transfers back to the prefill server are not supported",
     "decoder_kv_blocks_ttl": "transfers back to the prefill server are not supported",
@@ -22,135 +25,122 @@ _FROM_NIXL = {
     "kv_lease_duration": "use lease_seconds",
     "kv_recompute_threshold": "transfers back to the prefill server are not supported",
     "num_threads": "use agent_options",
-    "push_registration_timeout": "use match_seconds",
+    "push_registration_timeout": "use rendezvous_timeout_seconds",
 }
 
-_MODES = ("auto", "push", "pull")
-_GRANULARITIES = ("chunk", "layer")
 _MOST_PARTS = 8
-"""Into which layers are split: each part costs a message in each step that computes some of a prefill."""
-_SECONDS = (
-    "lease_seconds",
-    "announce_seconds",
-    "match_seconds",
-    "read_timeout_seconds",
-    "peer_timeout_seconds",
-    "hold_seconds",
-)
+"""Most parts of the layers: each part costs a message in each step of a prefill."""
+
+String = Annotated[str, Meta(description="a string")]
+Boolean = Annotated[bool, Meta(description="true or false")]
+Seconds = Annotated[float, Meta(gt=0, le=MAX_S, description=f"a number of seconds above 0 and up to {MAX_S:.0f}")]
 
 
-@dataclass(frozen=True)
-class ConnectorOptions:
-    """The known options. Times are in seconds; None leaves ``KVXFER_*`` variables and kvxfer's defaults in force.
+class ConnectorOptions(Struct, frozen=True, kw_only=True):
+    """Options of the connector. None leaves ``KVXFER_*`` variables and kvxfer's defaults in force."""
 
-    Attributes:
-        agent: name of the transfer engine's adapter.
-        backends: passed to the adapter as its option of that name, e.g. ``["UCX"]``.
-        agent_options: further options of the adapter.
-        mode: ``"auto"`` takes each request as it comes: sent to one server after the other, or to both at once, and then its
-            blocks leave while prefill runs. ``"push"`` means the same. ``"pull"`` knows the first way only.
-        granularity: how much is complete at a time while prefill runs: ``"chunk"``, what one engine step computes; or
-            ``"layer"``, and of that an eighth of the layers after the other while the step runs. To be set on both servers:
-            a decode server that is not told reads as with ``"chunk"``.
-        lease_seconds: producer: how long finished blocks wait for a consumer that does not renew.
-        announce_seconds: producer: how long prefill may take, from the arrival of the request on.
-        match_seconds: producer: how long a decode server that comes first is kept a place.
-        read_timeout_seconds: consumer: longest time from the start of a read to its end, of whatever kind.
-        peer_timeout_seconds: consumer: how long a silent peer is waited for.
-        hold_seconds: consumer: how long a waiting request renews its lease.
-        secret_file: holds the secret of all servers of a fleet, see `kvxfer.Secret`; by default the environment says.
-        verify: compare what arrived with what the prefill server has, before it is used.
-        allow_unauthenticated: a side channel that other machines reach may do without.
-        model_fingerprint: replaces what is derived from the model's name and configuration; equal on servers that load
-            the same weights from different paths.
-    """
-
-    agent: str = "nixl"
-    backends: tuple[str, ...] = ()
-    agent_options: Mapping[str, Any] = field(default_factory=dict)
-    mode: str = "auto"
-    granularity: str = "chunk"
-    lease_seconds: float | None = None
-    announce_seconds: float | None = None
-    match_seconds: float | None = None
-    read_timeout_seconds: float | None = None
-    peer_timeout_seconds: float | None = None
-    hold_seconds: float | None = None
-    secret_file: str | None = None
-    allow_unauthenticated: bool | None = None
-    verify: bool = False
-    model_fingerprint: str = ""
+    agent: String = "nixl"
+    """Name of the transfer engine's adapter."""
+    backends: Annotated[tuple[str, ...], Meta(description="a list of strings")] = ()
+    """The adapter's option of that name, such as ``["UCX"]``."""
+    agent_options: Annotated[dict[str, Any], Meta(description="an object")] = {}
+    """Further options of the adapter."""
+    mode: Annotated[Literal["auto", "push", "pull"], Meta(description="one of auto, push, pull")] = "auto"
+    """``"auto"`` serves each request as it is sent: to one server after the other, or to both at once; then its blocks leave
+    while prefill runs. ``"push"`` means the same. ``"pull"`` serves the first kind only."""
+    granularity: Annotated[Literal["chunk", "layer"], Meta(description="one of chunk, layer")] = "chunk"
+    """What is published at a time while prefill runs: ``"chunk"``, the blocks that one engine step completes; ``"layer"``, an
+    eighth of the layers of these blocks after the other, while the step runs. To be set on both servers: a decode server with
+    ``"chunk"`` reads blocks that all layers have filled."""
+    lease_seconds: Seconds | None = None
+    """Producer: time that finished blocks wait for a consumer that does not renew the lease."""
+    announce_timeout_seconds: Seconds | None = None
+    """Producer: longest prefill, from the arrival of the request."""
+    rendezvous_timeout_seconds: Seconds | None = None
+    """Producer: time that a decode request which arrives first waits for its prefill request."""
+    read_timeout_seconds: Seconds | None = None
+    """Consumer: longest read, from its start to its end."""
+    peer_timeout_seconds: Seconds | None = None
+    """Consumer: longest silence of a peer that a read waits for."""
+    unread_lease_seconds: Seconds | None = None
+    """Consumer: longest time that a waiting request renews its lease."""
+    secret_file: String | None = None
+    """File with the secret of all servers, see `kvxfer.Secret`; by default the environment names it."""
+    allow_unauthenticated: Boolean | None = None
+    """Whether a side channel that other machines reach may do without a secret."""
+    verify: Boolean = False
+    """Whether a decode server compares what arrived with what the prefill server has, before it uses it."""
+    model_fingerprint: String = ""
+    """Replaces the fingerprint that is made of the model's name and configuration. To be equal on servers that load the same
+    weights from different paths."""
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> ConnectorOptions:
-        """Options from vLLM's ``kv_connector_extra_config``.
+        """Check vLLM's ``kv_connector_extra_config`` and make options of it.
 
         Raises:
-            ConfigError: an option is unknown, or its value cannot be; the message lists the known ones.
+            ConfigError: an option is unknown, of a wrong type or out of range. The message names the option and what is
+                allowed.
         """
-        known = sorted(f.name for f in fields(cls))
         for name in extra:
             if name in _FROM_NIXL:
-                raise ConfigError(f"kv_connector_extra_config: {name!r} is NixlConnector's option: {_FROM_NIXL[name]}")
-            if name not in known:
-                raise ConfigError(f"kv_connector_extra_config: unknown option {name!r}; known are {', '.join(known)}")
-        values = dict(extra)
-        for name, absent in (("allow_unauthenticated", None), ("verify", False)):
-            value = values.get(name, absent)
-            if value is not absent and not isinstance(value, bool):
-                raise ConfigError(f"kv_connector_extra_config: {name} must be true or false")
-        for name in ("agent", "mode", "granularity", "model_fingerprint", "secret_file"):
-            if not isinstance(values.get(name, ""), str):
-                raise ConfigError(f"kv_connector_extra_config: {name} must be a string, not {values[name]!r}")
-        if values.get("mode", "auto") not in _MODES:
-            raise ConfigError(
-                f"kv_connector_extra_config: mode {values['mode']!r} is unknown; known are {', '.join(_MODES)}"
-            )
-        granularity = values.get("granularity", "chunk")
-        if granularity not in _GRANULARITIES:
-            raise ConfigError(
-                f"kv_connector_extra_config: granularity {granularity!r} is unknown; known are {', '.join(_GRANULARITIES)}"
-            )
-        if granularity == "layer" and values.get("mode") == "pull":
-            raise ConfigError("kv_connector_extra_config: granularity 'layer' is for mode 'auto' or 'push', not 'pull'")
-        backends = values.get("backends", ())
-        if not isinstance(backends, (list, tuple)) or not all(isinstance(name, str) for name in backends):
-            raise ConfigError(f"kv_connector_extra_config: backends must be a list of strings, not {backends!r}")
-        values["backends"] = tuple(backends)
-        if not isinstance(values.get("agent_options", {}), Mapping):
-            raise ConfigError("kv_connector_extra_config: agent_options must be an object")
-        for name in _SECONDS:
-            seconds = values.get(name)
-            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-            if seconds is not None and not (number and math.isfinite(seconds) and seconds > 0):
-                raise ConfigError(f"kv_connector_extra_config: {name} must be a positive number, not {seconds!r}")
-        return cls(**values)
+                raise _error(f"{name!r} is NixlConnector's option: {_FROM_NIXL[name]}")
+            if name not in _TYPES:
+                raise _error(f"unknown option {name!r}; known are {', '.join(sorted(_TYPES))}")
+        values = {name: _checked(name, value) for name, value in extra.items()}
+        options = cls(**values)
+        if options.granularity == "layer" and options.mode == "pull":
+            raise _error("granularity 'layer' is for mode 'auto' or 'push', not 'pull'")
+        return options
 
     def parts(self, layer_names: Sequence[str]) -> list[list[str]]:
-        """Layers as they become complete together: neighbours, all parts of nearly equal size."""
+        """Divide layers into parts that are published one after the other: neighbours, all parts of nearly equal size."""
         number = min(len(layer_names), _MOST_PARTS) if self.granularity == "layer" else 1
         bounds = [len(layer_names) * i // number for i in range(number + 1)]
         return [list(layer_names[start:stop]) for start, stop in pairwise(bounds)]
 
     def for_agent(self) -> dict[str, Any]:
-        """Options of the adapter, ``backends`` among them where it was given."""
-        return dict(self.agent_options) | ({"backends": list(self.backends)} if self.backends else {})
+        """Options of the adapter, with ``backends`` if it was given."""
+        return self.agent_options | ({"backends": list(self.backends)} if self.backends else {})
 
     def for_endpoint(self, environ: Mapping[str, str]) -> Settings:
-        """The endpoint's settings: these options before ``KVXFER_*`` variables before kvxfer's defaults.
+        """Settings of the endpoint: these options before ``KVXFER_*`` variables before kvxfer's defaults.
 
         Raises:
-            ConfigError: a variable's value cannot be.
+            ConfigError: the value of a variable has the wrong type or is out of range.
         """
         return Settings.resolve(
             environ=environ,
             lease_s=self.lease_seconds,
-            announce_timeout_s=self.announce_seconds,
-            rendezvous_timeout_s=self.match_seconds,
+            announce_timeout_s=self.announce_timeout_seconds,
+            rendezvous_timeout_s=self.rendezvous_timeout_seconds,
             read_timeout_s=self.read_timeout_seconds,
             peer_timeout_s=self.peer_timeout_seconds,
-            unread_lease_s=self.hold_seconds,
+            unread_lease_s=self.unread_lease_seconds,
         )
+
+
+_TYPES: Final = get_type_hints(ConnectorOptions, include_extras=True)
+
+
+def _checked(name: str, value: object) -> Any:
+    """Convert one option's value to its type, or say what is allowed."""
+    kind = _TYPES[name]
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        raise _error(f"{name} must be {_allowed(kind)}, not {value!r}") from None
+
+
+def _allowed(kind: Any) -> str:
+    """Values of a type, in words: the description of the type, or of the alternative that has one."""
+    alternatives = getattr(kind, "__args__", ()) if not hasattr(kind, "__metadata__") else ()
+    (described,) = [each for each in (kind, *alternatives) if hasattr(each, "__metadata__")]
+    return str(described.__metadata__[0].description)
+
+
+def _error(reason: str) -> ConfigError:
+    return ConfigError(f"kv_connector_extra_config: {reason}")
 
 
 def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[str, int]:
@@ -159,7 +149,7 @@ def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[
     The data parallel index is added to the port, as NixlConnector does; port 0 takes any free port.
 
     Raises:
-        ConfigError: a port is no number from 0 to 65535, or a host is none.
+        ConfigError: a port is not a number from 0 to 65535, or a host is not one.
     """
     host, port = "localhost", 5600
     for name in ("VLLM_NIXL_SIDE_CHANNEL", "KVXFER_SIDE_CHANNEL"):
@@ -178,10 +168,10 @@ def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[
 
 
 def tcp_address(host: str, port: int) -> str:
-    """A control address; an IPv6 host gets the brackets that it needs there."""
+    """Address of a control channel; an IPv6 host gets its brackets."""
     return addresses.join(host, port)
 
 
 def advertised(host: str) -> str:
-    """The host that others are told: this machine's address for "all interfaces", a number for ``localhost``, else what is given."""
+    """Host that peers are told: an address of this machine for "all interfaces", a number for ``localhost``, else the host."""
     return addresses.advertised_host(host)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point ``vllm.general_plugins``: makes the name ``KvxferConnector`` known to vLLM."""
+"""Entry point ``vllm.general_plugins``: registers the name ``KvxferConnector`` with vLLM."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ _NAME = "KvxferConnector"
 
 
 def register() -> None:
-    """Register the connector under its class name; called by vLLM once per process, and harmless when called again.
+    """Register the connector under its class name, unless it is registered. vLLM calls this once per process.
 
-    The registry name equals the class name because vLLM's MultiConnector looks statistics up by the class name.
+    The registered name equals the class name because vLLM's MultiConnector looks statistics up by the class name.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415 - vLLM calls us
 
-    if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public question, and registering twice raises
+    if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public query, and registering twice raises
         KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm.connector", _NAME)

@@ -37,22 +37,23 @@ def describe_cache(
     instruction_set: str = "",
     buffers: BufferMaker = HostBuffer,
 ) -> KVCache:
-    """The cache of one rank as kvxfer sees it; nothing is copied.
+    """Describe the cache of one rank to kvxfer; nothing is copied.
 
     Args:
-        kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content.
-        groups: layers that own their cache; vLLM adds names of layers that share another's.
+        kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content. It may have
+            more layers than ``groups``: vLLM adds those that share the cache of another one.
+        groups: layers that have a cache of their own.
         vllm_config: for the model's heads and the block size.
         kv_cache_config: for the number of blocks and the kind of the cache.
         tp_rank: of this worker.
-        fingerprint: see :func:`kvxfer_vllm.startup.model_fingerprint`.
-        instruction_set: of vLLM's CPU attention. Those whose order within a block is not known here make it part of the
-            fingerprint, with the block size: blocks are then moved whole, between two servers that agree.
-        buffers: class of the buffers of the device that the caches are on.
+        fingerprint: from `model_fingerprint`.
+        instruction_set: of vLLM's CPU attention. If its order within a block is not known here, it becomes part of the
+            fingerprint, with the block size: then blocks are moved as they are, between two servers that have the same.
+        buffers: class of the buffers for the device of the caches.
 
     Raises:
         ConfigError: the tensors do not hold the blocks of the block table.
-        KvxferError: the tensors are not on that device, or make no cache.
+        KvxferError: the tensors are not on that device, or do not make a cache.
     """
     layers = {name: kv_caches[name] for group in groups for name in group.layers}
     for group in groups:
@@ -97,9 +98,9 @@ def describe_cache(
 
 
 def _can_be_named(names: Sequence[str]) -> bool:
-    """Whether layers can be matched by name: those of a draft model count from 0 as the model's do, and names tell them apart.
+    """Whether layers can be matched by name. A draft model numbers its layers from 0 as the model does; names differ.
 
-    Where some layers share the cache of others, the numbers of the rest have gaps, and there are no names for these.
+    Where some layers share the cache of others, the numbers of the rest have gaps, and layers are matched by number.
     """
     numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
     single = {found[0] for found in numbers if len(found) == 1}
@@ -109,9 +110,9 @@ def _can_be_named(names: Sequence[str]) -> bool:
 def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Views ``[block, head, token, element]`` of keys and of values as vLLM's CPU attention stores them.
 
-    The shape that vLLM shows, ``[block, head, token, K and V of one token]``, is not what its kernels write (vLLM 0.32,
-    CPU_ATTN with the instruction set ``vec``, seen by writing single elements): in each block and head all keys come first,
-    element by element with the tokens inside, then all values, token by token.
+    The tensor's shape, ``[block, head, token, K and V of one token]``, is not what vLLM's kernels write (vLLM 0.32, CPU_ATTN
+    with the instruction set ``vec``, found by writing single elements): in each block and head all keys come first, element
+    by element with the tokens inside, then all values, token by token.
     """
     blocks, heads, tokens, content = tensor.shape
     halves = tensor.view(blocks, heads, 2, tokens * (content // 2))
@@ -119,11 +120,11 @@ def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, halves[:, :, 1].view(blocks, heads, tokens, content // 2)
 
 
-def _instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """By which vLLM's CPU attention orders what it stores; empty for MLA and on GPUs, where things lie as they look.
+def attention_instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
+    """Instruction set of vLLM's CPU attention, which decides the order of bytes in a block; empty for MLA and on GPUs.
 
     Raises:
-        ConfigError: it is not the same for all layers.
+        ConfigError: layers have different ones.
     """
     if is_mla(kv_cache_config) or vllm_config.device_config.device_type != "cpu":
         return ""
@@ -147,7 +148,7 @@ def cache_of_rank(
     kv_cache_config: KVCacheConfig,
     options: ConnectorOptions,
 ) -> KVCache:
-    """The cache of a worker of vLLM, which is one rank: `describe_cache` with what this process is.
+    """Describe the cache of a worker of vLLM, which is one rank, with the rank and the device of this process.
 
     Raises:
         KvxferError: there is no adapter for the device, or the caches cannot be used.
@@ -161,15 +162,15 @@ def cache_of_rank(
         kv_cache_config,
         tp_rank=get_tensor_model_parallel_rank(),
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
-        instruction_set=_instruction_set(vllm_config, kv_cache_config),
-        buffers=cast("BufferMaker", registry.load(buffers(vllm_config), "buffers")),
+        instruction_set=attention_instruction_set(vllm_config, kv_cache_config),
+        buffers=cast("BufferMaker", registry.load(buffer_adapter(vllm_config), "buffers")),
     )
 
 
-def buffers(vllm_config: VllmConfig) -> str:
-    """Name of the adapter, of group ``kvxfer.buffers``, for the memory that the caches are in.
+def buffer_adapter(vllm_config: VllmConfig) -> str:
+    """Name of the adapter (entry points ``kvxfer.buffers``) for the memory of the caches.
 
-    With ``kv_buffer_device`` "cpu" what is on a GPU goes by way of host memory, whatever the transfer engine could reach.
+    With ``kv_buffer_device`` "cpu", caches on a GPU are transferred through host memory.
     """
     device = vllm_config.device_config.device_type
     if device == "cpu":
@@ -180,10 +181,10 @@ def buffers(vllm_config: VllmConfig) -> str:
 
 
 def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
-    """Equal on two servers exactly if KV computed by one means the same to the other.
+    """Digest that is equal on two servers exactly if KV computed by one means the same to the other.
 
-    Layout, block size and parallelism are no part of it: they stand in the cache's description and are compared there.
-    Neither are the versions of vLLM and kvxfer.
+    Layout, block size and parallelism are no part of it: they are in the cache's description and are compared there. Versions
+    of vLLM and kvxfer are no part of it either.
 
     Args:
         vllm_config: of this server.
@@ -209,7 +210,7 @@ def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
 
 
 def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What the KV of draft layers depends on that read the model's hidden states (EAGLE, MTP); other drafts change nothing."""
+    """Facts that the KV of draft layers depends on which read the model's hidden states (EAGLE, MTP); other drafts have none."""
     speculative = vllm_config.speculative_config
     if speculative is None or not speculative.use_eagle():
         return {}

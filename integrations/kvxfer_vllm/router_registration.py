@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""``python -m kvxfer_vllm.router_registration``: make servers known to a vllm-router, for as long as they are healthy.
+r"""``python -m kvxfer_vllm.router_registration``: register servers with a vllm-router while they are healthy.
 
-vllm-router sends a request to both servers at once only where they have registered with it, every few seconds, at its
-``--vllm-discovery-address``. Of vLLM's connectors only MoRIIOConnector does that, from inside. This does it from outside: it opens
-no port, and says nothing of a server that does not answer ``/health``, so that the router soon stops asking it.
+vllm-router sends a request to both servers at once only if they register with it, every few seconds, at its
+``--vllm-discovery-address``. Of vLLM's connectors only MoRIIOConnector does that, from inside the server. This command does it
+from outside: it opens no port, and does not register a server that does not answer ``/health``, so the router soon stops
+sending it requests.
 
     vllm-router --vllm-pd-disaggregation --kv-connector moriio --vllm-discovery-address 127.0.0.1:30001
     python -m kvxfer_vllm.router_registration --router 127.0.0.1:30001 \
         --prefill http://127.0.0.1:8100 prefill-0@127.0.0.1:5600 --decode http://127.0.0.1:8200
 
-``--prefill`` takes the server's URL and where decode servers meet it: its engine id (``"engine_id":"prefill-0"`` in
-``--kv-transfer-config``) and its side channel (``KVXFER_SIDE_CHANNEL_HOST`` and ``_PORT``).
+``--prefill`` takes the server's URL, and the engine id (``"engine_id":"prefill-0"`` in ``--kv-transfer-config``) and side channel
+(``KVXFER_SIDE_CHANNEL_HOST`` and ``_PORT``) by which decode servers find it.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ import zmq
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# The router forgets a server that it has not heard of for five seconds.
+# The router forgets a server five seconds after its last registration.
 _EVERY_S = 1.0
 _HEALTH_S = 3.0
 _HTTP = re.compile(r"http://([^/\s]+:[0-9]{1,5})/?")
-# What may stand in an HTTP header, with a host and a port at its end.
+# Characters of an HTTP header, with a host and a port at the end.
 _PLACE = re.compile(r"[!-~]+@[!-~]+:[0-9]{1,5}")
 
 
 class RouterRegistration(msgspec.Struct, frozen=True):
-    """One server, as vllm-router wants to be told of it.
+    """Registration of one server, as vllm-router reads it.
 
     Attributes:
-        type: ``"P"`` or ``"D"``.
+        type: ``"P"`` for prefill or ``"D"`` for decode.
         http_address: ``host:port`` of its API.
-        zmq_address: of a prefill server ``engine-id@host:port``, which the router puts into the id of each request.
-        transfer_mode: ``"WRITE"``: a request goes to both servers at once.
+        zmq_address: of a prefill server, ``engine-id@host:port``, which the router puts into the id of each request.
+        transfer_mode: ``"WRITE"`` means that a request goes to both servers at once.
     """
 
     type: str
@@ -66,16 +67,16 @@ class RouterRegistration(msgspec.Struct, frozen=True):
 
 
 def register(router: str, server: RouterRegistration) -> None:
-    """Tell a router (``host:port``) of a server while that is healthy; does not return."""
-    told = False
+    """Register a server with a router (``host:port``) again and again while it is healthy; does not return."""
+    was_healthy = False
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a router that is away
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # do not queue for a router that is away
         socket.connect(f"tcp://{router}")
         while True:
             healthy = server.healthy()
-            if healthy != told:
-                told = healthy
+            if healthy != was_healthy:
+                was_healthy = healthy
                 sys.stdout.write(f"{server.http_address} is {'healthy' if healthy else 'not healthy'}\n")
                 sys.stdout.flush()
             if healthy:
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command until it is interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m kvxfer_vllm.router_registration",
-        description="Make servers that run KvxferConnector known to a vllm-router that sends requests to both at once.",
+        description="Register servers that run KvxferConnector with a vllm-router that sends each request to both at once.",
     )
     parser.add_argument("--router", required=True, metavar="HOST:PORT", help="its --vllm-discovery-address")
     parser.add_argument(

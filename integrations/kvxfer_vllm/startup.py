@@ -38,7 +38,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 
 _DEVICES = ("cpu", "cuda", "tpu")
-"""As vLLM calls them."""
+"""Device types by vLLM's names."""
 
 _SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 
@@ -46,16 +46,18 @@ _SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAt
 def refuse_unsupported(
     vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *, layer_by_layer: bool = False
 ) -> None:
-    """Check everything that can be known before the caches are allocated.
+    """Refuse a configuration that is not supported, by all that is known before the caches are allocated.
 
     Args:
-        layer_by_layer: layers are to be told complete while a step runs, for which vLLM has to call a hook in each.
+        vllm_config: of this server.
+        kv_cache_config: of this server.
+        layer_by_layer: blocks are to be published while a step runs, so vLLM has to call a hook in each layer.
 
     Raises:
         ConfigError: this server's configuration is not supported; the message says what and what would be.
     """
     reasons = _reasons(vllm_config, kv_cache_config)
-    for reason in (*reasons, *(_no_layers(vllm_config) if layer_by_layer else ())):
+    for reason in (*reasons, *(_without_layer_hook(vllm_config) if layer_by_layer else ())):
         raise ConfigError(f"KvxferConnector does not support {reason}")
 
 
@@ -94,7 +96,7 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         yield f"layers with different numbers of KV heads ({sorted(heads)}) and tensor parallelism yet; set it to 1"
 
 
-def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
+def _without_layer_hook(vllm_config: VllmConfig) -> Iterable[str]:
     if vllm_config.device_config.device_type == "tpu":
         yield "granularity 'layer' on TPUs, where a step is one program that calls no hook; use 'chunk'"
     # vLLM takes PIECEWISE where requires_piecewise_for_cudagraph says so, but not for a mode that is set after that.
@@ -106,20 +108,22 @@ def _no_layers(vllm_config: VllmConfig) -> Iterable[str]:
 
 
 def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options: ConnectorOptions) -> list[Endpoint]:
-    """The endpoints of this worker, their threads running: one for each rank that this process has.
+    """Start an endpoint for each rank of this process.
 
-    Rank 0 listens on the side channel's port, the other ranks on any free one.
+    Rank 0 listens on the side channel's port, the other ranks on any free port.
 
     Args:
-        caches: of this process's ranks: all of the engine, or one.
+        caches: of this process's ranks: all ranks of the engine, or one.
+        vllm_config: of this server.
+        options: of the connector.
 
     Raises:
-        ConfigError: the port is taken, or a setting cannot be.
+        ConfigError: the port is taken, or a setting has the wrong type or is out of range.
         KvxferError: the transfer engine is not available, or the caches cannot be used.
     """
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
     settings = options.for_endpoint(os.environ)
-    # The limit is the process's, however many ranks live in it.
+    # The setting limits the process, so its ranks share it.
     settings = structs.replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
     engine_id = vllm_config.kv_transfer_config.engine_id
     secret = Secret.resolve(file=options.secret_file)
@@ -159,7 +163,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
 
 
 def _what_to_set(error: ConfigError) -> str:
-    """What helps when the side channel could not be bound; nothing for other errors."""
+    """Advice for a side channel that could not be bound; empty for other errors."""
     number = getattr(error.__cause__, "errno", None)
     if number == errno.EADDRINUSE:
         return (
@@ -169,7 +173,7 @@ def _what_to_set(error: ConfigError) -> str:
 
 
 def _of_all_ranks(addresses: Sequence[str], world: int) -> Sequence[str]:
-    """Addresses in rank order, those of other processes among them."""
+    """Addresses of all ranks in rank order, also those in other processes."""
     if len(addresses) == world:
         return addresses
     from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch

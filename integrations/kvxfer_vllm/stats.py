@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted, how it travels to vLLM's front end, and the Prometheus metrics ``vllm:kvxfer_*`` made of it.
+"""Statistics of the connector, their way to vLLM's API server, and the Prometheus metrics ``vllm:kvxfer_*`` made of them.
 
-Scheduler and workers each collect a :class:`KvxferStats`; vLLM adds them up per engine step, ships the plain ``data`` to the
-API server and calls :meth:`KvxferPromMetrics.observe` there. Numbers therefore appear with the engine's next step: what
-happens while an engine idles is shown once it works again.
+Scheduler and workers each fill a `KvxferStats`. With each engine step vLLM adds them up, sends the plain ``data`` to the API
+server and calls `KvxferPromMetrics.observe` there. So what happens while an engine idles appears with its next step.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from kvxfer_vllm.transfer_params import RefusalReason
 
 _SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
 
-# name -> what it counts; each is exported as vllm:kvxfer_<name>. With tensor parallelism every rank moves, and counts, its part.
+# Name -> help; exported as vllm:kvxfer_<name>. With tensor parallelism each rank counts its own part of a request.
 COUNTERS = {
-    "settled_leases": "Leases of this producer that their holder settled: the blocks were read and freed.",
-    "expired_leases": "Leases of this producer that ran out before the consumer settled them.",
-    "revoked_leases": "Leases of this producer that were taken back, e.g. because the client had gone.",
-    "unread_leases": "Leases of this producer that their holder gave back unread, e.g. after a local prefix hit.",
-    "partial_bytes": "Bytes of finished reads that were here before their prefill had ended.",
-    "partial_publishes": "Times that blocks were made readable while the step that computes them went on (granularity layer).",
-    "fences": "Times the transfer agent was torn down to stop late writes.",
+    "released_leases": "Leases of this producer that their consumer released after it had read the blocks.",
+    "unread_leases": "Leases of this producer that their consumer released unread, e.g. after a local prefix hit.",
+    "expired_leases": "Leases of this producer that ran out before their consumer released them.",
+    "revoked_leases": "Leases of this producer that it revoked, e.g. because the client had gone.",
+    "partial_bytes": "Bytes of finished reads that arrived before their prefill had ended.",
+    "partial_publishes": "Publications of blocks while the step that computes them went on (granularity layer).",
+    "agent_resets": "Resets of the transfer agent, which stop late writes.",
     "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
     "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",
 }
 
-# The same with a label: name -> (what it counts, the label, its values known in advance, exported as 0 from the start).
+# The same with a label: name -> (help, label, values of the label that are exported as 0 from the start).
 LABELLED = {
     "refused_params": (
         "Requests whose kv_transfer_params were refused and whose prompt was therefore computed locally.",
@@ -40,23 +39,23 @@ LABELLED = {
     ),
     "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", ()),
     "refused_messages": ("Messages on the side channel that were refused.", "reason", ()),
-    "handshakes": ("Handshakes this consumer asked for.", "outcome", ()),
+    "handshakes": ("Handshakes that this consumer asked for.", "outcome", ()),
     "hook_errors": ("Defects of this connector that it survived. Please report them.", "hook", ()),
 }
 
 
 @dataclass
 class KvxferStats(KVConnectorStats):
-    """Observations since the last time they were taken.
+    """Observations since the last `take`.
 
-    ``data`` is plain JSON, for it crosses process borders: lists of numbers under the names of the series, integers under
-    the names of the counters, and ``{label: integer}`` under the names of the counters with a label.
+    ``data`` is plain JSON, because vLLM sends it to another process: lists of numbers under the names of the series, integers
+    under the names of the counters, and ``{label: integer}`` under the names of the counters with a label.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
 
     def record_transfer(self, *, seconds: float, nbytes: int, descriptors: int) -> None:
-        """Note one finished transfer of this worker."""
+        """Add one finished transfer of this worker."""
         for name, value in zip(_SERIES, (seconds, nbytes, descriptors), strict=True):
             self.data.setdefault(name, []).append(value)
 
@@ -71,7 +70,7 @@ class KvxferStats(KVConnectorStats):
             by_label[label] = by_label.get(label, 0) + amount
 
     def take(self) -> KvxferStats | None:
-        """What was collected, or None where there is nothing; this object is empty afterwards."""
+        """Return the observations and forget them; None if there are none."""
         if not self.data:
             return None
         taken = KvxferStats(data=self.data)
@@ -79,15 +78,15 @@ class KvxferStats(KVConnectorStats):
         return taken
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all observations."""
         self.data = {}
 
     def is_empty(self) -> bool:
-        """Whether nothing was observed."""
+        """Whether there are no observations."""
         return not self.data
 
     def aggregate(self, other: KVConnectorStats) -> KvxferStats:
-        """Add another worker's, or a later step's, observations to these."""
+        """Add the observations of another worker, or of a later step."""
         merged = dict(self.data)
         for name, value in other.data.items():
             if name in _SERIES:
@@ -101,7 +100,7 @@ class KvxferStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """One line for vLLM's log."""
+        """Summarise the observations for a line of vLLM's log."""
         seconds = self.data.get("transfer_seconds", [])
         nbytes = self.data.get("transfer_bytes", [])
         line: dict[str, int | float] = {"Num transfers": len(seconds)}
@@ -117,7 +116,7 @@ class KvxferStats(KVConnectorStats):
 
 
 class KvxferPromMetrics(KVConnectorPromMetrics):
-    """Registers the metrics in the API server and feeds them."""
+    """The metrics in the API server."""
 
     def __init__(
         self,
@@ -137,7 +136,7 @@ class KvxferPromMetrics(KVConnectorPromMetrics):
             for name, text, buckets in (
                 (
                     "transfer_seconds",
-                    "Seconds from the start of a read to its last byte and the owner's word.",
+                    "Seconds from the start of a read to its last byte and the lease check.",
                     seconds,
                 ),
                 ("transfer_bytes", "Bytes of one transfer.", sizes),

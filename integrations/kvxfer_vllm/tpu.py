@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of a runner that keeps them as jax.Arrays in an attribute of its own, as tpu-inference's does.
+"""vLLM on TPUs: the connector under the name ``TPUConnector``, and the caches of tpu-inference's runner, which are jax.Arrays.
 
-A step of such a runner donates its arrays and assigns what they have become (``self.kv_caches, ... = self.model_fn(...)``),
-and so does kvxfer when it unpacks. Therefore the runner has the arrays while vLLM calls a step, and kvxfer between steps: it
-takes them from the runner's attribute and puts what they are by then there again. A step is over for this purpose when it was
-*started*; JAX orders what is computed.
+The platform of tpu-inference compares the *string* ``kv_connector`` and refuses every other name for prefill and decode
+(``TpuPlatform.check_and_update_config``, 0021b4a). vLLM takes the class from
+``"kv_connector_module_path": "kvxfer_vllm.tpu"``.
 
-What is called when, and what the caches look like, is tpu-inference's: ``tpu_connector.py`` (02577b2), ``tpu_runner.py``
+The runner keeps its arrays in an attribute. A step donates them and assigns what they have become
+(``self.kv_caches, ... = self.model_fn(...)``), and so does kvxfer when it unpacks. Therefore the runner has the arrays during
+a step, and kvxfer between steps: kvxfer takes them from the attribute and puts the new ones back. Here a step ends when it was
+*started*; JAX orders the computations.
+
+The order of calls and the form of the caches are tpu-inference's: ``tpu_connector.py`` (02577b2), ``tpu_runner.py``
 (0018e03), ``kv_cache_manager.py`` (00f5f6f), ``kv_cache.py`` (0496363), ``kernels/ragged_paged_attention/v3/`` (001a7cd).
 """
 
@@ -36,12 +40,12 @@ __all__ = ["Runner", "RunnerCaches", "TPUConnector"]
 
 
 class Runner(Protocol):
-    """What kvxfer uses of ``tpu_inference.runner.tpu_runner.TPUModelRunner``.
+    """The part of ``tpu_inference.runner.tpu_runner.TPUModelRunner`` that kvxfer uses.
 
     Attributes:
         kv_caches: a jax.Array for each layer, ``[block, token, 2 * heads / packing, packing, head_dim]``, sharded over the
             third axis or not at all. Reassigned with each step.
-        layer_name_to_kvcache_index: which of them is which layer's.
+        layer_name_to_kvcache_index: number of a layer's array.
     """
 
     kv_caches: list[Any]
@@ -49,19 +53,19 @@ class Runner(Protocol):
 
 
 class RunnerCaches:
-    """A runner's caches as kvxfer sees them, and whose turn it is; see `kvxfer_vllm.worker.Turns`.
+    """A runner's caches, described to kvxfer, and the turns at them (`kvxfer_vllm.worker.CacheTurns`).
 
-    At first they are the runner's, which compiles its programs with them before the first step.
+    The runner has the first turn, because it compiles its programs with the caches before the first step.
 
     Args:
-        runner: whose caches they are.
-        groups: layers that own their cache, in one group.
+        runner: has the caches.
+        groups: layers that have a cache of their own, in one group.
         vllm_config: for the model's heads.
-        kv_cache_config: for the number of blocks, and how many heads of which size the caches have.
+        kv_cache_config: for the number of blocks, and the number and size of the heads.
         options: for the fingerprint.
 
     Raises:
-        ConfigError: the arrays are not what ``kv_cache_config`` says, or some of their devices are other processes'.
+        ConfigError: the arrays differ from ``kv_cache_config``, or some of their devices belong to other processes.
         KvxferError: JAX is not installed, or its arrays cannot be used.
     """
 
@@ -76,7 +80,7 @@ class RunnerCaches:
         reason = registry.why_unavailable("jax", "buffers")
         if reason is not None:
             raise UnavailableError(reason)
-        from kvxfer_jax import Arrays, JaxBuffer  # noqa: PLC0415 - nobody who has no such runner imports it
+        from kvxfer_jax import Arrays, JaxBuffer  # noqa: PLC0415 - JAX, which only such a runner has
 
         (group,) = groups
         self._runner = runner
@@ -105,33 +109,33 @@ class RunnerCaches:
             )
             for share in sorted(shares, key=lambda share: share.rank)
         ]
-        """One for each rank, in their order."""
+        """Cache of each rank, in rank order."""
         _check_blocks(self.caches[0], kv_cache_config)
-        self._is_engines = False
+        self._engine_has_turn = False
         self._left: list[Any] | None = list(runner.kv_caches)
-        """What the runner had when its turn ended; None if kvxfer could not take it."""
+        """The runner's arrays at the end of its turn; None if kvxfer could not take them."""
         self.to_engine()
 
     def to_engine(self) -> bool:
-        """The runner has the arrays from here on. False: it has made new ones since it had them last."""
-        if self._is_engines:
+        """Give the arrays to the runner. False: it has made new ones since its last turn."""
+        if self._engine_has_turn:
             return True
         arrays = self._arrays.take()
-        self._is_engines = True
+        self._engine_has_turn = True
         if self._left is None or not _same(self._runner.kv_caches, self._left):
-            return False  # and they stay what it has: what was in the old ones is gone
+            return False  # the runner keeps its new ones; the content of the old ones is lost
         self._runner.kv_caches = arrays
         return True
 
     def to_kvxfer(self) -> None:
-        """kvxfer has the arrays from here on, if it has not.
+        """Take the arrays from the runner, unless kvxfer has them.
 
         Raises:
-            UnsupportedBufferError: they are not like those that it had. The runner keeps them, and kvxfer has none that is
-                of use until it does better.
+            UnsupportedBufferError: the arrays differ in form from those before. The runner keeps them, and kvxfer can use
+                none until a later turn brings arrays of the old form.
         """
-        if self._is_engines:
-            self._is_engines, self._left = False, None
+        if self._engine_has_turn:
+            self._engine_has_turn, self._left = False, None
             arrays = list(self._runner.kv_caches)
             self._arrays.give(arrays)
             self._left = arrays
@@ -142,7 +146,7 @@ def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def _names(runner: Runner, layer_names: Sequence[str]) -> list[str]:
-    """Of the layers, in the order of the runner's arrays."""
+    """Names of the layers in the order of the runner's arrays."""
     by_number = {runner.layer_name_to_kvcache_index.get(name): name for name in layer_names}
     numbers = range(len(runner.kv_caches))
     if len(by_number) != len(layer_names) or set(by_number) != set(numbers):
@@ -153,9 +157,9 @@ def _names(runner: Runner, layer_names: Sequence[str]) -> list[str]:
 
 
 def _heads(runner: Runner, kv_cache_config: KVCacheConfig) -> int:
-    """KV heads of each array, copies among them: of each, K and V of a token lie side by side.
+    """Number of KV heads of each array, copies included; K and V of a token lie side by side in each.
 
-    With padding between heads that would not be so: bytes of other ones would be taken for a head's.
+    With padding between heads this would be wrong, and bytes of one head would be taken for another's.
     """
     spec = next(iter(specs_of(kv_cache_config.kv_cache_groups[0].kv_cache_spec)))
     heads, head_dim = spec.num_kv_heads, spec.head_size

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. Pure: no vLLM, no I/O, no state.
+"""``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. No vLLM, no I/O, no state.
 
-Parameters come from clients, so every malformed input becomes a :class:`RefusedParams` with a named reason, never an exception.
-The keys are NixlConnector's (of pull and push), so that its routers and proxies need no change, plus one key of ours, ``kvxfer``,
-which holds the lease as a JSON object. vllm-router sends to both servers at once in its MoRI-IO mode only, and names the prefill
-server in the request's id there, by what `kvxfer_vllm.router_registration` has registered it as. Nothing that is read from any of these
-decides which bytes move: the producer's grant says so. They are checked because parameters that contradict themselves deserve no
-trust.
+Parameters come from clients, so malformed input becomes a `RefusedParams` with a named reason, never an exception. The keys
+are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and one of kvxfer, ``kvxfer``,
+which holds the lease as a JSON object. vllm-router sends a request to both servers at once in its MoRI-IO mode only; there it
+names the prefill server in the request's id, by what `kvxfer_vllm.router_registration` has registered.
+
+These parameters do not decide which bytes move: the producer's grant does. Parameters that contradict themselves are refused
+nevertheless, because they come from a broken or malicious client.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _MAX_KEY = 256
 _PREFILL, _DECODE = "___prefill_addr_", "___decode_addr_"  # vllm-router's marks in a request's id
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
 
-# NixlConnector's keys that a consumer must find beside the lease, with the types they may have.
+# NixlConnector's keys that a consumer must find beside the lease, and their types.
 _REQUIRED: dict[str, type] = {
     "remote_engine_id": str,
     "remote_request_id": str,
@@ -44,47 +45,50 @@ _REQUIRED: dict[str, type] = {
 
 
 class RefusalReason(str, enum.Enum):
-    """One word per reason. The request is computed locally, as if it had come without parameters."""
+    """Reason for which parameters were not followed: the label ``reason`` of ``vllm:kvxfer_refused_params``.
+
+    The request is computed locally, as if it had come without parameters.
+    """
 
     NOT_AN_OBJECT = "not_an_object"
     """``kv_transfer_params`` is not a JSON object."""
     BAD_FLAG = "bad_flag"
     """``do_remote_prefill`` or ``do_remote_decode`` is neither a boolean nor null."""
     BOTH_FLAGS = "both_flags"
-    """Both flags are set: a request cannot be prefilled elsewhere and for elsewhere at once in pull mode."""
+    """Both flags are set: a request cannot be prefilled here for another server and by another server for this one."""
     NOT_A_PRODUCER = "not_a_producer"
     """``do_remote_decode`` on a server whose ``kv_role`` is ``kv_consumer``."""
     NOT_A_CONSUMER = "not_a_consumer"
     """``do_remote_prefill`` on a server whose ``kv_role`` is ``kv_producer``."""
     NO_LEASE = "no_lease"
-    """The key ``kvxfer`` is missing: the producer was not kvxfer, or the client made the parameters up."""
+    """The key ``kvxfer`` is missing: the prefill server did not run kvxfer, or a client invented the parameters."""
     BAD_LEASE = "bad_lease"
-    """The key ``kvxfer`` does not hold a lease."""
+    """The value of ``kvxfer`` is not a lease."""
     MISSING_KEY = "missing_key"
     """One of NixlConnector's keys is missing."""
     BAD_TYPE = "bad_type"
-    """One of NixlConnector's keys has a wrong type or an impossible value."""
+    """The value of one of NixlConnector's keys has the wrong type or is out of range."""
     BAD_BLOCKS = "bad_blocks"
     """``remote_block_ids`` is no list of block ids, or has more of them than the prompt has tokens."""
     CONTRADICTION = "contradiction"
-    """The lease and NixlConnector's keys speak of different engines, requests, ranks or token counts."""
+    """The lease and NixlConnector's keys name different engines, requests, ranks or numbers of tokens."""
     OTHER_MODE = "other_mode"
     """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
     OWN_ENGINE = "own_engine"
-    """The lease is this server's own, or the prefill server that is named is this one."""
+    """The lease was made by this server, or the named prefill server is this server."""
     OTHER_PROMPT = "other_prompt"
-    """The lease is for another prompt than the one that came with it."""
+    """The lease is for another prompt than the request's."""
     LEASE_USED = "lease_used"
     """Another request on this server has, or had, the same lease (``n`` > 1, several prompts in one call, a replay)."""
     NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
-    """The prompt has no token ids (embeddings) or can still grow (streaming input)."""
+    """The prompt has no token ids (embeddings), or it can still grow (streaming input)."""
     BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
-    """A token id of the prompt needs more than 32 bits, or is no whole number."""
+    """A token id of the prompt is not a whole number of 32 bits."""
 
 
 @dataclass(frozen=True)
 class RefusedParams:
-    """Compute locally, and count ``reason``; ``detail`` is one sentence for the log and holds no prompt."""
+    """Parameters that are not followed; ``detail`` is a sentence for the log, without any part of the prompt."""
 
     reason: RefusalReason
     detail: str
@@ -92,9 +96,9 @@ class RefusedParams:
 
 @dataclass(frozen=True)
 class ProducerRequest:
-    """The request is to be prefilled here for another server (``do_remote_decode``).
+    """A request to be prefilled here for another server (``do_remote_decode``).
 
-    ``key`` is what the other server was told of it too (``transfer_id``); empty if nothing was said.
+    ``key`` is the ``transfer_id`` that the other server was sent, too; empty if there is none.
     """
 
     key: str = ""
@@ -102,35 +106,36 @@ class ProducerRequest:
 
 @dataclass(frozen=True)
 class ConsumerRequest:
-    """The prompt's KV lies elsewhere under ``lease`` (``do_remote_prefill``)."""
+    """A request whose KV another server has under ``lease`` (``do_remote_prefill``)."""
 
     lease: LeaseRef
 
 
 @dataclass(frozen=True)
 class RendezvousRequest:
-    """The prompt is prefilled elsewhere at this moment, or will be: both servers were sent it at once (push).
+    """A request that both servers were sent at once: another server prefills it now, or will (push).
 
     Attributes:
-        owner, address: name and side channel of the prefill server.
-        key: see `ProducerRequest`.
+        producer: engine id of the prefill server.
+        address: side channel of the prefill server.
+        key: as in `ProducerRequest`.
     """
 
-    owner: str
+    producer: str
     address: str
     key: str = ""
 
 
 @dataclass(frozen=True)
 class Role:
-    """What parameters are judged against.
+    """Facts about this server that parameters are judged by.
 
     Attributes:
         engine_id: of this server.
         is_producer, is_consumer: from vLLM's ``kv_role``.
-        push: requests may be sent to both servers at once.
-        max_groups: cache groups that a prefill server of this model may have: one where all layers are alike.
-        addresses: side channels of this server, as far as they are known.
+        push: whether requests may be sent to both servers at once.
+        max_groups: most cache groups that a prefill server of this model may have: one where all layers are alike.
+        addresses: side channels of this server that are known so far.
     """
 
     engine_id: str
@@ -140,8 +145,8 @@ class Role:
     max_groups: int = 1
     addresses: tuple[str, ...] = ()
 
-    def made(self, lease: LeaseRef) -> bool:
-        """A lease is of this server itself, and not only of one that was given the same engine_id."""
+    def has_made(self, lease: LeaseRef) -> bool:
+        """Whether a lease is of this server, and not of another one with the same engine_id."""
         if lease.producer != self.engine_id or not self.is_producer:
             return False
         return not self.addresses or any(_same_place(a, own) for a in lease.addresses for own in self.addresses)
@@ -150,9 +155,9 @@ class Role:
 def parse(
     params: object, role: Role, request_id: str = ""
 ) -> ProducerRequest | ConsumerRequest | RendezvousRequest | RefusedParams | None:
-    """What a request asks for; None means nothing at all. Never raises on any input.
+    """Read a request's parameters; None if they ask for nothing. No input raises.
 
-    ``request_id`` may name the prefill server, where the parameters have a ``transfer_id`` and name none.
+    ``request_id`` may name the prefill server if the parameters have a ``transfer_id`` and no ``remote_engine_id``.
     """
     if params is None:
         return None
@@ -168,24 +173,25 @@ def parse(
     if decode:
         if not role.is_producer:
             return RefusedParams(RefusalReason.NOT_A_PRODUCER, "do_remote_decode was sent to a consumer")
-        return _key(params, ProducerRequest)
+        return _with_key(params, ProducerRequest)
     if prefill:
         if not role.is_consumer:
             return RefusedParams(RefusalReason.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
         no_lease = params.get(LEASE_KEY) is None
         if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
-            params = {**params, **_named_in(request_id)}
-        told_at_once = no_lease and params.get("remote_engine_id") is not None
-        # A prefill server that has blocks to name would have given a lease.
-        if told_at_once and params.get("remote_block_ids") is None:
-            return _meet(params, role)
-        return _fetch(params, role)
+            params = {**params, **_producer_named_in(request_id)}
+        named = no_lease and params.get("remote_engine_id") is not None
+        # A prefill server that has blocks to name would have sent a lease.
+        if named and params.get("remote_block_ids") is None:
+            return _rendezvous_request(params, role)
+        return _consumer_request(params, role)
     return None
 
 
-def _key(
+def _with_key(
     params: Mapping[str, Any], make: Callable[[str], ProducerRequest | RendezvousRequest]
 ) -> ProducerRequest | RendezvousRequest | RefusedParams:
+    """Make a request with the ``transfer_id`` of the parameters as its key."""
     key = params.get("transfer_id")
     if key is None:
         return make("")
@@ -196,37 +202,38 @@ def _key(
     return make(key)
 
 
-def _named_in(request_id: str) -> dict[str, Any]:
-    """NixlConnector's keys for the ``engine-id@host:port`` that vllm-router has put into a request's id; none if it has not."""
+def _producer_named_in(request_id: str) -> dict[str, Any]:
+    """NixlConnector's keys for the ``engine-id@host:port`` that vllm-router writes into a request's id; empty without it."""
     _, _, rest = request_id.partition(_PREFILL)
     place, marked, _ = rest.partition(_DECODE)
-    owner, _, address = place.rpartition("@")
+    producer, _, address = place.rpartition("@")
     host, _, port = address.rpartition(":")
-    if not (marked and owner and host and re.fullmatch(r"[0-9]{1,5}", port)):
+    if not (marked and producer and host and re.fullmatch(r"[0-9]{1,5}", port)):
         return {}
-    return {"remote_engine_id": owner, "remote_host": host, "remote_port": int(port)}
+    return {"remote_engine_id": producer, "remote_host": host, "remote_port": int(port)}
 
 
-def _meet(params: Mapping[str, Any], role: Role) -> ProducerRequest | RendezvousRequest | RefusedParams:
-    """Without a lease, but with a prefill server: as NixlPushConnector's proxies send it to both servers at once."""
+def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerRequest | RendezvousRequest | RefusedParams:
+    """Read parameters that name a prefill server but no lease, as NixlPushConnector's proxies send them to both servers."""
     if not role.push:
         return RefusedParams(
             RefusalReason.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here"
         )
-    wrong = _checked_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _checked_sizes(params)
+    wrong = _check_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _check_sizes(params)
     if wrong is not None:
         return wrong
-    owner, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
+    producer, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
     try:
-        lease = LeaseRef.for_rendezvous("", producer=owner, addresses=[address])
+        lease = LeaseRef.for_rendezvous("", producer=producer, addresses=[address])
     except LeaseRefError as error:
         return RefusedParams(RefusalReason.BAD_TYPE, f"no prefill server can be there: {error}")
-    if role.made(lease):
+    if role.has_made(lease):
         return RefusedParams(RefusalReason.OWN_ENGINE, "the prefill server is this engine")
-    return _key(params, lambda key: RendezvousRequest(owner, address, key))
+    return _with_key(params, lambda key: RendezvousRequest(producer, address, key))
 
 
-def _fetch(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedParams:
+def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedParams:
+    """Read parameters that hold a lease."""
     if LEASE_KEY not in params or params[LEASE_KEY] is None:
         return RefusedParams(
             RefusalReason.NO_LEASE, f"there is no key {LEASE_KEY!r}: did the prefill server run kvxfer?"
@@ -239,29 +246,29 @@ def _fetch(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedPa
         return RefusedParams(RefusalReason.BAD_LEASE, "the lease has no version")
     if not all(address.startswith("tcp://") for address in lease.addresses):
         return RefusedParams(RefusalReason.BAD_LEASE, "an address of the lease is not tcp://")
-    wrong = _checked_keys(params, _REQUIRED)
+    wrong = _check_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
     size = params["tp_size"]
     if not 0 < size <= MAX_RANKS or len(lease.addresses) not in (1, size):  # the first rank knows the others
         ranks = f"tp_size is {size}, the lease names {len(lease.addresses)} ranks"
         return RefusedParams(RefusalReason.CONTRADICTION, ranks)
-    wrong = _checked_sizes(params)
+    wrong = _check_sizes(params)
     if wrong is not None:
         return wrong
     if params.get("transfer_mode", "pull") != "pull":
         return RefusedParams(RefusalReason.OTHER_MODE, "transfer_mode is not 'pull'")
-    if role.made(lease):
+    if role.has_made(lease):
         return RefusedParams(RefusalReason.OWN_ENGINE, "the lease was made by this engine")
     if params["remote_engine_id"] != lease.producer or params["remote_request_id"] != lease.request:
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_num_tokens is not the lease's")
-    return _checked_blocks(params.get("remote_block_ids"), lease, role.max_groups) or ConsumerRequest(lease)
+    return _check_blocks(params.get("remote_block_ids"), lease, role.max_groups) or ConsumerRequest(lease)
 
 
 def _same_place(address: str, own: str) -> bool:
-    """An address leads to this server, as far as can be told without asking for names."""
+    """Whether an address leads to this server, as far as that can be known without looking names up."""
     host, port = addresses.parse(address)
     own_host, own_port = addresses.parse(own)
     numbers, own_numbers = addresses.known_ips(host) or [], addresses.known_ips(own_host) or []
@@ -269,29 +276,29 @@ def _same_place(address: str, own: str) -> bool:
     return port == own_port and here
 
 
-def _checked_keys(params: Mapping[str, Any], names: Iterable[str]) -> RefusedParams | None:
-    """NixlConnector's keys are there, of their types, and the port is one."""
+def _check_keys(params: Mapping[str, Any], names: Iterable[str]) -> RefusedParams | None:
+    """Refuse parameters that lack one of these keys of NixlConnector, or have another type there, or no port."""
     for name in names:
         value = params.get(name)
         if value is None:
             return RefusedParams(RefusalReason.MISSING_KEY, f"{name} is missing")
         if not isinstance(value, _REQUIRED[name]) or isinstance(value, bool):
             return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    return (
-        None if 0 < params["remote_port"] < 2**16 else RefusedParams(RefusalReason.BAD_TYPE, "remote_port is no port")
-    )
+    if not 0 < params["remote_port"] < 2**16:
+        return RefusedParams(RefusalReason.BAD_TYPE, "remote_port is no port")
+    return None
 
 
-def _checked_sizes(params: Mapping[str, Any]) -> RefusedParams | None:
-    """Of parallelism that is not supported there is none."""
+def _check_sizes(params: Mapping[str, Any]) -> RefusedParams | None:
+    """Refuse a producer with parallelism that is not supported."""
     for name in ("pp_size", "dcp_size"):
         if params.get(name, 1) != 1:
             return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is not 1")
     return None
 
 
-def _checked_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams | None:
-    """A block holds at least one token, which bounds the work spent on lists of any length."""
+def _check_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams | None:
+    """Refuse what is no list of block ids. A block has at least one token, which bounds the work for lists of any length."""
     if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= most:
         return RefusedParams(
             RefusalReason.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {most} groups"
@@ -311,10 +318,13 @@ def _checked_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams
 def response(
     lease: LeaseRef, block_ids: Sequence[Sequence[int]], *, host: str, port: int, tp_size: int
 ) -> dict[str, Any]:
-    """What the producer answers: every key of NixlConnector's pull response, with its types, and the lease.
+    """Make the parameters that the producer answers with: all keys of NixlConnector's pull response, and the lease.
 
     Args:
+        lease: of the request.
         block_ids: by cache group.
+        host, port: side channel of rank 0.
+        tp_size: tensor parallel size of this server.
     """
     return {
         "do_remote_prefill": True,
@@ -330,17 +340,17 @@ def response(
         "remote_num_tokens": lease.num_tokens,
         "remote_blocks_expiry_time": None,
         "transfer_mode": "pull",
-        # Who gets this is told of a lease that is known here.
+        # A consumer that receives this need not wait for an announcement.
         LEASE_KEY: msgspec.structs.replace(lease, rendezvous=False).to_obj(),
     }
 
 
 class TokenIdError(ValueError):
-    """A prompt has something for a token id that cannot be one."""
+    """A token id of a prompt is not a whole number of 32 bits."""
 
 
-def shared_name(request_id: str) -> str:
-    """What two servers call a request that came with one ``X-Request-Id``: vLLM adds eight random hex digits on each."""
+def rendezvous_key(request_id: str) -> str:
+    """Name of a request that both servers know from its ``X-Request-Id``: vLLM adds eight random hex digits on each."""
     return _RANDOM_SUFFIX.sub("", request_id)
 
 
@@ -351,18 +361,18 @@ def prompt_digest(
     lora: str | None = None,
     cache_salt: str | None = None,
 ) -> str:
-    """32 hex digits that are equal on both sides exactly if the KV of the two prompts means the same.
+    """Digest of a prompt in 32 hex digits, equal on both servers exactly if the KV of the two prompts means the same.
 
     Args:
         token_ids: of the whole prompt, each within 32 bits.
         mm_items: content hash and position in the prompt of each image, sound, ...; their tokens are placeholders.
         lora: name of the LoRA adapter.
-        cache_salt: what keeps one tenant's prefix cache from another's.
+        cache_salt: keeps the prefix caches of tenants apart.
 
     Raises:
-        TokenIdError: a token id is no whole number, or needs more than 32 bits.
+        TokenIdError: a token id is not a whole number of 32 bits.
     """
-    # One list holds what is not tokens, in a form in which no two different values look alike.
+    # What is not tokens goes into one list, in a form in which different values look different.
     context = repr((len(token_ids), list(mm_items), lora, cache_salt)).encode()
     digest = hashlib.blake2b(context, digest_size=16)
     try:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laboratory of the end-to-end tests: real vLLM servers, started once per session and healed when a test broke one.
+"""Real vLLM servers for the end-to-end tests, started once per session, and again after a test that ended one.
 
 Starting a vLLM server costs half a minute of both cores of a small machine, so there are few: a *reference* without a
 connector, one producer, and two consumers, one for each ``kv_load_failure_policy``. Tests are sorted so that those that
 restart the producer with other settings come last.
 
-A request reaches both servers in one of several ways, and what holds for one has to hold for all. Tests that talk to what stands
-in front of the servers take the fixture ``front``: vllm-router, or the example's proxy in either order of dispatch. Tests that talk
-to the servers themselves take ``way``: "pull", one after the other, or "push", both at once.
+A request reaches both servers in one of several ways, and every way is tested. Tests with a router take the fixture ``front``:
+vllm-router, or the example's proxy in either order of dispatch. Tests that talk to the servers themselves take ``way``: "pull",
+one server after the other, or "push", both at once.
 
-The servers talk by a secret, from a file; those of test_unequal_pairs by another one, from the environment; and those that
-`make serve` starts, in test_serve, by none.
+The servers have a secret from a file; those of test_unequal_pairs have another one from the environment; those that
+`make serve` starts, in test_serve, have none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if not _MISSING:
     from tools.serve.model import SMALL, make_model
     from tools.serve.pair import PullRouter, PushProxy, ServerSettings, VllmServer, start_all
 
-# In this order: what needs a pair as it starts first, what kills and restarts later, what wants another producer last.
+# Order: tests of a pair that has just started, then tests that kill and restart servers, then those with another producer.
 _ORDER = (
     "test_first_request",
     "test_same_tokens",
@@ -58,15 +58,15 @@ _ORDER = (
 )
 _TEST_TIMEOUT_S = 600
 
-# Below the defaults, so that tests of what happens at a deadline do not take minutes; the rest is as shipped.
+# Below the defaults, so that tests of deadlines do not take minutes; all other options have their defaults.
 PEER_TIMEOUT_S = 12.0
 READ_TIMEOUT_S = 20.0
-MATCH_S = 6.0
+RENDEZVOUS_S = 6.0
 LEASE_S = 15.0
-# What an answer that waits for such a deadline may take in all, on a machine whose cores are all busy.
+# Longest answer that waits for such a deadline, on a machine whose cores are all busy.
 DEADLINE_S = READ_TIMEOUT_S + 30.0
 
-# Prompts of a few thousand tokens are computed in several steps, and leave in as many pieces where they may.
+# Prompts of a few thousand tokens are computed in several steps, and published in as many parts.
 CHUNK_TOKENS = 512
 _CHUNKED = ("--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-chunked-prefill")
 
@@ -77,7 +77,7 @@ WAYS = ("pull", "push")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker that every test here gets."""
+    """Register the marker of the tests in this folder."""
     config.addinivalue_line("markers", "e2e: needs real vLLM servers and vllm-router; minutes on a small machine")
 
 
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Lab:
-    """The servers, and what a test wants to know of them."""
+    """The servers, and questions to them."""
 
     def __init__(self, model, folder) -> None:
         self.model = model
@@ -112,14 +112,14 @@ class Lab:
             model=model,
             role="kv_producer",
             num_blocks=2000,
-            connector_options={**known, "match_seconds": MATCH_S, "lease_seconds": LEASE_S},
+            connector_options={**known, "rendezvous_timeout_seconds": RENDEZVOUS_S, "lease_seconds": LEASE_S},
             arguments=_CHUNKED,
         )
         patience = {**known, "peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}
         consumer = ServerSettings(
             name="decode-fail", model=model, role="kv_consumer", num_blocks=2000, connector_options=patience
         )
-        # One request at a time: a test can make the next one wait as long as it likes.
+        # One request at a time, so that a test can make the next one wait.
         one_by_one = replace(
             consumer,
             name="decode-recompute",
@@ -145,7 +145,7 @@ class Lab:
         return {order: PushProxy(PROXY, self.prefill, self.decode, self.folder, order=order) for order in PROXY_ORDERS}
 
     def start(self) -> None:
-        """Bring up the reference, one pair and what stands before it, and put the first request through the cold pair."""
+        """Start the reference, one pair and its fronts, and send the first request through the cold pair."""
         start_all(self.reference, self.prefill, self.decode, timeout_s=480)
         start_all(*self.fronts.values())
         prompt = self.prompt(200)
@@ -153,7 +153,7 @@ class Lab:
         self.first_expected = self.reference.ask(prompt, max_tokens=16)
 
     def heal(self) -> None:
-        """Start again whatever is not running."""
+        """Start the servers that are not running."""
         down = [server for server in (self.reference, self.prefill, self.decode) if not server.alive]
         start_all(*down, timeout_s=480)
         start_all(*[front for front in self.fronts.values() if not front.alive])
@@ -179,7 +179,7 @@ class Lab:
 
     @contextlib.contextmanager
     def stopped_after(self, seconds: float):
-        """The producer stands still from then on, until the end of the block: whatever is asked meanwhile is half done."""
+        """Freeze the producer after some seconds, until the end of the block."""
         timer = threading.Timer(seconds, self.prefill.freeze)
         timer.start()
         try:
@@ -197,12 +197,12 @@ class Lab:
     # ----------------------------------------------------------------------------------------------- questions
 
     def prompt(self, num_tokens: int) -> list[int]:
-        """A prompt nobody has seen before, as token ids."""
+        """A new random prompt, as token ids."""
         # The first ids are the special tokens.
         return [self.random.randrange(5, SMALL.vocabulary) for _ in range(num_tokens)]
 
     def expect(self, prompt, max_tokens: int = 16) -> tuple[int, ...]:
-        """The right tokens: those of one server without a connector."""
+        """Right tokens: those of one server without a connector."""
         key = (repr(prompt), max_tokens)
         if key not in self._tokens:
             answer = self.reference.ask(prompt, max_tokens=max_tokens)
@@ -211,15 +211,15 @@ class Lab:
         return self._tokens[key]
 
     def begin(self, way: str, prompt, producer: VllmServer | None = None, **options) -> tuple[dict, Future]:
-        """The first half of a request: what the decode server is to be told, and the prefill's answer.
+        """Send a prefill request: parameters for the decode request, and the prefill's answer.
 
-        Pull returns when that is there: without it there is nothing to tell. Push returns at once.
+        Pull waits for the answer, which has the parameters. Push returns at once.
         """
         producer = producer or self.prefill
         if way == "push":
             key = uuid.uuid4().hex
             answer = self.threads.submit(producer.prefill, prompt, transfer_id=key, **options)
-            return producer.told_at_once(key), answer
+            return producer.rendezvous_params(key), answer
         answer = Future()
         answer.set_result(producer.prefill(prompt, **options))
         assert answer.result().ok and answer.result().kv_transfer_params, answer.result().body
@@ -228,20 +228,20 @@ class Lab:
     def send(
         self, way: str, prompt, consumer: VllmServer | None = None, producer: VllmServer | None = None, **options
     ) -> Answer:
-        """What a router does, without one: prefill here, decode there."""
+        """Send both requests, as a router does."""
         params, prefilled = self.begin(way, prompt, producer, timeout_s=options.get("timeout_s", 180.0))
         answer = (consumer or self.decode).ask(prompt, kv_transfer_params=params, **options)
         assert prefilled.result().ok, prefilled.result().body
         return answer
 
     def assert_works(self, consumer: VllmServer | None = None, num_tokens: int = 100, *, attempts: int = 1) -> None:
-        """The pair serves a fresh prompt in each way, and by a transfer, not by computing it again.
+        """Check that the pair serves a new prompt in each way, and by a transfer, not by computing it.
 
         Args:
             consumer: of the pair; by default the one behind the fronts.
             num_tokens: of the prompt.
-            attempts: how many prompts it may take. More than one where a lease is as short as a busy machine's pauses, or
-                right after a process was killed. Tokens are right in each of them, or there are none.
+            attempts: most prompts. More than one if a lease is as short as a busy machine's pauses, or right after a process
+                was killed. Each answer has the right tokens or is an error.
         """
         consumer = consumer or self.decode
         for way in reversed(WAYS):  # after a restart the first contact is a push
@@ -261,16 +261,16 @@ class Lab:
         for server in servers or (self.prefill, self.decode):
             assert server.wait_no_blocks_in_use(timeout_s) == 0, f"{server.name} still holds KV blocks"
 
-    def settle_metrics(self, server: VllmServer) -> None:
-        """Make a server's engine take a step: its counters are shown with the next one."""
+    def refresh_metrics(self, server: VllmServer) -> None:
+        """Make a server's engine take a step, because counters appear with the next step."""
         assert server.ask([7, 8, 9], max_tokens=1).ok
 
     @contextlib.contextmanager
     def standstills(self):
-        """Yields a function: for how long, at the most, a processor of this machine ran nothing of ours since then.
+        """Yield a function that returns the longest time since then in which one processor did not run this process, in seconds.
 
-        A thread on each sees it. Virtual processors stand still one by one, and take along whoever runs there: with the
-        interpreter's lock, that is a whole server, of which a thread that runs wherever there is room would see nothing.
+        A thread on each processor measures it. Virtual processors are paused one by one; if the paused one runs a thread with
+        the interpreter's lock, a whole server stands still, and a thread on another processor would not notice.
         """
         gaps, over = [0.0], threading.Event()
 
@@ -294,7 +294,7 @@ class Lab:
                 watcher.join()
 
     def together(self, calls) -> list:
-        """Run calls at once, each in a thread; their results in order."""
+        """Run calls at once, each in a thread; results in order."""
         calls = list(calls)
         with ThreadPoolExecutor(len(calls)) as pool:
             return [future.result() for future in [pool.submit(call) for call in calls]]
@@ -307,7 +307,7 @@ def eventually(condition, timeout_s: float = 30.0) -> bool:
 
 @pytest.fixture(scope="session")
 def _bare_environment():
-    """Servers of the tests run with the defaults, whatever KVXFER_* the person who runs them has set."""
+    """Remove KVXFER_* and VLLM_* from the environment, so that servers run with the defaults."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith(("KVXFER_", "VLLM_")):
@@ -317,7 +317,7 @@ def _bare_environment():
 
 @pytest.fixture(scope="session")
 def started_lab(_bare_environment, tmp_path_factory):
-    """The laboratory, started once; its servers end with the session."""
+    """The lab, started once; its servers end with the session."""
     folder = tmp_path_factory.mktemp("servers")
     lab = Lab(make_model(SMALL, tmp_path_factory.mktemp("models")), folder)
     try:
@@ -329,18 +329,18 @@ def started_lab(_bare_environment, tmp_path_factory):
 
 @pytest.fixture
 def lab(started_lab):
-    """The laboratory with the reference, the producer, the consumer that fails and the fronts running."""
+    """The lab with the reference, the producer, the consumer with policy "fail" and the fronts running."""
     started_lab.heal()
     return started_lab
 
 
 @pytest.fixture(params=FRONTS)
 def front(request, lab):
-    """What clients talk to: vllm-router, or the proxy that sends a request to both servers at once or to prefill first."""
+    """Address for clients: vllm-router, or the proxy that sends a request to both servers at once or to prefill first."""
     return lab.fronts[request.param]
 
 
 @pytest.fixture(params=WAYS)
 def way(request) -> str:
-    """How a request is sent to the two servers, see `Lab.begin`."""
+    """Way in which a request is sent to the two servers, see `Lab.begin`."""
     return request.param

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients that go away in the middle of their request, at any moment."""
+"""Clients that leave in the middle of their request, at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = ("pull", "push")
 
 @contextlib.contextmanager
 def leaving(url: str, body: dict):
-    """Send a request, and close the connection at the end of the block, whatever came by then."""
+    """Send a request, and reset the connection at the end of the block."""
     parts = urlsplit(url)
     payload = json.dumps(body).encode()
     head = (
@@ -31,25 +31,25 @@ def leaving(url: str, body: dict):
 
 
 def leave_after(url: str, body: dict, delay_s: float) -> None:
-    """Send a request and leave after a while."""
+    """Send a request and leave after some seconds."""
     with leaving(url, body):
         time.sleep(delay_s)
 
 
 def body_of(prompt, **extra) -> dict:
-    """The body of a completion request."""
+    """Body of a completion request."""
     return {"model": "kvxfer", "prompt": prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True, **extra}
 
 
 def test_clients_that_leave_while_they_are_served(lab):
-    """30 clients of each front that leave after 0 to 300 ms, wherever their request is by then, leave nothing behind."""
+    """30 clients of each front that leave after 0 to 300 ms leave no block in use."""
     fronts = list(lab.fronts.values()) * 30
     bodies = [body_of(lab.prompt(600), stream=bool(i % 2)) for i in range(len(fronts))]
     lab.together(
         (lambda front=front, body=body, delay_s=0.01 * (i // 3): leave_after(front.url, body, delay_s))
         for i, (front, body) in enumerate(zip(fronts, bodies, strict=True))
     )
-    # Who left between the servers is found out by the lease alone.
+    # A client that left between the two requests is noticed only by the end of its lease.
     lab.assert_no_blocks_in_use(timeout_s=60)
     lab.assert_works()
 
@@ -57,11 +57,11 @@ def test_clients_that_leave_while_they_are_served(lab):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("order", ["both", "prefill-first"])
 def test_the_proxy_tells_both_servers(lab, order, stream):
-    """A client that leaves the example's proxy ends its request on both servers: long before it would have ended itself."""
-    lab.settle_metrics(lab.decode)
+    """A client that leaves the example's proxy ends its request on both servers at once."""
+    lab.refresh_metrics(lab.decode)
     running = lambda: lab.decode.metric("vllm:num_requests_running")  # noqa: E731
     assert lab.eventually(lambda: running() == 0)
-    # 4,000 tokens take 10 s, and once a busy server's metrics showed nothing of them: then there was nobody to leave.
+    # 4,000 tokens take 10 s, and once a busy server's metrics did not show them; then another client is sent.
     for _ in range(3):
         with leaving(lab.fronts[order].url, body_of(lab.prompt(64), max_tokens=4000, stream=stream)):
             seen = lab.eventually(lambda: running() > 0)
@@ -73,7 +73,7 @@ def test_the_proxy_tells_both_servers(lab, order, stream):
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.005, 0.02, 0.05, 0.1, 0.3])
 def test_a_client_that_leaves_decode(lab, way, delay_s):
-    """A client of the decode server that leaves before, during or after its read frees the blocks of both sides."""
+    """A client that leaves the decode server before, during or after the read frees the blocks of both servers."""
     prompt = lab.prompt(2000)
     params, prefilled = lab.begin(way, prompt)
     leave_after(lab.decode.url, body_of(prompt, kv_transfer_params=params), delay_s)
@@ -83,7 +83,7 @@ def test_a_client_that_leaves_decode(lab, way, delay_s):
 
 
 def test_a_client_that_leaves_decode_while_blocks_arrive(lab):
-    """Where some blocks have arrived and prefill still computes the others, both sides get theirs back as well."""
+    """A client that leaves while prefill still computes frees the blocks of both servers."""
     prompt = lab.prompt(3400)
     params, prefilled = lab.begin("push", prompt)
     with lab.stopped_after(0.15), pytest.raises(TimeoutError):
@@ -93,23 +93,23 @@ def test_a_client_that_leaves_decode_while_blocks_arrive(lab):
     lab.assert_works()
 
 
-def test_a_client_that_never_goes_to_decode(lab):
-    """Blocks of a prefill that nobody fetches are freed when the lease ends, and the end is counted."""
+def test_a_client_that_sends_no_decode_request(lab):
+    """Blocks of a prefill without a decode request are freed when the lease expires, and that is counted."""
     before = lab.prefill.metric("vllm:kvxfer_expired_leases_total")
     for way in WAYS:
         _, prefilled = lab.begin(way, lab.prompt(300))
         assert prefilled.result().ok
     assert lab.prefill.blocks_in_use() > 0
     lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
-    lab.settle_metrics(lab.prefill)
+    lab.refresh_metrics(lab.prefill)
     assert lab.prefill.metric("vllm:kvxfer_expired_leases_total") == before + len(WAYS)
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
-def test_a_prefill_that_never_comes(lab, policy):
-    """A decode request whose prefill request got lost has a place kept for it for a while, and then its policy's answer."""
+def test_a_prefill_that_never_arrives(lab, policy):
+    """A decode request whose prefill request is lost waits for the rendezvous timeout, and ends as its policy says."""
     consumer, prompt = lab.consumer(policy), lab.prompt(200)
-    params = lab.prefill.told_at_once(f"nobody comes: {policy}")
+    params = lab.prefill.rendezvous_params(f"no prefill: {policy}")
     answer = consumer.ask(prompt, max_tokens=8, kv_transfer_params=params, timeout_s=lab.deadline_s)
     assert answer.status == 500 if policy == "fail" else answer.tokens == lab.expect(prompt, 8)
     lab.assert_no_blocks_in_use(lab.prefill, consumer)
@@ -127,9 +127,9 @@ def test_a_prefill_client_that_leaves(lab):
 
 
 def test_a_prefill_client_that_leaves_its_decode_request(lab):
-    """A prefill that is aborted half way ends the decode request that waits for it at once, in an error."""
-    prompt, key = lab.prompt(3400), "the prefill leaves"
-    params = lab.prefill.told_at_once(key)
+    """A prefill that is aborted half way ends its decode request at once, with an error."""
+    prompt, key = lab.prompt(3400), "the prefill is aborted"
+    params = lab.prefill.rendezvous_params(key)
     decoded = lab.threads.submit(lab.decode.ask, prompt, kv_transfer_params=params, max_tokens=4)
     # On a fast machine prefill has ended before its client leaves.
     with lab.stopped_after(0.15), contextlib.suppress(TimeoutError):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pair that has just started."""
+"""The first request of a pair that has just started."""
 
 from __future__ import annotations
 
 
 def test_the_first_request_of_a_cold_pair_is_right(lab):
-    """The first request ever, with no peer met and no kernel warm, gives the tokens of one server."""
+    """The first request, before any handshake and with cold kernels, has the tokens of one server."""
     assert lab.first_answer.ok, lab.first_answer.body
     assert lab.first_answer.tokens == lab.first_expected.tokens

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with several cache groups (Gemma 3: sliding windows and full attention) through real servers, of which decode drafts."""
+"""A model with several cache groups (Gemma 3: sliding windows and full attention) through real servers, with speculative decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTHS = [1, 2, 31, 32, 33, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + BLOCK_TOKE
 
 @pytest.fixture(scope="module")
 def hybrid(started_lab, tmp_path_factory):
-    """A server without a connector, and a pair whose decode server drafts from the prompt."""
+    """A server without a connector, and a pair whose decode server takes drafts from the prompt."""
     folder = tmp_path_factory.mktemp("hybrid")
     model = make_model(HYBRID, tmp_path_factory.mktemp("models"))
     chunked = ("--max-num-batched-tokens", "512", "--enable-chunked-prefill")
@@ -44,7 +44,7 @@ def hybrid(started_lab, tmp_path_factory):
 
 @pytest.mark.parametrize("num_tokens", LENGTHS)
 def test_tokens_of_a_model_with_windows(lab, hybrid, way, num_tokens):
-    """Tokens are those of one server, with a decode server that drafts, for prompts around the borders of blocks and windows."""
+    """Tokens are those of one server, with drafts at decode, for prompts around the borders of blocks and windows."""
     prompt = lab.prompt(num_tokens)
     hybrid.prefill.reset_prefix_cache()
     hybrid.decode.reset_prefix_cache()
@@ -55,8 +55,8 @@ def test_tokens_of_a_model_with_windows(lab, hybrid, way, num_tokens):
     assert lab.eventually(lambda: hybrid.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + 1)
 
 
-def test_prefix_that_decode_holds_of_a_model_with_windows(lab, hybrid, way):
-    """Where decode holds the first blocks of a prompt, the tokens are right, and less is moved."""
+def test_prefix_that_decode_has_of_a_model_with_windows(lab, hybrid, way):
+    """If decode has the first blocks of a prompt, the tokens are right."""
     prefix = lab.prompt(500)
     assert hybrid.decode.ask(prefix, max_tokens=1).ok
     prompt = prefix + lab.prompt(200)
@@ -66,15 +66,15 @@ def test_prefix_that_decode_holds_of_a_model_with_windows(lab, hybrid, way):
 
 
 def test_bytes_of_windows_do_not_grow_with_the_prompt(lab, hybrid):
-    """Of five layers in six a window is sent, of the sixth the whole prompt."""
+    """Of five layers in six only a window is sent, of the sixth the whole prompt."""
     token_nbytes = HYBRID.kv_nbytes_per_token // HYBRID.layers
     blocks = -(-3000 // BLOCK_TOKENS) + 5 * (WINDOW // BLOCK_TOKENS + 1)
     before = hybrid.decode.metric("vllm:kvxfer_transfer_bytes_sum")
     assert lab.send("pull", lab.prompt(3000), hybrid.decode, hybrid.prefill, max_tokens=2).ok
-    lab.settle_metrics(hybrid.decode)
+    lab.refresh_metrics(hybrid.decode)
     assert 0 < hybrid.decode.metric("vllm:kvxfer_transfer_bytes_sum") - before <= blocks * BLOCK_TOKENS * token_nbytes
 
 
 def test_no_block_of_a_hybrid_pair_stays_in_use(lab, hybrid):
-    """After all of that, neither server holds a KV block."""
+    """After these tests neither server has a block in use."""
     lab.assert_no_blocks_in_use(hybrid.prefill, hybrid.decode)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A consumer that comes too late must not answer from blocks that hold other people's KV by then.
+"""A consumer that reads after the lease has ended must not answer from blocks that have the KV of other requests by then.
 
-vLLM's NixlConnector, with this very lease of 3 s, this producer of 400 blocks and 8 other prompts in between, answered 3 of
-3 prompts wrongly with HTTP 200. Requests go to the servers directly, without the router, to control the timing.
+vLLM's NixlConnector, with the same lease of 3 s, producer of 400 blocks and 8 other prompts in between, answered 3 of 3 prompts
+wrongly with HTTP 200. Requests go to the servers directly, without the router, to control the timing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WAYS = ("pull", "push")
 
 @pytest.fixture(scope="module")
 def late_lab(started_lab):
-    """The laboratory with a producer of 400 blocks and a lease of 3 s, on the same address as the one before."""
+    """The lab with a producer of 400 blocks and a lease of 3 s, on the same address as the one before."""
     lab = started_lab
     lab.heal()
     lab.replace_producer(
@@ -37,13 +37,13 @@ def late_lab(started_lab):
 
 
 def overwrite(lab) -> None:
-    """Eight other prompts: about twice as many blocks as the producer has."""
+    """Prefill eight other prompts: about twice as many blocks as the producer has."""
     for _ in range(8):
         assert lab.prefill.ask(lab.prompt(3000), max_tokens=1).ok
 
 
 def assert_all_work(lab) -> None:
-    """Every consumer transfers, and nobody holds a block."""
+    """Check that every consumer transfers, and no block is in use."""
     consumers = [lab.consumer(policy) for policy in POLICIES]
     lab.assert_no_blocks_in_use(lab.prefill, *consumers)
     for consumer in consumers:
@@ -51,18 +51,18 @@ def assert_all_work(lab) -> None:
 
 
 def test_reads_after_the_lease_ended(late_lab, way):
-    """Three prompts fetched after their blocks were given to others: an error, or right tokens computed locally."""
+    """Prompts that are read after their blocks were reused end in an error, or in right tokens computed locally."""
     lab = late_lab
-    handed = []
+    sent = []
     for policy, num_tokens in itertools.product(POLICIES, (2500, 600, 600)):
         prompt = lab.prompt(num_tokens)
         params, prefilled = lab.begin(way, prompt)
         assert prefilled.result().ok
-        handed.append((policy, prompt, params))
-    time.sleep(LEASE_S)  # the case itself: nobody comes for the blocks
+        sent.append((policy, prompt, params))
+    time.sleep(LEASE_S)  # the case itself: no consumer reads the blocks
     lab.assert_no_blocks_in_use(lab.prefill, timeout_s=60)
     overwrite(lab)
-    for policy, prompt, params in handed:
+    for policy, prompt, params in sent:
         answer = lab.consumer(policy).ask(prompt, max_tokens=24, kv_transfer_params=params, timeout_s=lab.deadline_s)
         if policy == "recompute":
             assert answer.ok
@@ -73,13 +73,13 @@ def test_reads_after_the_lease_ended(late_lab, way):
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.03, 0.1, 0.3])
-def test_consumers_that_sleep_through_the_end_of_their_leases(late_lab, delay_s):
-    """Consumers frozen somewhere in their requests until their blocks were overwritten answer rightly or with an error."""
+def test_consumers_frozen_at_the_end_of_their_leases(late_lab, delay_s):
+    """Consumers frozen at some point of their requests until the blocks were overwritten answer rightly or with an error."""
     lab = late_lab
     begun = []
     for way, policy in itertools.product(
         WAYS, POLICIES
-    ):  # what is pushed is still computed when the consumers are asked
+    ):  # pushed prompts are still computed when the consumers are asked
         prompt = lab.prompt(2500)
         begun.append((lab.consumer(policy), prompt, *lab.begin(way, prompt)))
     asked = [
@@ -105,10 +105,10 @@ def test_consumers_that_sleep_through_the_end_of_their_leases(late_lab, delay_s)
 
 
 def test_a_consumer_that_waits_in_its_queue(late_lab, way):
-    """A request that waits longer than a lease for its turn keeps the lease: its read succeeds.
+    """A request that waits in the queue for longer than a lease keeps the lease, and its read succeeds.
 
-    A machine that stands still for the length of a lease may end it too: where this one was seen to stand still, another prompt
-    is tried. So it is where the queue was gone before the prefill was done.
+    Another prompt is tried if this machine stood still for the length of a lease, which may end it, or if the queue was empty
+    before the prefill had ended.
     """
     lab = late_lab
     for _ in range(5):
@@ -121,7 +121,7 @@ def test_a_consumer_that_waits_in_its_queue(late_lab, way):
 
 
 def wait_in_queue(lab, way) -> tuple[float, bool]:
-    """Ask a consumer that is busy: seconds until it answers, and whether it read the KV and did not compute it again."""
+    """Ask a busy consumer: seconds until it answers, and whether it read the KV instead of computing it."""
     consumer = lab.consumer("recompute")  # it runs one request at a time, see conftest
     before = consumer.metric("vllm:kvxfer_transfer_seconds_count")
     failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
@@ -143,7 +143,7 @@ def wait_in_queue(lab, way) -> tuple[float, bool]:
 
 
 def test_a_producer_short_of_blocks(late_lab, front):
-    """More clients than the producer has blocks for, with a short lease: right tokens or errors, and no block lost."""
+    """More clients than the producer has blocks for, with a short lease, get right tokens or errors; no block is lost."""
     lab = late_lab
     prompts = [lab.prompt(1500) for _ in range(12)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]

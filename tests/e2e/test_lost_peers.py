@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that dies or freezes: every request ends in right tokens or an error in time, and the pair works again.
+"""A server is killed or frozen: every request ends in right tokens or an error in time, and the pair works again.
 
-Restarting a server takes half a minute, so each test loses its server for requests of both ways at once.
+A restart takes half a minute, so each test kills its server for requests of both ways at once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ WAYS = ("pull", "push")
 
 FREEZE_S = 5.0
 LONGEST_FREEZE_S = 8.0
-"""A timer of a busy machine's test process was seen to be late by 4 s. A freeze that gets too near to the consumers' patience
-shows nothing, and is done again."""
+"""A timer of the test process on a busy machine was 4 s late. A freeze that comes near the consumers' timeout shows nothing and is
+repeated."""
 ATTEMPTS = 3
 
 
 class Begun:
-    """One request of each way for each policy's consumer, of which the producer was asked and the consumer not yet."""
+    """One request of each way for each policy's consumer: sent to the producer, not yet to the consumer."""
 
     def __init__(self, lab, num_tokens: int = 700, ways=WAYS, *, prefilled: bool = False) -> None:
         self.lab = lab
@@ -38,7 +38,7 @@ class Begun:
             assert all(prefill.result().ok for prefill in self.prefills.values())
 
     def ask_all(self) -> dict:
-        """The consumers' answers, asked for at once and checked against the bar."""
+        """Send all to the consumers at once; each answer has the right tokens or is an error."""
         lab = self.lab
         answers = dict(
             zip(self.told, lab.together((lambda key=key: self._ask(*key)) for key in self.told), strict=True)
@@ -59,19 +59,19 @@ class Begun:
         return answer
 
     def over(self) -> None:
-        """Wait until the producer has answered or is gone."""
+        """Wait until the producer has answered or ended."""
         for prefill in self.prefills.values():
             with contextlib.suppress(OSError):
                 prefill.result()
 
 
 def of(policy, answers) -> list[bool]:
-    """Which answers of this policy's consumer are whole."""
-    return [answer.ok for (whose, _), answer in answers.items() if whose == policy]
+    """Whether each answer of this policy's consumer is complete."""
+    return [answer.ok for (other, _), answer in answers.items() if other == policy]
 
 
 def assert_all_work(lab, timeout_s=60.0):
-    """Every consumer transfers again, and nobody holds a block."""
+    """Check that every consumer transfers again, and no block is in use."""
     consumers = [lab.consumer(policy) for policy in POLICIES]
     for consumer in consumers:
         lab.assert_works(consumer, attempts=3)
@@ -79,7 +79,7 @@ def assert_all_work(lab, timeout_s=60.0):
 
 
 def test_a_producer_killed_before_the_read_and_restarted(lab):
-    """Its death ends in the policy's answer; restarted on its address it is met afresh by consumers that ran on."""
+    """Requests of a killed producer end as the policy says; consumers that ran on use the restarted one on the same address."""
     begun, stale = Begun(lab, prefilled=True), Begun(lab, prefilled=True)
     lab.prefill.kill()
     answers = begun.ask_all()
@@ -94,8 +94,8 @@ def test_a_producer_killed_before_the_read_and_restarted(lab):
     assert_all_work(lab)
 
 
-def asked_while_it_stands_still(lab) -> tuple[float, dict]:
-    """Requests of both ways, asked for while the producer is frozen: for how long it really was, and the consumers' answers."""
+def ask_while_the_producer_is_frozen(lab) -> tuple[float, dict]:
+    """Send requests of both ways while the producer is frozen: the real length of the freeze, and the consumers' answers."""
     pulled = Begun(lab, ways=["pull"])
     begin, thawed = time.monotonic(), []
     lab.prefill.freeze()
@@ -107,8 +107,8 @@ def asked_while_it_stands_still(lab) -> tuple[float, dict]:
     return thawed[0][1] - begin, answers[0] | answers[1]
 
 
-def test_a_producer_killed_while_clients_are_served_and_busy_when_it_is_back(lab):
-    """Clients served while it dies get right tokens or an error in time; a new one that is busy for seconds is waited for."""
+def test_a_producer_killed_while_clients_are_served_and_busy_after_its_restart(lab):
+    """Clients of a killed producer get right tokens or an error in time; consumers wait for a restarted one that is busy."""
     prompts = [lab.prompt(900) for _ in range(9)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]
     killer = threading.Timer(0.5, lab.prefill.kill)
@@ -123,20 +123,20 @@ def test_a_producer_killed_while_clients_are_served_and_busy_when_it_is_back(lab
     lab.assert_no_blocks_in_use(lab.decode)
     lab.prefill.restart()
     for _ in range(ATTEMPTS):
-        frozen_s, answers = asked_while_it_stands_still(lab)
+        frozen_s, answers = ask_while_the_producer_is_frozen(lab)
         if frozen_s < LONGEST_FREEZE_S:
             assert all(answer.ok for answer in answers.values()), (frozen_s, answers)
             break
     else:
         pytest.skip(
-            f"{FREEZE_S:g} s took {frozen_s:.1f} s here each time: patience of {lab.peer_timeout_s:g} s may end before"
+            f"{FREEZE_S:g} s took {frozen_s:.1f} s here each time: the timeout of {lab.peer_timeout_s:g} s may end before"
         )
     assert_all_work(lab)
 
 
 @pytest.mark.parametrize("delay_s", [None, 0.05, 0.3])
 def test_a_producer_that_freezes(lab, delay_s):
-    """A producer that stops answering costs its consumers at most their deadline; when it goes on, it serves again."""
+    """A frozen producer costs its consumers at most their deadline, and serves again when it is thawed."""
     pulled = Begun(lab, num_tokens=3000, ways=["pull"])
     if delay_s is None:
         lab.prefill.freeze()
@@ -152,14 +152,14 @@ def test_a_producer_that_freezes(lab, delay_s):
         lab.prefill.thaw()
     for each in begun:
         each.over()
-    # Leases whose consumer gave up run for their time.
+    # Leases whose consumer gave up end by their time.
     assert_all_work(lab, timeout_s=90)
 
 
 def test_a_consumer_killed(lab):
-    """Blocks lent or promised to a consumer that died are freed in time; the producer lives and serves the restarted one.
+    """Blocks leased to a killed consumer are freed in time; the producer goes on and serves the restarted consumer.
 
-    It dies while it reads what was prefilled, while blocks of a prefill arrive, and before a prefill that it waits for begins.
+    The consumer is killed while it reads finished prefills, while it reads a running one, and before one that it waits for begins.
     """
     consumer = lab.consumer("recompute")
     lab.assert_works(consumer, attempts=3)
@@ -167,15 +167,15 @@ def test_a_consumer_killed(lab):
     told, prefills = zip(
         *(lab.begin("push" if i > 3 else "pull", prompt) for i, prompt in enumerate(prompts)), strict=True
     )
-    lost_key, lost_prompt = "its consumer dies first", lab.prompt(700)
+    lost_key, lost_prompt = "its consumer is killed first", lab.prompt(700)
     killer = threading.Timer(0.3, consumer.kill)
     killer.start()
 
     def ask(prompt, params) -> None:
-        with contextlib.suppress(OSError):  # it is dead, as intended
+        with contextlib.suppress(OSError):  # it was killed
             consumer.ask(prompt, kv_transfer_params=params, timeout_s=30)
 
-    asked = zip([*prompts, lost_prompt], [*told, lab.prefill.told_at_once(lost_key)], strict=True)
+    asked = zip([*prompts, lost_prompt], [*told, lab.prefill.rendezvous_params(lost_key)], strict=True)
     lab.together((lambda prompt=prompt, params=params: ask(prompt, params)) for prompt, params in asked)
     killer.join()
     assert lab.prefill.prefill(lost_prompt, transfer_id=lost_key).ok

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kv_transfer_params`` come from clients. Whatever they hold, the engine answers, stays up and counts it."""
+"""``kv_transfer_params`` come from clients: with any content the engine answers, goes on and counts it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 
 from tools.serve.client import post
 
-# "Within seconds": more than a refusal takes, more than waiting for a peer that is not there (see conftest) takes.
+# Longest answer: longer than a refusal, and than waiting for a missing peer (see conftest).
 _ANSWER_S = 30.0
 
 DELETE = object()
 _HEX = "0123456789abcdef" * 2
 _DEEP = json.loads("[" * 200 + "]" * 200)
 
-# Every key of an answer of the producer, replaced. What follows a key is tried one by one.
+# Keys of a producer's answer, and the values that replace each of them, one by one.
 REPLACEMENTS = {
     "do_remote_prefill": ["yes", 1, [True], {}],
     "do_remote_decode": [True, "true", 0],
@@ -40,7 +40,7 @@ REPLACEMENTS = {
     "kvxfer": [DELETE, None, "", "{}", 5, [], {}, _DEEP, {"v": 1}],
 }
 
-# The same inside the lease.
+# The same for the fields of the lease.
 LEASE_REPLACEMENTS = {
     "v": [DELETE, None, 0, 2, "1", 1.0, 10**30],
     "token": [DELETE, None, "", "00", _HEX + "0", _HEX.upper(), "g" * 32, _HEX, 5, [_HEX], "\ud800" * 32],
@@ -64,10 +64,10 @@ LEASE_REPLACEMENTS = {
     "request": [DELETE, None, "", "another request", 5],
     "num_tokens": [DELETE, None, 0, -1, 1, 10**18, "70", 1.5, True],
     "digest": [DELETE, None, "", "0" * 32, 5, "\ud800"],
-    "early": [DELETE, True, None, 1, "yes", []],
+    "rendezvous": [DELETE, True, None, 1, "yes", []],
 }
 
-# And where a request was sent to both servers at once: what the decode server was told.
+# The same for the parameters of a decode request that is sent to both servers at once.
 TOLD_REPLACEMENTS = {
     "do_remote_prefill": REPLACEMENTS["do_remote_prefill"],
     "do_remote_decode": REPLACEMENTS["do_remote_decode"],
@@ -96,7 +96,7 @@ TOLD_REPLACEMENTS = {
     "kvxfer": ["", "{}", 5, [], {}, _DEEP, {"v": 1}],
 }
 
-# Not even an edited answer.
+# Parameters that no producer has made.
 FOREIGN = {
     "empty": {},
     "only the flag": {"do_remote_prefill": True},
@@ -111,7 +111,7 @@ FOREIGN = {
     "odd keys": {"": 1, "\x00": 2, "__class__": {}, "do_remote_prefill": True, "kvxfer": {"": {}}},
 }
 
-# No JSON object: vLLM itself may refuse these.
+# JSON without an object, and no JSON: vLLM itself may refuse these.
 NO_OBJECTS = [
     "[]",
     '"do_remote_prefill"',
@@ -123,7 +123,7 @@ NO_OBJECTS = [
 ]
 
 
-# What leaves a request in order: NixlConnector's hints that kvxfer does not need, and fields that may be left out.
+# Replacements that are served: NixlConnector's keys that kvxfer does not need, and fields that may be left out.
 HARMLESS = {
     "remote_block_ids": [[[1_999_999]], [[5] * 3]],
     "remote_host": ["", "no such host.invalid", "203.0.113.1", "../../etc"],
@@ -136,15 +136,15 @@ HARMLESS = {
     "transfer_mode": [None],
     "remote_blocks_expiry_time": REPLACEMENTS["remote_blocks_expiry_time"],
     "v": [DELETE],
-    "early": [DELETE, True],
+    "rendezvous": [DELETE, True],
 }
-# No part of what both servers make the same lease from; kvxfer asks the prefill server itself.
+# Not part of the lease that both servers derive; kvxfer asks the prefill server.
 HARMLESS_AT_ONCE = {"tp_size": REPLACEMENTS["tp_size"], "pp_size": [None], "dcp_size": [None]}
 
 
 @dataclass
 class Attempt:
-    """One request with odd parameters. ``counts``: the connector must notice that they are odd."""
+    """One request with malformed parameters; ``counts``: the connector must count it."""
 
     name: str
     params: object
@@ -162,7 +162,7 @@ def _edited(obj: dict, key: str, value) -> dict:
 
 
 def _counts(key: str, value, harmless) -> bool:
-    # vLLM's front end cannot pass half a character on to the engine and answers 500 itself.
+    # vLLM's front end cannot pass half a character to the engine and answers 500 itself.
     return "\\ud800" not in ascii(value) and not any(
         value is known or value == known for known in harmless.get(key, ())
     )
@@ -174,7 +174,7 @@ def _short(value) -> str:
 
 
 def _from_a_producer(lab, key, values, edit, way: str = "pull") -> list:
-    """An attempt for each value, each made of parameters of its own that the producer would honour."""
+    """Make an attempt for each value, each from valid parameters of its own."""
     harmless = HARMLESS_AT_ONCE if way == "push" else HARMLESS
     prompts = [lab.prompt(70) for _ in values]
     begun = lab.together(lambda prompt=prompt: lab.begin(way, prompt) for prompt in prompts)
@@ -185,14 +185,14 @@ def _from_a_producer(lab, key, values, edit, way: str = "pull") -> list:
 
 
 def counted(lab, server) -> float:
-    """Everything this server has counted as not as it should be."""
-    lab.settle_metrics(server)
+    """Number of requests that this server has refused or failed."""
+    lab.refresh_metrics(server)
     names = ("vllm:kvxfer_refused_params_total", "vllm:kvxfer_failed_transfers_total")
     return sum(sample.value for sample in server.metrics() if sample.name in names)
 
 
 def assert_survives(lab, server, attempts) -> None:
-    """The bar: each answered in time, rightly or by an error, and counted; an engine that lives and serves on."""
+    """Check that each attempt is answered in time, rightly or by an error, and counted, and that the engine goes on."""
     before = counted(lab, server)
 
     def ask(attempt):
@@ -221,13 +221,13 @@ def assert_survives(lab, server, attempts) -> None:
 
 @pytest.mark.parametrize("key", REPLACEMENTS)
 def test_edited_params_at_decode(lab, key):
-    """An answer of the producer with one key replaced or gone is served, computed locally or refused."""
+    """A producer's answer with one key replaced or removed is served, computed locally or refused."""
     assert_survives(lab, lab.decode, _from_a_producer(lab, key, REPLACEMENTS[key], _edited))
 
 
 @pytest.mark.parametrize("key", LEASE_REPLACEMENTS)
 def test_edited_lease_at_decode(lab, key):
-    """A lease with one field replaced or gone ends in a local answer or an error, never in another request's KV."""
+    """A lease with one field replaced or removed ends in a local answer or an error, never in another request's KV."""
 
     def edit(params, key, value):
         return params | {"kvxfer": _edited(params["kvxfer"], key, value)}
@@ -237,12 +237,12 @@ def test_edited_lease_at_decode(lab, key):
 
 @pytest.mark.parametrize("key", TOLD_REPLACEMENTS)
 def test_edited_params_of_a_request_sent_to_both_at_once(lab, key):
-    """The same where the decode server is told of the prefill server: what does not meet its prefill ends in time."""
+    """Edited parameters of a request sent to both at once end in time, also if no prefill matches them."""
     assert_survives(lab, lab.decode, _from_a_producer(lab, key, TOLD_REPLACEMENTS[key], _edited, way="push"))
 
 
 def test_edited_transfer_id_at_prefill(lab):
-    """A prefill request whose transfer id is none is computed, answered and counted."""
+    """A prefill request with an invalid transfer id is computed, answered and counted."""
     values = [value for value in TOLD_REPLACEMENTS["transfer_id"] if value not in (DELETE, None, "another")]
     wish = {"do_remote_decode": True, "do_remote_prefill": False}
     assert_survives(
@@ -257,14 +257,14 @@ def test_edited_transfer_id_at_prefill(lab):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_foreign_params(lab, role):
-    """Parameters that no producer ever made are answered on either server."""
+    """Parameters that no producer has made are answered on either server."""
     harmless = {"empty", "keys only"} | ({"only the other flag"} if role == "prefill" else set())
     attempts = [Attempt(name, params, lab.prompt(70), counts=name not in harmless) for name, params in FOREIGN.items()]
     assert_survives(lab, getattr(lab, role), attempts)
 
 
 def test_answers_of_a_producer_at_a_producer(lab):
-    """A producer that is handed what is meant for a consumer, edited or not, computes locally."""
+    """A producer that is sent a consumer's parameters, edited or not, computes locally."""
     attempts = [
         attempt
         for key in ("remote_block_ids", "remote_engine_id", "remote_port", "kvxfer", "do_remote_decode")
@@ -276,7 +276,7 @@ def test_answers_of_a_producer_at_a_producer(lab):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_params_that_are_no_object(lab, role):
-    """JSON that is no object, or no JSON, in the parameters' place is answered on either server."""
+    """Parameters that are no JSON object, or no JSON, are answered on either server."""
     server = getattr(lab, role)
     head = json.dumps({"model": "kvxfer", "prompt": lab.prompt(40), "max_tokens": 2})[:-1]
     for raw in NO_OBJECTS:
@@ -294,11 +294,11 @@ def test_another_prompts_lease(lab, way):
 
 
 def test_a_lease_that_was_never_announced(lab):
-    """A client that makes up a lease, and says that its prefill is still to come, is kept waiting for a while and no longer."""
+    """A client that invents a rendezvous lease waits for a limited time."""
     prompt = lab.prompt(70)
     params, _ = lab.begin("pull", prompt)
-    made_up = params["kvxfer"] | {"token": "a" * 32, "early": True}
-    assert_survives(lab, lab.decode, [Attempt("made up", params | {"kvxfer": made_up}, prompt)])
+    invented = params["kvxfer"] | {"token": "a" * 32, "rendezvous": True}
+    assert_survives(lab, lab.decode, [Attempt("invented", params | {"kvxfer": invented}, prompt)])
 
 
 def test_the_same_params_twice(lab, way):
@@ -311,12 +311,14 @@ def test_the_same_params_twice(lab, way):
 
 
 def test_the_same_transfer_id_twice_at_prefill(lab):
-    """Two prefills of one prompt that came with one transfer id: the decode server is given either's blocks, and none stay."""
+    """Two prefills of one prompt with one transfer id serve one decode request each, and no block stays in use."""
     prompt, key = lab.prompt(200), "twice"
     twice = lab.together([lambda: lab.prefill.prefill(prompt, transfer_id=key)] * 2)
     assert all(answer.ok for answer in twice)
-    assert_survives(lab, lab.decode, [Attempt("told at once", lab.prefill.told_at_once(key), prompt, counts=False)])
-    # The other one is handed on as an answer.
+    assert_survives(
+        lab, lab.decode, [Attempt("told at once", lab.prefill.rendezvous_params(key), prompt, counts=False)]
+    )
+    # The other lease is used by the prefill answer.
     leases = {answer.kv_transfer_params["kvxfer"]["token"]: answer.kv_transfer_params for answer in twice}
     assert len(leases) == 2
     lab.decode.reset_prefix_cache()
@@ -337,7 +339,7 @@ def test_the_same_params_at_once(lab, way):
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_params_of_a_request_that_vllm_refuses(lab, way, role):
-    """A request that vLLM itself refuses (too long) with parameters that are in order leaves no block in use."""
+    """A request with valid parameters that vLLM refuses (too long) leaves no block in use."""
     prompt = lab.prompt(100)
     params, _ = lab.begin(way, prompt)
     answer = getattr(lab, role).ask(lab.prompt(5000), max_tokens=6, kv_transfer_params=params)
@@ -345,14 +347,14 @@ def test_params_of_a_request_that_vllm_refuses(lab, way, role):
     lab.assert_works()
 
 
-def test_garbage_through_what_stands_in_front(lab, front):
-    """A client's own parameters, sent to the router or the proxy, do not reach the transfer."""
+def test_garbage_through_a_front(lab, front):
+    """A client's own parameters, sent to the router or the proxy, have no effect."""
     prompt = lab.prompt(70)
     answer = front.ask(prompt, max_tokens=6, kv_transfer_params={"do_remote_prefill": True, "kvxfer": "no"})
     assert answer.tokens == lab.expect(prompt, 6)
 
 
-def test_afterwards_the_pair_works_and_holds_nothing(lab):
-    """After all of that the pair transfers, and no block stays in use once the leases of the tests have ended."""
+def test_afterwards_the_pair_works(lab):
+    """After these tests the pair transfers, and no block is in use when their leases have ended."""
     lab.assert_works()
     lab.assert_no_blocks_in_use(timeout_s=90)

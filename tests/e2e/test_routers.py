@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-router in the one mode in which it sends a request to both servers at once, before real servers."""
+"""vllm-router with real servers, in the one mode in which it sends a request to both servers at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_TOKENS = 12
 
 
 class Routed:
-    """The laboratory's producer and consumer, registered with a vllm-router."""
+    """The lab's producer and consumer, registered with a vllm-router."""
 
     def __init__(self, lab) -> None:
         from tools.serve.pair import start_all
@@ -18,12 +18,12 @@ class Routed:
         self.lab = lab
         self.router = PushRouter(lab.folder)
         self.registrar = Registrar(self.router, lab.prefill, lab.decode, lab.folder)
-        # The router is healthy when it knows both, not before.
+        # The router is healthy only when it knows both.
         start_all(self.router, self.registrar, timeout_s=60)
 
     def count(self, name: str) -> float:
         """A metric of the consumer."""
-        self.lab.settle_metrics(self.lab.decode)
+        self.lab.refresh_metrics(self.lab.decode)
         return self.lab.decode.metric(f"vllm:kvxfer_{name}")
 
     def stop(self) -> None:
@@ -47,7 +47,7 @@ def routed(started_routed, lab):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("num_tokens", [1, 33, 700, 3000])
 def test_same_tokens(routed, num_tokens, stream):
-    """The tokens of one server, by a transfer, whether they are streamed or not."""
+    """Tokens are those of one server, by a transfer, streamed or not."""
     prompt = routed.lab.prompt(num_tokens)
     transfers = routed.count("transfer_seconds_count")
     answer = routed.router.ask(prompt, max_tokens=MAX_TOKENS, stream=stream)
@@ -58,18 +58,18 @@ def test_same_tokens(routed, num_tokens, stream):
 
 
 def test_it_asks_both_at_once(routed):
-    """Of a prompt that is computed in several steps, blocks are across before the last one."""
-    early = routed.count("early_bytes_total")
-    # Prefill takes a third of a second: on a busy machine a decode server may be that late once.
+    """Blocks of a prompt that is computed in several steps arrive before the last step."""
+    partial = routed.count("partial_bytes_total")
+    # Prefill takes a third of a second; on a busy machine the decode server may be later than that once.
     for _ in range(3):
         assert routed.router.ask(routed.lab.prompt(3500), max_tokens=2).ok
-        if routed.count("early_bytes_total") > early:
+        if routed.count("partial_bytes_total") > partial:
             return
-    pytest.fail("nothing was across before prefill had ended")
+    pytest.fail("no byte arrived before prefill had ended")
 
 
 def test_many_clients_at_once(routed):
-    """Streams and completions of all lengths, and a chat, at once: each has its own tokens."""
+    """Streams and completions of all lengths, and a chat, at once have their own tokens each."""
     prompts = [routed.lab.prompt(n) for n in (1, 33, 64, 200, 500, 700, 900, 1300)]
     chat = [{"role": "user", "content": "a b c"}]
     expected = [routed.lab.expect(prompt, MAX_TOKENS) for prompt in (*prompts, chat)]
@@ -84,14 +84,14 @@ def test_many_clients_at_once(routed):
 
 
 def test_a_client_that_leaves(routed):
-    """Both servers hear of it through the router, and neither keeps a block."""
+    """The router tells both servers of a client that leaves, and neither keeps a block."""
     with pytest.raises(TimeoutError):
         routed.router.ask(routed.lab.prompt(3500), max_tokens=500, timeout_s=0.5)
     routed.lab.assert_no_blocks_in_use()
 
 
 def test_what_the_servers_refuse(routed):
-    """A prompt that is too long is the client's error, in the server's words, and the next request is served."""
+    """A prompt that is too long is refused with the server's own message, and the next request is served."""
     answer = routed.router.ask(routed.lab.prompt(4200), max_tokens=4, timeout_s=60)
     assert answer.status == 400 and "maximum context length" in answer.body
     prompt = routed.lab.prompt(100)
@@ -99,7 +99,7 @@ def test_what_the_servers_refuse(routed):
 
 
 def test_a_server_that_is_not_healthy_is_forgotten(routed):
-    """The router says so itself (503) while one of the two does not answer, and knows it again afterwards."""
+    """The router answers 503 while one server does not answer, and serves again afterwards."""
     prompt = routed.lab.prompt(50)
     routed.lab.decode.freeze()
     try:

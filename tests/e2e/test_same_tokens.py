@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Through prefill, transfer and decode come the very tokens of one server without a connector, however a request is sent."""
+"""Prefill, transfer and decode give the same tokens as one server without a connector, for every way of sending."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_completion(lab, front, num_tokens, stream):
     assert answer.ok, answer.body
     assert answer.tokens == lab.expect(prompt, 32)
     assert answer.finish_reason == "length"
-    # Without this the test would also pass where every prompt is computed again.
+    # Without this the test would also pass if every prompt was computed again.
     assert lab.eventually(lambda: lab.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + 1)
 
 
@@ -38,29 +38,29 @@ def test_chat(lab, front, stream):
 
 
 @pytest.mark.parametrize("shared", [32, 320, 500])
-def test_prefix_that_decode_holds_in_part(lab, front, shared):
-    """Where decode holds the first blocks of a prompt already, only the rest is moved, and the tokens are right."""
+def test_prefix_that_decode_has_in_part(lab, front, shared):
+    """If decode has the first blocks of a prompt, only the rest is moved, and the tokens are right."""
     prefix = lab.prompt(shared)
     assert lab.decode.ask(prefix, max_tokens=1).ok
     prompt = prefix + lab.prompt(700 - shared)
     before = lab.decode.metric("vllm:kvxfer_transfer_bytes_sum")
     answer = front.ask(prompt, max_tokens=24)
     assert answer.tokens == lab.expect(prompt, 24)
-    lab.settle_metrics(lab.decode)
+    lab.refresh_metrics(lab.decode)
     moved = lab.decode.metric("vllm:kvxfer_transfer_bytes_sum") - before
     assert 0 < moved <= (-(-700 // 32) - shared // 32) * _BLOCK_NBYTES
 
 
-def test_prefix_that_decode_holds_wholly(lab, front):
-    """Where decode has just served the same prompt, the answer is the same and prefill's blocks are freed."""
+def test_prompt_that_decode_has(lab, front):
+    """If decode has just served the same prompt, the answer is the same and prefill's blocks are freed."""
     prompt = lab.prompt(320)
     answers = [front.ask(prompt, max_tokens=24) for _ in range(3)]
     assert [answer.tokens for answer in answers] == [lab.expect(prompt, 24)] * 3
     lab.assert_no_blocks_in_use(timeout_s=60)
 
 
-def test_prefix_that_prefill_holds(lab, front):
-    """Where prefill has its blocks from its own prefix cache, they are moved like fresh ones."""
+def test_prefix_that_prefill_has(lab, front):
+    """Blocks of prefill's own prefix cache are moved like others."""
     prefix = lab.prompt(640)
     assert front.ask(prefix, max_tokens=4).tokens == lab.expect(prefix, 4)
     lab.decode.reset_prefix_cache()
@@ -87,7 +87,7 @@ def test_32_clients_at_once(lab, front):
 
 @pytest.mark.parametrize("extra", [{"stop": ["zzz"]}, {"echo": True}, {"min_tokens": 3}], ids=str)
 def test_other_options_of_a_completion(lab, front, extra):
-    """Options that the two halves of a request do not share are answered as by the reference."""
+    """Options that the prefill and decode requests do not share are answered as by the reference."""
     prompt = lab.prompt(70)
     answer = front.ask(prompt, max_tokens=8, **extra)
     assert answer.ok, answer.body
@@ -95,7 +95,7 @@ def test_other_options_of_a_completion(lab, front, extra):
 
 
 def test_several_prompts_in_one_request(lab, front):
-    """One request with several prompts is answered as by the reference, although an answer of prefill hands on one lease."""
+    """One request with several prompts is answered as by the reference, although an answer of prefill has one lease."""
     prompts = [lab.prompt(40), lab.prompt(70)]
     answer = front.ask(prompts, max_tokens=8)
     assert answer.ok, answer.body
@@ -110,5 +110,5 @@ def test_a_prompt_that_leaves_no_room(lab, front):
 
 
 def test_no_block_stays_in_use(lab):
-    """After all of that, neither server holds a KV block."""
+    """After these tests no server has a block in use."""
     lab.assert_no_blocks_in_use(lab.prefill, lab.decode, lab.reference)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tools.serve``, which is ``make serve``: as a newcomer meets it."""
+"""``python -m tools.serve``, which is ``make serve``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import pytest
 
 @pytest.fixture(scope="module")
 def room(started_lab):
-    """Memory and cores for another pair: the laboratory's servers end, these tests are the last."""
+    """Stop the lab's servers, so that there are memory and cores for another pair; these tests are the last."""
     started_lab.stop()
 
 
 def serve(folder, **environment) -> subprocess.Popen:
-    """The command, its output in a file."""
+    """Start the command, with its output in a file."""
     with (folder / "out").open("wb") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "tools.serve", "--logs", str(folder / "logs")],
@@ -49,13 +49,13 @@ def server_groups(folder) -> set[int]:
 
 
 def members(groups) -> list[tuple[int, str]]:
-    """What still runs in these groups; a server's engine has another command line than the server."""
+    """Processes of these groups; a server's engine has another command line than the server."""
     return [row for row in processes() if row[0] in groups]
 
 
 @pytest.fixture(scope="module")
 def served(room, tmp_path_factory):
-    """The command's output, its curl lines' answers, its exit, and what it left behind."""
+    """The command's output, its curl lines, their answers, its servers, its exit status, and the processes left."""
     folder = tmp_path_factory.mktemp("serve")
     process = serve(folder)
     try:
@@ -79,8 +79,8 @@ def served(room, tmp_path_factory):
     return text + (folder / "out").read_text()[len(text) :], lines, answers, running, status, members(running)
 
 
-def test_it_says_what_to_do(served):
-    """It ends its start with two curl lines that it has tried, and says what was moved."""
+def test_it_prints_two_curl_lines(served):
+    """The command ends its start with two curl lines that it has tried, and prints what was moved."""
     text, lines, *_ = served
     assert len(lines) == 2, text
     assert re.search(r"2 transfers moved \d+ KiB of KV cache", text), text
@@ -88,7 +88,7 @@ def test_it_says_what_to_do(served):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_its_curl_lines_work(served):
-    """Each of the lines, pasted into a shell, is answered."""
+    """Each of the curl lines works in a shell."""
     _, _, answers, *_ = served
     assert '"text_completion"' in answers[0]
     assert "data: [DONE]" in answers[1]
@@ -102,8 +102,8 @@ def test_ctrl_c_ends_all(served):
     assert left == []
 
 
-def test_a_failure_is_told(room, tmp_path):
-    """Where a server does not come up, the command ends with status 1 and the reason from its log, leaving nothing."""
+def test_a_failure_is_reported(room, tmp_path):
+    """If a server does not start, the command prints the reason from its log, ends with status 1, and leaves no process."""
     process = serve(tmp_path, KVXFER_LEASE_S="soon")
     started = set()
     try:
@@ -121,8 +121,8 @@ def test_a_failure_is_told(room, tmp_path):
     assert members(started) == []
 
 
-def test_nothing_survives_the_command(room, tmp_path):
-    """Killed with SIGKILL while its servers start, it leaves none of them behind."""
+def test_no_server_survives_the_command(room, tmp_path):
+    """The command, killed with SIGKILL while its servers start, leaves no server."""
     process = serve(tmp_path)
     deadline = time.monotonic() + 120
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anybody can reach the side channel's port. What is not kvxfer's is refused and counted, and the next handshake works.
+"""Every process can reach the side channel's port. Other bytes than kvxfer's are refused and counted, and the next handshake works.
 
-Strangers do not have the servers' secret, and are refused before any message of theirs is looked at. An *insider* has it, and says
-what makes no sense: each such message is refused by itself.
+A peer without the servers' secret is unauthenticated, and refused before its messages are read. An *insider* has the secret and sends
+messages that make no sense: each is refused by itself.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kvxfer.protocol import messages
 from kvxfer.secret import Secret
 
 _ANSWER_MS = 10_000
-STRANGER = "unauthenticated"
-"""The reason by which connections of those are counted who do not have the secret."""
+UNAUTHENTICATED = "unauthenticated"
+"""Reason under which connections without the secret are counted."""
 _noise = random.Random(4).randbytes
 
 _GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 16 + b"\0" + b"\0" * 31
@@ -44,9 +44,9 @@ RAW = {
 }
 
 _HELLO = messages.encode(
-    messages.Hello(protocol=messages.PROTOCOL, name="somebody", epoch="e" * 16, rank=0, agent="nixl")
+    messages.Hello(protocol=messages.PROTOCOL, name="a peer", epoch="e" * 16, rank=0, agent="nixl")
 )
-_OPEN = messages.encode(messages.Acquire(to="e" * 16, token="0" * 32))
+_ACQUIRE = messages.encode(messages.Acquire(to="e" * 16, token="0" * 32))
 
 # Frames of a well-formed ZeroMQ message.
 MESSAGES = {
@@ -54,7 +54,7 @@ MESSAGES = {
     "no frame but many": [b""] * 50,
     "random": [_noise(200)],
     "text": [b"get_meta_msg"],
-    "what NixlConnector asks": [b"\x93\xacget_meta_msg\x00\x00"],
+    "question of NixlConnector": [b"\x93\xacget_meta_msg\x00\x00"],
     "msgpack of something else": [b"\x93\x01\x02\x03"],
     "deep msgpack": [b"\x91" * 100_000 + b"\x01"],
     "truncated": [_HELLO[: len(_HELLO) // 2]],
@@ -70,13 +70,13 @@ MESSAGES = {
     "wrong agent": [
         messages.encode(messages.Hello(protocol=messages.PROTOCOL, name="a", epoch="e", rank=0, agent="telepathy"))
     ],
-    "not introduced": [_OPEN],
-    "an answer nobody asked for": [messages.encode(messages.Released(token="0" * 32, stood=True))],
+    "not introduced": [_ACQUIRE],
+    "an answer without a question": [messages.encode(messages.Released(token="0" * 32, was_live=True))],
 }
 
 
 def _dealer(context, port, secret: Secret | None = None) -> zmq.Socket:
-    """Somebody who connects: with the servers' secret an insider."""
+    """A connected peer: with the servers' secret an insider."""
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 0)
     dealer.setsockopt(zmq.RCVTIMEO, _ANSWER_MS)
@@ -89,21 +89,21 @@ def _dealer(context, port, secret: Secret | None = None) -> zmq.Socket:
 
 
 def hello() -> bytes:
-    """How somebody whom nobody knows introduces itself properly."""
+    """A valid Hello of an unknown peer."""
     name, epoch = uuid.uuid4().hex, uuid.uuid4().hex[:16]
     return messages.encode(messages.Hello(protocol=messages.PROTOCOL, name=name, epoch=epoch, rank=0, agent="nixl"))
 
 
 def shake_hands(lab, port) -> messages.Message:
-    """What the server answers to an insider that introduces itself properly."""
+    """Answer of the server to a valid Hello of an insider."""
     with zmq.Context() as context, _dealer(context, port, lab.secret) as dealer:
         dealer.send(hello())
         return messages.decode(dealer.recv())
 
 
 def refused(lab, server) -> Counter[str]:
-    """What this server has counted by now, by reason."""
-    lab.settle_metrics(server)
+    """Refused messages that this server has counted, by reason."""
+    lab.refresh_metrics(server)
     samples = server.metrics()
     return Counter({
         sample.labels["reason"]: sample.value
@@ -117,10 +117,10 @@ def refused(lab, server) -> Counter[str]:
 def test_bytes_that_are_no_zeromq(lab, role, name):
     """Bytes of any other protocol on the port change nothing: the next handshake is answered."""
     server = getattr(lab, role)
-    with socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as stranger:
+    with socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as peer:
         with contextlib.suppress(ConnectionError):  # refused in the middle of it
-            stranger.sendall(RAW[name])
-        # It may stay as long as it likes.
+            peer.sendall(RAW[name])
+        # The connection may stay open.
         assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
     assert server.alive
 
@@ -134,43 +134,43 @@ def test_messages_that_are_not_ours(lab, role, name):
     with zmq.Context() as context, _dealer(context, server.side_channel_port, lab.secret) as dealer:
         dealer.send_multipart(MESSAGES[name])
         assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
-        if name != "oversized by far":  # ZeroMQ itself drops that, before anybody can count it
-            # It was looked at: what strangers say is counted as theirs, whatever it is.
-            assert lab.eventually(lambda: (refused(lab, server) - before).keys() - {STRANGER})
+        if name != "oversized by far":  # ZeroMQ itself drops that, before kvxfer can count it
+            # The message itself was read: those of unauthenticated peers have one reason.
+            assert lab.eventually(lambda: (refused(lab, server) - before).keys() - {UNAUTHENTICATED})
     assert server.alive
 
 
-@pytest.mark.parametrize("whose", ["no secret", "another secret"])
+@pytest.mark.parametrize("known", ["no secret", "another secret"])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_strangers_hear_nothing(lab, role, whose):
-    """Whoever does not have the secret is counted as a stranger and gets no answer, however well it introduces itself."""
+def test_unauthenticated_peers_get_no_answer(lab, role, known):
+    """A peer without the secret is counted as unauthenticated and gets no answer, also to a valid Hello."""
     server = getattr(lab, role)
     before = refused(lab, server)
-    secret = Secret(b"what these servers do not know") if whose == "another secret" else None
+    secret = Secret(b"a secret that these servers lack") if known == "another secret" else None
     with zmq.Context() as context, _dealer(context, server.side_channel_port, secret) as dealer:
         dealer.send(hello())
-        dealer.send(_OPEN)
-        assert lab.eventually(lambda: refused(lab, server)[STRANGER] > before[STRANGER])
+        dealer.send(_ACQUIRE)
+        assert lab.eventually(lambda: refused(lab, server)[UNAUTHENTICATED] > before[UNAUTHENTICATED])
         assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
         assert not dealer.poll(0)
-    # Nothing that was said was looked at: it would have been counted by what is wrong with it.
-    assert (refused(lab, server) - before).keys() == {STRANGER}
+    # The messages were not read: they would have been counted under other reasons.
+    assert (refused(lab, server) - before).keys() == {UNAUTHENTICATED}
 
 
 def test_raw_garbage_is_counted(lab):
-    """Connections that fail ZeroMQ's own handshake are counted too, as those of strangers."""
-    before = refused(lab, lab.prefill)[STRANGER]
-    with contextlib.ExitStack() as strangers:
+    """Connections that fail ZeroMQ's own handshake are counted as unauthenticated."""
+    before = refused(lab, lab.prefill)[UNAUTHENTICATED]
+    with contextlib.ExitStack() as peers:
         for name in ("http", "much random", "greeting, then random"):
             address = ("127.0.0.1", lab.prefill.side_channel_port)
-            stranger = strangers.enter_context(socket.create_connection(address, timeout=10))
+            peer = peers.enter_context(socket.create_connection(address, timeout=10))
             with contextlib.suppress(ConnectionError):  # refused in the middle of it
-                stranger.sendall(RAW[name])
-        assert lab.eventually(lambda: refused(lab, lab.prefill)[STRANGER] > before)
+                peer.sendall(RAW[name])
+        assert lab.eventually(lambda: refused(lab, lab.prefill)[UNAUTHENTICATED] > before)
 
 
 def send_garbage_until(over: threading.Event, servers, secret: Secret) -> int:
-    """All that is not ours and not huge, to each of the servers, by insiders and strangers, again and again; how much was sent."""
+    """Send all garbage that is not huge to each server, as insiders and as unauthenticated peers; returns the number sent."""
     sent = 0
     messages = [frames for frames in MESSAGES.values() if sum(map(len, frames)) < 1 << 20]
     with zmq.Context() as context:
@@ -186,9 +186,9 @@ def send_garbage_until(over: threading.Event, servers, secret: Secret) -> int:
                 for raw in RAW.values():
                     with (
                         contextlib.suppress(ConnectionError),
-                        socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as stranger,
+                        socket.create_connection(("127.0.0.1", server.side_channel_port), timeout=10) as peer,
                     ):
-                        stranger.sendall(raw)
+                        peer.sendall(raw)
                 sent += len(messages) * len(both) + len(RAW)
         for dealer in itertools.chain(*dealers.values()):
             dealer.close()
@@ -196,7 +196,7 @@ def send_garbage_until(over: threading.Event, servers, secret: Secret) -> int:
 
 
 def test_garbage_during_requests(lab, front):
-    """While insiders and strangers send all of that to both servers without a pause, requests are served, and by a transfer."""
+    """Requests are served by transfers while insiders and unauthenticated peers send garbage to both servers."""
     prompts = [lab.prompt(n) for n in (33, 700, 3000)]
     expected = [lab.expect(prompt, 8) for prompt in prompts]
     moved = lab.decode.metric("vllm:kvxfer_transfer_seconds_count")
@@ -214,17 +214,17 @@ def test_garbage_during_requests(lab, front):
 
 
 def test_many_connections_that_say_nothing(lab):
-    """200 silent connections keep nobody from being served."""
-    strangers = [socket.create_connection(("127.0.0.1", lab.prefill.side_channel_port), timeout=10) for _ in range(200)]
+    """Requests are served beside 200 silent connections."""
+    peers = [socket.create_connection(("127.0.0.1", lab.prefill.side_channel_port), timeout=10) for _ in range(200)]
     try:
         lab.assert_works()
     finally:
-        for stranger in strangers:
-            stranger.close()
+        for peer in peers:
+            peer.close()
 
 
 def test_a_flood_of_garbage(lab):
-    """20,000 messages of garbage at once, by an insider, do not stop transfers under way."""
+    """20,000 messages of garbage at once from an insider do not stop transfers."""
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.setsockopt(zmq.SNDHWM, 0)
         for _ in range(20_000):
@@ -233,7 +233,7 @@ def test_a_flood_of_garbage(lab):
 
 
 def test_insiders_cannot_end_a_lease(lab, way):
-    """Whoever does not know a lease's token, or is not its holder, cannot settle it, though it has the secret."""
+    """An insider that does not know a lease's token, or is not its consumer, cannot release it."""
     prompt = lab.prompt(300)
     params, _ = lab.begin(way, prompt)
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
@@ -246,7 +246,7 @@ def test_insiders_cannot_end_a_lease(lab, way):
 
 
 def test_an_insider_that_waits_for_leases(lab):
-    """Somebody with the secret who says that he waits for 20,000 leases, none of which will ever be, keeps nobody else from theirs."""
+    """An insider that waits for 20,000 leases that are never announced does not keep other consumers from theirs."""
     with zmq.Context() as context, _dealer(context, lab.prefill.side_channel_port, lab.secret) as dealer:
         dealer.setsockopt(zmq.SNDHWM, 0)
         dealer.send(_HELLO)
@@ -257,8 +257,8 @@ def test_an_insider_that_waits_for_leases(lab):
         lab.assert_works()
 
 
-def test_the_next_peer_is_met(lab):
-    """A consumer that starts after all of that meets this producer, with a request that was sent to both at once, and transfers."""
+def test_the_next_consumer_works(lab):
+    """A consumer that starts after these tests transfers from this producer, with a request sent to both at once."""
     lab.recompute.kill()
     consumer, prompt = lab.consumer("recompute"), lab.prompt(200)
     assert lab.send("push", prompt, consumer, max_tokens=8).tokens == lab.expect(prompt, 8)

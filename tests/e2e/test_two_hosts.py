@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill and decode servers on two hosts, as far as their network goes: two namespaces and a wire, which is slowed, cut and healed.
+"""Prefill and decode servers on two simulated hosts: two network namespaces and a wire, which is slowed, cut and healed.
 
-The bytes go by TCP, from one real address to another; the side channel has the laboratory's secret. Each server's HTTP stays on its own
-host: whoever asks is there too.
+KV moves over TCP, from one real address to another; the side channel has the lab's secret. The HTTP of each server is reached from
+its own host only, so clients run there, too.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ WAYS = ("pull", "push")
 MAX_TOKENS = 8
 PATIENCE = {"peer_timeout_seconds": 8, "read_timeout_seconds": 12}
 DEADLINE_S = 45.0
-"""Of an answer that waits for such a deadline, on a machine whose cores are all busy."""
+"""Longest answer that waits for such a deadline, on a machine whose cores are all busy."""
 
 
 class Pair:
-    """A producer here, a consumer there, and threads that live where each of them does."""
+    """A producer on one host, a consumer on the other, and threads on both."""
 
     def __init__(self, lab, wire) -> None:
         from tools.serve.pair import VllmServer, start_all
@@ -45,16 +45,16 @@ class Pair:
             each.result()
 
     def at(self, number, act, *arguments, **options):
-        """Do something on one of the two hosts; a future."""
+        """Call a function on one of the two hosts; returns a future."""
         return self.threads[number].submit(act, *arguments, **options)
 
     def send(self, way, prompt, timeout_s=DEADLINE_S):
-        """What a router does that reaches both; the decode server's answer."""
+        """Send a request as a router that reaches both hosts does; returns the decode server's answer."""
         producer, consumer = self.servers
         if way == "push":
             key = f"{way} {time.monotonic()}"
             prefilled = self.at(0, producer.prefill, prompt, transfer_id=key)
-            params = producer.told_at_once(key) | {"remote_host": self.wire.ends[0].address}
+            params = producer.rendezvous_params(key) | {"remote_host": self.wire.ends[0].address}
         else:
             prefilled = self.at(0, producer.prefill, prompt)
             params = prefilled.result().kv_transfer_params
@@ -63,11 +63,11 @@ class Pair:
         return asked.result()
 
     def moved(self) -> float:
-        """Transfers that the consumer has finished."""
+        """Number of transfers that the consumer has finished."""
         return self.at(1, self.servers[1].metric, "vllm:kvxfer_transfer_seconds_count").result()
 
     def works(self, num_tokens=300) -> bool:
-        """A fresh prompt is served in each way, right and by a transfer, or it is not served."""
+        """Whether a new prompt is served in each way by a transfer; its tokens are right whenever it is served."""
         for way in WAYS:
             before, prompt = self.moved(), self.lab.prompt(num_tokens)
             answer = self.send(way, prompt)
@@ -77,13 +77,13 @@ class Pair:
         return True
 
     def assert_over(self) -> None:
-        """Both live, and neither holds a block."""
+        """Check that both servers run and have no block in use."""
         for number, server in enumerate(self.servers):
             assert server.alive
             assert self.at(number, server.wait_no_blocks_in_use, 60.0).result() == 0
 
     def end(self) -> None:
-        """Kill both."""
+        """Kill both servers."""
         for server in self.servers:
             server.kill()
         for there in self.threads:
@@ -92,7 +92,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def far(started_lab):
-    """The two servers; the laboratory's own are frozen meanwhile, but for the reference."""
+    """The two servers; the lab's own are frozen meanwhile, except the reference."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
@@ -115,13 +115,13 @@ def far(started_lab):
 
 
 def test_tokens_are_those_of_one_server(far):
-    """From one host to the other, in each way."""
+    """Tokens are right from one host to the other, in each way."""
     assert far.works() and far.works(num_tokens=1500)
     far.assert_over()
 
 
 def test_over_a_slow_wire(far):
-    """A wire that carries 20 Mbit/s makes it slow, and nothing else."""
+    """With a wire of 20 Mbit/s requests are slow and right."""
     far.wire.slow(20)
     try:
         assert far.works(num_tokens=1500)
@@ -132,7 +132,7 @@ def test_over_a_slow_wire(far):
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
 def test_a_wire_that_breaks_and_is_healed(far, how):
-    """Requests meanwhile end in time, in right tokens or an error; afterwards the pair transfers again and holds no block."""
+    """Requests on a broken wire end in time; after it is healed the pair transfers again and has no block in use."""
     prompts = {way: far.lab.prompt(700) for way in WAYS}
     getattr(far.wire, how)()
     try:

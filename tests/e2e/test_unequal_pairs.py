@@ -3,9 +3,9 @@
 
 All servers run in float32: in bfloat16 two tensor parallel sizes differ by rounding, and greedy tokens drift apart.
 
-Two ranks on a machine with two cores make vLLM slow now and then: its workers wait for orders by spinning, and one that has gone
-to sleep may miss a wake-up and look again after 5 s only (`SHM_READER_RECHECK_INTERVAL_MS` of vLLM 0.32; steps of half a minute
-were seen). So whoever has no part in a test is frozen, and all that has a deadline has a long one.
+Two ranks on a machine with two cores make vLLM slow at times: its workers wait for orders by spinning, and a worker that sleeps may
+miss a wake-up and look again after 5 s only (`SHM_READER_RECHECK_INTERVAL_MS` of vLLM 0.32; steps of half a minute were seen). So
+servers that a test does not use are frozen, and deadlines are long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ import pytest
 TWO_RANKS = ("--tensor-parallel-size", "2")
 PROMPT_TOKENS = (33, 700)
 MAX_TOKENS = 12
-PATIENT = {"lease_seconds": 300, "match_seconds": 200, "read_timeout_seconds": 200, "peer_timeout_seconds": 100}
+PATIENT = {
+    "lease_seconds": 300,
+    "rendezvous_timeout_seconds": 200,
+    "read_timeout_seconds": 200,
+    "peer_timeout_seconds": 100,
+}
 ANSWER_TIMEOUT_S = 300
 
 PAIRS = [
@@ -35,7 +40,7 @@ WAYS = ("pull", "push")
 
 
 class Unequal:
-    """The servers by name, all frozen but while they are used, and prompts with the tokens that are right for them."""
+    """The servers by name, frozen while they are not used, and prompts with their right tokens."""
 
     def __init__(self, lab, servers) -> None:
         self.servers = servers
@@ -51,7 +56,7 @@ class Unequal:
 
     @contextlib.contextmanager
     def awake(self, *names):
-        """These servers, running."""
+        """Thaw these servers for the block."""
         found = [self.servers[name] for name in names]
         for server in found:
             server.thaw()
@@ -66,12 +71,12 @@ class Unequal:
 
 @pytest.fixture(scope="module")
 def unequal(started_lab):
-    """Four servers that prefill and decode; the laboratory's own are frozen meanwhile."""
+    """Four servers that prefill and decode; the lab's own are frozen meanwhile."""
     from tools.serve.pair import VllmServer, start_all
 
     lab = started_lab
     lab.heal()
-    secret = {"KVXFER_SECRET": "what these four servers know and no other does"}
+    secret = {"KVXFER_SECRET": "a secret of these four servers"}
     plain = replace(lab.prefill.settings, role="kv_both", num_blocks=300, connector_options=PATIENT, environment=secret)
     layers = {**PATIENT, "granularity": "layer"}
     two_ranks = (*plain.arguments, *TWO_RANKS)
@@ -101,10 +106,10 @@ def unequal(started_lab):
 @pytest.mark.parametrize(("source", "target"), PAIRS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("hit", HITS)
 def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hit):
-    """Whatever the two sides look like, prefilled here and decoded there is the same; also where a prefix is there already.
+    """Tokens are those of one server for all pairs of parallelism and block size, also if decode has a prefix.
 
-    Sent to both at once, the decode server is told of the first rank only, and blocks leave while prefill runs: of some servers
-    layer by layer, whatever the other side does. All of them talk by a secret of theirs.
+    With a request sent to both at once, the decode server knows the first rank only, and blocks are read while prefill runs; some
+    producers publish layer by layer. All four servers share a secret.
     """
     asked = unequal.asked[(source, target), hit]
     with unequal.awake(source, target) as (producer, consumer):
@@ -115,7 +120,7 @@ def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hi
         transfers = consumer.metric("vllm:kvxfer_transfer_seconds_count")
         failed = consumer.metric("vllm:kvxfer_failed_transfers_total")
         refused = consumer.metric("vllm:kvxfer_refused_params_total")
-        early = producer.metric("vllm:kvxfer_early_seals_total")
+        partial = producer.metric("vllm:kvxfer_partial_publishes_total")
         for way, prompt, expected in asked:
             answer = started_lab.send(
                 way, prompt, consumer, producer, max_tokens=MAX_TOKENS, timeout_s=ANSWER_TIMEOUT_S
@@ -130,5 +135,5 @@ def test_tokens_are_those_of_one_server(started_lab, unequal, source, target, hi
         assert consumer.metric("vllm:kvxfer_failed_transfers_total") == failed
         assert consumer.metric("vllm:kvxfer_refused_params_total") == refused
         by_layer = producer.settings.connector_options.get("granularity") == "layer"
-        assert (producer.metric("vllm:kvxfer_early_seals_total") > early) == by_layer
+        assert (producer.metric("vllm:kvxfer_partial_publishes_total") > partial) == by_layer
         started_lab.assert_no_blocks_in_use(producer, consumer, timeout_s=120)

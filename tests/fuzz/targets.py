@@ -256,8 +256,8 @@ def seeds_options() -> list[bytes]:
             "secret_file": "f",
             "allow_unauthenticated": True,
             "model_fingerprint": "m",
-            "hold_seconds": 2.5,
-            "announce_seconds": 1,
+            "unread_lease_seconds": 2.5,
+            "announce_timeout_seconds": 1,
         },
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small HTTP client of the local pair, against a stand-in of a server."""
+"""The small HTTP client of the servers, against a simulated server."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Stand(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url():
-    """Where the stand-in answers."""
+    """URL of a simulated server."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Stand) as stand:
         thread = threading.Thread(target=stand.serve_forever)
         thread.start()
@@ -52,7 +52,7 @@ def url():
 
 
 def test_a_whole_answer(url):
-    """Tokens, text and parameters of an answer in one piece are found."""
+    """Tokens, text and parameters of an answer in one piece are read."""
     _Stand.answer = json.dumps(
         {
             "choices": [{"text": "ab", "token_ids": [1, 2], "finish_reason": "length"}],
@@ -77,7 +77,7 @@ def test_a_streamed_chat(url):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_broken_answer_is_not_ok(url, stream):
-    """An answer whose connection ends early, or whose stream tells an error, does not count as one."""
+    """An answer whose connection ends early, or whose stream reports an error, is not ok."""
     _Stand.answer = b'data: {"error": {"message": "no"}}\n\ndata: [DONE]\n\n' if stream else b"cut"
     answer = ask(url, "hi", stream=stream)
     assert answer.status == 200 and not answer.ok

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes of the local pair: started, watched, frozen, and never left behind. With small stand-ins for servers."""
+"""Child processes of the servers: started, watched, frozen, and never left running. With small programs as servers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ time.sleep(600)
 
 
 def server(tmp_path, program, healthy=None) -> ServerProcess:
-    """A stand-in whose health is a line in its log, by default."""
+    """A small program as a server; by default it is healthy when its log has a line."""
     made = ServerProcess(
         "stand-in",
         [sys.executable, "-c", program],
@@ -59,7 +59,7 @@ def test_kill_takes_the_whole_tree(tmp_path):
 
 
 def test_stop_is_polite_first(tmp_path):
-    """stop() lets a server that listens to SIGTERM end by itself, even one that was frozen, and kills another."""
+    """stop() lets a server that handles SIGTERM end by itself, also a frozen one, and kills another."""
     polite = server(tmp_path, "import time; print('up', flush=True); time.sleep(600)")
     polite.start()
     polite.wait_ready(30)
@@ -76,7 +76,7 @@ def test_stop_is_polite_first(tmp_path):
 
 
 def test_a_death_while_starting_quotes_the_log(tmp_path):
-    """A server that ends before it is healthy is an error at once, with its status and what it wrote last."""
+    """A server that ends before it is healthy is an error at once, with its status and the end of its log."""
     broken = server(tmp_path, "print('the disk is on fire'); raise SystemExit(7)", healthy=lambda: False)
     broken.start()
     with pytest.raises(ServerStartError, match=r"status 7[\s\S]*the disk is on fire"):
@@ -84,7 +84,7 @@ def test_a_death_while_starting_quotes_the_log(tmp_path):
 
 
 def test_a_start_that_takes_too_long_is_ended(tmp_path):
-    """A server that is not healthy in time is an error and does not go on running."""
+    """A server that is not healthy in time is an error and is killed."""
     slow = server(tmp_path, _TREE, healthy=lambda: False)
     slow.start()
     with pytest.raises(ServerStartError, match="not healthy after"):
@@ -93,7 +93,7 @@ def test_a_start_that_takes_too_long_is_ended(tmp_path):
 
 
 def test_a_restart_keeps_the_log_and_reads_the_new_part(tmp_path):
-    """After restart() the log text is the new run's; the file has both."""
+    """After restart() the log text is that of the new run; the file has both."""
     tree = server(tmp_path, _TREE)
     tree.start()
     tree.wait_ready(30)
@@ -125,7 +125,7 @@ time.sleep(600)
 
 
 def test_ports_are_given_once():
-    """No port is given twice, and none from the range that outgoing connections take."""
+    """No port is returned twice, and none of the range of outgoing connections."""
     ports = [free_port() for _ in range(200)]
     assert len(set(ports)) == 200
     assert max(ports) < 32_768

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of the connector with vLLM's own classes and no server."""
+"""Fixtures of the connector's tests, which use vLLM's own classes and no server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 from kvxfer import registry
 
-# As in tests/xla: to be said before JAX is imported.
+# As in tests/xla: JAX reads these when it is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 if importlib.util.find_spec("vllm") is not None:
-    # Importing vLLM and torch warns of their own deprecations, which our tests would take for ours.
+    # Importing vLLM and torch warns of their own deprecations, which would fail the tests.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("vllm.v1.core.sched.scheduler")
@@ -25,7 +25,7 @@ if importlib.util.find_spec("vllm") is not None:
 
 @pytest.fixture(params=["inproc", "nixl"])
 def agent(request):
-    """Each transfer engine that can run here."""
+    """Each transfer engine that is available."""
     reason = registry.why_unavailable(request.param)
     if reason is not None:
         pytest.skip(reason)
@@ -34,7 +34,7 @@ def agent(request):
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Makes engines with an endpoint each on a free port; closes them."""
+    """Makes engines, each with an endpoint on a free port, and closes them."""
     from tests.vllm.rig import Engine
 
     monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)

@@ -46,7 +46,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvxfer_vllm.groups import AttentionGroup
-from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def _base_config() -> VllmConfig:
 
 
 def vllm_config(role: str = "kv_producer", *, engine_id: str = "P", policy: str = "fail", **extra: Any) -> VllmConfig:
-    """A real configuration of a small model on the CPU; independent of the other ones."""
+    """A real configuration of a small model on the CPU, as a copy of its own."""
     config = copy.deepcopy(_base_config())
     config.kv_transfer_config = KVTransferConfig(
         kv_connector="KvxferConnector",
@@ -122,31 +121,31 @@ def vllm_config(role: str = "kv_producer", *, engine_id: str = "P", policy: str 
 
 
 def inside_multi_connector(config: KVTransferConfig) -> KVTransferConfig:
-    """The same connector as the first child of MultiConnector, beside a stranger."""
+    """The same connector as the first child of MultiConnector, beside another one."""
     names = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")
     ours = {name: getattr(config, name) for name in names}
-    stranger = {"kv_connector": "Stranger", "kv_connector_module_path": "tests.vllm.rig", "kv_role": "kv_both"}
+    other = {"kv_connector": "OtherConnector", "kv_connector_module_path": "tests.vllm.rig", "kv_role": "kv_both"}
     return KVTransferConfig(
         kv_connector="MultiConnector",
         kv_role=config.kv_role,
         engine_id=config.engine_id,
         kv_load_failure_policy=config.kv_load_failure_policy,
-        kv_connector_extra_config={"connectors": [ours, stranger]},
+        kv_connector_extra_config={"connectors": [ours, other]},
     )
 
 
-class StrangersHandshake(KVConnectorHandshakeMetadata):
-    """A payload that means nothing to kvxfer."""
+class OtherHandshake(KVConnectorHandshakeMetadata):
+    """Payload of another connector."""
 
 
-class Stranger(KVConnectorBase_V1):
-    """Another connector, which stores and loads nothing but has a handshake of its own."""
+class OtherConnector(KVConnectorBase_V1):
+    """Another connector that stores and loads nothing and has a handshake of its own."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
-        return StrangersHandshake()
+        return OtherHandshake()
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
@@ -168,9 +167,9 @@ class Stranger(KVConnectorBase_V1):
 def kv_cache_config(
     num_blocks: int = 128, heads: int = HEADS, windows: Sequence[int] = (0,), *, hybrid: bool = True
 ) -> KVCacheConfig:
-    """Groups of two layers each: of full attention, or where ``windows`` has a number, of a window of so many tokens.
+    """Cache groups of two layers each, one for each entry of ``windows``: its window in tokens, 0 for full attention.
 
-    Without the hybrid manager they are one group, of which vLLM only says that some layer has a window.
+    Without the hybrid manager there is one group, whose spec only has the largest window.
     """
     sizes = {"block_size": BLOCK_TOKENS, "num_kv_heads": heads, "head_size": HEAD_DIM, "dtype": torch.float32}
     groups = []
@@ -185,7 +184,7 @@ def kv_cache_config(
 
 
 def in_groups(parts: Sequence[Sequence[str]]) -> list[AttentionGroup]:
-    """Layers of full attention behind one block table, in parts."""
+    """Groups of layers of full attention with one block table, one for each part."""
     return [
         AttentionGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS)
         for number, names in enumerate(parts)
@@ -194,7 +193,7 @@ def in_groups(parts: Sequence[Sequence[str]]) -> list[AttentionGroup]:
 
 @dataclass
 class Answer:
-    """What an engine returned for a request."""
+    """Answer of an engine to a request."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -202,10 +201,10 @@ class Answer:
 
 
 class Engine:
-    """One server without its front end. Give it an ``endpoint``, or call `start` for a real one."""
+    """One server without its front end. It has the given ``endpoint``, or a real one after `start`."""
 
     heads = HEADS
-    """Of the cache of a worker."""
+    """KV heads of a worker's cache."""
 
     def __init__(
         self,
@@ -251,17 +250,17 @@ class Engine:
             self.worker = self._make_worker()
         if endpoint is not None:
             endpoint.kv = list(self.kv.values())
-            self.kvxfer._worker = KvxferWorker([endpoint], self.kvxfer._groups)
+            self.kvxfer.use([endpoint])
         self.answers: dict[str, Answer] = defaultdict(Answer)
         self.stats: dict[str, Any] = {}
         self.computed_tokens = 0
         self.after_layer: Callable[[str], object] = lambda _: None
-        """Called in each step that computes something, after each layer."""
+        """Called after each layer, in each step that computes something."""
         self._connector_class = type(self.worker)
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
 
     def _adapt(self, config: VllmConfig) -> None:
-        """For engines on other devices."""
+        """Change the configuration; for engines on other devices."""
 
     def _caches(self, layer_names: Sequence[str]) -> dict[str, torch.Tensor]:
         shape = (self.cache_config.num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)
@@ -271,14 +270,14 @@ class Engine:
         return KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self.cache_config)
 
     def start(self) -> None:
-        """Hand the caches over, and the worker's address to the scheduler."""
+        """Register the caches, and pass the worker's address to the scheduler."""
         self.worker.register_kv_caches(self.kv)
         told = self.worker.get_handshake_metadata()
         self.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
 
     @property
     def kvxfer(self) -> KvxferConnector:
-        """The worker's half, also inside MultiConnector."""
+        """The worker's connector, also inside MultiConnector."""
         return self.worker.sub_connectors[0] if isinstance(self.worker, MultiConnector) else self.worker
 
     # ------------------------------------------------------------------------------------------------------ requests
@@ -293,7 +292,7 @@ class Engine:
         abort_immediately: bool = False,
         **request: Any,
     ) -> Request:
-        """Queue a request, as the engine core does."""
+        """Queue a request as the engine core does."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         sampling.extra_args = None if params is None else {"kv_transfer_params": copy.deepcopy(params)}
         made = Request(
@@ -311,11 +310,11 @@ class Engine:
         return made
 
     def abort(self, request_id: str) -> None:
-        """The client has gone."""
+        """Abort a request, as when its client has gone."""
         self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
 
     def run(self, *, timeout_s: float = 20.0) -> None:
-        """Step until the engine would go to sleep."""
+        """Step until the engine would idle."""
         end = time.monotonic() + timeout_s
         while self.scheduler.has_requests():
             assert time.monotonic() < end, f"still there: {dict(self.scheduler.requests)}"
@@ -329,16 +328,16 @@ class Engine:
 
     @property
     def blocks_in_use(self) -> int:
-        """Blocks that belong to some request."""
+        """Number of blocks allocated to requests."""
         pool = self.scheduler.kv_cache_manager.block_pool
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()  # one is the null block
 
     # ---------------------------------------------------------------------------------------------------- one step
 
     def step(self) -> int:
-        """Schedule, compute, report; returns the number of tokens computed."""
+        """Schedule, compute and report; returns the number of tokens computed."""
         scheduled = self.scheduler.schedule()
-        sampled, said = self._execute(scheduled)
+        sampled, reported = self._execute(scheduled)
         output = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
         if sampled:
             output = ModelRunnerOutput(
@@ -346,7 +345,7 @@ class Engine:
                 req_id_to_index={request_id: i for i, request_id in enumerate(sampled)},
                 sampled_token_ids=list(sampled.values()),
             )
-        output.kv_connector_output = said
+        output.kv_connector_output = reported
         for outputs in self.scheduler.update_from_output(scheduled, output).values():
             for one in outputs.outputs:
                 answer = self.answers[one.request_id]
@@ -361,13 +360,13 @@ class Engine:
         return scheduled.total_num_scheduled_tokens
 
     def _execute(self, scheduled: SchedulerOutput) -> tuple[dict[str, list[int]], KVConnectorOutput]:
-        """One step of a worker: tokens by request, and what the connector said."""
+        """Run a worker's part of a step: sampled tokens by request, and the connector's output."""
         self.worker.bind_connector_metadata(scheduled.kv_connector_metadata)
         self.worker.start_load_kv(None)
         sampled = self._forward(scheduled.num_scheduled_tokens)
         self.worker.wait_for_save()
         results = self.worker.get_transfer_results(scheduled.finished_req_ids)
-        said = KVConnectorOutput(
+        reported = KVConnectorOutput(
             finished_sending=results.finished_sending or None,
             finished_recving=results.finished_recving or None,
             failed_recving=results.failed_recving,
@@ -375,7 +374,7 @@ class Engine:
             kv_connector_stats=self.worker.get_kv_connector_stats(),
         )
         self.worker.clear_connector_metadata()
-        return sampled, said
+        return sampled, reported
 
     def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
         for depth, name in enumerate(self.kv if scheduled else ()):
@@ -389,7 +388,7 @@ class Engine:
         return self._sampled(scheduled)
 
     def _sampled(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
-        """The tokens of a step that was computed."""
+        """Sample the tokens of a step that was computed."""
         sampled = {}
         for request_id, count in scheduled.items():
             request = self.scheduler.requests[request_id]
@@ -405,7 +404,7 @@ class Engine:
     def _computed(
         self, name: str, depth: int, request_id: str, count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a layer writes for the last tokens of a request: (block, place in it, ``[head, content]``) of each."""
+        """(block, place in it, ``[head, content]``) of what a layer writes for the last tokens of a request."""
         request = self.scheduler.requests[request_id]
         blocks = self.scheduler.kv_cache_manager.get_block_ids(request_id)[self._group_of[name]]
         stop = request.num_computed_tokens  # vLLM has advanced it already
@@ -418,7 +417,7 @@ class Engine:
         return torch.tensor(blocks)[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS, content
 
     def _keys_and_values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[block, head, token, element]`` of a layer, where vLLM's CPU attention has them: keys with the tokens inside."""
+        """Views ``[block, head, token, element]`` of a layer in the order of vLLM's CPU attention: keys with the tokens inside."""
         keys, values = self.kv[name].view(-1, HEADS, 2, BLOCK_TOKENS * HEAD_DIM).unbind(2)
         shape = (-1, HEADS, BLOCK_TOKENS, HEAD_DIM)
         return keys.view(-1, HEADS, HEAD_DIM, BLOCK_TOKENS).transpose(2, 3), values.view(shape)
@@ -428,7 +427,7 @@ class Engine:
         return torch.cat([view[blocks] for view in self._keys_and_values(name)], dim=-1)
 
     def _sample(self, tables: Sequence[list[int]], num_tokens: int) -> int:
-        """A token made of all that the last one attends to."""
+        """Make a token of all bytes that the last one attends to."""
         text = b""
         for name, window in self._window_of.items():
             first = max(0, num_tokens - window) if window else 0
@@ -440,14 +439,14 @@ class Engine:
         return zlib.crc32(text) % VOCAB
 
     def close(self) -> None:
-        """As vLLM shuts down; twice, for that may happen."""
+        """Shut down as vLLM does, twice, because that can happen."""
         for _ in range(2):
             self.worker.shutdown()
             self.scheduler.shutdown()
 
 
 def expected(prompt: Sequence[int], max_tokens: int, windows: Sequence[int] = (0,)) -> list[int]:
-    """Tokens of an engine that has nothing to do with kvxfer's transfers."""
+    """Tokens of an engine without transfers."""
     return list(_computed_alone(tuple(prompt), max_tokens, tuple(windows)))
 
 
@@ -466,20 +465,20 @@ def _computed_alone(prompt: tuple[int, ...], max_tokens: int, windows: tuple[int
 
 
 def drain(*engines: Engine) -> None:
-    """Run each until it would sleep; then no request holds a block."""
+    """Run each until it would idle; then no block is allocated."""
     for engine in engines:
         engine.run()
         assert engine.blocks_in_use == 0
 
 
 def prompt_of(length: int, seed: int = 1) -> list[int]:
-    """Token ids, others for another seed."""
+    """Token ids that depend on the seed."""
     return [(seed * 7 + i * i) % 90 for i in range(length)]
 
 
 def scripted(engine: Engine) -> ScriptedEndpoint:
-    """The endpoint that stands in for the engine's real one."""
-    (endpoint,) = engine.kvxfer._worker._group._endpoints
+    """The engine's scripted endpoint."""
+    (endpoint,) = engine.kvxfer.worker_half.group.endpoints
     return endpoint
 
 
@@ -487,7 +486,7 @@ def handed_over(producer: Engine, request_id: str, prompt: Sequence[int]) -> dic
     """Prefill on ``producer`` and return the kv_transfer_params for the consumer."""
     producer.add(request_id, prompt, P_PARAMS)
     producer.run_until_answered(request_id)
-    producer.step()  # the engine goes on by itself: the blocks are offered
+    producer.step()  # publishes the blocks
     params = producer.answers[request_id].kv_transfer_params
     assert params is not None
     # Through JSON, as by way of a router.

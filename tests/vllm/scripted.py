@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An endpoint without threads or transfer engine: what happens, and when, is the test's to say."""
+"""An endpoint without threads or transfer engine, whose events the test makes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def plain(tables: Sequence[Any]) -> Any:
-    """Block ids by cache group; of one group alone, bare."""
+    """Block ids by cache group, or only the ids if there is one group."""
     ids = [list(table.ids if isinstance(table, BlockTable) else table) for table in tables]
     return ids[0] if len(ids) == 1 else ids
 
 
 class ScriptedTransfer:
-    """Stands in for `kvxfer.protocol.transfer.Transfer`."""
+    """A transfer with the attributes of `kvxfer.protocol.transfer.Transfer` that the connector uses."""
 
     def __init__(self, ref: LeaseRef, into: list[int], tokens: tuple[int, int | None]) -> None:
         self.ref, self.into, self.tokens = ref, into, tokens
@@ -34,16 +34,17 @@ class ScriptedTransfer:
 
 
 class ScriptedEndpoint:
-    """Stands in for `kvxfer.Endpoint`: records every call, and events happen when the test says so.
+    """An endpoint that records every call of the connector and reports the events of the test.
 
-    Give two of them the same ``net`` and reads copy blocks from one engine's cache to the other's.
+    Reads copy blocks between the caches of endpoints that have the same ``net``.
     """
 
     def __init__(self, net: dict[str, ScriptedEndpoint] | None = None) -> None:
+        self.address = "tcp://127.0.0.1:5600"
         self.net = {} if net is None else net
         self.kv: list[torch.Tensor] = []
         self.calls: list[tuple[Any, ...]] = []
-        self.offered: dict[str, list[int]] = {}
+        self.published: dict[str, list[int]] = {}
         self.reading: dict[str, ScriptedTransfer] = {}
         self.metrics = Metrics()
         self.automatic = True
@@ -51,8 +52,8 @@ class ScriptedEndpoint:
         self.closed = 0
         self.waited: list[float] = []
         self.after: list[tuple[str, list[Completion]]] = []
-        """Behind what each of seal, offer and read was to happen."""
-        self._events: list[Any] = []
+        """Completions that each call of publish and read has to wait for."""
+        self.events: list[Any] = []
 
     def _called(self, name: str, *args: Any) -> None:
         self.calls.append((name, *args))
@@ -60,7 +61,7 @@ class ScriptedEndpoint:
             raise self.raises[name]
 
     def names(self) -> list[str]:
-        """Names of the calls so far."""
+        """Names of the calls so far, in order."""
         return [call[0] for call in self.calls]
 
     def announce(self, ref: LeaseRef) -> None:
@@ -77,14 +78,14 @@ class ScriptedEndpoint:
         self._called(name, token, plain(blocks))
         if not complete:
             return
-        self.offered[token] = plain(blocks)
+        self.published[token] = plain(blocks)
         self.net[token] = self
 
     def revoke(self, ref: LeaseRef) -> None:
         token = ref.token
         self._called("revoke", token)
-        if self.offered.pop(token, None) is not None:
-            self._events.append(LeaseRevoked(token, ""))
+        if self.published.pop(token, None) is not None:
+            self.events.append(LeaseRevoked(token, ""))
 
     def acquire(self, ref: LeaseRef) -> None:
         self._called("acquire", ref.token)
@@ -99,9 +100,9 @@ class ScriptedEndpoint:
 
     def release(self, ref: LeaseRef) -> None:
         self._called("release", ref.token)
-        owner = self.net.get(ref.token)
-        if owner is not None and ref.token not in self.reading:
-            owner.end(ref.token, read=False)
+        producer = self.net.get(ref.token)
+        if producer is not None and ref.token not in self.reading:
+            producer.end(ref.token, read=False)
 
     def poll(self, timeout_s: float = 0.0) -> list[Any]:
         self.waited.append(timeout_s)
@@ -110,32 +111,32 @@ class ScriptedEndpoint:
         if self.automatic:
             for token in list(self.reading):
                 self.finish(token)
-        events, self._events = self._events, []
+        events, self.events = self.events, []
         return events
 
     def close(self) -> None:
         self.closed += 1
 
-    # -- what the test makes happen
+    # -- for tests
 
     def finish(self, token: str, error: KvxferError | None = None) -> None:
-        """A read ends."""
+        """End a read."""
         transfer = self.reading.pop(token)
-        owner = self.net.get(token)
+        producer = self.net.get(token)
         if error is not None:
-            self._events.append(Failed(transfer, error))
+            self.events.append(Failed(transfer, error))
             return
-        assert owner is not None
-        (first, stop), block_tokens = transfer.tokens, owner.kv[0].shape[2]
+        assert producer is not None
+        (first, stop), block_tokens = transfer.tokens, producer.kv[0].shape[2]
         assert stop is None and first % block_tokens == 0
-        source = owner.offered[token][first // block_tokens :]
+        source = producer.published[token][first // block_tokens :]
         assert len(source) == len(transfer.into)
-        for mine, theirs in zip(self.kv, owner.kv, strict=True):
+        for mine, theirs in zip(self.kv, producer.kv, strict=True):
             mine[transfer.into] = theirs[source]
-        self._events.append(Done(transfer))
-        owner.end(token, read=True)
+        self.events.append(Done(transfer))
+        producer.end(token, read=True)
 
     def end(self, token: str, *, read: bool, expired: bool = False) -> None:
-        """A lease of this producer ends."""
-        if self.offered.pop(token, None) is not None:
-            self._events.append(LeaseExpired(token, "") if expired else LeaseReleased(token, "", read))
+        """End a lease of this producer."""
+        if self.published.pop(token, None) is not None:
+            self.events.append(LeaseExpired(token, "") if expired else LeaseReleased(token, "", read))

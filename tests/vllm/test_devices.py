@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches on a GPU: which buffers hold them, and that nothing is told or begun before the GPU has come that far.
+"""Caches on a GPU: the buffers for them, and work that waits until the GPU has finished what it was given before.
 
-vLLM's classes are real, the GPU is a stand-in: no machine here has one that vLLM runs on.
+vLLM's classes are real; the GPU is simulated, because no machine here has one that vLLM runs on.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from kvxfer import registry
 from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.groups import HeldBlocks
-from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
-from kvxfer_vllm.rank_cache import buffers
+from kvxfer_vllm.groups import GroupBlocks
+from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder, PublishOrder, ReadOrder
+from kvxfer_vllm.rank_cache import buffer_adapter
 from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.devices.host_gpu import RowsBuffer
@@ -48,22 +48,22 @@ def on(device, by_way_of):
     ],
 )
 def test_buffers_of_a_configuration(monkeypatch, device, by_way_of, hip, name):
-    """vLLM's device and ``kv_buffer_device`` say which adapter holds the caches; AMD's GPUs are called cuda, too."""
+    """vLLM's device and ``kv_buffer_device`` select the adapter for the caches; AMD's GPUs are called cuda, too."""
     monkeypatch.setattr(torch.version, "hip", hip)
     config = on(device, by_way_of)
     refuse_unsupported(config, kv_cache_config())
-    assert buffers(config) == name
+    assert buffer_adapter(config) == name
     assert name in registry.names("buffers")
 
 
-def test_a_buffer_device_that_makes_no_sense():
-    """GPU caches go by way of the GPU or of host memory, and nothing else."""
+def test_an_unsupported_buffer_device():
+    """Another ``kv_buffer_device`` than the GPU or the CPU is refused for caches on a GPU."""
     with pytest.raises(ConfigError, match="kv_buffer_device 'xpu' with caches on 'cuda'; set 'cuda' or 'cpu'"):
         refuse_unsupported(on("cuda", "xpu"), kv_cache_config())
 
 
 class Mark:
-    """The end of work on a device that is this many questions behind."""
+    """Completion of work on a device; True after it was asked this many times."""
 
     def __init__(self, questions):
         self.questions = questions
@@ -77,8 +77,8 @@ class Mark:
         return True
 
 
-def test_everything_is_behind_what_the_device_was_asked_for():
-    """Blocks are sealed behind the step that fills them, offered and read into behind all steps before this one."""
+def test_orders_wait_for_the_device():
+    """Partial publication waits for the step that fills the blocks; complete publication and reads wait for the steps before."""
     endpoint, marks = ScriptedEndpoint(), (Mark(i) for i in itertools.count())
     made = []
 
@@ -88,7 +88,7 @@ def test_everything_is_behind_what_the_device_was_asked_for():
 
     worker = KvxferWorker([endpoint], in_groups([["a"], ["b"]]), mark)
     first, second, third = (LeaseRef.mint(producer="P", addresses=["tcp://p:1"]) for _ in range(3))
-    worker.follow(KvxferMetadata(seal=[Seal(first, [[7, 8]], [1])]))
+    worker.follow(KvxferMetadata(publish_partial=[PartialPublishOrder(first, [[7, 8]], [1])]))
     assert made == []
     worker.layer_computed("a")
     assert endpoint.after == [("publish part", [made[0]])]
@@ -96,15 +96,17 @@ def test_everything_is_behind_what_the_device_was_asked_for():
     assert endpoint.after[1:] == [("publish part", [made[1]])] and len(made) == 2
     endpoint.after.clear()
     worker.follow(
-        KvxferMetadata(offer=[Offer("r", second, [HeldBlocks([1])])], read=[Read("q", third, [HeldBlocks([2])], 0)])
+        KvxferMetadata(
+            publish=[PublishOrder("r", second, [GroupBlocks([1])])], read=[ReadOrder("q", third, [GroupBlocks([2])], 0)]
+        )
     )
     assert endpoint.after == [("publish", [made[2]]), ("read", [made[2]])] and len(made) == 3
-    worker.follow(KvxferMetadata(read=[Read("s", first, [HeldBlocks([3])], 0)]))
+    worker.follow(KvxferMetadata(read=[ReadOrder("s", first, [GroupBlocks([3])], 0)]))
     assert endpoint.after[-1] == ("read", [made[3]])
 
 
-def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
-    """Requests are handed over between caches of a GPU whose work ends long after it was asked for, and tokens are right."""
+def test_tokens_through_a_gpu_with_work_queued(engines, monkeypatch):
+    """Tokens are right for caches on a GPU whose work ends long after the call that started it."""
     asked = []
 
     class Behind(RowsBuffer):
@@ -113,7 +115,7 @@ def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
             return asked[-1]
 
     real = registry.load
-    monkeypatch.setattr("kvxfer_vllm.rank_cache.buffers", lambda _: "behind")
+    monkeypatch.setattr("kvxfer_vllm.rank_cache.buffer_adapter", lambda _: "behind")
     monkeypatch.setattr(registry, "load", lambda name, kind="agents": Behind if name == "behind" else real(name, kind))
     producer, consumer = (
         engines(role, name, agent="inproc") for role, name in (("kv_producer", "P"), ("kv_consumer", "D"))
@@ -126,4 +128,4 @@ def test_tokens_through_a_gpu_that_is_behind(engines, monkeypatch):
     assert consumer.answers["d"].tokens == expected(prompt, 5)
     assert len(asked) >= 2
     assert all(mark.questions < 0 for mark in asked)
-    assert not producer.kvxfer._worker._group._endpoints[0].cache.buffers[0].memory
+    assert not producer.kvxfer.worker_half.group.endpoints[0].cache.buffers[0].memory

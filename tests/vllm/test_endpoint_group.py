@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several ranks in one worker: a request ends once, when it has ended at all of them, and fails if it fails at any."""
+"""Several ranks in one worker: a request ends once, when it has ended at all ranks, and fails if it fails at one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from kvxfer.errors import BlockError, LeaseError, TransferFailedError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, LeaseExpired, LeaseReleased, LeaseRevoked
-from kvxfer_vllm.groups import HeldBlocks
-from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
+from kvxfer_vllm.groups import GroupBlocks
+from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder, ReadOrder
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vllm
 
 
 class Scene:
-    """A worker of three ranks, on which nothing happens by itself."""
+    """A worker of three ranks whose transfers the test ends."""
 
     def __init__(self):
         self.ranks = [ScriptedEndpoint() for _ in range(3)]
@@ -29,16 +29,18 @@ class Scene:
         self.lease = LeaseRef.mint(producer="P", addresses=["tcp://p:1"])
 
     def read(self):
-        self.worker.follow(KvxferMetadata(read=[Read("r", self.lease, [HeldBlocks([7, 8])], 0)]))
+        self.worker.follow(KvxferMetadata(read=[ReadOrder("r", self.lease, [GroupBlocks([7, 8])], 0)]))
 
     def publish(self):
-        self.worker.follow(KvxferMetadata(announce=[self.lease], offer=[Offer("r", self.lease, [HeldBlocks([7, 8])])]))
+        self.worker.follow(
+            KvxferMetadata(announce=[self.lease], publish=[PublishOrder("r", self.lease, [GroupBlocks([7, 8])])])
+        )
 
     def end(self, number, error=None):
-        """The read of one rank."""
+        """End the read of one rank."""
         rank = self.ranks[number]
         if error is None:
-            rank._events.append(Done(rank.reading.pop(self.lease.token)))
+            rank.events.append(Done(rank.reading.pop(self.lease.token)))
         else:
             rank.finish(self.lease.token, error)
 
@@ -54,7 +56,7 @@ def scene():
 
 
 def test_loaded_when_all_ranks_have_their_part(scene):
-    """A load is reported when the last rank's has ended, and counted once, with all bytes."""
+    """A load is reported when it has ended at the last rank, and counted once, with all bytes."""
     scene.read()
     for number in (2, 0):
         scene.end(number)
@@ -66,7 +68,7 @@ def test_loaded_when_all_ranks_have_their_part(scene):
 
 
 def test_one_rank_that_fails(scene):
-    """One rank's failure fails the request when all are quiet; the others are told not to wait for their producer."""
+    """One rank's failure fails the request when all are quiet; the other ranks release the lease."""
     scene.read()
     scene.end(1, TransferFailedError("no"))
     assert scene.loaded() == (set(), set())
@@ -80,7 +82,7 @@ def test_one_rank_that_fails(scene):
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_a_rank_that_cannot_begin(scene, number):
-    """If one rank cannot begin to read, the request fails, but not before those that could are quiet."""
+    """If one rank cannot begin to read, the request fails when the others are quiet."""
     scene.ranks[number].raises["read"] = BlockError("no")
     scene.read()
     for other in range(number):
@@ -92,39 +94,39 @@ def test_a_rank_that_cannot_begin(scene, number):
 
 
 def test_sent_when_all_ranks_are_done(scene):
-    """Blocks are free when the last rank's lease has ended, and the worst of the ends is counted."""
+    """Blocks are free when the lease has ended at the last rank, and the worst of the ends is counted."""
     scene.publish()
     for number, event in enumerate([LeaseReleased, LeaseExpired]):
         more = {"read": True} if event is LeaseReleased else {}
-        scene.ranks[number]._events.append(event(scene.lease.token, "", **more))
+        scene.ranks[number].events.append(event(scene.lease.token, "", **more))
         assert scene.worker.results().finished_sending == set()
-    scene.ranks[2]._events.append(LeaseReleased(scene.lease.token, "", read=False))
+    scene.ranks[2].events.append(LeaseReleased(scene.lease.token, "", read=False))
     assert scene.worker.results().finished_sending == {"r"}
     assert scene.worker.results().finished_sending == set()
     assert scene.worker.take_stats().data == {"expired_leases": 1}
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_rank_that_cannot_offer(scene, number):
-    """If one rank cannot offer, nobody may read at the others, and the blocks are free when these have ended the lease."""
+def test_a_rank_that_cannot_publish(scene, number):
+    """If one rank cannot publish, the lease is revoked at the others, and the blocks are free when it has ended there."""
     scene.ranks[number].raises["publish"] = RuntimeError("no")
     scene.publish()
     assert [rank.names().count("revoke") for rank in scene.ranks] == [int(i < number) for i in range(3)]
     assert scene.worker.results().finished_sending == {"r"}
     assert scene.worker.results().finished_sending == set()
-    assert all(not rank.offered for rank in scene.ranks)
+    assert all(not rank.published for rank in scene.ranks)
 
 
 def test_every_rank_is_asked(scene):
     """An order reaches all ranks, also if the first one raises."""
     scene.ranks[0].raises["announce"] = RuntimeError("no")
-    scene.worker.follow(KvxferMetadata(announce=[scene.lease], hold=[scene.lease], withdraw=[scene.lease]))
+    scene.worker.follow(KvxferMetadata(announce=[scene.lease], acquire=[scene.lease], revoke=[scene.lease]))
     assert [rank.names() for rank in scene.ranks] == [["announce", "revoke", "acquire"]] * 3
     assert scene.worker.take_stats().data == {"hook_errors": {"announce": 1}}
 
 
 def test_what_a_rank_has_told_is_kept(scene):
-    """A rank that cannot be asked loses nothing of what the others have told meanwhile."""
+    """A rank that raises when it is polled loses no event of the others."""
     scene.read()
     scene.ranks[2].raises["poll"] = RuntimeError("no")
     scene.end(0)
@@ -137,7 +139,7 @@ def test_what_a_rank_has_told_is_kept(scene):
 
 def test_idle_steps_wait_no_longer_for_more_ranks(scene):
     """A step that computes nothing waits as long for all ranks together as for one."""
-    scene.worker.follow(KvxferMetadata(read=[Read("r", scene.lease, [HeldBlocks([7])], 0)], idle=True))
+    scene.worker.follow(KvxferMetadata(read=[ReadOrder("r", scene.lease, [GroupBlocks([7])], 0)], idle=True))
     scene.loaded()
     assert sum(rank.waited[-1] for rank in scene.ranks) == pytest.approx(0.005)
 
@@ -150,7 +152,7 @@ def test_all_ranks_are_closed(scene):
 
 
 class Turns:
-    """Whose turn it is, as a worker was told; ``kept`` is False once the engine has made other caches."""
+    """Turns as a worker begins them; ``kept`` is False when the engine has replaced the caches."""
 
     def __init__(self):
         self.told, self.kept = [], True
@@ -164,7 +166,7 @@ class Turns:
 
 
 def test_caches_are_the_engines_in_a_step():
-    """The engine has the caches from its orders to its results, and kvxfer before anything is sealed or waited for."""
+    """The engine's turn lasts from a step's orders to its results; kvxfer's begins before it publishes or waits."""
     endpoint, turns = ScriptedEndpoint(), Turns()
     worker = KvxferWorker([endpoint], turns=turns)
     worker.follow(KvxferMetadata())
@@ -176,11 +178,11 @@ def test_caches_are_the_engines_in_a_step():
 
 
 def test_caches_that_were_replaced(scene):
-    """If the engine has made other caches, leases of the old ones end, and loads into them fail when they are over."""
+    """If the engine has replaced the caches, leases of the old ones end, and loads into them fail when they are quiet."""
     turns = Turns()
     scene.worker = KvxferWorker(scene.ranks, turns=turns)
     sent = LeaseRef.mint(producer="D", addresses=["tcp://d:1"])
-    scene.worker.follow(KvxferMetadata(announce=[sent], offer=[Offer("s", sent, [HeldBlocks([1])])]))
+    scene.worker.follow(KvxferMetadata(announce=[sent], publish=[PublishOrder("s", sent, [GroupBlocks([1])])]))
     scene.read()
     assert scene.loaded() == (set(), set())
     turns.kept = False
@@ -194,7 +196,7 @@ def test_caches_that_were_replaced(scene):
 
 
 def test_a_lease_of_nobody(scene):
-    """The end of a lease that was not offered here, at one rank or all, is nothing to report."""
+    """The end of a lease that was not published here, at one rank or all, is not reported."""
     for rank in scene.ranks[:2]:
-        rank._events.append(LeaseRevoked("f" * 32, ""))
+        rank.events.append(LeaseRevoked("f" * 32, ""))
     assert scene.worker.results().finished_sending == set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's worker thread calls of ours: it never waits for the turn of another thread."""
+"""Calls of vLLM's worker thread: none of them gives the interpreter's lock to another thread."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer import Endpoint, KVCache, LeaseRef
 from kvxfer.testing import eventually
-from kvxfer_vllm.groups import HeldBlocks
-from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read, Seal
+from kvxfer_vllm.groups import GroupBlocks
+from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder, PublishOrder, ReadOrder
 from kvxfer_vllm.worker import KvxferWorker
 from tests.core.channel.intruder import Intruder
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.mark.parametrize("blocks", [64, 2048])
 def test_steps_of_a_worker(blocks):
-    """Neither the orders of a step, nor what it asks for at its end, lets another thread have the interpreter's lock."""
+    """Neither following a step's orders nor asking for its results lets another thread take the interpreter's lock."""
     shape = {"layers": 1, "blocks": 4096, "heads": 1, "block_tokens": 1, "head_dim": 2}
     source, target = (np.random.default_rng(i).permutation(4096)[:blocks].tolist() for i in range(2))
     endpoints = [Endpoint(KVCache.allocate("HND", **shape)[0], "inproc") for _ in range(2)]
@@ -43,12 +43,12 @@ def test_steps_of_a_worker(blocks):
             for number in range(30):
                 name = str(number)
                 ref = LeaseRef.mint(producer=endpoints[0].name, addresses=[endpoints[0].address])
-                step(producer, announce=[ref], seal=[Seal(ref, [source[:-5]], [0])])
-                step(consumer, hold=[ref])
-                step(producer, offer=[Offer(name, ref, [HeldBlocks(source)])])
+                step(producer, announce=[ref], publish_partial=[PartialPublishOrder(ref, [source[:-5]], [0])])
+                step(consumer, acquire=[ref])
+                step(producer, publish=[PublishOrder(name, ref, [GroupBlocks(source)])])
                 if number % 2:
                     eventually(lambda ref=ref: endpoints[1].granted(ref))
-                step(consumer, read=[Read(name, ref, [HeldBlocks(target)], 0)])
+                step(consumer, read=[ReadOrder(name, ref, [GroupBlocks(target)], 0)])
                 eventually(lambda name=name: step(consumer) or name in received)
                 eventually(lambda name=name: step(producer) or name in sent)
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with several cache groups: two of vLLM's schedulers with its hybrid manager, real endpoints, windows that drop blocks."""
+"""Models with several cache groups: two of vLLM's schedulers with its hybrid manager and real endpoints; windows drop blocks."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def test_tokens_equal_those_of_one_engine(engines, agent, model, length):
     consumer.run()
     drain(producer, consumer)
     assert consumer.answers["d"].tokens == expected(prompt, 6, windows)
-    assert producer.stats["settled_leases"] == 1 and len(consumer.stats["transfer_bytes"]) == 1
+    assert producer.stats["released_leases"] == 1 and len(consumer.stats["transfer_bytes"]) == 1
 
 
 @pytest.mark.parametrize("first", ["P", "D"])
 @pytest.mark.parametrize("length", [1, 2, WINDOW + 1, 700, 3000])
 def test_sent_to_both_at_once(engines, first, length):
-    """A request that both servers are sent at once has the tokens of one engine; what a window drops is sent at the end."""
+    """A request that is sent to both servers at once has the tokens of one engine; blocks of windows are sent at the end."""
     producer, consumer = pair(engines, HYBRID, chunk=512)
     prompt, key = prompt_of(length), {"transfer_id": "t-1"}
     for engine in (producer, consumer) if first == "P" else (consumer, producer):
@@ -73,12 +73,12 @@ def test_sent_to_both_at_once(engines, first, length):
     consumer.run()
     drain(producer, consumer)
     assert consumer.answers["cmpl-d"].tokens == expected(prompt, 4, HYBRID)
-    assert producer.stats["settled_leases"] == 1
+    assert producer.stats["released_leases"] == 1
 
 
 @pytest.mark.parametrize("shared", [BLOCK_TOKENS, WINDOW, 320, 500])
-def test_prefix_that_decode_holds(engines, shared):
-    """Where decode has the first blocks already, only the rest is moved, in each group, and the tokens are right."""
+def test_prefix_that_decode_has(engines, shared):
+    """If the decode server has the first blocks, only the rest is moved in each group, and the tokens are right."""
     producer, consumer = pair(engines, HYBRID)
     prompt = prompt_of(700)
     consumer.add("before", prompt[:shared] + prompt_of(40, seed=5), max_tokens=1)
@@ -107,7 +107,7 @@ def test_bytes_of_a_window_do_not_grow_with_the_prompt(engines):
 
 
 def test_preempted_while_it_decodes(engines):
-    """A request that loses its blocks while it decodes is computed again, and its tokens are right."""
+    """A request that is preempted while it decodes is computed again, and its tokens are right."""
     producer = engines("kv_producer", "P", agent="inproc", windows=HYBRID, num_blocks=512)
     consumer = engines("kv_consumer", "D", agent="inproc", windows=HYBRID, num_blocks=56)
     prompts = [prompt_of(300, seed=seed) for seed in (1, 2, 3)]
@@ -122,7 +122,7 @@ def test_preempted_while_it_decodes(engines):
 @pytest.mark.parametrize("length", [1, BLOCK_TOKENS, WINDOW + 1, 700])
 @pytest.mark.parametrize("consumer_is_hybrid", [True, False])
 def test_prefill_without_the_hybrid_manager(engines, length, consumer_is_hybrid):
-    """A prefill server that keeps all blocks of all layers serves decode servers of either kind, with the right tokens."""
+    """A prefill server without the hybrid manager serves decode servers with it and without it, with the right tokens."""
     producer = engines("kv_producer", "P", agent="inproc", windows=HYBRID, num_blocks=512, hybrid=False)
     consumer = engines("kv_consumer", "D", agent="inproc", windows=HYBRID, num_blocks=512, hybrid=consumer_is_hybrid)
     prompt = prompt_of(length)
@@ -134,7 +134,7 @@ def test_prefill_without_the_hybrid_manager(engines, length, consumer_is_hybrid)
 
 
 def test_decode_without_the_hybrid_manager_alone(engines):
-    """A decode server that keeps all blocks would remember some that prefill has dropped: it is refused, with the axis."""
+    """A decode server without the hybrid manager would keep blocks that prefill has dropped; it is refused with the axis."""
     producer = engines("kv_producer", "P", agent="inproc", windows=HYBRID, num_blocks=512)
     consumer = engines(
         "kv_consumer", "D", agent="inproc", windows=HYBRID, num_blocks=512, hybrid=False, policy="recompute"

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from kvxfer import registry
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
-from kvxfer_vllm.metadata import KvxferMetadata, Seal
+from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, in_groups, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
@@ -30,13 +30,13 @@ def pair_of(engines, agent="inproc", *, producer=(), consumer=()):
 
 def where(producer):
     """NixlPushConnector's keys by which a router names a prefill server to the decode server."""
-    side = producer.scheduler.connector._scheduler
+    (address,) = producer.scheduler.connector.scheduler_half.addresses
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_engine_id": "P",
         "remote_host": "127.0.0.1",
-        "remote_port": side._port,
+        "remote_port": int(address.rpartition(":")[2]),
         "tp_size": 1,
         "pp_size": 1,
     }
@@ -44,7 +44,7 @@ def where(producer):
 
 def loaded(consumer):
     """Bytes that loads in flight have brought so far."""
-    endpoint = consumer.kvxfer._worker._group._endpoints[0]
+    endpoint = consumer.kvxfer.worker_half.group.endpoints[0]
     return endpoint.in_use()["read_nbytes"]
 
 
@@ -59,7 +59,7 @@ BLOCK_NBYTES = 2 * 2 * BLOCK_TOKENS * 8 * 4  # layers, heads, tokens, content, f
     "granularity", [("chunk", "chunk"), ("layer", "layer"), ("layer", "chunk"), ("chunk", "layer")]
 )
 def test_tokens_equal_those_of_one_engine(engines, agent, first, length, granularity):
-    """Whichever server begins, however long the prompt, and whatever each side tells at a time: tokens as of one engine."""
+    """Tokens are those of one engine, whichever server begins, for all lengths of prompts and granularities of both sides."""
     if registry.why_unavailable(agent):
         pytest.skip(registry.why_unavailable(agent))
     theirs, mine = ({"granularity": each} for each in granularity)
@@ -78,12 +78,12 @@ def test_tokens_equal_those_of_one_engine(engines, agent, first, length, granula
     consumer.run()
     drain(producer, consumer)
     assert consumer.answers["cmpl-d"].tokens == expected(prompt, 4)
-    assert consumer.computed_tokens == 4 and producer.stats["settled_leases"] == 1
+    assert consumer.computed_tokens == 4 and producer.stats["released_leases"] == 1
     assert consumer.stats["transfer_bytes"] == [-(-length // BLOCK_TOKENS) * BLOCK_NBYTES]
 
 
-def test_most_bytes_are_across_before_the_last_chunk(engines):
-    """At 3,000 tokens in chunks of 512 at least 80 % of the bytes are here before the last chunk is computed."""
+def test_most_bytes_arrive_before_the_last_chunk(engines):
+    """Of 3,000 tokens in chunks of 512 at least 80 % of the bytes arrive before the last chunk is computed."""
     producer, consumer = pair_of(engines)
     prompt = prompt_of(3000)
     producer.add("p-11111111", prompt, P_PARAMS)
@@ -102,8 +102,8 @@ def test_most_bytes_are_across_before_the_last_chunk(engines):
     drain(producer, consumer)
 
 
-def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
-    """With granularity "layer" blocks leave while the step that computes them goes on, and no layer before its time."""
+def test_the_first_layers_arrive_before_the_last_ones_are_computed(engines):
+    """With granularity "layer" blocks are read while the step that computes them goes on, and no layer before it is computed."""
     producer, consumer = pair_of(engines, producer=LAYER, consumer=LAYER)
     prompt, arrived = prompt_of(1000), []
     producer.add("p-11111111", prompt, P_PARAMS)
@@ -125,7 +125,7 @@ def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
     producer.step()
     eventually(lambda: loaded(consumer) == 512 // BLOCK_TOKENS * BLOCK_NBYTES)
     producer.run_until_answered("p-11111111")
-    assert arrived == [last, last] and producer.kvxfer._worker.stats.is_empty()
+    assert arrived == [last, last] and producer.kvxfer.worker_half.stats.is_empty()
     producer.step()
     consumer.run()
     assert consumer.answers["p-22222222"].tokens == expected(prompt, 2)
@@ -134,20 +134,20 @@ def test_the_first_layers_are_across_before_the_last_ones_are_computed(engines):
 
 
 def test_layers_in_any_order_and_again():
-    """A part is told complete when the last of its layers is, whichever that is; what is no layer of ours changes nothing."""
+    """A part of the layers is published after the last of them, in any order; layers that share a cache change nothing."""
     endpoint = ScriptedEndpoint()
     worker = KvxferWorker([endpoint], in_groups([["a", "b"], ["c"]]))
     lease = LeaseRef.mint(producer="P", addresses=["tcp://p:1"])
 
     def step(*names):
-        worker.follow(KvxferMetadata(seal=[Seal(lease, [[7, 8, 9]], [1])]))
+        worker.follow(KvxferMetadata(publish_partial=[PartialPublishOrder(lease, [[7, 8, 9]], [1])]))
         for name in names:
             worker.layer_computed(name)
-        sealed = [blocks for _, _, blocks in endpoint.calls]
+        parts = [blocks for _, _, blocks in endpoint.calls]
         worker.results()
         assert endpoint.calls[-1] == ("publish part", lease.token, [[7, 8, 9]] * 2)
         endpoint.calls.clear()
-        return sealed
+        return parts
 
     assert step("b", "b", "shares", "a", "c") == [[[7, 8, 9], [7]]]
     assert step("c", "a", "b") == [[[7], [7, 8, 9]]]
@@ -155,13 +155,13 @@ def test_layers_in_any_order_and_again():
     worker.layer_computed("c")
     assert endpoint.calls == []
     endpoint.raises["publish part"] = RuntimeError("on purpose")
-    worker.follow(KvxferMetadata(seal=[Seal(lease, [[7]], [0])]))
+    worker.follow(KvxferMetadata(publish_partial=[PartialPublishOrder(lease, [[7]], [0])]))
     worker.layer_computed("c")
-    assert worker.stats.data["hook_errors"] == {"seal": 1}
+    assert worker.stats.data["hook_errors"] == {"publish_partial": 1}
 
 
-def test_a_request_id_is_key_enough(engines):
-    """Without a transfer id two servers recognise a request by its id, less vLLM's random suffix, and its prompt."""
+def test_a_request_id_is_enough_of_a_key(engines):
+    """Without a transfer id two servers recognise a request by its id, without vLLM's random suffix, and by its prompt."""
     producer, consumer = pair_of(engines)
     consumer.add("cmpl-abc-0-0a1b2c3d", prompt_of(100), where(producer), max_tokens=2)
     consumer.add("cmpl-abc-0-aaaaaaaa", prompt_of(100, seed=4), where(producer), max_tokens=2)
@@ -177,7 +177,7 @@ def test_a_request_id_is_key_enough(engines):
 
 
 def test_one_after_the_other_works_in_every_mode(engines):
-    """A proxy that waits for the prefill server's answer is served as in pull mode, whatever the mode."""
+    """A proxy that waits for the prefill server's answer is served in every mode."""
     for number, mode in enumerate(("auto", "push", "pull")):
         producer = engines("kv_producer", f"P{number}", agent="inproc", mode=mode)
         consumer = engines("kv_consumer", f"D{number}", agent="inproc", mode=mode)
@@ -189,7 +189,7 @@ def test_one_after_the_other_works_in_every_mode(engines):
 
 
 def test_pull_mode_computes_what_was_sent_to_both(engines):
-    """A decode server that only pulls says so by name and computes the prompt."""
+    """A decode server in mode "pull" refuses the parameters by name and computes the prompt."""
     producer, consumer = pair_of(engines, consumer={"mode": "pull"})
     consumer.add("d", prompt_of(100), where(producer), max_tokens=2)
     consumer.run()
@@ -198,19 +198,19 @@ def test_pull_mode_computes_what_was_sent_to_both(engines):
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
-@pytest.mark.parametrize("when", ["before its first step", "half way", "never comes"])
+@pytest.mark.parametrize("when", ["before its first step", "half way", "never arrives"])
 def test_a_prefill_that_does_not_end_well(engines, policy, when):
-    """A prefill that is aborted, or never comes, costs its decode request one error or a recomputation, at once or in time."""
-    producer, consumer = pair_of(engines, producer={"match_seconds": 0.3}, consumer={"policy": policy})
+    """A prefill that is aborted, or never arrives, costs its decode request one error or a recomputation, within the timeout."""
+    producer, consumer = pair_of(engines, producer={"rendezvous_timeout_seconds": 0.3}, consumer={"policy": policy})
     prompt = prompt_of(2000)
-    if when != "never comes":
+    if when != "never arrives":
         producer.add("p", prompt, P_PARAMS | {"transfer_id": "t"})
     consumer.add("d", prompt, where(producer) | {"transfer_id": "t"}, max_tokens=2)
     consumer.step()
     if when == "half way":
         producer.step()
         producer.step()
-    if when != "never comes":
+    if when != "never arrives":
         producer.abort("p")
     producer.run()
     drain(consumer, producer)
@@ -222,8 +222,8 @@ def test_a_prefill_that_does_not_end_well(engines, policy, when):
 
 
 @pytest.mark.parametrize("granularity", ["chunk", "layer"])
-def test_preempted_while_it_leaves(engines, granularity):
-    """A prefill whose sealed blocks were taken away fails the load that had read some: never tokens made of others' KV."""
+def test_preempted_while_its_blocks_are_read(engines, granularity):
+    """A prefill that loses its published blocks fails the load that has read some: no token is made of other requests' KV."""
     told = {"granularity": granularity}
     producer, consumer = pair_of(engines, producer=told, consumer={"policy": "recompute", **told})
     prompt = prompt_of(3000)
@@ -238,13 +238,13 @@ def test_preempted_while_it_leaves(engines, granularity):
     producer.step()
     consumer.run()
     assert consumer.answers["d"].tokens == expected(prompt, 2)
-    # Who asks by the prefill server's answer gets it all the same.
+    # A request with the prefill server's answer is served all the same.
     consumer.add("again", prompt, producer.answers["p"].kv_transfer_params, max_tokens=2)
     drain(consumer, producer)
     assert consumer.answers["again"].tokens == expected(prompt, 2)
 
 
-def test_the_decode_side_tells_that_it_needs_nothing(engines):
+def test_a_decode_server_that_needs_nothing(engines):
     """A prompt that vLLM wants to compute itself frees the prefill server's blocks at once."""
     producer, consumer = pair_of(engines)
     producer.add("p", prompt_of(600), P_PARAMS | {"transfer_id": "t"})
@@ -254,31 +254,31 @@ def test_the_decode_side_tells_that_it_needs_nothing(engines):
     assert consumer.stats["local_hits"] == 1
     drain(producer)
     assert consumer.answers["d"].tokens == expected(prompt_of(600), 2)
-    # Which of the two depends on whether it was told before the blocks were offered.
+    # Revoked if the release came before the blocks were published, else unread.
     assert producer.stats.get("revoked_leases", 0) + producer.stats.get("unread_leases", 0) == 1
 
 
 def test_sent_twice(engines):
-    """The same request again, under the same id, is another lease: nothing is mixed up and nothing stays allocated."""
+    """The same request sent again under the same id has another lease, and nothing stays allocated."""
     producer, consumer = pair_of(engines)
     for name in ("p-11111111", "p-22222222"):
         producer.add(name, prompt_of(200), P_PARAMS)
-        consumer.add(name.replace("p", "p", 1), prompt_of(200), where(producer), max_tokens=2)
+        consumer.add(name, prompt_of(200), where(producer), max_tokens=2)
     producer.run_until_answered("p-22222222")
     producer.step()
     consumer.run()
     for name in ("p-11111111", "p-22222222"):
         assert consumer.answers[name].tokens == expected(prompt_of(200), 2)
     assert consumer.stats["refused_params"]["lease_used"] == 1
-    scraps = producer.answers["p-22222222"].kv_transfer_params
-    consumer.add("late", prompt_of(200), scraps, max_tokens=2)
+    answer = producer.answers["p-22222222"].kv_transfer_params
+    consumer.add("late", prompt_of(200), answer, max_tokens=2)
     drain(consumer, producer)
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("granularity", "moments"), [("chunk", 500), ("layer", 200)])
 def test_a_consumer_that_aborts_at_any_moment(engines, granularity, moments):
-    """Seeded moments: no request on the decode server, before or after, ever has tokens made of foreign bytes."""
+    """No request on the decode server, before or after an abort at a random moment (seeded), has tokens made of other KV."""
     told = {"granularity": granularity}
     producer, consumer = pair_of(
         engines, producer={"chunk": 64, "num_blocks": 64, **told}, consumer={"num_blocks": 32, **told}
@@ -316,7 +316,7 @@ def test_a_consumer_that_aborts_at_any_moment(engines, granularity, moments):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_with_a_secret(engines, monkeypatch, tmp_path, same):
-    """Servers with the same secret find each other's request and move it; with another one a request is computed here."""
+    """Servers with the same secret match a request and transfer it; with different ones the decode server computes it."""
     names = ("one", "one" if same else "two")
     for name in names:
         (tmp_path / name).write_text(f"the secret of servers of kind {name}")
@@ -337,11 +337,10 @@ def test_with_a_secret(engines, monkeypatch, tmp_path, same):
     drain(producer, consumer)
 
 
-def test_a_hook_that_meets_nonsense_kills_nobody():
-    """A step that vLLM describes in another way than this connector knows is survived; its blocks are offered at the end."""
+def test_a_step_that_cannot_be_read_costs_no_engine(monkeypatch):
+    """A defect in reading vLLM's step ends nothing: the blocks are published when the prefill has finished."""
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint())
-    side = producer.scheduler.connector._scheduler
-    side._seal = None
+    monkeypatch.setattr("kvxfer_vllm.prefills.PartialPublishOrder", None)
     producer.add("p", prompt_of(100), P_PARAMS)
     producer.run_until_answered("p")
     producer.step()

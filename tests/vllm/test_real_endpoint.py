@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two of vLLM's schedulers hand requests over through real endpoints: torch tensors, threads, leases, the fence."""
+"""Two of vLLM's schedulers hand requests over through real endpoints: torch tensors, threads, leases, the lease check."""
 
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.mark.parametrize("length", [1, 33, 1000])
 def test_tokens_equal_those_of_one_engine(engines, agent, length):
-    """KV that went through a real transfer engine gives the tokens of KV computed here."""
+    """KV from a real transfer engine gives the same tokens as KV computed by one engine."""
     producer, consumer = (
         engines(role, name, agent=agent) for role, name in (("kv_producer", "P"), ("kv_consumer", "D"))
     )
@@ -28,7 +29,7 @@ def test_tokens_equal_those_of_one_engine(engines, agent, length):
     drain(producer, consumer)
     assert consumer.answers["d"].tokens == expected(prompt, 5)
     assert consumer.computed_tokens == 5
-    assert len(consumer.stats["transfer_seconds"]) == producer.stats["settled_leases"] == 1
+    assert len(consumer.stats["transfer_seconds"]) == producer.stats["released_leases"] == 1
     assert consumer.stats["handshakes"] == {"met": 1}
     block_nbytes = 2 * 2 * BLOCK_TOKENS * 8 * 4  # layers, heads, tokens, content, float32
     assert consumer.stats["transfer_bytes"] == [-(-length // BLOCK_TOKENS) * block_nbytes]
@@ -48,7 +49,7 @@ def test_requests_in_both_directions_of_two_equal_engines(engines):
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 def test_expired_lease(engines, policy):
-    """A consumer that comes after the lease has ended never gets tokens made of what is in the blocks now."""
+    """A consumer that reads after the lease has ended gets no token made of the new content of the blocks."""
     producer = engines("kv_producer", "P", agent="inproc", lease_seconds=0.05)
     consumer = engines("kv_consumer", "D", agent="inproc", policy=policy)
     prompt = prompt_of(300)
@@ -67,7 +68,7 @@ def test_expired_lease(engines, policy):
 
 
 def test_producer_gone(engines):
-    """A producer that is not there any more costs one error within the configured time; a new one is met afresh."""
+    """A producer that has ended costs one error within the configured time; a new one is served."""
     producer = engines("kv_producer", "P", agent="inproc")
     consumer = engines("kv_consumer", "D", agent="inproc", peer_timeout_seconds=0.3, read_timeout_seconds=2)
     params = handed_over(producer, "p", prompt_of(100))
@@ -81,8 +82,8 @@ def test_producer_gone(engines):
     assert consumer.answers["d2"].tokens == expected(prompt_of(100), 3)
 
 
-def test_waiting_request_keeps_its_lease(engines):
-    """A consumer that has no room yet renews the lease from another thread, without taking a step."""
+def test_a_waiting_request_keeps_its_lease(engines):
+    """A consumer that has no room yet renews the lease from another thread, without an engine step."""
     producer = engines("kv_producer", "P", agent="inproc", lease_seconds=2)
     consumer = engines("kv_consumer", "D", agent="inproc")
     prompt = prompt_of(1000)
@@ -91,17 +92,15 @@ def test_waiting_request_keeps_its_lease(engines):
     consumer.step()
     consumer.add("d", prompt, params, max_tokens=3)
     consumer.step()
-    import threading
-
-    assert not threading.Event().wait(30)  # for longer than two leases the engine computes something else
+    assert not threading.Event().wait(30)  # the engine takes no step for longer than two leases
     consumer.run()
     drain(producer, consumer)
     assert consumer.answers["d"].tokens == expected(prompt, 3)
-    assert producer.stats["settled_leases"] == 1
+    assert producer.stats["released_leases"] == 1
 
 
-def test_different_models_do_not_meet(engines):
-    """Servers whose KV means different things refuse each other by name, and the request ends."""
+def test_different_models_are_refused(engines):
+    """Servers of different models refuse each other by name, and the request ends."""
     producer = engines("kv_producer", "P", agent="inproc", model_fingerprint="one")
     consumer = engines("kv_consumer", "D", agent="inproc", model_fingerprint="other")
     params = handed_over(producer, "p", prompt_of(100))
@@ -112,7 +111,7 @@ def test_different_models_do_not_meet(engines):
 
 
 def test_port_taken(engines, monkeypatch):
-    """A side channel port that is in use ends the start with one sentence that names it and says what to set."""
+    """A side channel port that is in use ends the start with a sentence that names it and the variable to set."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", str(port))
@@ -127,7 +126,7 @@ def test_agent_not_there(engines):
 
 
 def test_side_channel_address_is_in_the_response(engines):
-    """remote_host and remote_port of the response are where the lease's first address is."""
+    """The response's remote_host and remote_port are the lease's first address."""
     producer = engines("kv_producer", "P", agent="inproc")
     producer.add("p", prompt_of(10), P_PARAMS)
     producer.run_until_answered("p")

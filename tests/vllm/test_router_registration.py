@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m kvxfer_vllm.router_registration`` before a stand-in of vllm-router's discovery: who is told of, and when."""
+"""``python -m kvxfer_vllm.router_registration`` with a simulated discovery socket of vllm-router: registered servers."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def discovery():
 
 
 def heard(discovery, timeout_s):
-    """What the router is told next, None if nothing comes."""
+    """Receive the next registration; None if there is none."""
     return msgspec.msgpack.decode(discovery.recv_multipart()[1]) if discovery.poll(timeout_s * 1000) else None
 
 
 def test_healthy_servers_are_registered_again_and_again(server, discovery):
-    """A healthy server is told of again and again; one that is not, or is not there, is not told of."""
+    """A healthy server is registered again and again; an unhealthy or missing one is not."""
     address = f"127.0.0.1:{server.server_port}"
     router = discovery.last_endpoint.decode().removeprefix("tcp://")
     command = [sys.executable, "-m", "kvxfer_vllm.router_registration", "--router", router]
@@ -84,7 +84,7 @@ def test_healthy_servers_are_registered_again_and_again(server, discovery):
     ],
 )
 def test_what_it_refuses(arguments, complaint, capsys):
-    """An argument that cannot be meant is named, with status 2."""
+    """An invalid argument is named, and the exit status is 2."""
     with pytest.raises(SystemExit) as ended:
         main(["--router", "127.0.0.1:1", *arguments])
     assert ended.value.code == 2

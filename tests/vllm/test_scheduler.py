@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connector under vLLM's real scheduler: what is handed over, what is reported, and that nothing stays allocated."""
+"""The connector in vLLM's real scheduler: transfers, reports, and no block that stays allocated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture
 def pair():
-    """A producer and a consumer whose reads really copy blocks."""
+    """A producer and a consumer whose reads copy blocks."""
     net = {}
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
     consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))
@@ -58,12 +58,12 @@ def test_tokens_equal_those_of_one_engine(pair, length):
     # The last prompt token is computed again, for its logits.
     assert consumer.computed_tokens == 6
     assert consumer.blocks_in_use == producer.blocks_in_use == 0
-    assert producer.stats["settled_leases"] == 1
+    assert producer.stats["released_leases"] == 1
     assert consumer.stats["transfer_bytes"] == [4096 * -(-length // BLOCK_TOKENS)]
 
 
 def test_order_of_the_producers_calls(pair):
-    """Announced when the request comes, sealed by the step that fills the blocks, offered when all are complete; they stay."""
+    """A lease is announced when the request arrives, published partially by the step that fills blocks, then completely."""
     producer, _ = pair
     prompt = prompt_of(100)
     producer.add("p", prompt, P_PARAMS)
@@ -73,8 +73,8 @@ def test_order_of_the_producers_calls(pair):
     token = producer.answers["p"].kv_transfer_params["kvxfer"]["token"]
     assert announced == ("announce", token)
     assert scripted(producer).names() == ["announce", "publish part", "publish"]
-    assert scripted(producer).calls[1][2] == scripted(producer).offered[token][:3]  # the fourth is not full
-    assert len(scripted(producer).offered[token]) == producer.blocks_in_use == 4
+    assert scripted(producer).calls[1][2] == scripted(producer).published[token][:3]  # the fourth is not full
+    assert len(scripted(producer).published[token]) == producer.blocks_in_use == 4
     for _ in range(3):
         producer.step()
     assert producer.blocks_in_use == 4
@@ -84,7 +84,7 @@ def test_order_of_the_producers_calls(pair):
 
 
 def test_a_step_waits_only_if_it_computes_nothing(pair):
-    """While a transfer is waited for, steps without tokens wait a moment for it, and others do not wait at all."""
+    """Steps without tokens wait a moment for a pending transfer; other steps do not wait."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
     scripted(consumer).automatic = False
@@ -104,7 +104,7 @@ def test_a_step_waits_only_if_it_computes_nothing(pair):
 
 
 def test_expired_lease_frees_the_producer(pair):
-    """Blocks for which nobody comes are freed and counted."""
+    """Blocks that no consumer reads are freed and counted."""
     producer, _ = pair
     params = handed_over(producer, "p", prompt_of(50))
     scripted(producer).end(params["kvxfer"]["token"], read=False, expired=True)
@@ -113,8 +113,8 @@ def test_expired_lease_frees_the_producer(pair):
     assert producer.stats["expired_leases"] == 1
 
 
-def test_hold_precedes_the_read(pair):
-    """A consumer holds the lease with the first step after the request's arrival, before there is room for its blocks."""
+def test_acquire_precedes_the_read(pair):
+    """A consumer acquires the lease in the first step after the request's arrival, before there is room for its blocks."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(1000))
     blocker = consumer.add("local", prompt_of(3500, seed=3), max_tokens=4)
@@ -129,7 +129,7 @@ def test_hold_precedes_the_read(pair):
 
 
 def test_partial_prefix_hit_reads_only_the_rest(pair):
-    """Blocks that the consumer has already are neither read nor computed."""
+    """Blocks that the consumer has are neither read nor computed."""
     producer, consumer = pair
     prefix, prompt = prompt_of(70), [*prompt_of(70), *prompt_of(60, seed=5)]
     consumer.add("warm", prefix, max_tokens=1)
@@ -143,7 +143,7 @@ def test_partial_prefix_hit_reads_only_the_rest(pair):
 
 
 def test_whole_prefix_hit_reads_the_last_block(pair):
-    """Of a prompt that is wholly here vLLM itself wants the last token computed, so its last block is all that is read."""
+    """Of a prompt that is cached completely only the last block is read, because vLLM computes the last token again."""
     producer, consumer = pair
     prompt = prompt_of(96)
     for attempt in ("first", "second"):
@@ -157,7 +157,7 @@ def test_whole_prefix_hit_reads_the_last_block(pair):
     drain(producer, consumer)
 
 
-def test_load_that_vllm_declines_drops_the_lease(pair):
+def test_a_load_that_vllm_declines_releases_the_lease(pair):
     """A request that must compute its whole prompt (prompt logprobs) frees the producer without a read or a report."""
     producer, consumer = pair
     prompt = prompt_of(100)
@@ -212,7 +212,7 @@ def test_read_that_cannot_even_start(pair):
 
 
 def test_client_gone_while_loading(pair):
-    """The blocks of an aborted load stay until the endpoint says that they are quiet; then they are freed, once."""
+    """The blocks of an aborted load stay allocated until the endpoint reports that they are quiet; then they are freed once."""
     producer, consumer = pair
     scripted(consumer).automatic = False
     params = handed_over(producer, "p", prompt_of(100))
@@ -228,7 +228,7 @@ def test_client_gone_while_loading(pair):
 
 
 def test_client_gone_before_it_is_scheduled(pair):
-    """A request that is aborted while it waits gives the lease back."""
+    """A request that is aborted while it waits releases its lease."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
     consumer.add("d", prompt_of(100), params)
@@ -241,7 +241,7 @@ def test_client_gone_before_it_is_scheduled(pair):
 
 
 def test_request_rejected_by_the_front_end(pair):
-    """vLLM's notice of a request that it rejected (a stand-in prompt, aborted at once) frees the producer."""
+    """A request that vLLM rejected (stand-in prompt, aborted at once) releases its lease."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
     consumer.add("d", [0], params, abort_immediately=True)
@@ -253,7 +253,7 @@ def test_request_rejected_by_the_front_end(pair):
 
 
 def test_a_failed_load_is_no_refusal(said):
-    """vLLM's notice of a request whose load failed brings its parameters once more: nothing is refused, computed or counted."""
+    """vLLM passes the parameters of a failed load once more; they are not refused, computed or counted."""
     net = {}
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
     consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), policy="fail")
@@ -272,7 +272,7 @@ def test_a_failed_load_is_no_refusal(said):
 
 
 def test_rejected_with_parameters_that_are_none(pair, said):
-    """A request that vLLM rejected is not computed, so that nothing is said of its parameters."""
+    """The parameters of a request that vLLM rejected are not counted as refused, because it is not computed."""
     _, consumer = pair
     consumer.add("d", [0], {"do_remote_prefill": True}, abort_immediately=True)
     consumer.run()
@@ -281,7 +281,7 @@ def test_rejected_with_parameters_that_are_none(pair, said):
 
 @pytest.mark.parametrize("token_id", [2**31, -(2**31) - 1])
 def test_token_ids_beyond_32_bits(pair, token_id):
-    """A prompt with a token id that no digest can hold is refused by name on either side, and neither dies of it."""
+    """A prompt with a token id beyond 32 bits is refused by name on either side, and both engines go on."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(40))
     for engine, asked in ((consumer, params), (producer, P_PARAMS)):
@@ -293,7 +293,7 @@ def test_token_ids_beyond_32_bits(pair, token_id):
 
 
 def test_one_engine_id_on_two_servers(said):
-    """Two servers that were given one engine_id transfer like others, and are told once that it should not be so."""
+    """Two servers with one engine_id transfer like others, with one warning."""
     net = {}
     producer = Engine("kv_producer", name="0", endpoint=ScriptedEndpoint(net))
     consumer = Engine("kv_consumer", name="0", endpoint=ScriptedEndpoint(net))
@@ -308,18 +308,18 @@ def test_one_engine_id_on_two_servers(said):
 
 
 def test_prefill_client_gone(pair):
-    """A prefill that is aborted, before or after it was scheduled, offers nothing and keeps nothing."""
+    """A prefill that is aborted, before or after it was scheduled, is not published completely and keeps no block."""
     producer, _ = pair
-    producer.add("early", prompt_of(100), P_PARAMS)
-    producer.abort("early")
-    producer.add("late", prompt_of(3000), P_PARAMS)
+    producer.add("first", prompt_of(100), P_PARAMS)
+    producer.abort("first")
+    producer.add("second", prompt_of(3000), P_PARAMS)
     producer.step()
-    producer.abort("late")
+    producer.abort("second")
     producer.run()
     calls = scripted(producer).calls
-    (early, late), revoked = ([call[1] for call in calls if call[0] == name] for name in ("announce", "revoke"))
-    assert revoked == [early, late] and "publish" not in scripted(producer).names()
-    assert [call[1] for call in calls if call[0] == "publish part"] == [late]
+    (first, second), revoked = ([call[1] for call in calls if call[0] == name] for name in ("announce", "revoke"))
+    assert revoked == [first, second] and "publish" not in scripted(producer).names()
+    assert [call[1] for call in calls if call[0] == "publish part"] == [second]
     assert producer.blocks_in_use == 0
 
 
@@ -338,8 +338,8 @@ def test_preempted_consumer_computes_the_rest_itself(pair):
     assert consumer.blocks_in_use == 0
 
 
-def test_preempted_producer_hands_over_once(pair):
-    """A prefill that is preempted has a new lease when it starts again: what was sealed under the old one is not there any more."""
+def test_preempted_prefill_has_a_new_lease(pair):
+    """A preempted prefill has a new lease when it starts again, because the blocks published under the old one are gone."""
     producer, consumer = pair
     prompt = prompt_of(3000)
     producer.add("p", prompt, P_PARAMS)
@@ -367,7 +367,7 @@ def test_preempted_producer_hands_over_once(pair):
 
 
 def test_in_pull_mode_nothing_leaves_before_the_end():
-    """With mode pull no block is sealed, so that a prefill that is preempted keeps its one token."""
+    """In mode "pull" no block is published before the end, so a preempted prefill keeps its token."""
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(), mode="pull")
     producer.add("p", prompt_of(3000), P_PARAMS)
     producer.step()
@@ -379,7 +379,7 @@ def test_in_pull_mode_nothing_leaves_before_the_end():
 
 
 def test_a_lease_for_another_prompt_is_never_used(pair):
-    """Parameters that were made for another prompt of the same length are refused and the prompt is computed."""
+    """Parameters for another prompt of the same length are refused, and the prompt is computed."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
     other = prompt_of(100, seed=2)
@@ -391,7 +391,7 @@ def test_a_lease_for_another_prompt_is_never_used(pair):
 
 
 def test_one_lease_serves_one_request(pair):
-    """Of requests with the same parameters, together or one after the other, one loads and the others compute."""
+    """Of several requests with the same parameters one loads its KV, and the others compute it."""
     producer, consumer = pair
     prompt = prompt_of(100)
     params = handed_over(producer, "p", prompt)
@@ -407,7 +407,7 @@ def test_one_lease_serves_one_request(pair):
 
 
 def test_many_requests_at_once(pair):
-    """32 requests of mixed lengths, more than fit at once, all end right and leave nothing behind."""
+    """32 requests of mixed lengths, more than fit at once, have the right tokens and leave no block allocated."""
     producer, consumer = pair
     prompts = [prompt_of(17 + 29 * (i % 11), seed=i) for i in range(32)]
     params = {}
@@ -420,14 +420,14 @@ def test_many_requests_at_once(pair):
     for i, prompt in enumerate(prompts):
         assert consumer.answers[f"d{i}"].tokens == expected(prompt, 4), i
     assert producer.blocks_in_use == consumer.blocks_in_use == 0
-    assert producer.stats["settled_leases"] + producer.stats.get("unread_leases", 0) == 32
+    assert producer.stats["released_leases"] + producer.stats.get("unread_leases", 0) == 32
 
 
 @pytest.mark.parametrize(
     "hook", ["on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "request_finished"]
 )
 def test_a_defect_in_a_hook_costs_no_engine(pair, monkeypatch, hook):
-    """Whichever hook raises, the request ends, nothing stays allocated, and the defect is counted."""
+    """If a hook raises, the request ends, no block stays allocated, and the defect is counted."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
 
@@ -435,7 +435,7 @@ def test_a_defect_in_a_hook_costs_no_engine(pair, monkeypatch, hook):
         raise ZeroDivisionError
 
     for engine in pair:
-        monkeypatch.setattr(engine.scheduler.connector._scheduler, hook, broken)
+        monkeypatch.setattr(engine.scheduler.connector.scheduler_half, hook, broken)
     consumer.add("d", prompt_of(100), params, max_tokens=3)
     consumer.run()
     if hook == "update_state_after_alloc":  # the load was promised, so the policy for failed loads decides
@@ -447,17 +447,17 @@ def test_a_defect_in_a_hook_costs_no_engine(pair, monkeypatch, hook):
     producer.add("p2", prompt_of(50), P_PARAMS)
     producer.run_until_answered("p2")
     scripted(producer).end(params["kvxfer"]["token"], read=False)
-    for token in list(scripted(producer).offered):
+    for token in list(scripted(producer).published):
         scripted(producer).end(token, read=False)
     producer.run()
     assert producer.blocks_in_use == consumer.blocks_in_use == 0
 
 
 def test_a_defect_after_the_promise_fails_the_load(pair, monkeypatch):
-    """If a load was promised to vLLM and cannot be ordered, it is reported as failed instead of waited for."""
+    """A load that was promised to vLLM and cannot be ordered is reported as failed."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
-    monkeypatch.setattr("kvxfer_vllm.scheduler.Read", None)
+    monkeypatch.setattr("kvxfer_vllm.scheduler.ReadOrder", None)
     consumer.add("d", prompt_of(100), params, max_tokens=3)
     consumer.run()
     assert consumer.answers["d"].finish_reason == "error"
@@ -468,12 +468,12 @@ def test_a_defect_after_the_promise_fails_the_load(pair, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 def test_inside_multi_connector(policy):
-    """As a child of MultiConnector it serves, loads, fails and counts as it does alone."""
+    """Inside MultiConnector the connector serves, loads, fails and counts as it does alone."""
     register()
     net = {}
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net), multi=True)
     consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), multi=True, policy=policy)
-    told = producer.worker.get_handshake_metadata()  # the stranger's: MultiConnector hands it to all children
+    told = producer.worker.get_handshake_metadata()  # the other connector's: MultiConnector passes it to all children
     producer.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(0, 0): told})
     prompt = prompt_of(100)
     params = handed_over(producer, "p", prompt)
@@ -490,4 +490,4 @@ def test_inside_multi_connector(policy):
     assert consumer.answers["d"].tokens == expected(prompt, 3)
     assert consumer.answers["d2"].tokens == ([] if policy == "fail" else expected(prompt_of(90, seed=2), 3))
     assert consumer.stats["KvxferConnector"]["failed_transfers"] == {"LeaseEndedError": 1}
-    assert producer.stats["KvxferConnector"]["settled_leases"] == 1
+    assert producer.stats["KvxferConnector"]["released_leases"] == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How vLLM finds the connector, and what the connector refuses before a server is up."""
+"""Start of a server: vLLM finds the connector; wrong options and unsupported configurations are refused."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ assert dict(os.environ) == before
     ],
 )
 def test_importing_is_cheap(module, more):
-    """vLLM imports the plug-in in every process, so that loads no vendor; nor do the pure modules."""
+    """Importing the plug-in, which vLLM does in every process, loads no vendor; nor does importing the pure modules."""
     code = _WHAT_IS_LOADED.format(module=module, more=more)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.timeout(600)  # vLLM's imports take 5 s of a whole core, and many times that on a busy machine
 def test_importing_the_class_loads_no_transfer_engine():
-    """The API server imports the class for its metrics: no transfer engine, and torch's CUDA is left alone."""
+    """Importing the class, as the API server does for its metrics, loads no transfer engine and does not touch CUDA."""
     code = (
         "import sys, kvxfer_vllm; kvxfer_vllm.KvxferConnector; import torch\n"
         "assert not [n for n in sys.modules if n.split('.')[0] in ('nixl', 'nixl_cu13', 'nixl_cu12', 'kvxfer_nixl')]\n"
@@ -76,7 +76,7 @@ def test_importing_the_class_loads_no_transfer_engine():
 
 
 def test_found_by_name_and_by_module():
-    """The plug-in's name, the module path and the names of the shims all lead to the one class; registering twice is harmless."""
+    """The plug-in's name, the module path and the names of other connectors lead to one class; registering twice is harmless."""
     register()
     register()
     for name, module in (
@@ -93,7 +93,7 @@ def test_found_by_name_and_by_module():
 
 
 def test_unknown_name_in_the_package():
-    """A misspelt connector name is an AttributeError, which vLLM turns into its own message."""
+    """A misspelt connector name raises AttributeError, which vLLM turns into its own message."""
     import kvxfer_vllm
 
     with pytest.raises(AttributeError, match="KvxferConector"):
@@ -105,28 +105,30 @@ def test_unknown_name_in_the_package():
     [
         ({"agnet": "nixl"}, "unknown option 'agnet'; known are agent, agent_options, "),
         ({"kv_lease_duration": 30}, "NixlConnector's option: use lease_seconds"),
-        ({"mode": "shove"}, "mode 'shove' is unknown; known are auto, push, pull"),
-        ({"granularity": "token"}, "granularity 'token' is unknown; known are chunk, layer"),
+        ({"mode": "shove"}, "mode must be one of auto, push, pull, not 'shove'"),
+        ({"granularity": "token"}, "granularity must be one of chunk, layer, not 'token'"),
         ({"granularity": "layer", "mode": "pull"}, "granularity 'layer' is for mode 'auto' or 'push'"),
-        ({"match_seconds": -1}, "match_seconds must be a positive number"),
+        ({"rendezvous_timeout_seconds": -1}, "rendezvous_timeout_seconds must be a number of seconds above 0"),
         ({"secret": "of all servers"}, "unknown option 'secret'"),
         ({"secret_file": 5}, "secret_file must be a string"),
         ({"verify": "yes"}, "verify must be true or false"),
         ({"verify": None}, "verify must be true or false"),
         ({"allow_unauthenticated": "yes"}, "allow_unauthenticated must be true or false"),
-        ({"push_registration_timeout": 480}, "NixlConnector's option: use match_seconds"),
-        ({"mode": None}, "mode must be a string"),
+        ({"push_registration_timeout": 480}, "NixlConnector's option: use rendezvous_timeout_seconds"),
+        ({"mode": None}, "mode must be one of auto, push, pull, not None"),
         ({"agent": 1}, "agent must be a string"),
-        ({"backends": "UCX"}, "backends must be a list"),
+        ({"backends": "UCX"}, "backends must be a list of strings"),
+        ({"backends": [1]}, "backends must be a list of strings"),
         ({"agent_options": []}, "agent_options must be an object"),
-        ({"lease_seconds": 0}, "lease_seconds must be a positive number"),
-        ({"lease_seconds": "30"}, "lease_seconds must be a positive number"),
-        ({"read_timeout_seconds": True}, "read_timeout_seconds must be a positive number"),
-        ({"hold_seconds": float("nan")}, "hold_seconds must be a positive number"),
+        ({"lease_seconds": 0}, "lease_seconds must be a number of seconds above 0"),
+        ({"lease_seconds": "30"}, "lease_seconds must be a number of seconds above 0"),
+        ({"lease_seconds": 1e30}, "lease_seconds must be a number of seconds above 0 and up to 31622400, not 1e"),
+        ({"read_timeout_seconds": True}, "read_timeout_seconds must be a number of seconds above 0"),
+        ({"unread_lease_seconds": float("nan")}, "unread_lease_seconds must be a number of seconds above 0"),
     ],
 )
 def test_options_are_refused_by_name(extra, message):
-    """A wrong option ends the start of both roles with a sentence that names it."""
+    """A wrong option ends the start of both roles with a sentence that names it and says what is allowed."""
     for role in KVConnectorRole:
         with pytest.raises(ConfigError, match="kv_connector_extra_config: .*" + message):
             KvxferConnector(vllm_config(**extra), role, kv_cache_config())
@@ -154,21 +156,21 @@ def test_side_channel_variables():
         side_channel({"KVXFER_SIDE_CHANNEL_PORT": "65535"}, 1)
 
 
-def test_all_interfaces_are_not_told_to_others():
-    """Listening on all interfaces, a server tells others an address that they can connect to."""
+def test_all_interfaces_are_no_address_for_peers():
+    """A server that listens on all interfaces tells peers an address that they can connect to."""
     assert advertised("10.1.2.3") == "10.1.2.3"
     for everything in ("0.0.0.0", "*", "::", "[::]"):
         assert advertised(everything) not in (everything, "")
 
 
-def test_localhost_is_told_as_a_number():
-    """What ``localhost`` means is for each hosts file to say, so others are told a number; other names they look up themselves."""
+def test_localhost_is_a_number_for_peers():
+    """Peers are told a number for ``localhost``, which hosts files may define differently; they look up other names themselves."""
     assert advertised("localhost") == "127.0.0.1"
     assert advertised("prefill-0.svc") == "prefill-0.svc"
 
 
 def test_the_host_of_the_side_channel_is_checked():
-    """A host that cannot be one ends the start, by the variable's name."""
+    """An invalid host ends the start with the name of the variable."""
     assert side_channel({"KVXFER_SIDE_CHANNEL_HOST": "[::1]"}, 0) == ("::1", 5600)
     assert side_channel({"KVXFER_SIDE_CHANNEL_HOST": "*"}, 0) == ("*", 5600)
     for host in ("a b", "10.0.0.1:5600", "tcp://h"):
@@ -200,7 +202,7 @@ def _with(config, path, value):
     ],
 )
 def test_unsupported_configuration(path, value, message):
-    """What is not supported is refused when the connector is made, by name."""
+    """An unsupported configuration is refused by name when the connector is made."""
     config = vllm_config()
     _with(config, path, value)
     with pytest.raises(ConfigError, match=f"does not support .*{message}"):
@@ -216,7 +218,7 @@ def test_unsupported_configuration(path, value, message):
     ],
 )
 def test_layer_by_layer_only_where_vllm_calls_a_hook_in_each(path, value, message):
-    """Granularity "layer" is refused where layers are computed without a hook, or more than once; "chunk" is not."""
+    """Granularity "layer" is refused where vLLM computes layers without a hook, or more than once; "chunk" is not."""
     config = vllm_config()
     refuse_unsupported(config, kv_cache_config(), layer_by_layer=True)
     _with(config, path, value)
@@ -226,14 +228,14 @@ def test_layer_by_layer_only_where_vllm_calls_a_hook_in_each(path, value, messag
 
 
 def test_vllm_is_asked_for_graphs_with_hooks():
-    """vLLM itself takes piecewise graphs instead of full ones where granularity is "layer"."""
+    """vLLM uses piecewise graphs instead of full ones with granularity "layer"."""
     assert KvxferConnector.requires_piecewise_for_cudagraph({"granularity": "layer"})
     assert not KvxferConnector.requires_piecewise_for_cudagraph({})
 
 
 @pytest.mark.parametrize(("layers", "sizes"), [(1, [1]), (7, [1] * 7), (8, [1] * 8), (30, [3, 4, 4, 4, 3, 4, 4, 4])])
 def test_parts_of_layers(layers, sizes):
-    """Neighbouring layers, in at most 8 parts of nearly equal size; with granularity "chunk" in one."""
+    """Layers are divided into at most 8 parts of nearly equal size; with granularity "chunk" they are one part."""
     names = [f"model.layers.{i}" for i in range(layers)]
     parts = ConnectorOptions.parse({"granularity": "layer"}).parts(names)
     assert [len(part) for part in parts] == sizes and [name for part in parts for name in part] == names
@@ -270,7 +272,7 @@ def test_supported_caches(groups):
 
 
 def test_unsupported_caches():
-    """What no transfer could bring over right is refused at start-up, in a sentence that names it."""
+    """A cache that cannot be transferred correctly is refused at start-up, in a sentence that names it."""
     states = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=32)
     other_heads = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=4, dtype=torch.float32)
     two_ranks = vllm_config()
@@ -287,7 +289,7 @@ def test_unsupported_caches():
 
 
 def test_hybrid_manager_is_left_on():
-    """vLLM may keep cache groups of several kinds: the connector says that it takes them."""
+    """The connector declares that it takes several cache groups, so vLLM leaves its hybrid manager on."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import supports_hma
 
     assert supports_hma(KvxferConnector)
@@ -295,7 +297,7 @@ def test_hybrid_manager_is_left_on():
 
 
 def test_groups_of_a_hybrid_model():
-    """Layers of one kind are one group under one name, in a part for each block table; windows are told by their size."""
+    """Layers of one kind have one name, and a part for each block table; the name of a window has its size."""
     config = kv_cache_config()
     config.kv_cache_groups = [
         group_of(_FULL, "l.0", "l.3"),
@@ -317,7 +319,7 @@ def test_groups_of_a_hybrid_model():
 
 
 def test_groups_without_the_hybrid_manager():
-    """Where vLLM keeps all blocks of all layers, layers with a window have the same name as elsewhere, and all tokens."""
+    """Without the hybrid manager, layers with a window have the same name as with it, and all tokens."""
     config = kv_cache_config()
     one = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, sliding_window=64)
     config.kv_cache_groups = [group_of(one, "l.0", "l.1", "l.2")]
@@ -348,7 +350,7 @@ def test_groups_without_the_hybrid_manager():
     ],
 )
 def test_blocks_of_a_table(table, ids, first, tokens, found):
-    """What a block table holds from one token to another: null blocks stand for what no later token needs, and nothing else."""
+    """A block table gives the blocks between two tokens; null blocks are allowed only for tokens that no later token needs."""
     blocks = table.blocks(ids, first, tokens)
     assert (None if blocks is None else tuple(blocks)) == found
 
@@ -373,7 +375,7 @@ def test_cache_of_one_rank():
 
 
 def test_kernel_blocks_smaller_than_table_blocks():
-    """A cache cut into smaller blocks than the block table's is described as such: ids are the block table's."""
+    """A cache with smaller blocks than the block table is described as such; block ids are those of the block table."""
     layers, names = _caches(num_blocks=16, tokens=16)
     cache = describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
     (group,) = cache.spec.groups
@@ -398,7 +400,7 @@ def test_cache_not_in_host_memory():
 
 
 def test_fingerprint():
-    """Servers agree if model, configuration and dtypes do, whatever their layout and parallelism; or if told to."""
+    """The fingerprint depends on model, configuration and dtypes, not on layout and parallelism; an option replaces it."""
     base = model_fingerprint(vllm_config())
     other = vllm_config()
     other.cache_config.block_size = 64
@@ -416,7 +418,7 @@ def test_fingerprint():
 
 
 def drafting(method, model, *, eagle):
-    """A configuration whose server drafts."""
+    """Configuration of a server with speculative decoding."""
     draft = SimpleNamespace(model=model, revision=None)
     config = vllm_config()
     config.speculative_config = SimpleNamespace(
@@ -426,7 +428,7 @@ def drafting(method, model, *, eagle):
 
 
 def test_fingerprint_of_a_server_that_drafts():
-    """Drafts that read the model's hidden states must be the same on both servers; other drafts may differ, or be on one side."""
+    """Drafts that read the model's hidden states must be equal on both servers; others may differ, or be on one side only."""
     base = model_fingerprint(vllm_config())
     assert model_fingerprint(drafting("ngram", "", eagle=False)) == base
     assert model_fingerprint(drafting("draft_model", "small", eagle=False)) == base
@@ -435,7 +437,7 @@ def test_fingerprint_of_a_server_that_drafts():
 
 
 def test_layers_of_a_draft_model_are_matched_by_name():
-    """A draft model counts its layers from 0 as the model does: names tell them apart, and a gap in the numbers is no name."""
+    """Layers of a draft model, numbered from 0 as the model's, are matched by name; layers with a gap in the numbers are not."""
     layers, names = _caches()
     drafts = {f"draft_model.{name}": torch.zeros_like(tensor) for name, tensor in layers.items()}
     config = kv_cache_config(8)
@@ -460,16 +462,16 @@ def test_addresses_of_all_ranks():
     """Each rank's address is in the lease, in rank order."""
     scheduler = _scheduler(tp_size=2)
     scheduler.set_addresses({1: KvxferHandshake("tcp://h:71"), 0: KvxferHandshake("tcp://h:70")})
-    assert scheduler._addresses == ("tcp://h:70", "tcp://h:71")
+    assert scheduler.addresses == ("tcp://h:70", "tcp://h:71")
 
 
 @pytest.mark.parametrize("told", [{}, {0: object(), 1: object()}, {1: KvxferHandshake("tcp://h:71")}])
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_handshakes_that_say_nothing_of_rank_0(told, tp_size):
-    """Another connector's payload (MultiConnector hands it to all), or none, does no harm where the port is known."""
+def test_handshakes_without_rank_0(told, tp_size):
+    """The payload of another connector (MultiConnector passes it to all), or none, does no harm if the port is known."""
     scheduler = _scheduler(tp_size=tp_size)
     scheduler.set_addresses(told)
-    assert scheduler._addresses == ("tcp://h:5600",)
+    assert scheduler.addresses == ("tcp://h:5600",)
     with pytest.raises(ConfigError, match="MultiConnector and on TPUs; there the side channel needs a fixed port"):
         _scheduler(tp_size=tp_size, port=0).set_addresses(told)
 
@@ -478,7 +480,7 @@ def test_rank_0_knows_the_others():
     """A single address, of rank 0, stands for all ranks."""
     scheduler = _scheduler(tp_size=2, port=0)
     scheduler.set_addresses({0: KvxferHandshake("tcp://h:70")})
-    assert scheduler._addresses == ("tcp://h:70",)
+    assert scheduler.addresses == ("tcp://h:70",)
 
 
 def test_pipeline_ranks_are_refused():

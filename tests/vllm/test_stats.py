@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted reaches vLLM's log and Prometheus through vLLM's own hooks."""
+"""Statistics reach vLLM's log and Prometheus through vLLM's own hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import LeaseReleased
 from kvxfer_vllm.connector import KvxferConnector
-from kvxfer_vllm.metadata import KvxferMetadata, Offer
+from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder
 from kvxfer_vllm.stats import COUNTERS, LABELLED, KvxferStats
 from kvxfer_vllm.transfer_params import RefusalReason
 from kvxfer_vllm.worker import KvxferWorker
@@ -34,8 +34,8 @@ def _stats(**counts):
 
 
 def test_aggregate_adds_everything():
-    """Two workers' observations add up, series by series and label by label, and neither source is changed."""
-    a, b = _stats(settled_leases=2), _stats(settled_leases=3, expired_leases=1)
+    """Observations of two workers add up, series by series and label by label, and neither source is changed."""
+    a, b = _stats(released_leases=2), _stats(released_leases=3, expired_leases=1)
     a.record_transfer(seconds=0.5, nbytes=10, descriptors=1)
     b.record_transfer(seconds=0.25, nbytes=20, descriptors=2)
     a.count("failed_transfers", label="X")
@@ -44,7 +44,7 @@ def test_aggregate_adds_everything():
     before = copy.deepcopy(b.data)
     a.aggregate(b)
     assert a.data == {
-        "settled_leases": 5,
+        "released_leases": 5,
         "expired_leases": 1,
         "transfer_seconds": [0.5, 0.25],
         "transfer_bytes": [10, 20],
@@ -55,8 +55,8 @@ def test_aggregate_adds_everything():
 
 
 def test_taken_once():
-    """Observations are handed out once, survive a trip as JSON, and nothing to tell is None."""
-    stats = _stats(settled_leases=1)
+    """Observations are taken once, survive JSON, and are None if there are none."""
+    stats = _stats(released_leases=1)
     taken = stats.take()
     assert stats.take() is None
     assert stats.is_empty()
@@ -105,7 +105,7 @@ def test_prometheus():
 
 
 def test_endpoint_counters_are_forwarded_as_differences():
-    """What the endpoint counts in total reaches vLLM once."""
+    """Counters of the endpoint reach vLLM as differences, each once."""
     endpoint = ScriptedEndpoint()
     worker = KvxferWorker([endpoint])
     endpoint.metrics.count("kvxfer_refused_messages_total", 2, reason="garbage")
@@ -119,24 +119,24 @@ def test_endpoint_counters_are_forwarded_as_differences():
 
 
 def test_unknown_leases_are_not_reported_to_vllm():
-    """vLLM's engine dies of an id it does not expect: ends of leases whose blocks were not offered here stay here."""
+    """The end of a lease that was not published here is not reported, because an unexpected id ends vLLM's engine."""
     endpoint = ScriptedEndpoint()
     worker = KvxferWorker([endpoint])
-    endpoint._events.append(LeaseReleased("f" * 32, "x", read=True))
+    endpoint.events.append(LeaseReleased("f" * 32, "x", read=True))
     results = worker.results()
     assert not results.finished_sending | results.finished_recving | results.failed_recving
 
 
 def test_offer_that_fails_frees_the_blocks():
-    """If the endpoint cannot take the blocks, the request is reported as sent, once, so that vLLM frees them."""
+    """If the endpoint cannot publish the blocks, the request is reported as sent, once, so that vLLM frees them."""
     endpoint = ScriptedEndpoint()
     endpoint.raises["publish"] = RuntimeError("no")
     worker = KvxferWorker([endpoint])
     lease = LeaseRef.mint(producer="P", addresses=["tcp://h:1"])
-    worker.follow(KvxferMetadata(announce=[lease], offer=[Offer("r", lease, [1])]))
+    worker.follow(KvxferMetadata(announce=[lease], publish=[PublishOrder("r", lease, [1])]))
     assert worker.results().finished_sending == {"r"}
     assert worker.results().finished_sending == set()
-    assert worker.take_stats().data == {"hook_errors": {"offer": 1}}
+    assert worker.take_stats().data == {"hook_errors": {"publish": 1}}
 
 
 def test_endpoint_that_cannot_be_asked():
@@ -150,7 +150,7 @@ def test_endpoint_that_cannot_be_asked():
 
 
 def test_get_finished_for_older_callers():
-    """A vLLM that asks for two sets and for failed blocks gets the same facts."""
+    """A vLLM that asks for two sets and for failed blocks gets the same results."""
     net = {}
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net))
     consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of a runner that keeps them as jax.Arrays: handed over by ``register_runner``, and the runner's in each step.
+"""Caches of a runner that keeps them as jax.Arrays: registered by ``register_runner``, and used by the runner in each step.
 
-vLLM's classes and JAX are real; the runner is a stand-in for tpu-inference's, and the devices are JAX's on the CPU.
+vLLM's classes and JAX are real; the runner simulates tpu-inference's, and the devices are JAX's on the CPU.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
-from kvxfer_vllm.groups import HeldBlocks
-from kvxfer_vllm.metadata import KvxferMetadata, Offer, Read
-from kvxfer_vllm.rank_cache import _instruction_set, model_fingerprint
+from kvxfer_vllm.groups import GroupBlocks
+from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder, ReadOrder
+from kvxfer_vllm.rank_cache import attention_instruction_set, model_fingerprint
 from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import (
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture
 def engines(monkeypatch):
-    """Makes engines, on so many devices or in host memory, each with a port of its own; closes them."""
+    """Makes engines on a number of devices or in host memory, each with a port of its own, and closes them."""
     monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
     made = []
@@ -83,8 +83,8 @@ def engines(monkeypatch):
     ids=lambda devices: "host" if devices is None else f"{devices} devices",
 )
 def test_tokens_equal_those_of_one_engine(engines, agent, source, target):
-    """KV that went between runners, or between a runner and host memory, gives the tokens of KV computed there."""
-    if None in (source, target) and _instruction_set(vllm_config(), kv_cache_config()) != "vec":
+    """KV moved between runners, or between a runner and host memory, gives the same tokens as KV computed by one engine."""
+    if None in (source, target) and attention_instruction_set(vllm_config(), kv_cache_config()) != "vec":
         pytest.skip("vLLM's CPU attention has another order of bytes on this processor, which no other engine knows")
     producer, consumer = engines("kv_producer", "P", source, agent), engines("kv_consumer", "D", target, agent)
     prompt = prompt_of(333)
@@ -94,14 +94,14 @@ def test_tokens_equal_those_of_one_engine(engines, agent, source, target):
     drain(producer, consumer)
     assert consumer.answers["d"].tokens == expected(prompt, 5)
     assert consumer.computed_tokens == 5
-    assert len(consumer.stats["transfer_seconds"]) == producer.stats["settled_leases"] == 1
+    assert len(consumer.stats["transfer_seconds"]) == producer.stats["released_leases"] == 1
     heads = max(2, target or 1)
     assert consumer.stats["transfer_bytes"] == [-(-333 // BLOCK_TOKENS) * 2 * heads * BLOCK_TOKENS * 8 * 4]
 
 
 @pytest.mark.parametrize("first", ["P", "D"])
 def test_sent_to_both_at_once(engines, agent, first):
-    """Blocks leave all devices of a runner while its prefill goes on, step by step, for a consumer that knows rank 0 only."""
+    """Blocks are read from all devices of a runner during its prefill, by a consumer that knows the address of rank 0 only."""
     producer = engines("kv_producer", "P", 2, agent, chunk=128)
     consumer = engines("kv_consumer", "D", 4, agent)
     prompt, key = prompt_of(700), {"transfer_id": "t-1"}
@@ -115,21 +115,21 @@ def test_sent_to_both_at_once(engines, agent, first):
     while not producer.answers["p"].finish_reason:
         producer.step()
         consumer.step()
-    producer.step()  # the engine goes on by itself: the blocks are offered
+    producer.step()  # publishes the blocks
     drain(consumer, producer)
     assert consumer.answers["d"].tokens == expected(prompt, 4)
-    assert consumer.computed_tokens == 4 and producer.stats["settled_leases"] == 1
+    assert consumer.computed_tokens == 4 and producer.stats["released_leases"] == 1
 
 
 def test_ranks_of_one_process_share_its_arena(engines):
-    """The host memory that a process may take for chunks does not grow with its devices."""
+    """The host memory for chunks of a process does not grow with the number of its devices."""
     engine = engines("kv_producer", "P", 4)
-    arenas = [endpoint.staging.memory.nbytes for endpoint in engine.kvxfer._worker._group._endpoints]
+    arenas = [endpoint.staging.memory.nbytes for endpoint in engine.kvxfer.worker_half.group.endpoints]
     assert len(arenas) == 4 and sum(arenas) <= Settings().staging_nbytes
 
 
-def test_what_is_loaded_at_one_device_fails_at_another(engines, monkeypatch):
-    """A device that cannot take its part fails that request, and no other; its blocks and its lease are given back."""
+def test_a_load_that_fails_at_one_device(engines, monkeypatch):
+    """A device that cannot unpack its part fails that request and no other; its blocks are freed and its lease is released."""
     producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
     real, failed = _jobs.unpack, []
 
@@ -151,7 +151,7 @@ def test_what_is_loaded_at_one_device_fails_at_another(engines, monkeypatch):
 
 
 def test_requests_while_the_runner_computes(engines):
-    """Steps that donate the caches, and loads that do, take turns: nobody uses an array that is gone."""
+    """Steps and loads, which both donate the caches, take turns: no donated array is used."""
     producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
     prompts = {f"{i}": prompt_of(150 + 40 * i, seed=i + 1) for i in range(6)}
     consumer.add("alone", prompt_of(64, seed=9), max_tokens=60)
@@ -165,8 +165,8 @@ def test_requests_while_the_runner_computes(engines):
     assert "hook_errors" not in consumer.stats | producer.stats
 
 
-def test_a_step_that_dies(engines, monkeypatch):
-    """A step that raises, before it has used the caches, leaves them to kvxfer and to the next step."""
+def test_a_step_that_raises(engines, monkeypatch):
+    """After a step that raises before it uses the caches, kvxfer and the next step can use them."""
     producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 2)
     prompt = prompt_of(100)
     params = handed_over(producer, "p", prompt)
@@ -181,7 +181,7 @@ def test_a_step_that_dies(engines, monkeypatch):
 
 
 def test_shut_down_in_the_middle_of_a_step(engines):
-    """An engine that ends while it has the caches does not wait for those who wait for them, and its consumers are told."""
+    """An engine that ends in its turn at the caches does not wait for threads that wait for them; its consumers' loads fail."""
     producer = engines("kv_producer", "P", 2)
     consumer = engines("kv_consumer", "D", 2, read_timeout_seconds=20, peer_timeout_seconds=1)
     prompt = prompt_of(100)
@@ -189,15 +189,16 @@ def test_shut_down_in_the_middle_of_a_step(engines):
     producer.worker.bind_connector_metadata(KvxferMetadata())
     consumer.add("d", prompt, params, max_tokens=3)
     consumer.step()
-    eventually(lambda: len(producer.kvxfer._worker._turns._arrays._turn._waiting) > 0)
+    endpoints = producer.kvxfer.worker_half.group.endpoints
+    eventually(lambda: any(endpoint.in_use()["packing"] for endpoint in endpoints))
     producer.worker.shutdown()
     drain(consumer)
     assert consumer.answers["d"].finish_reason == "error"
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["at once", "some steps later"])
-def test_caches_that_the_runner_makes_anew(engines, steps):
-    """After new weights a runner has new caches: what was in the old ones is served to nobody, and new requests work."""
+def test_caches_that_the_runner_replaces(engines, steps):
+    """After new weights a runner has new caches: the content of the old ones is not served, and new requests work."""
     producer, consumer = engines("kv_producer", "P", 2), engines("kv_consumer", "D", 1)
     prompt, later = prompt_of(100), prompt_of(200, seed=5)
     params = handed_over(producer, "p", prompt)
@@ -208,7 +209,7 @@ def test_caches_that_the_runner_makes_anew(engines, steps):
     producer.scheduler.reset_prefix_cache()
     drain(producer)
     assert producer.stats["revoked_leases"] == 1
-    assert producer.stats.get("hook_errors", {}) == ({"take back the caches": steps} if steps else {})
+    assert producer.stats.get("hook_errors", {}) == ({"caches_to_kvxfer": steps} if steps else {})
     consumer.add("d", prompt, params, max_tokens=3)
     drain(consumer)
     assert consumer.answers["d"].finish_reason == "error"
@@ -233,7 +234,7 @@ def of_eight_heads(name, devices, block_tokens):
 
 
 def numbers(shape, seed):
-    """Bits of bfloat16 that are no NaN: the stand-in's own steps, on the CPU, would make others of those."""
+    """Bits of bfloat16 without NaN, which the simulated steps on the CPU would change."""
     return noise(shape, seed) & 0xBFFF
 
 
@@ -254,12 +255,12 @@ class OnTpu:
         ]
         self.connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
         self.connector.register_runner(self.runner)
-        self.addresses = [self.connector._handshake.address]
+        self.addresses = [self.connector.worker_half.group.endpoints[0].address]
 
     def step(self, **orders):
-        """As vLLM's mixin calls it, with a forward that changes nothing."""
+        """Take one step as vLLM's mixin does, with a forward that changes nothing."""
         self.connector.bind_connector_metadata(KvxferMetadata(**orders))
-        self.runner._run([], [], [np.zeros((0, *cache.shape[2:]), jnp.bfloat16) for cache in self.runner.kv_caches])
+        self.runner.run([], [], [np.zeros((0, *cache.shape[2:]), jnp.bfloat16) for cache in self.runner.kv_caches])
         return self.connector.get_transfer_results(set())
 
     def now(self):
@@ -314,7 +315,7 @@ class InHostMemory:
     ids=["4 to 2", "2 to 4", "4 to 1", "4 to host", "host to 4", "host to 2"],
 )
 def test_every_byte(source, target, request, monkeypatch):
-    """Heads of either side land where the other has them, K before V, in these blocks and in no other."""
+    """Each head is read into its own place, K before V, in these blocks and in no other."""
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
     near, far = source[0]("P", *source[1:], seed=1), target[0]("D", *target[1:], seed=11)
     for worker in (near, far):
@@ -327,8 +328,8 @@ def test_every_byte(source, target, request, monkeypatch):
         there[into] = here[blocks].reshape(len(into), target[2], HEADS, -1)
     lease = LeaseRef.mint(producer="P", addresses=near.addresses, num_tokens=64)
     near.step(announce=[lease])
-    near.step(offer=[Offer("p", lease, [HeldBlocks(blocks)])])
-    loaded = far.step(read=[Read("d", lease, [HeldBlocks(into)], 0)])
+    near.step(publish=[PublishOrder("p", lease, [GroupBlocks(blocks)])])
+    loaded = far.step(read=[ReadOrder("d", lease, [GroupBlocks(into)], 0)])
     while not loaded.finished_recving:
         loaded = far.step()
     assert not loaded.failed_recving
@@ -387,7 +388,7 @@ def deleted(runner):
     ],
 )
 def test_caches_that_are_refused(change, says):
-    """Caches that are not what vLLM's configuration and this package know end the start, by name; no port is taken."""
+    """Caches that differ from vLLM's configuration or are not supported end the start by name, before a port is bound."""
     config, cache_config = of_eight_heads("P", 4, 16)
     runner = TpuRunner(config, 4, jnp.bfloat16)
     runner.kv_cache_config = cache_config
@@ -400,7 +401,7 @@ def test_caches_that_are_refused(change, says):
 
 
 def test_devices_of_several_hosts_are_refused(monkeypatch):
-    """Of a mesh that reaches over several hosts a process has a part only, and is refused by name."""
+    """A mesh over several hosts, of which a process has only a part, is refused by name."""
     config, cache_config = of_eight_heads("P", 4, 16)
     runner = TpuRunner(config, 4, jnp.bfloat16)
     runner.kv_cache_config = cache_config
@@ -413,7 +414,7 @@ def test_devices_of_several_hosts_are_refused(monkeypatch):
 
 
 def test_without_jax(monkeypatch):
-    """A runner without JAX is told what to install."""
+    """The error for a missing JAX says what to install."""
     config, cache_config = of_eight_heads("P", 4, 16)
     monkeypatch.setattr("kvxfer_jax.buffer.find_spec", lambda _: None)
     connector = KvxferConnector(config, KVConnectorRole.WORKER, cache_config)
@@ -422,7 +423,7 @@ def test_without_jax(monkeypatch):
 
 
 def test_what_a_tpu_has_not():
-    """What could not work there is refused before there are caches."""
+    """Configurations that TPUs do not support are refused before there are caches."""
     config, cache_config = of_eight_heads("P", 4, 16)
     with pytest.raises(ConfigError, match="granularity 'layer' on TPUs"):
         refuse_unsupported(config, cache_config, layer_by_layer=True)
@@ -433,14 +434,14 @@ def test_what_a_tpu_has_not():
 
 
 def test_one_worker_reports_for_all_devices():
-    """On TPUs one process drives all devices, so vLLM waits for one report of each request, and elsewhere for all workers'."""
+    """vLLM waits for one report of each request on TPUs, where one process drives all devices, and for all workers elsewhere."""
     config, cache_config = of_eight_heads("P", 4, 16)
     assert KvxferConnector(config, KVConnectorRole.SCHEDULER, cache_config).get_finished_count() == 1
     assert KvxferConnector(vllm_config(), KVConnectorRole.SCHEDULER, kv_cache_config()).get_finished_count() is None
 
 
 def test_importing_imports_no_jax():
-    """Importing the connector imports no JAX: a runner that has it brings it along."""
+    """Importing the connector does not import JAX."""
     code = (
         "import sys, kvxfer_vllm.connector, kvxfer_vllm.worker, kvxfer_vllm.tpu, kvxfer_vllm.startup, kvxfer_vllm.rank_cache\n"
         "assert not {'jax', 'kvxfer_jax', 'kvxfer_nixl'} & set(sys.modules)\n"

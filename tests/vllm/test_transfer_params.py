@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kv_transfer_params: whatever a client sends becomes a decision, and a refusal has a name."""
+"""kv_transfer_params: every input of a client is followed or refused by name; none raises."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ json_values = st.recursive(
 
 
 def good(**changes):
-    """Parameters as a producer answers them, changed; ... removes a key."""
+    """Parameters of a producer's answer with changes; ... removes a key."""
     lease = LeaseRef.mint(producer="P", addresses=["tcp://127.0.0.1:5600"], request="p", num_tokens=40, digest="d")
     params = response(lease, [[4, 9]], host="127.0.0.1", port=5600, tp_size=1) | changes
     return {key: value for key, value in params.items() if value is not ...}
 
 
 def lease(**changes):
-    """A lease as JSON, changed."""
+    """A lease as JSON with changes."""
     return good()["kvxfer"] | changes
 
 
 def both(**changes):
-    """Parameters as a proxy sends them to a decode server together with the prefill request, changed; ... removes a key."""
+    """Parameters that a proxy sends to a decode server at the time of the prefill request, with changes; ... removes a key."""
     params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -164,13 +164,13 @@ def test_malformed(name):
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("role", ["kv_producer", "kv_consumer", "kv_both"])
 def test_malformed_through_the_scheduler(name, role):
-    """vLLM's real scheduler with each malformed input: computed locally, counted, and the engine serves the next one."""
+    """vLLM's real scheduler computes each malformed request locally and counts it, and the engine serves the next one."""
     engine = Engine(role, name="D", endpoint=ScriptedEndpoint())
     engine.add("bad", prompt_of(40), MALFORMED[name][0], max_tokens=3)
-    for step in range(60):  # a consumer may offer blocks only if it may produce, too
+    for step in range(60):  # a server of role kv_both publishes, too
         engine.step()
         if step == 10:
-            for token in list(scripted(engine).offered):
+            for token in list(scripted(engine).published):
                 scripted(engine).end(token, read=False)
         if not engine.scheduler.has_requests():
             break
@@ -185,7 +185,7 @@ def test_malformed_through_the_scheduler(name, role):
 
 @given(params=json_values, role=st.sampled_from([PRODUCER, CONSUMER, BOTH]))
 def test_any_json(params, role):
-    """No JSON value raises, and none that was not made by a producer is taken for a lease."""
+    """No JSON value raises, and none is taken for a lease unless a producer made it."""
     assert not isinstance(parse(params, role), ConsumerRequest)
 
 
@@ -216,7 +216,7 @@ def test_nothing_asked():
 
 
 def test_good_ones():
-    """What the router sends to a producer, and what the producer answers, are understood."""
+    """A router's parameters for a producer, and the producer's answer, are understood."""
     assert parse(P_PARAMS, PRODUCER) == ProducerRequest()
     assert parse(P_PARAMS | {"transfer_id": "t-1"}, PRODUCER) == ProducerRequest("t-1")
     assert parse(both(), CONSUMER) == RendezvousRequest("P", "tcp://127.0.0.1:5600", "t-1")
@@ -227,27 +227,27 @@ def test_good_ones():
 
 
 def at_once_by_vllm_router(**changes):
-    """Parameters as vllm-router sends them to a decode server in its MoRI-IO mode, changed."""
+    """Parameters that vllm-router sends to a decode server in its MoRI-IO mode, with changes."""
     keys = dict.fromkeys(("remote_engine_id", "remote_block_ids"))
     return {"do_remote_prefill": True, "do_remote_decode": False, **keys, "transfer_id": "tx-1"} | changes
 
 
 def routed_id(place):
-    """A request's id as vLLM makes it of vllm-router's, which names the prefill server's place and the decode server's."""
+    """A request's id made by vLLM from vllm-router's, which names the addresses of both servers."""
     return f"cmpl-___prefill_addr_{place}___decode_addr_-_{'0' * 32}-0-1a2b3c4d"
 
 
 @pytest.mark.parametrize(
-    ("place", "owner", "address"),
+    ("place", "producer", "address"),
     [
         ("P@127.0.0.1:5600", "P", "tcp://127.0.0.1:5600"),
         ("P@::1:5600", "P", "tcp://[::1]:5600"),
         ("a@b@host.example:1", "a@b", "tcp://host.example:1"),
     ],
 )
-def test_a_prefill_server_named_by_vllm_router(place, owner, address):
-    """Where the parameters name no prefill server, the request's id may; it counts for nothing where they do."""
-    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)) == RendezvousRequest(owner, address, "tx-1")
+def test_a_prefill_server_named_by_vllm_router(place, producer, address):
+    """The request's id names the prefill server if the parameters do not; otherwise it is ignored."""
+    assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)) == RendezvousRequest(producer, address, "tx-1")
     assert parse(both(), CONSUMER, routed_id("Q@127.0.0.9:1")) == RendezvousRequest("P", "tcp://127.0.0.1:5600", "t-1")
     params = good(transfer_id="tx-1")
     assert parse(params, CONSUMER, routed_id("Q@127.0.0.9:1")) == ConsumerRequest(LeaseRef.from_obj(params["kvxfer"]))
@@ -270,7 +270,7 @@ def test_a_prefill_server_named_by_vllm_router(place, owner, address):
     ],
 )
 def test_a_request_id_that_names_no_prefill_server(place, reason):
-    """What cannot be an engine id and a side channel is refused by name."""
+    """An invalid engine id or side channel in the request's id is refused by name."""
     assert parse(at_once_by_vllm_router(), CONSUMER, routed_id(place)).reason is reason
 
 
@@ -279,7 +279,7 @@ OWN = Role(engine_id="P", is_producer=True, is_consumer=True, addresses=("tcp://
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_a_server_that_is_named_to_itself(host):
-    """A request that comes back to the server that prefilled it, or is to, is refused by name."""
+    """A request whose prefill server is this server is refused by name."""
     assert parse(good(), OWN).reason is RefusalReason.OWN_ENGINE
     assert parse(both(remote_host=host), OWN).reason is RefusalReason.OWN_ENGINE
     unknown = Role(engine_id="P", is_producer=True, is_consumer=True)
@@ -295,7 +295,7 @@ def test_a_server_that_is_named_to_itself(host):
     ],
 )
 def test_one_engine_id_on_two_servers(other):
-    """Another server with the same engine_id is another server: requests between them are served."""
+    """Requests between two servers with the same engine_id are served."""
     params = good(remote_host="10.0.0.1", kvxfer=lease(addresses=["tcp://10.0.0.1:5600"]))
     assert isinstance(parse(params, other), ConsumerRequest)
     assert isinstance(parse(both(remote_host="10.0.0.1"), other), RendezvousRequest)
@@ -338,7 +338,7 @@ def test_every_key_of_nixl_connector():
 
 
 def test_digest_tells_prompts_apart():
-    """Whatever changes the meaning of the KV changes the digest, and nothing else does."""
+    """The digest changes exactly with the meaning of the KV."""
     variants = [
         prompt_digest([1, 2, 3]),
         prompt_digest([1, 2]),
@@ -356,7 +356,7 @@ def test_digest_tells_prompts_apart():
 
 @pytest.mark.parametrize("change", ["lora", "cache_salt"])
 def test_same_tokens_in_another_context_are_another_prompt(change):
-    """A lease made without a LoRA adapter, or with another tenant's salt, is not used although the tokens are equal."""
+    """A lease made with another LoRA adapter or cache salt is not used although the tokens are equal."""
     from vllm.lora.request import LoRARequest
 
     net = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine as tpu-inference makes it: one process, a mesh of devices, and a runner that keeps its caches to itself.
+"""An engine like tpu-inference's: one process, a mesh of devices, and a runner that keeps its caches in an attribute.
 
-`TpuRunner` stands in for ``tpu_inference.runner.tpu_runner.TPUModelRunner``, which needs a TPU. It calls the connector as that
-one does, through vLLM's own mixin, on JAX's CPU devices: ``initialize_kv_cache``, ``_execute_model`` (tpu-inference 0018e03,
+`TpuRunner` simulates ``tpu_inference.runner.tpu_runner.TPUModelRunner``, which needs a TPU. It calls the connector in the same
+way, through vLLM's own mixin, on JAX's CPU devices: ``initialize_kv_cache``, ``_execute_model`` (tpu-inference 0018e03,
 tpu_runner.py) and the shapes and shardings of ``create_kv_caches`` (0496363, kv_cache.py). Its model is `tests.vllm.rig`'s.
 """
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
 KV_CACHE = PartitionSpec("data", None, "model")
-"""How tpu-inference divides its caches: PartitionSpec(ATTN_DATA, None, ATTN_HEAD)."""
+"""Sharding of tpu-inference's caches: PartitionSpec(ATTN_DATA, None, ATTN_HEAD)."""
 
 
 def packed_shape(blocks: int, tokens: int, heads: int, head_dim: int, dtype: Any) -> tuple[int, ...]:
-    """Of a cache of tpu-inference: elements of 32 bits side by side, where heads fill them."""
+    """Shape of a cache of tpu-inference, which packs elements into 32 bits."""
     packing = 4 // np.dtype(dtype).itemsize
     return blocks, tokens, heads * 2 // packing, packing, head_dim
 
@@ -45,11 +45,11 @@ def mesh_of(devices: int) -> Mesh:
 
 
 class TpuRunner(KVConnectorModelRunnerMixin):
-    """Runs steps that write what they are told to.
+    """A runner whose steps write given content.
 
     Attributes:
-        kv_caches: reassigned with each step, which donates what they were.
-        logits: what a step has computed of them, on the host.
+        kv_caches: reassigned by each step, which donates the arrays before.
+        logits: copies of the caches after the last step, on the host.
     """
 
     def __init__(self, vllm_config: VllmConfig, devices: int, dtype: Any = jnp.float32) -> None:
@@ -85,21 +85,21 @@ class TpuRunner(KVConnectorModelRunnerMixin):
             self.layer_name_to_kvcache_index[name] = number
 
     def capture_model(self) -> None:
-        """Programs are compiled by running them, with the caches, before the first step."""
-        self._run([], [], [np.zeros((0, *cache.shape[2:]), np.float32) for cache in self.kv_caches])
+        """Compile the programs by running them with the caches before the first step."""
+        self.run([], [], [np.zeros((0, *cache.shape[2:]), np.float32) for cache in self.kv_caches])
 
     def execute_model(self, scheduler_output: SchedulerOutput, *written: Any) -> KVConnectorOutput | None:
-        """``written`` are blocks, places in them, and for each layer what to write there."""
+        """Run a step that writes; ``written`` are block ids, places in the blocks, and the content by layer."""
         if not scheduler_output.total_num_scheduled_tokens:
             return self.kv_connector_no_forward(scheduler_output, self.vllm_config).kv_connector_output
         with (
             set_forward_context(None, self.vllm_config),
             self.maybe_get_kv_connector_output(scheduler_output) as kv_connector_output,
         ):
-            self._run(*written)
+            self.run(*written)
         return kv_connector_output
 
-    def _run(self, blocks: Sequence[int], places: Sequence[int], contents: Sequence[np.ndarray]) -> None:
+    def run(self, blocks: Sequence[int], places: Sequence[int], contents: Sequence[np.ndarray]) -> None:
         number = 1 << max(len(blocks) - 1, 0).bit_length()
         padded = [np.zeros(number, np.int32) + self.kv_caches[0].shape[0], np.zeros(number, np.int32)]
         padded[0][: len(blocks)], padded[1][: len(blocks)] = blocks, places

@@ -32,7 +32,7 @@ _CHAT_PROMPT = "How far is the moon?"
 
 
 class _Progress:
-    """One line that says what is being waited for: rewritten in place on a terminal, every 10 s elsewhere."""
+    """Progress of the start: one line, rewritten in place on a terminal, printed every 10 s elsewhere."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(f"\nIt did not start: {error}")
         status = 1
     finally:
-        # From here on a second ctrl-C must not leave servers behind: kill() is what it would ask for anyway.
+        # A second ctrl-C from here on kills the servers.
         _say("\nEnding the servers ...")
         try:
             pair.stop()
@@ -176,7 +176,7 @@ def _invitation(pair: ServerPair) -> str:
 
 
 def _curl(url: str, body: dict[str, Any]) -> str:
-    # No apostrophe stands in the bodies above, so single quotes are safe in a shell.
+    # The bodies above have no apostrophe, so single quotes are safe in a shell.
     return f"curl -s {url} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"
 
 

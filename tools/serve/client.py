@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small client of the OpenAI-compatible servers: answers with their tokens, and Prometheus metrics as numbers.
+"""A small client of OpenAI-compatible servers: answers with their tokens, and Prometheus metrics as numbers.
 
-Standard library only. Blocking; every call has its own connection, so any thread may call anything.
+Standard library only. Calls block; each has its own connection, so any thread may make any call.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one request.
+    """Answer to one request.
 
-    ``tokens`` are the generated token ids, ``text`` their text. ``first_byte_s`` is seconds from sending to the first
-    byte of the answer's body: of a streamed answer the first token. ``kv_transfer_params`` is what the server handed
-    back with it. ``broken`` says that the connection ended, or an error came, in the middle of the answer. ``body`` is
-    the raw answer.
+    ``tokens`` are the generated token ids, ``text`` their text. ``first_byte_s`` is the time from sending to the first byte of
+    the answer's body, in seconds: of a streamed answer the first token. ``kv_transfer_params`` are those of the answer.
+    ``broken``: the connection ended, or an error came, in the middle of the answer. ``body`` is the raw answer.
     """
 
     status: int
@@ -44,7 +43,7 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether a whole answer arrived."""
+        """Whether a complete answer arrived."""
         return self.status == 200 and not self.broken
 
 
@@ -110,7 +109,7 @@ def _assemble(reply: _Reply, chunks: list[dict[str, Any]], *, broken: bool) -> A
     finish_reason = params = None
     for chunk in chunks:
         if "error" in chunk:
-            # A stream that fails after its headers says so in an event: HTTP 200 was sent long ago.
+            # A stream that fails after its headers reports it in an event, because HTTP 200 has been sent.
             broken = True
         params = chunk.get("kv_transfer_params") or params
         prompt_tokens = chunk.get("prompt_token_ids") or prompt_tokens
@@ -177,7 +176,7 @@ def _exchange(method: str, url: str, path: str, body: bytes | None, timeout_s: f
                 while piece := response.read1(1 << 16):
                     first_byte_s = first_byte_s or time.monotonic() - begin
                     received += piece
-                # read1() takes an early end for the end; what is still owed tells them apart.
+                # read1() returns the same for an early end; the number of missing bytes tells them apart.
                 broken = bool(response.length)
             except (http.client.IncompleteRead, ConnectionError):
                 broken = True
@@ -202,7 +201,7 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def read_metrics(url: str, timeout_s: float = 10.0) -> list[MetricSample]:
-    """Everything on a server's ``/metrics`` page.
+    """Samples of a server's ``/metrics`` page.
 
     Raises:
         OSError: no connection, no answer within ``timeout_s``, or a status other than 200.

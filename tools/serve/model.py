@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models made on the spot: small enough for a laptop, strict enough to notice one wrong KV block.
+"""Small models with random weights, made without a download, whose tokens change with one wrong KV block.
 
-No weights are downloaded. A model is a recipe (sizes, seed) turned into a Llama or Gemma 3 checkpoint with random weights and a
-byte-level BPE tokenizer with a chat template, so that completions and chat both work. The weights are drawn with a wide
-spread (``initializer_range`` 0.3): greedy output then depends strongly on every cached key and value, whereas vLLM's
-own dummy weights (or the usual 0.02) answer the same tokens whatever the KV cache holds.
+A recipe (sizes, seed) becomes a Llama or Gemma 3 checkpoint with random weights, and a byte-level BPE tokenizer with a chat
+template, so that completions and chat both work. The weights have a wide spread (``initializer_range`` 0.3): greedy output then
+depends strongly on every cached key and value, whereas vLLM's dummy weights, or the usual 0.02, give the same tokens with any KV
+cache.
 
-A checkpoint lives in a folder named after the recipe's content, is written beside it and renamed into place: two
-processes that ask at once both get a whole model, and a process that dies midway leaves nothing that looks finished.
+The folder of a checkpoint is named after the recipe's content. It is written beside its place and then renamed, so that two
+processes at once both get a complete model, and a killed process leaves no incomplete one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# Any text would do; this one is ours, so the tokenizer is the same everywhere.
+# Any text would do; with this one the tokenizer is the same everywhere.
 _TRAINING_TEXT = (
     "A prefill engine reads the whole prompt and leaves keys and values behind, block by block.",
     "A decode engine continues where the prefill engine stopped, one token after another.",
@@ -54,11 +54,11 @@ _TRAINING_TEXT = (
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What a model is made of; two equal recipes give the same files.
+    """Recipe of a model; equal recipes give equal files.
 
-    ``max_positions`` is the longest context in tokens. ``dtype`` is the dtype of weights and KV cache; float32 leaves
-    so little rounding noise that greedy tokens do not depend on how a server happens to batch its requests.
-    ``window_tokens`` makes it a Gemma 3 instead of a Llama: all layers but each sixth attend to so many tokens only.
+    ``max_positions`` is the longest context in tokens. ``dtype`` is the dtype of weights and KV cache; with float32
+    rounding is so small that greedy tokens do not depend on how a server batches its requests.
+    ``window_tokens`` makes it a Gemma 3 instead of a Llama: five layers of six attend to so many tokens only.
     """
 
     name: str
@@ -83,12 +83,12 @@ class ModelRecipe:
 
     @property
     def folder_name(self) -> str:
-        """Name of the model's folder: the recipe's name and a digest of its content."""
+        """Name of the model's folder: name of the recipe and a digest of its content."""
         content = json.dumps([_RECIPE_VERSION, dataclasses.asdict(self), _TRAINING_TEXT, _CHAT_TEMPLATE])
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-#: The model behind ``make serve`` and the end-to-end tests: starts fast, and one wrong KV block changes its tokens.
+#: The model of ``make serve`` and the end-to-end tests; starts fast.
 SMALL = ModelRecipe(
     name="kvxfer-small",
     hidden=256,
@@ -117,7 +117,7 @@ KV_HEAVY = ModelRecipe(
 
 
 def default_model_folder() -> Path:
-    """Where models are kept when nobody says otherwise: ``KVXFER_MODEL_FOLDER``, else the user's cache folder."""
+    """Default folder of models: ``KVXFER_MODEL_FOLDER``, else the user's cache folder."""
     explicit = os.environ.get("KVXFER_MODEL_FOLDER")
     if explicit:
         return Path(explicit)
@@ -126,7 +126,7 @@ def default_model_folder() -> Path:
 
 
 def make_model(recipe: ModelRecipe = SMALL, folder: Path | None = None) -> Path:
-    """Make the model unless it is there already; returns the folder to hand to ``--model``.
+    """Make the model unless it exists; returns its folder, for ``--model``.
 
     ``folder`` holds models side by side (default: :func:`default_model_folder`). Blocking: a few seconds the first
     time. Safe to call from several processes at once.
@@ -212,7 +212,7 @@ def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
         eos_token_id=_SPECIAL_TOKENS.index(_EOS),
         **(kind if recipe.window_tokens else {}),
     )
-    # fork_rng: the caller's random state is none of our business.
+    # fork_rng: keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         make: Any = Gemma3ForCausalLM if recipe.window_tokens else LlamaForCausalLM  # untyped upstream

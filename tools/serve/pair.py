@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM servers and vllm-router on this machine: a prefill server, a decode server and what stands in front.
+"""Real vLLM servers and vllm-router on this machine: a prefill server, a decode server and a router or proxy.
 
-Everything is a plain description (:class:`ServerSettings`) plus a process (:class:`VllmServer`, :class:`PullRouter`); a
-:class:`ServerPair` is the usual three of them. Used by ``python -m tools.serve``, the end-to-end tests and the
-benchmarks. Ports are free ones, logs go to files in the folder given.
+A server is a plain description (:class:`ServerSettings`) and a process (:class:`VllmServer`, :class:`PullRouter`);
+:class:`ServerPair` is the usual three. Ports are free ones; logs are files in the given folder.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MODEL_NAME = "kvxfer"
 
 _HOST = "127.0.0.1"
 
-# What vLLM needs on a machine without a GPU, and what keeps several servers on few cores out of each other's way.
+# Settings of vLLM for a machine without a GPU, and for several servers on few cores.
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,15 +41,15 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Adds POST /reset_prefix_cache, so that a test can say what a server holds.
     "VLLM_SERVER_DEV_MODE": "1",
-    # UCX listens on every interface otherwise. The lane between processes of one host is shared memory (CMA) either
-    # way; this only keeps its sockets, used to meet, off the network.
+    # Without this UCX listens on every interface. KV between processes of one host moves through shared memory (CMA) in any
+    # case; this keeps UCX's sockets off the network.
     "UCX_NET_DEVICES": "lo",
 }
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How one vLLM server is to run.
+    """Settings of one vLLM server.
 
     ``role`` is ``kv_producer``, ``kv_consumer``, ``kv_both`` or None for a server without a connector.
     ``connector_options`` go under ``kv_connector_extra_config``, ``transfer_config`` beside it.
@@ -71,16 +70,16 @@ class ServerSettings:
     arguments: tuple[str, ...] = ()
 
     def model_dtype(self) -> str:
-        """The dtype the model was saved in, ``auto`` if it does not say.
+        """Dtype in which the model was saved; ``auto`` if the model does not say.
 
-        vLLM left to itself serves a float32 model in bfloat16, whose rounding lets tokens depend on how requests were
-        batched; then "the same tokens" would prove nothing.
+        By default vLLM serves a float32 model in bfloat16, in which tokens depend on how requests were batched; then equal
+        tokens would prove nothing.
         """
         config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
     def kv_transfer_config(self) -> dict[str, Any] | None:
-        """The ``--kv-transfer-config`` of this server, None without a connector."""
+        """Value of ``--kv-transfer-config``; None without a connector."""
         if self.role is None:
             return None
         config: dict[str, Any] = {
@@ -91,7 +90,7 @@ class ServerSettings:
             **self.transfer_config,
         }
         if self.connector.startswith("Nixl"):
-            # vLLM's own connector assumes a GPU unless told.
+            # vLLM's own connector assumes a GPU otherwise.
             config.setdefault("kv_buffer_device", "cpu")
         if self.connector_options:
             config["kv_connector_extra_config"] = dict(self.connector_options)
@@ -99,7 +98,7 @@ class ServerSettings:
 
 
 class VllmServer(ServerProcess):
-    """One ``vllm`` API server with its engine; ``url`` answers HTTP, ``side_channel_port`` is where peers meet it."""
+    """One ``vllm`` API server with its engine, with its HTTP ``url`` and ``side_channel_port``."""
 
     def __init__(
         self,
@@ -114,12 +113,12 @@ class VllmServer(ServerProcess):
         self.side_channel_port = free_port() if side_channel_port is None else side_channel_port
         self.url = f"http://{_HOST}:{self.port}"
         command = [
-            # The `vllm` command asks for metadata of a distribution called vllm, which vllm-cpu is not.
+            # The `vllm` command needs metadata of a distribution named vllm, which vllm-cpu is not.
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--host", _HOST, "--port", str(self.port)),
             *("--model", str(settings.model), "--served-model-name", MODEL_NAME, "--dtype", settings.model_dtype()),
             *("--block-size", str(settings.block_tokens), "--max-model-len", str(settings.max_model_tokens)),
-            # Short access logs would drown what matters in the log's tail.
+            # Access logs would fill the tail of the log.
             *("--enforce-eager", "--disable-uvicorn-access-log"),
         ]
         if settings.num_blocks is not None:
@@ -148,8 +147,8 @@ class VllmServer(ServerProcess):
         return ask(self.url, prompt, **options)
 
     def prefill(self, prompt: Prompt, *, transfer_id: str | None = None, **options: Any) -> Answer:
-        """Ask as vllm-router asks a prefill server: one token, blocks kept; the answer says where they are."""
-        wish: dict[str, Any] = {
+        """Ask as vllm-router asks a prefill server: for one token, and parameters for the decode request."""
+        params: dict[str, Any] = {
             "do_remote_decode": True,
             "do_remote_prefill": False,
             "remote_engine_id": None,
@@ -158,13 +157,13 @@ class VllmServer(ServerProcess):
             "remote_port": None,
         }
         if transfer_id is not None:
-            wish["transfer_id"] = transfer_id
-        return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": wish, **options})
+            params["transfer_id"] = transfer_id
+        return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": params, **options})
 
-    def told_at_once(self, transfer_id: str) -> dict[str, Any]:
-        """The decode request's ``kv_transfer_params`` when a proxy sends it together with the prefill request to this server.
+    def rendezvous_params(self, transfer_id: str) -> dict[str, Any]:
+        """``kv_transfer_params`` of a decode request that a proxy sends together with the prefill request to this server.
 
-        The sizes and ``remote_request_id`` are there for NixlPushConnector, whose engine dies without them (vLLM 0.32).
+        NixlPushConnector needs the sizes and ``remote_request_id``: its engine ends without them (vLLM 0.32).
         """
         return {
             "do_remote_prefill": True,
@@ -179,11 +178,11 @@ class VllmServer(ServerProcess):
         }
 
     def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes, so that the next prompt is computed or transferred as a whole."""
+        """Empty the prefix cache, so that the next prompt is computed or transferred completely."""
         post(self.url, "/reset_prefix_cache")
 
     def metrics(self) -> list[MetricSample]:
-        """Everything on ``/metrics``.
+        """Samples of ``/metrics``.
 
         Raises:
             OSError: the server does not answer.
@@ -199,7 +198,7 @@ class VllmServer(ServerProcess):
         )
 
     def blocks_in_use(self) -> float:
-        """KV blocks held by requests now, in blocks; cached prefixes that nobody uses do not count."""
+        """Number of KV blocks that requests use now; cached prefixes that no request uses do not count."""
         samples = self.metrics()
         share = sum(sample.value for sample in samples if sample.name == "vllm:kv_cache_usage_perc")
         blocks = [
@@ -210,7 +209,7 @@ class VllmServer(ServerProcess):
         return share * (blocks[0] if blocks else 1.0)
 
     def wait_no_blocks_in_use(self, timeout_s: float = 60.0) -> float:
-        """Wait until no request holds a block; returns the blocks still in use at the deadline (0.0 is good)."""
+        """Wait until no request uses a block; returns the number of blocks in use at the deadline, 0.0 if none."""
         deadline = time.monotonic() + timeout_s
         while (used := self.blocks_in_use()) > 0 and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -218,7 +217,7 @@ class VllmServer(ServerProcess):
 
 
 class PushProxy(ServerProcess):
-    """``examples/push_proxy.py`` of a source tree before one prefill and one decode server."""
+    """``examples/push_proxy.py`` of a source tree, in front of one prefill and one decode server."""
 
     def __init__(
         self, script: Path, prefill: VllmServer, decode: VllmServer, folder: Path, *, order: str = "both"
@@ -243,7 +242,7 @@ class PushProxy(ServerProcess):
 
 
 class PullRouter(ServerProcess):
-    """vllm-router before one prefill and one decode server, unchanged: it believes that it talks to NixlConnector."""
+    """vllm-router in front of one prefill and one decode server, configured for NixlConnector."""
 
     def __init__(self, prefill: VllmServer, decode: VllmServer, folder: Path, *, port: int | None = None) -> None:
         self.port = free_port() if port is None else port
@@ -300,10 +299,10 @@ def _reporter(
 
 
 class ServerPair:
-    """A prefill server, a decode server and vllm-router before them; a context manager that ends all three.
+    """A prefill server, a decode server and vllm-router in front of them; a context manager that ends all three.
 
-    ``producer`` and ``consumer`` describe the two servers; :meth:`of` makes the usual ones. The router is started when
-    both are healthy (it would look again only every 30 s).
+    ``producer`` and ``consumer`` describe the two servers; :meth:`of` makes the usual ones. The router starts when both are
+    healthy, because it checks them only every 30 s.
     """
 
     def __init__(
@@ -315,7 +314,7 @@ class ServerPair:
 
     @classmethod
     def of(cls, model: Path, folder: Path, *, router_port: int | None = None, **common: Any) -> ServerPair:
-        """The usual pair on a model; ``common`` are settings of both servers (see :class:`ServerSettings`)."""
+        """Make the usual pair for a model; ``common`` are settings of both servers (see :class:`ServerSettings`)."""
         return cls(
             ServerSettings(name="prefill", model=model, role="kv_producer", **common),
             ServerSettings(name="decode", model=model, role="kv_consumer", **common),
@@ -325,12 +324,12 @@ class ServerPair:
 
     @property
     def url(self) -> str:
-        """Where a client sends its requests: the router."""
+        """URL of the router, for clients."""
         return self.router.url
 
     @property
     def servers(self) -> tuple[ServerProcess, ...]:
-        """All three, in the order in which they end well: who asks ends before who answers."""
+        """All three, in the order in which to stop them: clients before their servers."""
         return (self.router, self.decode, self.prefill)
 
     def start(self, timeout_s: float = 300.0, on_wait: Callable[[ServerProcess, float], None] | None = None) -> None:
@@ -351,7 +350,7 @@ class ServerPair:
         return self.router.ask(prompt, **options)
 
     def stop(self, timeout_s: float = 15.0) -> None:
-        """End all three, politely if they let us; afterwards none of their processes is left."""
+        """Stop all three; afterwards none of their processes is left."""
         for server in self.servers:
             with contextlib.suppress(ServerStartError, OSError):
                 server.thaw()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers as child processes that can be frozen, killed and restarted, and that never outlive their parent.
 
-A vLLM server is a small tree (API server, engine core, workers), so every server gets a session of its own and is
-signalled as a whole group. A *guard*, one small process per parent, holds the list of groups and kills what is left of
-them when the parent goes, however it goes: SIGKILL of a test run leaves no engine behind that eats the machine.
+A vLLM server is a small tree of processes (API server, engine core, workers), so every server has a process group of its own,
+and signals go to the whole group. A *guard*, one small process for each parent, has the list of groups and kills them when the
+parent ends in any way, also by SIGKILL.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerProcess", "ServerStartError", "free_port"]
 
-# Below Linux's range of ephemeral ports (32768 up): a port that was free stays free while nobody listens, so a server
-# can be killed and started again on its old address without an outgoing connection having taken it.
+# Below Linux's ephemeral ports (from 32768 on): no outgoing connection takes the port of a server between its kill and its
+# restart.
 _PORT_RANGE = (20_000, 32_000)
 
 _POLL_S = 0.1
@@ -60,12 +60,12 @@ class ServerStartError(KvxferError):
 
 
 class _Guard:
-    """Kills the registered process groups when this process ends. Thread-safe; forked children get their own."""
+    """Kills the registered process groups when this process ends. Thread-safe; forked children get a guard of their own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._parent = 0
 
     def add(self, group: int) -> None:
         self._tell(b"+", group)
@@ -75,16 +75,16 @@ class _Guard:
 
     def _tell(self, verb: bytes, group: int) -> None:
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
-                # -S -E: starts in 10 ms and nothing of the environment can break it.
+            if self._process is None or self._parent != os.getpid():
+                # -S -E: starts in 10 ms, and the environment cannot break it.
                 self._process = subprocess.Popen(
                     [sys.executable, "-S", "-E", "-c", _GUARD_PROGRAM],
                     stdin=subprocess.PIPE,
                     start_new_session=True,
                 )
-                # The guard ends when this process does, so nobody waits for it: no ResourceWarning for that.
+                # The guard ends after this process, which therefore does not wait for it; this avoids a ResourceWarning.
                 self._process.returncode = 0
-                self._owner = os.getpid()
+                self._parent = os.getpid()
             pipe = self._process.stdin
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ _ports_lock = threading.Lock()
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, never given twice by this process.
+    """Find a TCP port on which no process listens; never returns a port twice.
 
     Raises:
         OSError: no port is free.
@@ -121,11 +121,11 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """One server: a command in a process group of its own, with a log file and a question that tells its health.
+    """One server: a command in a process group of its own, with a log file and a health check.
 
-    ``healthy`` is asked again and again while the server starts; it answers False (or raises OSError) until ready.
-    ``environment`` is added to this process's own. The log file is appended to: a restarted server keeps its history.
-    Not thread-safe, except that any thread may read ``pid`` and ``alive``.
+    ``healthy`` is called repeatedly while the server starts; it returns False, or raises OSError, until the server is ready.
+    ``environment`` is added to this process's. The log file is appended to, also after a restart. Not thread-safe, except that
+    any thread may read ``pid`` and ``alive``.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the API server, which is also its process group.
+        """Process id of the main process, which is also the id of its group.
 
         Raises:
             ServerStartError: it was never started.
@@ -158,11 +158,11 @@ class ServerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the main process runs (a frozen one does)."""
+        """Whether the main process exists; a frozen one does."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and return at once; :meth:`wait_ready` waits for its health.
+        """Start the process and return at once; :meth:`wait_ready` waits until it is healthy.
 
         Raises:
             ServerStartError: it runs already.
@@ -209,15 +209,15 @@ class ServerProcess:
             time.sleep(_POLL_S)
 
     def freeze(self) -> None:
-        """Stop every process of the server where it stands (SIGSTOP), as a stalled host would."""
+        """Freeze every process of the server (SIGSTOP), as on a stalled host."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on (SIGCONT)."""
+        """Continue a frozen server (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """Kill every process of the server (SIGKILL) and wait until none is left. Harmless when it is dead already."""
+        """Kill every process of the server (SIGKILL) and wait until none is left. Does nothing if it has ended."""
         if self._process is None:
             return
         self._signal(signal.SIGKILL)
@@ -226,12 +226,12 @@ class ServerProcess:
         _guard.discard(self._process.pid)
 
     def terminate(self) -> None:
-        """Ask the server to end (SIGTERM to its main process); returns at once, :meth:`stop` waits."""
+        """Ask the server to end (SIGTERM to its main process) and return at once; :meth:`stop` waits."""
         if self.alive:
             os.kill(self.pid, signal.SIGTERM)
 
     def stop(self, timeout_s: float = 15.0) -> bool:
-        """End the server politely, then by force; returns whether it went by itself. Harmless when it is dead already.
+        """End the server by SIGTERM, then by SIGKILL; returns whether SIGTERM was enough. Does nothing if it has ended.
 
         Afterwards no process of its group is left.
         """
@@ -239,22 +239,22 @@ class ServerProcess:
             return True
         self.thaw()
         self.terminate()
-        polite = True
+        ended = True
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            polite = False
+            ended = False
         self.kill()
-        return polite
+        return ended
 
     def restart(self, timeout_s: float = 300.0) -> float:
-        """Kill what runs and start again with the same command, ports and log; returns the seconds until healthy."""
+        """Kill the server and start it with the same command, ports and log; returns the seconds until it is healthy."""
         self.kill()
         self.start()
         return self.wait_ready(timeout_s)
 
     def log_text(self) -> str:
-        """What the present run has written to its log."""
+        """Log of the current run."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as source:
@@ -262,11 +262,11 @@ class ServerProcess:
             return source.read().decode("utf-8", "replace")
 
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
-        """The last lines of the present run's log."""
+        """Last lines of the log of the current run."""
         return "\n".join(self.log_text().splitlines()[-lines:])
 
     def _quote_log(self) -> str:
-        # The last traceback of a server of several processes says that another process failed; why, stands above it.
+        # The last traceback of a server of several processes only says that another process failed; its cause is above.
         reasons = dict.fromkeys(found.group(1) for found in _REASON.finditer(self.log_text()))
         lines = [f"  {reason}" for reason in reasons][:_MOST_REASONS]
         told = ["--- errors in its log, the first is the likeliest cause:", *lines] if lines else []
@@ -279,7 +279,7 @@ class ServerProcess:
             os.killpg(self._process.pid, number)
 
     def _wait_group_gone(self, timeout_s: float) -> None:
-        """Wait for grandchildren: killed, but not ours to reap; until they are gone they may hold ports and memory."""
+        """Wait for killed grandchildren, which this process cannot reap and which may still have ports and memory."""
         if self._process is None:
             return
         deadline = time.monotonic() + timeout_s
@@ -288,7 +288,7 @@ class ServerProcess:
 
 
 def _group_has_running_member(group: int) -> bool:
-    """Whether a process group has a member that is not a zombie (an init that never reaps keeps those for ever)."""
+    """Whether a process group has a member that is not a zombie; an init that never reaps keeps zombies for ever."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

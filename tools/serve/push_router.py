@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vllm-router before one pair of servers, in its mode that sends a request to both at once."""
+"""vllm-router in front of one pair of servers, in its mode that sends a request to both at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOST = "127.0.0.1"
 
 
 class PushRouter(ServerProcess):
-    """vllm-router, unchanged: it believes that the servers that register with it run MoRIIOConnector and write."""
+    """vllm-router, configured for servers that register with it, as those with MoRIIOConnector do."""
 
     def __init__(self, folder: Path) -> None:
         self.port, self.discovery_port = free_port(), free_port()
@@ -44,7 +44,7 @@ class PushRouter(ServerProcess):
 
 
 class Registrar(ServerProcess):
-    """``python -m kvxfer_vllm.router_registration`` for one pair; healthy when the router has said that it knows both."""
+    """``python -m kvxfer_vllm.router_registration`` for one pair; healthy when the router has logged both servers."""
 
     def __init__(self, router: PushRouter, prefill: VllmServer, decode: VllmServer, folder: Path) -> None:
         place = f"{prefill.settings.name}@{_HOST}:{prefill.side_channel_port}"
