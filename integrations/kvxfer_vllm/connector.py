@@ -240,7 +240,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """This worker's address, unless the scheduler's half knows it: the address of one rank with a fixed port.
+        """Address of this worker, unless the scheduler's half knows it: that of a single rank with a fixed port.
 
         MultiConnector passes the payload of one connector on to all, so no payload is better than one that is not needed.
         """

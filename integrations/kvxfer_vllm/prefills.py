@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _Prefill:
+class _RunningPrefill:
     """One prefill.
 
     Attributes:
@@ -42,12 +42,12 @@ class Prefills:
 
     def __init__(self, tables: Sequence[GroupTable]) -> None:
         self._tables = tables
-        self._running: dict[str, _Prefill] = {}
+        self._running: dict[str, _RunningPrefill] = {}
 
     def begin(self, request_id: str, lease: LeaseRef) -> None:
         """Add a prefill that has no blocks yet."""
         groups = range(len(self._tables))
-        self._running[request_id] = _Prefill(lease, [[] for _ in groups], [0 for _ in groups])
+        self._running[request_id] = _RunningPrefill(lease, [[] for _ in groups], [0 for _ in groups])
 
     def end(self, request_id: str) -> LeaseRef | None:
         """Remove a prefill and return its lease; None if there is no such prefill."""
