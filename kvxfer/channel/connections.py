@@ -119,7 +119,7 @@ class Incoming:
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
             for connection in self.table:
-                with _duplicate(connection, self.address) as sock:
+                with duplicate(connection, self.address) as sock:
                     transferred = _transferred_nbytes(sock) if sock is not None else None
                     received_nbytes = transferred[1] if transferred is not None else 0
                 if self.table.unfinished_nbytes(connection, received_nbytes) > MOST_UNFINISHED_NBYTES:
@@ -128,7 +128,7 @@ class Incoming:
 
     def acknowledged_nbytes(self, connection: int) -> int | None:
         """Bytes that the other end of a connection has acknowledged; None where the system does not tell."""
-        with _duplicate(connection, self.address) as sock:
+        with duplicate(connection, self.address) as sock:
             transferred = _transferred_nbytes(sock) if sock is not None else None
         return None if transferred is None else transferred[0]
 
@@ -137,7 +137,7 @@ class Incoming:
         self._count(reason)
         self._warn_once(reason, f"shut down a connection: {_REASONS[reason]}")
         self.table.shut(connection)
-        with _duplicate(connection, self.address) as sock:
+        with duplicate(connection, self.address) as sock:
             if sock is None:
                 self.table.gone(connection)
             else:
@@ -171,7 +171,7 @@ def connection_limit(settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def _duplicate(descriptor: int, address: str) -> Iterator[socket.socket | None]:
+def duplicate(descriptor: int, address: str) -> Iterator[socket.socket | None]:
     """Duplicate of an incoming connection's socket; None if the descriptor is no connection to the port of ``address`` any more.
 
     The descriptor is duplicated before it is checked, so that ZeroMQ's thread cannot close the checked one.

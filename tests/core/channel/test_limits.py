@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from kvxfer import LeaseReleased
-from kvxfer.channel.connections import _duplicate, connection_limit
+from kvxfer.channel.connections import connection_limit, duplicate
 from kvxfer.channel.limits import (
     CPU_SHARE,
     MOST_UNFINISHED_NBYTES,
@@ -366,10 +366,10 @@ def test_a_descriptor_that_is_another_s_by_now():
             before = psutil.Process().num_fds()
             found = []
             for descriptor in (here.fileno(), there.fileno(), file.fileno(), 9999):
-                with _duplicate(descriptor, address) as sock:
+                with duplicate(descriptor, address) as sock:
                     found.append(sock is not None)
             one, other = socket.socketpair()
-            with one, other, _duplicate(one.fileno(), address) as sock:
+            with one, other, duplicate(one.fileno(), address) as sock:
                 found.append(sock is not None)
             assert found == [True, False, False, False, False]
             assert psutil.Process().num_fds() == before

@@ -276,7 +276,7 @@ def test_no_address(bind):
 
 
 def test_out_of_sockets(monkeypatch):
-    """When the process has no socket left, the peer cannot be reached, by name, and nothing else breaks."""
+    """When the process has no socket left, a peer cannot be reached, by name, and nothing else breaks (white-box: the context)."""
     channel = ControlChannel("tcp://127.0.0.1:0", QUICK, Metrics())
 
     def none_left(*_):
