@@ -25,7 +25,7 @@ from kvxfer.errors import (
     shown,
 )
 from kvxfer.protocol.actions import Action, ChunkStaged, SendTo, StartRead, StopRead
-from kvxfer.protocol.held_lease import HeldLease, HeldLeaseState, RankLease
+from kvxfer.protocol.held_lease import HeldLease, HeldLeaseEvent, HeldLeaseState, RankLease
 from kvxfer.protocol.held_leases import HeldLeases
 from kvxfer.protocol.messages import (
     ChunkReady,
@@ -40,7 +40,7 @@ from kvxfer.protocol.messages import (
     StageChunk,
     Welcome,
 )
-from kvxfer.protocol.peer import Identity, Peer, PeerState
+from kvxfer.protocol.peer import Identity, Peer, PeerEvent
 from kvxfer.protocol.peers import Peers, Welcomed
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ class Consumer:
             return
         held.transfer = transfer
         held.deadline = transfer.deadline
-        if held.state is HeldLeaseState.FAILED:
+        if held.state in (
+            HeldLeaseState.FAILED,
+            HeldLeaseState.ABSENT,
+        ):  # absent: kvxfer failed while it acquired the lease
             self._held.fail(held, held.error or LeaseError("the lease ended"), now)
         else:
             self._held.advance(held, now)
@@ -126,20 +129,19 @@ class Consumer:
     def reading(self, transfer: Transfer) -> None:
         """A read was claimed by `take`."""
         held = self._held.by_token.get(transfer.ref.token)
-        if held is not None and held.transfer is None and held.state in (HeldLeaseState.GRANTED, HeldLeaseState.FAILED):
-            held.transfer, held.deadline, held.state = transfer, transfer.deadline, HeldLeaseState.READING
+        if held is not None and held.transfer is None and held.step(HeldLeaseEvent.CLAIM_READ):
+            held.transfer, held.deadline = transfer, transfer.deadline
 
     def release(self, ref: LeaseRef, now: float) -> None:
         """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
         held = self._held.acquire(ref, now)
-        if held.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED):
-            if held.transfer is not None:
-                held.transfer.end(LeaseError("dropped by this engine before it was read"))
-            self._held.release(held, now)
-        elif held.state is HeldLeaseState.FAILED:
-            self._held.release(held, now)
-        elif not held.granted:
-            self._held.stop_read(held, LeaseError("dropped by this engine before all of it was there"))
+        if held.state is HeldLeaseState.READING:
+            if not held.granted:
+                self._held.stop_read(held, LeaseError("released by this engine before all of it was there"))
+            return
+        if held.is_unread and held.transfer is not None:
+            held.transfer.end(LeaseError("released by this engine before it was read"))
+        self._held.release(held, now)
 
     # -- the data thread --------------------------------------------------------------------------------------------
 
@@ -171,8 +173,8 @@ class Consumer:
         if error is not None and error.retryable:
             # A peer may have been restarted, or may have replaced its agent: meet it afresh before the next read.
             for rank_lease in held.rank_leases:
-                rank_lease.peer.state = PeerState.UNKNOWN
-        self._held.release(held, now)
+                rank_lease.peer.step(PeerEvent.READ_FAIL)
+        self._held.release(held, now, HeldLeaseEvent.END_READ)
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
@@ -235,7 +237,7 @@ class Consumer:
         """The address cannot even be connected to."""
         peer = self._peers.by_address.get(address)
         if peer is not None:
-            peer.refused(HandshakeError("address", why))
+            peer.reject(HandshakeError("address", why))
             self._held.advance_all(peer, now)
 
     def nobody_listens(self, address: str, why: str, now: float) -> None:
@@ -285,8 +287,8 @@ class Consumer:
             source = held.rank_leases.index(rank_lease)
             if held.asked.pop((source, message.number), None) is not None:
                 self._out.append(ChunkStaged(held.transfer, source, message.number, message.address, message.digest))
-        elif isinstance(message, Released) and held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
-            self._held.done_with(held, rank_lease, now)
+        elif isinstance(message, Released) and held.is_over:
+            self._held.released_by(held, rank_lease, now)
 
     def _granted(self, held: HeldLease, rank_lease: RankLease, grant: Grant, now: float) -> None:
         try:
@@ -331,9 +333,4 @@ class Consumer:
         if found is None:
             return
         held, rank_lease = found
-        if held.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED):
-            self._held.fail(held, error, now, rank_lease)
-        elif held.state is HeldLeaseState.READING:
-            self._held.stop_read(held, error)
-        else:
-            self._held.done_with(held, rank_lease, now)
+        self._held.rank_failed(held, rank_lease, error, now)

@@ -11,6 +11,7 @@ from kvxfer.errors import BlockError, HandshakeError, KvxferError
 from kvxfer.layout.block_table import BlockTable, check_tables, ids_from_wire
 from kvxfer.protocol.actions import Source, StartRead
 from kvxfer.protocol.grants import Assembly
+from kvxfer.protocol.transitions import Transition, TransitionTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +28,59 @@ _SHORTEST_RENEWAL_S = 0.02
 
 
 class HeldLeaseState(str, Enum):
-    """See the diagram of `kvxfer.protocol.held_leases`. ENDED is a held that failed before anybody asked to read it."""
+    """State of a lease at its consumer."""
 
+    ABSENT = "absent"
+    """The consumer does not hold the lease."""
     WAITING = "waiting"
+    """Some rank of the producer has not granted all of its blocks."""
     GRANTED = "granted"
+    """All ranks have granted all of their blocks, and no read has begun."""
     READING = "reading"
+    """The data thread reads the blocks."""
     RELEASING = "releasing"
+    """The blocks are not needed any more, and some rank has not answered to that yet."""
     FAILED = "failed"
+    """The lease failed before the engine asked to read it, and a read fails at once."""
+
+
+class HeldLeaseEvent(str, Enum):
+    """What happens to a lease at its consumer."""
+
+    ACQUIRE = "acquire"
+    GRANT_ALL = "grant all"
+    BEGIN_READ = "begin read"
+    CLAIM_READ = "claim read"
+    END_READ = "end read"
+    RELEASE = "release"
+    FAIL_UNREAD = "fail unread"
+    FAIL_READ = "fail with a read"
+    TIME_OUT = "time out"
+    ALL_RELEASED = "all released"
+    DISCARD = "discard"
+
+
+_S, _E = HeldLeaseState, HeldLeaseEvent
+_UNREAD = (_S.WAITING, _S.GRANTED)
+_OVER = (_S.RELEASING, _S.FAILED)
+
+HELD_LEASE_TRANSITIONS: TransitionTable[HeldLeaseState, HeldLeaseEvent] = TransitionTable(
+    _S.ABSENT,
+    (),
+    Transition((_S.ABSENT,), _E.ACQUIRE, _S.WAITING, "acquire, read, or release / Acquire"),
+    Transition((_S.WAITING,), _E.GRANT_ALL, _S.GRANTED, "complete Grants of all ranks"),
+    Transition(_UNREAD, _E.BEGIN_READ, _S.READING, "read, and some Grant of each rank"),
+    Transition((_S.GRANTED, _S.FAILED), _E.CLAIM_READ, _S.READING, "read, claimed by the engine's thread"),
+    Transition((_S.READING,), _E.END_READ, _S.RELEASING, "the read has ended / Done or Failed, Release"),
+    Transition((*_UNREAD, _S.FAILED), _E.RELEASE, _S.RELEASING, "release / Release"),
+    Transition(_UNREAD, _E.FAIL_UNREAD, _S.FAILED, "refusal, Revoked, restart, incompatible cache, without a read"),
+    Transition((*_UNREAD, _S.FAILED), _E.FAIL_READ, _S.RELEASING, "the same with a read, silence, deadline / Failed"),
+    Transition(_UNREAD, _E.TIME_OUT, _S.RELEASING, "unread_lease_s / Release"),
+    Transition((_S.RELEASING,), _E.TIME_OUT, _S.ABSENT, "lease_s"),
+    Transition((_S.FAILED,), _E.TIME_OUT, _S.ABSENT, "unread_lease_s"),
+    Transition((_S.RELEASING,), _E.ALL_RELEASED, _S.ABSENT, "Released by all ranks"),
+    Transition((*_UNREAD, _S.READING, *_OVER), _E.DISCARD, _S.ABSENT, "close, fault of kvxfer"),
+)
 
 
 @dataclass(eq=False)
@@ -44,7 +91,7 @@ class RankLease:
         grant: the blocks there that are readable, once some are.
         released: nothing more is to be said to that rank.
         ask_at: when to say the next thing to it; ``turn_at`` its turn among all that is said to that rank, if it waits for it.
-        pieces: of a grant of which more is to come.
+        batches: block ids of a grant of which more are to come.
     """
 
     peer: Peer
@@ -53,7 +100,7 @@ class RankLease:
     ask_at: float = 0.0
     turn_at: float | None = None
     tables: Sequence[CheckedTable] | None = field(default=None, repr=False)
-    pieces: Assembly = field(default_factory=lambda: Assembly(1 << 22), repr=False)
+    batches: Assembly = field(default_factory=lambda: Assembly(1 << 22), repr=False)
     wants_more: bool = False
 
     @property
@@ -72,11 +119,11 @@ class RankLease:
             return False
         self.wants_more = False
         if grant.more or grant.skip or grant.runs:
-            before = sum(self.pieces.have)
-            whole = self.pieces.add(grant)
+            before = sum(self.batches.have)
+            whole = self.batches.add(grant)
             if whole is None:
                 # A rank that says nothing new is not asked as fast as it answers.
-                self.wants_more, grew = True, sum(self.pieces.have) > before
+                self.wants_more, grew = True, sum(self.batches.have) > before
                 self.ask_at = now if grew else min(self.ask_at, now + _SHORTEST_RENEWAL_S)
                 return False
             grant = whole
@@ -110,7 +157,7 @@ class RankLease:
 
 
 @dataclass(eq=False)
-class Asked:
+class AskedChunk:
     """A chunk that was asked for and is not there yet."""
 
     message: StageChunk
@@ -132,18 +179,34 @@ class HeldLease:
     since: float
     deadline: float
     rank_leases: list[RankLease]
-    state: HeldLeaseState = HeldLeaseState.WAITING
+    state: HeldLeaseState = HeldLeaseState.ABSENT
     routers: Sequence[Router] | None = None
     transfer: Transfer | None = None
     error: KvxferError | None = None
     read: bool = False
-    asked: dict[tuple[int, int], Asked] = field(default_factory=dict)
+    asked: dict[tuple[int, int], AskedChunk] = field(default_factory=dict)
     _spans: dict[int, Span] = field(default_factory=dict, repr=False)
     """By target group, the tokens that the ranks that have granted all will give."""
 
+    def step(self, event: HeldLeaseEvent) -> bool:
+        """Change the state as the table says; False, and nothing changes, if it has no transition for this."""
+        target = HELD_LEASE_TRANSITIONS.after(self.state, event)
+        self.state = self.state if target is None else target
+        return target is not None
+
+    @property
+    def is_unread(self) -> bool:
+        """The lease lives, and no read of it has begun."""
+        return self.state in _UNREAD
+
+    @property
+    def is_over(self) -> bool:
+        """The blocks are not needed any more, or cannot be read."""
+        return self.state in _OVER
+
     @property
     def addresses(self) -> Sequence[str]:
-        """Of all ranks of the producer, as far as they are known."""
+        """Control addresses of all ranks of the producer, as far as they are known."""
         told = self.ref.addresses
         if len(told) == 1 and self.rank_leases:
             return self.rank_leases[0].peer.addresses or told
@@ -172,8 +235,7 @@ class HeldLease:
     @property
     def may_begin(self) -> bool:
         """A read of it could begin."""
-        unread = self.state in (HeldLeaseState.WAITING, HeldLeaseState.GRANTED)
-        return unread and self.readable and self.met and self.routers is not None
+        return self.is_unread and self.readable and self.met and self.routers is not None
 
     @property
     def waits(self) -> bool:
@@ -186,7 +248,7 @@ class HeldLease:
 
     def waits_for(self) -> list[tuple[RankLease, float]]:
         """Of which ranks a read wants something, and since when: to be met, a grant, a chunk."""
-        if self.transfer is None or self.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
+        if self.transfer is None or self.is_over:
             return []
         if self.state is HeldLeaseState.READING:
             since = {

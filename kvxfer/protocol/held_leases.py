@@ -1,15 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of the leases that a consumer holds: what is to be asked of whom, until when, and how each ends. Pure, no I/O.
+"""The leases that a consumer holds: what is to be done for each, until when, and how each ends. Pure, no I/O.
 
-::
-
-    WAITING --Grants--> GRANTED --read--> READING --ended--> RELEASING --Released--> (forgotten)
-       |                  |                                    ^
-       +---- drop --------+---- drop, failure -----------------+
-
-A producer has one or more ranks, and a lease is granted, renewed and released at each of them; what its KV is to this rank
-(`kvxfer.planner.plan`) is known when all of them were met. Every state has a deadline. Whatever is asked of a peer is asked again
-each ``retry_interval_s`` until it answers.
+`kvxfer.protocol.held_lease` has the states and what leads from one to the next, and `kvxfer.protocol.lease_requests` sends what is
+asked here. A producer has one or more ranks, and a lease is granted, renewed and released at each of them. Every state has a
+deadline. Whatever is asked of a peer is asked again each ``retry_interval_s`` until it answers.
 """
 
 from __future__ import annotations
@@ -17,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from typing import TYPE_CHECKING
-
-import msgspec
 
 from kvxfer.errors import (
     BlockError,
@@ -29,10 +21,10 @@ from kvxfer.errors import (
     PeerTimeoutError,
     shown,
 )
-from kvxfer.protocol.actions import Action, MoreGranted, SendTo, StopRead
+from kvxfer.protocol.actions import Action, MoreGranted, StopRead
 from kvxfer.protocol.grants import Assembly
-from kvxfer.protocol.held_lease import Asked, HeldLease, HeldLeaseState, RankLease
-from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Acquire, Release, Renew
+from kvxfer.protocol.held_lease import HeldLease, HeldLeaseEvent, HeldLeaseState, RankLease
+from kvxfer.protocol.lease_requests import LeaseRequests
 from kvxfer.protocol.peer import PeerState
 from kvxfer.protocol.timers import Timers
 
@@ -41,7 +33,7 @@ if TYPE_CHECKING:
     from kvxfer.defects import Defects
     from kvxfer.errors import InternalError
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.messages import Message, StageChunk
+    from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.peer import Peer
     from kvxfer.protocol.peers import Peers
     from kvxfer.protocol.transfer import Transfer
@@ -49,14 +41,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MOST_UNMET = 32
-"""Ranks of one lease at once that are to be met. A first rank may name any addresses as those of the others."""
+"""Most ranks of one lease that are to be met at once. A first rank may name any addresses as those of the others."""
+_SHORTEST_PAUSE_S = 0.001
 
 
 class HeldLeases:
     """Leases by their token.
 
     Attributes:
-        granted: those that a read may rank_lease: the one thing here that other threads change, by popping.
+        granted: leases that a read may claim. Other threads pop from it; nothing else here is changed by them.
     """
 
     def __init__(self, settings: Settings, peers: Peers, out: list[Action], defects: Defects) -> None:
@@ -64,11 +57,10 @@ class HeldLeases:
         self._defects = defects
         self._peers = peers
         self._out = out
+        self._requests = LeaseRequests(settings, out)
         self.by_token: dict[str, HeldLease] = {}
         self.granted: dict[str, HeldLease] = {}
         self._timers = Timers()
-        self._renewals: dict[str, list[str]] = {}
-        """By address, what goes out with the next tick: leases of one peer are renewed together."""
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
@@ -80,11 +72,12 @@ class HeldLeases:
         }
 
     def acquire(self, ref: LeaseRef, now: float) -> HeldLease:
-        """The hold of a lease; one that is new begins to ask for its grants."""
+        """The held lease of a reference. A new one begins to ask for its grants."""
         known = self.by_token.get(ref.token)
         if known is not None:
             return known
         held = self.by_token[ref.token] = HeldLease(ref, now, now + self._settings.unread_lease_s, [])
+        held.step(HeldLeaseEvent.ACQUIRE)
         self._add_rank(held, 0)
         self.advance(held, now)
         return held
@@ -92,11 +85,11 @@ class HeldLeases:
     def read_by(self, transfer: Transfer) -> HeldLease | None:
         """The lease that this transfer is reading, if it still is."""
         held = self.by_token.get(transfer.ref.token)
-        under_way = held is not None and held.transfer is transfer and held.state is HeldLeaseState.READING
-        return held if under_way else None
+        is_read = held is not None and held.transfer is transfer and held.state is HeldLeaseState.READING
+        return held if is_read else None
 
     def at(self, peer: Peer, token: str) -> tuple[HeldLease, RankLease] | None:
-        """A lease and its rank_lease at one peer; None if that peer has nothing to say about it."""
+        """A lease, and its share at one peer; None if that peer has nothing to say about it."""
         held = self.by_token.get(token)
         rank_lease = held.at_rank_of(peer) if held is not None else None
         return (held, rank_lease) if held is not None and rank_lease is not None else None
@@ -107,120 +100,120 @@ class HeldLeases:
             held = self.by_token.get(token)
             if held is not None:
                 self.advance(held, now)
-        renewals, self._renewals = self._renewals, {}
-        for address, tokens in renewals.items():
-            peer = self._peers.by_address.get(address)
-            if peer is not None:
-                for i in range(0, len(tokens), MAX_TOKENS_PER_RENEW):
-                    self._send(peer, Renew(to=peer.epoch, tokens=tokens[i : i + MAX_TOKENS_PER_RENEW]))
+        self._requests.send_renewals(self._peers.by_address)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next; may be early, never late."""
-        return self._timers.next_at() if not self._renewals else float("-inf")
+        return float("-inf") if self._requests.renewals_wait else self._timers.next_at()
 
     def close(self) -> None:
-        """End everything, and let producers have back what is held."""
+        """End everything, and tell producers that their blocks are not needed any more."""
         for held in self.by_token.values():
             if held.transfer is not None:
                 held.transfer.end(ClosedError("the endpoint was closed"))
+            self._requests.release_at_once(held)
             for rank_lease in held.rank_leases:
-                if rank_lease.peer.is_met and not rank_lease.released:
-                    self._send(rank_lease.peer, Release(to=rank_lease.peer.epoch, token=held.ref.token, read=held.read))
                 rank_lease.peer.needed_by.pop(held.ref.token, None)
             self._timers.cancel(held.ref.token)
+            held.step(HeldLeaseEvent.DISCARD)
         self.by_token.clear()
         self.granted.clear()
-        self._renewals.clear()
+        self._requests.clear()
 
-    # -- what happens to them ---------------------------------------------------------------------------------------
+    # -- what happens at peers --------------------------------------------------------------------------------------
 
     def advance_all(self, peer: Peer, now: float) -> None:
-        """Something is new at a peer: see what that means for the leases that need it."""
+        """Do what follows for all leases that need a peer of which something is new."""
         for held, rank_lease in self._of(peer):
             if held.state is not HeldLeaseState.READING and held.ref.token in self.by_token:
                 rank_lease.ask_at = now
                 self.advance(held, now)
 
     def gone(self, peer: Peer, error: KvxferError, now: float) -> None:
-        """Nobody listens at a peer's address any more. Its engine made these leases, so it did once, and with it they have ended.
+        """End the leases of a peer at whose address no process listens any more. Its engine made them, and they ended with it.
 
-        A shared reference may be earlier than its engine, if that was never met: it is waited for.
+        A rendezvous may be earlier than its producer: where that was never met, it is waited for.
         """
         for held, rank_lease in self._of(peer):
-            if held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
-                self.done_with(held, rank_lease, now)
-            elif held.ref.rendezvous and not peer.name:
-                continue
-            elif held.state is HeldLeaseState.READING:
-                self.stop_read(held, error)
-            else:
-                self.fail(held, error, now, rank_lease)
+            if held.is_over or not held.ref.rendezvous or peer.name:
+                self.rank_failed(held, rank_lease, error, now)
 
     def lost(self, peer: Peer, now: float) -> None:
-        """Another process lives at a peer's address: what the one before had granted is void."""
+        """End what another process at a peer's address had granted: a new one has taken its place."""
         for held, rank_lease in self._of(peer):
             if held.state is HeldLeaseState.WAITING:
-                held.routers = None  # they are of the memory of the one that is gone
-            if held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
-                self.done_with(held, rank_lease, now)
-            elif held.state is HeldLeaseState.READING:
-                if not rank_lease.complete:
-                    self.stop_read(held, LeaseEndedError("the producer was restarted"))
-            elif rank_lease.grant is not None:
-                self.fail(held, LeaseEndedError("the producer was restarted"), now, rank_lease)
+                held.routers = None  # they are of the memory of the process that is gone
+            granted_before = rank_lease.grant is not None
+            if held.state is HeldLeaseState.READING:
+                granted_before = not rank_lease.complete  # of bytes that are all on their way the lease check decides
+            if held.is_over or granted_before:
+                self.rank_failed(held, rank_lease, LeaseEndedError("the producer was restarted"), now)
+
+    def rank_failed(self, held: HeldLease, rank_lease: RankLease, error: KvxferError, now: float) -> None:
+        """Take what ends a lease at one rank: nothing more is to be said to that rank."""
+        if held.is_unread:
+            self.fail(held, error, now, rank_lease)
+        elif held.state is HeldLeaseState.READING:
+            self.stop_read(held, error)
+        else:
+            self.released_by(held, rank_lease, now)
+
+    def released_by(self, held: HeldLease, rank_lease: RankLease, now: float) -> None:
+        """Note that nothing more is to be said to one rank."""
+        for each in held.rank_leases:
+            each.released = each.released or each.peer is rank_lease.peer
+        if held.state is HeldLeaseState.RELEASING and all(each.released for each in held.rank_leases):
+            self.forget(held, now, HeldLeaseEvent.ALL_RELEASED)
+
+    # -- what happens to one lease ----------------------------------------------------------------------------------
 
     def ask_chunk(self, held: HeldLease, source: int, message: StageChunk, now: float) -> None:
         """Ask one of a read's sources for a chunk, again and again until it is there."""
-        peer = held.rank_leases[source].peer
-        held.asked[source, message.number] = Asked(message, now, now + self._settings.retry_interval_s)
-        self._send(peer, msgspec.structs.replace(message, to=peer.epoch))
+        self._requests.stage(held, source, message, now)
         self.advance(held, now)
 
     def stop_read(self, held: HeldLease, error: KvxferError) -> None:
-        """No more grants and chunks will come: a read that waits for one ends. Of bytes in flight the lease board decides."""
+        """End a read that waits for a grant or a chunk, because none will come. Of bytes in flight the lease check decides."""
         if held.waits and held.transfer is not None:
             held.asked.clear()
             self._out.append(StopRead(held.transfer, error))
 
     def fail(self, held: HeldLease, error: KvxferError, now: float, rank_lease: RankLease | None = None) -> None:
-        """Not in flight: the target blocks are quiet. ``rank_lease`` is the one that failed, to which nothing is to be said."""
+        """Fail a lease of which nothing is in flight, and its read.
+
+        Args:
+            rank_lease: the share that failed; nothing is to be said to that rank.
+        """
         self.granted.pop(held.ref.token, None)
         held.error = error
         if rank_lease is not None:
             rank_lease.released = True
-        if held.transfer is None:
-            held.state = HeldLeaseState.FAILED  # until somebody asks to read it
-            self._ask_all(held, now)
-        else:
+        if held.transfer is not None:
             held.transfer.end(error)
-            self.release(held, now)
+            self.release(held, now, HeldLeaseEvent.FAIL_READ)
+        elif held.step(HeldLeaseEvent.FAIL_UNREAD):
+            self._ask_all(held, now)
 
-    def release(self, held: HeldLease, now: float) -> None:
-        """It is not needed any more: tell each rank, which then has its blocks back."""
+    def release(self, held: HeldLease, now: float, event: HeldLeaseEvent = HeldLeaseEvent.RELEASE) -> None:
+        """Tell each rank that its blocks are not needed any more."""
         self.granted.pop(held.ref.token, None)
-        held.state = HeldLeaseState.RELEASING
+        if not held.step(event):
+            return
         held.deadline = now + self._settings.lease_s
         if all(rank_lease.released for rank_lease in held.rank_leases):
-            self.forget(held, now)
+            self.forget(held, now, HeldLeaseEvent.ALL_RELEASED)
         else:
             self._ask_all(held, now)
 
-    def done_with(self, held: HeldLease, rank_lease: RankLease, now: float) -> None:
-        """One rank has nothing more to be told."""
-        for each in held.rank_leases:
-            each.released = each.released or each.peer is rank_lease.peer
-        if held.state is HeldLeaseState.RELEASING and all(each.released for each in held.rank_leases):
-            self.forget(held, now)
-
     def advance(self, held: HeldLease, now: float) -> None:
-        """Do the next thing for a held, and set the timer for the one after. A fault in that ends the held, and its read."""
+        """Do the next thing for a lease, and set the timer for the one after. A fault in that ends the lease, and its read."""
         try:
             self._advance(held, now)
-        except Exception as error:  # noqa: BLE001 - the other holds are not touched
+        except Exception as error:  # noqa: BLE001 - the other leases are not touched
             self.broken(held, self._defects.caught(error), now)
 
     def broken(self, held: HeldLease, error: InternalError, now: float) -> None:
-        """A fault of kvxfer while something was done for a held: the read that it is for ends with it."""
+        """End a lease and its read, because kvxfer failed while it did something for them."""
         if self.by_token.get(held.ref.token) is not held:
             return
         self.granted.pop(held.ref.token, None)
@@ -229,13 +222,14 @@ class HeldLeases:
             if held.transfer is not None:
                 self._out.append(StopRead(held.transfer, error))
             self._timers.set(held.ref.token, now + self._settings.retry_interval_s)
-        elif held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
+        elif held.is_over:
             self.forget(held, now)  # the lease's own deadline frees the producer
         else:
             self.fail(held, error, now)
 
-    def forget(self, held: HeldLease, now: float) -> None:
-        """Nothing more is to be done for it."""
+    def forget(self, held: HeldLease, now: float, event: HeldLeaseEvent = HeldLeaseEvent.DISCARD) -> None:
+        """Do nothing more for a lease."""
+        held.step(event)
         token = held.ref.token
         self.by_token.pop(token, None)
         self.granted.pop(token, None)
@@ -250,11 +244,11 @@ class HeldLeases:
         if held.state is not HeldLeaseState.READING and now >= held.deadline:
             self._give_up(held, now)  # of a read the data thread keeps the deadline; only the renewals go on
             return
-        self._spread(held)
+        self._add_ranks(held)
         for rank_lease in list(held.rank_leases):
             if not rank_lease.released and held.ref.token in self.by_token:
                 self._advance_rank(held, rank_lease, now)
-        self._ask_again(held, now)
+        self._requests.repeat_chunks(held, now)
         if held.ref.token in self.by_token and held.state is HeldLeaseState.WAITING:
             self._plan(held, now)
         if held.ref.token not in self.by_token:
@@ -265,6 +259,7 @@ class HeldLeases:
             self._schedule(held, now)
 
     def _schedule(self, held: HeldLease, now: float) -> None:
+        """Set the timer for the next thing to do. A peer that has been silent for too long ends the read."""
         silence_s = self._settings.peer_timeout_s
         silences = [(max(c.peer.heard_at, since) + silence_s, c.peer.address) for c, since in held.waits_for()]
         silent = [address for at, address in silences if at <= now]
@@ -274,18 +269,18 @@ class HeldLeases:
                 self.fail(held, PeerTimeoutError(why), now)
                 return
             self.stop_read(held, PeerTimeoutError(why))
-        dues = [max(rank_lease.ask_at, now + 0.001) for rank_lease in held.rank_leases if not rank_lease.released]
-        dues += [max(asked.again_at, now + 0.001) for asked in held.asked.values()]
+        dues = [max(each.ask_at, now + _SHORTEST_PAUSE_S) for each in held.rank_leases if not each.released]
+        dues += [max(asked.again_at, now + _SHORTEST_PAUSE_S) for asked in held.asked.values()]
         if held.state is not HeldLeaseState.READING:
             dues.append(held.deadline)
         dues += [at for at, _ in silences if at > now]
         if dues:
             self._timers.set(held.ref.token, min(dues))
 
-    def _spread(self, held: HeldLease) -> None:
-        """Once the first rank was met, rank_lease the lease at the others, as many at a time as may be unmet.
+    def _add_ranks(self, held: HeldLease) -> None:
+        """Once the first rank was met, acquire the lease at the others, as many at a time as may be unmet.
 
-        So a stranger's reference opens one connection only.
+        So a reference made by a stranger opens one connection only.
         """
         first = held.rank_leases[0]
         if not held.spread and first.peer.is_met and held.mistake(first) is None:
@@ -296,31 +291,24 @@ class HeldLeases:
 
     def _add_rank(self, held: HeldLease, number: int) -> None:
         peer = self._peers.need(held.addresses[number], number, held.ref.token, held.ref.producer)
-        held.rank_leases.append(RankLease(peer, pieces=Assembly(self._peers.most_ids)))
+        held.rank_leases.append(RankLease(peer, batches=Assembly(self._peers.most_ids)))
 
     def _advance_rank(self, held: HeldLease, rank_lease: RankLease, now: float) -> None:
-        peer = rank_lease.peer
-        if not peer.is_met:
+        if not rank_lease.peer.is_met:
             if held.state is not HeldLeaseState.FAILED:
                 self._meet(held, rank_lease, now)
-        elif held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
-            self._ask(rank_lease, Release(to=peer.epoch, token=held.ref.token, read=held.read), now)
-        elif not rank_lease.complete:
+        elif held.is_over:
+            self._requests.release(held, rank_lease, now)
+        elif rank_lease.complete:
+            self._requests.renew(held, rank_lease, now)
+        else:
             self._ask_grant(held, rank_lease, now)
-        elif now >= rank_lease.ask_at:
-            rank_lease.ask_at = rank_lease.renew_at(now)
-            self._renewals.setdefault(peer.address, []).append(held.ref.token)
 
     def _meet(self, held: HeldLease, rank_lease: RankLease, now: float) -> None:
         peer = rank_lease.peer
         rank_lease.ask_at = now + self._settings.retry_interval_s
         if peer.state is PeerState.REFUSED and peer.error is not None and peer.greeted_at >= held.since:
-            if held.state is HeldLeaseState.RELEASING:
-                self.done_with(held, rank_lease, now)
-            elif held.state is HeldLeaseState.READING:
-                self.stop_read(held, peer.error)
-            else:
-                self.fail(held, peer.error, now, rank_lease)
+            self.rank_failed(held, rank_lease, peer.error, now)
         else:
             self._peers.meet(peer, now)
 
@@ -328,41 +316,15 @@ class HeldLeases:
         peer, mistake = rank_lease.peer, held.mistake(rank_lease)
         if mistake is None:
             peer.confirmed = True
-            have, check = (rank_lease.pieces.have, rank_lease.pieces.check) if rank_lease.wants_more else ([], b"")
-            message = Acquire(
-                to=peer.epoch, token=held.ref.token, rendezvous=held.ref.rendezvous, have=have, check=check
-            )
-            self._ask(rank_lease, message, now)
+            self._requests.acquire(held, rank_lease, now)
         elif held.state is HeldLeaseState.READING:
             self.stop_read(held, mistake)
         elif peer.met_at >= held.since:
-            # An engine that the lease is of, if not with these ranks, may have the blocks back.
+            # An engine that the lease is of, even if not with these ranks, may have the blocks back.
             self.fail(held, mistake, now, rank_lease if mistake.code == "identity" else None)
         else:
-            self._peers.greet(peer, now)  # perhaps another process lives there since we met
+            self._peers.greet(peer, now)  # another process may live there since we met
             rank_lease.ask_at = now + self._settings.retry_interval_s
-
-    def _ask(self, rank_lease: RankLease, message: Acquire | Release, now: float) -> None:
-        """Say it when it is due, and when it is this rank_lease's turn: thousands of leases do not all ask one peer at once."""
-        if now < rank_lease.ask_at:
-            return
-        pace = rank_lease.peer.pace
-        if rank_lease.turn_at is None:
-            rank_lease.turn_at = pace.reserve(now)
-        rank_lease.ask_at = rank_lease.turn_at
-        if now >= rank_lease.turn_at:
-            rank_lease.turn_at = None
-            rank_lease.ask_at = now + max(
-                self._settings.retry_interval_s, pace.repeat_s(len(rank_lease.peer.needed_by))
-            )
-            self._send(rank_lease.peer, message)
-
-    def _ask_again(self, held: HeldLease, now: float) -> None:
-        for (source, _), asked in held.asked.items():
-            peer = held.rank_leases[source].peer
-            if now >= asked.again_at and peer.is_met:
-                asked.again_at = now + self._settings.retry_interval_s
-                self._send(peer, msgspec.structs.replace(asked.message, to=peer.epoch))
 
     def _ask_all(self, held: HeldLease, now: float) -> None:
         for rank_lease in held.rank_leases:
@@ -380,7 +342,7 @@ class HeldLeases:
                 self.fail(held, error, now)
                 return
         if held.granted:
-            held.state = HeldLeaseState.GRANTED
+            held.step(HeldLeaseEvent.GRANT_ALL)
             if held.transfer is None:
                 with contextlib.suppress(BlockError):  # the read will find it again, and fail
                     for rank_lease in held.rank_leases:
@@ -396,7 +358,7 @@ class HeldLeases:
             return
         if job is None:
             return
-        held.state = HeldLeaseState.READING
+        held.step(HeldLeaseEvent.BEGIN_READ)
         for rank_lease in held.rank_leases:
             if rank_lease.complete:
                 rank_lease.ask_at = rank_lease.renew_at(now)
@@ -416,20 +378,17 @@ class HeldLeases:
         self._schedule(held, now)
 
     def _give_up(self, held: HeldLease, now: float) -> None:
-        if held.state in (HeldLeaseState.RELEASING, HeldLeaseState.FAILED):
-            self.forget(held, now)  # the lease's own deadline frees the producer
+        if held.is_over:
+            self.forget(held, now, HeldLeaseEvent.TIME_OUT)  # the lease's own deadline frees the producer
         elif held.transfer is not None:
             waited = f"{now - held.transfer.started:.1f} s"
             unmet = [rank_lease.peer.address for rank_lease in held.rank_leases if not rank_lease.peer.name]
             what = "to be met" if unmet else "for its blocks"
-            who = unmet or [rank_lease.peer.address for rank_lease in held.rank_leases if rank_lease.grant is None]
-            self.fail(held, PeerTimeoutError(f"waited {waited} {what}: {', '.join(who[:3])}"), now)
+            waits = unmet or [each.peer.address for each in held.rank_leases if each.grant is None]
+            self.fail(held, PeerTimeoutError(f"waited {waited} {what}: {', '.join(waits[:3])}"), now)
         else:
             _log.warning("lease %s of %r was held too long without a read", shown(held.ref.token), held.ref.request)
-            self.release(held, now)
+            self.release(held, now, HeldLeaseEvent.TIME_OUT)
 
     def _of(self, peer: Peer) -> list[tuple[HeldLease, RankLease]]:
         return [found for token in list(peer.needed_by) if (found := self.at(peer, token)) is not None]
-
-    def _send(self, peer: Peer, message: Message) -> None:
-        self._out.append(SendTo(peer.address, message))

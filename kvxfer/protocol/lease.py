@@ -72,7 +72,7 @@ LEASE_TRANSITIONS: TransitionTable[LeaseState, LeaseEvent] = TransitionTable(
     Transition((_S.ANNOUNCED, _S.PARTIAL), _E.PUBLISH_PARTIAL, _S.PARTIAL, "publish, not complete / Grant"),
     Transition((_S.ANNOUNCED, _S.PARTIAL), _E.PUBLISH, _S.READY, "publish, complete / Grant"),
     Transition((_S.UNKNOWN, _S.EXPECTED), _E.PUBLISH, _S.REVOKED, "publish without announce / LeaseRevoked"),
-    Transition((_S.ANNOUNCED, _S.PARTIAL), _E.NO_CELL, _S.REVOKED, "no cell is free / LeaseRevoked"),
+    Transition((_S.ANNOUNCED,), _E.NO_CELL, _S.REVOKED, "no cell is free / LeaseRevoked"),
     Transition((_S.EXPECTED, _S.ANNOUNCED), _E.ACQUIRE, None, "Acquire / Pending"),
     Transition((_S.PARTIAL,), _E.ACQUIRE, None, "Acquire / Grant"),
     Transition((_S.READY, _S.IN_USE), _E.ACQUIRE, _S.IN_USE, "Acquire / Grant"),

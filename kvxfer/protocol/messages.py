@@ -1,26 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every message that two endpoints exchange, and nothing else: msgspec structs, one msgpack map per message.
+"""Every message that two endpoints exchange: msgspec structs, one msgpack map per message. docs/protocol.md has them as a table.
 
-A message names the epoch of the process it is meant for in ``to`` (empty in `Hello`, which is how epochs are learnt),
-so one meant for a process that has been restarted since is refused by name. Unknown fields are ignored and new ones have defaults:
-two versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel here.
-
-::
-
-    consumer                         producer
-    Hello      ->                    who I am, which rank I want, how I move bytes
-               <- Welcome            who I am, my cache, how my agent is reached
-    Acquire       ->                    I hold this lease's token
-               <- Pending | Grant    no block is complete | these are, this is the lease's cell; again when there are more
-    Renew      ->                    I still wait for these
-               <- Renewed            these of them have ended
-    StageChunk      ->                    pack these tokens of it into a chunk
-               <- ChunkReady             the chunk lies there | its digest is this
-    ReleaseChunks    ->                    these chunks were taken
-    Release     ->                    I am done with it, its blocks are yours
-               <- Released            it stood / it had ended before
-               <- Revoked            (unasked) it ended
-               <- Refused            the answer to anything that cannot be served, with a reason
+A message names the epoch of the process it is meant for in ``to`` (empty in `Hello`, by which epochs are learnt), so one meant
+for a process that has been restarted since is refused by name. Unknown fields are ignored and new ones have defaults: two
+versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel here.
 """
 
 from __future__ import annotations
@@ -36,7 +19,7 @@ from kvxfer.layout.block_table import MAX_TOKENS
 from kvxfer.layout.spec import MAX_RANKS, CacheSpec
 
 PROTOCOL = 2
-"""Raised when a message changes its meaning. A peer with another one is refused at the handshake."""
+"""Number of the protocol, raised when a message changes its meaning. A peer with another one is refused at the handshake."""
 
 MAX_TOKENS_PER_RENEW = 4096
 
@@ -44,7 +27,7 @@ MAX_NAME = 256
 MAX_ADDRESS = 256
 
 MAX_CHUNK_LAYOUT_NBYTES = 1 << 18
-"""Of the description of one chunk: a thousand layers with a scale for each of 16 heads."""
+"""Longest layout of one chunk: a thousand layers with a scale for each of 16 heads."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Epoch = Annotated[str, msgspec.Meta(max_length=32)]
@@ -64,7 +47,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, kw_onl
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """Fields as people and logs may see them: tokens of leases are cut short."""
+        """Fields as people and logs may see them: lease tokens are cut short."""
         return [(name, _shown(name, getattr(self, name))) for name in self.__struct_fields__]
 
 
@@ -75,23 +58,23 @@ def _shown(name: str, value: Any) -> Any:
 
 
 class Hello(_Message, frozen=True, kw_only=True):
-    """Consumer to producer, first on every connection and again after a refusal."""
+    """Introduce a consumer; first on every connection, and again after a refusal."""
 
     protocol: int
     name: Name
     epoch: Epoch
     rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
-    """Rank of the producer that the consumer means to talk to."""
+    """Rank of the producer that is meant."""
     agent: Name
     """Adapter by which the consumer moves bytes."""
     consumer_rank: Annotated[int, msgspec.Meta(ge=0, lt=MAX_RANKS)] = 0
-    """Which of the consumer's ranks this is; all ranks of an engine have one name."""
+    """Rank of the consumer. All ranks of an engine have one name."""
     consumer_world: Annotated[int, msgspec.Meta(gt=0, le=MAX_RANKS)] = 1
-    """How many ranks the consumer has: each settles a lease for itself."""
+    """Number of ranks of the consumer. Each of them releases a lease for itself."""
 
 
 class Welcome(_Message, frozen=True, kw_only=True):
-    """The producer's answer to `Hello`."""
+    """Answer `Hello`: introduce the producer, its cache, and how its transfer agent is reached."""
 
     protocol: int
     name: Name
@@ -107,61 +90,61 @@ class Welcome(_Message, frozen=True, kw_only=True):
     casts: Annotated[list[Name], msgspec.Meta(max_length=64)] = []
     """Dtypes that the cache's devices can turn into each other when they pack."""
     addresses: Annotated[list[Address], msgspec.Meta(max_length=MAX_RANKS)] = []
-    """Where the producer's ranks listen, in rank order, if this one was told."""
+    """Control addresses of the producer's ranks, in rank order, if this rank was told of them."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
 
 
 class Acquire(_Message, frozen=True, kw_only=True):
-    """May I have the blocks of this lease? Idempotent."""
+    """Ask for the blocks of a lease. Idempotent, repeated until all blocks are granted."""
 
     token: Token
     rendezvous: bool = False
-    """Its producer may not know it yet, and keeps me a place until it does."""
+    """The producer may not know the lease yet, and keeps a place for the consumer until it is announced."""
     have: Annotated[list[_Count], msgspec.Meta(max_length=1024)] = []
-    """Per cache group, how many of its block ids I have: grant what comes after them."""
+    """Number of block ids that the consumer has already, per cache group: those that come after them are to be granted."""
     check: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
-    """Of the offering that those are of."""
+    """Check of the grant to which ``have`` refers."""
 
 
 class Pending(_Message, frozen=True, kw_only=True):
-    """The lease is known, or waited for, and no block is ready; a `Grant` follows when some are."""
+    """Answer `Acquire`: no block is complete yet; a `Grant` follows when some are. Also: ask for this chunk again later."""
 
     token: Token
 
 
 class Grant(_Message, frozen=True, kw_only=True):
-    """The blocks are readable: if they are all, until ``ttl_s`` from now, or from the last `Renew`."""
+    """Grant blocks of a lease, asked or as soon as they are complete: for ``ttl_s`` from now, or from the last `Renew`."""
 
     token: Token
     blocks: Annotated[list[bytes], msgspec.Meta(max_length=1024)]
-    """Per cache group the block ids, in token order, as little-endian uint32; or those that fit into a message (`kvxfer.protocol.grants`)."""
+    """Block ids per cache group, in token order, as little-endian uint32; or those that fit into a message (`kvxfer.protocol.grants`)."""
     cell: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-    """Address of the lease's cell on the producer's board."""
+    """Address of the lease's cell on the producer's lease board."""
     check: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-    """What stands in the cell as long as these blocks are leased: of this offering only, also where its token comes again."""
+    """Content of the cell as long as these blocks are leased. No other lease has it, even one with the same token."""
     first_tokens: Annotated[list[TokenIndex], msgspec.Meta(max_length=1024)] = []
-    """Per cache group the token with which the first block begins; empty where all begin with the first."""
+    """Token with which the first block begins, per cache group; empty where all begin with the first token."""
     complete: bool = True
-    """There will be no more. Otherwise further grants follow, each of which repeats what came before."""
+    """These are all blocks of the lease. Otherwise further grants follow, each of which repeats what came before."""
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
     skip: Annotated[list[_Count], msgspec.Meta(max_length=1024)] = []
-    """Per cache group, how many block ids come before these; empty: none."""
+    """Number of block ids that come before these, per cache group; empty: none."""
     runs: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=1024)]], msgspec.Meta(max_length=1024)] = []
     """Groups whose ids are given as runs: pairs of the first id and a length, each little-endian uint32."""
     more: bool = False
-    """More of these blocks follow, to be asked for by an `Acquire` that says what is there (`Acquire.have`)."""
+    """More block ids are readable. The consumer asks for them by an `Acquire` that says what it has (`Acquire.have`)."""
 
 
 class Renew(_Message, frozen=True, kw_only=True):
-    """These leases are still waited for."""
+    """Extend leases: the consumer still waits for them or reads them."""
 
     tokens: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
 
 
 class Renewed(_Message, frozen=True, kw_only=True):
-    """Answer to `Renew`: all stand but these."""
+    """Answer `Renew`: all of them are extended but those that have ended."""
 
     ended: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
 
@@ -170,49 +153,49 @@ _Numbers = Annotated[list[int], msgspec.Meta(max_length=1024)]
 
 
 class StageChunk(_Message, frozen=True, kw_only=True):
-    """Pack part of a lease's KV into a chunk of the staging arena. Idempotent: asked again until answered."""
+    """Have part of a lease's KV packed into a chunk in the staging arena. Idempotent, repeated until answered."""
 
     token: Token
     number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-    """Of this chunk, among those of this lease and reader; never used again for another."""
+    """Number of the chunk among those of this lease and consumer; never used again for another."""
     layout: msgspec.Raw
     """What the chunk looks like, a `CacheSpec`: a cache of one group in blocks 0, 1, ..., at addresses that count from the
-    chunk's begin. Decoded by `layout_of` when it is known that the sender may ask for it."""
+    chunk's begin. Decoded by `layout_of`, once it is known that the consumer may ask for the chunk."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
     released: _Numbers = []
-    """As in `ReleaseChunks`: most chunks make room for the next one."""
+    """Chunks that the consumer has read, as in `ReleaseChunks`: their slots may serve for this one."""
     digest: bool = False
-    """The chunk itself is not wanted, only its digest."""
+    """Only the chunk's digest is wanted, and not the chunk."""
 
 
 class ChunkReady(_Message, frozen=True, kw_only=True):
-    """The chunk is packed, and stays until `ReleaseChunks` or the end of the lease."""
+    """Answer `StageChunk`: the chunk is packed, and stays until `ReleaseChunks` or the end of the lease."""
 
     token: Token
     number: int
     address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     digest: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
-    """If that was asked for; then the chunk lies nowhere, and ``address`` means nothing."""
+    """The digest, if that was asked for; the chunk is kept nowhere then, and ``address`` means nothing."""
 
 
 class ReleaseChunks(_Message, frozen=True, kw_only=True):
-    """These chunks were taken, their memory is yours. Not answered: what is lost is made up for by the lease's end."""
+    """Give back chunks that the consumer has read. Not answered: if it is lost, the lease's end gives them back."""
 
     token: Token
     numbers: _Numbers
 
 
 class Release(_Message, frozen=True, kw_only=True):
-    """The consumer will not touch the blocks any more. Idempotent, repeated until answered."""
+    """Give back a lease: the consumer's rank will not touch the blocks any more. Idempotent, repeated until answered."""
 
     token: Token
     read: bool
-    """The bytes were read (else they were not needed, or reading failed)."""
+    """The bytes were read. Otherwise they were not needed, or reading them failed."""
 
 
 class Released(_Message, frozen=True, kw_only=True):
-    """Answer to `Release`."""
+    """Answer `Release`."""
 
     token: Token
     was_live: bool
@@ -220,7 +203,7 @@ class Released(_Message, frozen=True, kw_only=True):
 
 
 class Revoked(_Message, frozen=True, kw_only=True):
-    """The producer ended a lease by itself."""
+    """Tell a consumer, unasked, that a lease has ended."""
 
     token: Token
     reason: Reason
@@ -230,22 +213,26 @@ REFUSAL_CODES = frozenset(
     {"garbage", "protocol", "stale_epoch", "not_introduced", "rank", "agent", "incompatible", "identity"}
     | {"unknown_lease", "ended_lease", "taken_lease", "staging"}
 )
-"""Of `Refused`: what a producer of this version says."""
+"""Values of `Refused.code` that a producer of this version sends."""
 
 
 class Refused(_Message, frozen=True, kw_only=True):
-    """Something cannot be served. ``epoch`` is the refuser's, so that a stale peer learns whom to meet."""
+    """Answer anything that cannot be served, with the reason. ``epoch`` is the producer's, for a consumer that knows another."""
 
     code: Annotated[str, msgspec.Meta(max_length=64)]
-    """``garbage`` | ``protocol`` | ``stale_epoch`` | ``not_introduced`` | ``rank`` | ``agent`` | ``incompatible``
-    | ``unknown_lease`` | ``ended_lease`` | ``taken_lease`` | ``staging``."""
+    """One of `REFUSAL_CODES`."""
     reason: Reason
     epoch: Epoch
     token: Annotated[str, msgspec.Meta(max_length=32)] = ""
-    """The lease concerned, if any."""
+    """Token of the lease concerned, if any."""
     rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)] | None = None
-    """The refuser's, if another one was meant."""
+    """Rank of this producer, if another one was meant."""
 
+
+OF_CONSUMERS = (Hello, Acquire, Renew, StageChunk, ReleaseChunks, Release)
+"""Messages that consumers send."""
+OF_PRODUCERS = (Welcome, Pending, Grant, Renewed, ChunkReady, Released, Revoked, Refused)
+"""Messages that producers send."""
 
 Message = (
     Hello
@@ -270,7 +257,7 @@ _spec_decoder = msgspec.msgpack.Decoder(CacheSpec)
 
 
 def encode_spec(layout: CacheSpec) -> msgspec.Raw:
-    """What a chunk looks like, as `StageChunk` carries it."""
+    """Encode a layout as `StageChunk` carries it."""
     return msgspec.Raw(msgspec.msgpack.encode(layout))
 
 
@@ -280,10 +267,10 @@ def _decode_layout(data: bytes) -> CacheSpec:
 
 
 def layout_of(stage: StageChunk) -> CacheSpec:
-    """What a chunk looks like that somebody asks for.
+    """Layout of the chunk that a consumer asks for.
 
     Raises:
-        WireError: it is no cache, or takes more bytes than that of any chunk.
+        WireError: it is not the layout of a cache, or takes more bytes than that of any chunk.
     """
     data = bytes(stage.layout)
     if len(data) > MAX_CHUNK_LAYOUT_NBYTES:
@@ -295,15 +282,15 @@ def layout_of(stage: StageChunk) -> CacheSpec:
 
 
 def encode(message: Message) -> bytes:
-    """One message as bytes."""
+    """Encode one message."""
     return _encoder.encode(message)
 
 
 def decode(data: bytes) -> Message:
-    """Bytes from anybody as a message.
+    """Decode one message from a peer that need not mean well.
 
     Raises:
-        WireError: anything else than a well-formed message of this protocol, with the reason.
+        WireError: the bytes are not a well-formed message of this protocol.
     """
     try:
         message: Message = _decoder.decode(data)

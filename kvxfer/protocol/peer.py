@@ -12,6 +12,7 @@ from kvxfer.agents.description import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
 from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome
 from kvxfer.protocol.pacer import Pacer
+from kvxfer.protocol.transitions import Transition, TransitionTable
 
 if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheSpec
@@ -46,12 +47,54 @@ class Identity:
 
 
 class PeerState(str, Enum):
-    """UNKNOWN until greeted, GREETED until answered; MET, or REFUSED with ``Peer.error``."""
+    """State of the process at one control address, as a consumer knows it."""
 
+    ABSENT = "absent"
+    """No lease names the address."""
     UNKNOWN = "unknown"
+    """Nothing is known of the process there, or not any more."""
     GREETED = "greeted"
+    """A Hello was sent, and not answered yet."""
     MET = "met"
+    """The process has introduced itself, and nothing since has put that in doubt."""
     REFUSED = "refused"
+    """The process cannot be used; `Peer.error` says why."""
+
+
+class PeerEvent(str, Enum):
+    """What happens to a peer."""
+
+    NEED = "need"
+    GREET = "greet"
+    WELCOME = "welcome"
+    REFUSE = "refuse"
+    REJECT = "reject"
+    NOT_INTRODUCED = "not introduced"
+    CHANGE_TOO_OFTEN = "change too often"
+    READ_FAIL = "read fail"
+    IDLE = "idle"
+
+
+_KNOWN = (PeerState.UNKNOWN, PeerState.GREETED, PeerState.MET, PeerState.REFUSED)
+
+PEER_TRANSITIONS: TransitionTable[PeerState, PeerEvent] = TransitionTable(
+    PeerState.ABSENT,
+    (),
+    Transition((PeerState.ABSENT,), PeerEvent.NEED, PeerState.UNKNOWN, "a lease names its address"),
+    Transition(_KNOWN, PeerEvent.GREET, PeerState.GREETED, "something is to be asked / Hello"),
+    Transition(_KNOWN, PeerEvent.WELCOME, PeerState.MET, "Welcome"),
+    Transition((PeerState.GREETED,), PeerEvent.REFUSE, PeerState.REFUSED, "Refused (protocol, agent, ...)"),
+    Transition(
+        _KNOWN,
+        PeerEvent.REJECT,
+        PeerState.REFUSED,
+        "Welcome that does not fit, address that cannot be reached, transfer agent of another peer",
+    ),
+    Transition((PeerState.MET,), PeerEvent.NOT_INTRODUCED, PeerState.GREETED, "Refused (stale_epoch, not_introduced)"),
+    Transition((PeerState.MET,), PeerEvent.CHANGE_TOO_OFTEN, PeerState.UNKNOWN, "too many Welcomes unasked"),
+    Transition(_KNOWN, PeerEvent.READ_FAIL, PeerState.UNKNOWN, "a read from it failed, retryably"),
+    Transition(_KNOWN, PeerEvent.IDLE, PeerState.ABSENT, "no lease needed it for idle_peer_s"),
+)
 
 
 @dataclass(eq=False)
@@ -60,7 +103,7 @@ class Peer:
 
     Attributes:
         rank: that it is expected to be, by the lease that named it first or by its own word.
-        pace: how fast it is asked for grants and told of ends.
+        pacer: how fast it is asked for grants and told of ends.
         name, epoch: of the process met last; empty before.
         agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
         confirmed: a lease expects an engine of this name there.
@@ -73,7 +116,7 @@ class Peer:
 
     address: str
     rank: int = 0
-    pace: Pacer = field(default_factory=lambda: Pacer(5000.0))
+    pacer: Pacer = field(default_factory=lambda: Pacer(5000.0))
     state: PeerState = PeerState.UNKNOWN
     name: str = ""
     epoch: str = ""
@@ -96,12 +139,19 @@ class Peer:
 
     @property
     def is_met(self) -> bool:
-        """It introduced itself, and nothing since has put that in doubt."""
+        """The process has introduced itself, and nothing since has put that in doubt."""
         return self.state is PeerState.MET
 
+    def step(self, event: PeerEvent) -> bool:
+        """Change the state as the table says; False, and nothing changes, if it has no transition for this."""
+        target = PEER_TRANSITIONS.after(self.state, event)
+        self.state = self.state if target is None else target
+        return target is not None
+
     def greet(self, me: Identity, now: float) -> Hello:
-        """Begin a handshake, or repeat it; the message to send."""
-        self.state, self.greeted_at = PeerState.GREETED, now
+        """Begin a handshake, or repeat it; returns the message to send."""
+        self.step(PeerEvent.GREET)
+        self.greeted_at = now
         return Hello(
             protocol=PROTOCOL,
             name=me.name,
@@ -126,9 +176,10 @@ class Peer:
         self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
         self.agent_info, self.agent_name = message.agent_info, ""
         self.error = self._check(me, message) or self._check_agent(message)
-        self.state = PeerState.MET
-        if self.error is not None:
-            self.refused(self.error)
+        if self.error is None:
+            self.step(PeerEvent.WELCOME)
+        else:
+            self.reject(self.error)
             self.agent_info, self.agent_name = b"", ""
         return before
 
@@ -150,9 +201,11 @@ class Peer:
         self.complained_at = now
         return logging.WARNING
 
-    def refused(self, error: HandshakeError) -> None:
-        """The peer will not be met; the next thing asked of it begins a new handshake."""
-        self.state, self.error = PeerState.REFUSED, error
+    def reject(self, error: HandshakeError, event: PeerEvent = PeerEvent.REJECT) -> bool:
+        """Note why this peer cannot be used. The next lease that needs it begins a new handshake. False if nothing changes."""
+        rejected = self.step(event)
+        self.error = error if rejected else self.error
+        return rejected
 
     def _check_agent(self, message: Welcome) -> HandshakeError | None:
         """The agent that it brings is its own, by its name. Another engine's could otherwise be replaced by way of it."""

@@ -16,7 +16,7 @@ from kvxfer.protocol.actions import Action, ForgetAgent, Hangup, SendTo
 from kvxfer.protocol.grants import most_ids
 from kvxfer.protocol.messages import REFUSAL_CODES
 from kvxfer.protocol.pacer import Pacer
-from kvxfer.protocol.peer import Peer, PeerState
+from kvxfer.protocol.peer import Peer, PeerEvent, PeerState
 from kvxfer.protocol.timers import Timers
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class Peers:
         """The peer at an address, for a lease that expects this rank of that engine there."""
         peer = self.by_address.get(address)
         if peer is None:
-            peer = self.by_address[address] = Peer(address, rank, Pacer(self._settings.max_messages_per_s))
+            pacer = Pacer(self._settings.max_messages_per_s)
+            peer = self.by_address[address] = Peer(address, rank, pacer, PeerState.ABSENT)
+            peer.step(PeerEvent.NEED)
         peer.needed_by[token] = owner
         self._retirements.cancel(address)
         return peer
@@ -93,6 +95,7 @@ class Peers:
         """Forget peers whose time has come."""
         for address in self._retirements.due(now):
             peer = self.by_address.pop(address)
+            peer.step(PeerEvent.IDLE)
             self._forget_routers(peer)
             self._out.append(Hangup(address))
             self._leave_agent(peer, peer.agent_name, peer.agent_info)
@@ -128,8 +131,7 @@ class Peers:
         """The peer introduced itself, asked or not."""
         if peer.changes_too_often(message, now, self._settings.retry_interval_s):
             self._metrics.count("kvxfer_refused_messages_total", reason="rate")
-            if peer.is_met:
-                peer.state = PeerState.UNKNOWN  # what it is now is asked when it is needed
+            peer.step(PeerEvent.CHANGE_TOO_OFTEN)  # what it is now is asked when it is needed
             return Welcomed.NOTHING
         old_name, old_agent, repeated = peer.agent_name, peer.agent_info, peer.is_met
         gone = peer.welcomed(self._me, message, now)
@@ -150,18 +152,17 @@ class Peers:
         code = message.code
         if code in ("stale_epoch", "not_introduced"):
             # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
-            if peer.is_met:
-                if now >= peer.greeted_at + self._settings.retry_interval_s:
-                    self.greet(peer, now)
-                else:
-                    peer.state = PeerState.GREETED  # each lease greets again when it is due
+            # Otherwise each lease greets again when it is due.
+            if peer.step(PeerEvent.NOT_INTRODUCED) and now >= peer.greeted_at + self._settings.retry_interval_s:
+                self.greet(peer, now)
         elif code == "rank" and message.rank is not None:
             # Some lease names it for another rank than its own. Leases that name it rightly ask again when they are due.
             if peer.state is PeerState.GREETED:
                 peer.rank = message.rank
-        elif peer.state is PeerState.GREETED:
+        elif peer.reject(
+            HandshakeError(printable(code), f"{peer.address} refused: {printable(message.reason)}"), PeerEvent.REFUSE
+        ):
             self._metrics.count("kvxfer_handshakes_total", outcome=code if code in REFUSAL_CODES else "other")
-            peer.refused(HandshakeError(printable(code), f"{peer.address} refused: {printable(message.reason)}"))
             return True
         else:
             _log.log(peer.complaint(now), "%s refused a message: %r: %r", peer.address, code, message.reason)
@@ -205,7 +206,7 @@ class Peers:
     def _refuse_agent(self, peer: Peer, rival: Peer, now: float) -> None:
         why = f"{peer.address} brings {peer.agent_name!r}, of which {rival.address} has brought another description"
         _log.log(peer.complaint(now), "%s", why)
-        peer.refused(HandshakeError("agent", why))
+        peer.reject(HandshakeError("agent", why))
         peer.agent_info, peer.agent_name = b"", ""
 
     def _leave_agent(self, peer: Peer, name: str, agent_info: bytes) -> None:

@@ -59,6 +59,9 @@ class Producer:
 
     All calls but `may_publish` come from the control thread, which then takes what has been added to ``out``. ``connection``
     is an opaque id of one.
+
+    Attributes:
+        identity: what this endpoint says of itself.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Producer:
         self._settings = settings
         self._metrics = metrics
         self._out = out
-        self._epoch = identity.epoch
+        self.identity: Identity = identity
         self._connections = ConsumerConnections(identity, metrics, out)
         self._chunks = ChunkStaging(table, self._connections, metrics, out, self.revoke)
         self._batch_nbytes = min(BATCH_NBYTES, settings.max_message_nbytes // 2)
@@ -236,7 +239,7 @@ class Producer:
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
             return
         token = "" if isinstance(message, Renew) else message.token
-        if message.to != self._epoch:
+        if message.to != self.identity.epoch:
             why = f"meant for epoch {message.to or 'unknown'}"
             self._connections.refuse(connection, "stale_epoch", why, token, counted=True)
             return

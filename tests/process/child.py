@@ -109,7 +109,7 @@ class Engine:
         self.silent = socket.create_server(("127.0.0.1", 0), backlog=512)
         (port,) = self.endpoint._data._life.agent.ports
         theirs, ours = (number.to_bytes(2, "big") for number in (port.number, self.silent.getsockname()[1]))
-        identity = self.endpoint._producer._me
+        identity = self.endpoint._producer.identity
         assert identity.agent_info.count(theirs) == 1
         identity.agent_info = identity.agent_info.replace(theirs, ours)
 

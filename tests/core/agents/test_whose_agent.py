@@ -176,7 +176,7 @@ def test_honest_reads_go_on(how):
     """While a hostile producer says again and again that another one's agent is its own, every read from that one is done."""
     source, sink = Engine(1), Engine(2)
     target = sink.endpoint
-    theirs = source.endpoint._producer._me
+    theirs = source.endpoint._producer.identity
     empty = _described(
         described_name(theirs.agent_info),
         adapter="inproc",

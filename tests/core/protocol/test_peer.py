@@ -81,7 +81,7 @@ def test_refused():
     """A peer that refuses is not met, for its reason, until it is greeted again."""
     peer = Peer("tcp://p:1")
     peer.welcomed(ME, welcome(), 0)
-    peer.refused(HandshakeError("rank", "r"))
+    peer.reject(HandshakeError("rank", "r"))
     assert peer.state is PeerState.REFUSED and peer.error.code == "rank"
     peer.greet(ME, 1)
     assert peer.state is PeerState.GREETED

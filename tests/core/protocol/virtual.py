@@ -192,7 +192,7 @@ class Node:
     def check_nothing_left(self) -> None:
         """No table holds anything, no memory is taken, and there is nothing to wake up for."""
         assert not self.held_leases and not self.peers and not self.consumer._held.granted
-        assert not self.consumer._held._renewals and not self.consumer._peers._routers
+        assert not self.consumer._held._requests.renewals_wait and not self.consumer._peers._routers
         assert self.next_deadline() is None
         assert len(self.consumer._held._timers) == len(self.consumer._peers._retirements) == 0
         assert len(self.table) == 0 and len(self.table._timers) == 0
