@@ -79,7 +79,9 @@ LEASE_TRANSITIONS: TransitionTable[LeaseState, LeaseEvent] = TransitionTable(
     Transition((_S.IN_USE,), _E.RENEW, None, "Renew"),
     Transition((_S.UNKNOWN,), _E.RELEASE, _S.RELEASED, "Release before the announcement"),
     Transition(_LIVE, _E.RELEASE, _S.RELEASED, "Release of every rank / LeaseReleased"),
-    Transition(_LIVE, _E.REVOKE, _S.REVOKED, "revoke, close, other blocks than before, untaken chunks / LeaseRevoked"),
+    Transition(
+        _LIVE, _E.REVOKE, _S.REVOKED, "revoke, close, other blocks than before, slots not given back / LeaseRevoked"
+    ),
     Transition((_S.EXPECTED,), _E.EXPIRE, _S.EXPIRED, "rendezvous_timeout_s"),
     Transition((_S.ANNOUNCED, _S.PARTIAL), _E.EXPIRE, _S.EXPIRED, "announce_timeout_s, or devices late by lease_s"),
     Transition((_S.READY, _S.IN_USE), _E.EXPIRE, _S.EXPIRED, "lease_s without Renew / LeaseExpired"),

@@ -59,7 +59,7 @@ class TransitionTable(Generic[_State, _Event]):
             for source in row.sources:
                 arrow = self._node(source), self._node(source if row.target is None else row.target)
                 causes[arrow].append(row.cause)
-        lines = [f"    {source} --> {target}: {'; '.join(labels)}" for (source, target), labels in causes.items()]
+        lines = [f"    {source} --> {target}: {'<br/>'.join(labels)}" for (source, target), labels in causes.items()]
         lines += [f"    {end.name} --> [*]" for end in self._in_order() if end in self.ends]
         return "\n".join(["stateDiagram-v2", *lines])
 
