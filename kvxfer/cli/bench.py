@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.calibrate import Sample, calibrate, needed_nbytes
+from kvxfer.cli.calibrate import CostSample, calibrate, needed_nbytes
 from kvxfer.cli.checks import check_agent, check_memory, check_writable
 from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _text(costs: Costs, samples: list[Sample]) -> str:
+def _text(costs: Costs, samples: list[CostSample]) -> str:
     reads = table(
         ("read in place", "runs", "size", "measured", "predicted"),
         [(s.what, f"{s.runs:,}", size(s.nbytes), _ms(s.seconds), _ms(costs.wire_s(s.runs, s.nbytes))) for s in samples],

@@ -44,7 +44,7 @@ _SMALL_ARENA_NBYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class Sample:
+class CostSample:
     """One measured read: runs on the wire, bytes, seconds (the median of several)."""
 
     what: str
@@ -79,7 +79,7 @@ def _cache(
     return cache
 
 
-class Source:
+class CalibrationProducer:
     """The producer's process: one cache in HND."""
 
     def __init__(self, agent: str, blocks: int) -> None:
@@ -100,8 +100,8 @@ class Source:
         self.endpoint.close()
 
 
-class Sink:
-    """This process: reads from a `Source` in one way, again and again."""
+class CalibrationConsumer:
+    """This process: reads from a `CalibrationProducer` in one way, again and again."""
 
     def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
         self._source = source
@@ -128,13 +128,13 @@ class Sink:
         self.endpoint.poll()
         return transfer.seconds
 
-    def sample(self, what: str, blocks: Sequence[int], into: Sequence[int], repeats: int) -> Sample:
+    def sample(self, what: str, blocks: Sequence[int], into: Sequence[int], repeats: int) -> CostSample:
         """A read, as the model sees it."""
         runs, nbytes = self.part.runs(self.part.match(blocks, into))
-        return Sample(what, runs, nbytes, self.seconds(blocks, into, repeats))
+        return CostSample(what, runs, nbytes, self.seconds(blocks, into, repeats))
 
 
-def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 5) -> tuple[Costs, list[Sample]]:
+def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 5) -> tuple[Costs, list[CostSample]]:
     """Measure; takes seconds.
 
     Args:
@@ -150,11 +150,11 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
     blocks = max(8, (mib << 20) // (_LAYERS * _HEADS * _BLOCK_TOKENS * _HEAD_DIM * 4))
     few, many = list(range(2)), list(range(blocks))
     scattered = np.random.default_rng(0).permutation(blocks).tolist()
-    samples: list[Sample] = []
-    with Child("calibration", Source, agent, blocks, raises=(ConfigError, UnavailableError)) as source:
+    samples: list[CostSample] = []
+    with Child("calibration", CalibrationProducer, agent, blocks, raises=(ConfigError, UnavailableError)) as source:
         source.ready()
         with progress.step("long runs, in place"):
-            sink = Sink(source, agent, "HND", blocks, Route.DIRECT, 1 << 20)
+            sink = CalibrationConsumer(source, agent, "HND", blocks, Route.DIRECT, 1 << 20)
             try:
                 samples += [
                     sink.sample("one block", [0], [0], repeats),
@@ -164,7 +164,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
             finally:
                 sink.endpoint.close()
         with progress.step("short runs, in place"):
-            sink = Sink(source, agent, "NHD", blocks, Route.DIRECT, 1 << 20)
+            sink = CalibrationConsumer(source, agent, "NHD", blocks, Route.DIRECT, 1 << 20)
             try:
                 samples.append(sink.sample("one run a token and head", few, few, repeats))
             finally:
@@ -185,7 +185,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
         with progress.step("chunks"):
             times = {}
             for route in (Route.TARGET_UNPACKED, Route.SOURCE_PACKED):
-                sink = Sink(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
+                sink = CalibrationConsumer(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
                 try:
                     times[route] = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
                     chunk_planner = ChunkPlanner(sink.part, "target", sink.endpoint.staging.slot_nbytes)

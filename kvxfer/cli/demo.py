@@ -15,7 +15,7 @@ import numpy as np
 
 from kvxfer.cli import own_version
 from kvxfer.cli.checks import PROCESS_NBYTES, check_agent, check_memory
-from kvxfer.cli.parties import Consumer, Geometry, Outcome, Producer
+from kvxfer.cli.parties import DemoConsumer, DemoProducer, Geometry, Outcome
 from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.testing.child import Child
@@ -31,7 +31,7 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Request:
+class DemoRequest:
     """Blocks of the producer, and those of the consumer that take the place of all but the first ``skip``."""
 
     name: str
@@ -97,16 +97,18 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
             raises = (ConfigError, UnavailableError)  # these would have been the same in this process
-            producer = stack.enter_context(Child("producer", Producer, geometry, blocks, options.agent, raises=raises))
+            producer = stack.enter_context(
+                Child("producer", DemoProducer, geometry, blocks, options.agent, raises=raises)
+            )
             most_nbytes = wanted * geometry.block_nbytes
             consumer = stack.enter_context(
-                Child("consumer", Consumer, geometry, blocks, options.agent, most_nbytes, raises=raises)
+                Child("consumer", DemoConsumer, geometry, blocks, options.agent, most_nbytes, raises=raises)
             )
             producer.ready()
             consumer.ready()
         demo = _Demo(producer, consumer, progress)
         with progress.step("the processes meet"):
-            warm = demo.move(Request("first contact", [0], [0]))[0]
+            warm = demo.move(DemoRequest("first contact", [0], [0]))[0]
         requests = _requests(wanted, blocks)
         rows = [demo.rounds(request, options.rounds, options.tokens, geometry) for request in requests]
         with progress.step("a read after its lease has ended"):
@@ -133,14 +135,14 @@ def run(options: argparse.Namespace) -> int:
     return 0 if found["good"] else 1
 
 
-def _requests(wanted: int, blocks: int) -> list[Request]:
+def _requests(wanted: int, blocks: int) -> list[DemoRequest]:
     """What makes a difference to a transfer: where the blocks are, and whether the consumer has some already."""
     random = np.random.default_rng(7)
     fragmented = [random.permutation(blocks)[:wanted].tolist() for _ in range(2)]
     return [
-        Request("contiguous blocks", list(range(wanted)), list(range(blocks - wanted, blocks))),
-        Request("fragmented blocks", fragmented[0], fragmented[1]),
-        Request(
+        DemoRequest("contiguous blocks", list(range(wanted)), list(range(blocks - wanted, blocks))),
+        DemoRequest("fragmented blocks", fragmented[0], fragmented[1]),
+        DemoRequest(
             "half held already",
             list(range(wanted)),
             list(range(wanted - wanted // 2))[: wanted - wanted // 2],
@@ -154,14 +156,14 @@ class _Demo:
         self._producer, self._consumer, self._progress = producer, consumer, progress
         self._spec = producer.call("spec")
 
-    def move(self, request: Request) -> tuple[Outcome, str]:
+    def move(self, request: DemoRequest) -> tuple[Outcome, str]:
         """Lease, hold, read, settle; and how the lease ended."""
         text = self._producer.call("lease", request.name, request.source)
         self._consumer.call("acquire", text)
         outcome: Outcome = self._consumer.call("read", self._spec, request.source, request.target, request.skip)
         return outcome, self._producer.call("end", text)
 
-    def rounds(self, request: Request, number: int, tokens: int, geometry: Geometry) -> Row:
+    def rounds(self, request: DemoRequest, number: int, tokens: int, geometry: Geometry) -> Row:
         """Move one request several times."""
         done: list[tuple[Outcome, str]] = []
         for i in range(number):
@@ -186,7 +188,7 @@ class _Demo:
             error=errors[0] if errors else "",
         )
 
-    def move_late(self, request: Request) -> tuple[Outcome, str]:
+    def move_late(self, request: DemoRequest) -> tuple[Outcome, str]:
         """A read during which its lease ends: the consumer freezes, and the blocks go to another request meanwhile.
 
         Where the copy is over before this process can freeze it, the consumer freezes before it reads instead.

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.cli import pattern
-from kvxfer.cli.forecast import unmerged
+from kvxfer.cli.planning.forecast import unmerged
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError, PeerTimeoutError
@@ -96,7 +96,7 @@ class _Party:
         self.endpoint.close()
 
 
-class Producer(_Party):
+class DemoProducer(_Party):
     """The prefill side."""
 
     def __init__(self, geometry: Geometry, blocks: int, agent: str) -> None:
@@ -132,7 +132,7 @@ class Producer(_Party):
         pattern.fill(self.array, PREFILL_SEED, np.asarray(blocks))
 
 
-class Consumer(_Party):
+class DemoConsumer(_Party):
     """The decode side."""
 
     def __init__(self, geometry: Geometry, blocks: int, agent: str, most_nbytes: int) -> None:

@@ -7,19 +7,19 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from kvxfer.cli import picture
-from kvxfer.cli.forecast import MAX_TOKENS, Conditions, Request, forecasts
-from kvxfer.cli.models import MODELS
-from kvxfer.cli.report import Report, as_json, as_text
-from kvxfer.cli.specs import FIRST_ADDRESS, read_side, same_model
+from kvxfer.cli.pictures import picture
+from kvxfer.cli.planning.forecast import MAX_TOKENS, Conditions, PlannedRequest, forecasts
+from kvxfer.cli.planning.models import MODELS
+from kvxfer.cli.planning.report import Report, as_json, as_text
+from kvxfer.cli.planning.specs import FIRST_ADDRESS, read_side, same_model
+from kvxfer.cli.planning.words import OPTIONS, Written, whole, written
 from kvxfer.cli.table import add_format
-from kvxfer.cli.words import OPTIONS, Written, whole, written
 from kvxfer.errors import ConfigError
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.router import Route
 
 if TYPE_CHECKING:
-    from kvxfer.cli.specs import Side
+    from kvxfer.cli.planning.specs import Side
 
 _SECOND_ADDRESS = FIRST_ADDRESS + (1 << 60)
 
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         UnavailableError: a picture is asked for, and matplotlib is not installed.
     """
     tokens = whole("--tokens", options.tokens, 1, MAX_TOKENS)
-    request = Request(
+    request = PlannedRequest(
         tokens=tokens,
         first_token=whole("--from-token", options.from_token, 0, tokens - 1),
         fragmented=options.fragmented,

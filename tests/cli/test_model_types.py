@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvxfer.cli.hf_config import from_config
-from kvxfer.cli.model_types import FLAT, TYPES, WRAPPERS
+from kvxfer.cli.planning.hf_config import from_config
+from kvxfer.cli.planning.model_types import FLAT, TYPES, WRAPPERS
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvxfer.cli.models import Model
+    from kvxfer.cli.planning.models import Model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvxfer.cli import main, picture
-from kvxfer.cli.forecast import MAX_TOKENS, Request, matched, ranges
-from kvxfer.cli.hf_config import from_config
-from kvxfer.cli.models import MODELS
-from kvxfer.cli.specs import read_side, same_model, stages
-from kvxfer.cli.window import MOST_CELLS, window
-from kvxfer.cli.words import OPTIONS, Words, written
+from kvxfer.cli import main
+from kvxfer.cli.pictures import picture
+from kvxfer.cli.pictures.window import MOST_CELLS, window
+from kvxfer.cli.planning.forecast import MAX_TOKENS, PlannedRequest, matched, ranges
+from kvxfer.cli.planning.hf_config import from_config
+from kvxfer.cli.planning.models import MODELS
+from kvxfer.cli.planning.specs import read_side, same_model, stages
+from kvxfer.cli.planning.words import OPTIONS, Words, written
 from kvxfer.errors import ConfigError
 from kvxfer.layout.spec import CacheSpec, KVLayout
 
@@ -77,7 +78,7 @@ def test_equal_caches_need_one_descriptor_for_each_layer():
     """Blocks in a row of two caches of one layout merge until a layer is one descriptor, moved in place."""
     target = only_target("--model", "llama-3-8b")
     assert (target["nbytes"], target["runs"], target["descriptors"]) == (4096 * 131072, 32 * 256, 32)
-    assert target["parts"][0]["route"] == "direct" and target["staging_nbytes"] == 0
+    assert target["sources"][0]["route"] == "direct" and target["staging_nbytes"] == 0
 
 
 def test_scattered_blocks_need_one_descriptor_for_each_block_of_each_layer():
@@ -106,7 +107,7 @@ def test_each_head_reaches_each_rank_that_holds_it(source: int, target: int):
     copies = max(1, target // 8)
     assert sum(each["nbytes"] for each in found["targets"]) == copies * 100 * 131072
     for each in found["targets"]:
-        assert sum(part["nbytes"] for part in each["parts"]) == each["nbytes"]
+        assert sum(part["nbytes"] for part in each["sources"]) == each["nbytes"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_tokens_that_the_target_has_stay():
 def test_pipeline_stages_give_their_layers():
     """Layers come from the stage that has them, shared as vLLM shares them; each source rank is named."""
     found = answer("--model", "deepseek-v3", "--pp", "4", "--to-pp", "1", "--tokens", "64")
-    assert [part["layers"] for part in found["targets"][0]["parts"]] == ["0-14", "15-29", "30-45", "46-60"]
+    assert [part["layers"] for part in found["targets"][0]["sources"]] == ["0-14", "15-29", "30-45", "46-60"]
     assert [len(stage) for stage in stages(61, 4)] == [15, 15, 16, 15]
     assert [len(stage) for stage in stages(10, 4)] == [2, 3, 3, 2]
 
@@ -163,7 +164,7 @@ def test_one_rank_can_be_asked_about():
     """--rank narrows the answer to one target rank and keeps all source ranks."""
     found = answer("--model", "llama-3-8b", "--tp", "8", "--to-tp", "4", "--rank", "2")
     assert [each["rank"] for each in found["targets"]] == [2]
-    assert [part["source_rank"] for part in found["targets"][0]["parts"]] == [4, 5]
+    assert [part["source_rank"] for part in found["targets"][0]["sources"]] == [4, 5]
 
 
 def test_keys_of_the_json_stay():
@@ -174,7 +175,7 @@ def test_keys_of_the_json_stay():
         "rank", "refused", "nbytes", "runs", "descriptors", "descriptors_exact", "mean_run_nbytes", "staging_nbytes",
         "seconds", "parts",
     }  # fmt: skip
-    part = found["targets"][0]["parts"][0]
+    part = found["targets"][0]["sources"][0]
     assert set(part) == {
         "source_rank", "layers", "heads", "nbytes", "runs", "descriptors", "descriptors_exact", "mean_run_nbytes",
         "route", "why", "seconds", "barred", "staging_nbytes",
@@ -185,14 +186,14 @@ def test_keys_of_the_json_stay():
 
 def test_memory_without_an_address_is_packed():
     """A side that no transfer engine can reach has no direct route, and the reason is given."""
-    part = only_target("--source", "llama-3-8b addressable=no", "--target", "tp=1")["parts"][0]
+    part = only_target("--source", "llama-3-8b addressable=no", "--target", "tp=1")["sources"][0]
     assert part["seconds"]["direct"] is None and "address" in part["barred"]["direct"]
     assert part["route"] in ("source_packed", "both")
 
 
 def test_a_route_can_be_asked_for():
     """--route takes one, fast or not, and still says what the others would take."""
-    part = only_target("--model", "llama-3-8b", "--to-order", "NHD", "--route", "direct")["parts"][0]
+    part = only_target("--model", "llama-3-8b", "--to-order", "NHD", "--route", "direct")["sources"][0]
     assert part["route"] == "direct" and part["seconds"]["both"] < part["seconds"]["direct"]
 
 
@@ -232,7 +233,7 @@ def test_dtypes_can_be_converted_on_request():
     question = ("--model", "llama-3-8b", "--to-dtype", "fp8")
     assert "--convert" in ask(*question)[1]
     target = only_target(*question, "--convert")
-    assert target["nbytes"] == 4096 * 131072 and target["parts"][0]["route"] != "direct"
+    assert target["nbytes"] == 4096 * 131072 and target["sources"][0]["route"] != "direct"
 
 
 def test_a_forced_route_that_cannot_be_taken_is_refused():
@@ -595,8 +596,10 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-@pytest.mark.parametrize("request_", [Request(200), Request(200, 37, fragmented=True)], ids=["whole", "scattered"])
-def test_a_picture_shows_what_is_moved(source: str, target: str, request_: Request):
+@pytest.mark.parametrize(
+    "request_", [PlannedRequest(200), PlannedRequest(200, 37, fragmented=True)], ids=["whole", "scattered"]
+)
+def test_a_picture_shows_what_is_moved(source: str, target: str, request_: PlannedRequest):
     """Each run that is drawn lies inside a descriptor of the plan, at the same place of both sides; cells never overlap."""
     here = written(source)
     sides = same_model(read_side(here, 200), read_side(written(target, here), 200, first_address=1 << 60))

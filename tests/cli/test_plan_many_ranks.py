@@ -11,10 +11,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvxfer.cli import forecast, main
-from kvxfer.cli.forecast import Conditions, Request, forecasts
-from kvxfer.cli.specs import read_side, same_model
-from kvxfer.cli.words import written
+from kvxfer.cli import main
+from kvxfer.cli.planning import forecast
+from kvxfer.cli.planning.forecast import Conditions, PlannedRequest, forecasts
+from kvxfer.cli.planning.specs import read_side, same_model
+from kvxfer.cli.planning.words import written
 from kvxfer.errors import ConfigError
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import Planner, plan
@@ -61,13 +62,13 @@ def test_parts_that_are_alike_get_what_each_would_get_alone(model, here, there, 
     except ConfigError:
         assume(False)
     source, target = same_model(*sides)
-    question = target.specs, Request(600, fragmented=fragmented), Conditions(Costs(), 8 << 20, None, convert)
+    question = target.specs, PlannedRequest(600, fragmented=fragmented), Conditions(Costs(), 8 << 20, None, convert)
     shared = forecasts(source, target, *question)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecast._Looks, "of", lambda *_: object())
         alone = forecasts(source, target, *question)
-    assert [(each.target_rank, each.parts, str(each.refused)) for each in shared] == [
-        (each.target_rank, each.parts, str(each.refused)) for each in alone
+    assert [(each.target_rank, each.sources, str(each.refused)) for each in shared] == [
+        (each.target_rank, each.sources, str(each.refused)) for each in alone
     ]
 
 

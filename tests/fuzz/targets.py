@@ -21,8 +21,8 @@ import numpy as np
 
 from kvxfer import secret as secrets_room
 from kvxfer.agents.inproc import InprocAgent
-from kvxfer.cli.specs import read_side
-from kvxfer.cli.words import Written, written
+from kvxfer.cli.planning.specs import read_side
+from kvxfer.cli.planning.words import Written, written
 from kvxfer.config import Settings, names
 from kvxfer.errors import (
     BlockError,
@@ -619,9 +619,9 @@ TARGETS = [
     Target("agent", "msgpack", run_agent, seeds_agent, {}),
     Target("copy", "json", run_copy, seeds_copy, {"kvxfer/memory/copies.py": 85}),
     Target("descriptors", "json", run_descriptors, seeds_descriptors, {"kvxfer/memory/spans.py": 75}),
-    Target("words", "bytes", run_words, seeds_words, {"kvxfer/cli/words.py": 85}),
-    Target("side_file", "json", run_side_file, seeds_side_file, {"kvxfer/cli/specs.py": 70}),
-    Target("model_file", "json", run_model_file, seeds_model_file, {"kvxfer/cli/hf_config.py": 80}),
+    Target("words", "bytes", run_words, seeds_words, {"kvxfer/cli/planning/words.py": 85}),
+    Target("side_file", "json", run_side_file, seeds_side_file, {"kvxfer/cli/planning/specs.py": 70}),
+    Target("model_file", "json", run_model_file, seeds_model_file, {"kvxfer/cli/planning/hf_config.py": 80}),
     Target("costs", "json", run_costs, seeds_costs, {}),
     Target("secret", "bytes", run_secret, seeds_secret, {"kvxfer/secret.py": 85}),
 ]  # fmt: skip

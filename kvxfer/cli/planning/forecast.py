@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transfer to one target rank would be: bytes, descriptors, route and time, without a device or a peer."""
+"""Forecast of a transfer to one target rank: bytes, descriptors, route and time, without a device or a peer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvxfer.cli.specs import Side
+    from kvxfer.cli.planning.specs import Side
     from kvxfer.layout.spec import CacheGroup, CacheSpec
     from kvxfer.planner.costs import Costs
     from kvxfer.planner.intersect import Box, Overlap
     from kvxfer.planner.rank_plan import MatchedTables
 
 MAX_TOKENS: Final = 1 << 22
-"""Of a request; longer ones would only make this command slow."""
+"""Longest request; longer ones would only make this command slow."""
 
 _COUNTED: Final = 1 << 21
-"""More descriptors than these are estimated from above instead of made and counted."""
+"""Most descriptors that are made and counted; of more there is only an upper bound."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """The tokens to move and where they are.
+class PlannedRequest:
+    """Tokens to move, and the blocks that hold them.
 
     Attributes:
-        tokens: of the request, all of which the source has.
-        first_token: those before it are at the target already.
-        fragmented: blocks are anywhere in the cache, in any order; otherwise they follow each other.
-        seed: of where they are.
+        tokens: length of the request; the source has all of it.
+        first_token: first token to move; the target has those before it.
+        fragmented: whether blocks are anywhere in the cache, in any order; otherwise they are in a row.
+        seed: of the places of fragmented blocks.
     """
 
     tokens: int
@@ -53,13 +53,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What decides about routes beside the caches.
+    """Conditions, beside the caches, on which a route depends.
 
     Attributes:
-        costs: of the cost model.
-        slot_nbytes: of one staging slot.
-        only: take this route and no other.
-        convert: elements may change their type.
+        costs: constants of the cost model.
+        slot_nbytes: size of a staging slot.
+        only: the only route allowed, if any.
+        convert: whether elements may be converted.
     """
 
     costs: Costs
@@ -69,16 +69,16 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class FromRank:
-    """What one source rank gives to one target rank.
+class RankForecast:
+    """Forecast of what one source rank gives to one target rank.
 
     Attributes:
-        layers, heads: in words.
-        runs: what is contiguous on both sides inside one layer of one block, counted one by one: the descriptors of a
-            connector that knows layers and blocks and no plan.
-        descriptors: after runs that meet on both sides were merged; with ``exact`` false no more than these.
+        layers, heads: in short form, such as ``0-15``.
+        runs: number of runs that are contiguous on both sides inside one layer of one block: the descriptors of a connector
+            that knows layers and blocks but has no plan.
+        descriptors: number of descriptors after runs that are adjacent on both sides are merged; an upper bound if not ``exact``.
         seconds: predicted time of each route that can be taken.
-        barred: why the others cannot.
+        barred: for each other route the reason.
     """
 
     source_rank: int
@@ -97,65 +97,65 @@ class FromRank:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one target rank gets.
+    """Forecast of what one target rank receives.
 
     Attributes:
-        parts: from each source rank that gives anything.
-        refused: instead of them, why it cannot be served.
+        sources: a forecast for each source rank that gives anything.
+        refused: the reason if the target rank cannot be served; then there are no sources.
     """
 
     target_rank: int
-    parts: tuple[FromRank, ...]
+    sources: tuple[RankForecast, ...]
     refused: IncompatibleError | None = None
 
     @property
     def nbytes(self) -> int:
-        """From all source ranks."""
-        return sum(part.nbytes for part in self.parts)
+        """Bytes from all source ranks."""
+        return sum(part.nbytes for part in self.sources)
 
     @property
     def runs(self) -> int:
-        """See `FromRank`."""
-        return sum(part.runs for part in self.parts)
+        """Runs from all source ranks, see `RankForecast`."""
+        return sum(part.runs for part in self.sources)
 
     @property
     def descriptors(self) -> int:
-        """See `FromRank`."""
-        return sum(part.descriptors for part in self.parts)
+        """Descriptors from all source ranks, see `RankForecast`."""
+        return sum(part.descriptors for part in self.sources)
 
     @property
     def exact(self) -> bool:
-        """The number of descriptors is one."""
-        return all(part.exact for part in self.parts)
+        """Whether the number of descriptors is exact."""
+        return all(part.exact for part in self.sources)
 
     @property
     def seconds(self) -> float:
-        """Predicted, each part by its route and one after the other."""
-        return sum(part.seconds[part.route] for part in self.parts)
+        """Predicted time, source ranks one after the other, each by its route."""
+        return sum(part.seconds[part.route] for part in self.sources)
 
     @property
     def staging_nbytes(self) -> int:
-        """Most that is staged at a time."""
-        return max((part.staging_nbytes for part in self.parts), default=0)
+        """Most bytes in staging slots at a time."""
+        return max((part.staging_nbytes for part in self.sources), default=0)
 
     def seconds_by(self, route: Route) -> float | None:
-        """Predicted time of all parts by one route; None if one of them cannot take it."""
-        times = [part.seconds.get(route) for part in self.parts]
+        """Predicted time of all source ranks by one route; None if one of them cannot take it."""
+        times = [part.seconds.get(route) for part in self.sources]
         known = [time for time in times if time is not None]
         return sum(known) if len(known) == len(times) else None
 
 
 def forecasts(
-    source: Side, target: Side, specs: Sequence[CacheSpec], request: Request, conditions: Conditions
+    source: Side, target: Side, specs: Sequence[CacheSpec], request: PlannedRequest, conditions: Conditions
 ) -> list[Forecast]:
-    """What each of some target ranks would get. What is found out about a part counts for all that are alike.
+    """Forecast for each of some target ranks. Source ranks that are alike are computed once.
 
     Raises:
         ConfigError: a side has too few blocks for the request.
     """
     planner = Planner(source.specs, convert=conditions.convert)
     looks = _Looks()
-    known: dict[Hashable, FromRank] = {}
+    known: dict[Hashable, RankForecast] = {}
     return [_forecast(planner, source, target, spec, request, conditions, looks, known) for spec in specs]
 
 
@@ -164,10 +164,10 @@ def _forecast(
     source: Side,
     target: Side,
     spec: CacheSpec,
-    request: Request,
+    request: PlannedRequest,
     conditions: Conditions,
     looks: _Looks,
-    known: dict[Hashable, FromRank],
+    known: dict[Hashable, RankForecast],
 ) -> Forecast:
     parts = []
     try:
@@ -186,9 +186,9 @@ def _forecast(
 
 
 def matched(
-    source: Side, target: Side, spec: CacheSpec, request: Request, *, convert: bool
+    source: Side, target: Side, spec: CacheSpec, request: PlannedRequest, *, convert: bool
 ) -> list[tuple[RankPlan, MatchedTables]]:
-    """The parts of the plan for one target rank that give anything, each with the request's block tables.
+    """Rank plans for one target rank that give anything, each with the request's block tables.
 
     Raises:
         IncompatibleError: the pair cannot be served.
@@ -198,7 +198,7 @@ def matched(
     return [(part, _match(part, source, target, spec, request)) for part in parts]
 
 
-def _match(part: RankPlan, source: Side, target: Side, spec: CacheSpec, request: Request) -> MatchedTables:
+def _match(part: RankPlan, source: Side, target: Side, spec: CacheSpec, request: PlannedRequest) -> MatchedTables:
     sources, targets = block_tables(part.source, spec, {**source.windows, **target.windows}, request)
     try:
         return part.match(sources, targets, (request.first_token, request.tokens))
@@ -207,7 +207,7 @@ def _match(part: RankPlan, source: Side, target: Side, spec: CacheSpec, request:
 
 
 class _Looks:
-    """What a forecast depends on: parts that look the same get the same, wherever they lie, and in whatever layers and heads."""
+    """Keys of rank plans: those with one key have the same forecast, whatever their addresses, layers and heads."""
 
     def __init__(self) -> None:
         self._groups: dict[int, Hashable] = {}
@@ -249,9 +249,9 @@ class _Looks:
 
 
 def block_tables(
-    source: CacheSpec, target: CacheSpec, windows: Mapping[str, int], request: Request
+    source: CacheSpec, target: CacheSpec, windows: Mapping[str, int], request: PlannedRequest
 ) -> tuple[list[BlockTable], list[BlockTable]]:
-    """Block tables of the request on both sides. Layers with a window have only the blocks of its last tokens.
+    """Block tables of the request on both sides. Layers with a sliding window have the blocks of the last tokens only.
 
     Raises:
         ConfigError: a cache has too few blocks.
@@ -271,7 +271,7 @@ def block_tables(
     return sources, targets
 
 
-def _table(group: CacheGroup, number: int, first_token: int, request: Request, side: str) -> BlockTable:
+def _table(group: CacheGroup, number: int, first_token: int, request: PlannedRequest, side: str) -> BlockTable:
     wanted = 1 if group.kind == "state" else -(-(request.tokens - first_token) // group.table_tokens)
     if wanted > group.num_blocks:
         raise ConfigError(
@@ -280,7 +280,7 @@ def _table(group: CacheGroup, number: int, first_token: int, request: Request, s
         )
     ids: npt.NDArray[np.int64] = np.arange(wanted, dtype=np.int64)
     if request.fragmented:
-        # All ranks of a side have the same block table, and the two sides have not.
+        # All ranks of a side have the same block table; the two sides have different ones.
         random = np.random.default_rng([request.seed, number, side == "target"])
         ids = random.choice(group.num_blocks, wanted, replace=False)
     return BlockTable(ids, 0 if group.kind == "state" else first_token)
@@ -288,7 +288,7 @@ def _table(group: CacheGroup, number: int, first_token: int, request: Request, s
 
 def _from_rank(
     part: RankPlan, match: MatchedTables, addressable: tuple[bool, bool], conditions: Conditions
-) -> FromRank:
+) -> RankForecast:
     def router(only: Route | None) -> Router:
         slot = conditions.slot_nbytes
         return Router(part, conditions.costs, slot_nbytes=slot, addressable=addressable, only=only)
@@ -300,13 +300,13 @@ def _from_rank(
     choice = router(only).choose(match) if only else free.choose(match)
     seconds = dict(choice.seconds)
     for route in Route:
-        # The router does not look at what cannot win; a person wants to see by how much it would not.
+        # The router does not predict routes that cannot be the fastest; the report shows them, too.
         if route not in seconds and route not in free.barred:
             seconds |= router(route).choose(match).seconds
     descriptors, exact = choice.runs, False
     if not part.converts and choice.runs <= _COUNTED:
         descriptors, exact = len(part.descriptors(match)), True
-    return FromRank(
+    return RankForecast(
         source_rank=part.source.rank,
         layers=_layers(part),
         heads=_heads(part),
@@ -315,7 +315,7 @@ def _from_rank(
         descriptors=descriptors,
         exact=exact,
         route=choice.route,
-        why=choice.why if only is None else "it was asked for",
+        why=choice.why if only is None else "chosen by --route",
         seconds={route: seconds[route] for route in Route if route in seconds},
         barred=free.barred,
         staging_nbytes=choice.staging_nbytes,
@@ -334,7 +334,7 @@ def _heads(part: RankPlan) -> str:
 
 
 def unmerged(part: RankPlan, match: MatchedTables) -> int:
-    """Runs inside one layer of one block, see `FromRank`."""
+    """Number of runs inside one layer of one block, see `RankForecast`."""
     shapes: dict[tuple[object, ...], tuple[Overlap, int]] = {}
     for each in part.overlaps:
         a, b = each.source.region, each.target.region
@@ -350,7 +350,7 @@ def unmerged(part: RankPlan, match: MatchedTables) -> int:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers as a person writes them: ``0-15, 20``."""
+    """Numbers in short form: ``0-15, 20``."""
     found = sorted(set(numbers))
     spans = stretches(found)
     regular = _regular(found) if len(spans) > 3 else ""

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import msgspec
 
-from kvxfer.cli.hf_config import from_config
-from kvxfer.cli.models import Model, known
-from kvxfer.cli.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
+from kvxfer.cli.planning.hf_config import from_config
+from kvxfer.cli.planning.models import Model, known
+from kvxfer.cli.planning.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
 from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.layout.spec import (
@@ -34,8 +34,8 @@ from kvxfer.layout.spec import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from kvxfer.cli.models import LayerGroup
-    from kvxfer.cli.words import Written
+    from kvxfer.cli.planning.models import LayerGroup
+    from kvxfer.cli.planning.words import Written
     from kvxfer.layout.spec import KVLayout
 
 FIRST_ADDRESS: Final = 0x10_0000_0000

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from kvxfer.cli.model_types import ANOTHER, FLAT, HINTS, INNER, PLAIN, TYPES, WRAPPERS, Slides
-from kvxfer.cli.models import Model
+from kvxfer.cli.planning.model_types import ANOTHER, FLAT, HINTS, INNER, PLAIN, TYPES, WRAPPERS, Slides
+from kvxfer.cli.planning.models import Model
 from kvxfer.errors import ConfigError
 from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.layout.spec import MAX_SMALL_EXTENT
@@ -14,7 +14,7 @@ from kvxfer.layout.spec import MAX_SMALL_EXTENT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kvxfer.cli.model_types import ModelType
+    from kvxfer.cli.planning.model_types import ModelType
 
 _INSTEAD: Final = "give a spec file, or the cache in words (layers= heads= head_dim=), instead"
 

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kvxfer.cli.forecast import matched, ranges
-from kvxfer.cli.report import side_line
+from kvxfer.cli.pictures.window import axes_of, window
+from kvxfer.cli.planning.forecast import matched, ranges
+from kvxfer.cli.planning.report import side_line
 from kvxfer.cli.table import size
-from kvxfer.cli.window import axes_of, window
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
-    from kvxfer.cli.report import Report
-    from kvxfer.cli.specs import Side
-    from kvxfer.cli.window import Window
+    from kvxfer.cli.pictures.window import Window
+    from kvxfer.cli.planning.report import Report
+    from kvxfer.cli.planning.specs import Side
     from kvxfer.layout.spec import CacheSpec
 
 FORMATS: Final = (".png", ".svg", ".pdf")
@@ -55,7 +55,7 @@ def draw(path: str, report: Report, *, by: str) -> str:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from kvxfer.cli.drawing import Drawing  # noqa: PLC0415 - matplotlib is optional, see `check`
+    from kvxfer.cli.pictures.drawing import Drawing  # noqa: PLC0415 - matplotlib is optional, see `check`
 
     source, target = report.source, report.target
     found = next(each for each in report.found if not each.refused)

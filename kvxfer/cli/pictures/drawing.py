@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
+from kvxfer.cli.pictures.window import axes_of
 from kvxfer.cli.table import size
-from kvxfer.cli.window import axes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.cli.window import Allocation, Cell, Strip, Window
+    from kvxfer.cli.pictures.window import Allocation, Cell, Strip, Window
 
 _WIDTH: Final = 16.0
 _MARGIN: Final = 0.3

@@ -133,7 +133,7 @@ def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
     """A window on the beginning of a transfer to one target rank.
 
     Args:
-        bound: of `kvxfer.cli.forecast.matched`, not empty.
+        bound: of `kvxfer.cli.planning.forecast.matched`, not empty.
     """
     group = min(each.target_group for part, _ in bound for each in part.overlaps)
     every = [

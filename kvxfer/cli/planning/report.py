@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The answer of ``kvxfer plan``, for people and as JSON."""
+"""Report of ``kvxfer plan``, as text and as JSON."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvxfer.cli.forecast import ranges
+from kvxfer.cli.planning.forecast import ranges
 from kvxfer.cli.table import size, table
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.layout.spec import KVLayout
@@ -14,13 +14,13 @@ from kvxfer.planner.costs import Costs
 from kvxfer.planner.router import Route
 
 if TYPE_CHECKING:
-    from kvxfer.cli.forecast import Conditions, Forecast, FromRank, Request
-    from kvxfer.cli.specs import Side
+    from kvxfer.cli.planning.forecast import Conditions, Forecast, PlannedRequest, RankForecast
+    from kvxfer.cli.planning.specs import Side
     from kvxfer.layout.spec import CacheGroup, CacheSpec
 
 _LEGEND = (
-    "  runs: contiguous on both sides within one layer of one block, a descriptor each for a connector without a plan;",
-    "  merged: the descriptors of the direct route, after runs that meet on both sides became one; mean run: of those.",
+    "  runs: contiguous on both sides inside one layer of one block; a connector without a plan needs a descriptor for each.",
+    "  merged: descriptors of the direct route, after runs that are adjacent on both sides are merged. mean run: their length.",
 )
 
 _ALIASES = {KVLayout.LBHNC: "HND", KVLayout.LBNHC: "NHD"}
@@ -28,23 +28,24 @@ _ALIASES = {KVLayout.LBHNC: "HND", KVLayout.LBNHC: "NHD"}
 
 @dataclass(frozen=True)
 class Report:
-    """A question and its answer.
+    """Question and answer of one command.
 
     Attributes:
-        found: for each target rank that was asked about.
-        rank: the only one of them; None if all were.
+        source, target, request, conditions: the question.
+        found: a forecast for each target rank in question.
+        rank: the only target rank in question; None if all are.
     """
 
     source: Side
     target: Side
-    request: Request
+    request: PlannedRequest
     conditions: Conditions
     found: tuple[Forecast, ...]
     rank: int | None
 
     @property
     def good(self) -> bool:
-        """Every rank can be served."""
+        """Whether every target rank can be served."""
         return not any(each.refused for each in self.found)
 
 
@@ -52,7 +53,7 @@ class Report:
 
 
 def model_line(side: Side) -> str:
-    """The model as its cache shows it."""
+    """Line about the model, as its cache shows it."""
     groups = [group for spec in side.specs for group in spec.groups]
     heads = ranges(group.heads.total for group in groups)
     kinds = sorted({group.kind for group in groups})
@@ -65,7 +66,7 @@ def model_line(side: Side) -> str:
 
 
 def token_nbytes(side: Side) -> int:
-    """Bytes of one token in all layers and heads of the model, as far as the side has them."""
+    """Bytes of one token in all layers and heads that the side has."""
     cells = {
         (layer, region.component): group.heads.total * region.content_nbytes
         for spec in side.specs
@@ -78,7 +79,7 @@ def token_nbytes(side: Side) -> int:
 
 
 def side_line(side: Side) -> str:
-    """The ranks of one side."""
+    """Line about the ranks of one side."""
     specs = side.specs
     stages = len({(spec.layers.start, spec.layers.stop) for spec in specs})
     ranks = f"{len(specs)} rank{'s' if len(specs) > 1 else ''}"
@@ -102,7 +103,7 @@ def side_line(side: Side) -> str:
 
 
 def order_of(side: Side) -> str:
-    """The order of the axes; where the strides would allow several, the one that was asked for."""
+    """Name of the order of the axes; of several that the strides allow, the one in the question."""
     if side.order is not None:
         shown: list[KVLayout | None] = [side.order]
     else:
@@ -129,10 +130,10 @@ def _block(group: CacheGroup) -> str:
 
 
 def as_text(report: Report) -> str:
-    """The answer for a terminal."""
+    """Report for a terminal."""
     source, target, request = report.source, report.target, report.request
     begin = f", the target has the first {request.first_token:,}" if request.first_token else ""
-    where = "scattered blocks" if request.fragmented else "blocks one after the other"
+    where = "scattered blocks" if request.fragmented else "blocks in a row"
     lines = [f"model     {model_line(source)}"]
     other = model_line(target)
     if other != model_line(source):
@@ -160,16 +161,16 @@ def as_text(report: Report) -> str:
 
 
 def _costs(conditions: Conditions) -> str:
-    built_in = "built in, of a small x86-64 machine (kvxfer bench calibrate measures yours)"
+    built_in = "built in, of a small x86-64 machine (kvxfer bench calibrate measures this one)"
     whose = built_in if conditions.costs == Costs() else "measured"
     slot = size(conditions.slot_nbytes)
-    warm = "for a pair that has met: a first read takes several times as long"
-    return f"{whose}; parts one after the other; staging slots of {slot}; {warm}"
+    warm = "a first read of a peer takes several times as long"
+    return f"{whose}; source ranks one after the other; staging slots of {slot}; {warm}"
 
 
 def _hint(report: Report) -> str:
     dtypes = {report.source.specs[0].dtype, report.target.specs[0].dtype}
-    return "; with --convert they are converted on the way" if dtypes <= CASTABLE and len(dtypes) > 1 else ""
+    return "; --convert allows a conversion" if dtypes <= CASTABLE and len(dtypes) > 1 else ""
 
 
 def _summary(found: list[Forecast]) -> str:
@@ -177,12 +178,12 @@ def _summary(found: list[Forecast]) -> str:
     rows = [
         (
             str(each.target_rank),
-            ranges(part.source_rank for part in each.parts),
+            ranges(part.source_rank for part in each.sources),
             size(each.nbytes),
             f"{each.runs:,}",
             _count(each),
             size(each.nbytes / max(1, each.descriptors)),
-            " and ".join(dict.fromkeys(part.route.value for part in each.parts)),
+            " and ".join(dict.fromkeys(part.route.value for part in each.sources)),
             seconds(each.seconds),
             size(each.staging_nbytes) if each.staging_nbytes else "",
         )
@@ -191,13 +192,13 @@ def _summary(found: list[Forecast]) -> str:
     return table(header, rows)
 
 
-def _count(each: Forecast | FromRank) -> str:
+def _count(each: Forecast | RankForecast) -> str:
     return f"{each.descriptors:,}" + ("" if each.exact else " at most")
 
 
 def _detail(each: Forecast, *, others: bool) -> list[str]:
     lines = []
-    if len(each.parts) > 1:
+    if len(each.sources) > 1:
         header = ("from rank", "layers", "heads", "to move", "runs", "merged", "mean run", "route", "predicted")
         rows = [
             (
@@ -211,18 +212,18 @@ def _detail(each: Forecast, *, others: bool) -> list[str]:
                 part.route.value,
                 seconds(part.seconds[part.route]),
             )
-            for part in each.parts
+            for part in each.sources
         ]
-        lines += [f"Target rank {each.target_rank} in detail{' (--rank shows another)' if others else ''}:", ""]
+        lines += [f"Target rank {each.target_rank} in detail{' (--rank chooses another)' if others else ''}:", ""]
         lines += [table(header, rows), ""]
     times = []
     for route in Route:
         time = each.seconds_by(route)
-        barred = next((part.barred[route] for part in each.parts if route in part.barred), "")
-        chosen = "<- taken" if all(part.route is route for part in each.parts) else ""
+        barred = next((part.barred[route] for part in each.sources if route in part.barred), "")
+        chosen = "<- chosen" if all(part.route is route for part in each.sources) else ""
         times.append((route.value, seconds(time) if time is not None else "", chosen or barred))
     lines += [table(("route", "predicted", ""), times), ""]
-    reasons = dict.fromkeys(f"{part.route.value}: {part.why}" for part in each.parts)
+    reasons = dict.fromkeys(f"{part.route.value}: {part.why}" for part in each.sources)
     return [*lines, *(f"why       {why}" for why in reasons)]
 
 
@@ -237,7 +238,7 @@ def seconds(value: float) -> str:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The answer in plain JSON types; keys stay."""
+    """Report in plain JSON types."""
     request = report.request
     return {
         "good": report.good,
@@ -285,11 +286,11 @@ def _forecast_json(each: Forecast) -> dict[str, Any]:
         "mean_run_nbytes": each.nbytes / each.descriptors if each.descriptors else 0.0,
         "staging_nbytes": each.staging_nbytes,
         "seconds": each.seconds,
-        "parts": [_part_json(part) for part in each.parts],
+        "sources": [_source_json(part) for part in each.sources],
     }
 
 
-def _part_json(part: FromRank) -> dict[str, Any]:
+def _source_json(part: RankForecast) -> dict[str, Any]:
     return {
         "source_rank": part.source_rank,
         "layers": part.layers,
