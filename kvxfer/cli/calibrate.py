@@ -107,7 +107,7 @@ class CalibrationConsumer:
         self._source = source
         settings = structs.replace(Settings.resolve(), staging_nbytes=staging_nbytes)
         self.endpoint: Endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
-        self.part: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
+        self.rank_plan: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
 
     def seconds(self, blocks: Sequence[int], into: Sequence[int], repeats: int) -> float:
         """The median time of reading these blocks."""
@@ -130,7 +130,7 @@ class CalibrationConsumer:
 
     def sample(self, what: str, blocks: Sequence[int], into: Sequence[int], repeats: int) -> CostSample:
         """A read, as the model sees it."""
-        runs, nbytes = self.part.runs(self.part.match(blocks, into))
+        runs, nbytes = self.rank_plan.runs(self.rank_plan.match(blocks, into))
         return CostSample(what, runs, nbytes, self.seconds(blocks, into, repeats))
 
 
@@ -188,11 +188,11 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
                 sink = CalibrationConsumer(source, agent, "NHD", blocks, route, _SMALL_ARENA_NBYTES)
                 try:
                     times[route] = [sink.seconds(ids, ids, repeats) - start_s for ids in ([0], many)]
-                    chunk_planner = ChunkPlanner(sink.part, "target", sink.endpoint.staging.slot_nbytes)
+                    chunk_planner = ChunkPlanner(sink.rank_plan, "target", sink.endpoint.staging.slot_nbytes)
                     chunks = len(list(chunk_planner.chunks([(0, blocks * _BLOCK_TOKENS)])))
                 finally:
                     sink.endpoint.close()
-    one, all_ = (sink.part.runs(sink.part.match(ids, ids)) for ids in ([0], many))
+    one, all_ = (sink.rank_plan.runs(sink.rank_plan.match(ids, ids)) for ids in ([0], many))
     land_s = times[Route.TARGET_UNPACKED][0] - costs.wire_s(1, one[1]) - costs.unpack_s(*one)
     ask_s = times[Route.SOURCE_PACKED][0] - costs.wire_s(1, one[1]) - costs.pack_s(*one)
     busier_s = max(costs.wire_s(1, all_[1]), costs.pack_s(*all_))
@@ -238,9 +238,9 @@ def _irregular(costs: Costs, blocks: int) -> Costs:
 
 def _matched(caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int]) -> tuple[RankPlan, MatchedTables]:
     source, target = (cache.spec for cache in caches)
-    part = plan(source, target, convert=source.dtype != target.dtype).rank_plans[0]
+    rank_plan = plan(source, target, convert=source.dtype != target.dtype).rank_plans[0]
     tokens = min(len(ids) * cache.spec.groups[0].block_tokens for ids, cache in zip((here, there), caches, strict=True))
-    return part, part.match(here, there, (0, tokens))
+    return rank_plan, rank_plan.match(here, there, (0, tokens))
 
 
 def _copied(
@@ -249,8 +249,8 @@ def _copied(
     """(effort, seconds, runs, bytes) of packing what a target wants, or of unpacking what a source sends."""
     arena = StagingArena(32 << 20)
     slot, address = arena.slot_nbytes, arena.memory.address
-    part, match = _matched(caches, here, there)
-    chunk_planner = ChunkPlanner(part, "target" if pack else "source", slot)
+    rank_plan, match = _matched(caches, here, there)
+    chunk_planner = ChunkPlanner(rank_plan, "target" if pack else "source", slot)
     bounds = []
     for chunk in chunk_planner.chunks(match.tokens):
         layout = chunk_planner.layout(chunk)

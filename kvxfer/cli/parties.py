@@ -159,8 +159,8 @@ class DemoConsumer(_Party):
             return Outcome(error=_told(error), copy_s=copy_s)
         finally:
             self.endpoint.poll()
-        part = plan(spec, self.endpoint.cache.spec).rank_plans[0]
-        runs = unmerged(part, part.match(wanted, into))
+        rank_plan = plan(spec, self.endpoint.cache.spec).rank_plans[0]
+        runs = unmerged(rank_plan, rank_plan.match(wanted, into))
         rest = np.setdiff1d(np.arange(self.array.shape[1]), into)
         wrong = pattern.wrong_bytes(self.array, PREFILL_SEED, into, wanted)
         wrong += pattern.wrong_bytes(self.array, DECODE_SEED, rest)

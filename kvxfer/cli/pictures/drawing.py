@@ -173,7 +173,7 @@ class Drawing:
             facecolor=self._colour(cell),
             edgecolor="white",
             linewidth=0.5 if span.width > 0.05 else 0.2,
-            hatch=_V_HATCH if cell.part == "V" and moved else None,
+            hatch=_V_HATCH if cell.component == "V" and moved else None,
         )
 
     def _rulers_of(self, placed: _Placed, y: float, *, up: bool) -> None:
@@ -260,7 +260,7 @@ class Drawing:
             entries.append((name, {"facecolor": self._hue(value), "edgecolor": "none"}))
         if len(self._values) > len(_HUES):
             entries.append(("and so on, in turn", {"facecolor": "none", "edgecolor": "none"}))
-        halves = any(cell.part for cell in self._cells)
+        halves = any(cell.component for cell in self._cells)
         if halves:
             entries.append(("V (plain: K)", {"facecolor": "#999999", "edgecolor": "white", "hatch": _V_HATCH}))
         strips = (*self._shown.sources.values(), *self._shown.targets.values())

@@ -36,7 +36,7 @@ class Cell(NamedTuple):
         block: its id in the block table.
         kernel: number of the attention kernel's block inside it.
         token: of the request.
-        part: ``K``, ``V``, or empty for all of the content.
+        component: ``K``, ``V``, or empty for all of the content.
         origin: which block of the source it comes from, counted from the first that is shown; -1 if it is not moved.
     """
 
@@ -47,7 +47,7 @@ class Cell(NamedTuple):
     kernel: int
     head: int
     token: int
-    part: str
+    component: str
     origin: int
 
     @property
@@ -122,7 +122,7 @@ class Window:
 
 
 class _Shown(NamedTuple):
-    part: RankPlan
+    rank_plan: RankPlan
     source: CheckedTable
     target: CheckedTable
     moved: Span
@@ -135,11 +135,11 @@ def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
     Args:
         bound: of `kvxfer.cli.planning.forecast.matched`, not empty.
     """
-    group = min(each.target_group for part, _ in bound for each in part.overlaps)
+    group = min(each.target_group for rank_plan, _ in bound for each in rank_plan.overlaps)
     every = [
-        _Shown(part, match.sources[each.source_group], match.targets[group], match.tokens[group], each)
-        for part, match in bound
-        for each in part.overlaps
+        _Shown(rank_plan, match.sources[each.source_group], match.targets[group], match.tokens[group], each)
+        for rank_plan, match in bound
+        for each in rank_plan.overlaps
         if each.target_group == group
     ]
     layers = _layers(every)
@@ -149,8 +149,8 @@ def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
     targets: dict[Allocation, Strip] = {}
     pairs = []
     for each in shown:
-        here = each.part.source.rank, each.overlap.source.region.buffer
-        there = each.part.target.rank, each.overlap.target.region.buffer
+        here = each.rank_plan.source.rank, each.overlap.source.region.buffer
+        there = each.rank_plan.target.rank, each.overlap.target.region.buffer
         for token in tokens:
             for head in heads:
                 if each.overlap.heads[0] <= head < each.overlap.heads[1]:
@@ -162,8 +162,8 @@ def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
                     _strip(targets, there, each.overlap.target, each.target).by_address[b.address] = b
                     pairs.append((here, a, there, b))
     for each in shown:
-        here = each.part.source.rank, each.overlap.source.region.buffer
-        there = each.part.target.rank, each.overlap.target.region.buffer
+        here = each.rank_plan.source.rank, each.overlap.source.region.buffer
+        there = each.rank_plan.target.rank, each.overlap.target.region.buffer
         _add_ghosts(sources[here], each, each.overlap.source, each.source, tokens, heads)
         _add_ghosts(targets[there], each, each.overlap.target, each.target, tokens, heads)
     return Window(
@@ -182,7 +182,7 @@ def _layers(every: Sequence[_Shown]) -> list[int]:
     """The first layer; the first of each source rank if ranks share the layers; two if layers lie inside of blocks."""
     ranks: dict[int, set[int]] = {}
     for each in every:
-        ranks.setdefault(_layer(each.overlap.target), set()).add(each.part.source.rank)
+        ranks.setdefault(_layer(each.overlap.target), set()).add(each.rank_plan.source.rank)
     firsts: dict[frozenset[int], int] = {}
     for layer in sorted(ranks):
         firsts.setdefault(frozenset(ranks[layer]), layer)

@@ -111,36 +111,36 @@ class Forecast:
     @property
     def nbytes(self) -> int:
         """Bytes from all source ranks."""
-        return sum(part.nbytes for part in self.sources)
+        return sum(each.nbytes for each in self.sources)
 
     @property
     def runs(self) -> int:
         """Runs from all source ranks, see `RankForecast`."""
-        return sum(part.runs for part in self.sources)
+        return sum(each.runs for each in self.sources)
 
     @property
     def descriptors(self) -> int:
         """Descriptors from all source ranks, see `RankForecast`."""
-        return sum(part.descriptors for part in self.sources)
+        return sum(each.descriptors for each in self.sources)
 
     @property
     def exact(self) -> bool:
         """Whether the number of descriptors is exact."""
-        return all(part.exact for part in self.sources)
+        return all(each.exact for each in self.sources)
 
     @property
     def seconds(self) -> float:
         """Predicted time, source ranks one after the other, each by its route."""
-        return sum(part.seconds[part.route] for part in self.sources)
+        return sum(each.seconds[each.route] for each in self.sources)
 
     @property
     def staging_nbytes(self) -> int:
         """Most bytes in staging slots at a time."""
-        return max((part.staging_nbytes for part in self.sources), default=0)
+        return max((each.staging_nbytes for each in self.sources), default=0)
 
     def seconds_by(self, route: Route) -> float | None:
         """Predicted time of all source ranks by one route; None if one of them cannot take it."""
-        times = [part.seconds.get(route) for part in self.sources]
+        times = [each.seconds.get(route) for each in self.sources]
         known = [time for time in times if time is not None]
         return sum(known) if len(known) == len(times) else None
 
@@ -169,20 +169,20 @@ def _forecast(
     looks: _Looks,
     known: dict[Hashable, RankForecast],
 ) -> Forecast:
-    parts = []
+    found = []
     try:
-        for part in planner.plan(spec).rank_plans:
-            if not part.overlaps:
+        for rank_plan in planner.plan(spec).rank_plans:
+            if not rank_plan.overlaps:
                 continue
-            key = looks.of(part)
+            key = looks.of(rank_plan)
             if key not in known:
-                match = _match(part, source, target, spec, request)
-                known[key] = _from_rank(part, match, (source.addressable, target.addressable), conditions)
-            layers, heads = _layers(part), _heads(part)
-            parts.append(replace(known[key], source_rank=part.source.rank, layers=layers, heads=heads))
+                match = _match(rank_plan, source, target, spec, request)
+                known[key] = _from_rank(rank_plan, match, (source.addressable, target.addressable), conditions)
+            layers, heads = _layers(rank_plan), _heads(rank_plan)
+            found.append(replace(known[key], source_rank=rank_plan.source.rank, layers=layers, heads=heads))
     except IncompatibleError as error:
         return Forecast(spec.rank, (), error)
-    return Forecast(spec.rank, tuple(parts))
+    return Forecast(spec.rank, tuple(found))
 
 
 def matched(
@@ -194,14 +194,14 @@ def matched(
         IncompatibleError: the pair cannot be served.
         ConfigError: a side has too few blocks for the request.
     """
-    parts = [part for part in plan(source.specs, spec, convert=convert).rank_plans if part.overlaps]
-    return [(part, _match(part, source, target, spec, request)) for part in parts]
+    rank_plans = [rank_plan for rank_plan in plan(source.specs, spec, convert=convert).rank_plans if rank_plan.overlaps]
+    return [(rank_plan, _match(rank_plan, source, target, spec, request)) for rank_plan in rank_plans]
 
 
-def _match(part: RankPlan, source: Side, target: Side, spec: CacheSpec, request: PlannedRequest) -> MatchedTables:
-    sources, targets = block_tables(part.source, spec, {**source.windows, **target.windows}, request)
+def _match(rank_plan: RankPlan, source: Side, target: Side, spec: CacheSpec, request: PlannedRequest) -> MatchedTables:
+    sources, targets = block_tables(rank_plan.source, spec, {**source.windows, **target.windows}, request)
     try:
-        return part.match(sources, targets, (request.first_token, request.tokens))
+        return rank_plan.match(sources, targets, (request.first_token, request.tokens))
     except BlockError as error:
         raise ConfigError(f"the request does not fit these caches: {error}") from error
 
@@ -212,17 +212,17 @@ class _Looks:
     def __init__(self) -> None:
         self._groups: dict[int, Hashable] = {}
 
-    def of(self, part: RankPlan) -> Hashable:
+    def of(self, rank_plan: RankPlan) -> Hashable:
         """All of it."""
-        groups = tuple(self._group(group) for spec in (part.source, part.target) for group in spec.groups)
-        first = part.overlaps[0]
+        groups = tuple(self._group(group) for spec in (rank_plan.source, rank_plan.target) for group in spec.groups)
+        first = rank_plan.overlaps[0]
         cells = []
-        for each in part.overlaps:
+        for each in rank_plan.overlaps:
             sides = ((each.source, first.source), (each.target, first.target))
             places = tuple(self._place(box, other, each.heads[0]) for box, other in sides)
             extents = each.heads[1] - each.heads[0], each.content
             cells.append((each.source_group, each.target_group, places, extents, each.cast))
-        return part.source.dtype, part.target.dtype, groups, tuple(cells)
+        return rank_plan.source.dtype, rank_plan.target.dtype, groups, tuple(cells)
 
     def _place(self, box: Box, first: Box, head: int) -> Hashable:
         """A cell as seen from the first of its side."""
@@ -287,11 +287,11 @@ def _table(group: CacheGroup, number: int, first_token: int, request: PlannedReq
 
 
 def _from_rank(
-    part: RankPlan, match: MatchedTables, addressable: tuple[bool, bool], conditions: Conditions
+    rank_plan: RankPlan, match: MatchedTables, addressable: tuple[bool, bool], conditions: Conditions
 ) -> RankForecast:
     def router(only: Route | None) -> Router:
         slot = conditions.slot_nbytes
-        return Router(part, conditions.costs, slot_nbytes=slot, addressable=addressable, only=only)
+        return Router(rank_plan, conditions.costs, slot_nbytes=slot, addressable=addressable, only=only)
 
     free = router(None)
     only = conditions.only
@@ -304,14 +304,14 @@ def _from_rank(
         if route not in seconds and route not in free.barred:
             seconds |= router(route).choose(match).seconds
     descriptors, exact = choice.runs, False
-    if not part.converts and choice.runs <= _COUNTED:
-        descriptors, exact = len(part.descriptors(match)), True
+    if not rank_plan.converts and choice.runs <= _COUNTED:
+        descriptors, exact = len(rank_plan.descriptors(match)), True
     return RankForecast(
-        source_rank=part.source.rank,
-        layers=_layers(part),
-        heads=_heads(part),
+        source_rank=rank_plan.source.rank,
+        layers=_layers(rank_plan),
+        heads=_heads(rank_plan),
         nbytes=choice.nbytes,
-        runs=unmerged(part, match),
+        runs=unmerged(rank_plan, match),
         descriptors=descriptors,
         exact=exact,
         route=choice.route,
@@ -322,21 +322,21 @@ def _from_rank(
     )
 
 
-def _layers(part: RankPlan) -> str:
-    return ranges(each.source.region.layers[each.source.position] for each in part.overlaps)
+def _layers(rank_plan: RankPlan) -> str:
+    return ranges(each.source.region.layers[each.source.position] for each in rank_plan.overlaps)
 
 
-def _heads(part: RankPlan) -> str:
-    kinds = {part.target.groups[each.target_group].kind for each in part.overlaps}
+def _heads(rank_plan: RankPlan) -> str:
+    kinds = {rank_plan.target.groups[each.target_group].kind for each in rank_plan.overlaps}
     if kinds <= {"mla", "state"}:
         return "latent" if "mla" in kinds else "state"
-    return ranges(head for each in part.overlaps for head in range(*each.heads))
+    return ranges(head for each in rank_plan.overlaps for head in range(*each.heads))
 
 
-def unmerged(part: RankPlan, match: MatchedTables) -> int:
+def unmerged(rank_plan: RankPlan, match: MatchedTables) -> int:
     """Number of runs inside one layer of one block, see `RankForecast`."""
     shapes: dict[tuple[object, ...], tuple[Overlap, int]] = {}
-    for each in part.overlaps:
+    for each in rank_plan.overlaps:
         a, b = each.source.region, each.target.region
         tokens = a.extents.token, b.extents.token
         sizes = len(range(*each.heads)), len(range(*each.content)), each.source.itemsize, each.target.itemsize
@@ -344,7 +344,7 @@ def unmerged(part: RankPlan, match: MatchedTables) -> int:
         shapes[shape] = each, shapes.get(shape, (each, 0))[1] + 1
     total = 0
     for each, times in shapes.values():
-        alone = RankPlan(part.source, part.target, (each,))
+        alone = RankPlan(rank_plan.source, rank_plan.target, (each,))
         total += times * sum(bound.copy.runs for bound in alone.copies(match))
     return total
 

@@ -178,12 +178,12 @@ def _summary(found: list[Forecast]) -> str:
     rows = [
         (
             str(each.target_rank),
-            ranges(part.source_rank for part in each.sources),
+            ranges(rank.source_rank for rank in each.sources),
             size(each.nbytes),
             f"{each.runs:,}",
             _count(each),
             size(each.nbytes / max(1, each.descriptors)),
-            " and ".join(dict.fromkeys(part.route.value for part in each.sources)),
+            " and ".join(dict.fromkeys(rank.route.value for rank in each.sources)),
             seconds(each.seconds),
             size(each.staging_nbytes) if each.staging_nbytes else "",
         )
@@ -202,28 +202,28 @@ def _detail(each: Forecast, *, others: bool) -> list[str]:
         header = ("from rank", "layers", "heads", "to move", "runs", "merged", "mean run", "route", "predicted")
         rows = [
             (
-                str(part.source_rank),
-                part.layers,
-                part.heads,
-                size(part.nbytes),
-                f"{part.runs:,}",
-                _count(part),
-                size(part.nbytes / max(1, part.descriptors)),
-                part.route.value,
-                seconds(part.seconds[part.route]),
+                str(rank.source_rank),
+                rank.layers,
+                rank.heads,
+                size(rank.nbytes),
+                f"{rank.runs:,}",
+                _count(rank),
+                size(rank.nbytes / max(1, rank.descriptors)),
+                rank.route.value,
+                seconds(rank.seconds[rank.route]),
             )
-            for part in each.sources
+            for rank in each.sources
         ]
         lines += [f"Target rank {each.target_rank} in detail{' (--rank chooses another)' if others else ''}:", ""]
         lines += [table(header, rows), ""]
     times = []
     for route in Route:
         time = each.seconds_by(route)
-        barred = next((part.barred[route] for part in each.sources if route in part.barred), "")
-        chosen = "<- chosen" if all(part.route is route for part in each.sources) else ""
+        barred = next((rank.barred[route] for rank in each.sources if route in rank.barred), "")
+        chosen = "<- chosen" if all(rank.route is route for rank in each.sources) else ""
         times.append((route.value, seconds(time) if time is not None else "", chosen or barred))
     lines += [table(("route", "predicted", ""), times), ""]
-    reasons = dict.fromkeys(f"{part.route.value}: {part.why}" for part in each.sources)
+    reasons = dict.fromkeys(f"{rank.route.value}: {rank.why}" for rank in each.sources)
     return [*lines, *(f"why       {why}" for why in reasons)]
 
 
@@ -286,23 +286,23 @@ def _forecast_json(each: Forecast) -> dict[str, Any]:
         "mean_run_nbytes": each.nbytes / each.descriptors if each.descriptors else 0.0,
         "staging_nbytes": each.staging_nbytes,
         "seconds": each.seconds,
-        "sources": [_source_json(part) for part in each.sources],
+        "sources": [_source_json(rank) for rank in each.sources],
     }
 
 
-def _source_json(part: RankForecast) -> dict[str, Any]:
+def _source_json(rank: RankForecast) -> dict[str, Any]:
     return {
-        "source_rank": part.source_rank,
-        "layers": part.layers,
-        "heads": part.heads,
-        "nbytes": part.nbytes,
-        "runs": part.runs,
-        "descriptors": part.descriptors,
-        "descriptors_exact": part.exact,
-        "mean_run_nbytes": part.nbytes / part.descriptors if part.descriptors else 0.0,
-        "route": part.route.value,
-        "why": part.why,
-        "seconds": {route.value: part.seconds.get(route) for route in Route},
-        "barred": {route.value: why for route, why in part.barred.items()},
-        "staging_nbytes": part.staging_nbytes,
+        "source_rank": rank.source_rank,
+        "layers": rank.layers,
+        "heads": rank.heads,
+        "nbytes": rank.nbytes,
+        "runs": rank.runs,
+        "descriptors": rank.descriptors,
+        "descriptors_exact": rank.exact,
+        "mean_run_nbytes": rank.nbytes / rank.descriptors if rank.descriptors else 0.0,
+        "route": rank.route.value,
+        "why": rank.why,
+        "seconds": {route.value: rank.seconds.get(route) for route in Route},
+        "barred": {route.value: why for route, why in rank.barred.items()},
+        "staging_nbytes": rank.staging_nbytes,
     }
