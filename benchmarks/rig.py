@@ -24,8 +24,8 @@ import kvxfer
 from benchmarks.calls import Calls
 from benchmarks.paced import PacedBuffer
 from kvxfer import registry
+from kvxfer.layout.axes import Interval
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import Interval
 from kvxfer.testing.child import Child
 from kvxfer.testing.remote import call_all
 from kvxfer_nixl._module import _logging_left_alone, find

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvxfer import CacheGroup, CacheRegion, CacheSpec, KVCache, KVLayout, plan
-from kvxfer.layout.spec import Axes, Interval
+from kvxfer.layout.axes import Axes, Interval
 
 BLOCKS = 2048
 GOALS_S = {"contiguous": 1e-3, "fragmented": 5e-3, "fragmented, both sides in runs of 8": 5e-3}

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from kvxfer import HostBuffer
+from kvxfer.layout.axes import Axes, KVLayout
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import Axes, KVLayout
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 
 MIB = 1 << 20

@@ -8,8 +8,9 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import KvxferError
+from kvxfer.layout.axes import Axes, Interval, KVLayout
 from kvxfer.layout.block_table import BlockTable
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec, Scale
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import TransferPlan, plan

@@ -26,7 +26,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import ConfigError
-from kvxfer.layout.spec import MAX_GROUPS
+from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata

@@ -24,7 +24,7 @@ import msgspec
 
 from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
-from kvxfer.layout.spec import MAX_RANKS
+from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.options import tcp_address
 

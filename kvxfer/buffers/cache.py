@@ -11,8 +11,9 @@ import numpy as np
 
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.errors import LayoutError
+from kvxfer.layout.axes import Axes, Interval, KVLayout
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec, Scale
 from kvxfer.memory.arrays import allocations
 from kvxfer.memory.disjoint import neighbours, share_bytes
 

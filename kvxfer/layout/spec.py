@@ -9,35 +9,30 @@ untrusted peers, so every struct here checks itself when it is made, by a constr
 
 from __future__ import annotations
 
-import string
 from collections import Counter
-from enum import Enum
 from typing import Final
 
 import msgspec
 
 from kvxfer.errors import LayoutError
+from kvxfer.layout.axes import Axes, Interval, KVLayout
+from kvxfer.layout.checks import (
+    MAX_ADDRESS,
+    MAX_BLOCKS,
+    MAX_CACHE_NBYTES,
+    MAX_CELLS,
+    MAX_GROUPS,
+    MAX_KERNEL_BLOCKS,
+    MAX_LAYERS,
+    MAX_RANKS,
+    MAX_REGIONS,
+    MAX_SMALL_EXTENT,
+    check_all,
+    check_int,
+    check_kind,
+    check_text,
+)
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-
-MAX_ADDRESS: Final = 1 << 63
-"""Spans end at or below this, so that sums of addresses and strides fit in 64 bits everywhere."""
-MAX_BLOCKS: Final = 1 << 31
-MAX_GROUPS: Final = 64
-MAX_REGIONS: Final = 4096
-MAX_SMALL_EXTENT: Final = 1 << 20
-"""Limit for layers, heads, tokens of a block: far above any model, far below what makes sums overflow."""
-MAX_LAYERS: Final = 4096
-"""Of one region. What a reader of a description pays grows with the layers in it."""
-MAX_CELLS: Final = 1 << 14
-"""Layers times components of one rank."""
-MAX_KERNEL_BLOCKS: Final = 1 << 16
-"""Blocks of a region that one entry of the block table stands for."""
-MAX_CACHE_NBYTES: Final = 1 << 50
-"""Of one rank: more than any machine has."""
-MAX_RANKS: Final = 1024
-"""Of one engine: a lease names the address of each."""
-MAX_TEXT: Final = 256
-"""Longest group name or fingerprint, in characters."""
 
 COMPONENTS: Final = ("kv", "k", "v", "latent", "index", "scale", "state")
 """What a region may hold: K and V of a token side by side, one of them, an MLA latent, an indexer's keys, the scales of
@@ -51,88 +46,6 @@ MAX_SCALE: Final = 1e30
 """Scales lie between its inverse and it, so that a quotient of two is a number."""
 
 GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
-
-
-class Axes(msgspec.Struct, frozen=True, array_like=True):
-    """One integer for each axis with a stride: an extent (how many) or a stride (bytes from one to the next)."""
-
-    layer: int
-    block: int
-    head: int
-    token: int
-
-
-class KVLayout(str, Enum):
-    """Order of the axes in memory, outermost first; the names are those vLLM uses. HND and NHD are users' aliases."""
-
-    LBHNC = "LBHNC"
-    LBNHC = "LBNHC"
-    LHBNC = "LHBNC"
-    BLHNC = "BLHNC"
-    BLNHC = "BLNHC"
-    BHLNC = "BHLNC"
-
-    @classmethod
-    def parse(cls, text: str) -> KVLayout:
-        """The order named ``text``, in either case; ``HND`` is LBHNC and ``NHD`` is LBNHC.
-
-        Raises:
-            LayoutError: no such order.
-        """
-        if not isinstance(text, str):
-            raise LayoutError(f"a cache layout is a name such as HND, not {text!r:.40}")
-        name = text.upper()
-        try:
-            return cls({"HND": "LBHNC", "NHD": "LBNHC"}.get(name, name))
-        except ValueError:
-            known = ", ".join(order.value for order in cls)
-            raise LayoutError(f"unknown cache layout {text!r}: known are {known}, HND and NHD") from None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Field names of `Axes`, outermost first; C is always innermost and left out."""
-        names = {"L": "layer", "B": "block", "H": "head", "N": "token"}
-        return tuple(names[letter] for letter in self.value[:-1])
-
-    def strides(self, extents: Axes, content_nbytes: int, *, padding: Axes | None = None) -> Axes:
-        """Byte strides of a cache in this order.
-
-        Args:
-            extents: number of layers, blocks, heads and tokens of a block.
-            content_nbytes: bytes of one token of one head.
-            padding: bytes left unused after each layer, block, head and token; none by default.
-        """
-        _check_kind("padding", padding, (Axes, type(None)))
-        strides: dict[str, int] = {}
-        inner = content_nbytes
-        for axis in reversed(self.axes):
-            strides[axis] = inner + (getattr(padding, axis) if padding is not None else 0)
-            inner = strides[axis] * int(getattr(extents, axis))
-        return Axes(**strides)
-
-
-class Interval(msgspec.Struct, frozen=True, array_like=True):
-    """Part ``[start, stop)`` of ``total`` things: the heads or the layers of a model that one rank holds.
-
-    Raises:
-        LayoutError: empty, or not inside ``[0, total)``.
-    """
-
-    start: int
-    stop: int
-    total: int
-
-    def __post_init__(self) -> None:
-        for value in (self.start, self.stop, self.total):
-            _check_int("a bound of an interval", value, 0, MAX_SMALL_EXTENT)
-        if not 0 <= self.start < self.stop <= self.total:
-            raise LayoutError(f"[{self.start}, {self.stop}) is no part of {self.total}")
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __str__(self) -> str:
-        return f"[{self.start}, {self.stop}) of {self.total}"
 
 
 class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
@@ -171,24 +84,24 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
     def __post_init__(self) -> None:
         if self.component not in COMPONENTS:
             raise LayoutError(f"unknown component {self.component!r}: known are {', '.join(COMPONENTS)}")
-        _check_int("a region's address", self.address, 0, MAX_ADDRESS - 1)
-        _check_int("content_nbytes", self.content_nbytes, 1, 1 << 40)
-        _check_int("the number of a buffer", self.buffer, 0, MAX_REGIONS - 1)
-        _check_int("element_nbytes", self.element_nbytes, 0, self.content_nbytes)
-        _check_int("element_stride", self.element_stride, 0, MAX_ADDRESS - 1)
+        check_int("a region's address", self.address, 0, MAX_ADDRESS - 1)
+        check_int("content_nbytes", self.content_nbytes, 1, 1 << 40)
+        check_int("the number of a buffer", self.buffer, 0, MAX_REGIONS - 1)
+        check_int("element_nbytes", self.element_nbytes, 0, self.content_nbytes)
+        check_int("element_stride", self.element_stride, 0, MAX_ADDRESS - 1)
         if bool(self.element_nbytes) != bool(self.element_stride) or self.content_nbytes % (self.element_nbytes or 1):
             raise LayoutError(f"content of {self.content_nbytes} bytes holds no elements of {self.element_nbytes}")
-        _check_kind("the extents of a region", self.extents, Axes)
-        _check_kind("the strides of a region", self.strides, Axes)
-        _check_kind("the layers of a region", self.layers, tuple)
+        check_kind("the extents of a region", self.extents, Axes)
+        check_kind("the strides of a region", self.strides, Axes)
+        check_kind("the layers of a region", self.layers, tuple)
         for axis in Axes.__struct_fields__:
             limit = {"block": MAX_BLOCKS, "layer": MAX_LAYERS}.get(axis, MAX_SMALL_EXTENT)
-            _check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
-            _check_int(f"the stride of {axis}s", getattr(self.strides, axis), 0, MAX_ADDRESS - 1)
+            check_int(f"the number of {axis}s", getattr(self.extents, axis), 1, limit)
+            check_int(f"the stride of {axis}s", getattr(self.strides, axis), 0, MAX_ADDRESS - 1)
         if len(self.layers) != self.extents.layer or len(set(self.layers)) != len(self.layers):
             raise LayoutError(f"{len(self.layers)} layer numbers do not name {self.extents.layer} layers")
         for layer in self.layers:
-            _check_int("a layer number", layer, 0, MAX_SMALL_EXTENT)
+            check_int("a layer number", layer, 0, MAX_SMALL_EXTENT)
         self._check_no_aliasing()
         if self.end > MAX_ADDRESS:
             raise LayoutError(f"the region at {self.address:#x} does not fit in the address space")
@@ -251,10 +164,10 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
     factors: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        _check_kind("the factors of a scale", self.factors, tuple)
+        check_kind("the factors of a scale", self.factors, tuple)
         if self.component not in SCALED_COMPONENTS:
             raise LayoutError(f"{self.component!r} has no scale: only {', '.join(SCALED_COMPONENTS)} have")
-        _check_int("the layer of a scale", self.layer, 0, MAX_SMALL_EXTENT)
+        check_int("the layer of a scale", self.layer, 0, MAX_SMALL_EXTENT)
         for factor in self.factors:
             if type(factor) not in (int, float) or not 1 / MAX_SCALE <= factor <= MAX_SCALE:
                 raise LayoutError(f"a scale is a positive number up to {MAX_SCALE:g}, not {factor!r:.40}")
@@ -287,14 +200,14 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
     scales: tuple[Scale, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_text("a group's name", self.name)
+        check_text("a group's name", self.name)
         if self.kind not in GROUP_KINDS:
             raise LayoutError(f"group {self.name!r} has unknown kind {self.kind!r}: known are {', '.join(GROUP_KINDS)}")
-        _check_int("block_tokens", self.block_tokens, 1, MAX_SMALL_EXTENT)
-        _check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
-        _check_kind("the heads of a group", self.heads, Interval)
-        _check_all("the regions of a group", self.regions, CacheRegion)
-        _check_all("the scales of a group", self.scales, Scale)
+        check_int("block_tokens", self.block_tokens, 1, MAX_SMALL_EXTENT)
+        check_int("num_blocks", self.num_blocks, 1, MAX_BLOCKS)
+        check_kind("the heads of a group", self.heads, Interval)
+        check_all("the regions of a group", self.regions, CacheRegion)
+        check_all("the scales of a group", self.scales, Scale)
         if not self.regions:
             raise LayoutError(f"group {self.name!r} has no regions")
         if len(self.regions) > MAX_REGIONS:
@@ -398,15 +311,15 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     layer_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_all("the groups of a cache", self.groups, CacheGroup)
-        _check_kind("the layers of a cache", self.layers, Interval)
-        _check_all("the names of layers", self.layer_names, str)
-        _check_kind("a dtype", self.dtype, str)
+        check_all("the groups of a cache", self.groups, CacheGroup)
+        check_kind("the layers of a cache", self.layers, Interval)
+        check_all("the names of layers", self.layer_names, str)
+        check_kind("a dtype", self.dtype, str)
         if self.dtype not in DTYPE_NBYTES:
             raise LayoutError(f"unknown dtype {self.dtype!r}: known are {', '.join(DTYPE_NBYTES)}")
-        _check_text("the fingerprint", self.fingerprint)
-        _check_int("world", self.world, 1, MAX_RANKS)
-        _check_int("rank", self.rank, 0, self.world - 1)
+        check_text("the fingerprint", self.fingerprint)
+        check_int("world", self.world, 1, MAX_RANKS)
+        check_int("rank", self.rank, 0, self.world - 1)
         if not 0 < len(self.groups) <= MAX_GROUPS:
             raise LayoutError(f"{len(self.groups)} groups: there must be 1 to {MAX_GROUPS}")
         regions = [region for group in self.groups for region in group.regions]
@@ -424,7 +337,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         if self.layer_names and not len(set(self.layer_names)) == len(self.layer_names) == len(self.layers):
             raise LayoutError(f"{len(self.layer_names)} names do not name {len(self.layers)} layers")
         for name in self.layer_names:
-            _check_text("a layer's name", name)
+            check_text("a layer's name", name)
         itemsize = DTYPE_NBYTES[self.dtype]
         for region in regions:
             if region.component not in OPAQUE_COMPONENTS and region.content_nbytes % itemsize:
@@ -461,32 +374,3 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             if group.name == name:
                 return group
         raise KeyError(name)
-
-
-def _check_kind(what: str, value: object, kind: type | tuple[type, ...]) -> None:
-    # A decoder has looked; a constructor takes anything.
-    if not isinstance(value, kind):
-        one = kind[0] if isinstance(kind, tuple) else kind
-        raise LayoutError(f"{what} must be of class {one.__name__}, not {type(value).__name__}: {value!r:.80}")
-
-
-def _check_all(what: str, values: object, kind: type) -> None:
-    _check_kind(what, values, tuple)
-    for value in values:  # type: ignore[attr-defined]
-        _check_kind(f"one of {what}", value, kind)
-
-
-def _check_int(what: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int:  # NumPy integers wrap around, and True is no count
-        raise LayoutError(f"{what} is not an integer: {value!r}")
-    if not low <= value <= high:
-        raise LayoutError(f"{what} is out of range: {value}")
-
-
-_TEXT: Final = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
-
-
-def _check_text(what: str, value: object) -> None:
-    # Names reach log lines and terminals: no control characters from a peer.
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not _TEXT.issuperset(value):
-        raise LayoutError(f"{what} must be at most {MAX_TEXT} printable ASCII characters")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from kvxfer.errors import IncompatibleError
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, Interval, KVLayout
+from kvxfer.layout.axes import Axes, Interval, KVLayout
+from kvxfer.layout.spec import CacheGroup, CacheRegion
 from kvxfer.planner.chunk_layout import Chunk, ChunkLayout
 from kvxfer.planner.intersect import Span, record_of
 from kvxfer.planner.plan import common

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvxfer.layout.spec import MAX_REGIONS
+from kvxfer.layout.checks import MAX_REGIONS
 from kvxfer.memory.copies import Copy
 from kvxfer.memory.spans import Descriptors
 

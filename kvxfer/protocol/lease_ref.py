@@ -11,7 +11,7 @@ import msgspec
 
 from kvxfer import addresses
 from kvxfer.errors import ConfigError, LeaseRefError, shown
-from kvxfer.layout.spec import MAX_RANKS
+from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.messages import Address, Name, Token
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ import msgspec
 from kvxfer.config import MAX_S
 from kvxfer.errors import WireError, shown
 from kvxfer.layout.block_table import MAX_TOKENS
-from kvxfer.layout.spec import MAX_RANKS, CacheSpec
+from kvxfer.layout.checks import MAX_RANKS
+from kvxfer.layout.spec import CacheSpec
 
 PROTOCOL = 2
 """Number of the protocol, raised when a message changes its meaning. A peer with another one is refused at the handshake."""

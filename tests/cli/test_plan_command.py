@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
@@ -26,7 +27,10 @@ from kvxfer.cli.planning.models import MODELS
 from kvxfer.cli.planning.specs import read_side, same_model, stages
 from kvxfer.cli.planning.words import OPTIONS, Words, written
 from kvxfer.errors import ConfigError
-from kvxfer.layout.spec import CacheSpec, KVLayout
+from kvxfer.layout.axes import KVLayout
+
+if TYPE_CHECKING:
+    from kvxfer.layout.spec import CacheSpec
 
 
 def ask(*arguments: str) -> tuple[int, str, str]:
@@ -67,7 +71,7 @@ def test_the_example_of_the_help_says_everything():
         "1 rank, LBNHC (NHD), 164 blocks of 32 tokens",
         "0-3  512.0 MiB  1,048,576  1,048,576     512 B",
         "Target rank 0 in detail:",
-        "<- taken",
+        "<- chosen",
         "source_packed",
         "why       ",
     ):
@@ -173,7 +177,7 @@ def test_keys_of_the_json_stay():
     assert set(found) == {"good", "source", "target", "request", "convert", "slot_nbytes", "targets"}
     assert set(found["targets"][0]) == {
         "rank", "refused", "nbytes", "runs", "descriptors", "descriptors_exact", "mean_run_nbytes", "staging_nbytes",
-        "seconds", "parts",
+        "seconds", "sources",
     }  # fmt: skip
     part = found["targets"][0]["sources"][0]
     assert set(part) == {

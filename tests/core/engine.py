@@ -11,7 +11,7 @@ import numpy as np
 
 from kvxfer import Endpoint, KVCache
 from kvxfer.config import Settings
-from kvxfer.layout.spec import Interval
+from kvxfer.layout.axes import Interval
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef

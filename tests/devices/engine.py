@@ -11,7 +11,7 @@ import numpy as np
 from kvxfer import Endpoint, LeaseRef
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
-from kvxfer.layout.spec import Interval
+from kvxfer.layout.axes import Interval
 from kvxfer.testing.devices import on_device
 from tests.devices.known import DEVICES
 from tests.process.child import Engine, EngineProcess

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import ids_to_wire
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec
 from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_board import CELL_NBYTES

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from kvxfer.cli.planning.model_types import ANOTHER, FLAT, HINTS, INNER, PLAIN, TYPES, WRAPPERS, Slides
 from kvxfer.cli.planning.models import Model
 from kvxfer.errors import ConfigError
+from kvxfer.layout.checks import MAX_SMALL_EXTENT
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import MAX_SMALL_EXTENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer.cli.planning.forecast import ranges
 from kvxfer.cli.table import size, table
+from kvxfer.layout.axes import KVLayout
 from kvxfer.layout.dtypes import CASTABLE
-from kvxfer.layout.spec import KVLayout
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.router import Route
 

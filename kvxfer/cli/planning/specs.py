@@ -21,22 +21,17 @@ from kvxfer.cli.planning.hf_config import from_config
 from kvxfer.cli.planning.models import Model, known
 from kvxfer.cli.planning.words import CONFIG, MAX_PLANNED_RANKS, STDIN, Words, is_file
 from kvxfer.errors import ConfigError, LayoutError
+from kvxfer.layout.axes import Axes, Interval
+from kvxfer.layout.checks import MAX_BLOCKS
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import (
-    MAX_BLOCKS,
-    Axes,
-    CacheGroup,
-    CacheRegion,
-    CacheSpec,
-    Interval,
-)
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from kvxfer.cli.planning.models import LayerGroup
     from kvxfer.cli.planning.words import Written
-    from kvxfer.layout.spec import KVLayout
+    from kvxfer.layout.axes import KVLayout
 
 FIRST_ADDRESS: Final = 0x10_0000_0000
 """Of made-up memory."""

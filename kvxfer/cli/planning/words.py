@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvxfer.errors import ConfigError, LayoutError
+from kvxfer.layout.axes import KVLayout
+from kvxfer.layout.checks import MAX_BLOCKS, MAX_SMALL_EXTENT
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import MAX_BLOCKS, MAX_SMALL_EXTENT, KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

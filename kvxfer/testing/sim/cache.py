@@ -12,7 +12,7 @@ import numpy as np
 from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import TransferFailedError
-from kvxfer.layout.spec import KVLayout
+from kvxfer.layout.axes import KVLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvxfer.config import Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.layout.spec import KVLayout
+from kvxfer.layout.axes import KVLayout
 from kvxfer.planner.costs import Costs
 from kvxfer.protocol.transfer import Done, Failed, LeaseExpired
 from kvxfer.testing.sim.agent import VirtualAgent

@@ -10,7 +10,8 @@ import pytest
 from kvxfer.buffers.base import DeviceBuffer, HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import LayoutError, UnsupportedBufferError
-from kvxfer.layout.spec import Axes, Interval, KVLayout, Scale
+from kvxfer.layout.axes import Axes, Interval, KVLayout
+from kvxfer.layout.spec import Scale
 
 SMALL = {"layers": 4, "blocks": 6, "heads": 2, "block_tokens": 4, "head_dim": 8}
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from kvxfer import Endpoint, KVCache
 from kvxfer.errors import IncompatibleError, KvxferError, LayoutError
+from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import CheckedTable
-from kvxfer.layout.spec import MAX_CELLS, Axes, CacheGroup, CacheRegion, CacheSpec, Interval
+from kvxfer.layout.checks import MAX_CELLS
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec
 from kvxfer.planner.plan import plan
 from kvxfer.protocol.peer import Identity
 from tests.core.engine import QUICK

@@ -12,17 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer.errors import LayoutError
-from kvxfer.layout.spec import (
-    MAX_REGIONS,
-    MAX_SCALE,
-    Axes,
-    CacheGroup,
-    CacheRegion,
-    CacheSpec,
-    Interval,
-    KVLayout,
-    Scale,
-)
+from kvxfer.layout.axes import Axes, Interval, KVLayout
+from kvxfer.layout.checks import MAX_REGIONS
+from kvxfer.layout.spec import MAX_SCALE, CacheGroup, CacheRegion, CacheSpec, Scale
 
 EXTENTS = Axes(3, 5, 2, 4)
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvxfer import KVCache
 from kvxfer.errors import LayoutError
-from kvxfer.layout.spec import Axes, CacheRegion
+from kvxfer.layout.axes import Axes
+from kvxfer.layout.spec import CacheRegion
 from kvxfer.memory.disjoint import neighbours, share_bytes
 from tests.core.planner.pairs import pair_cases
 

@@ -29,9 +29,10 @@ from hypothesis import strategies as st
 
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.buffers.cache import KVCache
+from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import Axes, CacheGroup, CacheSpec, Interval
+from kvxfer.layout.spec import CacheGroup, CacheSpec
 
 ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 CASTABLE = ("bfloat16", "float16", "float32", "float8_e4m3fn")

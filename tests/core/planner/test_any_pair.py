@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.layout.axes import Axes, Interval, KVLayout
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout, Scale
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec, Scale
 from kvxfer.planner.plan import common, plan
 from tests.core.planner.pairs import Pair, Rank, Table, converted, pair_cases
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, IncompatibleError
+from kvxfer.layout.axes import Axes, Interval, KVLayout
 from kvxfer.layout.block_table import CheckedTable, check_tables
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, CacheSpec, Interval, KVLayout
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec
 from kvxfer.planner.block_pairs import AlignmentCache, alignments, kernel_blocks
 from kvxfer.planner.plan import plan
 

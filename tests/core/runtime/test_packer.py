@@ -16,8 +16,9 @@ from numpy.lib.stride_tricks import as_strided
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import BlockError, KvxferError, TransferFailedError
+from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import BlockTable, check_tables
-from kvxfer.layout.spec import Axes, CacheGroup, CacheRegion, Interval
+from kvxfer.layout.spec import CacheGroup, CacheRegion
 from kvxfer.planner.chunk_layout import _MOST_IN_LINE_NBYTES, _in_line_before, chunk_table
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
