@@ -85,10 +85,10 @@ def test_slips_in_the_description_of_arrays(options, says):
         ),
         (lambda: CacheSpec(CACHE.spec.groups, "uint16", 1), "the layers of a cache must be of class Interval"),
         (lambda: Scale("k", 0, 2.0), "the factors of a scale must be of class tuple"),
-        (lambda: plan(CACHE, CACHE), "a plan is made of CacheSpecs, not of KVCache: give its spec"),
-        (lambda: plan(CACHE.spec, CACHE), "a plan is made of CacheSpecs, not of KVCache: give its spec"),
-        (lambda: plan([CACHE.spec, None], CACHE.spec), "a plan is made of CacheSpecs, not of NoneType"),
-        (lambda: plan("spec", CACHE.spec), "a plan is made of CacheSpecs, not of str"),
+        (lambda: plan(CACHE, CACHE), "a plan needs a CacheSpec, not a KVCache: give its spec"),
+        (lambda: plan(CACHE.spec, CACHE), "a plan needs a CacheSpec, not a KVCache: give its spec"),
+        (lambda: plan([CACHE.spec, None], CACHE.spec), "a plan needs a CacheSpec, not a NoneType"),
+        (lambda: plan("spec", CACHE.spec), "a plan needs a CacheSpec, not a str"),
     ],
 )
 def test_slips_in_descriptions_and_plans(make, says):
