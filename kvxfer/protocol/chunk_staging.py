@@ -135,9 +135,9 @@ class ChunkStaging:
             self._metrics.count("kvxfer_slot_revocations_total")
             self._revoke(token, why)
 
-    def was_paused(self, now: float) -> None:
-        """Count from now on how long chunks are left in their slots: what consumers said meanwhile is still to be read."""
-        self._chunks.was_paused(now)
+    def was_paused(self, now: float, late_s: float) -> None:
+        """Do not count ``late_s`` in which this process did not run as time that chunks are left in their slots."""
+        self._chunks.was_paused(now, late_s)
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do next."""

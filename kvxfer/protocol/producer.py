@@ -211,7 +211,7 @@ class Producer:
         """Allow for ``late_s`` in which this process did not run: consumers that renewed meanwhile have to be heard first."""
         self._deferred.was_paused(late_s)
         self._table.allow_for_pause(now + _CATCH_UP_RETRIES * self._settings.retry_interval_s)
-        self._chunks.was_paused(now)
+        self._chunks.was_paused(now, late_s)
         self._connections.was_paused(now)
 
     def next_deadline(self) -> float | None:

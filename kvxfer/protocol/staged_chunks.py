@@ -33,6 +33,9 @@ SILENT_S = 5.0
 DISCONNECTED_S = 0.5
 """... and for this long after its connection has ended: time to connect again."""
 
+CATCH_UP_S = 0.25
+"""After a pause of this process, no chunk counts as left in its slot too long for at least this long."""
+
 
 @dataclass
 class StagedChunk:
@@ -146,11 +149,11 @@ class StagedChunks:
         """Chunks wait, and no slot is free."""
         return bool(self._share)
 
-    def was_paused(self, now: float) -> None:
-        """What readers have said meanwhile is not read yet."""
+    def was_paused(self, now: float, late_s: float) -> None:
+        """Do not count ``late_s`` in which this process did not run, and leave time to read what consumers said meanwhile."""
         for chunks in self._by_key.values():
             for chunk in chunks.asked.values():
-                chunk.packed_at = max(chunk.packed_at, now)
+                chunk.packed_at = min(now, max(chunk.packed_at + late_s, now - UNRELEASED_S + CATCH_UP_S))
 
     def to_revoke(self, now: float, seen: Callable[[ConsumerRank], LastHeard]) -> Iterator[tuple[str, str]]:
         """Leases to be revoked so that others get slots: the token of each, and why."""

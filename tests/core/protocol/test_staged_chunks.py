@@ -57,8 +57,17 @@ def test_nobody_loses_slots_that_others_do_not_need(account):
 def test_this_side_stood_still():
     """What readers have taken meanwhile is in the socket: their time begins when it can be read."""
     account = Account(7)
-    account.staged.was_paused(100.0)
+    account.staged.was_paused(100.0, 100.0)
     assert account.revoked(100.0 + UNRELEASED_S - 0.01) == [] and account.revoked(100.0 + UNRELEASED_S)
+
+
+def test_a_producer_that_is_late_all_the_time():
+    """Only the lost time does not count: a producer that is stopped for a moment in every second takes its slots back, too."""
+    account, now = Account(7), 0.0
+    while not account.revoked(now):
+        account.staged.was_paused(now, 0.2)
+        now += 0.8
+        assert now < 2 * UNRELEASED_S
 
 
 def test_what_one_consumer_may_wait_for():
