@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.errors import shown
 
@@ -12,10 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from kvxfer.errors import KvxferError
-    from kvxfer.layout.block_table import BlockTable
+    from kvxfer.layout.block_table import BlockTable, CheckedTable
     from kvxfer.layout.spec import CacheSpec
-    from kvxfer.planner.rank_plan import MatchedTables
-    from kvxfer.planner.router import Router
     from kvxfer.protocol.messages import Message
     from kvxfer.protocol.transfer import Event, Transfer
 
@@ -45,21 +43,21 @@ class Hangup:
 
 @dataclass(frozen=True)
 class Source:
-    """One rank of a producer as a read needs it.
+    """What one rank of a producer has granted of a lease.
 
     Attributes:
         number: its rank.
         agent_info: how its memory is reached.
-        router: how its part of the plan travels.
-        match: which of its blocks become which of ours.
+        route: how its KV travels: what `Routes` gave, which means nothing to the protocol.
+        tables: its block tables, one per cache group.
         cell: address of the lease's cell on its board; ``check`` what stands there while the lease does.
-        complete: the match is all there is to read; else it will grow (`MoreGranted`).
+        complete: these are all blocks of the lease; else there will be more (`MoreGranted`).
     """
 
     number: int
     agent_info: bytes
-    router: Router
-    match: MatchedTables
+    route: Any
+    tables: Sequence[CheckedTable]
     cell: int
     check: bytes
     complete: bool = True
@@ -67,7 +65,7 @@ class Source:
 
 @dataclass(frozen=True)
 class StartRead:
-    """Move the bytes of a granted lease from each source and fence them; ends in `Consumer.read_ended`."""
+    """Move the bytes of a granted lease from each source, and see that it stood until then; ends in `Consumer.read_ended`."""
 
     transfer: Transfer
     sources: Sequence[Source]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import BlockError, HandshakeError, KvxferError
 from kvxfer.layout.block_table import BlockTable, check_tables, ids_from_wire
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.layout.block_table import CheckedTable
-    from kvxfer.planner.intersect import Span
-    from kvxfer.planner.router import Router
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer.protocol.messages import Grant, StageChunk
     from kvxfer.protocol.peer import Peer
@@ -171,7 +169,7 @@ class HeldLease:
 
     Attributes:
         rank_leases: one for each rank of the producer, in rank order; only the first until that rank was met.
-        routers: how the part of each rank travels, once all ranks were met.
+        routes: how the part of each rank travels, once all ranks were met.
         asked: chunks that the read waits for, by rank and number.
     """
 
@@ -180,13 +178,11 @@ class HeldLease:
     deadline: float
     rank_leases: list[RankLease]
     state: HeldLeaseState = HeldLeaseState.ABSENT
-    routers: Sequence[Router] | None = None
+    routes: Sequence[Any] | None = None
     transfer: Transfer | None = None
     error: KvxferError | None = None
     read: bool = False
     asked: dict[tuple[int, int], AskedChunk] = field(default_factory=dict)
-    _spans: dict[int, Span] = field(default_factory=dict, repr=False)
-    """By target group, the tokens that the ranks that have granted all will give."""
 
     def step(self, event: HeldLeaseEvent) -> bool:
         """Change the state as the table says; False, and nothing changes, if it has no transition for this."""
@@ -235,7 +231,7 @@ class HeldLease:
     @property
     def may_begin(self) -> bool:
         """A read of it could begin."""
-        return self.is_unread and self.readable and self.met and self.routers is not None
+        return self.is_unread and self.readable and self.met and self.routes is not None
 
     @property
     def waits(self) -> bool:
@@ -278,29 +274,18 @@ class HeldLease:
         """What the data thread needs to begin to read it; None before every rank has granted something.
 
         Raises:
-            BlockError: the read does not fit the lease.
+            BlockError: what a rank has granted are no blocks of its cache.
         """
         if not self.readable:
             return None
-        sources = [self.source(number, transfer) for number in range(len(self.rank_leases))]
+        sources = [self.source(number) for number in range(len(self.rank_leases))]
         return StartRead(transfer, [source for source in sources if source is not None])
 
-    def source(self, number: int, transfer: Transfer) -> Source | None:
-        """One rank, as a read needs it; None if it has nothing for it.
-
-        Raises:
-            BlockError: the read does not fit what the rank has leased, or another rank has leased other tokens.
-        """
+    def source(self, number: int) -> Source | None:
+        """What one rank has granted; None if this side needs nothing of it. Raises BlockError as `job`."""
         rank_lease = self.rank_leases[number]
-        if rank_lease.grant is None or self.routers is None or not self.routers[number].rank_plan.overlaps:
+        grant, route = rank_lease.grant, self.routes[number] if self.routes is not None else None
+        if grant is None or route is None:
             return None
-        router, complete = self.routers[number], rank_lease.grant.complete
-        matched = router.rank_plan.match_tables if complete else router.rank_plan.match_published
-        match = matched(rank_lease.leased(), transfer.into, transfer.tokens)
-        if complete:
-            for group in router.rank_plan.target_groups:
-                if match.tokens[group] != self._spans.setdefault(group, match.tokens[group]):
-                    raise BlockError(f"the ranks of {rank_lease.peer.name!r} have leased different tokens")
-        return Source(
-            number, rank_lease.peer.agent_info, router, match, rank_lease.grant.cell, rank_lease.grant.check, complete
-        )
+        agent_info = rank_lease.peer.agent_info
+        return Source(number, agent_info, route, rank_lease.leased(), grant.cell, grant.check, grant.complete)

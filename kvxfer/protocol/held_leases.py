@@ -142,7 +142,7 @@ class HeldLeases:
         """End what another process at a peer's address had granted: a new one has taken its place."""
         for held, rank_lease in self._of(peer):
             if held.state is HeldLeaseState.WAITING:
-                held.routers = None  # they are of the memory of the process that is gone
+                held.routes = None  # they are of the memory of the process that is gone
             granted_before = rank_lease.grant is not None
             if held.state is HeldLeaseState.READING:
                 granted_before = not rank_lease.complete  # of bytes that are all on their way the lease check decides
@@ -335,9 +335,9 @@ class HeldLeases:
         """All ranks were met: what is their KV to us? And granted by all: it can be read."""
         if not held.met:
             return
-        if held.routers is None:
+        if held.routes is None:
             try:
-                held.routers = self._peers.routers([rank_lease.peer for rank_lease in held.rank_leases])
+                held.routes = self._peers.routes([rank_lease.peer for rank_lease in held.rank_leases])
             except IncompatibleError as error:
                 self.fail(held, error, now)
                 return
@@ -369,7 +369,7 @@ class HeldLeases:
         if held.transfer is None:
             return
         try:
-            source = held.source(held.rank_leases.index(rank_lease), held.transfer)
+            source = held.source(held.rank_leases.index(rank_lease))
         except BlockError as error:
             self._out.append(StopRead(held.transfer, error))
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import HandshakeError, IncompatibleError, printable
 from kvxfer.protocol.actions import Action, ForgetAgent, Hangup, SendTo
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
-    from kvxfer.planner.router import Router
     from kvxfer.protocol.messages import Refused, Welcome
     from kvxfer.protocol.peer import Identity
 
-    Routes = Callable[[Sequence[Peer]], Sequence[Router]]
+    Routes = Callable[[Sequence[Peer]], Sequence[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Peers:
         self._out = out
         self._routes = routes
         self.by_address: dict[str, Peer] = {}
-        self._routers: dict[tuple[tuple[str, str], ...], Sequence[Router] | IncompatibleError] = {}
+        self._known_routes: dict[tuple[tuple[str, str], ...], Sequence[Any] | IncompatibleError] = {}
         """By address and epoch of each rank."""
         self._bearers: dict[str, list[Peer]] = {}
         """By name of a transfer agent, the peers that have brought it: several only where one engine is known by several addresses."""
@@ -96,7 +95,7 @@ class Peers:
         for address in self._retirements.due(now):
             peer = self.by_address.pop(address)
             peer.step(PeerEvent.IDLE)
-            self._forget_routers(peer)
+            self._forget_routes(peer)
             self._out.append(Hangup(address))
             self._leave_agent(peer, peer.agent_name, peer.agent_info)
 
@@ -142,7 +141,7 @@ class Peers:
         if gone is not None:
             what = "%r at %s was restarted (epoch %r, before %r)"
             _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
-            self._forget_routers(peer)
+            self._forget_routes(peer)
             return Welcomed.LOST
         # A busy producer answers each Hello of a long wait: that must not multiply all questions.
         return Welcomed.NOTHING if repeated and peer.is_met else Welcomed.MET
@@ -170,21 +169,21 @@ class Peers:
 
     # -- what they have ---------------------------------------------------------------------------------------------
 
-    def routers(self, peers: Sequence[Peer]) -> Sequence[Router]:
+    def routes(self, peers: Sequence[Peer]) -> Sequence[Any]:
         """How the part of each of these peers travels, found out once for each set of processes.
 
         Raises:
             IncompatibleError: their caches cannot be read into ours.
         """
         key = tuple((peer.address, peer.epoch) for peer in peers)
-        known = self._routers.get(key)
+        known = self._known_routes.get(key)
         if known is None:
             try:
                 known = self._routes(peers)
             except IncompatibleError as error:
                 self._metrics.count("kvxfer_handshakes_total", outcome="incompatible")
                 known = error
-            self._routers[key] = known
+            self._known_routes[key] = known
         if isinstance(known, IncompatibleError):
             raise IncompatibleError(known.axis, str(known))  # not the same one: its traceback would grow with each read
         return known
@@ -219,6 +218,6 @@ class Peers:
         if agent_info and not any(other.agent_info == agent_info for other in bearers):
             self._out.append(ForgetAgent(agent_info))
 
-    def _forget_routers(self, peer: Peer) -> None:
-        for key in [key for key in self._routers if any(address == peer.address for address, _ in key)]:
-            del self._routers[key]
+    def _forget_routes(self, peer: Peer) -> None:
+        for key in [key for key in self._known_routes if any(address == peer.address for address, _ in key)]:
+            del self._known_routes[key]

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
     from kvxfer.metrics import Metrics
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.read_task import Leg
-
-    Waiting = tuple[Leg, Callable[[], None]]
+    from kvxfer.runtime.read_executor import Strand
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ class Contact:
 
     Attributes:
         info: the description of the peer's agent; ``name`` its name.
-        waiting: legs, with what they do when the peer has answered.
+        waiting: strands that wait for the answer.
         silent: it has hung for too long.
         wanted_at: when some read last wanted something of that peer, although it is silent.
     """
@@ -62,7 +60,7 @@ class Contact:
         self.info = info
         self.name = name
         self.since = since
-        self.waiting: list[Waiting] = []
+        self.waiting: list[Strand] = []
         self.silent = False
         self.wanted_at: float = -math.inf
 
@@ -107,36 +105,40 @@ class Contacts:
     @property
     def awaited(self) -> bool:
         """Some read waits for a contact."""
-        return any(leg.reading.error is None for each in self._contacts.values() for leg, _ in each.waiting)
+        return any(strand.task.error is None for each in self._contacts.values() for strand in each.waiting)
 
-    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
-        """Do something with a leg's source as soon as its fabric has answered once.
+    def meet(self, strand: Strand, info: bytes, cell: int) -> None:
+        """Have a strand wait until an agent has answered once.
+
+        Args:
+            strand: that waits.
+            info: the description of the agent.
+            cell: address of a lease's cell there: a few bytes that may be read.
 
         Raises:
             KvxferError: the peer is silent, or cannot be asked.
         """
-        info = leg.source.agent_info
         contact = self._contacts.get(info)
         if contact is None:
             agent, peer = self._life.ensure(), self._life.peer(info)
             contact = Contact(info, peer.name, self._now())
-            some = Descriptors.of(self._place, leg.source.cell, CELL_NBYTES)
+            some = Descriptors.of(self._place, cell, CELL_NBYTES)
             self._by_flight[agent.submit(Op.READ, peer, some, deadline=math.inf)] = info
             self._contacts[info] = contact
         elif contact.silent:
             contact.wanted_at = self._now()
             raise self._silence(contact)
-        contact.waiting.append((leg, then))
+        contact.waiting.append(strand)
 
     def owns(self, flight: Flight) -> bool:
         """It is that of a contact."""
         return flight in self._by_flight or flight in self._strays
 
-    def ended(self, flight: Flight) -> tuple[list[Waiting], KvxferError | None]:
+    def ended(self, flight: Flight) -> tuple[list[Strand], KvxferError | None]:
         """The flight of a contact has ended, or is given up because its peer is forgotten.
 
         Returns:
-            whoever waited for the contact, and why it failed; None if the peer has answered.
+            the strands that waited for it, and why it failed; None if the peer has answered.
         """
         self._strays.discard(flight)
         if not flight.finished:
@@ -185,20 +187,20 @@ class Contacts:
         for contact in hanging:
             self._agents_tried[contact.info] = self._agents_tried.get(contact.info, 0) + 1
 
-    def silence(self, contact: Contact) -> tuple[list[Leg], KvxferError]:
-        """A peer is silent from now on; the legs that need not wait for it any longer, and what their reads end with."""
+    def silence(self, contact: Contact) -> tuple[list[Strand], KvxferError]:
+        """A peer is silent from now on; the strands that need not wait for it any longer, and what their reads end with."""
         if not contact.silent:
             self._metrics.count("kvxfer_contacts_total", outcome="silent")
             _log.warning("the fabric of %s does not answer: reads from it fail until it does", contact.name)
         contact.silent = True
-        legs, contact.waiting = [leg for leg, _ in contact.waiting], []
-        return legs, self._silence(contact)
+        strands, contact.waiting = contact.waiting, []
+        return strands, self._silence(contact)
 
-    def torn_down(self) -> list[Waiting]:
+    def torn_down(self) -> list[Strand]:
         """The agent is gone, and every contact with it.
 
         Returns:
-            whoever waited for one.
+            the strands that waited for one.
         """
         waiting = [each for contact in self._contacts.values() for each in contact.waiting]
         self._contacts.clear()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.producer import Producer
     from kvxfer.protocol.transfer import Event, Transfer
-    from kvxfer.runtime.data_loop import DataLoop, Ends
+    from kvxfer.runtime.data_loop import DataLoop, DataReports
 
     Command = Callable[[float], object]
     Broken = Callable[[InternalError, float], object]
@@ -44,7 +44,7 @@ class ControlLoop:
 
     Attributes:
         actions: what producer and consumer add to.
-        reports: whom the data path tells what happened.
+        reports: takes what the data thread reports.
         producer, consumer, data: what it drives, from `drive` on.
     """
 
@@ -58,7 +58,7 @@ class ControlLoop:
         self._commands: deque[tuple[Command, Broken | None]] = deque()
         self._accepting = True
         self.actions: list[Action] = []
-        self.reports: Ends = _Reports(self)
+        self.reports: DataReports = _Reports(self)
         self._closing = False
         self._alive_until = math.inf
         """If the thread goes on later than this, it was stopped or starved."""
@@ -222,7 +222,7 @@ class ControlLoop:
 
 
 class _Reports:
-    """What the data thread tells, see `kvxfer.runtime.data_loop.Ends`: each becomes a command of the control thread."""
+    """What the data thread tells, see `kvxfer.runtime.data_loop.DataReports`: each becomes a command of the control thread."""
 
     def __init__(self, driver: ControlLoop) -> None:
         self._driver = driver

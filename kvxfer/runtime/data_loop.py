@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from kvxfer.defects import Defects
@@ -16,7 +15,7 @@ from kvxfer.errors import ClosedError, KvxferError
 from kvxfer.protocol.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
 from kvxfer.runtime.agent_lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.runtime.packer import Packer
-from kvxfer.runtime.read_executor import ReadEnds, Reads
+from kvxfer.runtime.read_executor import ReadExecutor, ReadReports
 from kvxfer.runtime.staging import StagingArena
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ _COURTESY_S = 50e-6
 interpreter's lock before them."""
 
 
-class Ends(ReadEnds, Protocol):
-    """Whom the data thread tells what happened. Called on the data thread; must not block."""
+class DataReports(ReadReports, Protocol):
+    """Takes what the data thread reports. Called on the data thread; must not block."""
 
     def agent_replaced(self, agent_info: bytes) -> object:
         """A new agent took the place of the old one: what peers know of that is of no use any more."""
@@ -69,16 +68,16 @@ class DataLoop:
         board: LeaseBoard,
         settings: Settings,
         metrics: Metrics,
-        ends: Ends,
+        reports: DataReports,
         host: Host,
     ) -> None:
         self._host = host
-        self._ends = ends
+        self._reports = reports
         self._kinds = {type(buffer) for buffer in cache.buffers}
         longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
         self.arena: StagingArena = StagingArena(settings.staging_nbytes, longest)
         self._defects = Defects(metrics, "data")
-        self._packer = Packer(cache, self.arena, ends.packed, self._defects, ends.short_of_slots)
+        self._packer = Packer(cache, self.arena, reports.packed, self._defects, reports.short_of_slots)
         self._jobs: queue.SimpleQueue[DataAction | _Close] = queue.SimpleQueue()
         self._started: Future[tuple[str, bytes]] = Future()
         self._running: Running | None = None
@@ -86,8 +85,8 @@ class DataLoop:
         self._moved = self._over = False
         memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
         reachable = [memory for memory in memories if memory is not None]
-        self._life = AgentLifecycle(make_agent, reachable, metrics, ends.agent_replaced, host.now)
-        self._reads = Reads(cache, board, self.arena, self._life, settings, metrics, ends, host.now)
+        self._life = AgentLifecycle(make_agent, reachable, metrics, reports.agent_replaced, host.now)
+        self._reads = ReadExecutor(cache, board, self.arena, self._life, settings, metrics, reports, host.now)
         self._undo: list[Callable[[], object]] = []
         """How devices take back what they did to the arena."""
         self._shut_down = False
@@ -139,7 +138,7 @@ class DataLoop:
         job: DataAction | _Close | None = None
         try:
             job = self._next_job(longest_s)
-            self._ends.flush()
+            self._reports.flush()
             self._moved = False
             if isinstance(job, _Close):
                 self._over = True
@@ -168,7 +167,7 @@ class DataLoop:
         anybody = len(self._reads) or not self._packer.idle
         if not self._jobs.empty() or (self._moved and anybody):
             return 0.0
-        waits = [_COURTESY_S] if self._ends.untold else []
+        waits = [_COURTESY_S] if self._reports.untold else []
         if self._reads.moving or self._packer.busy:
             more = self._life.agent is not None and self._life.agent.has_parts_to_submit
             waits.append(0.0 if more else self._nap_s)
@@ -187,13 +186,9 @@ class DataLoop:
         if isinstance(job, StartRead):
             reads.start(job)
         elif isinstance(job, MoreGranted):
-            leg = reads.leg(job.transfer, job.source.number)
-            if leg is not None:
-                reads.guarded(leg, partial(leg.granted, reads, job.source))
+            reads.granted(job)
         elif isinstance(job, ChunkStaged):
-            leg = reads.leg(job.transfer, job.source)
-            if leg is not None:
-                reads.guarded(leg, partial(leg.staged, reads, job.number, job.address, job.digest))
+            reads.staged(job)
         elif isinstance(job, StopRead):
             reads.stop(job.transfer, job.error)
         elif isinstance(job, StartPack):
@@ -213,7 +208,7 @@ class DataLoop:
     def _turn(self) -> None:
         """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
         moved = self._step(self._packer.turn)
-        self._step(self._ends.flush)
+        self._step(self._reports.flush)
         if self._life.agent is None:
             self._step(self._life.remake)
         self._moved = self._step(self._reads.turn) or moved or self._moved
@@ -232,7 +227,7 @@ class DataLoop:
             if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
                 self._reads.broken(job.transfer, named)
             elif isinstance(job, StartPack):
-                self._ends.packed(job.key, job.number, None, named)
+                self._reports.packed(job.key, job.number, None, named)
         except BaseException as again:  # noqa: BLE001 - as above
             self._defects.caught(again)
 
@@ -253,5 +248,5 @@ class DataLoop:
                 break
             if isinstance(job, StartRead):
                 job.transfer.end(ClosedError("the endpoint was closed"))
-                self._ends.read_ended(job.transfer, job.transfer.error)
-        self._ends.flush()
+                self._reports.read_ended(job.transfer, job.transfer.error)
+        self._reports.flush()

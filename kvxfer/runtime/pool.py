@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places that reads borrow one at a time (chunks of the arena, cells of the board), and who waits for one."""
+"""Places that reads borrow: slots of the staging arena and scratch cells of the lease board."""
 
 from __future__ import annotations
 
@@ -10,55 +10,71 @@ from kvxfer.runtime.staging import FairQueue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvxfer.runtime.read_task import Leg, Reading
+    from kvxfer.runtime.read_executor import Strand
+    from kvxfer.runtime.read_task import ReadTask
 
-    Waiting = tuple[Leg, Callable[[int], None]]
+
+class Loan:
+    """A place that a read has borrowed: a context that yields the place's address and gives it back at its end."""
+
+    def __init__(self, pool: Pool, task: ReadTask, address: int) -> None:
+        self._pool = pool
+        self._task = task
+        self._address = address
+
+    def __enter__(self) -> int:
+        return self._address
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.give_back(self._task, self._address)
 
 
-class Supply:
-    """Lends places of one kind to the legs of reads, whose reads take turns. Data thread only.
+class Pool:
+    """Lends places of one kind; reads that wait for one take turns. Data thread only.
 
     Args:
-        take: a free place, or None.
-        give: a place is free again.
+        take: returns the address of a free place, or None.
+        give: frees a place.
     """
 
     def __init__(self, take: Callable[[], int | None], give: Callable[[int], None]) -> None:
         self._take = take
         self._give = give
-        self._waiting: FairQueue[Waiting] = FairQueue()
-        self._lent: dict[Reading, set[int]] = {}
+        self._waiting: FairQueue[Strand] = FairQueue()
+        self._lent: dict[ReadTask, set[int]] = {}
 
     @property
     def waiting(self) -> int:
-        """How many wait for a place."""
+        """Number of requests that wait for a place."""
         return len(self._waiting)
 
-    def ask(self, leg: Leg, then: Callable[[int], None]) -> None:
+    def ask(self, strand: Strand) -> None:
         """Wait for a place."""
-        self._waiting.put(leg.reading, (leg, then))
+        self._waiting.put(strand.task, strand)
 
-    def served(self) -> Iterator[tuple[Leg, Callable[[int], None], int]]:
-        """Each that waits, with the place that it now has, for as long as there are any. What it does may ask for more."""
+    def lend(self) -> Iterator[tuple[Strand, Loan]]:
+        """Each request that can be answered, with the place that it is given."""
         while self._waiting:
-            place = self._take()
-            if place is None:
+            address = self._take()
+            if address is None:
                 return
-            leg, then = self._waiting.take()
-            self._lent.setdefault(leg.reading, set()).add(place)
-            yield leg, then, place
+            strand = self._waiting.take()
+            self._lent.setdefault(strand.task, set()).add(address)
+            yield strand, Loan(self, strand.task, address)
 
-    def give_back(self, leg: Leg, place: int) -> None:
-        """A leg needs it no more."""
-        self._lent[leg.reading].remove(place)
-        self._give(place)
+    def give_back(self, task: ReadTask, address: int) -> None:
+        """Free a place that a read has borrowed, if it still has it."""
+        lent = self._lent.get(task, set())
+        if address in lent:
+            lent.remove(address)
+            self._give(address)
 
-    def drop(self, reading: Reading) -> None:
-        """It waits no more, and keeps what it has: something may still be written there."""
-        self._waiting.drop(reading)
+    def stop_waiting(self, task: ReadTask) -> None:
+        """Forget what a read waits for. It keeps what it has borrowed: something may still be written there."""
+        self._waiting.drop(task)
 
-    def release(self, reading: Reading) -> None:
-        """It is over: it waits no more, and all that it has is free again."""
-        self.drop(reading)
-        for place in self._lent.pop(reading, ()):
-            self._give(place)
+    def release(self, task: ReadTask) -> None:
+        """Free all that a read has borrowed. Nothing of it may be in flight."""
+        self._waiting.drop(task)
+        for address in self._lent.pop(task, ()):
+            self._give(address)

@@ -1,27 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads that are under way: their flights, the copies of this side's devices, and how memory is made quiet after a failure.
+"""Runs reads (`kvxfer.runtime.read_task`): answers what they ask for, and makes memory quiet after a failure.
 
 A read ends in one of three ways: its bytes are in place and its lease stood; it failed and its blocks are quiet; or it failed
 while the engine might still write. The last kind is not told to anybody until it has become one of the other two: by the
-abandoned bytes landing, or, after ``quarantine_s``, by tearing the agent down, which is the one thing that stops every engine
+abandoned bytes landing, or, after ``quarantine_s``, by resetting the agent, which is the one thing that stops every engine
 we know. Reads that were under way then and had done nothing wrong are started again on the new agent.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
 from kvxfer.buffers.base import wait_for_end
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
-from kvxfer.runtime.pool import Supply
-from kvxfer.runtime.read_task import Leg, Reading
+from kvxfer.runtime.pool import Pool
+from kvxfer.runtime.read_steps import (
+    AskChunk,
+    AwaitCopies,
+    AwaitDevice,
+    AwaitGrant,
+    BorrowScratch,
+    BorrowSlot,
+    ChunkTaken,
+    Connect,
+    Move,
+    RunAll,
+)
+from kvxfer.runtime.read_task import ReadTask, SourceRead, Tools, read
 from kvxfer.runtime.staging import StagingArena, Use
 from kvxfer.runtime.verify import verdict
 
@@ -31,22 +44,20 @@ if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
-    from kvxfer.memory.spans import Descriptors
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import StartRead
+    from kvxfer.protocol.actions import ChunkStaged, MoreGranted, StartRead
     from kvxfer.protocol.lease_board import LeaseBoard
-    from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.staging import Bytes
+    from kvxfer.runtime.read_steps import Request, Steps
 
 _log = logging.getLogger(__name__)
 
 
-class ReadEnds(Protocol):
-    """Who is told what becomes of reads. Called on the data thread; must not block.
+class ReadReports(Protocol):
+    """Takes what becomes of reads. Called on the data thread; must not block.
 
-    What is told may lie until `flush`: to wake a thread costs more than to tell it, so it is woken once for all.
+    A report may lie until `flush`: to wake a thread costs more than to report, so it is woken once for all.
     """
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
@@ -59,32 +70,54 @@ class ReadEnds(Protocol):
         """A read has taken chunks."""
 
     def flush(self) -> object:
-        """There is nothing more to tell at this moment."""
+        """There is nothing more to report at this moment."""
 
     @property
     def untold(self) -> bool:
         """Something lies until `flush`."""
 
 
+class Strand:
+    """A generator of a read, and the request at which it is suspended.
+
+    Attributes:
+        group: the `RunAll` that it is part of; None for the read itself.
+    """
+
+    __slots__ = ("group", "request", "steps", "task")
+
+    def __init__(self, task: ReadTask, steps: Steps, group: _Group | None = None) -> None:
+        self.task = task
+        self.steps = steps
+        self.group = group
+        self.request: Request | None = None
+
+
 @dataclass(eq=False)
-class _Flying:
-    leg: Leg
-    then: Callable[[], None]
+class _Group:
+    """The strands of a `RunAll`, for which ``strand`` waits."""
+
+    strand: Strand
+    request: RunAll
+    running: int = 0
 
 
 @dataclass(eq=False)
 class _Copying:
-    leg: Leg
-    copies: list[Completion]
-    then: Callable[[], None]
+    strand: Strand
+    copies: Sequence[Completion]
 
 
-class Reads:
-    """All reads of an endpoint; it is their `Carrier`. Used by the data thread alone.
+class ReadExecutor:
+    """Runs all reads of an endpoint. Used by the data thread alone.
+
+    A strand is resumed by `_step` only, which takes those that have been answered from a line. So no generator is ever resumed
+    while it runs, and a strand of a read that has failed is not resumed at all: it is closed when nothing of the read is in
+    flight.
 
     Args:
         cache: what is read into.
-        board: lends the places that fences are read into.
+        board: lends the scratch cells of validation reads.
         arena: lends the slots that chunks land in.
         life: of the agent.
     """
@@ -97,43 +130,45 @@ class Reads:
         life: AgentLifecycle,
         settings: Settings,
         metrics: Metrics,
-        ends: ReadEnds,
+        reports: ReadReports,
         now: Callable[[], float],
     ) -> None:
-        self.now: Callable[[], float] = now
-        self.cache: KVCache = cache
-        self._board = board
-        self._arena = arena
+        self._now = now
+        self._tools = Tools(cache, board, arena, now)
         self._life = life
         self._settings = settings
         self._metrics = metrics
         self._defects = Defects(metrics, "data")
-        self._ends = ends
-        self._readings: dict[Transfer, Reading] = {}
-        self._flying: dict[Flight, _Flying] = {}
+        self._reports = reports
+        self._tasks: dict[Transfer, ReadTask] = {}
+        self._answered: deque[tuple[Strand, Any]] = deque()
+        """Strands to be resumed, with the answer."""
+        self._flying: dict[Flight, Strand] = {}
         self._copying: list[_Copying] = []
-        self._occupied: list[Reading] = []
-        """Reads whose blocks their own device still uses."""
-        self._scratches = Supply(board.take_scratch, board.give_scratch)
-        self._slots = Supply(lambda: arena.take(Use.LANDING), arena.give)
-        self._supplies = (self._scratches, self._slots)
+        self._occupied: list[Strand] = []
+        """Strands of reads whose blocks their own device still uses."""
+        self._with_taken: dict[SourceRead, None] = {}
+        """Sources that may have chunks to be given back."""
+        self._scratches = Pool(board.take_scratch, board.give_scratch)
+        self._slots = Pool(lambda: arena.take(Use.LANDING), arena.give)
+        self._pools = (self._scratches, self._slots)
         self._contacts = Contacts(life, board.unread, settings.contact_timeout_s, metrics, now)
 
     # -- what the data thread asks ----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._readings)
+        return len(self._tasks)
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
         return {
-            "reads": len(self._readings),
-            "read_nbytes": sum(reading.nbytes for reading in list(self._readings.values())),
+            "reads": len(self._tasks),
+            "read_nbytes": sum(task.nbytes for task in list(self._tasks.values())),
             "flights": len(self._flying),
             "copies": len(self._copying),
             "contacts": self._contacts.under_way,
-            "waiters": sum(supply.waiting for supply in self._supplies),
-            "scratch_cells": self._board.scratch_in_use,
+            "waiters": sum(pool.waiting for pool in self._pools),
+            "scratch_cells": self._tools.board.scratch_in_use,
         }
 
     @property
@@ -144,154 +179,253 @@ class Reads:
     def due_s(self) -> float | None:
         """Until the first deadline, or the next look at a peer that is silent; None if there is nothing to wait for."""
         waits = [LOOK_EVERY_S] if self._contacts.pending else []
-        if self._readings:
-            waits.append(max(0.0, min(reading.deadline for reading in self._readings.values()) - self.now()))
+        if self._tasks:
+            waits.append(max(0.0, min(task.deadline for task in self._tasks.values()) - self._now()))
         return min(waits, default=None)
 
     def start(self, job: StartRead) -> None:
-        """Begin a read, as soon as this side's device has done with its blocks."""
-        self._start(Reading(job))
+        """Begin a read."""
+        self._start(ReadTask(job, self._tools))
+        self._run()
 
-    def leg(self, transfer: Transfer, source: int) -> Leg | None:
-        """The leg of a read that goes on."""
-        reading = self._readings.get(transfer)
-        legs = reading.legs if reading is not None and reading.error is None else []
-        return next((leg for leg in legs if leg.source.number == source), None)
-
-    def guarded(self, leg: Leg, step: Callable[[], None]) -> None:
-        """Take a step of a leg; its read fails if that raises."""
+    def granted(self, job: MoreGranted) -> None:
+        """A source has more for a read."""
+        source = self._source(job.transfer, job.source.number)
+        if source is None:
+            return
         try:
-            step()
+            source.grant(job.source)
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            self._fail(leg.reading, self._named(error))
+            self._fail(source.task, self._named(error))
+            return
+        strand, source.awaits_grant = source.awaits_grant, None
+        if strand is not None:
+            self._answer(strand)
+        self._run()
+
+    def staged(self, job: ChunkStaged) -> None:
+        """A source has packed a chunk, or told its digest."""
+        source = self._source(job.transfer, job.source)
+        strand = source.asked.pop(job.number, None) if source is not None else None
+        if strand is not None:
+            self._answer(strand, job)
+            self._run()
 
     def stop(self, transfer: Transfer, error: KvxferError) -> None:
         """A source will not say anything more: a read that waits for it fails."""
-        reading = self._readings.get(transfer)
-        if reading is not None and any(leg.waits for leg in reading.legs):
-            self._fail(reading, error)
+        task = self._tasks.get(transfer)
+        if task is not None and task.waits:
+            self._fail(task, error)
 
     def needs(self, agent_info: bytes) -> bool:
         """Some read has a source there."""
-        return any(leg.source.agent_info == agent_info for reading in self._readings.values() for leg in reading.legs)
+        return any(source.granted.agent_info == agent_info for task in self._tasks.values() for source in task.sources)
 
     def broken(self, transfer: Transfer, error: KvxferError) -> None:
         """A fault of kvxfer touched a read, wherever it was: it fails."""
-        reading = self._readings.get(transfer)
-        if reading is not None:
-            self._fail(reading, error)
+        task = self._tasks.get(transfer)
+        if task is not None:
+            self._fail(task, error)
         elif transfer.end(error):
-            self._ends.read_ended(transfer, error)
+            self._reports.read_ended(transfer, error)
 
     def turn(self) -> bool:
         """Poll until nothing more ends at once; True if anything did.
 
         A fault in one part keeps none of the others from its turn: deadlines are kept, and memory is made quiet.
         """
-        under_way = len(self._readings)
-        moved = (bool(self._flying) or self._contacts.pending) and self._step(self._poll)
-        moved = (bool(self._copying) and self._step(self._see_copies)) or moved
+        under_way = len(self._tasks)
+        moved = (bool(self._flying) or self._contacts.pending) and self._guarded(self._poll)
+        moved = (bool(self._copying) and self._guarded(self._see_copies)) or moved
         if self._occupied:
-            self._step(self._begin_unoccupied)
-        self._step(self._serve_waiting)
-        if self._readings:
-            self._step(self._give_up_late)
-        if self._readings or self._contacts.pending:
-            self._step(self._fence_if_due)
-        return moved or len(self._readings) != under_way
+            self._guarded(self._see_devices)
+        self._guarded(self._run)
+        if self._tasks:
+            self._guarded(self._give_up_late)
+        if self._tasks or self._contacts.pending:
+            self._guarded(self._reset_if_due)
+        return moved or len(self._tasks) != under_way
 
-    def _step(self, part: Callable[[], object]) -> bool:
+    def shut(self) -> None:
+        """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
+        if not wait_for_end([copy for each in self._copying for copy in each.copies]):
+            self._tools.arena.keep()
+        self._flying.clear()
+        self._copying.clear()
+        for task in list(self._tasks.values()):
+            task.pending = 0
+            self._fail(task, ClosedError("the endpoint was closed"))
+
+    # -- strands ----------------------------------------------------------------------------------------------------
+
+    def _start(self, task: ReadTask) -> None:
+        self._tasks[task.job.transfer] = task
+        self._spawn(Strand(task, read(task)))
+
+    def _spawn(self, strand: Strand) -> None:
+        strand.task.strands[strand] = None
+        self._answer(strand)
+
+    def _answer(self, strand: Strand, answer: Any = None) -> None:
+        """Have a strand resumed when its turn comes."""
+        self._answered.append((strand, answer))
+
+    def _run(self) -> None:
+        """Resume all that were answered, until none is left; then tell what was taken."""
+        self._serve_waiting()
+        while self._answered:
+            strand, answer = self._answered.popleft()
+            self._step(strand, answer)
+            if not self._answered:
+                self._serve_waiting()
+        sources, self._with_taken = self._with_taken, {}
+        for source in sources:
+            if source.taken and source.task.error is None:
+                self._give_chunks_back(source, source.taken)
+            source.taken = []
+
+    def _step(self, strand: Strand, answer: Any = None, error: Exception | None = None) -> None:
+        """Resume a strand with an answer or an error, and begin what it asks for next."""
+        task = strand.task
+        if task.error is not None or strand not in task.strands:
+            return
+        strand.request = None
+        try:
+            request = strand.steps.send(answer) if error is None else strand.steps.throw(error)
+        except StopIteration:
+            del task.strands[strand]
+            self._ended(strand)
+            return
+        except Exception as raised:  # noqa: BLE001 - one bad read must not end the thread
+            del task.strands[strand]
+            self._fail(task, self._named(raised))
+            return
+        strand.request = request
+        try:
+            self._begin(strand, request)
+        except Exception as raised:  # noqa: BLE001 - what the request fails with is the strand's
+            self._step(strand, error=raised)
+
+    def _ended(self, strand: Strand) -> None:
+        task, group = strand.task, strand.group
+        if group is None:
+            task.error = verdict(task.differences)
+            self._end(task)
+            return
+        group.running -= 1
+        try:
+            self._refill(group)
+        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
+            self._fail(task, self._named(error))
+
+    def _refill(self, group: _Group) -> None:
+        while group.running < group.request.window:
+            steps = group.request.following()
+            if steps is None:
+                break
+            group.running += 1
+            self._spawn(Strand(group.strand.task, steps, group))
+        if not group.running:
+            self._answer(group.strand)
+
+    def _named(self, error: Exception) -> KvxferError:
+        """What a read ends with: errors that have a name keep it, and everything else is a fault of kvxfer."""
+        return error if isinstance(error, KvxferError) else self._defects.caught(error)
+
+    def _guarded(self, part: Callable[[], object]) -> bool:
         try:
             return bool(part())
         except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
             self._defects.caught(error)
             return False
 
-    def shut(self) -> None:
-        """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
-        if not wait_for_end([copy for each in self._copying for copy in each.copies]):
-            self._arena.keep()
-        self._flying.clear()
-        self._copying.clear()
-        for reading in list(self._readings.values()):
-            reading.pending = 0
-            self._fail(reading, ClosedError("the endpoint was closed"))
+    # -- requests ---------------------------------------------------------------------------------------------------
 
-    # -- what a leg asks ----------------------------------------------------------------------
+    def _begin(self, strand: Strand, request: Request) -> None:
+        """Begin what a strand asks for. What it raises is raised at the strand's ``yield``; nothing was begun then."""
+        if isinstance(request, Move):
+            self._move(strand, request)
+        elif isinstance(request, AwaitCopies):
+            self._copy(strand, request)
+        elif isinstance(request, BorrowSlot):
+            self._slots.ask(strand)
+        elif isinstance(request, BorrowScratch):
+            self._scratches.ask(strand)
+        elif isinstance(request, AskChunk):
+            self._ask_chunk(strand, request)
+        elif isinstance(request, ChunkTaken):
+            self._chunk_taken(strand, request)
+        elif isinstance(request, AwaitGrant):
+            request.source.awaits_grant = strand
+        elif isinstance(request, Connect):
+            self._connect(strand, request.source)
+        elif isinstance(request, RunAll):
+            self._refill(_Group(strand, request))
+        else:
+            self._await_device(strand, request)
 
-    def submit(self, leg: Leg, steps: Sequence[Descriptors], then: Callable[[], None]) -> None:
-        """See `Carrier`. For a read that has failed nothing is started any more: nobody would wait for it."""
-        if leg.reading.error is not None:
-            return
-        agent, peer = self._life.ensure(), self._life.peer(leg.source.agent_info)
-        flight = agent.submit(Op.READ, peer, *steps, deadline=leg.reading.deadline)
-        self._flying[flight] = _Flying(leg, then)
-        leg.reading.pending += 1
+    def _move(self, strand: Strand, request: Move) -> None:
+        agent, peer = self._life.ensure(), self._life.peer(request.source.granted.agent_info)
+        flight = agent.submit(Op.READ, peer, *request.steps, deadline=strand.task.deadline)
+        self._flying[flight] = strand
+        strand.task.pending += 1
 
-    def copying(self, leg: Leg, copies: list[Completion], then: Callable[[], None]) -> None:
-        """See `Carrier`."""
-        leg.reading.pending += 1
-        each = _Copying(leg, copies, then)
-        if all(copy.done for copy in copies):
+    def _copy(self, strand: Strand, request: AwaitCopies) -> None:
+        strand.task.pending += 1
+        each = _Copying(strand, request.copies)
+        if all(copy.done for copy in request.copies):
             self._copied(each)
         else:
             self._copying.append(each)
 
-    def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
-        """See `Carrier`."""
-        self._borrow(self._scratches, leg, then)
+    def _ask_chunk(self, strand: Strand, request: AskChunk) -> None:
+        source, number = request.source, request.source.next_number()
+        source.asked[number] = strand
+        source.unreleased.add(number)
+        released, source.taken = source.taken, []
+        transfer = strand.task.job.transfer
+        message = StageChunk(
+            token=transfer.ref.token,
+            number=number,
+            layout=request.layout,
+            tokens=request.tokens,
+            released=released,
+            digest=request.digest,
+        )
+        self._reports.stage(transfer, source.granted.number, message)
 
-    def give_scratch(self, leg: Leg, scratch: int) -> None:
-        """See `Carrier`."""
-        self._scratches.give_back(leg, scratch)
+    def _chunk_taken(self, strand: Strand, request: ChunkTaken) -> None:
+        source = request.source
+        source.unreleased.discard(request.number)
+        if request.at_once:
+            self._give_chunks_back(source, [request.number])
+        else:
+            source.taken.append(request.number)
+            self._with_taken[source] = None
+        self._answer(strand)
 
-    def read_scratch(self, scratch: int) -> bytes:
-        """See `Carrier`."""
-        return self._board.read_scratch(scratch)
+    def _give_chunks_back(self, source: SourceRead, numbers: list[int]) -> None:
+        self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
 
-    def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
-        """See `Carrier`."""
-        self._borrow(self._slots, leg, then)
-
-    def give_slot(self, leg: Leg, slot: int) -> None:
-        """See `Carrier`."""
-        self._slots.give_back(leg, slot)
-
-    def view_slot(self, slot: int, nbytes: int) -> Bytes:
-        """See `Carrier`."""
-        return self._arena.view(slot, nbytes)
-
-    def proven(self, agent_info: bytes) -> bool:
-        """See `Carrier`."""
+    def _proven(self, agent_info: bytes) -> bool:
+        """Something was read from that agent before."""
         return agent_info in self._life.proven
 
-    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
-        """See `Carrier`."""
-        self._contacts.meet(leg, then)
+    def _connect(self, strand: Strand, source: SourceRead) -> None:
+        if self._proven(source.granted.agent_info):
+            self._answer(strand, False)
+        else:
+            self._contacts.meet(strand, source.granted.agent_info, source.granted.cell)
 
-    def stage(self, leg: Leg, message: StageChunk) -> None:
-        """See `Carrier`."""
-        if leg.reading.error is None:
-            self._ends.stage(leg.reading.job.transfer, leg.source.number, message)
+    def _await_device(self, strand: Strand, request: AwaitDevice) -> None:
+        if all(each.done for each in request.after):
+            for each in request.after:
+                each.wait(0)  # raises what made it fail
+            self._answer(strand)
+        else:
+            self._occupied.append(strand)
 
-    def unstage(self, leg: Leg, numbers: list[int]) -> None:
-        """See `Carrier`."""
-        self._ends.unstage(leg.reading.job.transfer, leg.source.number, numbers)
-
-    def leg_ended(self, leg: Leg) -> None:
-        """See `Carrier`."""
-        reading = leg.reading
-        reading.ended_legs += 1
-        reading.via = self._life.explain(leg.source.agent_info)
-        if reading.ended_legs == len(reading.legs):
-            reading.error = verdict(reading.differences)
-            self._end(reading)
-
-    # -- what happens to reads --------------------------------------------------------------------------------
-
-    def _named(self, error: Exception) -> KvxferError:
-        """What a read ends with: errors that have a name keep it, and everything else is a fault of kvxfer."""
-        return error if isinstance(error, KvxferError) else self._defects.caught(error)
+    # -- answers ----------------------------------------------------------------------------------------------------
 
     def _poll(self) -> bool:
         moved = False
@@ -299,19 +433,44 @@ class Reads:
             try:
                 changed = self._life.agent.poll()
             except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
-                self._broken(error)
+                self._agent_broken(error)
                 break
             for flight in changed:
                 try:
                     self._changed(flight)
+                    self._run()
                 except Exception as error:  # noqa: BLE001 - the others are told once only
                     self._defects.caught(error)
             if self._flying:
-                self._ends.flush()  # before the next poll, which may copy
+                self._reports.flush()  # before the next poll, which may copy
             moved = moved or bool(changed)
             if not changed:
                 break
         return moved
+
+    def _changed(self, flight: Flight) -> None:
+        if self._contacts.owns(flight):
+            waiting, failed = self._contacts.ended(flight)
+            for strand in waiting:
+                if failed is None:
+                    self._answer(strand, True)
+                else:
+                    self._fail(strand.task, failed)
+            return
+        strand = self._flying[flight]
+        task = strand.task
+        if flight.state is FlightState.QUARANTINED:
+            task.quarantined_at = self._now()
+            task.error = task.error or flight.error
+            return
+        del self._flying[flight]
+        task.pending -= 1
+        if task.error is not None:
+            self._fail(task, task.error)
+        elif flight.state is FlightState.FAILED:
+            self._step(strand, error=flight.error or TransferFailedError("no reason given"))
+        else:
+            self._answer(strand)
 
     def _see_copies(self) -> bool:
         ended = [each for each in self._copying if all(copy.done for copy in each.copies)]
@@ -320,197 +479,177 @@ class Reads:
             self._copied(each)
         return bool(ended)
 
-    def _start(self, reading: Reading) -> None:
-        self._readings[reading.job.transfer] = reading
-        if all(each.done for each in reading.job.transfer.after):
-            self._begin(reading)
-        else:
-            self._occupied.append(reading)
-
-    def _begin_unoccupied(self) -> None:
-        for reading in list(self._occupied):
-            transfer = reading.job.transfer
-            if transfer not in self._readings:
-                self._occupied.remove(reading)
-            elif all(each.done for each in transfer.after):
-                self._occupied.remove(reading)
-                self._begin(reading)
-
-    def _begin(self, reading: Reading) -> None:
-        try:
-            for each in reading.job.transfer.after:
-                each.wait(0)  # raises what made it fail
-            reading.start(self)
-        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            self._fail(reading, self._named(error))
-        else:
-            if not reading.legs:
-                self._end(reading)
-
-    def _borrow(self, supply: Supply, leg: Leg, then: Callable[[int], None]) -> None:
-        if leg.reading.error is None:
-            supply.ask(leg, then)
-            self._serve_waiting()
-
-    def _serve_waiting(self) -> None:
-        for supply in self._supplies:
-            for leg, then, place in supply.served():
-                self.guarded(leg, partial(then, place))
-
-    def _changed(self, flight: Flight) -> None:
-        if self._contacts.owns(flight):
-            waiting, failed = self._contacts.ended(flight)
-            for leg, then in waiting:
-                if failed is None:
-                    self.guarded(leg, then)
-                else:
-                    self._fail(leg.reading, failed)
-            return
-        flying = self._flying[flight]
-        reading = flying.leg.reading
-        if flight.state is FlightState.QUARANTINED:
-            reading.quarantined_at = self.now()
-            reading.error = reading.error or flight.error
-            return
-        del self._flying[flight]
-        reading.pending -= 1
-        if flight.state is FlightState.FAILED:
-            self._fail(reading, flight.error or TransferFailedError("no reason given"))
-        elif reading.error is not None:
-            self._fail(reading, reading.error)
-        else:
-            self.guarded(flying.leg, flying.then)
-
     def _copied(self, each: _Copying) -> None:
-        each.leg.reading.pending -= 1
-        if each.leg.reading.error is not None:
-            self._fail(each.leg.reading, each.leg.reading.error)
+        strand, task = each.strand, each.strand.task
+        task.pending -= 1
+        if task.error is not None:
+            self._fail(task, task.error)
             return
-
-        def proceed() -> None:
+        try:
             for copy in each.copies:
                 copy.wait(0)  # raises what made it fail
-            each.then()
+        except Exception as error:  # noqa: BLE001 - of a device
+            self._step(strand, error=error)
+        else:
+            self._answer(strand)
 
-        self.guarded(each.leg, proceed)
+    def _see_devices(self) -> None:
+        occupied, self._occupied = self._occupied, []
+        for strand in occupied:
+            request = strand.request
+            if strand in strand.task.strands and isinstance(request, AwaitDevice):
+                try:
+                    self._await_device(strand, request)
+                except Exception as error:  # noqa: BLE001 - of a device
+                    self._step(strand, error=error)
 
-    def _fail(self, reading: Reading, error: KvxferError) -> None:
-        """It fails, and is over when nothing of it is in flight."""
-        reading.error = reading.error or error
-        for supply in self._supplies:
-            supply.drop(reading)
-        if not reading.pending:
-            self._end(reading)
+    def _serve_waiting(self) -> None:
+        for pool in self._pools:
+            for strand, loan in pool.lend():
+                self._answer(strand, loan)
+
+    def _source(self, transfer: Transfer, number: int) -> SourceRead | None:
+        """A source of a read that goes on."""
+        task = self._tasks.get(transfer)
+        sources = task.sources if task is not None and task.error is None else []
+        return next((source for source in sources if source.granted.number == number), None)
+
+    # -- how reads end ----------------------------------------------------------------------------------------------
+
+    def _fail(self, task: ReadTask, error: KvxferError) -> None:
+        """Fail a read. It is over when nothing of it is in flight."""
+        task.error = task.error or error
+        for pool in self._pools:
+            pool.stop_waiting(task)
+        if not task.pending:
+            self._end(task)
 
     def _give_up_late(self) -> None:
-        now = self.now()
-        for reading in [r for r in self._readings.values() if not r.pending and now >= r.deadline]:
+        now = self._now()
+        for task in [task for task in self._tasks.values() if not task.pending and now >= task.deadline]:
             try:
-                waits = (
-                    "for blocks or chunks of its source" if any(leg.waits for leg in reading.legs) else "for its turn"
-                )
-                waits = "for the fabric of its source" if any(leg.meets for leg in reading.legs) else waits
-                waits = "for this side's device" if reading in self._occupied else waits
-                self._fail(reading, TransferTimeoutError(f"waited {waits} until the deadline"))
+                requests = [strand.request for strand in task.strands]
+                waits = "for blocks or chunks of its source" if task.waits else "for its turn"
+                if any(isinstance(request, Connect) for request in requests):
+                    waits = "for the fabric of its source"
+                if any(isinstance(request, AwaitDevice) for request in requests):
+                    waits = "for this side's device"
+                self._fail(task, TransferTimeoutError(f"waited {waits} until the deadline"))
             except Exception as error:  # noqa: BLE001 - the others have deadlines too
                 self._defects.caught(error)
 
-    def _end(self, reading: Reading) -> None:
-        transfer, error = reading.job.transfer, reading.error
-        if self._readings.get(transfer) is not reading:
+    def _end(self, task: ReadTask) -> None:
+        transfer, error = task.job.transfer, task.error
+        if self._tasks.get(transfer) is not task:
             return
-        del self._readings[transfer]
-        for supply in self._supplies:
-            supply.release(reading)
+        del self._tasks[transfer]
+        self._close(task)
         if error is None:
             transfer.end(
                 None,
-                nbytes=reading.nbytes,
-                partial_nbytes=reading.partial_nbytes,
-                descriptors=reading.descriptors,
-                via=reading.via,
-                route=" and ".join(sorted(reading.routes)),
+                nbytes=task.nbytes,
+                partial_nbytes=task.partial_nbytes,
+                descriptors=task.descriptors,
+                via=self._life.explain(task.sources[-1].granted.agent_info) if task.sources else "",
+                route=" and ".join(sorted(task.routes)),
             )
         else:
             transfer.end(error)
-        self._ends.read_ended(transfer, error)
+        self._reports.read_ended(transfer, error)
         for agent_info in [each for each in self._life.parting if not self.needs(each)]:
             self._life.forget(agent_info)
 
+    def _close(self, task: ReadTask) -> None:
+        """Close the strands of a read of which nothing is in flight, and take back what it has borrowed."""
+        strands, task.strands = task.strands, {}
+        for strand in reversed(strands):
+            self._guarded(strand.steps.close)
+        for pool in self._pools:
+            pool.release(task)
+
     # -- making memory quiet ----------------------------------------------------------------------------------------
 
-    def _fence_if_due(self) -> None:
-        now = self.now()
+    def _reset_if_due(self) -> None:
+        now = self._now()
         if self._meet_the_silent():
             return
-        rest = [r.quarantined_at for r in self._readings.values() if r.quarantined_at is not None]
-        if not rest or self._life.agent is None:
+        since = [task.quarantined_at for task in self._tasks.values() if task.quarantined_at is not None]
+        if not since or self._life.agent is None:
             return
-        if self._life.agent.quarantine_may_end and now < min(rest) + self._settings.quarantine_s:
+        if self._life.agent.quarantine_may_end and now < min(since) + self._settings.quarantine_s:
             return
-        _log.warning("tearing the transfer agent down to stop %d abandoned read(s)", len(rest))
-        self._fence()
+        _log.warning("resetting the transfer agent to stop %d abandoned read(s)", len(since))
+        self._reset_agent()
 
     def _meet_the_silent(self) -> bool:
-        """Give up on contacts that hang; True if the agent was made anew, because some of those may go through on another one."""
+        """Give up on contacts that hang; True if the agent was reset, because some of those may go through on another one."""
         hanging = self._contacts.hanging()
         if not hanging:
             return False
-        hung = {leg.reading for contact in hanging for leg, _ in contact.waiting}
-        busy = bool(self._flying) or any(reading not in hung for reading in self._readings.values())
+        hung = {strand.task for contact in hanging for strand in contact.waiting}
+        busy = bool(self._flying) or any(task not in hung for task in self._tasks.values())
         if self._contacts.may_renew(hanging, busy=busy):
             _log.warning(
                 "the transfer agent is made anew: first contacts hang with %s",
                 ", ".join(contact.name for contact in hanging),
             )
             self._contacts.renewed(hanging)
-            self._fence()
+            self._reset_agent()
             return True
         for contact in hanging:
-            legs, error = self._contacts.silence(contact)
-            for leg in legs:
-                self._fail(leg.reading, error)
+            strands, error = self._contacts.silence(contact)
+            for strand in strands:
+                self._fail(strand.task, error)
         return False
 
-    def _broken(self, error: Exception) -> None:
-        _log.error("the transfer agent is broken and is torn down: %s", error, exc_info=error)
+    def _agent_broken(self, error: Exception) -> None:
+        _log.error("the transfer agent is broken and is reset: %s", error, exc_info=error)
         named = error
         if not isinstance(named, KvxferError):
             named = TransferFailedError(f"{type(error).__name__}: {error}")
             named.__cause__ = error
-        for flying in self._flying.values():
-            flying.leg.reading.error = flying.leg.reading.error or named
-        self._fence()
+        for strand in self._flying.values():
+            strand.task.error = strand.task.error or named
+        self._reset_agent()
 
-    def _fence(self) -> None:
+    def _reset_agent(self) -> None:
+        """Close the agent, after which memory is quiet; end the reads that have failed, and start the others again."""
         self._metrics.count("kvxfer_agent_resets_total")
         flying, self._flying = self._flying, {}
         self._life.close()
         meeting = self._contacts.torn_down()
-        touched = dict.fromkeys(each.leg.reading for each in flying.values())
-        for each in flying.values():
-            each.leg.reading.pending -= 1
+        touched = dict.fromkeys(strand.task for strand in flying.values())
+        for strand in flying.values():
+            strand.task.pending -= 1
         # What is copied by devices goes on, and has to end before its slots are used again.
-        for copying in [each for each in self._copying if each.leg.reading in touched]:
+        for copying in [each for each in self._copying if each.strand.task in touched]:
             if wait_for_end(copying.copies):
                 self._copying.remove(copying)
-                copying.leg.reading.pending -= 1
+                copying.strand.task.pending -= 1
             else:  # its slot is not used again before it has ended
                 late = TransferFailedError("a device does not end what it copies")
-                copying.leg.reading.error = copying.leg.reading.error or late
+                copying.strand.task.error = copying.strand.task.error or late
         again = []
-        for reading in touched:
-            reading.quarantined_at = None
-            if reading.error is not None:
-                self._fail(reading, reading.error)
+        for task in touched:
+            task.quarantined_at = None
+            if task.error is not None:
+                self._fail(task, task.error)
                 continue
-            for supply in self._supplies:
-                supply.release(reading)
-            again.append(reading.restarted(self))
+            self._close(task)
+            for source in task.sources:
+                unreleased = sorted([*source.unreleased, *source.taken])
+                source.taken = []
+                if unreleased:
+                    self._give_chunks_back(source, unreleased)
+            again.append(task.restarted())
         self._life.remake()
-        for reading in again:
-            self._start(reading)
-        for leg, then in meeting:
-            # A read that was begun again has new legs, which meet their sources by themselves.
-            if self._readings.get(leg.reading.job.transfer) is leg.reading and leg.reading.error is None:
-                self.guarded(leg, partial(self.meet, leg, then))
+        for task in again:
+            self._start(task)
+        for strand in meeting:
+            # A read that was started again has new strands, which meet their sources by themselves.
+            if strand in strand.task.strands and isinstance(strand.request, Connect):
+                try:
+                    self._connect(strand, strand.request.source)
+                except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
+                    self._step(strand, error=error)
+        self._run()

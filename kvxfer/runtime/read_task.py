@@ -1,45 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One read, from the job to its end: a leg for each source, each of which moves bytes and then fences them.
+"""One read, from top to bottom: what it does first stands first.
 
 ::
 
-    leg:   contact --> move --> fence --> done
-             a cell     | ^       a cell
-                        | +-- again, for as long as its source has more to grant
-                        |
-                        +-- direct: runs from cache to cache
-                        +-- packed: chunks, several at a time: [ask, packed there] --> wire --> [unpack, here]
-                        +-- after either, if asked to verify: `kvxfer.runtime.verify.Check`
+    read          match block tables, wait for the engine's own device
+    read_source   first contact; move what is granted, again and again until that is all; validation read of the lease's cell
+    move          direct: runs from cache to cache, in pieces where there are too many
+                  packed: chunks, several at a time, each asked for, moved and unpacked
+    compare       if asked to verify: digests of what arrived, chunk by chunk
 
-A read is over when all of its legs are, or when one has failed and nothing is in flight any more. Runs on the data thread, by
-way of a `Carrier`.
+All of these are generators that yield what they want (`kvxfer.runtime.read_steps`) and are resumed on the data thread by
+`kvxfer.runtime.read_executor`. What a read borrows is given back when the ``with`` ends in which it was borrowed. A read that fails
+is closed as soon as nothing of it is in flight, so that its places are never given back while something may be written there.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from kvxfer.errors import IncompatibleError, KvxferError, LeaseEndedError, TransferTimeoutError
+from kvxfer.errors import BlockError, IncompatibleError, KvxferError, LeaseEndedError, TransferTimeoutError
 from kvxfer.memory.spans import Descriptors
+from kvxfer.planner.chunk_layout import digest
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_board import CELL_NBYTES
-from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.packer import start_copies
-from kvxfer.runtime.verify import Check
+from kvxfer.runtime.read_steps import (
+    AskChunk,
+    AwaitCopies,
+    AwaitDevice,
+    AwaitGrant,
+    BorrowScratch,
+    BorrowSlot,
+    ChunkTaken,
+    Connect,
+    Move,
+    RunAll,
+)
+from kvxfer.runtime.verify import MOST_DIFFERENCES, difference, repacked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator
 
-    from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
     from kvxfer.errors import Difference
-    from kvxfer.planner.chunk_layout import Chunk, ChunkLayout
+    from kvxfer.planner.chunk_layout import Chunk
     from kvxfer.planner.chunks import ChunkPlanner
+    from kvxfer.planner.intersect import Span
     from kvxfer.planner.rank_plan import MatchedTables, ResolvedPlan
-    from kvxfer.protocol.actions import Source, StartRead
-    from kvxfer.runtime.staging import Bytes
+    from kvxfer.planner.router import Router
+    from kvxfer.protocol.actions import ChunkStaged, Source, StartRead
+    from kvxfer.protocol.lease_board import LeaseBoard
+    from kvxfer.runtime.pool import Loan
+    from kvxfer.runtime.read_executor import Strand
+    from kvxfer.runtime.read_steps import Request, Steps
+    from kvxfer.runtime.staging import StagingArena
 
 
 _MOST_DESCRIPTORS: Final = 1 << 19
@@ -50,58 +66,202 @@ _MOST_GATHERED: Final = 1 << 21
 """For one chunk."""
 
 
-class Carrier(Protocol):
-    """What a read needs of the data thread."""
+# -- the steps of a read -------------------------------------------------------------------------------------------------
+
+
+def read(task: ReadTask) -> Steps:
+    """Read from all sources of a lease at the same time.
+
+    Raises:
+        KvxferError: as do all generators here; the read ends with it.
+    """
+    for source in task.sources:
+        source.match()
+    yield AwaitDevice(task.job.transfer.after)
+    if task.now() >= task.deadline:
+        raise TransferTimeoutError("the deadline passed before the read could start")
+    sources = iter(task.sources)
+
+    def following() -> Steps | None:
+        source = next(sources, None)
+        return read_source(source) if source is not None else None
+
+    yield RunAll(following, len(task.sources))
+
+
+def read_source(source: SourceRead) -> Steps:
+    """Read all that one source gives, and find its lease's check in its cell when the last byte is in place."""
+    if (yield Connect(source)):
+        yield from validation_read(source)  # of a lease that has ended no byte is moved
+    last: list[Descriptors] = []
+    while not last:
+        tables = source.unmoved()
+        if tables is not None:
+            last = yield from move(source, tables)
+        elif source.granted.complete:
+            break
+        else:
+            yield AwaitGrant(source)
+    yield from validation_read(source, *last)
+
+
+def move(source: SourceRead, tables: MatchedTables) -> Generator[Request, None, list[Descriptors]]:
+    """Move the tokens of these block tables.
+
+    Returns:
+        what is still to be moved: the last bytes of a read that is not verified go together with the validation read after
+        them, so that the transfer engine is asked once and not twice.
+    """
+    task = source.task
+    choice = source.router.choose(tables)
+    task.routes.add(choice.route.value)
+    last: list[Descriptors] = []
+    if choice.chunk_planner is not None:
+        yield from move_packed(source, tables, choice.route, choice.chunk_planner)
+    elif choice.resolved.runs()[0] > _MOST_DESCRIPTORS:
+        yield from move_in_pieces(source, choice.resolved)
+    else:
+        spans = choice.resolved.descriptors()
+        source.count(spans)
+        if len(spans) and source.granted.complete and not task.job.transfer.verify:
+            last = [spans]
+        elif len(spans):
+            yield Move(source, [spans])
+    source.here_nbytes = source.sent_nbytes
+    if task.job.transfer.verify:
+        yield from compare(source, tables)
+    source.moved.update({group: stop for group, (start, stop) in enumerate(tables.tokens) if start < stop})
+    return last
+
+
+def move_in_pieces(source: SourceRead, resolved: ResolvedPlan) -> Steps:
+    """Move what is too many descriptors to be made at once: piece by piece."""
+    runs, _ = resolved.runs()
+    if runs > _MOST_OF_A_READ:
+        what = f"{runs:,} runs would have to be moved one by one, more than {_MOST_OF_A_READ:,}"
+        raise IncompatibleError("descriptors", f"{what}: read fewer tokens at a time, or let chunks be packed")
+    for piece in resolved.split_by_runs(_MOST_DESCRIPTORS):
+        spans = resolved.rank_plan.descriptors(piece)
+        source.count(spans)
+        yield Move(source, [spans])
+
+
+def move_packed(source: SourceRead, tables: MatchedTables, route: Route, planner: ChunkPlanner) -> Steps:
+    """Move chunks, several at a time."""
+    chunks = planner.chunks(tables.tokens)
+
+    def following() -> Steps | None:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return None
+        if route is Route.SOURCE_PACKED:
+            return scatter_chunk(source, tables, planner, chunk)
+        return land_chunk(source, tables, route, planner, chunk)
+
+    yield RunAll(following, source.router.in_flight)
+
+
+def scatter_chunk(source: SourceRead, tables: MatchedTables, planner: ChunkPlanner, chunk: Chunk) -> Steps:
+    """Have the source pack a chunk, and move it from there to where it belongs in this cache."""
+    layout = planner.layout(chunk)
+    packed: ChunkStaged = yield AskChunk(source, layout.encoded, chunk.tokens)
+    spans = layout.unpack_plan.descriptors(layout.unpack_tables(chunk, tables))
+    spans = Descriptors(spans.local, spans.remote + np.uint64(packed.address), spans.nbytes)
+    source.count(spans)
+    yield Move(source, [spans])
+    yield ChunkTaken(source, packed.number)
+
+
+def land_chunk(source: SourceRead, tables: MatchedTables, route: Route, planner: ChunkPlanner, chunk: Chunk) -> Steps:
+    """Fetch a chunk into a slot of this side, as the source packed it or run by run from its cache, and unpack it."""
+    task, layout = source.task, planner.layout(chunk)
+    packed: ChunkStaged | None = None
+    if route is Route.BOTH:
+        packed = yield AskChunk(source, layout.encoded, chunk.tokens)
+    loan: Loan = yield BorrowSlot()
+    with loan as slot:
+        if packed is not None:
+            spans = Descriptors.of(slot, packed.address, layout.nbytes)
+        else:
+            resolved = layout.pack_plan.resolve(layout.pack_tables(chunk, tables))
+            if resolved.runs()[0] > _MOST_GATHERED:
+                raise IncompatibleError("descriptors", f"a chunk of the source is more than {_MOST_GATHERED:,} runs")
+            gathered = resolved.descriptors()
+            spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
+        source.count(spans)
+        yield Move(source, [spans])
+        if packed is not None:
+            yield ChunkTaken(source, packed.number, at_once=True)  # to unpack takes a while
+        copies = layout.unpack_plan.copies(layout.unpack_tables(chunk, tables))
+        view = task.tools.arena.view(slot, layout.nbytes)
+        yield AwaitCopies(start_copies(task.tools.cache, copies, view, pack=False))
+
+
+def compare(source: SourceRead, tables: MatchedTables) -> Steps:
+    """Compare what arrived with what the source has, see `kvxfer.runtime.verify`; several chunks at a time."""
+    task, planner = source.task, source.router.for_comparison()
+    chunks = planner.chunks(tables.tokens)
+    halves: list[Chunk] = []
+
+    def following() -> Steps | None:
+        if len(task.differences) >= MOST_DIFFERENCES:
+            return None
+        chunk = halves.pop() if halves else next(chunks, None)
+        return compare_chunk(source, tables, planner, chunk, halves) if chunk is not None else None
+
+    yield RunAll(following, source.router.in_flight)
+
+
+def compare_chunk(
+    source: SourceRead, tables: MatchedTables, planner: ChunkPlanner, chunk: Chunk, halves: list[Chunk]
+) -> Steps:
+    """Compare one chunk by its digest. One that differs is halved, until a layer and a block are found."""
+    task, layout = source.task, planner.layout(chunk)
+    theirs: ChunkStaged = yield AskChunk(source, layout.encoded, chunk.tokens, digest=True)
+    yield ChunkTaken(source, theirs.number)
+    if not theirs.digest:
+        raise IncompatibleError("verify", "the producer's version of kvxfer makes no digests")
+    loan: Loan = yield BorrowSlot()
+    with loan as slot:
+        view = task.tools.arena.view(slot, layout.nbytes)
+        view.fill(0)
+        yield AwaitCopies(start_copies(task.tools.cache, repacked(layout, chunk, tables), view, pack=True))
+        ours = digest(view)
+    if ours != theirs.digest:
+        smaller = planner.halves(chunk)
+        halves += reversed(smaller)
+        if not smaller:
+            task.differences.append(difference(planner, chunk, tables))
+
+
+def validation_read(source: SourceRead, *before: Descriptors) -> Steps:
+    """Read the lease's cell when what is to be moved ``before`` is in place. Raises LeaseEndedError: its check is not there."""
+    loan: Loan = yield BorrowScratch()
+    with loan as scratch:
+        cell = Descriptors.of(scratch, source.granted.cell, CELL_NBYTES)
+        yield Move(source, [*before, cell])
+        found = source.task.tools.board.read_scratch(scratch)
+    if found != source.granted.check:
+        raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")
+
+
+# -- what is known of a read ---------------------------------------------------------------------------------------------
+
+
+class Tools(NamedTuple):
+    """What all reads of an endpoint use."""
 
     cache: KVCache
-
-    def now(self) -> float:
-        """The clock."""
-
-    def submit(self, leg: Leg, steps: Sequence[Descriptors], then: Callable[[], None]) -> None:
-        """Move bytes from the leg's source, step by step; ``then`` when all are in place. Raises KvxferError: nothing was started."""
-
-    def copying(self, leg: Leg, copies: list[Completion], then: Callable[[], None]) -> None:
-        """Call ``then`` when copies of this side's devices have ended."""
-
-    def take_scratch(self, leg: Leg, then: Callable[[int], None]) -> None:
-        """Call ``then`` with a scratch cell, at once or when one is free."""
-
-    def give_scratch(self, leg: Leg, scratch: int) -> None:
-        """It holds nothing of interest any more."""
-
-    def read_scratch(self, scratch: int) -> bytes:
-        """What a read brought into it."""
-
-    def take_slot(self, leg: Leg, then: Callable[[int], None]) -> None:
-        """Call ``then`` with a staging slot, at once or when one is free."""
-
-    def give_slot(self, leg: Leg, slot: int) -> None:
-        """It holds nothing of interest any more."""
-
-    def view_slot(self, slot: int, nbytes: int) -> Bytes:
-        """Its first bytes."""
-
-    def proven(self, agent_info: bytes) -> bool:
-        """Something was read from that agent before."""
-
-    def meet(self, leg: Leg, then: Callable[[], None]) -> None:
-        """Call ``then`` when the leg's source, from which nothing was read before, has answered. Raises KvxferError: it does not."""
-
-    def stage(self, leg: Leg, message: StageChunk) -> None:
-        """Ask the leg's source to pack a chunk."""
-
-    def unstage(self, leg: Leg, numbers: list[int]) -> None:
-        """Tell it that chunks were taken."""
-
-    def leg_ended(self, leg: Leg) -> None:
-        """Bytes are in place, and their lease stood."""
+    board: LeaseBoard
+    arena: StagingArena
+    now: Callable[[], float]
 
 
-class Reading:
+class ReadTask:
     """One read under way.
 
     Attributes:
+        strands: its generators that have not ended.
         pending: flights and copies that have to end before its blocks are quiet.
         error: why it failed; set once, and nothing new is started from then on.
         nbytes, descriptors: what went over the wire so far.
@@ -109,309 +269,122 @@ class Reading:
         partial_nbytes: what was here when the last source had granted all.
         differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
+        spans: by target group, the tokens that the sources that have granted all will give.
     """
 
-    def __init__(self, job: StartRead) -> None:
+    def __init__(self, job: StartRead, tools: Tools) -> None:
         self.job = job
-        self.legs: list[Leg] = [Leg(self, source) for source in job.sources]
-        self.ended_legs = 0
+        self.tools = tools
+        self.sources: list[SourceRead] = [SourceRead(self, granted) for granted in job.sources]
+        self.strands: dict[Strand, None] = {}
         self.pending = 0
         self.error: KvxferError | None = None
         self.nbytes = 0
         self.partial_nbytes = 0
         self.descriptors = 0
-        self.via: str = ""
         self.routes: set[str] = set()
         self.differences: list[Difference] = []
         self.quarantined_at: float | None = None
+        self.spans: dict[int, Span] = {}
 
     @property
     def deadline(self) -> float:
         """When it ends at the latest."""
         return self.job.transfer.deadline
 
-    def start(self, carrier: Carrier) -> None:
-        """Begin with all legs. Raises KvxferError: what is under way has to be waited for."""
-        if carrier.now() >= self.deadline:
-            raise TransferTimeoutError("the deadline passed before the read could start")
-        for leg in self.legs:
-            leg.start(carrier)
+    @property
+    def waits(self) -> bool:
+        """It waits for something that a source grants or packs."""
+        return any(source.waits for source in self.sources)
 
-    def restarted(self, carrier: Carrier) -> Reading:
+    def now(self) -> float:
+        """Read the clock."""
+        return self.tools.now()
+
+    def restarted(self) -> ReadTask:
         """The same read, to be started on a new agent."""
-        reading = Reading(self.job)
-        reading.legs = [leg.again(carrier, reading) for leg in self.legs]
-        return reading
+        again = ReadTask(self.job, self.tools)
+        again.sources = [source.again(again) for source in self.sources]
+        return again
 
 
-class Leg:
+class SourceRead:
     """What a read gets from one source.
 
     Attributes:
-        source: as far as it has granted its blocks.
-        meets: its source has not answered yet.
-        next_number: of the next chunk that is asked for.
+        granted: what the source has granted by now.
+        router: how its part of the plan travels.
+        asked: by number, the strands that wait for a chunk.
+        unreleased: numbers of the chunks that were asked for and not given back.
+        taken: numbers of the chunks that are given back with the next request.
+        awaits_grant: the strand that waits for more to be granted.
+        moved: by target group, the token up to which all is here.
+        sent_nbytes, here_nbytes: bytes that were asked for, and those of them that are in place.
     """
 
-    def __init__(self, reading: Reading, source: Source) -> None:
-        self.reading = reading
-        self.source: Source = source
-        self.meets: bool = False
-        self.next_number = 0
-        self._work: _Packed | Check | None = None
-        self._moving = True
-        """Something is under way, and before the first contact nothing may be."""
-        self._moved: dict[int, int] = {}
-        """By target group, the token up to which all is here."""
-        self._sent_nbytes = self._here_nbytes = 0
-
-    def start(self, carrier: Carrier) -> None:
-        """Move its bytes: of a source that is new after a first contact (`kvxfer.runtime.contacts`), and if its lease still stands."""
-        if carrier.proven(self.source.agent_info):
-            self._begin(carrier)
-        else:
-            self.meets = True
-            carrier.meet(self, lambda: self._met(carrier))
-
-    def _met(self, carrier: Carrier) -> None:
-        self.meets = False
-        self._read_cell(carrier, self._begin)
-
-    def _begin(self, carrier: Carrier) -> None:
-        self._moving = False
-        self._go_on(carrier)
-
-    def granted(self, carrier: Carrier, source: Source) -> None:
-        """Its source has more."""
-        if source.complete and not self.source.complete:
-            self.reading.partial_nbytes += self._here_nbytes
-        self.source = source
-        self._go_on(carrier)
-
-    def _go_on(self, carrier: Carrier) -> None:
-        """Move what is granted and not here yet; when that was all, fence."""
-        if self._moving:
-            return
-        match = self.source.match
-        if self._moved:
-            spans = [(max(start, self._moved.get(i, start)), stop) for i, (start, stop) in enumerate(match.tokens)]
-            match = match._replace(tokens=spans)
-        if any(start < stop for start, stop in match.tokens):
-            self._moving = True
-            self._move(carrier, match)
-        elif self.source.complete:
-            self._moving = True
-            self._fence(carrier)
-
-    def _move(self, carrier: Carrier, match: MatchedTables) -> None:
-        def moved() -> None:
-            self._here_nbytes = self._sent_nbytes
-            if not self.reading.job.transfer.verify:
-                arrived()
-                return
-            self._work = Check(self, match, self.source.router.for_comparison(), arrived)
-            self._work.go_on(carrier)
-
-        def arrived() -> None:
-            self._work, self._moving = None, False
-            self._moved.update({group: stop for group, (start, stop) in enumerate(match.tokens) if start < stop})
-            self._go_on(carrier)
-
-        choice = self.source.router.choose(match)
-        self.reading.routes.add(choice.route.value)
-        if choice.chunk_planner is not None:
-            self._work = _Packed(self, match, choice.route, choice.chunk_planner, moved)
-            self._work.go_on(carrier)
-            return
-        if choice.resolved.runs()[0] > _MOST_DESCRIPTORS:
-            self._move_in_pieces(carrier, choice.resolved, moved)
-            return
-        spans = choice.resolved.descriptors()
-        self.count(spans)
-        if not len(spans):
-            moved()
-        elif self.source.complete and not self.reading.job.transfer.verify:
-            # The last bytes, and the fence after them: the transfer engine need not be asked twice.
-            self._fence(carrier, spans)
-        else:
-            carrier.submit(self, [spans], moved)
-
-    def _move_in_pieces(self, carrier: Carrier, bound: ResolvedPlan, then: Callable[[], None]) -> None:
-        """Move what is too many descriptors to be made at once: a piece, and when it is here the next."""
-        runs, _ = bound.runs()
-        if runs > _MOST_OF_A_READ:
-            what = f"{runs:,} runs would have to be moved one by one, more than {_MOST_OF_A_READ:,}"
-            raise IncompatibleError("descriptors", f"{what}: read fewer tokens at a time, or let chunks be packed")
-        pieces = iter(bound.split_by_runs(_MOST_DESCRIPTORS))
-
-        def go_on() -> None:
-            piece = next(pieces, None)
-            if piece is None:
-                then()
-                return
-            spans = bound.rank_plan.descriptors(piece)
-            self.count(spans)
-            carrier.submit(self, [spans], go_on)
-
-        go_on()
-
-    def count(self, spans: Descriptors) -> None:
-        """Add what goes over the wire to the read's figures."""
-        self._sent_nbytes += spans.total_nbytes
-        self.reading.nbytes += spans.total_nbytes
-        self.reading.descriptors += len(spans)
-
-    def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:
-        """The source has packed a chunk."""
-        if self._work is not None:
-            self._work.staged(carrier, number, address, digest)
-
-    def again(self, carrier: Carrier, reading: Reading) -> Leg:
-        """The same leg of a read that is started again. Chunks are numbered on: a number means one chunk only."""
-        if self._work is not None:
-            self._work.abandon(carrier)
-        leg = Leg(reading, self.source)
-        leg.next_number = self.next_number
-        return leg
+    def __init__(self, task: ReadTask, granted: Source) -> None:
+        self.task = task
+        self.granted = granted
+        self.router: Router = granted.route
+        self.asked: dict[int, Strand] = {}
+        self.unreleased: set[int] = set()
+        self.taken: list[int] = []
+        self.awaits_grant: Strand | None = None
+        self.moved: dict[int, int] = {}
+        self.sent_nbytes = self.here_nbytes = 0
+        self._next_number = 0
+        self._tables: MatchedTables | None = None
 
     @property
     def waits(self) -> bool:
         """It waits for blocks that its source grants, or for chunks that it packs."""
-        return not self.source.complete or (self._work is not None and self._work.asks)
+        return not self.granted.complete or bool(self.asked)
 
-    def _fence(self, carrier: Carrier, *last: Descriptors) -> None:
-        """The leg has ended when its lease stood after the last bytes were in place."""
-        self._read_cell(carrier, lambda carrier: carrier.leg_ended(self), *last)
+    def grant(self, granted: Source) -> None:
+        """Take what the source has granted by now. Raises BlockError, see `match`."""
+        if granted.complete and not self.granted.complete:
+            self.task.partial_nbytes += self.here_nbytes
+        self.granted, self._tables = granted, None
+        self.match()
 
-    def _read_cell(self, carrier: Carrier, then: Callable[[Carrier], None], *before: Descriptors) -> None:
-        """Read the lease's cell, when what is to be read ``before`` is in place."""
+    def match(self) -> MatchedTables:
+        """Which blocks of the source become which of this cache's.
 
-        def read(scratch: int) -> None:
-            cell = Descriptors.of(scratch, self.source.cell, CELL_NBYTES)
-            carrier.submit(self, [*before, cell], lambda: told(scratch))
+        Raises:
+            BlockError: the read does not fit what the source has leased, or another source has leased other tokens.
+        """
+        if self._tables is None:
+            granted, transfer, rank_plan = self.granted, self.task.job.transfer, self.router.rank_plan
+            match = rank_plan.match_tables if granted.complete else rank_plan.match_published
+            tables = match(granted.tables, transfer.into, transfer.tokens)
+            if granted.complete:
+                for group in rank_plan.target_groups:
+                    if tables.tokens[group] != self.task.spans.setdefault(group, tables.tokens[group]):
+                        raise BlockError(f"the ranks of {transfer.ref.producer!r} have leased different tokens")
+            self._tables = tables
+        return self._tables
 
-        def told(scratch: int) -> None:
-            found = carrier.read_scratch(scratch)
-            carrier.give_scratch(self, scratch)
-            if found != self.source.check:
-                raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")
-            then(carrier)
+    def unmoved(self) -> MatchedTables | None:
+        """What is granted and not here; None if that is nothing."""
+        tables = self.match()
+        if self.moved:
+            spans = [(max(start, self.moved.get(i, start)), stop) for i, (start, stop) in enumerate(tables.tokens)]
+            tables = tables._replace(tokens=spans)
+        return tables if any(start < stop for start, stop in tables.tokens) else None
 
-        carrier.take_scratch(self, read)
+    def count(self, spans: Descriptors) -> None:
+        """Add what goes over the wire to the read's figures."""
+        self.sent_nbytes += spans.total_nbytes
+        self.task.nbytes += spans.total_nbytes
+        self.task.descriptors += len(spans)
 
+    def next_number(self) -> int:
+        """A number for a chunk that is asked for; it means one chunk only."""
+        number, self._next_number = self._next_number, self._next_number + 1
+        return number
 
-class _Packed:
-    """Tokens of one leg, in chunks: `Router.in_flight` of them are asked for, on the wire or being unpacked at a time."""
-
-    def __init__(
-        self, leg: Leg, match: MatchedTables, route: Route, chunk_planner: ChunkPlanner, then: Callable[[], None]
-    ) -> None:
-        self._leg = leg
-        self._chunk_planner = chunk_planner
-        self._route = route
-        self._match = match
-        self._then = then
-        self._todo: Iterator[Chunk] = chunk_planner.chunks(match.tokens)
-        self._asked: dict[int, Chunk] = {}
-        self._open: set[int] = set()
-        self._taken: list[int] = []
-        self._busy = 0
-        self._in_flight = leg.source.router.in_flight
-        self._exhausted = False
-        self._over = False
-
-    @property
-    def asks(self) -> bool:
-        return bool(self._asked)
-
-    def abandon(self, carrier: Carrier) -> None:
-        """Nobody waits for what was asked for."""
-        if self._open:
-            carrier.unstage(self._leg, sorted(self._open))
-
-    def go_on(self, carrier: Carrier) -> None:
-        """Begin with further chunks, until all are done."""
-        while not self._exhausted and self._busy < self._in_flight:
-            chunk = next(self._todo, None)
-            if chunk is None:
-                self._exhausted = True
-                break
-            self._busy += 1
-            layout = self._chunk_planner.layout(chunk)
-            if self._route is Route.TARGET_UNPACKED:
-                self._land(carrier, chunk, layout, None, None)
-            else:
-                number, self._leg.next_number = self._leg.next_number, self._leg.next_number + 1
-                self._asked[number] = chunk
-                self._open.add(number)
-                token = self._leg.reading.job.transfer.ref.token
-                taken, self._taken = self._taken, []
-                carrier.stage(
-                    self._leg,
-                    StageChunk(token=token, number=number, layout=layout.encoded, tokens=chunk.tokens, released=taken),
-                )
-        if self._taken:
-            taken, self._taken = self._taken, []
-            carrier.unstage(self._leg, taken)
-        if self._exhausted and not self._busy and not self._over:
-            self._over = True
-            self._then()
-
-    def staged(self, carrier: Carrier, number: int, address: int, digest: bytes) -> None:  # noqa: ARG002
-        """The source has packed a chunk at ``address``."""
-        chunk = self._asked.pop(number, None)
-        if chunk is None:
-            return
-        layout = self._chunk_planner.layout(chunk)
-        if self._route is Route.BOTH:
-            self._land(carrier, chunk, layout, number, address)
-            return
-        spans = layout.unpack_plan.descriptors(layout.unpack_tables(chunk, self._match))
-        spans = Descriptors(spans.local, spans.remote + np.uint64(address), spans.nbytes)
-        self._submit(carrier, spans, lambda: self._arrived(carrier, number))
-
-    def _land(
-        self, carrier: Carrier, chunk: Chunk, layout: ChunkLayout, number: int | None, address: int | None
-    ) -> None:
-        """Fetch a chunk into a slot of this side: as it was packed, or run by run from the source's cache."""
-
-        def fetch(slot: int) -> None:
-            if address is not None:
-                spans = Descriptors.of(slot, address, layout.nbytes)
-            else:
-                bound = layout.pack_plan.resolve(layout.pack_tables(chunk, self._match))
-                if bound.runs()[0] > _MOST_GATHERED:
-                    raise IncompatibleError(
-                        "descriptors", f"a chunk of the source is more than {_MOST_GATHERED:,} runs"
-                    )
-                gathered = bound.descriptors()
-                spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
-            self._submit(carrier, spans, lambda: landed(slot))
-
-        def landed(slot: int) -> None:
-            if number is not None:
-                self._open.discard(number)
-                carrier.unstage(self._leg, [number])  # at once: to unpack takes a while
-            packed = carrier.view_slot(slot, layout.nbytes)
-            bound = layout.unpack_plan.copies(layout.unpack_tables(chunk, self._match))
-            copies = start_copies(carrier.cache, bound, packed, pack=False)
-            carrier.copying(self._leg, copies, lambda: unpacked(slot))
-
-        def unpacked(slot: int) -> None:
-            carrier.give_slot(self._leg, slot)
-            self._ended(carrier)
-
-        carrier.take_slot(self._leg, fetch)
-
-    def _submit(self, carrier: Carrier, spans: Descriptors, then: Callable[[], None]) -> None:
-        self._leg.count(spans)
-        carrier.submit(self._leg, [spans], then)
-
-    def _arrived(self, carrier: Carrier, number: int) -> None:
-        self._open.discard(number)
-        self._taken.append(number)
-        self._ended(carrier)
-
-    def _ended(self, carrier: Carrier) -> None:
-        self._busy -= 1
-        self.go_on(carrier)
+    def again(self, task: ReadTask) -> SourceRead:
+        """The same source of a read that is started again. Its chunks are numbered on."""
+        again = SourceRead(task, self.granted)
+        again._next_number = self._next_number
+        return again

@@ -36,8 +36,8 @@ class Routes:
     convert: bool = False
     only: Route | None = None
 
-    def __call__(self, peers: Sequence[Peer]) -> list[Router]:
-        """How the part of each of these peers travels. Raises IncompatibleError."""
+    def __call__(self, peers: Sequence[Peer]) -> list[Router | None]:
+        """How the part of each of these peers travels; None if nothing of it is needed. Raises IncompatibleError."""
         me, settings = self.me, self.settings
         made = plan([peer.spec for peer in peers if peer.spec is not None], me.spec, convert=self.convert)
         return [
@@ -51,6 +51,8 @@ class Routes:
                 max_chunk_nbytes=settings.max_chunk_nbytes,
                 only=self.only,
             )
+            if part.overlaps
+            else None
             for peer, part in zip(peers, made.rank_plans, strict=True)
         ]
 

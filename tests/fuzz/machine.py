@@ -71,9 +71,9 @@ class Machine:
         self.offered: list[str] = []
         self.ends: list[str] = []
 
-    def _routes(self, peers: Any) -> list[Router]:
+    def _routes(self, peers: Any) -> list[Router | None]:
         made = plan([peer.spec for peer in peers], SPEC)
-        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.rank_plans]
+        return [Router(part, Costs(), slot_nbytes=1 << 16) if part.overlaps else None for part in made.rank_plans]
 
     def step(self, step: Any) -> None:
         """One of an input; what is none does nothing."""

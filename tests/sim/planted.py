@@ -24,6 +24,7 @@ from kvxfer.protocol import (
 from kvxfer.protocol.actions import Emit, EndPack
 from kvxfer.protocol.transfer import LeaseExpired
 from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read_executor, read_task, staging
+from kvxfer.runtime.read_steps import Move, RunAll
 from kvxfer.testing.sim import agent as virtual
 
 _BUGS = {}
@@ -42,54 +43,41 @@ def bug(function):
 BUGS = _BUGS
 
 
-def _unfenced(self, carrier, then, *before):
-    """As `Leg._read_cell`, without the cell."""
+def _unchecked(source, *before):
+    """As `read_task.validation_read`, without the cell."""
     if before:
-        carrier.submit(self, before, lambda: then(carrier))
-    else:
-        then(carrier)
+        yield Move(source, before)
 
 
 @bug
 def fence_left_out(patch):
     """Nobody looks whether the lease stood when the bytes were in place."""
-    patch(read_task.Leg, "_read_cell", _unfenced)
+    patch(read_task, "validation_read", _unchecked)
 
 
 @bug
 def fence_before_the_bytes(patch):
     """The lease is looked at when the read begins, and not when it ends."""
-    read_cell = read_task.Leg._read_cell
+    validation_read = read_task.validation_read
 
-    def ended(self, carrier, then, *before):
-        if self.source.complete and self._moved:
-            then(carrier)
-        else:
-            read_cell(self, carrier, lambda carrier: _unfenced(self, carrier, then, *before))
+    def early(source, *before):
+        if before or not (source.granted.complete and source.moved):
+            yield from validation_read(source)
+        yield from _unchecked(source, *before)
 
-    patch(read_task.Leg, "_read_cell", ended)
+    patch(read_task, "validation_read", early)
 
 
 @bug
 def fence_beside_the_bytes(patch):
     """The cell is read while the bytes are, and not when they are in place."""
-    read_cell = read_task.Leg._read_cell
+    validation_read = read_task.validation_read
 
-    def both(self, carrier, then, *before):
-        if not before:
-            read_cell(self, carrier, then)
-            return
-        ended = []
+    def both(source, *before):
+        beside = iter([validation_read(source), *([_unchecked(source, *before)] if before else [])])
+        yield RunAll(lambda: next(beside, None), 2)
 
-        def one(_=None):
-            ended.append(True)
-            if len(ended) == 2:
-                then(carrier)
-
-        carrier.submit(self, before, one)
-        read_cell(self, carrier, one)
-
-    patch(read_task.Leg, "_read_cell", both)
+    patch(read_task, "validation_read", both)
 
 
 @bug
@@ -138,19 +126,19 @@ def agent_left_alive(patch):
 @bug
 def told_before_it_is_quiet(patch):
     """A read that fails is told at once, whatever is in flight."""
-    fail = read_executor.Reads._fail
+    fail = read_executor.ReadExecutor._fail
 
-    def failed(self, reading, error):
-        reading.pending = 0
-        fail(self, reading, error)
+    def failed(self, task, error):
+        task.pending = 0
+        fail(self, task, error)
 
-    patch(read_executor.Reads, "_fail", failed)
+    patch(read_executor.ReadExecutor, "_fail", failed)
 
 
 @bug
 def quarantine_is_the_end(patch):
     """A flight in quarantine is told as if it had ended."""
-    changed = read_executor.Reads._changed
+    changed = read_executor.ReadExecutor._changed
 
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
@@ -158,22 +146,22 @@ def quarantine_is_the_end(patch):
         if flight in self._flying or self._contacts.owns(flight):
             changed(self, flight)
 
-    patch(read_executor.Reads, "_changed", told)
+    patch(read_executor.ReadExecutor, "_changed", told)
 
 
 @bug
 def copy_not_waited_for(patch):
     """What is to be done when bytes are in place is done at once."""
-    submit = read_executor.Reads.submit
+    move = read_executor.ReadExecutor._move
 
-    def hasty(self, leg, steps, then):
-        if steps[-1].total_nbytes == lease_board.CELL_NBYTES:
-            submit(self, leg, steps, then)
+    def hasty(self, strand, request):
+        if request.steps[-1].total_nbytes == lease_board.CELL_NBYTES:
+            move(self, strand, request)
         else:
-            submit(self, leg, steps, lambda: None)
-            then()
+            move(self, read_executor.Strand(strand.task, iter(())), request)  # which nobody resumes
+            self._answer(strand)
 
-    patch(read_executor.Reads, "submit", hasty)
+    patch(read_executor.ReadExecutor, "_move", hasty)
 
 
 @bug
@@ -185,8 +173,8 @@ def read_deadline_dropped(patch):
 @bug
 def staged_read_deadline_dropped(patch):
     """A read that waits for a chunk or a grant waits for ever."""
-    patch(read_executor.Reads, "_give_up_late", lambda self: None)
-    patch(read_executor.Reads, "due_s", lambda self: None)
+    patch(read_executor.ReadExecutor, "_give_up_late", lambda self: None)
+    patch(read_executor.ReadExecutor, "due_s", lambda self: None)
     patch(held_leases.HeldLeases, "stop_read", lambda self, hold, error: None)
 
 
@@ -256,13 +244,13 @@ def sealed_one_block_too_many(patch):
 @bug
 def moved_before_it_is_there(patch):
     """What is granted while a read is under way is taken to be here."""
-    granted = read_task.Leg.granted
+    grant = read_task.SourceRead.grant
 
-    def skip(self, carrier, source):
-        self._moved.update({group: stop for group, (_, stop) in enumerate(source.match.tokens)})
-        granted(self, carrier, source)
+    def skip(self, granted):
+        grant(self, granted)
+        self.moved.update({group: stop for group, (_, stop) in enumerate(self.match().tokens)})
 
-    patch(read_task.Leg, "granted", skip)
+    patch(read_task.SourceRead, "grant", skip)
 
 
 @bug
@@ -308,7 +296,7 @@ def restarted_producer_not_noticed(patch):
     """Grants of a process that is gone are taken for those of the one in its place."""
     patch(held_leases.HeldLeases, "lost", lambda self, peer, now: None)
     patch(held_lease.HeldLease, "mistake", lambda self, claim: None)
-    patch(read_task.Leg, "_read_cell", _unfenced)
+    patch(read_task, "validation_read", _unchecked)
 
 
 @bug
@@ -354,14 +342,7 @@ def hold_never_ends(patch):
 @bug
 def restarted_reads_number_anew(patch):
     """A read that is started again uses the numbers of chunks that it had asked for before."""
-    again = read_task.Leg.again
-
-    def anew(self, carrier, reading):
-        leg = again(self, carrier, reading)
-        leg.next_number = 0
-        return leg
-
-    patch(read_task.Leg, "again", anew)
+    patch(read_task.SourceRead, "again", lambda self, task: read_task.SourceRead(task, self.granted))
 
 
 @bug
@@ -418,7 +399,7 @@ def one_rank_grants_for_all(patch):
 @bug
 def unpacking_not_waited_for(patch):
     """Bytes count as unpacked while the device still unpacks them."""
-    patch(read_executor.Reads, "copying", lambda self, leg, copies, then: then())
+    patch(read_executor.ReadExecutor, "_copy", lambda self, strand, request: self._answer(strand))
 
 
 @bug
@@ -459,13 +440,13 @@ def device_failure_at_the_producer_ignored(patch):
 @bug
 def device_failure_at_the_consumer_ignored(patch):
     """Bytes that a device has failed to unpack count as delivered."""
-    copied = read_executor.Reads._copied
+    copied = read_executor.ReadExecutor._copied
 
     def whatever(self, each):
         each.copies = []
         copied(self, each)
 
-    patch(read_executor.Reads, "_copied", whatever)
+    patch(read_executor.ReadExecutor, "_copied", whatever)
 
 
 @bug
@@ -507,15 +488,15 @@ def silent_peers_stop_all_reads(patch):
     """While a peer is silent, nothing is begun with any other."""
     meet = contacts.Contacts.meet
 
-    def one_after_the_other(self, leg, then):
-        others = [contact for info, contact in self._contacts.items() if info != leg.source.agent_info]
+    def one_after_the_other(self, strand, info, cell):
+        others = [contact for known, contact in self._contacts.items() if known != info]
         if any(contact.silent for contact in others):
-            others[0].waiting.append((leg, then))
+            others[0].waiting.append(strand)
         else:
-            meet(self, leg, then)
+            meet(self, strand, info, cell)
 
     patch(contacts.Contacts, "meet", one_after_the_other)
-    patch(read_executor.Reads, "proven", lambda self, info: False)
+    patch(read_executor.ReadExecutor, "_proven", lambda self, info: False)
 
 
 @bug

@@ -341,7 +341,7 @@ def test_a_rank_restarted_before_it_granted_is_planned_anew(world):
     assert transfer.done and transfer.error is None
     assert transfer.content == wanted
     (job,) = sink.started
-    assert [each.router.rank_plan.source for each in job.sources] == [node.spec for node in source.nodes]
+    assert [each.route.rank_plan.source for each in job.sources] == [node.spec for node in source.nodes]
 
 
 def test_ranks_that_change_places(world):
@@ -370,7 +370,7 @@ def test_old_plans_are_forgotten(world):
         sink.read(source.lease(1), 1)
         world.advance(2)
         source.restart(i % 2)
-    assert len(sink.consumer._peers._routers) == 1
+    assert len(sink.consumer._peers._known_routes) == 1
 
 
 # -- what does not belong together ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
-from kvxfer.errors import KvxferError, LeaseEndedError, PeerLostError, TransferTimeoutError
+from kvxfer.errors import BlockError, KvxferError, LeaseEndedError, PeerLostError, TransferTimeoutError
 from kvxfer.layout.block_table import check_tables
 from kvxfer.metrics import Metrics
 from kvxfer.planner.costs import Costs
@@ -42,6 +42,7 @@ from kvxfer.protocol.lease_table import LeaseTable
 from kvxfer.protocol.peer import Identity
 from kvxfer.protocol.producer import Producer
 from kvxfer.protocol.transfer import Done, Failed, Transfer
+from kvxfer.runtime.read_task import ReadTask, SourceRead, Tools
 
 CELLS = 64
 HEADS = 6
@@ -90,7 +91,7 @@ class Leg:
         address: of the chunk that is being read.
     """
 
-    source: Source
+    known: SourceRead
     at: float
     chunks: list[tuple[int, int]] | None = None
     moved: int = 0
@@ -101,6 +102,11 @@ class Leg:
     done: bool = False
     content: list[int] = field(default_factory=list)
 
+    @property
+    def source(self) -> Source:
+        """What its source has granted by now."""
+        return self.known.granted
+
 
 class Reading:
     """A read that the modelled data path carries out: a leg for each source, begun at ``data_at``."""
@@ -108,7 +114,8 @@ class Reading:
     def __init__(self, node: Node, job: StartRead, data_at: float) -> None:
         self.node, self.job = node, job
         packed = getattr(job.transfer, "packed", False)
-        self.legs = [Leg(source, data_at, [] if packed else None) for source in job.sources]
+        sources = ReadTask(job, Tools(None, None, None, lambda: node.world.now)).sources  # type: ignore[arg-type]
+        self.legs = [Leg(source, data_at, [] if packed else None) for source in sources]
 
     @property
     def data_at(self) -> float:
@@ -175,9 +182,9 @@ class Node:
         self.addressed: set[str] = set()
         """Every address it ever said anything to."""
 
-    def _routes(self, peers: Any) -> list[Router]:
+    def _routes(self, peers: Any) -> list[Router | None]:
         made = plan([peer.spec for peer in peers], self.spec)
-        return [Router(part, Costs(), slot_nbytes=1 << 16) for part in made.rank_plans]
+        return [Router(part, Costs(), slot_nbytes=1 << 16) if part.overlaps else None for part in made.rank_plans]
 
     @property
     def held_leases(self) -> Any:
@@ -192,7 +199,7 @@ class Node:
     def check_nothing_left(self) -> None:
         """No table holds anything, no memory is taken, and there is nothing to wake up for."""
         assert not self.held_leases and not self.peers and not self.consumer._held.granted
-        assert not self.consumer._held._requests.renewals_wait and not self.consumer._peers._routers
+        assert not self.consumer._held._requests.renewals_wait and not self.consumer._peers._known_routes
         assert self.next_deadline() is None
         assert len(self.consumer._held._timers) == len(self.consumer._peers._retirements) == 0
         assert len(self.table) == 0 and len(self.table._timers) == 0
@@ -322,7 +329,7 @@ class Node:
                 self._post(action.connection.decode(), action.message, is_reply=True)
             elif isinstance(action, StartRead):
                 self.started.append(action)
-                self.world.readings.append(Reading(self, action, self.world.now + self.world.read_s))
+                self.world.start(Reading(self, action, self.world.now + self.world.read_s))
             elif isinstance(action, Emit):
                 self.events.append(action.event)
                 for block in self.published.get(action.event.token, ()):
@@ -509,12 +516,25 @@ class World:
     def living(self) -> list[Node]:
         return [n for n in self.nodes.values() if not n.dead and not n.frozen]
 
+    def start(self, reading: Reading) -> None:
+        """Begin a read whose blocks fit what its sources have granted; another one fails."""
+        self.readings.append(reading)
+        try:
+            for leg in reading.legs:
+                leg.known.match()
+        except BlockError as error:
+            self._end(reading, error)
+
     def more_granted(self, action: MoreGranted) -> None:
         """More is readable at a source of a read."""
         for reading in self.readings:
             for leg in reading.legs:
                 if reading.job.transfer is action.transfer and leg.source.number == action.source.number:
-                    leg.source = action.source
+                    try:
+                        leg.known.grant(action.source)
+                    except BlockError as error:
+                        self._end(reading, error)
+                        return
                     if leg.at == math.inf and not leg.asks and not leg.done:
                         leg.at = self.now + self.read_s
 
@@ -560,7 +580,7 @@ class World:
     def _move(self, reading: Reading, leg: Leg, source: Node) -> None:
         """First the bytes, or one chunk after the other, then, a moment later, the cell: as the data path does."""
         consumer, transfer = reading.node.consumer, reading.job.transfer
-        match, number = leg.source.match, leg.source.number
+        match, number = leg.known.match(), leg.source.number
         start, stop = match.tokens[0]
         span = (max(start, leg.moved), stop)
         leg.moved = stop

@@ -73,8 +73,8 @@ class Ends:
         self.shares.append(share)
 
     def stage(self, transfer, source, message):
-        if message.taken:
-            self.unstage(transfer, source, message.taken)
+        if message.released:
+            self.unstage(transfer, source, message.released)
         self.staged.put((transfer, source, message))
 
     def unstage(self, transfer, source, numbers):
@@ -185,9 +185,9 @@ class Rig:
         for number, (sender, router) in enumerate(zip(self.senders, self.routers, strict=True)):
             check = secrets.token_bytes(16)
             where = sender.board.post(check if posted else bytes(16)) if cell is None else cell
-            match = router.rank_plan.match_tables(check_tables(sender.cache.spec, given), into)
+            leased = check_tables(sender.cache.spec, given)
             info = (agent_info or {}).get(number, sender.agent.describe())
-            sources.append(Source(number, info, router, match, where, check))
+            sources.append(Source(number, info, router, leased, where, check))
         return StartRead(transfer, sources)
 
     def read(self, *args, **kwargs):
