@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from kvxfer.metrics import Metrics
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.read_executor import Strand
+    from kvxfer.runtime.read_task import Strand
 
 _log = logging.getLogger(__name__)
 

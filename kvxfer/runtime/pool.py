@@ -10,8 +10,7 @@ from kvxfer.runtime.staging import FairQueue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvxfer.runtime.read_executor import Strand
-    from kvxfer.runtime.read_task import ReadTask
+    from kvxfer.runtime.read_task import ReadTask, Strand
 
 
 class Loan:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs reads (`kvxfer.runtime.read_task`): answers what they ask for, and makes memory quiet after a failure.
+"""Runs reads (`kvxfer.runtime.read`): answers what they ask for, and makes memory quiet after a failure.
 
 A read ends in one of three ways: its bytes are in place and its lease stood; it failed and its blocks are quiet; or it failed
 while the engine might still write. The last kind is not told to anybody until it has become one of the other two: by the
@@ -22,7 +22,8 @@ from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, Transfe
 from kvxfer.protocol.messages import StageChunk
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
 from kvxfer.runtime.pool import Pool
-from kvxfer.runtime.read_steps import (
+from kvxfer.runtime.read import read
+from kvxfer.runtime.read_task import (
     AskChunk,
     AwaitCopies,
     AwaitDevice,
@@ -32,9 +33,13 @@ from kvxfer.runtime.read_steps import (
     ChunkTaken,
     Connect,
     Move,
+    ReadTask,
     RunAll,
+    SourceRead,
+    Strand,
+    StrandGroup,
+    Tools,
 )
-from kvxfer.runtime.read_task import ReadTask, SourceRead, Tools, read
 from kvxfer.runtime.staging import StagingArena, Use
 from kvxfer.runtime.verify import verdict
 
@@ -49,7 +54,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.read_steps import Request, Steps
+    from kvxfer.runtime.read_task import Request
 
 _log = logging.getLogger(__name__)
 
@@ -75,31 +80,6 @@ class ReadReports(Protocol):
     @property
     def untold(self) -> bool:
         """Something lies until `flush`."""
-
-
-class Strand:
-    """A generator of a read, and the request at which it is suspended.
-
-    Attributes:
-        group: the `RunAll` that it is part of; None for the read itself.
-    """
-
-    __slots__ = ("group", "request", "steps", "task")
-
-    def __init__(self, task: ReadTask, steps: Steps, group: _Group | None = None) -> None:
-        self.task = task
-        self.steps = steps
-        self.group = group
-        self.request: Request | None = None
-
-
-@dataclass(eq=False)
-class _Group:
-    """The strands of a `RunAll`, for which ``strand`` waits."""
-
-    strand: Strand
-    request: RunAll
-    running: int = 0
 
 
 @dataclass(eq=False)
@@ -318,7 +298,7 @@ class ReadExecutor:
         except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
             self._fail(task, self._named(error))
 
-    def _refill(self, group: _Group) -> None:
+    def _refill(self, group: StrandGroup) -> None:
         while group.running < group.request.window:
             steps = group.request.following()
             if steps is None:
@@ -360,7 +340,7 @@ class ReadExecutor:
         elif isinstance(request, Connect):
             self._connect(strand, request.source)
         elif isinstance(request, RunAll):
-            self._refill(_Group(strand, request))
+            self._refill(StrandGroup(strand, request))
         else:
             self._await_device(strand, request)
 

@@ -1,251 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One read, from top to bottom: what it does first stands first.
+"""A read under way: what is known of it, and what it can ask its executor for.
 
-::
-
-    read          match block tables, wait for the engine's own device
-    read_source   first contact; move what is granted, again and again until that is all; validation read of the lease's cell
-    move          direct: runs from cache to cache, in pieces where there are too many
-                  packed: chunks, several at a time, each asked for, moved and unpacked
-    compare       if asked to verify: digests of what arrived, chunk by chunk
-
-All of these are generators that yield what they want (`kvxfer.runtime.read_steps`) and are resumed on the data thread by
-`kvxfer.runtime.read_executor`. What a read borrows is given back when the ``with`` ends in which it was borrowed. A read that fails
-is closed as soon as nothing of it is in flight, so that its places are never given back while something may be written there.
+A read (`kvxfer.runtime.read`) consists of generators. Each yields requests, and is resumed with the answer when that is there; a
+request that fails is raised at the ``yield``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
-from kvxfer.errors import BlockError, IncompatibleError, KvxferError, LeaseEndedError, TransferTimeoutError
-from kvxfer.memory.spans import Descriptors
-from kvxfer.planner.chunk_layout import digest
-from kvxfer.planner.router import Route
-from kvxfer.protocol.lease_board import CELL_NBYTES
-from kvxfer.runtime.packer import start_copies
-from kvxfer.runtime.read_steps import (
-    AskChunk,
-    AwaitCopies,
-    AwaitDevice,
-    AwaitGrant,
-    BorrowScratch,
-    BorrowSlot,
-    ChunkTaken,
-    Connect,
-    Move,
-    RunAll,
-)
-from kvxfer.runtime.verify import MOST_DIFFERENCES, difference, repacked
+from kvxfer.errors import BlockError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    import msgspec
 
+    from kvxfer.buffers.base import Completion
     from kvxfer.buffers.cache import KVCache
-    from kvxfer.errors import Difference
-    from kvxfer.planner.chunk_layout import Chunk
-    from kvxfer.planner.chunks import ChunkPlanner
+    from kvxfer.errors import Difference, KvxferError
+    from kvxfer.memory.spans import Descriptors
     from kvxfer.planner.intersect import Span
-    from kvxfer.planner.rank_plan import MatchedTables, ResolvedPlan
+    from kvxfer.planner.rank_plan import MatchedTables
     from kvxfer.planner.router import Router
-    from kvxfer.protocol.actions import ChunkStaged, Source, StartRead
+    from kvxfer.protocol.actions import Source, StartRead
     from kvxfer.protocol.lease_board import LeaseBoard
-    from kvxfer.runtime.pool import Loan
-    from kvxfer.runtime.read_executor import Strand
-    from kvxfer.runtime.read_steps import Request, Steps
     from kvxfer.runtime.staging import StagingArena
-
-
-_MOST_DESCRIPTORS: Final = 1 << 19
-"""Made at a time, with about 150 bytes each: how many a read has depends on its source's description of its cache."""
-_MOST_OF_A_READ: Final = 1 << 26
-"""From one source; they would take minutes."""
-_MOST_GATHERED: Final = 1 << 21
-"""For one chunk."""
-
-
-# -- the steps of a read -------------------------------------------------------------------------------------------------
-
-
-def read(task: ReadTask) -> Steps:
-    """Read from all sources of a lease at the same time.
-
-    Raises:
-        KvxferError: as do all generators here; the read ends with it.
-    """
-    for source in task.sources:
-        source.match()
-    yield AwaitDevice(task.job.transfer.after)
-    if task.now() >= task.deadline:
-        raise TransferTimeoutError("the deadline passed before the read could start")
-    sources = iter(task.sources)
-
-    def following() -> Steps | None:
-        source = next(sources, None)
-        return read_source(source) if source is not None else None
-
-    yield RunAll(following, len(task.sources))
-
-
-def read_source(source: SourceRead) -> Steps:
-    """Read all that one source gives, and find its lease's check in its cell when the last byte is in place."""
-    if (yield Connect(source)):
-        yield from validation_read(source)  # of a lease that has ended no byte is moved
-    last: list[Descriptors] = []
-    while not last:
-        tables = source.unmoved()
-        if tables is not None:
-            last = yield from move(source, tables)
-        elif source.granted.complete:
-            break
-        else:
-            yield AwaitGrant(source)
-    yield from validation_read(source, *last)
-
-
-def move(source: SourceRead, tables: MatchedTables) -> Generator[Request, None, list[Descriptors]]:
-    """Move the tokens of these block tables.
-
-    Returns:
-        what is still to be moved: the last bytes of a read that is not verified go together with the validation read after
-        them, so that the transfer engine is asked once and not twice.
-    """
-    task = source.task
-    choice = source.router.choose(tables)
-    task.routes.add(choice.route.value)
-    last: list[Descriptors] = []
-    if choice.chunk_planner is not None:
-        yield from move_packed(source, tables, choice.route, choice.chunk_planner)
-    elif choice.resolved.runs()[0] > _MOST_DESCRIPTORS:
-        yield from move_in_pieces(source, choice.resolved)
-    else:
-        spans = choice.resolved.descriptors()
-        source.count(spans)
-        if len(spans) and source.granted.complete and not task.job.transfer.verify:
-            last = [spans]
-        elif len(spans):
-            yield Move(source, [spans])
-    source.here_nbytes = source.sent_nbytes
-    if task.job.transfer.verify:
-        yield from compare(source, tables)
-    source.moved.update({group: stop for group, (start, stop) in enumerate(tables.tokens) if start < stop})
-    return last
-
-
-def move_in_pieces(source: SourceRead, resolved: ResolvedPlan) -> Steps:
-    """Move what is too many descriptors to be made at once: piece by piece."""
-    runs, _ = resolved.runs()
-    if runs > _MOST_OF_A_READ:
-        what = f"{runs:,} runs would have to be moved one by one, more than {_MOST_OF_A_READ:,}"
-        raise IncompatibleError("descriptors", f"{what}: read fewer tokens at a time, or let chunks be packed")
-    for piece in resolved.split_by_runs(_MOST_DESCRIPTORS):
-        spans = resolved.rank_plan.descriptors(piece)
-        source.count(spans)
-        yield Move(source, [spans])
-
-
-def move_packed(source: SourceRead, tables: MatchedTables, route: Route, planner: ChunkPlanner) -> Steps:
-    """Move chunks, several at a time."""
-    chunks = planner.chunks(tables.tokens)
-
-    def following() -> Steps | None:
-        chunk = next(chunks, None)
-        if chunk is None:
-            return None
-        if route is Route.SOURCE_PACKED:
-            return scatter_chunk(source, tables, planner, chunk)
-        return land_chunk(source, tables, route, planner, chunk)
-
-    yield RunAll(following, source.router.in_flight)
-
-
-def scatter_chunk(source: SourceRead, tables: MatchedTables, planner: ChunkPlanner, chunk: Chunk) -> Steps:
-    """Have the source pack a chunk, and move it from there to where it belongs in this cache."""
-    layout = planner.layout(chunk)
-    packed: ChunkStaged = yield AskChunk(source, layout.encoded, chunk.tokens)
-    spans = layout.unpack_plan.descriptors(layout.unpack_tables(chunk, tables))
-    spans = Descriptors(spans.local, spans.remote + np.uint64(packed.address), spans.nbytes)
-    source.count(spans)
-    yield Move(source, [spans])
-    yield ChunkTaken(source, packed.number)
-
-
-def land_chunk(source: SourceRead, tables: MatchedTables, route: Route, planner: ChunkPlanner, chunk: Chunk) -> Steps:
-    """Fetch a chunk into a slot of this side, as the source packed it or run by run from its cache, and unpack it."""
-    task, layout = source.task, planner.layout(chunk)
-    packed: ChunkStaged | None = None
-    if route is Route.BOTH:
-        packed = yield AskChunk(source, layout.encoded, chunk.tokens)
-    loan: Loan = yield BorrowSlot()
-    with loan as slot:
-        if packed is not None:
-            spans = Descriptors.of(slot, packed.address, layout.nbytes)
-        else:
-            resolved = layout.pack_plan.resolve(layout.pack_tables(chunk, tables))
-            if resolved.runs()[0] > _MOST_GATHERED:
-                raise IncompatibleError("descriptors", f"a chunk of the source is more than {_MOST_GATHERED:,} runs")
-            gathered = resolved.descriptors()
-            spans = Descriptors(gathered.local + np.uint64(slot), gathered.remote, gathered.nbytes)
-        source.count(spans)
-        yield Move(source, [spans])
-        if packed is not None:
-            yield ChunkTaken(source, packed.number, at_once=True)  # to unpack takes a while
-        copies = layout.unpack_plan.copies(layout.unpack_tables(chunk, tables))
-        view = task.tools.arena.view(slot, layout.nbytes)
-        yield AwaitCopies(start_copies(task.tools.cache, copies, view, pack=False))
-
-
-def compare(source: SourceRead, tables: MatchedTables) -> Steps:
-    """Compare what arrived with what the source has, see `kvxfer.runtime.verify`; several chunks at a time."""
-    task, planner = source.task, source.router.for_comparison()
-    chunks = planner.chunks(tables.tokens)
-    halves: list[Chunk] = []
-
-    def following() -> Steps | None:
-        if len(task.differences) >= MOST_DIFFERENCES:
-            return None
-        chunk = halves.pop() if halves else next(chunks, None)
-        return compare_chunk(source, tables, planner, chunk, halves) if chunk is not None else None
-
-    yield RunAll(following, source.router.in_flight)
-
-
-def compare_chunk(
-    source: SourceRead, tables: MatchedTables, planner: ChunkPlanner, chunk: Chunk, halves: list[Chunk]
-) -> Steps:
-    """Compare one chunk by its digest. One that differs is halved, until a layer and a block are found."""
-    task, layout = source.task, planner.layout(chunk)
-    theirs: ChunkStaged = yield AskChunk(source, layout.encoded, chunk.tokens, digest=True)
-    yield ChunkTaken(source, theirs.number)
-    if not theirs.digest:
-        raise IncompatibleError("verify", "the producer's version of kvxfer makes no digests")
-    loan: Loan = yield BorrowSlot()
-    with loan as slot:
-        view = task.tools.arena.view(slot, layout.nbytes)
-        view.fill(0)
-        yield AwaitCopies(start_copies(task.tools.cache, repacked(layout, chunk, tables), view, pack=True))
-        ours = digest(view)
-    if ours != theirs.digest:
-        smaller = planner.halves(chunk)
-        halves += reversed(smaller)
-        if not smaller:
-            task.differences.append(difference(planner, chunk, tables))
-
-
-def validation_read(source: SourceRead, *before: Descriptors) -> Steps:
-    """Read the lease's cell when what is to be moved ``before`` is in place. Raises LeaseEndedError: its check is not there."""
-    loan: Loan = yield BorrowScratch()
-    with loan as scratch:
-        cell = Descriptors.of(scratch, source.granted.cell, CELL_NBYTES)
-        yield Move(source, [*before, cell])
-        found = source.task.tools.board.read_scratch(scratch)
-    if found != source.granted.check:
-        raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")
-
-
-# -- what is known of a read ---------------------------------------------------------------------------------------------
 
 
 class Tools(NamedTuple):
@@ -388,3 +168,128 @@ class SourceRead:
         again = SourceRead(task, self.granted)
         again._next_number = self._next_number
         return again
+
+
+# -- requests -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class AwaitDevice:
+    """Wait until the engine's own device has done with the target blocks. Nothing of the read is under way meanwhile."""
+
+    after: Sequence[Completion]
+
+
+@dataclass(frozen=True, eq=False)
+class Connect:
+    """Have the source's agent answer once. The answer: False if something was read from it before."""
+
+    source: SourceRead
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Move bytes from a source, step by step. Answered when all are in place."""
+
+    source: SourceRead
+    steps: Sequence[Descriptors]
+
+
+@dataclass(frozen=True, eq=False)
+class AwaitCopies:
+    """Wait for copies that this side's devices have begun. Answered when all are done."""
+
+    copies: Sequence[Completion]
+
+
+@dataclass(frozen=True, eq=False)
+class BorrowSlot:
+    """Borrow a slot of the staging arena. The answer is a `Loan`."""
+
+
+@dataclass(frozen=True, eq=False)
+class BorrowScratch:
+    """Borrow a scratch cell of the lease board. The answer is a `Loan`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AskChunk:
+    """Have a source pack a chunk, or tell its digest. The answer is the `ChunkStaged` that the source sends."""
+
+    source: SourceRead
+    layout: msgspec.Raw
+    tokens: tuple[int, int]
+    digest: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkTaken:
+    """Let a source have the slot of a chunk back: with the next chunk that is asked for, or before the step that follows."""
+
+    source: SourceRead
+    number: int
+    at_once: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AwaitGrant:
+    """Wait until a source has granted more than the read has seen."""
+
+    source: SourceRead
+
+
+@dataclass(frozen=True, eq=False)
+class RunAll:
+    """Run several generators side by side. Answered when all have ended; one that fails ends the whole read.
+
+    Attributes:
+        following: makes the next generator; None if there is none at present.
+        window: how many may run at a time.
+    """
+
+    following: Callable[[], Steps | None]
+    window: int
+
+
+Request = (
+    AwaitDevice
+    | Connect
+    | Move
+    | AwaitCopies
+    | BorrowSlot
+    | BorrowScratch
+    | AskChunk
+    | ChunkTaken
+    | AwaitGrant
+    | RunAll
+)
+
+Steps = Generator[Request, Any, None]
+
+
+# -- strands ------------------------------------------------------------------------------------------------------------
+
+
+class Strand:
+    """A generator of a read, and the request at which it is suspended.
+
+    Attributes:
+        group: the `RunAll` that it is part of; None for the read itself.
+    """
+
+    __slots__ = ("group", "request", "steps", "task")
+
+    def __init__(self, task: ReadTask, steps: Steps, group: StrandGroup | None = None) -> None:
+        self.task = task
+        self.steps = steps
+        self.group = group
+        self.request: Request | None = None
+
+
+@dataclass(eq=False)
+class StrandGroup:
+    """The strands of a `RunAll`, for which ``strand`` waits."""
+
+    strand: Strand
+    request: RunAll
+    running: int = 0

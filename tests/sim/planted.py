@@ -23,8 +23,8 @@ from kvxfer.protocol import (
 )
 from kvxfer.protocol.actions import Emit, EndPack
 from kvxfer.protocol.transfer import LeaseExpired
-from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read_executor, read_task, staging
-from kvxfer.runtime.read_steps import Move, RunAll
+from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read, read_executor, read_task, staging
+from kvxfer.runtime.read_task import Move, RunAll
 from kvxfer.testing.sim import agent as virtual
 
 _BUGS = {}
@@ -44,7 +44,7 @@ BUGS = _BUGS
 
 
 def _unchecked(source, *before):
-    """As `read_task.validation_read`, without the cell."""
+    """As `read.validation_read`, without the cell."""
     if before:
         yield Move(source, before)
 
@@ -52,32 +52,32 @@ def _unchecked(source, *before):
 @bug
 def fence_left_out(patch):
     """Nobody looks whether the lease stood when the bytes were in place."""
-    patch(read_task, "validation_read", _unchecked)
+    patch(read, "validation_read", _unchecked)
 
 
 @bug
 def fence_before_the_bytes(patch):
     """The lease is looked at when the read begins, and not when it ends."""
-    validation_read = read_task.validation_read
+    validation_read = read.validation_read
 
     def early(source, *before):
         if before or not (source.granted.complete and source.moved):
             yield from validation_read(source)
         yield from _unchecked(source, *before)
 
-    patch(read_task, "validation_read", early)
+    patch(read, "validation_read", early)
 
 
 @bug
 def fence_beside_the_bytes(patch):
     """The cell is read while the bytes are, and not when they are in place."""
-    validation_read = read_task.validation_read
+    validation_read = read.validation_read
 
     def both(source, *before):
         beside = iter([validation_read(source), *([_unchecked(source, *before)] if before else [])])
         yield RunAll(lambda: next(beside, None), 2)
 
-    patch(read_task, "validation_read", both)
+    patch(read, "validation_read", both)
 
 
 @bug
@@ -158,7 +158,7 @@ def copy_not_waited_for(patch):
         if request.steps[-1].total_nbytes == lease_board.CELL_NBYTES:
             move(self, strand, request)
         else:
-            move(self, read_executor.Strand(strand.task, iter(())), request)  # which nobody resumes
+            move(self, read_task.Strand(strand.task, iter(())), request)  # which nobody resumes
             self._answer(strand)
 
     patch(read_executor.ReadExecutor, "_move", hasty)
@@ -296,7 +296,7 @@ def restarted_producer_not_noticed(patch):
     """Grants of a process that is gone are taken for those of the one in its place."""
     patch(held_leases.HeldLeases, "lost", lambda self, peer, now: None)
     patch(held_lease.HeldLease, "mistake", lambda self, claim: None)
-    patch(read_task, "validation_read", _unchecked)
+    patch(read, "validation_read", _unchecked)
 
 
 @bug

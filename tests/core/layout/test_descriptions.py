@@ -124,7 +124,7 @@ def test_pieces_of_a_direct_read_are_all_of_it(pair, most):
 
 def test_a_direct_read_in_pieces_arrives(monkeypatch):
     """A read of more descriptors than are made at once is moved piece by piece, whole or as it is sealed; of too many it is refused by name."""
-    monkeypatch.setattr("kvxfer.runtime.read_task._MOST_DESCRIPTORS", 100)
+    monkeypatch.setattr("kvxfer.runtime.read._MOST_DESCRIPTORS", 100)
     rng = np.random.default_rng(1)
     there = rng.integers(0, 1 << 16, (40, 4, 16, 8)).astype(np.uint16)
     here = np.zeros((40, 16, 4, 8), np.uint16)
@@ -144,7 +144,7 @@ def test_a_direct_read_in_pieces_arrives(monkeypatch):
         producer.publish(ref, blocks)
         assert transfer.wait(30)
         np.testing.assert_array_equal(here[into].transpose(0, 2, 1, 3), there[blocks])
-        monkeypatch.setattr("kvxfer.runtime.read_task._MOST_OF_A_READ", 2559)
+        monkeypatch.setattr("kvxfer.runtime.read._MOST_OF_A_READ", 2559)
         with pytest.raises(IncompatibleError, match="2,560 runs would have to be moved one by one, more than 2,559"):
             consumer.read(producer.lease(blocks), into).wait(30)
 

@@ -13,6 +13,7 @@ from kvxfer.errors import IncompatibleError, IntegrityError, LeaseEndedError, Tr
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import StartPack
 from kvxfer.protocol.lease_board import CELL_NBYTES
+from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.verify import MOST_DIFFERENCES
 from kvxfer.testing import eventually
 from tests.core.engine import ROUTES
@@ -111,13 +112,12 @@ def test_all_of_it_is_wrong(sharded, flipped):
 def test_a_producer_that_makes_no_digests(sharded, monkeypatch):
     """One of an older version packs the chunk and says where it is: the read fails by name."""
     source, target = sharded("P"), sharded("D", verify=True)
-    packer = source.ranks[0].endpoint._data._packer
-    start = packer.start
+    start = Packer.start
 
-    def older(job):
-        start(StartPack(job.key, job.number, job.layout, job.tokens, job.blocks))
+    def older(self, job):
+        start(self, StartPack(job.key, job.number, job.layout, job.tokens, job.blocks))
 
-    monkeypatch.setattr(packer, "start", older)
+    monkeypatch.setattr(Packer, "start", older)
     with pytest.raises(IncompatibleError, match="no digests"):
         read(source, target, 64)[0][0].wait(20)
     monkeypatch.undo()
@@ -128,8 +128,8 @@ def test_a_producer_that_makes_no_digests(sharded, monkeypatch):
 def test_a_producer_that_does_not_answer(sharded, monkeypatch, ended):
     """The read ends at its deadline, or at once when the lease does: a digest is not waited for any longer than bytes are."""
     source, target = sharded("P"), sharded("D", verify=True)
-    producer, asked = source.ranks[0].endpoint._producer, []
-    monkeypatch.setattr(producer, "_stage", lambda *told: asked.append(told))
+    asked = []
+    monkeypatch.setattr(Packer, "start", lambda _, job: asked.append(job))
     blocks = source.blocks_for(64, 2)
     ref = source.lease(blocks)
     transfer = target.ranks[0].endpoint.read(ref, target.blocks_for(64, 3), timeout_s=10 if ended else 1)
