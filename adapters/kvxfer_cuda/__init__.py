@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA GPUs: memory of CUDA tensors, reached in place or by way of pinned host memory."""
+"""NVIDIA GPUs: memory of CUDA tensors, reached in place or through pinned host memory."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ class CudaBuffer(GpuBuffer):
 
 
 class StagedCudaBuffer(CudaBuffer):
-    """The same, for engines and fabrics that reach host memory only: every chunk is staged in the pinned arena."""
+    """The same memory, for engines and fabrics that reach host memory only: every chunk is staged in the pinned arena."""
 
     registrable: ClassVar[bool] = False

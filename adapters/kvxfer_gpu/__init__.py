@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the GPUs that PyTorch calls ``cuda``: what NVIDIA's and AMD's have in common. No adapter by itself.
-
-`kvxfer_cuda` and `kvxfer_rocm` are, and say what differs.
-"""
+"""Memory of the GPUs that PyTorch calls ``cuda``: the common part of the adapters `kvxfer_cuda` and `kvxfer_rocm`."""
 
 from kvxfer_gpu._torch import why_unavailable
 from kvxfer_gpu.buffer import GpuBuffer

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel that moves runs, in Triton: one launch for all runs of a task, whichever layers they are of.
+"""The kernel that moves runs, in Triton: one launch for all runs of a task, of all layers.
 
-A program moves a tile of rows, each of which is a run or a piece of one. Where a row lies is computed once for all its
-words, and words are as wide as the places of the runs allow: 16 bytes for each load of each thread where they are multiples
-of 16. All numbers of a task are in its table, so that no request compiles anything that another one of its kind has.
+A program moves several rows; a row is a run or a part of one. The offset of a row is computed once for all its words, and
+words are as wide as the offsets of the runs allow: 16 bytes for each load of each thread where they are multiples of 16. All
+numbers of a task are in its table, so a kernel is compiled once for each kind of task and not for each request.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from kvxfer_gpu._task import HEADER
 if TYPE_CHECKING:
     from kvxfer_gpu._task import Task
 
-_TILE_WORDS: Final = 2048
+_PROGRAM_WORDS: Final = 2048
 _WARPS: Final = 4
-"""A program moves 16 KiB, so that each thread of 4 warps has 8 loads under way."""
+"""A program moves 16 KiB, so that each thread of 4 warps has 8 loads in flight."""
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _move(
     at += 2 * bases
     read += tl.load(at + block, mask=there, other=0)
     written += tl.load(at + blocks + block, mask=there, other=0)
-    # Known from how words were chosen, and not to be seen from here.
+    # True by the choice of words, which the compiler cannot see.
     read = tl.multiple_of(read, WIDTH)
     written = tl.multiple_of(written, WIDTH)
     word = tl.arange(0, COLS)
@@ -66,7 +66,7 @@ def _move(
     if CAST:
         values = values.to(tl.float32) * factor
         if LARGEST > 0.0:
-            values = tl.where(values > LARGEST, LARGEST, values)  # and not NaN, which is not larger
+            values = tl.where(values > LARGEST, LARGEST, values)  # NaN is not larger, and stays
             values = tl.where(values < -LARGEST, -LARGEST, values)
         values = values.to(target.dtype.element_ty)
     tl.store(target + (written[:, None] + word[None, :]), values, mask=mask)
@@ -76,14 +76,14 @@ def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> No
     """Put a task on the current stream.
 
     Args:
-        source, target: tensors that begin where the task counts from, of the words' or the elements' type.
-        table: the task's, on the device.
+        source, target: tensors of the words' or the elements' type, which begin at offset 0 of the task.
+        table: table of the task, on the device.
         largest: finite number of the target's type, 0 where nothing is clamped.
     """
     cols = task.row_words
-    tile = max(1, _TILE_WORDS // cols)
-    _move[(-(-task.rows // tile),)](
+    rows = max(1, _PROGRAM_WORDS // cols)
+    _move[(-(-task.rows // rows),)](
         source, target, table, 1.0 if task.cast is None else task.cast.factor,
-        LOOPS=task.loops, ROWS=tile, COLS=cols, EVEN=task.words % cols == 0, WIDTH=task.width,
+        LOOPS=task.loops, ROWS=rows, COLS=cols, EVEN=task.words % cols == 0, WIDTH=task.width,
         CAST=task.cast is not None, LARGEST=largest, FIRST=HEADER, num_warps=_WARPS,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs moved with PyTorch's own operations: what the kernel is held to, and what does its work where there is no Triton."""
+"""Runs moved with PyTorch's own operations: reference for the kernel, and its replacement where there is no Triton."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> No
     """Put a task on the current stream.
 
     Args:
-        source, target: one-dimensional tensors of the words' or the elements' type, which begin where the task counts from
-            and hold all of its runs.
-        table: the task's, on the device.
+        source, target: one-dimensional tensors of the words' or the elements' type, which begin at offset 0 of the task and
+            contain all of its runs.
+        table: table of the task, on the device.
         largest: finite number of the target's type, 0 where nothing is clamped.
     """
     places = []
@@ -33,18 +33,18 @@ def move(task: Task, source: Any, target: Any, table: Any, largest: float) -> No
             count, stride = int(numbers[5 + 3 * i]), int(numbers[6 + 3 * i + side])
             at = (at[:, None] + torch.arange(count, device=at.device) * stride).reshape(-1)
         places.append(at)
-    # An element for each place where a run may begin: they overlap, and the runs that are picked do not.
+    # One element for each position at which a run may begin. The elements overlap; the runs that are picked do not.
     rows = [side.as_strided((len(side) - task.words + 1, task.words), (1, 1)) for side in (source, target)]
     values = rows[0][places[0]]
     if task.cast is not None:
         values = converted(values, task.cast, target.dtype, largest)
-    if values.element_size() == 1:  # of float8 no index_put_ is known
+    if values.element_size() == 1:  # PyTorch has no index_put_ for float8
         rows[1], values = rows[1].view(torch.uint8), values.view(torch.uint8)
     rows[1][places[1]] = values
 
 
 def converted(values: Any, cast: Cast, dtype: Any, largest: float) -> Any:
-    """Elements as a cast defines them. ``largest`` as of `move`."""
+    """Elements converted as a cast defines. ``largest`` as in `move`."""
     values = values.to(torch.float32)
     if cast.factor != 1.0:
         values = values * cast.factor

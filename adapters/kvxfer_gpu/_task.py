@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies as a kernel takes them: few tasks of many equal runs, counted in words. Pure, no device.
+"""Copies as tasks of a kernel: few tasks of many equal runs, counted in words. No device is used here.
 
-A task is one small table of numbers, so that a kernel is launched with nothing that changes but the table.
+A task is one small table of numbers: of a kernel's arguments only the table changes from task to task.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int64]
 
 MOST_LOOPS: Final = 4
-"""More become bases."""
+"""Further loops are turned into bases."""
 HEADER: Final = 5 + 3 * MOST_LOOPS
-"""Numbers in the table before the places."""
+"""Numbers in the table before the offsets."""
 
 _WIDEST_NBYTES: Final = 16
-"""What one thread of a GPU loads at once."""
+"""Bytes of one load of a thread."""
 _WIDEST_WORD_NBYTES: Final = 8
-"""Of the types that Triton and PyTorch know."""
+"""Bytes of the widest integer type of Triton and PyTorch."""
 _LONGEST_ROW_WORDS: Final = 1024
 _SHORTEST_EVEN_WORDS: Final = 16
-"""Rows that end with their run need no mask for their words, without which loads are wide. Shorter ones are not worth it."""
+"""If rows end with their run, loads need no mask and are wide. Shorter rows are not worth it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """For each base, block and step of each loop a run of ``words``. Places are counted in words of their side.
+    """One run of ``words`` for each base, block and step of each loop. Offsets count words of their side.
 
     Attributes:
-        table: all that differs from task to task of a kind, int64: ``[rows, rows of a run, words, bases, blocks, (count, source
+        table: all numbers that differ between tasks of a kind, int64: ``[rows, rows of a run, words, bases, blocks, (count, source
             stride, target stride) of the innermost loop, ...]``, then bases of the source and of the target, then blocks of the
             source and of the target.
-        runs: how many there are.
-        loops: how many there are, at most 4.
+        runs: number of runs.
+        loops: number of loops, at most 4.
         words: length of a run.
-        row_words: what a kernel takes at a time is a row: a run, or a part of one. A power of 2; the last of a run may be
-            shorter.
+        row_words: words of a row, the unit of a kernel: a run, or a part of one. A power of 2; the last row of a run may
+            be shorter.
         word_nbytes: of a word of the source and of the target: equal powers of 2 up to 8, or those of the dtypes of a cast.
-        width: all places are multiples of so many words: a power of 2, so that words of up to 16 bytes can be loaded at once.
-        cast: see `Copy`.
+        width: all offsets are multiples of so many words: a power of 2, so that up to 16 bytes can be loaded at once.
+        cast: conversion of elements, as in `Copy`.
     """
 
     table: IntArray
@@ -67,22 +67,22 @@ class Task:
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
         return self.runs * -(-self.words // self.row_words)
 
     @property
     def tables(self) -> list[IntArray]:
-        """The one that it has."""
+        """Its table, as a list."""
         return [self.table]
 
 
 class Detour(NamedTuple):
-    """A cast of elements that lie across the words of their type on a side: gathered byte by byte, cast, and scattered.
+    """A cast of elements that are not aligned to their size on a side: gathered byte by byte, cast, and scattered.
 
     Attributes:
         gather: from the source to one run after the other.
-        elements: in all of them.
-        cast: of these.
+        elements: number of elements in all runs.
+        cast: their conversion.
         scatter: from one run after the other to the target.
     """
 
@@ -93,39 +93,39 @@ class Detour(NamedTuple):
 
     @property
     def tables(self) -> list[IntArray]:
-        """Those of both tasks."""
+        """The tables of both tasks."""
         return [self.gather.table, self.scatter.table]
 
 
 def tasks(shares: Iterable[tuple[tuple[int, int], Sequence[Copy]]]) -> list[Task | Detour]:
-    """All copies as few tasks: those of one shape become one, whichever buffers they are of.
+    """All copies as few tasks: copies of one shape become one task, also from several buffers.
 
     Args:
-        shares: for each buffer what is added to its copies' offsets in the source and in the target, and its copies.
+        shares: for each buffer the offsets that are added to its copies in the source and in the target, and the copies.
     """
     alike: dict[tuple[object, ...], list[tuple[tuple[int, int], Copy]]] = {}
     for bases, copies in shares:
         for copy in copies:
-            # Copies that a plan made for several layers share these arrays, whatever they hold.
+            # Copies that a plan made for several layers share these arrays.
             key = id(copy.source_blocks), id(copy.target_blocks), copy.loops, copy.nbytes, copy.cast
             alike.setdefault(key, []).append((bases, copy))
     return [_task(_few_loops(same[0][1]) if len(same) == 1 else _joined(same), _base(same)) for same in alike.values()]
 
 
 def _base(same: Sequence[tuple[tuple[int, int], Copy]]) -> tuple[int, int]:
-    """What is still to be added."""
+    """The offsets that are still to be added."""
     return same[0][0] if len(same) == 1 else (0, 0)
 
 
 def _joined(same: Sequence[tuple[tuple[int, int], Copy]]) -> Copy:
-    """One copy with the bases of all."""
+    """One copy with the bases of all of them."""
     sources = np.concatenate([copy.source + bases[0] for bases, copy in same])
     targets = np.concatenate([copy.target + bases[1] for bases, copy in same])
     return _few_loops(replace(same[0][1], source=sources, target=targets))
 
 
 def _few_loops(copy: Copy) -> Copy:
-    """The same, of which loops that are too many have become bases."""
+    """The same copy with at most `MOST_LOOPS` loops; outer ones are turned into bases."""
     while len(copy.loops) > MOST_LOOPS:
         outer, *inner = copy.loops
         steps = np.arange(outer.count, dtype=np.int64)
@@ -161,7 +161,7 @@ def _task(copy: Copy, base: tuple[int, int]) -> Task | Detour:
             return _detour(copy, base, cast)
         width = min(near // sizes[0], far // sizes[1])
     if sizes[0] == sizes[1]:
-        table[HEADER:] >>= sizes[0].bit_length() - 1  # powers of 2: to shift takes a fifth of what to divide does
+        table[HEADER:] >>= sizes[0].bit_length() - 1  # powers of 2: a shift takes a fifth of the time of a division
     else:
         for side, size in enumerate(sizes):
             shift = size.bit_length() - 1
@@ -184,7 +184,7 @@ def _detour(copy: Copy, base: tuple[int, int], cast: Cast) -> Detour:
     counts = [len(copy.source), len(copy.source_blocks), *(loop.count for loop in copy.loops)]
 
     def in_line(nbytes: int) -> tuple[IntArray, IntArray, list[int]]:
-        """Bases, blocks and strides of one run after the other, in the order of bases, blocks and loops."""
+        """Bases, blocks and strides with which runs are contiguous, in the order of bases, blocks and loops."""
         steps = [nbytes * math.prod(counts[i + 1 :]) for i in range(len(counts))]
         bases, blocks = (np.arange(counts[i], dtype=np.int64) * steps[i] for i in (0, 1))
         return bases, blocks, steps[2:]
@@ -196,13 +196,13 @@ def _detour(copy: Copy, base: tuple[int, int], cast: Cast) -> Detour:
     loops = tuple(StridedLoop(n.count, step, n.target_stride) for n, step in zip(copy.loops, steps, strict=True))
     lined = replace(copy, source=bases, source_blocks=blocks, cast=None, loops=loops, nbytes=copy.target_nbytes)
     scatter = _task(lined, (0, base[1]))
-    if not isinstance(gather, Task) or not isinstance(scatter, Task):  # which have no cast
+    if not isinstance(gather, Task) or not isinstance(scatter, Task):  # without a cast neither is a Detour
         raise TypeError
     return Detour(gather, copy.runs * copy.nbytes // DTYPE_NBYTES[cast.source], cast, scatter)
 
 
 def _unit(places: IntArray, loops: Sequence[StridedLoop], sides: Sequence[int], nbytes: int) -> int:
-    """The largest power of 2 up to 16 that divides every place of a run, and its length."""
+    """The largest power of 2 up to 16 that divides every offset of a run, and its length."""
     bits = int(np.bitwise_or.reduce(places)) | nbytes | _WIDEST_NBYTES
     for loop in loops:
         for side in sides:

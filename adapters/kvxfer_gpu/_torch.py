@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch, or None: these adapters can be asked for what they lack where it is not installed."""
+"""PyTorch, or None where it is not installed: these adapters then still say what they lack."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ else:
 
 
 def why_unavailable(build: str, what: str, tool: str) -> str | None:
-    """None if PyTorch finds a GPU of this kind here, else why not.
+    """None if PyTorch finds a GPU of this kind here, else the reason.
 
     Args:
-        build: what ``torch.version`` calls the kind.
-        what: its name.
-        tool: what shows the GPUs of a machine.
+        build: name of the kind in ``torch.version``.
+        what: its name for people.
+        tool: command that shows the GPUs of a machine.
     """
     if torch is None:
         return f"PyTorch is not installed: install torch for {what}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of work on a GPU, as an event tells it."""
+"""Completion of work on a GPU, by an event."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _LONGEST_NAP_S = 1e-3
 
 
 class EventCompletion:
-    """A `kvxfer.buffers.base.Completion` of everything that was put on a stream before an event was recorded there.
+    """A `kvxfer.buffers.base.Completion` of all work that was put on a stream before an event was recorded there.
 
     For an engine that tells kvxfer when its blocks are written: ``endpoint.publish(ref, blocks, after=[EventCompletion(event)], complete=False)``.
 
     Args:
         event: recorded; a ``torch.cuda.Event`` or anything else with ``query()`` and ``synchronize()``.
-        finish: what the host has to do then, before it is done. Called once, by whoever asks first.
+        finish: last step on the host, before the completion is done. Called once, by the first thread that asks.
     """
 
     answers_at_once: ClassVar[bool] = True
@@ -37,14 +37,14 @@ class EventCompletion:
 
     @property
     def done(self) -> bool:
-        """It has ended; its bytes are in place unless `wait` raises."""
+        """Whether the work has ended; its bytes are in place unless `wait` raises."""
         if self._ended:
             return True
         with self._lock:
             try:
                 if not self._ended and self._event.query():
                     self._end()
-            except Exception as error:  # noqa: BLE001 - a vendor's, of any kind; told by wait
+            except Exception as error:  # noqa: BLE001 - an error of a vendor, of any type; wait raises it
                 self._error, self._ended = error, True
         return self._ended
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of a GPU: streams, events, memory on it, and host memory that it reaches by itself.
+"""All calls to a GPU: streams, events, memory on it, and pinned host memory.
 
-One class, because a test that has no GPU puts another in its place.
+One class, so that tests without a GPU can replace it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PORTABLE = 1
 
 
 class Runtime:
-    """One GPU, through ``torch.cuda`` (which is HIP's too).
+    """One GPU, through ``torch.cuda`` (which also serves HIP).
 
     Args:
         device: such as ``torch.device("cuda", 0)``.
@@ -49,20 +49,20 @@ class Runtime:
     @staticmethod
     def _kernels() -> Any:
         try:
-            from kvxfer_gpu import _kernel  # noqa: PLC0415 - Triton is not everywhere
+            from kvxfer_gpu import _kernel  # noqa: PLC0415 - Triton is optional
         except ImportError as error:
             _log.warning("without Triton blocks are packed by PyTorch's operations, which is slower: %s", error)
             return None
         return _kernel
 
-    # -- what a test replaces ---------------------------------------------------------------------------------------
+    # -- what tests replace ---------------------------------------------------------------------------------------
 
     def stream(self) -> Any:
-        """A new stream, whose work does not wait for the engine's."""
+        """A new stream; its work does not wait for the engine's."""
         return torch.cuda.Stream(self.device)
 
     def on(self, stream: Any) -> Any:
-        """A context in which work is put on a stream of this device."""
+        """A context in which work goes to a stream of this device."""
         return torch.cuda.stream(stream)
 
     def event(self) -> Any:
@@ -71,14 +71,14 @@ class Runtime:
 
     @classmethod
     def passed(cls, device: Any) -> Any:
-        """An event that ends when this thread's current stream on a device has done what it has by now."""
+        """An event that is complete when the work so far on this thread's current stream of a device has ended."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
         return event
 
     @classmethod
     def pin(cls, memory: Bytes) -> Callable[[], object]:
-        """Lock host memory in place, exactly so much, for the GPU to reach it. Raises TransferFailedError."""
+        """Pin this host memory, and no more than it. Raises TransferFailedError."""
         runtime = torch.cuda.cudart()
         code = int(runtime.cudaHostRegister(memory.ctypes.data, len(memory), _PORTABLE))
         if code != 0:
@@ -86,30 +86,30 @@ class Runtime:
         return lambda: runtime.cudaHostUnregister(memory.ctypes.data)
 
     def copy(self, source: Any, target: Any) -> None:
-        """Put a copy of bytes, between the device and pinned host memory, on the current stream."""
+        """Put a copy between the device and pinned host memory on the current stream."""
         target.copy_(source, non_blocking=True)
 
     def casts_on_kernel(self, source: str, target: str) -> bool:
-        """Triton turns numbers of the one type into the other on this GPU."""
+        """Whether Triton converts one type to the other on this GPU."""
         return "float8_e4m3fn" not in (source, target) or torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     # -- moving -----------------------------------------------------------------------------------------------------
 
     def scratch(self, nbytes: int) -> Any:
-        """Bytes on the device, of the current stream."""
+        """New memory on the device, of the current stream."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def carries(self, casts: Iterable[Cast | None]) -> bool:
-        """The kernel does all of these, for which it matters not how many allocations their runs are in."""
+    def kernel_moves_all(self, casts: Iterable[Cast | None]) -> bool:
+        """Whether the kernel carries out all of these casts; then runs in several allocations need one launch only."""
         if self._kernel is None:
             return False
         return all(cast is None or (self.casts_on_kernel(cast.source, cast.target)) for cast in casts)
 
     def move(self, task: Task | Detour, source: Flat, target: Flat, tables: Sequence[Any]) -> None:
-        """Put a task on the current stream. Places count from the first byte of either side.
+        """Put a task on the current stream. Offsets count from the first byte of either side.
 
         Args:
-            tables: of the task, on the device.
+            tables: tables of the task, on the device.
         """
         if isinstance(task, Detour):
             self._move_around(task, source, target, tables)
@@ -134,7 +134,7 @@ class Runtime:
 
 
 class Flat:
-    """All of a tensor's storage, as whole words of any type. Keeps it alive."""
+    """All of a tensor's storage, as words of any type. Keeps it alive."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -145,7 +145,7 @@ class Flat:
         self._first: dict[int, Any] = {}
 
     def first(self, nbytes: int) -> Any:
-        """So many bytes from its beginning, of a tensor of bytes. Remembered: chunks are of few lengths."""
+        """The first ``nbytes`` of a tensor of bytes. Cached: chunks have few lengths."""
         found = self._first.get(nbytes)
         if found is None:
             if len(self._first) >= _MOST_LENGTHS:
@@ -154,7 +154,7 @@ class Flat:
         return found
 
     def of(self, dtype: Any) -> Any:
-        """As elements of this type. Remembered: to make a tensor costs as much as to launch a kernel."""
+        """The storage as elements of this type. Cached: making a tensor costs as much as launching a kernel."""
         typed = self._typed.get(dtype)
         if typed is None:
             empty = torch.empty(0, dtype=dtype, device=self.tensor.device)
@@ -164,6 +164,6 @@ class Flat:
 
 
 def host_tensor(memory: Bytes) -> Any:
-    """Host memory as a tensor, which does not keep it alive; also of what is only read, which PyTorch would warn of."""
+    """Host memory as a tensor that does not keep it alive; read-only memory, too, of which PyTorch would warn."""
     array = (ctypes.c_uint8 * len(memory)).from_address(int(memory.ctypes.data))
     return torch.frombuffer(array, dtype=torch.uint8)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AMD GPUs: memory of PyTorch's HIP tensors, reached in place or by way of pinned host memory.
+"""AMD GPUs: memory of PyTorch's HIP tensors, reached in place or through pinned host memory.
 
-PyTorch calls these devices ``cuda`` as well, and Triton builds the same kernels for them. What differs is what DLPack calls
-the memory, and which NIXL moves it: `kvxfer_nixl` looks for ``nixl_rocm`` and ``rixl`` first on a machine with AMD's driver.
+PyTorch calls these devices ``cuda`` as well, and Triton builds the same kernels for them. Two things differ: the name of the
+memory in DLPack, and the NIXL that moves it: `kvxfer_nixl` looks for ``nixl_rocm`` and ``rixl`` first on a machine with AMD's driver.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ class RocmBuffer(GpuBuffer):
 
 
 class StagedRocmBuffer(RocmBuffer):
-    """The same, for engines and fabrics that reach host memory only: every chunk is staged in the pinned arena."""
+    """The same memory, for engines and fabrics that reach host memory only: every chunk is staged in the pinned arena."""
 
     registrable: ClassVar[bool] = False

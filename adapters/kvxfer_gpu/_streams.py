@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way between a GPU's memory and the host's, in two steps: a kernel to or from scratch memory, and one long copy.
+"""Packing and unpacking of GPU memory in two steps: a kernel to or from scratch memory, and one long copy to or from the host.
 
-Several lanes, each a stream with scratch memory of its own, take turns: while the copy engine moves the bytes of one, the
-kernel of the next runs. The engine's streams are never waited for, nor made to wait: blocks are packed when they were
-offered, and nobody uses those that are unpacked before he is told so.
+Several CUDA streams, each with scratch memory of its own, take turns: while the copy engine moves the bytes of one, the kernel
+of the next runs. They neither wait for the engine's streams nor delay them: blocks are packed after they were published, and
+the engine uses unpacked blocks only after it was told that they are complete.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kvxfer.gpu")
 
-_MOST_LANES: Final = 8
-"""As many as the staging arena has slots."""
+_MOST_STREAMS: Final = 8
+"""The number of slots of a staging arena."""
 _MOST_FOUND: Final = 256
 _PAGE_NBYTES: Final = 1 << 12
 _STEP_NBYTES: Final = 1 << 16
-"""Memory is taken in such steps."""
+"""Granularity in which memory is allocated."""
 
 
 class Pinned:
-    """Host memory that GPUs were told of. Any thread."""
+    """Pinned host memory. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spans: dict[int, tuple[int, Any]] = {}
         self._found: dict[tuple[int, int], Any] = {}
-        """Tensors that were asked for before: slots are few."""
+        """Cache of tensors for parts of it: slots are few."""
 
     def add(self, memory: Bytes, undo: Callable[[], object]) -> Callable[[], object]:
-        """Remember it; returns how to forget it, which also undoes."""
+        """Remember pinned memory; return a function that forgets it and calls ``undo``."""
         begin = int(memory.ctypes.data)
         with self._lock:
             self._spans[begin] = begin + len(memory), host_tensor(memory)
@@ -70,7 +70,7 @@ class Pinned:
         return forget
 
     def find(self, memory: Bytes) -> Any:
-        """A tensor of this memory, or None if not all of it is pinned."""
+        """A tensor over this memory, or None if not all of it is pinned."""
         begin, _ = memory.__array_interface__["data"]
         end = begin + len(memory)
         with self._lock:
@@ -85,34 +85,34 @@ class Pinned:
 
 
 def pinned(runtime: Runtime | type[Runtime], memory: Bytes, what: str) -> Callable[[], object] | None:
-    """Pin memory; returns how to undo it, or None if it cannot be: the GPU copies to and from it all the same, more slowly."""
+    """Pin memory; return a function that undoes it, or None if it cannot be pinned: copies then work, more slowly."""
     try:
         return runtime.pin(memory)
-    except Exception:  # noqa: BLE001 - a vendor's, of any kind
+    except Exception:  # noqa: BLE001 - an error of a vendor, of any type
         _log.warning("%s cannot be pinned: copies of them are slower (ulimit -l?)", what, exc_info=True)
         return None
 
 
 class BufferWork(NamedTuple):
-    """What one buffer has to do: copies, and where in which storage the buffer begins."""
+    """Copies of one buffer, with the storage in which it lies and its offset there."""
 
     flat: Flat
     offset: int
     copies: Sequence[Copy]
 
 
-class _Lane:
-    """A stream, and memory of its own, which it lends to one piece of work at a time.
+class _PackStream:
+    """A CUDA stream with memory of its own, used by one chunk at a time.
 
     Attributes:
-        last: the work that has it, or had.
+        last: completion of the chunk that uses it, or used it last.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.stream: Any = runtime.stream()
         self.event: Any = runtime.event()
-        """Recorded again only when nobody asks for the work before any more."""
+        """Recorded again only after the chunk before has ended, so that its completion no longer asks."""
         self.last: EventCompletion | None = None
         self.scratch: Flat | None = None
         self.bounce = _PinnedMemory(runtime)
@@ -120,7 +120,7 @@ class _Lane:
         self._on_device: Flat | None = None
 
     def begin(self, nbytes: int) -> Flat:
-        """So much scratch memory, when the work before has ended, well or not: who had asked for it is told."""
+        """Scratch memory of this size, after the chunk before has succeeded or failed: its completion remembers how it ended."""
         if self.last is not None and not self.last.done:
             wait_for_end([self.last])
         if self.scratch is None or self.scratch.nbytes < nbytes:
@@ -128,9 +128,9 @@ class _Lane:
         return self.scratch
 
     def put(self, tables: Sequence[npt.NDArray[np.int64]]) -> list[Any]:
-        """Bring numbers to the device, once for each piece of work.
+        """Copy the tables of one chunk to the device.
 
-        By way of pinned memory: for any other the driver would first wait for all that is on the stream.
+        Through pinned memory: for other memory the driver would first wait for all work on the stream.
         """
         sizes = [len(table) for table in tables]
         nbytes = 8 * sum(sizes)
@@ -147,7 +147,7 @@ class _Lane:
 
 
 class _PinnedMemory:
-    """Host memory that the GPU reaches by itself; it grows, and forgets what it held. Whole pages: none is pinned twice."""
+    """Pinned host memory that grows on demand without keeping its content. Whole pages, so that none is pinned twice."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -156,7 +156,7 @@ class _PinnedMemory:
         self._undo: Callable[[], object] | None = None
 
     def need(self, nbytes: int) -> Bytes:
-        """So much of it."""
+        """The first ``nbytes`` of it; it grows if it is smaller."""
         if len(self.memory) < nbytes:
             self.free()
             whole = np.empty(_rounded(nbytes) + _PAGE_NBYTES, np.uint8)
@@ -166,81 +166,81 @@ class _PinnedMemory:
         return self.memory[:nbytes]
 
     def first(self, nbytes: int) -> Any:
-        """A tensor of as many bytes as were needed."""
+        """A tensor over its first ``nbytes``, after `need`."""
         if self._flat is None:
-            raise ValueError("no memory was needed yet")
+            raise ValueError("need was not called yet")
         return self._flat.first(nbytes)
 
     def free(self) -> None:
-        """Let go of it."""
+        """Unpin it."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
 
 
-class Lanes:
-    """Those of one GPU. Any thread; several endpoints of a process share them."""
+class PackStreams:
+    """The streams of one GPU on which chunks are packed and unpacked. Any thread; all endpoints of a process share them."""
 
     def __init__(self, runtime: Runtime, pinned: Pinned) -> None:
         self._runtime = runtime
         self._pinned = pinned
         self._lock = threading.Lock()
-        self._lanes: deque[_Lane] = deque()
+        self._streams: deque[_PackStream] = deque()
 
     def pack(self, shares: Sequence[BufferWork], out: Bytes) -> EventCompletion:
-        """Gather what these copies say into ``out``."""
+        """Start gathering into ``out``."""
         copies = [copy for share in shares for copy in share.copies]
         low, high = _bounds([copy.target_bounds() for copy in copies])
         whole = sum(copy.runs * copy.target_nbytes for copy in copies) == high - low
-        straight = self._pinned.find(out[low:high]) if whole else None
+        direct = self._pinned.find(out[low:high]) if whole else None
         with self._lock:
-            lane = self._turn()
-            with self._runtime.on(lane.stream), _EndedIfItFails(lane):
-                scratch = lane.begin(high - low)
-                landing = lane.bounce.need(high - low) if straight is None else out[low:high]
-                self._move(lane, scratch, shares, -low, pack=True)
-                ashore = lane.bounce.first(high - low) if straight is None else straight
-                self._runtime.copy(scratch.first(high - low), ashore)
-                lane.event.record(lane.stream)
+            mine = self._turn()
+            with self._runtime.on(mine.stream), _WaitIfItFails(mine):
+                scratch = mine.begin(high - low)
+                landing = mine.bounce.need(high - low) if direct is None else out[low:high]
+                self._move(mine, scratch, shares, -low, pack=True)
+                on_host = mine.bounce.first(high - low) if direct is None else direct
+                self._runtime.copy(scratch.first(high - low), on_host)
+                mine.event.record(mine.stream)
 
             def finish() -> None:
                 if whole:
                     out[low:high] = landing
-                else:  # between the runs are bytes that are not ours
+                else:  # bytes between the runs belong to others
                     copy_runs([_in_place(copy, low) for copy in copies], landing, out[low:high])
 
-            lane.last = EventCompletion(lane.event, finish if straight is None else None)
-            return lane.last
+            mine.last = EventCompletion(mine.event, finish if direct is None else None)
+            return mine.last
 
     def unpack(self, shares: Sequence[BufferWork], packed: Bytes) -> EventCompletion:
-        """Scatter ``packed`` as these copies say."""
+        """Start scattering ``packed``."""
         low, high = _bounds([copy.source_bounds() for share in shares for copy in share.copies])
-        leaving = self._pinned.find(packed[low:high])
+        on_host = self._pinned.find(packed[low:high])
         with self._lock:
-            lane = self._turn()
-            with self._runtime.on(lane.stream), _EndedIfItFails(lane):
-                scratch = lane.begin(high - low)
-                if leaving is None:
-                    lane.bounce.need(high - low)[:] = packed[low:high]
-                    leaving = lane.bounce.first(high - low)
-                self._runtime.copy(leaving, scratch.first(high - low))
-                self._move(lane, scratch, shares, -low, pack=False)
-                lane.event.record(lane.stream)
-            lane.last = EventCompletion(lane.event)
-            return lane.last
+            mine = self._turn()
+            with self._runtime.on(mine.stream), _WaitIfItFails(mine):
+                scratch = mine.begin(high - low)
+                if on_host is None:
+                    mine.bounce.need(high - low)[:] = packed[low:high]
+                    on_host = mine.bounce.first(high - low)
+                self._runtime.copy(on_host, scratch.first(high - low))
+                self._move(mine, scratch, shares, -low, pack=False)
+                mine.event.record(mine.stream)
+            mine.last = EventCompletion(mine.event)
+            return mine.last
 
-    def _turn(self) -> _Lane:
-        """A lane that is free, as long as there are not too many, or the one that will be free first."""
-        first = self._lanes[0] if self._lanes else None
-        if first is None or (first.last is not None and not first.last.done and len(self._lanes) < _MOST_LANES):
-            lane = _Lane(self._runtime)
+    def _turn(self) -> _PackStream:
+        """A free stream, a new one while there are few, or the one that will be free first."""
+        first = self._streams[0] if self._streams else None
+        if first is None or (first.last is not None and not first.last.done and len(self._streams) < _MOST_STREAMS):
+            mine = _PackStream(self._runtime)
         else:
-            lane = self._lanes.popleft()
-        self._lanes.append(lane)
-        return lane
+            mine = self._streams.popleft()
+        self._streams.append(mine)
+        return mine
 
-    def _move(self, lane: _Lane, scratch: Flat, shares: Sequence[BufferWork], to: int, *, pack: bool) -> None:
-        together = self._runtime.carries(copy.cast for share in shares for copy in share.copies)
+    def _move(self, mine: _PackStream, scratch: Flat, shares: Sequence[BufferWork], to: int, *, pack: bool) -> None:
+        together = self._runtime.kernel_moves_all(copy.cast for share in shares for copy in share.copies)
         work: list[tuple[Flat, Task | Detour]] = []
         for group in [shares] if together else [[share] for share in shares]:
             first = group[0].flat
@@ -249,27 +249,27 @@ class Lanes:
                 ((near, to) if pack else (to, near), share.copies) for near, share in zip(nears, group, strict=True)
             ]
             work += [(first, task) for task in tasks(placed)]
-        there = iter(lane.put([table for _, task in work for table in task.tables]))
+        there = iter(mine.put([table for _, task in work for table in task.tables]))
         for flat, task in work:
             ends = (flat, scratch) if pack else (scratch, flat)
             self._runtime.move(task, *ends, [next(there) for _ in task.tables])
 
 
-class _EndedIfItFails:
-    """What was put on the stream before a mistake was found must not touch anybody's memory after it was told."""
+class _WaitIfItFails:
+    """Wait for the work on the stream if starting more of it fails: no memory is touched after the error is raised."""
 
-    __slots__ = ("_lane",)
+    __slots__ = ("_pack_stream",)
 
-    def __init__(self, lane: _Lane) -> None:
-        self._lane = lane
+    def __init__(self, mine: _PackStream) -> None:
+        self._pack_stream = mine
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._lane.event.record(self._lane.stream)
-            self._lane.event.synchronize()
+            self._pack_stream.event.record(self._pack_stream.stream)
+            self._pack_stream.event.synchronize()
 
 
 def _rounded(nbytes: int) -> int:
@@ -281,7 +281,7 @@ def _bounds(spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _in_place(copy: Copy, low: int) -> Copy:
-    """From where a copy's target runs lie to there."""
+    """A copy from the places of its target runs to the same places."""
     loops = tuple(StridedLoop(loop.count, loop.target_stride, loop.target_stride) for loop in copy.loops)
     at = copy.target - low
     return replace(

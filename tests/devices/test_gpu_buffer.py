@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="the kernel of GPU buffers is written in Triton")
 
 from kvxfer_gpu import EventCompletion  # noqa: E402
-from kvxfer_gpu._lanes import Pinned  # noqa: E402
+from kvxfer_gpu._streams import Pinned  # noqa: E402
 from tests.devices.host_gpu import HostGpu, InterpretedGpu, RowsBuffer  # noqa: E402
 
 TOKENS, HALF = 12, 32
@@ -35,7 +35,7 @@ def tensor_of(nbytes, seed):
 
 
 def runtime_of(base, **changes):
-    """A class of buffers of its own, so that it shares no lanes with those of other tests."""
+    """A class of buffers of its own, so that it shares no streams with those of other tests."""
     return type("Buffer", (RowsBuffer,), {"runtime": type("Runtime", (base,), changes)})
 
 
@@ -84,7 +84,7 @@ def test_layers_of_one_plan_are_one_task():
         moved.append(task)
         HostGpu.move(self, task, *more)
 
-    kind = runtime_of(HostGpu, move=move, carries=lambda *_: True)
+    kind = runtime_of(HostGpu, move=move, kernel_moves_all=lambda *_: True)
     whole = tensor_of(8 * 1024, 4)  # one storage, so that the stand-in's operations reach all of it
     blocks, rows = i64(512, 0), i64(0, 256)
     shares = [(kind(whole[i * 1024 :][:1024]), [Copy(i64(0), i64(i * 512), blocks, rows, (), 256)]) for i in range(8)]
@@ -190,7 +190,7 @@ def test_what_had_begun_has_ended_when_a_mistake_is_told(direction):
 
 
 def test_a_chunk_that_failed_fails_no_other():
-    """Where the host could not finish one chunk, the next one that gets the same lane is packed."""
+    """Where the host could not finish one chunk, the next one that gets the same stream is packed."""
     kind, tensor, out = runtime_of(HostGpu), tensor_of(4096, 7), np.zeros(4096, np.uint8)
     whole = [Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)]
     out.flags.writeable = True
