@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference agent: peers in the same process, bytes moved by memmove. For tests, trials and the suite itself."""
+"""The reference agent: peers in the same process, bytes moved by memmove. For tests, trials and the conformance suite."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _agents: dict[str, InprocAgent] = {}
 class InprocAgent(TransferAgent):
     """Moves bytes between agents of one process, in `submit`.
 
-    It has no asynchrony, so nothing is ever in flight, and it checks the owner's registrations at the moment of the
-    copy, so a withdrawn region is never touched.
+    Each transfer is complete when it was submitted, so none is ever in flight. The peer's registrations are checked at the
+    moment of the copy, so a withdrawn region is never touched.
     """
 
     adapter: ClassVar[str] = "inproc"
@@ -68,7 +68,7 @@ class InprocAgent(TransferAgent):
                 raise _GoneError(f"no agent {peer!r} in this process")
             here, there, nbytes = spans.local.tolist(), spans.remote.tolist(), spans.nbytes.tolist()
             for address, length in zip(there, nbytes, strict=True):
-                if not any(m.address <= address and address + length <= m.end for m in target._live):  # noqa: SLF001 - one of us
+                if not any(m.address <= address and address + length <= m.end for m in target._live):  # noqa: SLF001 - of this class
                     raise _OutsideError(f"{address:#x}+{length} is not registered by {peer!r}")
             targets, sources = (here, there) if op is Op.READ else (there, here)
             for to, source, length in zip(targets, sources, nbytes, strict=True):
@@ -87,12 +87,12 @@ class InprocAgent(TransferAgent):
 
 
 class _OutsideError(TransferFailedError):
-    """Refused before a byte was moved."""
+    """The peer has not registered the memory; no byte was moved."""
 
     quiet = True
 
 
 class _GoneError(PeerLostError):
-    """Refused before a byte was moved."""
+    """The peer does not exist; no byte was moved."""
 
     quiet = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP ports on which this process listens, as the kernel tells. For adapters whose engines open ports, and for tests of them."""
+"""TCP ports on which this process listens, from the kernel. For adapters whose engines open ports, and for their tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Port(NamedTuple):
 
     @property
     def on_loopback(self) -> bool:
-        """Only processes of this machine can connect to it."""
+        """Whether only processes of this machine can connect to it."""
         return ipaddress.ip_address(self.address).is_loopback
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Port(NamedTuple):
 
 
 def open_ports() -> frozenset[Port]:
-    """The TCP ports on which this process listens, as the kernel tells; empty where it does not tell."""
+    """The TCP ports on which this process listens; empty where the kernel does not tell."""
     own = _own_sockets()
     found = set()
     for table in ("tcp", "tcp6"):
@@ -48,7 +48,7 @@ def open_ports() -> frozenset[Port]:
 
 
 def _own_sockets() -> set[str]:
-    """Inodes of the sockets of this process."""
+    """Inodes of this process's sockets."""
     try:
         descriptors = list(Path("/proc/self/fd").iterdir())
     except OSError:
@@ -65,7 +65,7 @@ def _own_sockets() -> set[str]:
 
 
 def _address(text: str) -> str:
-    """An address of /proc/net: words of four bytes in this machine's byte order."""
+    """An address from its form in /proc/net: words of four bytes in this machine's byte order."""
     words = [bytes.fromhex(text[i : i + 8]) for i in range(0, len(text), 8)]
     packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
     return str(ipaddress.ip_address(packed))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from kvxfer.buffers.base import HostBuffer
+from kvxfer.buffers.cache_regions import LayerPart, names_of, refuse_overlaps, regions_of
 from kvxfer.errors import LayoutError
 from kvxfer.layout.axes import Axes, Interval, KVLayout
 from kvxfer.layout.dtypes import DTYPE_NBYTES
-from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec, Scale
+from kvxfer.layout.spec import CacheGroup, CacheSpec, Scale
 from kvxfer.memory.arrays import allocations
-from kvxfer.memory.disjoint import neighbours, share_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,13 +29,13 @@ _PAGE_NBYTES = 4096
 
 
 class BufferMaker(Protocol):
-    """A class of `DeviceBuffer`s that are made of arrays."""
+    """A class of `DeviceBuffer`s that are made from arrays."""
 
     def view_of(self, array: Any, /) -> ArrayView:
-        """See `DeviceBuffer.view_of`."""
+        """Shape and address of an array, as `DeviceBuffer.view_of`."""
 
     def __call__(self, *arrays: Any) -> DeviceBuffer:
-        """The buffer of all these views of one allocation."""
+        """Make the buffer of all these views of one allocation."""
 
 
 class KVCache:
@@ -56,7 +56,7 @@ class KVCache:
             if region.buffer >= len(self.buffers):
                 raise LayoutError(f"a region lies in buffer {region.buffer}, of which there are {len(self.buffers)}")
             memory = self.buffers[region.buffer].memory
-            # A device without addresses counts its regions' from the start of the buffer.
+            # On a device without addresses, those of regions count from the start of the buffer.
             low, high = (memory.address, memory.end) if memory else (0, self.buffers[region.buffer].nbytes)
             if region.address < low or region.end > high:
                 raise LayoutError(
@@ -98,7 +98,7 @@ class KVCache:
                 whatever its strides, or several of them, one per component. A layer's number is the only number among
                 the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
                 otherwise its position in the mapping after ``layer_start``.
-            block_tokens: tokens of a block of the block table, of all groups or of each by its name, if not those of the
+            block_tokens: tokens of a block of the block table, of all groups or of each by its name, if it differs from the
                 arrays' blocks: a multiple of them where a kernel's blocks are smaller, anything for the state of
                 state-space layers.
             components: what the arrays of a layer hold; by default ``("kv",)`` for one and ``("k", "v")`` for two.
@@ -154,29 +154,29 @@ class KVCache:
         groups = _mapping("groups", groups, "names of layers for each group's name")
         if not kinds.keys() <= groups.keys():
             unknown = min(kinds.keys() - groups.keys(), key=str)
-            raise LayoutError(f"there is no group {unknown!r} to be {kinds[unknown]!r}: there are {_names(groups)}")
+            raise LayoutError(f"there is no group {unknown!r} to be {kinds[unknown]!r}: there are {names_of(groups)}")
         if isinstance(block_tokens, Mapping) and not block_tokens.keys() <= groups.keys():
             unknown = min(block_tokens.keys() - groups.keys(), key=str)
-            raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {_names(groups)}")
+            raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {names_of(groups)}")
         if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
             raise LayoutError("the groups do not hold each layer once")
         made = []
         for group_name, names in groups.items():
-            cells = [
-                _LayerPart(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
+            parts = [
+                LayerPart(component, numbers[name], view, placed[id(view)], bases[placed[id(view)]])
                 for name in names
                 for component, view in views[name].items()
             ]
-            if not cells:
+            if not parts:
                 raise LayoutError(f"group {group_name!r} has no layers")
-            extents = cells[0].extents
-            kind = kinds.get(group_name, "mla" if cells[0].component == "latent" else "full_attention")
+            extents = parts[0].extents
+            kind = kinds.get(group_name, "mla" if parts[0].component == "latent" else "full_attention")
             total = heads_total if heads_total is not None else head_start + extents.head
             tokens = block_tokens.get(group_name) if isinstance(block_tokens, Mapping) else block_tokens
             tokens = extents.token if tokens is None else tokens
             kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
-            regions = tuple(_regions(cells))
-            _refuse_overlaps(group_name, regions)
+            regions = tuple(regions_of(parts))
+            refuse_overlaps(group_name, regions)
             present = {layer for region in regions for layer in region.layers}
             made.append(
                 CacheGroup(
@@ -254,7 +254,7 @@ class KVCache:
 
 
 def _whole(what: str, value: Any) -> int:
-    """An integer of any library. Raises LayoutError."""
+    """An integer of any library, as an int. Raises LayoutError."""
     try:
         if not isinstance(value, (bool, np.bool_)):
             return index(value)
@@ -264,48 +264,14 @@ def _whole(what: str, value: Any) -> int:
 
 
 def _mapping(what: str, value: Any, of: str) -> Any:
-    """What is given by name. Raises LayoutError."""
+    """``value``, if it is a mapping. Raises LayoutError."""
     if not isinstance(value, Mapping):
         raise LayoutError(f"{what} must be a mapping ({of}), not {type(value).__name__}")
     return value
 
 
-def _names(names: Iterable[Any]) -> str:
-    return ", ".join(repr(name) for name in names)
-
-
-def _refuse_overlaps(group: str, regions: Sequence[CacheRegion]) -> None:
-    """Layers and components of one block table have no byte in common."""
-    for a, b in neighbours(regions):
-        if share_bytes(a, b):
-            what = (f"{each.component!r} of layers {_names(each.layers)}" for each in (a, b))
-            raise LayoutError(
-                f"in group {group!r} some bytes belong to {' and to '.join(what)}: give each layer and component memory of its own"
-            )
-
-
-class _LayerPart:
-    """One component of one layer: a region without a layer axis yet."""
-
-    def __init__(self, component: str, layer: int, view: ArrayView, buffer: int, base: int) -> None:
-        self.component, self.layer, self.address, self.buffer = component, layer, view.address - base, buffer
-        blocks, heads, tokens, content = view.shape
-        self.extents = Axes(1, blocks, heads, tokens)
-        self.content_nbytes = content * view.itemsize
-        apart = content > 1 and view.strides[3] != view.itemsize
-        self.element = (view.itemsize, view.strides[3]) if apart else (0, 0)
-        # The stride of an axis of one element is arbitrary: 0, so that equal layers look equal.
-        steps = (stride if extent > 1 else 0 for extent, stride in zip(view.shape, view.strides, strict=True))
-        self.strides = Axes(0, *list(steps)[:3])
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Equal for cells that may become one region."""
-        return self.component, self.buffer, self.extents, self.strides, self.content_nbytes, self.element
-
-
 def _base(buffer: DeviceBuffer, views: Sequence[ArrayView]) -> int:
-    """What the addresses of its regions count from: 0, or its first byte if its memory is not reached by address."""
+    """The origin of the addresses of regions: 0, or the first byte of a buffer whose memory has no address."""
     return 0 if buffer.memory is not None else min(view.address for view in views)
 
 
@@ -346,45 +312,6 @@ def _one_dtype(views: Iterable[ArrayView]) -> str:
     if len(names) > 1:
         raise LayoutError(f"the arrays have different dtypes: {', '.join(names)}")
     return names[0]
-
-
-def _regions(cells: list[_LayerPart]) -> Iterable[CacheRegion]:
-    """Cells of one group as few regions: those of one buffer at equal distances become one with a layer stride."""
-    by_shape: dict[tuple[object, ...], dict[int, _LayerPart]] = {}
-    for cell in cells:
-        # The first layer at an address stands for all that share it.
-        by_shape.setdefault(cell.shape, {}).setdefault(cell.address, cell)
-    for same in by_shape.values():
-        run: list[_LayerPart] = []
-        for address in sorted(same):
-            if len(run) > 1 and address - run[-1].address != run[1].address - run[0].address:
-                yield from _region(run)
-                run = []
-            run.append(same[address])
-        yield from _region(run)
-
-
-def _region(run: list[_LayerPart]) -> Iterable[CacheRegion]:
-    first = run[0]
-    stride = run[1].address - first.address if len(run) > 1 else 0
-    try:
-        yield CacheRegion(
-            component=first.component,
-            layers=tuple(cell.layer for cell in run),
-            address=first.address,
-            extents=Axes(len(run), first.extents.block, first.extents.head, first.extents.token),
-            strides=Axes(stride, first.strides.block, first.strides.head, first.strides.token),
-            content_nbytes=first.content_nbytes,
-            buffer=first.buffer,
-            element_nbytes=first.element[0],
-            element_stride=first.element[1],
-        )
-    except LayoutError:
-        if len(run) == 1:
-            raise
-        # Equally far apart by chance, but not nested: each for itself.
-        for cell in run:
-            yield from _region([cell])
 
 
 def _zeros(order: KVLayout, extents: Axes, elements: int, dtype: str, padding: Axes | None) -> npt.NDArray[Any]:

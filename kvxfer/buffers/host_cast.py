@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Elements of one floating-point type turned into another, in host memory: what a `Cast` means, to the bit.
+"""Conversion between floating-point types in host memory, bit by bit as `Cast` defines it.
 
 bfloat16 and float8 are types of the library ml_dtypes, which is imported when a cast first needs it.
 """
@@ -29,12 +29,12 @@ _NUMPY: Final = frozenset({"float16", "float32"})
 
 
 def can_cast(source: str, target: str) -> bool:
-    """Elements of the one dtype can be cast to the other here: where ml_dtypes is missing, only those that NumPy knows can."""
+    """Whether one dtype can be cast to the other here; without ml_dtypes only between types of NumPy."""
     return why_not(source, target) is None
 
 
 def why_not(source: str, target: str) -> str | None:
-    """None if there is such a cast here, or the reason and what to install."""
+    """None if the cast is possible here, else the reason and what to install."""
     asked = {source, target}
     if not asked <= CASTABLE:
         return f"host memory does not cast {source} to {target}"
@@ -44,7 +44,7 @@ def why_not(source: str, target: str) -> str | None:
 
 
 def looks_up(cast: Cast) -> bool:
-    """Whether `caster` looks elements up in a table, which takes a fraction of what arithmetic does."""
+    """Whether `caster` looks elements up in a table, which takes a fraction of the time of arithmetic."""
     plain = cast.source == "bfloat16" and cast.target == "float8_e4m3fn" and cast.factor == 1
     return plain or DTYPE_NBYTES[cast.source] == 1
 
@@ -53,7 +53,7 @@ def caster(cast: Cast) -> Callable[[Bytes], Bytes]:
     """A function from the bytes of any number of source elements, contiguous, to new bytes of as many target elements.
 
     Raises:
-        UnsupportedError: there is no such cast, or it needs ml_dtypes, which is not installed.
+        UnsupportedError: the cast is not supported, or it needs ml_dtypes, which is not installed.
     """
     why = why_not(cast.source, cast.target)
     if why is not None:
@@ -62,7 +62,7 @@ def caster(cast: Cast) -> Callable[[Bytes], Bytes]:
     factor = np.float32(cast.factor)
 
     def convert(elements: Bytes) -> Bytes:
-        # Overflow and NaN are part of what a cast defines, and no reason for warnings.
+        # Overflow and NaN are results that a cast defines: no warnings.
         with np.errstate(all="ignore"):
             values: Floats = elements.view(read).astype(np.float32)
             if factor != 1:
@@ -70,7 +70,7 @@ def caster(cast: Cast) -> Callable[[Bytes], Bytes]:
             return _encoded(values, cast.target, written)
 
     if DTYPE_NBYTES[cast.source] == 1:
-        # A type of one byte has 256 values: looking them up is 8 times as fast as ml_dtypes (0.6.0).
+        # A type of one byte has 256 values: a table is 8 times as fast as ml_dtypes (0.6.0).
         table = convert(np.arange(256, dtype=np.uint8)).view(f"u{written.itemsize}")
         return lambda elements: np.take(table, elements).view(np.uint8)
     if looks_up(cast):
@@ -88,10 +88,10 @@ def _encoded(values: Floats, name: str, written: np.dtype[Any]) -> Bytes:
 
 
 def _rounded_to_odd(values: Floats) -> npt.NDArray[np.uint32]:
-    """The upper halves of the bits, their last bit set where the lower half was not 0.
+    """The upper halves of the bits, with the last bit set where the lower half was not 0.
 
-    So a number that lies between two of bfloat16 becomes the odd one of them, which is never halfway between two of a type
-    of at least two bits less: rounding on from there to nearest even gives what rounding at once would have given.
+    So a number between two values of bfloat16 becomes the odd one of them, which is never halfway between two values of a type
+    with at least two bits less: rounding it further to nearest even gives the same result as rounding once.
     """
     bits = values.view(np.uint32)
     upper: npt.NDArray[np.uint32] = bits & np.uint32(0xFFFF)
@@ -103,7 +103,7 @@ def _rounded_to_odd(values: Floats) -> npt.NDArray[np.uint32]:
 
 @lru_cache(maxsize=1)
 def _float8_of_bfloat16() -> Bytes:
-    """float8_e4m3fn of every bit pattern of bfloat16: ml_dtypes (0.6.0) takes 5 ns for an element, this table 0.5."""
+    """float8_e4m3fn of every bit pattern of bfloat16: ml_dtypes (0.6.0) takes 5 ns for an element, this table 0.5 ns."""
     patterns = np.arange(1 << 16, dtype=np.uint16).view(_numpy_type("bfloat16"))
     with np.errstate(all="ignore"):
         values = np.clip(patterns.astype(np.float32), -LARGEST["float8_e4m3fn"], LARGEST["float8_e4m3fn"])

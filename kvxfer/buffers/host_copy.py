@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies carried out between two pieces of host memory, at the speed of the memory.
+"""Copies between two pieces of host memory, at the speed of the memory.
 
-What is regular becomes one strided copy. Where blocks lie anywhere, runs are elements of a type as wide as a run, and are
-picked by index: NumPy then moves each with one memmove. All of it lets go of the interpreter's lock while it copies, and
-nothing loops over blocks or runs in Python, unless one alone is a batch.
+Regular runs become one strided copy. Where blocks have arbitrary offsets, runs become elements of a type as wide as a run and
+are picked by index: NumPy then moves each with one memmove. All of it releases the interpreter's lock while it copies, and no
+loop in Python visits single blocks or runs, unless one alone is a batch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     Convert = Callable[[Bytes], Bytes]
 
 _BATCH_NBYTES: Final = 1 << 18
-"""What is gathered before it is scattered; of this size it stays in the cache."""
+"""Bytes that are gathered before they are scattered; a batch of this size stays in the processor's cache."""
 
 _CAST_NBYTES: Final = 1 << 17
-"""The same for elements that are cast, which takes several arrays on the way."""
+"""The same for elements that are cast, which takes several intermediate arrays."""
 
 _BATCH_RUNS: Final = 1 << 13
-"""Indices are made for at most so many runs at a time, so that they stay in the cache too."""
+"""Most runs for which indices are computed at a time, so that they stay in the cache too."""
 
 _WIDE_NBYTES: Final = 128
 """Strided copies of runs up to this length are faster by elements as wide as a run (64 bytes: by 15 %), longer ones by bytes."""
 
 _PAGE_NBYTES: Final = 4096
 _NEAR_NBYTES: Final = 1 << 20
-"""What a core's own cache keeps."""
+"""Bytes that stay in a core's own cache."""
 
 
 def copy_runs(copies: Iterable[Copy], source: Bytes, target: Bytes) -> None:
@@ -67,12 +67,12 @@ def copy_runs(copies: Iterable[Copy], source: Bytes, target: Bytes) -> None:
 
 
 class Effort(NamedTuple):
-    """What copies take beside their runs and bytes, for a prediction; see `effort_of`.
+    """Cost of copies beside their numbers of runs and bytes, for predictions; see `effort_of`.
 
     Attributes:
         indexed_runs: runs that are found by an index.
-        twice_nbytes: bytes that are gathered first and scattered then, for neither side has them in a row.
-        looked_up, computed: elements that change their type, by a table and by arithmetic.
+        twice_nbytes: bytes that are gathered first and then scattered, because they are contiguous on neither side.
+        looked_up, computed: elements that are cast by a table, and by arithmetic.
     """
 
     indexed_runs: int = 0
@@ -87,7 +87,7 @@ class Effort(NamedTuple):
 
 
 def effort_of(copies: Iterable[Copy]) -> Effort:
-    """How `copy_runs` would carry copies out: nothing is copied."""
+    """The effort of `copy_runs` for these copies; copies nothing."""
     total = Effort()
     for copy in copies:
         runs = runs_of(copy)
@@ -104,7 +104,7 @@ def effort_of(copies: Iterable[Copy]) -> Effort:
 
 
 def carry(runs: Runs, source: Bytes, target: Bytes) -> None:
-    """Carry out the runs of one copy without a cast, as `copy_runs`."""
+    """Copy the runs of one copy without a cast, as `copy_runs`."""
     if runs.starts is None:
         _strided(runs, source, target)
     elif _each_start_is_a_batch(runs):
@@ -115,13 +115,13 @@ def carry(runs: Runs, source: Bytes, target: Bytes) -> None:
 
 
 def _each_start_is_a_batch(runs: Runs) -> bool:
-    """By bytes, or by runs that are so short that finding each by an index costs more than copying it."""
+    """Whether the runs of one start are a batch, by bytes, or by number if they are too short to be found by an index."""
     starts = 1 if runs.starts is None else runs.starts.count
     return runs.number > _BATCH_RUNS * starts or runs.number * runs.nbytes[SOURCE] >= _BATCH_NBYTES * starts
 
 
 def _in_pieces(runs: Runs, cast: Cast) -> Iterator[Runs]:
-    """The same, long runs cut into pieces of which several fit in a batch."""
+    """The same runs, with long ones cut into pieces of which several fit in a batch."""
     sizes = DTYPE_NBYTES[cast.source], DTYPE_NBYTES[cast.target]
     piece = _CAST_NBYTES // 16
     count, rest = divmod(runs.nbytes[SOURCE] // sizes[SOURCE], piece)
@@ -147,7 +147,7 @@ def _strided(runs: Runs, source: Bytes, target: Bytes) -> None:
         views = []
         for side, memory in ((SOURCE, source), (TARGET, target)):
             strides = [axis.stride(side) for axis in tile.axes] + ([] if wide else [1])
-            # Unlike as_strided, the constructor refuses what would leave the memory.
+            # Unlike as_strided, the constructor refuses a view that would leave the memory.
             views.append(np.ndarray(counts, dtype, memory, tile.at[side], strides))
         np.copyto(views[TARGET], views[SOURCE])
 
@@ -173,7 +173,7 @@ def _tiles(runs: Runs) -> Iterator[Runs]:
 
 
 def _indexed(runs: Runs, source: Bytes, target: Bytes, convert: Convert | None) -> None:
-    """Walk the runs in the order of a side on which they follow each other: one pass then is enough for both sides."""
+    """Visit the runs in the order of a side on which they are contiguous: one pass then is enough for both sides."""
     if not runs.in_line(TARGET):
         other = runs.along(SOURCE)
         if other.in_line(SOURCE):
@@ -191,17 +191,17 @@ def _indexed(runs: Runs, source: Bytes, target: Bytes, convert: Convert | None) 
         elif isinstance(here, slice) or isinstance(there, np.ndarray) or not read.packed:
             written.array[there] = read.array[here]
         else:
-            # The fastest gather, but of packed arrays only; mode="raise" would make a copy of the output.
+            # The fastest gather, but for packed arrays only; mode="raise" would copy the output.
             np.take(read.array, here, out=written.array[there], mode="clip")
 
 
 class _RunArray:
-    """Runs of one side as elements of an array, which has one for each place where a run may begin.
+    """Runs of one side as elements of an array with one element for each offset at which a run may begin.
 
     Attributes:
         array: of dtype ``V{nbytes}``.
-        in_line: it is the runs and nothing else, one after the other.
-        packed: its elements neither overlap nor leave gaps.
+        in_line: the array consists of the runs, one after the other.
+        packed: the elements neither overlap nor leave gaps.
     """
 
     def __init__(self, runs: Runs, side: int, memory: Bytes) -> None:
@@ -216,7 +216,7 @@ class _RunArray:
         self.array: npt.NDArray[np.void] = np.ndarray(count, f"V{nbytes}", memory, begin, self._unit)
 
     def batches(self, runs: int) -> Iterator[slice | IntArray]:
-        """Indices of at most so many runs at a time, in the order of the runs; the same cuts on either side."""
+        """Indices of the runs, in order, at most ``runs`` at a time; both sides are cut in the same places."""
         cut, inner_runs = len(self._runs.axes), 1
         while cut and inner_runs * self._runs.axes[cut - 1].count <= runs:
             cut -= 1

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies for a device that knows no addresses: units of its array, picked by index, and the order they have on the host.
+"""Copies for a device without addresses: indices of units of its array, and the order of the units in host memory.
 
-XLA takes no pointer and no stride, but it gathers and scatters rows of an array by an index for each. So a copy becomes the
-indices of equal *units* of the device's array, in the order in which the host's side of it lies in memory; the units, one
-after the other, are *dense*, and in nearly all cases are the packed bytes themselves. XLA also compiles a program for each
-shape, which takes longer than many transfers: so units are dealt out in *pieces* of few sizes, the last one padded, and
-what a request looks like changes no shape.
+XLA takes no pointer and no stride, but it gathers and scatters rows of an array by one index each. So a copy becomes the
+indices of equal *units* of the device's array, in the order of the host's side in memory. The units, one after the other,
+are the *dense* bytes, which in nearly all cases are the packed bytes themselves. XLA also compiles a program for each shape,
+which takes longer than many transfers: so units are divided into *pieces* of few sizes, the last one padded, and the shapes
+do not depend on the request.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _PIECE_NBYTES: Final = 1 << 20
-"""Of a whole piece on the device. Larger ones would pad more; smaller ones would be more programs to start."""
+"""Bytes of a whole piece on the device. Larger pieces would pad more; smaller ones would start more programs."""
 
 _FEWEST_UNITS: Final = 32
-"""Of a piece, so that small ones have few sizes. A power of two: elements of a cast then fit into any number of bytes."""
+"""Fewest units of a piece, so that small pieces have few sizes. A power of two: a piece then is whole elements of any cast."""
 
 _LARGEST_PART_NBYTES: Final = 4096
-"""Of a unit that is a part of the last axis."""
+"""Bytes of the largest unit that is a part of the last axis."""
 
 _MOST_UNITS: Final = 1 << 30
-"""Of an array: indices have 32 bits."""
+"""Most units of an array: indices have 32 bits."""
 
 
 def units_of(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Sizes in bytes of the units in which an array can be taken apart, largest first.
+    """Sizes in bytes of the units into which an array can be divided, largest first.
 
-    Everything below one of its leading axes is a unit that keeps the array's own shape, which costs an accelerator nothing:
-    a block, a token of a block, a head of a token. Below the last axis they are powers of two of bytes.
+    All that lies below one of its leading axes is a unit that keeps the array's own shape, which costs an accelerator nothing:
+    a block, a token of a block, a head of a token. Units that are parts of the last axis are powers of two of bytes.
 
     Args:
-        shape: of an array that is contiguous, its last axis moving fastest.
+        shape: shape of a contiguous array, its last axis moving fastest.
         itemsize: bytes of an element.
 
     Returns:
-        at least one. Very large arrays have no very small units: their indices would not fit into 32 bits.
+        at least one size. Very large arrays have no very small units: indices would not fit into 32 bits.
     """
     found, nbytes = [], itemsize
     for extent in reversed(shape[1:]):
@@ -80,12 +80,12 @@ def paged(shape: Sequence[int], itemsize: int, order: str, heads: int) -> tuple[
     """(shape, strides in bytes) of an engine's array seen as ``[block, head, token, content]``.
 
     Args:
-        shape: of the array: ``[block, token, ...]`` in the order ``NHD``, where all that follows holds ``heads`` heads one
+        shape: of the array: ``[block, token, ...]`` in the order ``NHD``, where the remaining axes hold ``heads`` heads one
             after the other, or ``[block, head, token, ...]`` in the order ``HND``.
         itemsize: bytes of an element.
 
     Raises:
-        UnsupportedBufferError: it is no such array.
+        UnsupportedBufferError: no such array.
     """
     leading = {"NHD": 2, "HND": 3}.get(order)
     if leading is None:
@@ -112,19 +112,19 @@ _stand_ins = count(1 << 40, 1 << 40)
 
 
 def stand_in() -> int:
-    """What stands for the address of an allocation that has none, where kvxfer tells allocations apart by address."""
+    """A new number in place of the address of an allocation that has none; kvxfer tells allocations apart by address."""
     return next(_stand_ins)
 
 
 @dataclass(frozen=True)
 class IndexPiece:
-    """Units that one program moves.
+    """Units that one program call moves.
 
     Attributes:
-        indices: int32, of the units in the device's array; padded, by one index or by indices beyond the array.
-        number: of the units that are meant, the first ones.
-        begin, end: where they are in the dense bytes, as the host has them.
-        padded_nbytes: of all units of the piece, padding included, as the host has them.
+        indices: indices (int32) of the units in the device's array, padded with one index or with indices beyond the array.
+        number: number of units without the padding; they come first.
+        begin, end: their place in the dense bytes, as they are in host memory.
+        padded_nbytes: bytes in host memory of the whole piece, padding included.
     """
 
     indices: npt.NDArray[np.int32]
@@ -139,10 +139,10 @@ class Picked:
     """Copies of one cast, as units.
 
     Attributes:
-        cast: that their elements take on the way, or None.
-        unit_nbytes: of one unit, on the device.
-        indices: of all units in the device's array, in dense order.
-        nbytes: of all dense bytes, as the host has them: before the cast if the device is the target, else after it.
+        cast: conversion of their elements, or None.
+        unit_nbytes: bytes of one unit, on the device.
+        indices: indices of all units in the device's array, in dense order.
+        nbytes: number of dense bytes in host memory: before the cast if the device is the target, else after it.
     """
 
     cast: Cast | None
@@ -156,8 +156,8 @@ class Picked:
         """All units, in pieces of few sizes.
 
         Args:
-            beyond: the number of units in the array: padding then is indices from there on, no two the same, as a scatter
-                that drops them wants it. By default padding repeats the last index.
+            beyond: number of units of the array. Padding then is indices from there on, no two equal, for a scatter that drops
+                them. By default padding repeats the last index.
         """
         most = _power_of_two_below(max(1, _PIECE_NBYTES // self.unit_nbytes))
         for begin in range(0, len(self.indices), most):
@@ -171,12 +171,12 @@ class Picked:
             yield IndexPiece(padded, len(mine), first, last, self._on_host(size))
 
     def spread(self, dense: Bytes, out: Bytes) -> None:
-        """Put all dense bytes, which came from the device, where the copies want them."""
+        """Copy all dense bytes, which came from the device, to where the copies write."""
         for begin, runs in self._parts:
             carry(replace(runs, at=(begin, runs.at[TARGET])), dense, out)
 
     def collect(self, packed: Bytes) -> Bytes:
-        """The dense bytes for the device; a view where they lie as they are."""
+        """The dense bytes for the device; a view of ``packed`` if they are contiguous there."""
         (begin, runs), *others = self._parts
         if not others and runs.in_line(SOURCE):
             return packed[runs.at[SOURCE] : runs.at[SOURCE] + self.nbytes]
@@ -186,7 +186,7 @@ class Picked:
         return dense
 
     def place_in(self, out: Bytes) -> Bytes | None:
-        """Where in ``out`` the dense bytes belong, if they lie there as they are; else they have to be `spread`."""
+        """The part of ``out`` that is the dense bytes, or None if they are not contiguous there and must be `spread`."""
         (_, runs), *others = self._parts
         if others or not runs.in_line(TARGET):
             return None
@@ -205,14 +205,14 @@ def pick(copies: Sequence[Copy], device: int, units: Sequence[int]) -> list[Pick
 
     Args:
         copies: checked, at least one.
-        device: which side of them is the device: `kvxfer.memory.normal_form.SOURCE` for packing, `kvxfer.memory.normal_form.TARGET` for unpacking.
-        units: that the array has, see `units_of`.
+        device: the device's side of the copies: `kvxfer.memory.normal_form.SOURCE` for packing, `TARGET` for unpacking.
+        units: sizes of units, from `units_of`.
 
     Returns:
-        for each cast among the copies, none being one of them, what it moves.
+        the units of each cast among the copies; no cast counts as one.
 
     Raises:
-        UnsupportedError: the array is so large that units as small as these copies need cannot be numbered.
+        UnsupportedError: these copies need units so small that indices of 32 bits cannot number them.
     """
     host = TARGET if device == SOURCE else SOURCE
     by_cast: dict[Cast | None, list[Runs]] = {}
@@ -241,7 +241,7 @@ def _picked(cast: Cast | None, every: list[Runs], device: int, units: Sequence[i
 
 
 def _common(runs: Runs, side: int) -> int:
-    """Divides every place and length on one side."""
+    """A common divisor of every offset and length on one side."""
     found = gcd(runs.at[side], runs.nbytes[side])
     for axis in runs.axes:
         offsets = None if axis.offsets is None else axis.offsets[side]
@@ -250,7 +250,7 @@ def _common(runs: Runs, side: int) -> int:
 
 
 def _dense(runs: Runs, device: int) -> Runs:
-    """The same runs, with dense bytes in the device's place: the host's, one after the other."""
+    """The same runs with the dense bytes in place of the device: the host's runs, one after the other."""
     host = TARGET if device == SOURCE else SOURCE
     nbytes = runs.nbytes[host]
     step, axes = nbytes, []

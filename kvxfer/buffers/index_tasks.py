@@ -58,7 +58,7 @@ class IndexTask(Generic[A]):
     pieces: list[IndexPiece]
 
     def store(self, gathered: Iterable[Bytes], out: Bytes) -> None:
-        """Write pieces that came from the device to ``out``, where the copies want them.
+        """Write pieces that came from the device to ``out``, where the copies write.
 
         Args:
             gathered: the bytes of each piece, its padding included, in the order of ``pieces``.
