@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches on any device, for tests that are the same for all of them: how to put one there, and how to read it back."""
+"""Caches on any device, for tests of all devices: how to put one there, and how to read it back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Device(ABC):
-    """One kind of memory, as a test uses it. Made and asked without importing anything of the vendor's."""
+    """A kind of memory, as a test uses it. Making one and `why_unavailable` import nothing of the vendor."""
 
     @abstractmethod
     def why_unavailable(self) -> str | None:
@@ -34,22 +34,22 @@ class Device(ABC):
 
     @abstractmethod
     def make(self, content: Array) -> DeviceBuffer:
-        """A buffer over new memory of the device, which it keeps alive.
+        """Make a buffer over new memory of the device, which it keeps alive.
 
         Args:
-            content: what the memory holds, contiguous; its shape and element type are those of the device's array.
+            content: content of the memory, contiguous; its shape and element type are those of the device's array.
         """
 
     @abstractmethod
     def bytes_of(self, buffer: DeviceBuffer) -> Bytes:
-        """All of a buffer that `make` made, as it is now, by other means than the buffer's."""
+        """The present content of a buffer that `make` made, by other means than the buffer."""
 
 
 class HostDevice(Device):
     """Host memory of NumPy."""
 
     def why_unavailable(self) -> str | None:
-        """Always there."""
+        """None: host memory is always available."""
         return None
 
     def make(self, content: Array) -> DeviceBuffer:
@@ -69,7 +69,7 @@ def on_device(cache: KVCache, arrays: Sequence[Array], device: Device) -> KVCach
     Args:
         cache: in host memory.
         arrays: for each of its buffers the array that is all of its memory, without gaps, its axes in any order.
-        device: where to.
+        device: the target.
     """
     moved = [device.make(in_memory_order(array)) for array in arrays]
 

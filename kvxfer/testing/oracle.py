@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that a test reads and writes behind the adapter's back, so that an adapter cannot vouch for itself."""
+"""Memory that a test reads and writes without the adapter under test."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from kvxfer.memory.spans import Memory
 
 GUARD_NBYTES = 4096
-"""Width of the band on either side of a `HostSpan` that nobody registered and nobody may touch."""
+"""Width of the guard bands on either side of a `HostSpan`: they are not registered, and no agent may touch them."""
 
 _CANARY = 0xA5
-_TILE_NBYTES = 1_048_573
+_PERIOD_NBYTES = 1_048_573
 
 
 class OracleMemory(Protocol):
-    """What a suite needs of memory. `HostSpan` is the one for DRAM; adapters of other kinds bring their own."""
+    """Memory for a suite. `HostSpan` is the one for DRAM; adapters for other kinds provide their own."""
 
     @property
     def memory(self) -> Memory:
@@ -26,22 +26,22 @@ class OracleMemory(Protocol):
         ...
 
     def read(self) -> bytes:
-        """All of it, fetched by other means than the adapter's."""
+        """All of its content, by other means than the adapter."""
         ...
 
     def write(self, data: bytes) -> None:
-        """Replace all of it, by other means than the adapter's."""
+        """Replace all of its content, by other means than the adapter."""
         ...
 
     def intact(self) -> bool:
-        """Nothing next to it was touched."""
+        """Whether the memory beside it is untouched."""
         ...
 
 
 class HostSpan:
     """Host memory between two guard bands.
 
-    Owns the memory: keep it until every agent that registered it, or may still write to it, is closed.
+    It owns the memory: keep it until every agent that registered it, or may still write to it, is closed.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -69,16 +69,16 @@ class HostSpan:
         ctypes.memmove(self._memory.address, data, len(data))
 
     def intact(self) -> bool:
-        """Neither guard band was touched."""
+        """Whether both guard bands are untouched."""
         below, above = self._bytes[:GUARD_NBYTES], self._bytes[-GUARD_NBYTES:]
         return bool((below == _CANARY).all() and (above == _CANARY).all())
 
 
 def same_bytes(found: bytes | bytearray, expected: bytes | bytearray, what: str = "") -> None:
-    """Assert that both are equal, and say where they are not.
+    """Assert that both are equal, and say where they differ.
 
-    A bare ``assert found == expected`` would have pytest print a diff of all of it wherever ``CI`` is set in the
-    environment, which takes minutes for a few hundred KiB.
+    For a bare ``assert found == expected`` pytest would print a diff of all bytes where ``CI`` is set in the environment,
+    which takes minutes for a few hundred KiB.
 
     Raises:
         AssertionError: they differ.
@@ -93,7 +93,7 @@ def same_bytes(found: bytes | bytearray, expected: bytes | bytearray, what: str 
 
 def noise(nbytes: int, seed: int) -> bytes:
     """Bytes that look random and are the same in every process for the same ``seed``."""
-    if nbytes <= _TILE_NBYTES:
+    if nbytes <= _PERIOD_NBYTES:
         return np.random.default_rng(seed).bytes(nbytes)
     # Random bytes are slow to make: large memory repeats them, with a period that is no multiple of anything.
-    return (noise(_TILE_NBYTES, seed) * (nbytes // _TILE_NBYTES + 1))[:nbytes]
+    return (noise(_PERIOD_NBYTES, seed) * (nbytes // _PERIOD_NBYTES + 1))[:nbytes]

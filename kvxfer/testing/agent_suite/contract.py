@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract: what is refused, by which error, and that a refusal moves nothing."""
+"""The contract: which calls are refused, with which error, and that a refusal moves nothing."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class AgentContractTests:
 
     @final
     def test_register_again(self, testbed: Testbed) -> None:
-        """Memory can be withdrawn and registered again, any number of times, and a withdrawn region only once."""
+        """Memory can be deregistered and registered again any number of times; a registration can be deregistered once."""
         actor = testbed.actor()
         span = actor.allocate(64 * KIB, 1, register=False)
         for _ in range(5):
@@ -169,9 +169,9 @@ class AgentContractTests:
         actor, peer, op = testbed.actor(), testbed.peer("thread"), testbed.any_op()
         near = actor.allocate(8 * KIB, 1, register=False)
         far = peer.allocate(8 * KIB, 2, register=False)
-        for memory, owner, split in ((near, actor, side == "local"), (far, peer, side == "remote")):
+        for memory, party, split in ((near, actor, side == "local"), (far, peer, side == "remote")):
             for begin, end in ((0, 4096), (4096, 8192)) if split else ((0, 8192),):
-                owner.register(Memory(memory.address + begin, end - begin, memory.kind, memory.device_id))
+                party.register(Memory(memory.address + begin, end - begin, memory.kind, memory.device_id))
         name = actor.connect(peer.describe())
         before = actor.content(near), peer.content(far)
         with pytest.raises(DescriptorError):
@@ -181,7 +181,7 @@ class AgentContractTests:
 
     @final
     def test_withdrawn_region(self, testbed: Testbed) -> None:
-        """Local memory that was withdrawn, or remote memory gone from the newest description, is refused."""
+        """Local memory that was deregistered, or remote memory that is gone from the newest description, is refused."""
         pair, op = testbed.pair("thread", 4 * KIB), testbed.any_op()
         pair.actor.deregister(pair.local)
         with pytest.raises(DescriptorError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an agent costs when nobody looks: CPU while idle, threads and file descriptors after it is gone."""
+"""Costs of an agent: CPU while it is idle, open ports, and threads and file descriptors after it was closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _CYCLES = 10
 _IDLE_S = 1.0
 _IDLE_CORES = 0.25
-"""Generous; an engine that spins takes 1.0."""
+"""Generous: an engine that spins takes 1.0."""
 
 
 class CostTests:
@@ -31,7 +31,7 @@ class CostTests:
 
     @final
     def test_idle_agent_is_cheap(self, testbed: Testbed) -> None:
-        """An agent that is connected, has moved bytes and is left alone takes at most a quarter of a core."""
+        """An agent that is connected and has moved bytes takes at most a quarter of a core while it is idle."""
         place = "thread" if testbed.capabilities().reach is Reach.PROCESS else "process"
         pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         pair.move(op, pair.whole())
@@ -40,22 +40,22 @@ class CostTests:
 
     @final
     def test_ports_are_where_it_says(self, testbed: Testbed) -> None:
-        """An agent that says that other machines do not reach it has no port open but on loopback."""
+        """An agent that declares loopback_only has no open port except on loopback."""
         before = open_ports()
         actor = testbed.actor()
         actor.allocate(KIB, 1)
         if not actor.agent.loopback_only:
-            pytest.skip("does not say that it is reached from this machine only (loopback_only)")
+            pytest.skip("does not declare that it is reached from this machine only (loopback_only)")
         others = sorted(str(port) for port in open_ports() - before if not port.on_loopback)
-        assert not others, f"it says loopback_only and listens on {', '.join(others)}"
+        assert not others, f"declares loopback_only and listens on {', '.join(others)}"
 
     @final
     def test_nothing_is_left_behind(self, testbed: Testbed) -> None:
         """Making, using and closing agents over and over leaves neither threads nor file descriptors behind."""
         if not Path("/proc/self/fd").is_dir():
-            pytest.skip("counts what /proc shows, and there is none here")
+            pytest.skip("needs /proc, which this system does not have")
         for _ in range(2):
-            _cycle(testbed)  # what an engine sets up once for the whole process
+            _cycle(testbed)  # an engine may set up things once for the whole process
         before = _threads(), _descriptors()
         for _ in range(_CYCLES):
             _cycle(testbed)
@@ -63,7 +63,7 @@ class CostTests:
         def back() -> bool:
             gc.collect()
             now = _threads(), _descriptors()
-            # Not equality: an engine may keep a pool. One lost per cycle is the leak that ends a server.
+            # Not equality: an engine may keep a pool. A leak that ends a server loses one in each cycle.
             return all(count < earlier + _CYCLES // 2 for count, earlier in zip(now, before, strict=True))
 
         eventually(
@@ -95,7 +95,7 @@ def _cycle(testbed: Testbed) -> None:
 
 
 def _threads() -> int:
-    """Of the kernel's: a transfer engine's threads are not Python's."""
+    """Number of threads, from the kernel: a transfer engine's threads are not Python's."""
     return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - iterdir would make a Path of each
 
 

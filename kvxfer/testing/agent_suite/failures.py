@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers that stall, die, return or withdraw their memory: transfers end in time, and memory is as quiet as declared."""
+"""Peers that stall, die, restart or deregister memory: transfers end in time, and memory is as quiet as declared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _places = pytest.mark.parametrize("place", PLACES)
 _ops = pytest.mark.parametrize("op", list(Op), ids=[op.value for op in Op])
 
 _NBYTES = 32 * MIB
-"""More than any socket buffers on its way: part of it has to wait for a peer that stands still."""
+"""More than all socket buffers hold: a part must wait for a peer that stands still."""
 
 _SHORT_S = 0.4
 """Deadline of a transfer that is expected to miss it."""
@@ -38,7 +38,7 @@ _DEATH_S = 15.0
 
 
 class FailureTests:
-    """Everything that goes wrong on the other side."""
+    """Failures of the peer."""
 
     @final
     @_ops
@@ -55,7 +55,7 @@ class FailureTests:
 
     @final
     def test_deadline_that_is_no_time(self, testbed: Testbed) -> None:
-        """A transfer whose deadline is no number does not wait for ever."""
+        """A transfer whose deadline is NaN does not wait for ever."""
         pair = testbed.pair("thread", 64 * KIB)
         flight = pair.wait(pair.start(testbed.any_op(), pair.whole(), timeout_s=float("nan")))
         assert flight.state is not FlightState.PENDING
@@ -73,14 +73,14 @@ class FailureTests:
     @final
     @_places
     def test_stalled_stranger(self, testbed: Testbed, place: str) -> None:
-        """The same holds for the very first transfer with a peer, when there is no connection yet."""
+        """The same holds for the first transfer with a peer, when there is no connection yet."""
         pair = testbed.pair(place, _NBYTES)
         _stalled_transfer_ends(pair, testbed.any_op())
 
     @final
     @_places
     def test_nothing_is_written_after_close(self, testbed: Testbed, place: str) -> None:
-        """After close no transfer of the agent writes to its memory, also when a stalled peer goes on."""
+        """After close no transfer of the agent writes to its memory, even when a stalled peer resumes."""
         testbed.need_op(Op.READ)
         pair = testbed.pair(place, _NBYTES)
         pair.move(Op.READ, pair.spans((0, 0, 100)))
@@ -100,7 +100,7 @@ class FailureTests:
     @final
     @_places
     def test_memory_in_flight_stays_registered(self, testbed: Testbed, place: str) -> None:
-        """Memory of a transfer that is pending or in quarantine cannot be withdrawn."""
+        """Memory of a pending or quarantined transfer cannot be deregistered."""
         op = testbed.any_op()
         pair = testbed.pair(place, _NBYTES)
         pair.move(op, pair.spans((0, 0, 100)))
@@ -138,7 +138,7 @@ class FailureTests:
     @final
     @_places
     def test_poll_does_not_block(self, testbed: Testbed, place: str) -> None:
-        """Poll returns quickly, with nothing under way and with a transfer that does not get on."""
+        """Poll returns quickly, with no transfer and with a transfer that makes no progress."""
         op = testbed.any_op()
         pair = testbed.pair(place, _NBYTES)
         pair.move(op, pair.spans((0, 0, 100)))
@@ -146,13 +146,13 @@ class FailureTests:
         pair.peer.stall()
         pair.start(op, pair.whole(), timeout_s=testbed.patience_s)
         for _ in range(20):
-            pair.actor.log.poll()  # what of it can move has moved
+            pair.actor.log.poll()  # all bytes that can move have moved
         stuck = _poll_seconds(pair)
         assert max(idle, stuck) < 0.02, f"a poll takes {idle:.4f} s when idle, {stuck:.4f} s when stuck"
 
     @final
     def test_stale_description(self, testbed: Testbed) -> None:
-        """With ``remote_checked``: a transfer to memory that the peer withdrew fails and moves nothing; without: no claim."""
+        """With ``remote_checked``: a transfer to memory that the peer deregistered fails and moves nothing; without: no claim."""
         _need_remote_checked(testbed)
         for place in PLACES if testbed.capabilities().reach is not Reach.PROCESS else ("thread",):
             for op in testbed.capabilities().ops:
@@ -160,7 +160,7 @@ class FailureTests:
                 pair.move(op, pair.spans((0, 0, 100)))
                 pair.peer.deregister(pair.remote)
                 flight = pair.wait(pair.start(op, pair.whole()))
-                assert flight.state is not FlightState.DONE, f"{op.value} of withdrawn memory succeeds ({place})"
+                assert flight.state is not FlightState.DONE, f"{op.value} of deregistered memory succeeds ({place})"
                 assert isinstance(flight.error, TransferError)
                 pair.check()
 
@@ -203,7 +203,7 @@ class FailureTests:
 
     @final
     def test_disconnect_of_the_dead(self, testbed: Testbed) -> None:
-        """Leaving a killed peer raises nothing, fails its transfers, and leaves the agent usable for others."""
+        """Disconnecting a killed peer raises nothing, fails its transfers, and leaves the agent usable for others."""
         op = testbed.any_op()
         pair, peer = _with_process(testbed)
         pair.move(op, pair.spans((0, 0, 100)))
@@ -217,11 +217,11 @@ class FailureTests:
             assert flight.error is not None
         with pytest.raises(PeerUnknownError):
             pair.start(op, pair.whole())
-        _meets_another(pair, op)
+        _connects_to_another(pair, op)
 
     @final
     def test_peer_returns(self, testbed: Testbed) -> None:
-        """A process that takes a dead one's place, under a name of its own, is met and served."""
+        """A new process in place of a dead one, under a name of its own, is connected and served."""
         op = testbed.any_op()
         pair, peer = _with_process(testbed)
         for _ in range(2):
@@ -267,7 +267,7 @@ def _stalled_transfer_ends(pair: ConnectedPair, op: Op) -> None:
         return
     assert isinstance(flight.error, TransferError), f"no transfer error: {flight.error!r}"
     if flight.state is FlightState.QUARANTINED:
-        # It may end by itself now that the peer goes on. If not, closing the agent ends it. Then it is quiet.
+        # The flight may end by itself now that the peer has resumed. If not, closing the agent ends it. Then memory is quiet.
         _poll_for(pair, 1.0)
         if not flight.finished:
             pair.actor.close()
@@ -300,7 +300,7 @@ def _poll_seconds(pair: ConnectedPair) -> float:
 
 def _need_remote_checked(testbed: Testbed) -> None:
     if not testbed.capabilities().remote_checked:
-        pytest.skip("does not declare remote_checked: owners may not rely on anything here")
+        pytest.skip("does not declare remote_checked: no claim here")
 
 
 def _with_process(testbed: Testbed) -> tuple[ConnectedPair, ProcessPeer]:
@@ -310,7 +310,7 @@ def _with_process(testbed: Testbed) -> tuple[ConnectedPair, ProcessPeer]:
 
 
 def _deadline_s(pair: ConnectedPair) -> float:
-    """So far away that only noticing ends the transfer early, or short for who does not claim to notice."""
+    """Far away where the adapter detects death, so that only the detection ends the transfer early; else short."""
     return 120.0 if pair.testbed.capabilities().detects_death else 2.0
 
 
@@ -319,7 +319,7 @@ def _fails_in_time(pair: ConnectedPair, op: Op, flight: Flight | None) -> None:
     if flight is None:
         flight = pair.start(op, pair.whole(), _deadline_s(pair))
     if flight.state is FlightState.DONE:
-        return  # it was over before the peer was
+        return  # it ended before the peer did
 
     def ended() -> bool:
         pair.actor.log.poll()
@@ -328,10 +328,10 @@ def _fails_in_time(pair: ConnectedPair, op: Op, flight: Flight | None) -> None:
     eventually(ended, timeout_s=_DEATH_S, what="the death of the peer is noticed")
     assert time.monotonic() - begin < _DEATH_S
     assert isinstance(flight.error, TransferError), f"a transfer with a dead peer ended as {flight}"
-    _meets_another(pair, op)
+    _connects_to_another(pair, op)
 
 
-def _meets_another(pair: ConnectedPair, op: Op) -> None:
+def _connects_to_another(pair: ConnectedPair, op: Op) -> None:
     peer = pair.testbed.peer("process")
     remote, local = peer.allocate(64 * KIB, 71), pair.actor.allocate(64 * KIB, 72)
     name = pair.actor.connect(peer.describe())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meeting peers, meeting them again, being lied to about them, and leaving them."""
+"""Connecting to peers, again and with wrong descriptions, and disconnecting."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PeerTests:
     @final
     @pytest.mark.parametrize("garbage", _GARBAGE.values(), ids=[name.replace(" ", "-") for name in _GARBAGE])
     def test_garbage_description(self, testbed: Testbed, garbage: Callable[[bytes], bytes]) -> None:
-        """What is no description is refused with PeerInfoError, and the agent then meets the real peer."""
+        """Bytes that are no description are refused with PeerInfoError, and the agent then connects to the real peer."""
         _refuses_then_works(testbed, garbage)
 
     @final
@@ -85,7 +85,7 @@ class PeerTests:
     @final
     def test_foreign_description(self, testbed: Testbed) -> None:
         """The description of another adapter's agent is refused with PeerInfoError."""
-        _refuses_then_works(testbed, lambda info: _with(info, adapter="somebody-else"))
+        _refuses_then_works(testbed, lambda info: _with(info, adapter="another-adapter"))
 
     @final
     def test_mismatched_description(self, testbed: Testbed) -> None:
@@ -126,7 +126,7 @@ class PeerTests:
     @final
     @_places
     def test_region_replaced(self, testbed: Testbed, place: str) -> None:
-        """After a peer withdrew a region and registered a larger one at the same address, the larger one works."""
+        """After a peer deregistered a region and registered a larger one at the same address, the larger one works."""
         testbed.need_reach(place)
         actor, peer, op = testbed.actor(), testbed.peer(place), testbed.any_op()
         near, far = actor.allocate(64 * KIB, 1), peer.allocate(64 * KIB, 2, register=False)
@@ -145,7 +145,7 @@ class PeerTests:
     @final
     @_places
     def test_peer_without_memory(self, testbed: Testbed, place: str) -> None:
-        """An agent that has registered nothing can be met, and everything in it is out of reach."""
+        """An agent that has registered nothing can be connected, and all of its memory is out of reach."""
         actor, peer = testbed.actor(), testbed.peer(place)
         span = actor.allocate(KIB, 1)
         name = actor.connect(peer.describe())
@@ -155,7 +155,7 @@ class PeerTests:
     @final
     @_places
     def test_two_peers_of_one_name(self, testbed: Testbed, place: str) -> None:
-        """A second agent of a name that is taken is refused, when it is made or when it is met; the first stays usable."""
+        """A second agent of a name that is taken is refused, when it is made or when it is connected; the first stays usable."""
         testbed.need_reach(place)
         pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         pair.move(op, pair.whole())
@@ -173,7 +173,7 @@ class PeerTests:
 
     @final
     def test_own_description(self, testbed: Testbed) -> None:
-        """An agent refuses to meet itself, with PeerConflictError."""
+        """An agent refuses to connect to itself, with PeerConflictError."""
         actor = testbed.actor()
         actor.allocate(KIB, 1)
         with pytest.raises(PeerConflictError):
@@ -198,7 +198,7 @@ class PeerTests:
     @final
     @_places
     def test_disconnect_touches_no_other_peer(self, testbed: Testbed, place: str) -> None:
-        """Leaving one peer leaves the connections to the others as they were."""
+        """Disconnecting one peer leaves the connections to the others as they were."""
         pair, op = testbed.pair(place, 16 * KIB), testbed.any_op()
         other = testbed.peer(place)
         other.allocate(KIB, testbed.seed())

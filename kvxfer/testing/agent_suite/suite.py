@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AgentSuite`: what every transfer agent has to pass before anybody trusts it with a cache."""
+"""`AgentSuite`: the tests that every transfer agent must pass."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from kvxfer.testing.oracle import OracleMemory
     from kvxfer.testing.peers import ProcessPeer
 
-# No class-scoped fixture: pytest 9 wants those to be class methods, which pytest 8 does not take.
+# No class-scoped fixture: pytest 9 requires those to be class methods, which pytest 8 does not accept.
 _idle: dict[type, list[ProcessPeer]] = {}
 
 
 class AgentSuite(TransferTests, AgentContractTests, PeerTests, FailureTests, CostTests, ConformanceSuite):
     """Subclass it in a test module, name the adapter, and run pytest.
 
-    The peers are threads of this process and spawned processes of this host; what reach the adapter does not declare is
-    skipped, with the reason. An adapter whose agent needs options wraps them in a function of its package or test module.
+    The peers are threads of this process and spawned processes of this host; peers beyond the declared reach are skipped, with
+    the reason. For an agent with options, use a function of the adapter's package or of the test module.
 
     Attributes:
-        make_agent: name -> agent, as a ``staticmethod``. Importable by its name: spawned processes make agents too.
+        make_agent: name -> agent, as a ``staticmethod``. It must be importable by name: spawned processes call it too.
         make_memory: nbytes -> `OracleMemory`, as a ``staticmethod``; for adapters that do not move DRAM.
-        patience_s: how long a small transfer that is not disturbed may take at most, on a busy machine.
+        patience_s: longest time that a small, undisturbed transfer may take on a busy machine.
         deviations: see `ConformanceSuite`.
     """
 
@@ -48,13 +48,13 @@ class AgentSuite(TransferTests, AgentContractTests, PeerTests, FailureTests, Cos
 
     @classmethod
     def teardown_class(cls) -> None:
-        """End the processes that the tests of this class left for each other."""
+        """End the processes that the tests of this class reuse."""
         for peer in _idle.pop(cls, []):
             peer.stop()
 
     @pytest.fixture
     def testbed(self) -> Iterator[Testbed]:
-        """Everything a test makes, taken down after it."""
+        """The testbed of one test; everything made with it is closed after the test."""
         kind = type(self)
         testbed = Testbed(kind.make_agent, kind.make_memory, self.patience_s, _idle.setdefault(kind, []))
         try:

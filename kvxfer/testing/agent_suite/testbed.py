@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a conformance test plays: it makes agents and peers, and takes all of them down whatever happened."""
+"""The testbed of a conformance test: makes agents and peers, and closes all of them whatever happened."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from kvxfer.testing.peers import RemotePeer
 
 PLACES = ("thread", "process")
-"""Where a peer lives: in a thread of this process, or in a process of its own on this host."""
+"""Where a peer runs: in a thread of this process, or in a process of its own on this host."""
 
 _declared: dict[Callable[[str], TransferAgent], Capabilities] = {}
-"""Asked once for each adapter: an agent can take half a second to start."""
+"""Capabilities by adapter, asked once: an agent can take half a second to start."""
 
 
 class Testbed:
-    """Makes what a test needs.
+    """Maker of the agents, peers and memory of one test.
 
     Args:
         make_agent, make_memory, patience_s: the suite's.
-        idle: processes that earlier tests left in good order. Starting one, with its transfer engine, takes long.
+        idle: processes that earlier tests left in good order, for reuse: starting one, with its transfer engine, takes long.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Testbed:
         return actor
 
     def peer(self, place: str, name: str | None = None) -> RemotePeer:
-        """A peer; skips the test if the adapter does not reach that far."""
+        """A peer; skips the test if the adapter does not reach it."""
         self.need_reach(place)
         name = name or unique_name("peer")
         peer: RemotePeer
@@ -100,21 +100,21 @@ class Testbed:
         self._idle.append(peer)
 
     def forget(self, *actors: Actor) -> None:
-        """Drop actors that are closed, and with them their memory."""
+        """Drop closed actors, and with them their memory."""
         self._actors = [actor for actor in self._actors if actor not in actors]
 
     def process(self, name: str | None = None) -> ProcessPeer:
-        """A peer in a process; skips the test if the adapter does not reach that far."""
+        """A peer in a process; skips the test if the adapter does not reach it."""
         peer = self.peer("process", name)
         assert isinstance(peer, ProcessPeer)
         return peer
 
     def seed(self) -> int:
-        """For another noise than every other of this test."""
+        """A seed that this test has not used yet."""
         return next(self._seeds)
 
     def capabilities(self) -> Capabilities:
-        """What an agent declares: an instance, for some know only then."""
+        """Capabilities of an agent: of an instance, because some adapters know them only then."""
         if self.make_agent not in _declared:
             probe = self.make_agent(unique_name("probe"))
             _declared[self.make_agent] = probe.capabilities
@@ -122,7 +122,7 @@ class Testbed:
         return _declared[self.make_agent]
 
     def need_reach(self, place: str) -> None:
-        """Skip unless peers may live there."""
+        """Skip unless the adapter reaches peers there."""
         if place == "process" and self.capabilities().reach is Reach.PROCESS:
             pytest.skip("declares that peers live in the same process (reach is PROCESS)")
 
@@ -132,7 +132,7 @@ class Testbed:
             pytest.skip(f"does not declare {op.value}")
 
     def any_op(self) -> Op:
-        """An operation that the adapter has, READ if possible."""
+        """An operation that the adapter declares, READ if possible."""
         return Op.READ if Op.READ in self.capabilities().ops else Op.WRITE
 
     def pair(self, place: str, nbytes: int = MIB, remote_nbytes: int | None = None) -> ConnectedPair:
@@ -141,13 +141,13 @@ class Testbed:
         return ConnectedPair(self, self.actor(), self.peer(place), nbytes, remote_nbytes or nbytes)
 
     def close(self) -> None:
-        """Take everything down; fails the test if an agent left a flight unended or touched what it may not."""
+        """Close everything; fail the test if a flight has not ended or memory outside a region was touched."""
         problems: list[BaseException] = []
         for peer in self._peers:
             try:
                 peer.resume()
             except ChildGoneError:
-                pass  # killed, or died with the other side: what that may cost is the test's business
+                pass  # killed, or died with the other side: the test has judged that
             except Exception as error:  # noqa: BLE001 - the others are resumed first
                 problems.append(error)
         steps: list[Callable[[], None]] = [actor.close for actor in self._actors]
@@ -155,7 +155,7 @@ class Testbed:
         for step in steps:
             try:
                 step()
-            except BaseException as error:  # noqa: BLE001 - the others are taken down first
+            except BaseException as error:  # noqa: BLE001 - all others are closed first
                 problems.append(error)
         if not all(actor.intact() for actor in self._actors):
             problems.append(AssertionError("memory beside a registered region was touched"))
@@ -164,10 +164,10 @@ class Testbed:
 
 
 class ConnectedPair:
-    """A local agent, a connected peer, a region of each, and what both regions ought to hold.
+    """A local agent, a connected peer, a region of each, and the expected content of both regions.
 
-    `expect` moves the bytes in the expectation, `check` compares all of both regions with it: what was to move has
-    moved, and nothing else has.
+    `expect` moves bytes in the expected content; `check` compares all of both regions with it: the right bytes have moved,
+    and no others.
     """
 
     def __init__(self, testbed: Testbed, actor: Actor, peer: RemotePeer, nbytes: int, remote_nbytes: int) -> None:
@@ -184,7 +184,7 @@ class ConnectedPair:
         }
 
     def refresh(self) -> None:
-        """What is there now is what is expected."""
+        """Make the present content the expected content."""
         self._expected = {
             "local": np.frombuffer(self.actor.content(self.local), np.uint8).copy(),
             "remote": np.frombuffer(self.peer.content(self.remote), np.uint8).copy(),
@@ -199,15 +199,15 @@ class ConnectedPair:
         return self.spans((0, 0, min(self.local.nbytes, self.remote.nbytes)))
 
     def start(self, op: Op, spans: Spans, timeout_s: float | None = None) -> Flight:
-        """Submit."""
+        """Submit a transfer."""
         return self.actor.start(op, self.peer_name, spans, self.testbed.patience_s if timeout_s is None else timeout_s)
 
     def wait(self, flight: Flight) -> Flight:
-        """Poll until it was returned; fails if that is long after every deadline."""
+        """Poll until the flight was returned; fail if that takes longer than every deadline."""
         return self.actor.log.wait(flight, timeout_s=2 * self.testbed.patience_s)
 
     def expect(self, op: Op, spans: Spans) -> None:
-        """Note that these bytes are to be moved."""
+        """Move these bytes in the expected content."""
         here, there = self._expected["local"], self._expected["remote"]
         for local, remote, nbytes in spans:
             low, far = local - self.local.address, remote - self.remote.address
@@ -217,19 +217,19 @@ class ConnectedPair:
                 there[far : far + nbytes] = here[low : low + nbytes]
 
     def move(self, op: Op, spans: Spans) -> None:
-        """Transfer, and check every byte of both regions at the moment the flight is DONE."""
+        """Transfer, and check every byte of both regions once the flight is DONE."""
         flight = self.wait(self.start(op, spans))
         assert flight.state is FlightState.DONE, f"a plain transfer failed: {flight.error!r}"
         self.expect(op, spans)
         self.check()
 
     def check(self) -> None:
-        """Both regions hold what is expected and nothing beside them was touched."""
+        """Check that both regions have the expected content and that no memory beside them was touched."""
         sides: tuple[tuple[str, Actor | RemotePeer, Memory], ...]
         sides = (("local", self.actor, self.local), ("remote", self.peer, self.remote))
-        for side, owner, memory in sides:
-            if owner.digest(memory) != hashlib.sha1(self._expected[side], usedforsecurity=False).digest():
-                _compare(side, owner.content(memory), self._expected[side])
+        for side, party, memory in sides:
+            if party.digest(memory) != hashlib.sha1(self._expected[side], usedforsecurity=False).digest():
+                _compare(side, party.content(memory), self._expected[side])
                 raise AssertionError(f"{side} memory was wrong a moment ago: it is still being written to")
         assert self.actor.intact(), "memory beside the local region was touched"
         assert self.peer.intact(), "memory beside the remote region was touched"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes: all that were to move have moved, to the right place, and no others."""
+"""Transfers of every shape: the right bytes move to the right place, and no others."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _MANY_SPANS = 5_000
 _MOST_SPANS = 200_000
 
 _STILL_S = 0.4
-"""Long enough for what needs nothing of the peer but its memory."""
+"""Long enough for a transfer that needs nothing of the peer but its memory."""
 
 
 class TransferTests:
-    """Reads and writes of every shape."""
+    """Reads and writes."""
 
     @final
     @_places
@@ -146,7 +146,7 @@ class TransferTests:
     @_places
     @_ops
     def test_content_of_the_moment(self, testbed: Testbed, place: str, op: Op) -> None:
-        """Each transfer moves what is in memory when it is submitted: nothing is remembered from an earlier one."""
+        """Each transfer moves the content of memory at its submission, nothing remembered from an earlier one."""
         testbed.need_op(op)
         pair = testbed.pair(place, 64 * KIB)
         for _ in range(8):
@@ -168,13 +168,13 @@ class TransferTests:
     @final
     @_ops
     def test_done_means_in_place_while_the_peer_stands_still(self, testbed: Testbed, op: Op) -> None:
-        """A flight that is DONE while the peer's process stands still is in place then: not on its way there."""
+        """A flight that is DONE while the peer's process stands still is in place then, not still on its way."""
         testbed.need_op(op)
         pair = testbed.pair("process", 64 * KIB)
         peer = pair.peer
         assert isinstance(peer, ProcessPeer)
         if pair.remote.kind is not MemoryKind.DRAM:
-            pytest.skip(f"nobody looks into {pair.remote.kind.value} of a process that stands still")
+            pytest.skip(f"a test cannot look into {pair.remote.kind.value} of a process that stands still")
         try:
             peer.peek(pair.remote)
         except PermissionError as error:

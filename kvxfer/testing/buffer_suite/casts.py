@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Casts: elements come out as `kvxfer.memory.copies.Cast` defines them, or the device says that it cannot."""
+"""Casts: elements are converted as `kvxfer.memory.copies.Cast` defines, or the device declares that it cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBER = 3000
 
 
 class CastTests(BufferTests):
-    """Those that the device declares; the others are skipped, and seen to be refused."""
+    """Declared casts. Undeclared ones are skipped; one test checks that they are refused."""
 
     @final
     @pytest.mark.parametrize("factor", [1.0, 0.37, 3.0])
@@ -128,7 +128,7 @@ def _need(buffer: DeviceBuffer, source: str, target: str) -> None:
 
 
 def _same_cache(found: bytes, expected: Logical, name: str) -> None:
-    """Elements as expected, and unused memory as it was."""
+    """Assert that elements are as expected and that unused memory has not changed."""
     got = expected.another().fill(found)
     same_elements(got.bytes.tobytes(), np.frombuffer(expected.bytes.tobytes(), np.uint8), name)
     got.bytes[...] = expected.bytes

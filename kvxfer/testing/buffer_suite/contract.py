@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract: what a buffer tells of itself, when copies are done, and what it refuses."""
+"""The contract: what a buffer says of itself, when copies are done, and which calls it refuses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HUGE = 1 << 200
 
 
 def _copy(**changes: Any) -> Copy:
-    """A copy that is right, but for the changes."""
+    """A correct copy with these changes."""
     right = Copy(i64([0]), i64([0]), i64([0, 100]), i64([100, 0]), (StridedLoop(3, 20, 24),), 16)
     return replace(right, **changes)
 
@@ -103,11 +103,11 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 
 class BufferContractTests(BufferTests):
-    """What holds whatever is copied."""
+    """Properties that do not depend on what is copied."""
 
     @final
     def test_describes_itself(self) -> None:
-        """A buffer tells its size and its device, and its span, if it has one, covers all of it and never moves."""
+        """A buffer has a size and a device; its span, if it has one, covers all of it and never moves."""
         made = self._made(64 * KIB)
         buffer = made.buffer
         assert isinstance(buffer, DeviceBuffer)
@@ -131,7 +131,7 @@ class BufferContractTests(BufferTests):
 
     @final
     def test_span_is_the_content(self) -> None:
-        """What lies at the address that a transfer engine registers is what the buffer holds, both ways."""
+        """Memory at the address that a transfer engine registers is the content of the buffer, both ways."""
         made = self._made(64 * KIB)
         span = _dram(made.buffer)
         same_bytes(ctypes.string_at(span.address, span.nbytes), made.read())
@@ -172,7 +172,7 @@ class BufferContractTests(BufferTests):
 
     @final
     def test_completion(self) -> None:
-        """A finished copy says so, to any thread and as often as it is asked."""
+        """A finished copy says so, to any thread and repeatedly."""
         made = self._made(MIB)
         out = np.zeros(MIB, np.uint8)
         copy = made.buffer.pack([one_copy(0, 0, MIB)], out)
@@ -247,8 +247,8 @@ class BufferContractTests(BufferTests):
 
     @final
     def test_keeps_its_memory_alive(self) -> None:
-        """A buffer is all that is needed to keep its bytes, also when whoever made it has forgotten everything else."""
-        # Below the size at which malloc maps pages of their own: freed memory is then reused here, and seen to be.
+        """A buffer alone keeps its memory alive, even when all other references are gone."""
+        # Below the size at which malloc maps separate pages, so that freed memory is reused and overwritten here.
         nbytes = 48 * KIB
         made = [self._made(nbytes, seed=i) for i in range(8)]
         contents = [each.read() for each in made]
@@ -261,7 +261,7 @@ class BufferContractTests(BufferTests):
         del churn
 
     def _refused(self, direction: str, copy: Any) -> None:
-        """Beside a copy that is right, which is not carried out either."""
+        """Check that a copy is refused, and that a correct copy beside it is not carried out either."""
         made = self._made(KIB)
         before = made.read()
         memory = np.full(KIB, 0x5A, np.uint8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes: all that were to be copied are in their places, and no others have changed."""
+"""Copies of every shape: the right bytes are in their places, and no others have changed."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class CopyTests(BufferTests):
 
     @final
     def test_content_of_the_moment(self) -> None:
-        """Each pack shows what is in memory by then: nothing is remembered from an earlier one."""
+        """Each pack copies the content of memory at that time, nothing remembered from an earlier one."""
         made = self._made(64 * KIB)
         copies = copies_of([(100, 0, 5000), (9000, 5000, 400)])
         for seed in range(20, 26):
@@ -228,7 +228,7 @@ class CopyTests(BufferTests):
 
 
 def both_ways(made: MadeBuffer, spans: Sequence[Span], size: int) -> None:
-    """Pack these spans, and unpack other bytes to where they were."""
+    """Pack these spans, and unpack other bytes to the same places."""
     content = made.read()
     same_bytes(packed(made.buffer, copies_of(spans), bytes(size)), move(spans, content, bytes(size)))
     data = noise(size, 77)

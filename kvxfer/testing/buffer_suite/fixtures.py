@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of a buffer share: memory between guard bands, copies made of spans or of logical arrays.
+"""Helpers of the tests of buffers: memory between guard bands, copies made from spans or from logical arrays.
 
-Nothing here computes what a copy should do: tests slice bytes or index logical arrays for that.
+Nothing here computes the result of a copy: tests slice bytes or index logical arrays for that.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _GUARD = 64
 
 @dataclass
 class MadeBuffer:
-    """A buffer and the way around it.
+    """A buffer, and access to its memory that bypasses it.
 
     Attributes:
-        buffer: under test.
-        read: all of its bytes, by other means than the buffer's.
-        write: replace all of its bytes, by other means than the buffer's.
+        buffer: the buffer under test.
+        read: return all of its bytes, by other means than the buffer.
+        write: replace all of its bytes, by other means than the buffer.
     """
 
     buffer: DeviceBuffer
@@ -46,7 +46,7 @@ class MadeBuffer:
 
 
 class BufferTests:
-    """Base of the parts of `BufferSuite`."""
+    """Base class of the parts of `BufferSuite`."""
 
     make_buffer: ClassVar[Callable[[int], MadeBuffer]]
 
@@ -66,7 +66,7 @@ def finish(copy: Completion) -> None:
 
 
 def packed(buffer: DeviceBuffer, copies: Sequence[Copy], before: bytes) -> bytes:
-    """What host memory holds after `pack`, that held ``before`` and lies at an odd address between two guard bands."""
+    """Content of host memory after `pack`. Before, it was ``before``; it lies at an odd address between two guard bands."""
     whole, out = _guarded(before)
     finish(buffer.pack(copies, out))
     assert _untouched(whole), "bytes beside the output were touched"
@@ -74,7 +74,7 @@ def packed(buffer: DeviceBuffer, copies: Sequence[Copy], before: bytes) -> bytes
 
 
 def unpack(buffer: DeviceBuffer, copies: Sequence[Copy], data: bytes) -> None:
-    """`unpack` from host memory at an odd address, which has to stay as it is."""
+    """Unpack from host memory at an odd address, and check that this memory has not changed."""
     whole, source = _guarded(data)
     finish(buffer.unpack(copies, source))
     assert _untouched(whole), "bytes beside the source were touched"
@@ -93,12 +93,12 @@ def _untouched(whole: Bytes) -> bool:
 
 
 def i64(values: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Offsets of a copy."""
+    """Offsets of a copy, as an array."""
     return np.array(values, dtype=np.int64)
 
 
 def one_copy(source: int, target: int, nbytes: int) -> Copy:
-    """One run."""
+    """A copy of one run."""
     return Copy(i64([source]), i64([target]), i64([0]), i64([0]), (), nbytes)
 
 
@@ -118,7 +118,7 @@ def copies_of(spans: Sequence[Span]) -> list[Copy]:
 
 
 def move(spans: Sequence[Span], source: bytes, target: bytes) -> bytes:
-    """The target, after its spans were replaced by slices of the source."""
+    """The target with its spans replaced by slices of the source."""
     moved = bytearray(target)
     for at, to, nbytes in spans:
         moved[to : to + nbytes] = source[at : at + nbytes]
@@ -126,7 +126,7 @@ def move(spans: Sequence[Span], source: bytes, target: bytes) -> bytes:
 
 
 def places(lengths: Sequence[int], seed: int) -> tuple[list[int], int]:
-    """(where spans of these lengths lie in memory, in random order, with gaps between some; the memory's size)."""
+    """Offsets of spans of these lengths, in random order with some gaps between them, and the size of their memory."""
     rng = np.random.default_rng(seed)
     found = [0] * len(lengths)
     at = int(rng.integers(0, 9))
@@ -159,7 +159,7 @@ class Logical:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory, with everything that is unused."""
+        """Bytes of the memory, unused ones included."""
         return len(self.memory)
 
     def fill(self, data: bytes) -> Logical:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the bits of floating-point types mean, from their definition: the oracle for casts, one comparison at a time."""
+"""Values of floating-point types, computed from their definition: the oracle for casts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Format:
-    """A sign, then so many bits of exponent and of fraction.
+    """A floating-point format: a sign, then bits of the exponent and of the fraction.
 
     Attributes:
-        largest: magnitudes above it are no numbers, or not reached: a cast saturates there.
-        infinite: has infinities, and a cast overflows to them.
+        largest: largest value that a cast returns; codes above it are no numbers, or a cast saturates.
+        infinite: it has infinities, and a cast overflows to them.
     """
 
     nbytes: int
@@ -33,7 +33,7 @@ class _Format:
     infinite: bool
 
     def value(self, code: int) -> float:
-        """Of a code without its sign; infinity is told as the number that would follow the largest."""
+        """Value of a code without its sign; for infinity, the number that would follow the largest."""
         bias = (1 << self.exponent - 1) - 1
         exponent, fraction = code >> self.fraction, code & (1 << self.fraction) - 1
         if exponent == 0:
@@ -50,7 +50,7 @@ FORMATS: Final = {
 
 @lru_cache(maxsize=4)
 def _magnitudes(name: str) -> Doubles:
-    """Value of each code without sign, as far as values are reached by casts."""
+    """Values of all codes without sign that casts return."""
     form = FORMATS[name]
     values = [form.value(code) for code in range(1 << form.exponent + form.fraction)]
     end = values.index(form.largest) + (2 if form.infinite else 1)
@@ -58,7 +58,7 @@ def _magnitudes(name: str) -> Doubles:
 
 
 def decoded(name: str, elements: Bytes) -> Doubles:
-    """The values of elements."""
+    """Values of elements."""
     if name == "float32":
         with np.errstate(invalid="ignore"):  # a signalling NaN is a value like any other
             return elements.view(np.float32).astype(np.float64)
@@ -77,7 +77,7 @@ def decoded(name: str, elements: Bytes) -> Doubles:
 
 
 def cast(elements: Bytes, source: str, target: str, factor: float) -> Bytes:
-    """Bytes of the elements that `kvxfer.memory.copies.Cast` asks for; NaN with any bits."""
+    """Elements as `kvxfer.memory.copies.Cast` defines them, as bytes; NaN has any of its codes."""
     with np.errstate(all="ignore"):
         products: npt.NDArray[np.float32] = decoded(source, elements).astype(np.float32) * np.float32(factor)
     if target == "float32":
@@ -86,7 +86,7 @@ def cast(elements: Bytes, source: str, target: str, factor: float) -> Bytes:
     sizes = np.minimum(np.abs(products.astype(np.float64)), known[-1])
     above = np.clip(np.searchsorted(known, sizes), 1, len(known) - 1)
     down, up = sizes - known[above - 1], known[above] - sizes
-    # Of two that are equally near, the one whose last bit is 0.
+    # Of two equally near values, the one whose last bit is 0.
     nearest = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, above - 1)
     nearest = np.where(np.isnan(products), (1 << 8 * form.nbytes - 1) - 1, nearest)
     codes = nearest + (np.signbit(products).astype(np.int64) << 8 * form.nbytes - 1)
@@ -95,7 +95,7 @@ def cast(elements: Bytes, source: str, target: str, factor: float) -> Bytes:
 
 
 def same_elements(found: bytes, expected: Bytes, name: str) -> None:
-    """Assert that both are the same elements, any NaN being as good as another.
+    """Assert that both are the same elements; all NaN are equal.
 
     Raises:
         AssertionError: they differ.
@@ -113,7 +113,7 @@ def same_elements(found: bytes, expected: Bytes, name: str) -> None:
 
 
 def some_elements(name: str, number: int, seed: int) -> Bytes:
-    """Elements of all sizes that a cache has, and of none that a device may flush to 0: special ones come first."""
+    """Elements of all magnitudes of a cache, without those that a device may flush to 0; special values come first."""
     rng = np.random.default_rng(seed)
     if name == "float32":
         special = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`BufferSuite`: what the buffers of every device have to pass before they hold a cache."""
+"""`BufferSuite`: the tests that the buffers of every device must pass."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class BufferSuite(CopyTests, CastTests, BufferContractTests, ConformanceSuite):
     Casts that the device does not declare (`DeviceBuffer.can_cast`) are skipped, with the reason.
 
     Attributes:
-        make_buffer: nbytes -> `MadeBuffer` of exactly that size, as a ``staticmethod``. The buffer alone has to keep its
-            memory alive: the suite drops the rest.
+        make_buffer: nbytes -> `MadeBuffer` of exactly that size, as a ``staticmethod``. The buffer must keep its memory
+            alive: the suite drops all other references.
         deviations: see `ConformanceSuite`.
     """
 
