@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIXL as a kvxfer transfer agent.
 
-Facts about NIXL 1.5.1 that shaped this file (measured; tests/nixl holds a test of each):
+Facts about NIXL 1.5.1 that shaped this file (measured; each has its test in tests/nixl):
 
 - The Python class `nixl_agent` hard-codes a progress delay of 0, which makes an idle agent spin on one core. The C++ agent
   below it, in `_bindings`, takes the delay; there it is the longest sleep of a thread that wakes on events, so a long delay
@@ -250,7 +250,7 @@ class NixlAgent(TransferAgent):
         if answered.decode(errors="replace") != name:
             if answered.decode(errors="replace") not in self._peers:
                 self._forget(answered)
-            raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {answered!r}")
+            raise PeerInfoError(f"the description of {name!r} contains NIXL's metadata of {answered!r}")
         if known is not None:
             known.registered = registered
             return known
@@ -266,9 +266,9 @@ class NixlAgent(TransferAgent):
         try:
             found = agent_name(metadata)
         except ValueError as error:
-            raise PeerInfoError(f"the description of {name!r} holds malformed NIXL metadata: {error}") from error
+            raise PeerInfoError(f"the description of {name!r} contains malformed NIXL metadata: {error}") from error
         if found != name:
-            raise PeerInfoError(f"the description of {name!r} holds NIXL's metadata of {found!r}")
+            raise PeerInfoError(f"the description of {name!r} contains NIXL's metadata of {found!r}")
 
     def _reads_own_frame(self) -> bool:
         """Whether this NIXL writes metadata in the frame that is known here; another version may write another one."""

@@ -20,7 +20,7 @@ class InprocAgent(TransferAgent):
     """Moves bytes between agents of one process, in `submit`.
 
     Each transfer is complete when it was submitted, so none is ever in flight. The peer's registrations are checked at the
-    moment of the copy, so a withdrawn region is never touched.
+    moment of the copy, so a deregistered region is never touched.
     """
 
     adapter: ClassVar[str] = "inproc"
@@ -61,7 +61,7 @@ class InprocAgent(TransferAgent):
         pass
 
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> None:  # noqa: ARG002
-        # The lock is held for the whole copy: a region cannot be withdrawn half-way.
+        # The lock is held for the whole copy: a region cannot be deregistered half-way.
         with _lock:
             target = _agents.get(str(peer))
             if target is None:

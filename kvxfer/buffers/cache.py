@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV cache as an engine holds it: its description and the memory behind it."""
+"""The KV cache of an engine: its description and its memory."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class KVCache:
             unknown = min(block_tokens.keys() - groups.keys(), key=str)
             raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {names_of(groups)}")
         if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
-            raise LayoutError("the groups do not hold each layer once")
+            raise LayoutError("the groups do not name each layer once")
         made = []
         for group_name, names in groups.items():
             parts = [
@@ -328,7 +328,7 @@ def _zeros(order: KVLayout, extents: Axes, elements: int, dtype: str, padding: A
         raise LayoutError(f"there is no memory for a cache of {nbytes / (1 << 30):,.1f} GiB: {error}") from error
     shape = (extents.layer, extents.block, extents.head, extents.token, elements)
     steps = (strides.layer, strides.block, strides.head, strides.token, itemsize)
-    # Not np.dtype(dtype): whether NumPy knows bfloat16 depends on who has imported ml_dtypes.
+    # Not np.dtype(dtype): whether NumPy knows bfloat16 depends on an import of ml_dtypes.
     storage = np.dtype(f"u{itemsize}" if dtype.startswith(("bfloat", "float8")) else dtype)
     offset = -memory.ctypes.data % _PAGE_NBYTES
     array: npt.NDArray[Any] = np.ndarray(shape, storage, buffer=memory, offset=offset, strides=steps)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fake that injects faults does so where it is told to, and is an honest agent everywhere else."""
+"""The agent that injects faults injects the configured ones, and works correctly otherwise."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_slow_transfer(meet):
 
 
 def test_failing_transfer(meet):
-    """The n-th submit fails with the error it was told, the others work."""
+    """The n-th submit fails with the configured error, the others work."""
     sides = meet(Faults(fail={"submit": {1}}, error=lambda: TransferFailedError("on purpose")))
     here = sides[0]
     flights = [here.log.wait(_read(*sides), timeout_s=5) for _ in range(3)]
@@ -69,7 +69,7 @@ def test_failing_transfer(meet):
 
 
 def test_failing_methods(meet):
-    """Other methods fail at the calls they are told to as well."""
+    """Other methods fail at the configured calls as well."""
     with pytest.raises(TransferFailedError):
         meet(Faults(fail={"describe": {0}, "connect": {0}}))
     here, there, _, _ = meet(Faults(fail={"register": {1}}, error=lambda: RegistrationError("no")))
@@ -120,7 +120,7 @@ def test_late_transfer_lands_by_itself(meet):
 
 
 def test_nothing_lands_after_close(meet):
-    """Closing the agent is a fence for late transfers too."""
+    """After the agent is closed, late transfers write nothing either."""
     sides = meet(Faults(late={0}))
     here, _, local, _ = sides
     before = here.content(local)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers in threads and processes do what they are told, and their end is seen."""
+"""Peers in threads and processes carry out calls, and their end is noticed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def start():
 
 @KINDS
 def test_memory_and_transfers(start, kind):
-    """A peer allocates, tells and replaces memory, and moves bytes when it is told to."""
+    """A peer allocates, reads and replaces memory, and moves bytes, by calls."""
     one, two = start(kind), start(ThreadPeer)
     here, there = one.allocate(1000, 1), two.allocate(1000, 2)
     assert one.content(here) == noise(1000, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A suite that passes everything proves nothing: each broken adapter has to fail the test that is there to catch it."""
+"""The suites are tested: each broken adapter must fail the test that is meant to catch it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvxfer.testing import AgentSuite
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[1]
 
-# The first test of each kind waits for a run of pytest with all of its broken adapters.
+# The first test of each kind runs pytest with all broken adapters of that kind.
 pytestmark = pytest.mark.timeout(300)
 
 BROKEN_AGENTS = [
@@ -108,18 +108,18 @@ def _verdicts(tmp_path_factory, module, cases):
     report = tmp_path_factory.mktemp("catches") / "report.xml"
     nodes = [f"{_HERE / module}::Test{name}::{test}" for name, test in cases]
     run = subprocess.run(
-        # A broken adapter leaves threads and sockets behind. What becomes of them may fail no test: neither the next
-        # one, nor this one in place of what the suite has to say.
+        # A broken adapter leaves threads and sockets behind. Their errors must not fail the next test, nor replace the
+        # verdict of the suite on this one.
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:threadexception",
          "-p", "no:unraisableexception", f"--junitxml={report}", *nodes],
         cwd=_ROOT, capture_output=True, text=True, timeout=280, check=False,
-        # Where CI is set, pytest shows all of what differs: a suite that compared bytes by `assert` took minutes to fail.
+        # Where CI is set, pytest prints whole differences: a suite that compared bytes by `assert` took minutes to fail.
         env={**os.environ, "CI": "true"},
     )  # fmt: skip
     assert report.exists(), run.stdout + run.stderr
     told = {}
     for case in ET.parse(report).iter("testcase"):
-        # A test that fails and whose teardown complains too is told twice.
+        # A test that fails in its teardown as well appears twice.
         key = case.get("classname").rpartition(".")[2].removeprefix("Test"), case.get("name")
         told.setdefault(key, {}).update({child.tag: child.get("message", "") for child in case})
     ranks = ("failure", "error", "skipped")
@@ -128,14 +128,14 @@ def _verdicts(tmp_path_factory, module, cases):
 
 @pytest.fixture(scope="module")
 def agent_verdicts(tmp_path_factory):
-    """What the suite says of the broken agents."""
+    """Verdicts of the suite on the broken agents."""
     cases = BROKEN_AGENTS + [case[:2] for case in DEVIATIONS]
     return _verdicts(tmp_path_factory, "broken_agents.py", cases)
 
 
 @pytest.fixture(scope="module")
 def buffer_verdicts(tmp_path_factory):
-    """What the suite says of the broken buffers."""
+    """Verdicts of the suite on the broken buffers."""
     cases = BROKEN_BUFFERS + [case[:2] for case in GOOD_BUFFERS]
     return _verdicts(tmp_path_factory, "broken_buffers.py", cases)
 
@@ -167,7 +167,7 @@ def test_deviations_are_strict(agent_verdicts, name, test, verdict):
         assert "does in truth" in told["failure"]
 
 
-def test_suite_cannot_be_hollowed_out():
+def test_suite_cannot_be_weakened():
     """Overriding a part of the suite, in the class or through a mix-in, is refused when the class is made."""
     with pytest.raises(TypeError, match="test_one_span"):
         type("TestHollow", (AgentSuite,), {"test_one_span": lambda _: None, "__module__": __name__})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for a GPU, in host memory: it has a runtime's streams and events, and ends each piece of work at once.
+"""A stand-in for a GPU, in host memory: it has a runtime's streams and events, and all work ends at once.
 
-It shows what does not depend on a GPU: which bytes go where, by both ways of moving them. The kernel runs in Triton's
-interpreter.
+It shows what does not depend on a GPU: which bytes are moved, with the kernel and with PyTorch's operations. The kernel runs
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvxfer_rocm import RocmBuffer
 
 
 class Ended:
-    """An event of work that was done at once."""
+    """An event of work that has ended."""
 
     def record(self, stream):
         pass
@@ -32,7 +32,7 @@ class Ended:
 
 
 class HostGpu(Runtime):
-    """PyTorch's operations."""
+    """A runtime that moves with PyTorch's operations."""
 
     @staticmethod
     def _kernels():
@@ -61,7 +61,7 @@ class HostGpu(Runtime):
 
 @cache
 def interpreted():
-    """The kernel, built for Triton's interpreter: what it is built for is decided when its module is imported."""
+    """The kernel, built for Triton's interpreter, which is decided when its module is imported."""
     spec = importlib.util.find_spec("kvxfer_gpu._kernel")
     module = importlib.util.module_from_spec(spec)
     sys.modules["interpreted_kernel"] = module
@@ -75,7 +75,7 @@ def interpreted():
 
 
 class InterpretedGpu(HostGpu):
-    """The kernel."""
+    """A runtime that moves with the kernel."""
 
     @staticmethod
     def _kernels():

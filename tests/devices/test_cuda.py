@@ -60,7 +60,7 @@ def test_the_layers_of_an_engine(target):
 
 
 def test_blocks_are_read_when_the_gpu_has_written_them():
-    """What a stream has not written yet when it is offered after its event is waited for, and arrives whole."""
+    """Blocks that a stream has not written yet when they are published after its event are waited for, and arrive whole."""
     theirs, mine = tensors("HND", "cuda", 1), tensors("NHD", "cuda", 2)
     with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
         ref = LeaseRef.mint(producer=producer.name, addresses=[producer.address])

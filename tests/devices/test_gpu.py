@@ -17,16 +17,16 @@ needs_cuda = pytest.mark.skipif(CudaBuffer.why_unavailable() is not None, reason
 
 
 def made_of(kind, device):
-    """How the suite gets buffers of one class."""
+    """The ``make_buffer`` of one class of buffers."""
 
     def make(nbytes: int) -> MadeBuffer:
         tensor = torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
         def write(data: bytes) -> None:
             tensor.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            settle()
+            synchronize()
 
-        def settle() -> None:
+        def synchronize() -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
 

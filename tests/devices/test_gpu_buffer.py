@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds the kernel of GPU buffers: several allocations at once, events, pinned memory, availability. On a stand-in."""
+"""GPU buffers without their kernel, on a stand-in: several allocations at once, events, pinned memory, availability."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def tensor_of(nbytes, seed):
 
 
 def runtime_of(base, **changes):
-    """A class of buffers of its own, so that it shares no streams with those of other tests."""
+    """A new class of buffers, so that it shares no streams with those of other tests."""
     return type("Buffer", (RowsBuffer,), {"runtime": type("Runtime", (base,), changes)})
 
 
 @pytest.mark.parametrize("base", [HostGpu, InterpretedGpu])
 def test_allocations_are_packed_together(base):
-    """K and V in an allocation each become one image and come out of it, without a look at what is not theirs."""
+    """K and V in separate allocations become one chunk and come out of it, and no other byte is touched."""
     moved = []
 
     class Counting(base):
@@ -77,7 +77,7 @@ def test_allocations_are_packed_together(base):
 
 
 def test_layers_of_one_plan_are_one_task():
-    """Copies that differ in their buffer only are one launch, however many layers there are."""
+    """Copies that differ only in their buffer are one launch, however many layers there are."""
     moved = []
 
     def move(self, task, *more):
@@ -96,7 +96,7 @@ def test_layers_of_one_plan_are_one_task():
 
 
 class Event:
-    """A fake event, which ends or fails when it is told to."""
+    """A fake event, whose end and failure the test sets."""
 
     def __init__(self):
         self.ended, self.error = False, None
@@ -115,7 +115,7 @@ class Event:
 
 
 def test_an_event_is_a_completion():
-    """It is done when the GPU has passed it; what the host has to do then is done once, before anybody is told."""
+    """It is done when the GPU has reached the event; the last step on the host runs once, before the completion is done."""
     event, done = Event(), []
     completion = EventCompletion(event, lambda: done.append(1))
     assert isinstance(completion, Completion)
@@ -129,7 +129,7 @@ def test_an_event_is_a_completion():
 
 @pytest.mark.parametrize("timeout_s", [None, 1.0])
 def test_a_gpu_that_fails(timeout_s):
-    """What a GPU failed at has ended, and `wait` says by name that it failed; what the host had to do then is not done."""
+    """Work at which a GPU failed has ended, `wait` raises a named error, and the last step on the host does not run."""
     event = Event()
     event.error = RuntimeError("an illegal memory access was encountered")
     completion = EventCompletion(event, lambda: pytest.fail("its bytes are not there"))
@@ -154,8 +154,8 @@ def test_a_host_that_cannot_finish():
 
 
 @pytest.mark.parametrize("direction", ["pack", "unpack"])
-def test_what_had_begun_has_ended_when_a_mistake_is_told(direction):
-    """Work that was asked for before another part of it could not be is over when the error is raised, and the next goes well."""
+def test_work_has_ended_when_an_error_is_raised(direction):
+    """If a part of the work cannot be started, the parts before it have ended when the error is raised, and the next call works."""
     events, moved = [], []
 
     class Watched(Event):
@@ -190,7 +190,7 @@ def test_what_had_begun_has_ended_when_a_mistake_is_told(direction):
 
 
 def test_a_chunk_that_failed_fails_no_other():
-    """Where the host could not finish one chunk, the next one that gets the same stream is packed."""
+    """After a chunk whose last step on the host failed, the next chunk on the same stream is packed."""
     kind, tensor, out = runtime_of(HostGpu), tensor_of(4096, 7), np.zeros(4096, np.uint8)
     whole = [Copy(i64(0), i64(0), i64(0), i64(0), (), 4096)]
     out.flags.writeable = True
@@ -204,7 +204,7 @@ def test_a_chunk_that_failed_fails_no_other():
 
 
 def test_memory_that_cannot_be_pinned(caplog):
-    """Bytes arrive all the same, and the log says what it costs and what to do."""
+    """Bytes arrive all the same, and the log names the cost and the remedy."""
 
     def pin(memory):
         raise TransferFailedError("cudaHostRegister: error 1")
@@ -236,18 +236,18 @@ def test_pinned_memory_is_known_until_it_is_forgotten():
 
 
 def test_chunks_of_any_length():
-    """Chunks that grow and shrink, of more lengths than are remembered, come out and go back as they are."""
+    """Chunks of more lengths than are cached are packed and unpacked correctly."""
     kind = runtime_of(HostGpu)
-    cache, image = tensor_of(1 << 16, 7), np.zeros(1 << 16, np.uint8)
+    cache, chunk = tensor_of(1 << 16, 7), np.zeros(1 << 16, np.uint8)
     buffer, twin = kind(cache), kind(torch.zeros(1 << 16, dtype=torch.uint8))
     rng = np.random.default_rng(8)
     for _ in range(100):
         number, step = int(rng.integers(1, 60)), int(rng.integers(1, 64)) * 4
         blocks, lined = rng.permutation(128)[:number] * 512, np.arange(number) * step
-        assert buffer.pack([Copy(i64(0), i64(0), blocks, lined, (), step)], image).wait(10)
+        assert buffer.pack([Copy(i64(0), i64(0), blocks, lined, (), step)], chunk).wait(10)
         expected = [cache.numpy()[at : at + step].tobytes() for at in blocks]
-        assert image[: number * step].tobytes() == b"".join(expected)
-        assert twin.unpack([Copy(i64(0), i64(0), lined, blocks, (), step)], image).wait(10)
+        assert chunk[: number * step].tobytes() == b"".join(expected)
+        assert twin.unpack([Copy(i64(0), i64(0), lined, blocks, (), step)], chunk).wait(10)
         assert [twin.array.numpy()[at : at + step].tobytes() for at in blocks] == expected
 
 
@@ -268,7 +268,7 @@ def test_the_arena_is_pinned_as_long_as_its_endpoint_lives():
 
 
 def test_what_is_no_gpu_memory_is_refused():
-    """Tensors of another device, read-only ones and those of two allocations are refused by name."""
+    """Tensors of another device, read-only ones and those of two allocations are refused with a named error."""
     cuda = type("Cuda", (RowsBuffer,), {"devices": ("cuda",)})
     with pytest.raises(UnsupportedBufferError, match="is on cpu, not in cuda memory"):
         cuda(torch.zeros(8))
@@ -293,7 +293,7 @@ def test_a_machine_without_such_a_gpu(name, what):
 
 
 def test_without_pytorch():
-    """Where PyTorch is not installed the adapters can be asked for, and say that it is what is missing."""
+    """Where PyTorch is not installed, the adapters say that it is missing."""
     code = (
         "import sys; sys.modules['torch'] = None; from kvxfer import registry;"
         "print([registry.why_unavailable(name, 'buffers') for name in ('cuda', 'rocm')])"

@@ -14,23 +14,23 @@ ON_LOOPBACK = "NET_DEVICES=lo"
 
 
 def nixl_agent(name: str) -> NixlAgent:
-    """With the lane UCX chooses by itself: between two processes of one host, it copies from memory to memory."""
+    """An agent over the link that UCX chooses by itself: memory copies between two processes of one host."""
     return NixlAgent(name, backend_options={"UCX": {"engine_config": ON_LOOPBACK}})
 
 
 def nixl_agent_over_tcp(name: str) -> NixlAgent:
-    """Over TCP, as between two hosts without RDMA."""
+    """An agent over TCP, as between two hosts without RDMA."""
     return NixlAgent(name, backend_options={"UCX": {"engine_config": f"{ON_LOOPBACK},TLS=tcp"}})
 
 
 def nixl_agent_over_tcp_in_one_go(name: str) -> NixlAgent:
-    """As `nixl_agent_over_tcp`, with all bytes of a transfer handed to NIXL at once."""
+    """An agent as `nixl_agent_over_tcp`, with all bytes of a transfer handed to NIXL at once."""
     options = {"UCX": {"engine_config": f"{ON_LOOPBACK},TLS=tcp"}}
     return NixlAgent(name, backend_options=options, max_submit_nbytes=None)
 
 
 def nixl_agent_over_tcp_with_patience(name: str) -> NixlAgent:
-    """As `nixl_agent_over_tcp`, but its close waits long enough for a read on a busy machine."""
+    """An agent as `nixl_agent_over_tcp`, whose close waits long enough for a read on a busy machine."""
     return NixlAgent(name, backend_options={"UCX": {"engine_config": f"{ON_LOOPBACK},TLS=tcp"}}, drain_s=30.0)
 
 
@@ -62,5 +62,5 @@ class PagesThatGo:
             self._libc.munmap(self.memory.address, self.memory.nbytes)
 
     def intact(self) -> bool:
-        """Nothing is watched beside it."""
+        """Always True: nothing beside it is watched."""
         return True

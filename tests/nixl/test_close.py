@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL stops nothing when asked to give up; the end of the agent does. What that costs, and whom."""
+"""Only the end of a NIXL agent stops its transfers; how that affects the reader and the process that it reads from."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.nixl.agents import (
 MIB = 1 << 20
 
 
-class Pair:
-    """A reader here and an owner in a process of its own, which have met."""
+class ReaderAndOwner:
+    """A reader here and the owner of memory in another process, connected."""
 
     def __init__(self, make_agent, nbytes: int, make_memory=HostSpan) -> None:
         self.nbytes = nbytes
@@ -57,11 +57,11 @@ class Pair:
 
 @pytest.fixture
 def pair_of():
-    """Makes pairs, and takes them down."""
+    """Make pairs, and close them."""
     pairs = []
 
-    def make(make_agent, nbytes: int = 64 * MIB, make_memory=HostSpan) -> Pair:
-        pairs.append(Pair(make_agent, nbytes, make_memory))
+    def make(make_agent, nbytes: int = 64 * MIB, make_memory=HostSpan) -> ReaderAndOwner:
+        pairs.append(ReaderAndOwner(make_agent, nbytes, make_memory))
         return pairs[-1]
 
     yield make
@@ -91,7 +91,7 @@ def test_after_close_not_a_byte_changes(pair_of):
 
 
 def test_without_close_late_bytes_do_land(pair_of):
-    """Why quarantine exists: a transfer that was given up still writes local memory, long after its deadline."""
+    """The reason for quarantine: a transfer that was given up still writes local memory, long after its deadline."""
     pair = pair_of(nixl_agent_over_tcp)
     pair.owner.stall()
     flight = pair.wait(pair.start(Op.READ, [(0, pair.nbytes)], timeout_s=0.3))
@@ -104,7 +104,7 @@ def test_without_close_late_bytes_do_land(pair_of):
 
 
 def test_close_ends_the_engine_although_errors_are_kept(pair_of):
-    """An error's traceback must not keep the C++ agent alive, for then close would fence nothing."""
+    """An error's traceback must not keep the C++ agent alive, for then close would stop nothing."""
     before = native_threads()
     pair = pair_of(nixl_agent)
     pair.owner.kill()
@@ -147,7 +147,7 @@ def test_writer_killed_in_the_middle_spares_the_owner():
 
 @pytest.mark.parametrize("make_agent", [nixl_agent, nixl_agent_over_tcp])
 def test_owner_killed_in_the_middle_is_noticed_at_once(pair_of, make_agent):
-    """The death of a peer ends its transfers with PeerLostError within a second, on either lane."""
+    """The death of a peer ends its transfers with PeerLostError within a second, on either link."""
     pair = pair_of(make_agent)
     pair.owner.stall()
     # Over TCP the owner takes part, so the transfer hangs until the kill; a memory copy from a frozen process goes on.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL passes the suite that every adapter has to pass, over each kind of lane that one host offers."""
+"""NIXL passes the suite of all agents, over each kind of link of one host."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Over TCP a reader can take the process it reads from with it: the adapter has to know when it is on such a lane."""
+"""Over TCP a dying reader can end the process that it reads from: the adapter must know when a link is TCP."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def at(host: str = "a", tls: str = "all", *, rdma: bool = False, ucx: bool = Tru
     ],
 )
 def test_prediction(mine, theirs, link):
-    """The lane follows from the hosts, the RDMA devices and the transports that both sides allow."""
+    """The link follows from the hosts, the RDMA devices and the transports that both sides allow."""
     assert predict(mine, theirs) is link
 
 
@@ -62,7 +62,7 @@ def test_what_is_seen_corrects_what_was_predicted():
     ("make_agent", "link", "warnings"), [(nixl_agent, Link.MEMORY, 0), (nixl_agent_over_tcp, Link.STREAM, 1)]
 )
 def test_real_transfers_agree_with_the_prediction(caplog, make_agent, link, warnings):
-    """Two hundred reads do not change the verdict, and a fate-shared lane is logged once for each peer."""
+    """Two hundred reads do not change the verdict, and a fate-shared link is logged once for each peer."""
     reader, owner = Actor(make_agent, "link-reader"), Actor(make_agent, "link-owner")
     try:
         remote, local = owner.allocate(MIB, 1), reader.allocate(MIB, 2)

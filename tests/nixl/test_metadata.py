@@ -82,7 +82,7 @@ def test_real_metadata_is_well_formed(agents):
 
 
 def test_malformed_metadata_is_refused(agents):
-    """Cut anywhere, with any length or count changed, or with bytes behind its end, it is refused by name, and nobody crashes."""
+    """Cut anywhere, with any length or count changed, or with bytes behind its end, it is refused with a named error, and no process crashes."""
     here, memory = agents("metadata-here/0/e/1")
     there, content = agents("metadata-there/0/e/1")
     good, random = metadata_of(there), Random(0)
@@ -102,7 +102,7 @@ def test_malformed_metadata_is_refused(agents):
 
 
 def test_metadata_of_another_agent_harms_nobody(agents):
-    """A description that holds another agent's metadata is refused, and the peer whose that is stays connected."""
+    """A description with another agent's metadata is refused, and that other agent stays connected."""
     here, memory = agents("metadata-reader/0/e/1")
     honest, content = agents("metadata-honest/0/e/1")
     liar, _ = agents("metadata-liar/0/e/1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL goes by five names, and one of them belongs to somebody else: which is taken, and why, is never a guess."""
+"""NIXL has five module names, and an unrelated product has one of them: the search takes the right one and says why."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_nothing_installed_says_what_to_install(monkeypatch):
 
 
 def test_unknown_name_is_a_config_error():
-    """A typo in `module` is told from a module that is missing."""
+    """A typo in `module` is distinguished from a module that is missing."""
     with pytest.raises(ConfigError, match="nixl_cu31"):
         _module.find("nixl_cu31")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests as a device sees them: blocks from anywhere to an image in the order of a peer, and back."""
+"""Requests as a device sees them: blocks from anywhere to a chunk in the order of a peer, and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def i64(*values):
 
 
 def out_of_cache(ids):
-    """Copy of some blocks to an image that is HND."""
+    """Copy of some blocks to a chunk that is HND."""
     loops = (
         StridedLoop(TOKENS, HEADS * CONTENT_NBYTES, CONTENT_NBYTES),
         StridedLoop(HEADS, CONTENT_NBYTES, TOKENS * CONTENT_NBYTES),
@@ -29,7 +29,7 @@ def out_of_cache(ids):
 
 
 def into_cache(ids):
-    """Copy of an image that is HND to some blocks."""
+    """Copy of a chunk that is HND to some blocks."""
     loops = (
         StridedLoop(HEADS, TOKENS * CONTENT_NBYTES, CONTENT_NBYTES),
         StridedLoop(TOKENS, CONTENT_NBYTES, HEADS * CONTENT_NBYTES),
@@ -45,7 +45,7 @@ def tables(seed, number):
 
 
 def image_of(content, ids):
-    """The oracle: the image of these blocks of a cache."""
+    """The oracle: the chunk of these blocks of a cache."""
     return np.ascontiguousarray(content[list(ids)].transpose(0, 2, 1, 3)).reshape(-1).view(np.uint8)
 
 

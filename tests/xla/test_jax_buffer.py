@@ -86,10 +86,10 @@ def test_updated_in_place(dtype):
     buffer = cache(dtype=np.dtype(getattr(ml_dtypes, dtype, dtype)))
     # Not read by way of NumPy, whose view of the array would keep its memory.
     old, expected = buffer.array, noise(SHAPE, 1)
-    address, image = old.unsafe_buffer_pointer(), noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), 5)
-    assert buffer.unpack([into_cache([9, 4])], image.reshape(-1).view(np.uint8)).wait(30)
+    address, chunk = old.unsafe_buffer_pointer(), noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), 5)
+    assert buffer.unpack([into_cache([9, 4])], chunk.reshape(-1).view(np.uint8)).wait(30)
     assert buffer.array.unsafe_buffer_pointer() == address and old.is_deleted()
-    expected[[9, 4]] = image.transpose(0, 2, 1, 3)
+    expected[[9, 4]] = chunk.transpose(0, 2, 1, 3)
     np.testing.assert_array_equal(content(buffer), expected)
 
 
@@ -129,9 +129,9 @@ def test_programs_are_few():
 
 
 def test_engine_and_transfers_take_turns():
-    """An engine that donates its array step after step loses no step, and no transfer is lost, whoever comes first."""
+    """An engine that donates its array step after step loses no step, and no transfer is lost, in any order."""
     buffer, steps, stop = cache(), 0, threading.Event()
-    image = noise((4, HEADS, TOKENS, CONTENT_NBYTES // 2), 7)
+    chunk = noise((4, HEADS, TOKENS, CONTENT_NBYTES // 2), 7)
     expected = content(buffer).copy()
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -151,8 +151,8 @@ def test_engine_and_transfers_take_turns():
         running = []
         for i in range(30):
             ids = [4 * i % 60 + k for k in range(4)]
-            running.append(buffer.unpack([into_cache(ids)], image.reshape(-1).view(np.uint8)))
-            expected[ids] = image.transpose(0, 2, 1, 3)
+            running.append(buffer.unpack([into_cache(ids)], chunk.reshape(-1).view(np.uint8)))
+            expected[ids] = chunk.transpose(0, 2, 1, 3)
         assert all(copy.wait(60) for copy in running)
     finally:
         stop.set()
@@ -162,7 +162,7 @@ def test_engine_and_transfers_take_turns():
 
 
 def test_an_array_that_is_not_given_back():
-    """An engine that donates the array and gives back the old one is told; so is every transfer after that, by name."""
+    """An engine that donates the array and gives back the old one gets a named error, and so does every later transfer."""
     buffer = cache()
 
     @functools.partial(jax.jit, donate_argnums=0)

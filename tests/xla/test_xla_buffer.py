@@ -88,14 +88,14 @@ def test_updated_in_place(dtype, whole_blocks):
     tensor, expected = buffer.tensor, content(buffer).copy()
     address = torch_xla._XLAC._unsafe_buffer_pointer(tensor)
     for seed, ids in enumerate(([9, 4], [5, 60], [1, 2])):
-        image = noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), seed) & NUMBERS
+        chunk = noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), seed) & NUMBERS
         if whole_blocks:
             copy = one_by_one(ids)
-            expected[ids] = image.reshape(2, *SHAPE[1:])
+            expected[ids] = chunk.reshape(2, *SHAPE[1:])
         else:
             copy = into_cache(ids)
-            expected[ids] = image.transpose(0, 2, 1, 3)
-        assert buffer.unpack([copy], image.reshape(-1).view(np.uint8)).wait(60)
+            expected[ids] = chunk.transpose(0, 2, 1, 3)
+        assert buffer.unpack([copy], chunk.reshape(-1).view(np.uint8)).wait(60)
         assert torch_xla._XLAC._unsafe_buffer_pointer(tensor) == address or dtype == torch.bfloat16
     assert buffer.tensor is tensor
     np.testing.assert_array_equal(content(buffer), expected)
@@ -129,9 +129,9 @@ def test_no_compilation_per_request():
 
 
 def test_engine_and_transfers_take_turns():
-    """An engine that changes its tensor step after step loses no step, and no transfer is lost, whoever comes first."""
+    """An engine that changes its tensor step after step loses no step, and no transfer is lost, in any order."""
     buffer, steps, stop = cache(dtype=torch.int16), 0, threading.Event()
-    image = noise((4, HEADS, TOKENS, CONTENT_NBYTES // 2), 7)
+    chunk = noise((4, HEADS, TOKENS, CONTENT_NBYTES // 2), 7)
     expected = content(buffer).copy()
 
     def engine():
@@ -148,8 +148,8 @@ def test_engine_and_transfers_take_turns():
         running = []
         for i in range(20):
             ids = [4 * i % 60 + k for k in range(4)]
-            running.append(buffer.unpack([into_cache(ids)], image.reshape(-1).view(np.uint8)))
-            expected[ids] = image.transpose(0, 2, 1, 3)
+            running.append(buffer.unpack([into_cache(ids)], chunk.reshape(-1).view(np.uint8)))
+            expected[ids] = chunk.transpose(0, 2, 1, 3)
         assert all(copy.wait(60) for copy in running)
     finally:
         stop.set()

@@ -286,7 +286,7 @@ class AgentContractTests:
 
     @final
     def test_foreign_peer(self, testbed: Testbed) -> None:
-        """A peer that another agent met is refused with PeerUnknownError, and nothing moves."""
+        """A peer that another agent connected is refused with PeerUnknownError, and nothing moves."""
         pair, op = testbed.pair("thread", KIB), testbed.any_op()
         other = testbed.actor()
         span = other.allocate(KIB, testbed.seed())

@@ -12,7 +12,7 @@ import pytest
 from kvxfer.errors import UnsupportedError
 from kvxfer.layout.dtypes import DTYPE_NBYTES
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
-from kvxfer.testing.buffer_suite.fixtures import BufferTests, Logical, i64, nest, one_copy, packed, unpack
+from kvxfer.testing.buffer_suite.fixtures import BufferTests, Logical, copy_between, i64, one_copy, packed, unpack
 from kvxfer.testing.buffer_suite.floats import cast, same_elements, some_elements
 from kvxfer.testing.oracle import noise, same_bytes
 
@@ -46,13 +46,13 @@ class CastTests(BufferTests):
         same_elements(made.read()[: len(expected)], expected, target)
 
     @final
-    @pytest.mark.parametrize(("cache", "image"), [("LBHNC", "LBNHC"), ("BLNHC", "LHBNC"), ("LBHNC", "LBHNC")])
+    @pytest.mark.parametrize(("cache", "chunk"), [("LBHNC", "LBNHC"), ("BLNHC", "LHBNC"), ("LBHNC", "LBHNC")])
     @pytest.mark.parametrize(("source", "target"), [("bfloat16", "float32"), ("float32", "float8_e4m3fn")])
-    def test_cast_between_orders(self, cache: str, image: str, source: str, target: str) -> None:
-        """Elements of fragmented blocks are cast on their way to an image of another order, and back to other blocks."""
+    def test_cast_between_orders(self, cache: str, chunk: str, source: str, target: str) -> None:
+        """Elements of fragmented blocks are cast on their way to a chunk of another order, and back to other blocks."""
         channels, ids, rows = 24, [5, 0, 3, 6], [0, 1, 2, 3]
         near = Logical(cache, (3, 7, 4, 5, channels * DTYPE_NBYTES[source]))
-        far = Logical(image, (3, 4, 4, 5, channels * DTYPE_NBYTES[target]), padding=1)
+        far = Logical(chunk, (3, 4, 4, 5, channels * DTYPE_NBYTES[target]), padding=1)
         size = max(near.nbytes, far.nbytes)
         made = self._made(size)
         _need(made.buffer, source, target)
@@ -63,16 +63,16 @@ class CastTests(BufferTests):
         how = Cast(source, target, 2.5)
 
         made.write(near.memory.tobytes() + bytes(size - near.nbytes))
-        copy = nest(near, near.bytes, far, far.bytes, (ids, rows))
+        copy = copy_between(near, near.bytes, far, far.bytes, (ids, rows))
         found = packed(made.buffer, [replace(copy, cast=how)], before)
         far.fill(before).bytes[...] = expected
         _same_cache(found, far, target)
 
         content = noise(size, 62)
         made.write(content)
-        there = Logical(image, (3, 7, 4, 5, channels * DTYPE_NBYTES[target]), padding=0)
+        there = Logical(chunk, (3, 7, 4, 5, channels * DTYPE_NBYTES[target]), padding=0)
         assert there.nbytes <= size
-        copy = nest(near, near.bytes, there, there.bytes, (ids, [1, 6, 2, 4]))
+        copy = copy_between(near, near.bytes, there, there.bytes, (ids, [1, 6, 2, 4]))
         unpack(made.buffer, [replace(copy, cast=how)], near.memory.tobytes())
         there.fill(content[: there.nbytes]).bytes[:, [1, 6, 2, 4]] = expected
         _same_cache(made.read()[: there.nbytes], there, target)

@@ -14,10 +14,10 @@ from kvxfer.testing.buffer_suite.fixtures import (
     BufferTests,
     Logical,
     copies_of,
+    copy_between,
     finish,
     i64,
     move,
-    nest,
     one_copy,
     packed,
     places,
@@ -79,52 +79,52 @@ class CopyTests(BufferTests):
         landing, end = places([nbytes for _, _, nbytes in spans], seed + 9)
         assert end <= MIB
         content, before = source.read(), target.read()
-        image = packed(source.buffer, copies_of(spans), bytes(size))
-        unpack(target.buffer, copies_of([(s[1], to, s[2]) for s, to in zip(spans, landing, strict=True)]), image)
+        chunk = packed(source.buffer, copies_of(spans), bytes(size))
+        unpack(target.buffer, copies_of([(s[1], to, s[2]) for s, to in zip(spans, landing, strict=True)]), chunk)
         direct = [(s[0], to, s[2]) for s, to in zip(spans, landing, strict=True)]
         same_bytes(target.read(), move(direct, content, before))
 
     @final
-    @pytest.mark.parametrize("image", ORDERS)
+    @pytest.mark.parametrize("chunk", ORDERS)
     @pytest.mark.parametrize("cache", ORDERS)
     @pytest.mark.parametrize("token_nbytes", [24, 512])
-    def test_orders(self, cache: str, image: str, token_nbytes: int) -> None:
-        """From a cache in any order to an image in any order and back: fragmented and contiguous blocks, padded or not."""
+    def test_orders(self, cache: str, chunk: str, token_nbytes: int) -> None:
+        """From a cache in any order to a chunk in any order and back: fragmented and contiguous blocks, padded or not."""
         extents = (_LAYERS, _BLOCKS, _HEADS, _TOKENS, token_nbytes)
         for padding in (0, 1):
             near = Logical(cache, extents, padding)
             made = self._made(near.nbytes)
             for ids in (_FRAGMENTED, [2, 3, 4, 5], [6, 5, 4], [0]):
-                far = Logical(image, (_LAYERS, len(ids), _HEADS, _TOKENS, token_nbytes))
+                far = Logical(chunk, (_LAYERS, len(ids), _HEADS, _TOKENS, token_nbytes))
                 rows = list(range(len(ids)))
                 before = noise(far.nbytes, 11)
                 near.fill(made.read())
-                found = packed(made.buffer, [nest(near, near.bytes, far, far.bytes, (ids, rows))], before)
+                found = packed(made.buffer, [copy_between(near, near.bytes, far, far.bytes, (ids, rows))], before)
                 far.fill(before).bytes[...] = near.bytes[:, ids]
                 same_bytes(found, far.memory.tobytes(), f"blocks {ids} packed")
                 data = noise(far.nbytes, 12)
-                unpack(made.buffer, [nest(far, far.bytes, near, near.bytes, (rows, ids))], data)
+                unpack(made.buffer, [copy_between(far, far.bytes, near, near.bytes, (rows, ids))], data)
                 near.bytes[:, ids] = far.fill(data).bytes
                 same_bytes(made.read(), near.memory.tobytes(), f"blocks {ids} unpacked")
 
     @final
-    @pytest.mark.parametrize("image", ORDERS)
+    @pytest.mark.parametrize("chunk", ORDERS)
     @pytest.mark.parametrize("cache", ORDERS)
-    def test_parts_of_blocks(self, cache: str, image: str) -> None:
+    def test_parts_of_blocks(self, cache: str, chunk: str) -> None:
         """Some layers, heads, tokens and bytes of each block go to their places among others, which stay as they are."""
         near = Logical(cache, (_LAYERS, _BLOCKS, _HEADS, _TOKENS, 48))
-        far = Logical(image, (_LAYERS, 5, _HEADS, _TOKENS, 64))
+        far = Logical(chunk, (_LAYERS, 5, _HEADS, _TOKENS, 64))
         made = self._made(near.nbytes)
         here, there = near.bytes[1:, :, 1:3, 2:, 7:31], far.bytes[:2, :, 2:, 1:4, 40:]
         rows = [4, 1, 2, 0]
         before = noise(far.nbytes, 21)
         near.fill(made.read())
-        found = packed(made.buffer, [nest(near, here, far, there, (_FRAGMENTED, rows))], before)
+        found = packed(made.buffer, [copy_between(near, here, far, there, (_FRAGMENTED, rows))], before)
         far.fill(before)
         there[:, rows] = here[:, _FRAGMENTED]
         same_bytes(found, far.memory.tobytes())
         data = noise(far.nbytes, 22)
-        unpack(made.buffer, [nest(far, there, near, here, (rows, _FRAGMENTED))], data)
+        unpack(made.buffer, [copy_between(far, there, near, here, (rows, _FRAGMENTED))], data)
         far.fill(data)
         here[:, _FRAGMENTED] = there[:, rows]
         same_bytes(made.read(), near.memory.tobytes())
@@ -187,7 +187,7 @@ class CopyTests(BufferTests):
 
     @final
     def test_interleaved(self) -> None:
-        """Two copies may write turn by turn: K and V of a token, from memory of their own to one image."""
+        """Two copies may write turn by turn: K and V of a token, from memory of their own to one chunk."""
         made = self._made(128 * KIB)
         content, before = made.read(), noise(200 * 64, 51)
         k = Copy(i64([0]), i64([0]), i64([0]), i64([0]), (StridedLoop(200, 32, 64),), 32)

@@ -173,7 +173,9 @@ class Logical:
         return begin
 
 
-def nest(source: Logical, here: Bytes, target: Logical, there: Bytes, blocks: tuple[list[int], list[int]]) -> Copy:
+def copy_between(
+    source: Logical, here: Bytes, target: Logical, there: Bytes, blocks: tuple[list[int], list[int]]
+) -> Copy:
     """The copy from a part of one cache, some blocks of it, to a part of another: ``there[:, b] = here[:, a]``."""
     loops = [StridedLoop(here.shape[i], here.strides[i], there.strides[i]) for i in (2, 3) if here.shape[i] > 1]
     layers = np.arange(here.shape[0], dtype=np.int64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the base class does for every engine, where the conformance suite cannot see it from outside."""
+"""Work of the base class for every engine that the conformance suite cannot see from outside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvxfer.testing.conformance import unique_name
 
 
 class _Piecewise(InprocAgent):
-    """Takes little at once and notes what."""
+    """An agent that takes little at once and records it."""
 
     capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=1000, max_descriptors=2)
     piece_s = 0.0
@@ -92,7 +92,7 @@ def test_impossible_region_never_reaches_the_engine(meet):
 
 
 def test_a_long_transfer_lets_others_have_their_turn():
-    """A list of many parts on an engine that copies inside submit does not keep a later short one waiting for its end."""
+    """A long list on an engine that copies inside submit does not delay a later short one until its end."""
 
     class Parted(InprocAgent):
         capabilities = replace(InprocAgent.capabilities, max_submit_nbytes=16)
@@ -116,7 +116,7 @@ def test_a_long_transfer_lets_others_have_their_turn():
 
 
 def test_a_step_begins_when_the_one_before_is_complete(meet):
-    """What is to be read after something else is handed to the engine when that is in place, however long that takes."""
+    """A later step is handed to the engine when the step before is in place, however long that takes."""
 
     class Late(_Piecewise):
         landed = False
@@ -139,7 +139,7 @@ def test_a_step_begins_when_the_one_before_is_complete(meet):
 
 @pytest.mark.parametrize("steps", [[], [(0, 0)], [(0, 10), (0, 0)], [(0, 10), (100_000, 10)]])
 def test_a_bad_step_starts_nothing(meet, steps):
-    """Steps are looked at before the first one begins: one that is empty, or not of registered memory, refuses them all."""
+    """Steps are checked before the first one begins: one that is empty, or not of registered memory, refuses them all."""
     here, peer, local, remote = meet(_Piecewise)
     lists = [
         Descriptors.of(*(np.array([side.address + at][:n]) for side in (local, remote)), [n][:n]) for at, n in steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transfer agent belongs to the endpoint that brings it: no peer can replace or forget another one's."""
+"""A transfer agent belongs to the endpoint that describes it: no peer can replace or disconnect another peer's agent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def welcome(name="liar", epoch="e", **changes):
 
 
 def hears(world, consumer, *messages):
-    """The liar says something to the consumer, which has to do with it because of some lease."""
+    """The liar sends messages to the consumer, which knows it from a lease."""
     for message in messages:
         consumer.consumer.received(LIAR, message, world.now)
     consumer.perform()
@@ -61,7 +61,7 @@ def lease_of(owner):
 
 
 def test_an_agent_of_another_name_is_refused(world, honest, consumer):
-    """An engine that brings an agent whose name does not begin with its own name, rank and epoch is refused by name."""
+    """An engine with an agent whose name does not begin with the engine's name, rank and epoch is refused with a named error."""
     assert reads(world, consumer, honest)
     for info in (
         honest.identity.agent_info,
@@ -79,7 +79,7 @@ def test_an_agent_of_another_name_is_refused(world, honest, consumer):
 
 
 def test_an_impostor_with_another_description_is_refused(world, honest, consumer):
-    """Who says that he is an engine that was met, with another description of its agent, replaces nothing."""
+    """A peer that claims to be a known engine, with another description of its agent, replaces nothing."""
     assert reads(world, consumer, honest)
     own = described_name(honest.identity.agent_info)
     transfer = consumer.read(lease_of("honest"), 1)
@@ -91,7 +91,7 @@ def test_an_impostor_with_another_description_is_refused(world, honest, consumer
 
 
 def test_an_impostor_that_comes_first_has_to_make_room(world, honest, consumer):
-    """An agent is that of the engine that a lease expects at its address: who claims it elsewhere has no part in it."""
+    """An agent belongs to the engine that a lease expects at its address, not to a peer that claims it elsewhere."""
     consumer.acquire(lease_of("liar"))
     own = described_name(honest.identity.agent_info)
     hears(world, consumer, welcome("honest", honest.epoch, agent_info=_described(own, regions=[])))
@@ -99,7 +99,7 @@ def test_an_impostor_that_comes_first_has_to_make_room(world, honest, consumer):
 
 
 def test_nothing_is_forgotten_that_another_has(world, honest, consumer):
-    """A peer that brings an honest one's description and its own in turn does not make it forgotten; its haste is bounded."""
+    """A peer that sends an honest peer's description and its own in turn does not disconnect that peer; its rate is limited."""
     assert reads(world, consumer, honest)
     consumer.acquire(lease_of("honest"))
     same = welcome("honest", honest.epoch, agent_info=honest.identity.agent_info)
@@ -113,7 +113,7 @@ def test_nothing_is_forgotten_that_another_has(world, honest, consumer):
 
 
 def test_one_engine_at_two_addresses(world, consumer):
-    """An engine that is known by two addresses is one engine: both are read, and it is forgotten when the second one is."""
+    """An engine that is known by two addresses is one engine: both are read, and it is forgotten with the second one."""
     engine = world.node("twice")
     assert reads(world, consumer, engine)
     alias = "tcp://twice-by-another-name:1"
@@ -132,7 +132,7 @@ def test_one_engine_at_two_addresses(world, consumer):
 
 
 def test_descriptions_say_whose_they_are():
-    """The name in a description is found without the rest; what is no description is refused by name."""
+    """The name in a description is found without the rest; bytes that are no description are refused with a named error."""
     assert described_name(agent_info("a", 3, "e", 4)) == "a/3/e/4"
     for data in (b"", b"\0", b"\xff" * 9, agent_info("a")[:-1]):
         with pytest.raises(PeerInfoError):
@@ -144,7 +144,7 @@ def _described(name, **more):
 
 
 class Liar(threading.Thread):
-    """A listener that answers each message with whatever it pleases, and says more unasked."""
+    """A listener that answers each message with any message, and sends more without being asked."""
 
     def __init__(self, answers):
         super().__init__(daemon=True)
@@ -173,7 +173,7 @@ class Liar(threading.Thread):
 
 @pytest.mark.parametrize("how", ["names", "parting"])
 def test_honest_reads_go_on(how):
-    """While a hostile producer says again and again that another one's agent is its own, every read from that one is done."""
+    """While a hostile producer repeatedly claims another producer's agent as its own, every read from that producer succeeds."""
     source, sink = Engine(1), Engine(2)
     target = sink.endpoint
     theirs = source.endpoint._producer.identity

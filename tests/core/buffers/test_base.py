@@ -60,7 +60,7 @@ def test_a_buffer_keeps_its_memory_alive():
     """The array lives as long as the buffer, and no longer."""
 
     class Array(np.ndarray):
-        """NumPy's own arrays take weak references too, but this one says who is asked."""
+        """NumPy's own arrays take weak references too, but this one records the calls."""
 
     array = np.zeros(16, dtype=np.uint8).view(Array)
     alive = weakref.ref(array)
@@ -93,7 +93,7 @@ def test_views_are_told_apart_by_the_memory_they_were_cut_from():
 
 
 def read_only():
-    """An array nobody may write."""
+    """A read-only array."""
     array = np.zeros(4)
     array.flags.writeable = False
     return array

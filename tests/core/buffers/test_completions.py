@@ -19,7 +19,7 @@ from tests.core.engine import Engine
 
 
 class Raising:
-    """One whose device is gone: to ask it raises."""
+    """A completion whose device is gone: asking it raises."""
 
     @property
     def done(self):
@@ -172,7 +172,7 @@ def test_a_read_after_one_that_hangs(pair, hanging, where):
     ("after", "event"), [(Raising(), LeaseRevoked), (RaisesInWait(), LeaseRevoked), ("hangs", LeaseExpired)]
 )
 def test_an_offer_after_one(pair, hanging, after, event):
-    """An offer behind a device that fails or hangs has its one event, and other offers are not kept waiting."""
+    """A publication after a device that fails or hangs has its one event, and delays no other one."""
     source, sink = pair
     ref = source.endpoint.announce()
     source.endpoint.publish(ref, [1], after=hanging() if after == "hangs" else after)

@@ -40,7 +40,7 @@ REGION = CACHE.spec.groups[0].regions[0]
         ({"kinds": {"slidng": "sliding_window"}}, "there is no group 'slidng' to be 'sliding_window': there are '0'"),
         ({"kinds": ["sliding_window"]}, "kinds must be a mapping"),
         ({"groups": ["layers.0"]}, "groups must be a mapping"),
-        ({"groups": {"a": [5]}}, "the groups do not hold each layer once"),
+        ({"groups": {"a": [5]}}, "the groups do not name each layer once"),
         ({"scales": 4.0}, "scales must be a mapping"),
         ({"scales": {"layers.0": 4.0}}, "the scales of layer 'layers.0' must be a mapping"),
         ({"scales": {"layers.1": {"k": 4.0}}}, "there is no layer 'layers.1' to have a scale"),
