@@ -132,7 +132,7 @@ class ThreadPeer(RemotePeer):
     ) -> None:
         self.name: str = name
         ours, theirs = multiprocessing.Pipe()
-        self.remote = RemoteObject(f"peer {name}", ours, raises=(Exception,), answer_s=ANSWER_TIMEOUT_S)
+        self.remote: RemoteObject = RemoteObject(f"peer {name}", ours, raises=(Exception,), answer_s=ANSWER_TIMEOUT_S)
         # daemon: a peer that hangs inside a transfer engine must not keep the test run from ending.
         arguments = (theirs, _PollingActor, (make_agent, name, make_memory))
         self._thread = threading.Thread(target=serve, args=arguments, name=f"peer {name}", daemon=True)
@@ -191,7 +191,7 @@ class ProcessPeer(RemotePeer):
             raises=(Exception,),
             answer_s=ANSWER_TIMEOUT_S,
         )
-        self.remote = self._child
+        self.remote: RemoteObject = self._child
         try:
             self._child.ready()
         except ChildGoneError as error:
