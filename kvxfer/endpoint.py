@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from kvxfer.buffers.base import Completion
     from kvxfer.planner.router import Route
-    from kvxfer.runtime.environment import Host, Running
+    from kvxfer.runtime.environment import Environment, Running
     from kvxfer.runtime.staging import Staging
 
 _log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Endpoint:
             from the environment, see `Secret.resolve`.
         allow_unauthenticated: without a secret, ``bind`` may be an address that other machines reach. By default if
             ``KVXFER_ALLOW_UNAUTHENTICATED`` is 1.
-        host: clock, channel and threads; another one for simulators only.
+        environment: clock, channel and threads; another one for simulators only.
 
     Raises:
         ConfigError: an option is wrong, or the address cannot be bound, or not without a secret.
@@ -99,7 +99,7 @@ class Endpoint:
         verify: bool = False,
         secret: Secret | None = None,
         allow_unauthenticated: bool | None = None,
-        host: Host = REAL,
+        environment: Environment = REAL,
     ) -> None:
         if cache is None:
             raise ConfigError("cache must be a kvxfer.KVCache, not None")
@@ -113,7 +113,7 @@ class Endpoint:
         arguments.text(bind, "bind")
         if agent_options is not None and not isinstance(agent_options, Mapping):
             raise ConfigError(f"agent_options must be a mapping, not {agent_options!r:.200}")
-        self._now = host.now
+        self._now = environment.now
         self.settings: Settings = settings if settings is not None else Settings.resolve()
         self.metrics: Metrics = Metrics()
         self.epoch: str = secrets.token_hex(8)
@@ -133,7 +133,7 @@ class Endpoint:
         board = LeaseBoard(self.settings.max_leases)
         if allow_unauthenticated is None:
             allow_unauthenticated = os.environ.get("KVXFER_ALLOW_UNAUTHENTICATED") == "1"
-        channel = host.channel(
+        channel = environment.channel(
             bind,
             settings=self.settings,
             metrics=self.metrics,
@@ -142,7 +142,7 @@ class Endpoint:
             allow_unauthenticated=allow_unauthenticated,
         )
         # Nothing that a thread holds leads to this object: one that is forgotten can be collected, and then ends.
-        self._driver = driver = ControlLoop(channel, self.metrics, self._events.put, host.now)
+        self._driver = driver = ControlLoop(channel, self.metrics, self._events.put, environment.now)
         data: DataLoop | None = None
         try:
             maker = registry.agent_maker(
@@ -151,7 +151,7 @@ class Endpoint:
                 f"{self.name}/{cache.spec.rank}/{self.epoch}",
                 loopback=channel.loopback,
             )
-            data = DataLoop(maker, cache, board, self.settings, self.metrics, driver.reports, host)
+            data = DataLoop(maker, cache, board, self.settings, self.metrics, driver.reports, environment)
             adapter, agent_info = data.start()
             addressable = all(buffer.memory is not None for buffer in cache.buffers)
             me = Identity(
@@ -171,7 +171,7 @@ class Endpoint:
             self.address: str = channel.address
             """Where peers find this endpoint, for `LeaseRef.addresses`."""
             driver.drive(self._producer, self._consumer, data)
-            self._running = host.run("kvxfer-control", driver)
+            self._running = environment.run("kvxfer-control", driver)
         except BaseException:
             if data is not None:
                 data.close()
@@ -378,16 +378,14 @@ class Endpoint:
             after=after,
         )
         self._targets.take(targets)
-        # A lease that was granted ahead needs the control thread for nothing: it is told of the read, but not woken.
-        consumer = self._consumer
-        job = consumer.take(transfer)
-        if job is None:
-            accepted = self._driver.command(
-                lambda now: consumer.read(transfer, now),
-                broken=lambda error, now: consumer.read_broken(transfer, error, now),
-            )
-        else:
-            accepted = self._driver.command(lambda _: consumer.reading(transfer), wake=False)
+        # The control thread is told of each read, and woken for those whose lease was not granted ahead: it starts them.
+        consumer, job = self._consumer, self._consumer.claim(transfer)
+        claimed = job is not None
+        accepted = self._driver.command(
+            lambda now: consumer.read(transfer, now, claimed=claimed),
+            wake=not claimed,
+            broken=None if claimed else lambda error, now: consumer.read_broken(transfer, error, now),
+        )
         if not accepted:
             transfer.end(ClosedError("the endpoint was closed"))
         elif job is not None:

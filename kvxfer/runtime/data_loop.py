@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.actions import DataAction, Packed
     from kvxfer.protocol.lease_board import LeaseBoard
-    from kvxfer.runtime.environment import Host, Running
+    from kvxfer.runtime.environment import Environment, Running
 
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
@@ -69,9 +69,9 @@ class DataLoop:
         settings: Settings,
         metrics: Metrics,
         reports: DataReports,
-        host: Host,
+        environment: Environment,
     ) -> None:
-        self._host = host
+        self._environment = environment
         self._reports = reports
         self._kinds = {type(buffer) for buffer in cache.buffers}
         longest = max(kind.longest_chunk_nbytes for kind in self._kinds)
@@ -85,8 +85,8 @@ class DataLoop:
         self._moved = self._over = False
         memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
         reachable = [memory for memory in memories if memory is not None]
-        self._life = AgentLifecycle(make_agent, reachable, metrics, reports.agent_replaced, host.now)
-        self._reads = ReadExecutor(cache, board, self.arena, self._life, settings, metrics, reports, host.now)
+        self._life = AgentLifecycle(make_agent, reachable, metrics, reports.agent_replaced, environment.now)
+        self._reads = ReadExecutor(cache, board, self.arena, self._life, settings, metrics, reports, environment.now)
         self._undo: list[Callable[[], object]] = []
         """How devices take back what they did to the arena."""
         self._shut_down = False
@@ -97,7 +97,7 @@ class DataLoop:
         Raises:
             KvxferError: the agent cannot be made, or refuses the memory.
         """
-        self._running = self._host.run("kvxfer-data", self)
+        self._running = self._environment.run("kvxfer-data", self)
         return self._started.result()
 
     def do(self, job: DataAction) -> None:

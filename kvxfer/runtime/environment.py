@@ -44,7 +44,7 @@ class Loop(Protocol):
 
 
 class Running(Protocol):
-    """A loop that has been given to a host."""
+    """A loop that has been given to an environment."""
 
     def join(self, timeout_s: float | None = None) -> None:
         """Wait until it has ended; has no effect if the loop itself asks."""
@@ -53,7 +53,7 @@ class Running(Protocol):
         """Wait for a while until it has ended, if the interpreter ends; a loop that was only forgotten ends by itself."""
 
 
-class Host(Protocol):
+class Environment(Protocol):
     """See the module."""
 
     def now(self) -> float:
@@ -129,7 +129,7 @@ class _Real:
         return _Thread(name, loop)
 
 
-REAL: Host = _Real()
+REAL: Environment = _Real()
 
 # Callbacks of atexit run in the reverse order: finalizers, which weakref registers with the first of them, come before those of
 # earlier imports. So the first finalizer is made here, and the note that the interpreter ends comes before it.

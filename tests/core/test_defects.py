@@ -19,7 +19,7 @@ from kvxfer.protocol.lease_requests import LeaseRequests
 from kvxfer.protocol.lease_table import LeaseTable
 from kvxfer.protocol.transfer import LeaseRevoked
 from kvxfer.runtime import arguments, routes
-from kvxfer.runtime.read_executor import Reads
+from kvxfer.runtime.read_executor import ReadExecutor
 from kvxfer.testing import eventually
 from tests.core.engine import Engine
 
@@ -119,11 +119,11 @@ def test_a_fault_in_the_producer(pair, monkeypatch, method):
     assert len(source.ends(ref)) == 1
 
 
-@pytest.mark.parametrize("method", ["_poll", "_begin_unoccupied", "_serve_waiting", "_fence_if_due", "start"])
+@pytest.mark.parametrize("method", ["_poll", "_see_devices", "_serve_waiting", "_reset_if_due", "start"])
 def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
     """If a part of the data thread fails in each turn, deadlines are kept, reads end, and the log is not flooded."""
     source, sink = pair
-    monkeypatch.setattr(Reads, method, fault)
+    monkeypatch.setattr(ReadExecutor, method, fault)
     late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=1.0)
     occupied = sink.endpoint.read(source.endpoint.lease([1]), [9], timeout_s=1.0, after=[Never()])

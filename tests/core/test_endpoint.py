@@ -705,7 +705,7 @@ def test_threads_hammering(engines):
 def test_an_idle_endpoint_sleeps(engines):
     """After the work is done neither thread of either endpoint turns again."""
     hosts = Counting(), Counting()
-    source, sink = (engines(host=host) for host in hosts)
+    source, sink = (engines(environment=host) for host in hosts)
     assert sink.endpoint.read(ref := source.endpoint.lease([1]), [1]).wait(30)
     assert source.end(ref)
     eventually(lambda: not sink.endpoint.in_use()["held_leases"])

@@ -119,12 +119,12 @@ class Machine:
             into = check_tables(SPEC, [4, 5, 6], "target", distinct=True)
             transfer = Transfer(ref, into, None, self.now + 30.0, self.ended.append, lambda: self.now)
             self.transfers.append(transfer)
-            job = self.consumer.take(transfer) if what == "take" and self.consumer.granted(ref.token) else None
+            job = self.consumer.claim(transfer) if what == "take" and self.consumer.granted(ref.token) else None
             if job is None:
                 self.consumer.read(transfer, self.now)
             else:
                 self.reading.append(job)
-                self.consumer.reading(transfer)
+                self.consumer.read(transfer, self.now, claimed=True)
         elif self.reading:
             transfer = self.reading[0].transfer
             if what == "stage":

@@ -133,7 +133,7 @@ class Rank:
             settings=settings,
             costs=costs,
             convert=True,
-            host=self.process,
+            environment=self.process,
         )
 
     def do(self, act: Callable[[], object], after_s: float = 0.0) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of the simulator: the `Host` of one endpoint, with a clock of its own, that freezes and dies."""
+"""A process of the simulator: the `Environment` of one endpoint, with a clock of its own, that freezes and dies."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Process:
     # -- its clock
 
     def now(self) -> float:
-        """See `Host`."""
+        """See `Environment`."""
         return self._shown if self._stands else self._shown + (self.world.now - self._since) * self._pace
 
     def jump(self, seconds: float) -> None:
@@ -73,11 +73,11 @@ class Process:
     # -- its loops
 
     def channel(self, bind: str, **_: Any) -> VirtualChannel:  # noqa: ARG002
-        """See `Host`."""
+        """See `Environment`."""
         return VirtualChannel(self)
 
     def run(self, name: str, loop: Loop) -> Process:  # noqa: ARG002
-        """See `Host`."""
+        """See `Environment`."""
         loop.begin()
         self._loops.append(loop)
         self.wake()

@@ -261,9 +261,9 @@ def test_dropped_in_the_moment_it_was_claimed(world, producer, consumer):
     world.settle()
     transfer = consumer.transfer(ref, 4, timeout_s=60)
     transfer.packed = True
-    job = consumer.consumer.take(transfer)
+    job = consumer.consumer.claim(transfer)
     consumer.release(ref)
-    consumer.consumer.reading(transfer)
+    consumer.consumer.read(transfer, world.now, claimed=True)
     world.readings.append(Reading(consumer, job, world.now))
     world.advance(1)
     assert isinstance(transfer.error, LeaseError) and [type(stop) for stop in consumer.stopped] == [StopRead]

@@ -666,7 +666,7 @@ def claimed(world, producer, consumer):
     consumer.acquire(ref := producer.lease(1))
     world.settle()
     transfer = consumer.transfer(ref, 1, timeout_s=10)
-    job = consumer.consumer.take(transfer)
+    job = consumer.consumer.claim(transfer)
     assert job is not None
     return transfer, job
 
@@ -674,9 +674,9 @@ def claimed(world, producer, consumer):
 def test_a_granted_lease_is_claimed_once(world, producer, consumer):
     """Of two reads that come at once one takes the short way; both end, once."""
     first, job = claimed(world, producer, consumer)
-    assert consumer.consumer.take(first) is None
+    assert consumer.consumer.claim(first) is None
     second = consumer.read(first.ref, 2)
-    consumer.consumer.reading(first)
+    consumer.consumer.read(first, world.now, claimed=True)
     world.readings.append(Reading(consumer, job, world.now + 1))
     world.advance(3)
     assert consumer.outcomes(second) == ["Done"] and consumer.outcomes(first) == ["Failed"]
@@ -689,7 +689,7 @@ def test_claimed_while_it_is_dropped_and_read_again(world, producer, consumer):
     first, job = claimed(world, producer, consumer)
     consumer.release(first.ref)
     world.settle()
-    consumer.consumer.reading(first)
+    consumer.consumer.read(first, world.now, claimed=True)
     producer.frozen = True
     third = consumer.read(first.ref, 3, timeout_s=20)
     world.readings.append(Reading(consumer, job, world.now))
@@ -705,7 +705,7 @@ def test_claimed_while_the_producer_restarts(world, producer, consumer):
     """A claimed read of a process that is gone fails by its agent, and the lease is forgotten."""
     first, job = claimed(world, producer, consumer)
     again = world.restart(producer)
-    consumer.consumer.reading(first)
+    consumer.consumer.read(first, world.now, claimed=True)
     world.readings.append(Reading(consumer, job, world.now))
     world.advance(3)
     assert isinstance(first.error, TransferError)

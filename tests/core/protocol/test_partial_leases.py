@@ -65,7 +65,7 @@ def test_sealed_before_it_is_read(world, producer, consumer, when):
     if when == "held":
         consumer.acquire(ref)
     world.advance(3)
-    assert consumer.consumer.take(consumer.transfer(ref, 11, 12, 13)) is None
+    assert consumer.consumer.claim(consumer.transfer(ref, 11, 12, 13)) is None
     transfer = consumer.read(ref, 11, 12, 13)
     world.advance(1)
     (reading,) = world.readings

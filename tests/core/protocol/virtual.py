@@ -249,12 +249,12 @@ class Node:
     ) -> Transfer:
         transfer = self.transfer(ref, *into, timeout_s=timeout_s, tokens=tokens)
         transfer.packed = packed  # type: ignore[attr-defined]
-        job = self.consumer.take(transfer)  # as the endpoint does
+        job = self.consumer.claim(transfer)  # as the endpoint does
         if job is None:
             self.consumer.read(transfer, self.world.now)
             self.perform()
         else:
-            self.consumer.reading(transfer)
+            self.consumer.read(transfer, self.world.now, claimed=True)
             self.world.readings.append(Reading(self, job, self.world.now + self.world.read_s))
         return transfer
 

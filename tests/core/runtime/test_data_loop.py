@@ -128,7 +128,7 @@ class Rig:
         ranks=1,
         route=None,
         slot=1 << 12,
-        host=REAL,
+        environment=REAL,
     ):
         self.faults = Faults()
         self.agents = []
@@ -152,7 +152,7 @@ class Rig:
             Settings(quarantine_s=quarantine_s, contact_timeout_s=contact_timeout_s, staging_nbytes=1 << 15),
             self.metrics,
             self.ends,
-            host,
+            environment,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
             self.path._life.proven.update(sender.agent.describe() for sender in self.senders)
@@ -505,7 +505,7 @@ def test_an_agent_whose_close_raises(rig):
 def test_close_ends_every_read():
     """Reads under way, reads that wait and reads that come after all end when the data path is closed."""
     host = Counting()
-    rig = Rig(host=host)
+    rig = Rig(environment=host)
     rig.faults = Faults(hang=ALWAYS)
     rig.path.start()
     transfers = [rig.read(i, i) for i in range(4)]
@@ -529,7 +529,7 @@ def test_a_forgotten_peer_is_disconnected(rig):
 
 
 class ByHand:
-    """A host that gives no turns: the test does, until it closes the loop."""
+    """An environment that gives no turns: the test does, until it closes the loop."""
 
     now = staticmethod(time.monotonic)
 
@@ -552,7 +552,7 @@ class ByHand:
 def test_whoever_waits_goes_on_before_the_control_thread_is_called():
     """A read that was the only one ends without a call of another thread in the same moment, which comes soon after."""
     host = ByHand()
-    rig = Rig(host=host)
+    rig = Rig(environment=host)
     rig.path.start()
     transfer = rig.read(3, 5)
     host.until(lambda: transfer.done)
@@ -568,7 +568,7 @@ def test_whoever_waits_goes_on_before_the_control_thread_is_called():
 def test_it_is_called_at_once_where_other_reads_go_on():
     """They might copy for long."""
     host = ByHand()
-    rig = Rig(host=host)
+    rig = Rig(environment=host)
     rig.faults = Faults(hang={2, 3})
     rig.path.start()
     first, second = rig.read(3, 5), rig.read(4, 6)
@@ -582,7 +582,7 @@ def test_it_is_called_at_once_where_other_reads_go_on():
 def test_idle_means_asleep():
     """With nothing to do the data thread waits without a timeout."""
     host = Counting()
-    rig = Rig(host=host)
+    rig = Rig(environment=host)
     rig.path.start()
     for block in (5, 7):
         assert rig.works(block, block)
@@ -596,7 +596,7 @@ def test_idle_means_asleep():
 def test_start_is_called_on_its_own_thread():
     """The agent is made by the thread that uses it."""
     host = Counting()
-    rig = Rig(host=host)
+    rig = Rig(environment=host)
     rig.path.start()
     assert rig.made_on == host.threads["kvxfer-data"] != threading.get_ident()
     rig.close()
