@@ -184,7 +184,7 @@ def _packed(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 # -- DLPack ------------------------------------------------------------------------------------------------------------
 
 
-class _Device(ctypes.Structure):
+class _DLDevice(ctypes.Structure):
     _fields_ = (("type", ctypes.c_int32), ("id", ctypes.c_int32))
 
 
@@ -195,7 +195,7 @@ class _DType(ctypes.Structure):
 class _Tensor(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("device", _Device),
+        ("device", _DLDevice),
         ("ndim", ctypes.c_int32),
         ("dtype", _DType),
         ("shape", ctypes.POINTER(ctypes.c_int64)),

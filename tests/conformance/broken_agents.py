@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Agents that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and wants it to fail."""
+"""Agents that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and expects it to fail."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RemembersWhatItRead(InprocAgent):
 
 
 class _Delayed(InprocAgent):
-    """Copies in a thread, a while after submit; right, if somewhat slow, unless a subclass spoils it."""
+    """An agent that copies in a thread, a while after submit; correct unless a subclass breaks it."""
 
     delay_s = 0.05
 
@@ -221,7 +221,7 @@ class SleepsInPoll(InprocAgent):
 
 
 class ChecksNothing(InprocAgent):
-    """It declares ``remote_checked`` all the same."""
+    """Checks nothing, and declares ``remote_checked`` all the same."""
 
     def _submit(self, op, peer, spans, local, remote):
         for here, there, nbytes in zip(spans.local.tolist(), spans.remote.tolist(), spans.nbytes.tolist(), strict=True):
@@ -245,7 +245,7 @@ class FailsLongLists(InprocAgent):
 
 
 class IsDoneBeforeTheWriteIsApplied(SocketAgent):
-    """Takes its bytes for delivered when the socket has taken them."""
+    """Reports its bytes as delivered when the socket has taken them."""
 
     def _drive(self, transfer):
         if not transfer.into and not transfer.out:
@@ -283,7 +283,7 @@ for _kind in list(globals().values()):
 
 
 class TestDeviates(AgentSuite):
-    """Not broken: the reference agent with a deviation that is none, and one that is."""
+    """Not broken: the reference agent with one real deviation, and one declared without need."""
 
     make_agent = staticmethod(FailsLongLists)
     deviations: ClassVar = {

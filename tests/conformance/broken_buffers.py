@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and wants it to fail."""
+"""Buffers that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and expects it to fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvxfer.testing import BufferSuite, MadeBuffer
 
 
 def target_ends(copy):
-    """Offset of the last byte of each run at the target."""
+    """Offsets of the last byte of each run at the target."""
     ends = np.add.outer(copy.target, copy.target_blocks)
     for loop in copy.loops:
         ends = np.add.outer(ends, np.arange(loop.count) * loop.target_stride)
@@ -24,7 +24,7 @@ def target_ends(copy):
 
 
 class SortsTheBlocks(HostBuffer):
-    """Of the source, but not those of the target."""
+    """Sorts the blocks of the source, but not those of the target."""
 
     def _pack(self, copies, out):
         return super()._pack([replace(copy, source_blocks=np.sort(copy.source_blocks)) for copy in copies], out)
@@ -40,7 +40,7 @@ class LosesTheLastByte(HostBuffer):
 
 
 class FillsTheGaps(HostBuffer):
-    """Between the runs that it unpacks, where a byte has a certain value."""
+    """Fills the gaps between the runs that it unpacks, where a byte has a certain value."""
 
     def _unpack(self, copies, packed):
         for copy in copies:
@@ -70,7 +70,7 @@ class PacksBeyondItsOutput(HostBuffer):
 
 
 class MixesUpStrides(HostBuffer):
-    """Of two loops of equal length, as heads and tokens may be: no bound is left, but the order is another."""
+    """Swaps the strides of two loops of equal length, such as heads and tokens: within bounds, in the wrong order."""
 
     def _pack(self, copies, out):
         return super()._pack([self.mixed(copy) for copy in copies], out)
@@ -117,7 +117,7 @@ class IgnoresTheFactor(HostBuffer):
 
 
 class RoundsTowardsZero(HostBuffer):
-    """What it packs as bfloat16."""
+    """Rounds towards zero when it packs to bfloat16."""
 
     def _pack(self, copies, out):
         super()._pack(copies, out)
@@ -130,7 +130,7 @@ class RoundsTowardsZero(HostBuffer):
 
 
 class SaturatesNothing(HostBuffer):
-    """float8 of what is too large is NaN."""
+    """Converts values that are too large for float8 to NaN."""
 
     def _unpack(self, copies, packed):
         super()._unpack(copies, packed)
@@ -151,7 +151,7 @@ class SpoilsItsSource(HostBuffer):
 
 
 class IsACopy(HostBuffer):
-    """Of what its array held when it was made."""
+    """Packs the content that its array had when the buffer was made."""
 
     def __init__(self, *arrays):
         super().__init__(*(array.copy() for array in arrays))
@@ -200,7 +200,7 @@ class IsDoneTooEarly(HostBuffer):
 
 
 class ChecksNothing(HostBuffer):
-    """What lies outside is left out, in silence."""
+    """Leaves out runs that lie outside, without an error."""
 
     def pack(self, copies, out):
         for copy in copies:
@@ -213,14 +213,14 @@ class ChecksNothing(HostBuffer):
 
 
 class NotBrokenOnlySlow(HostBuffer):
-    """The suite has to take copies that end later: this one passes."""
+    """Not broken: copies may end later, and this buffer passes."""
 
     def _pack(self, copies, out):
         return _Later(lambda: HostBuffer._pack(self, copies, out), honest=True)
 
 
 class NotBrokenButCastsNothing(HostBuffer):
-    """The suite skips what a device does not declare, and sees that it is refused."""
+    """Not broken: the suite skips undeclared casts, and checks that they are refused."""
 
     def can_cast(self, source, target):
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small, slow and honest agent over TCP, to try the suite's processes without any transfer engine.
+"""A small, slow and correct agent over TCP, to test the suite's processes without a transfer engine.
 
 The side that submits drives its sockets in `poll` only, so what it gave up can write nothing: a closed socket delivers
 no bytes. The other side is served by one thread for all connections, which copies under a lock after a look at what is
@@ -25,7 +25,7 @@ from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
 _PIECE_NBYTES = 1 << 20
 _TURN_NBYTES = 8 << 20
-"""Most bytes moved by one poll, so that it stays short."""
+"""Most bytes that one poll moves, so that it stays short."""
 
 _OK, _REFUSED = b"k", b"r"
 
@@ -49,7 +49,7 @@ def _check_of(name: str, port: int) -> bytes:
 
 @dataclass(eq=False)
 class _Transfer:
-    """Bytes to send, then one byte of answer, then bytes to receive."""
+    """A transfer: bytes to send, then one byte of answer, then bytes to receive."""
 
     socket: socket.socket
     out: list[memoryview]
@@ -69,7 +69,7 @@ def _chunks(spans: list[tuple[int, int]]) -> list[memoryview]:
 
 
 class SocketAgent(TransferAgent):
-    """Moves bytes between processes over TCP."""
+    """An agent that moves bytes between processes over TCP."""
 
     adapter = "socket"
     capabilities = Capabilities(
@@ -188,13 +188,13 @@ def _take(views, count):
 
 
 class _BrokenError(PeerLostError):
-    """Only `poll` receives, and it will no more."""
+    """Always True: only `poll` receives, and it is not called again."""
 
     quiet = True
 
 
 class _RefusedError(TransferFailedError):
-    """The peer moved nothing."""
+    """The peer refused the transfer and moved nothing."""
 
     quiet = True
 
@@ -209,7 +209,7 @@ class _Served:
 
 
 class _Server:
-    """Serves the memory of one agent, in a thread."""
+    """Server of the memory of one agent, in a thread."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -259,7 +259,7 @@ class _Server:
         if served.request is None:
             return
         with self.lock:
-            # Looked at again for each turn: a region may be withdrawn half-way.
+            # Checked again for each piece: a region may be deregistered half-way.
             if served.request.owner != self.name or not all(self._mine(*span) for span in served.request.spans):
                 served.socket.send(_REFUSED)
                 raise ConnectionResetError("refused")

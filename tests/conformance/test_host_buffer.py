@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory passes the suite of every device, however it is handed over."""
+"""Host memory passes the suite of every device, from arrays of NumPy and of PyTorch."""
 
 from __future__ import annotations
 

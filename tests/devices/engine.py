@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of an engine in a process of its own, with its cache on a device, and an oracle that knows what lies where."""
+"""One rank of an engine in a process of its own, with its cache on a device, and an oracle of its content."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.devices.known import DEVICES
 from tests.process.child import Engine, EngineProcess
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 3, 4, 8, 90
-"""Of the model, and of its one request."""
+"""Extents of the model, and of its one request."""
 
 
 class Shape(NamedTuple):
-    """One rank's cache: on which device, in which order, and its share."""
+    """One rank's cache: its device, its memory order and its share of the heads."""
 
     device: str
     order: str
@@ -42,14 +42,14 @@ class Shape(NamedTuple):
         return 3 * self.request_blocks
 
     def before(self, seed: int) -> np.ndarray:
-        """What a rank's cache holds at first, ``[layer, block, head, token, content]``: noise, of any kind."""
+        """The first content of a rank's cache, ``[layer, block, head, token, content]``: noise, of any kind."""
         rng = np.random.default_rng((seed, self.rank))
         shape = (LAYERS, self.blocks, self.heads, self.block_tokens, 2 * HEAD_DIM)
         return rng.integers(0, 1 << 16, shape, dtype=np.uint16)
 
 
 class DeviceEngine(Engine):
-    """What runs in the child. Its methods are the orders."""
+    """The object in the child process. Its methods are called over the pipe."""
 
     def __init__(self, seed: int, shape: Shape, options: dict[str, Any]) -> None:
         self.seed, self.shape, self.options = seed, shape, options
@@ -100,7 +100,7 @@ class DeviceEngine(Engine):
 
 
 class Side:
-    """All ranks of one engine, as a test sees them."""
+    """All ranks of one engine, for a test."""
 
     def __init__(self, seed: int, device: str, order: str, block_tokens: int, world: int) -> None:
         self.seed = seed
@@ -108,7 +108,7 @@ class Side:
         self.ranks = [EngineProcess(seed, shape, DeviceEngine) for shape in self.shapes]
 
     def table(self, seed: int) -> list[int]:
-        """Blocks for the request: anywhere, in the same places on all ranks."""
+        """Random blocks for the request, the same on all ranks."""
         shape = self.shapes[0]
         return np.random.default_rng(seed).permutation(shape.blocks)[: shape.request_blocks].tolist()
 
@@ -119,13 +119,13 @@ class Side:
         ).to_json()
 
     def each(self, order: str, *args: Any) -> list[Any]:
-        """Give all ranks an order, and wait for their answers."""
+        """Call a method of all ranks, and wait for their answers."""
         for rank in self.ranks:
             rank.ask(order, *args)
         return [rank.answer() for rank in self.ranks]
 
     def request_in(self, contents: list[np.ndarray], table: list[int]) -> np.ndarray:
-        """The request's tokens, ``[layer, token, head, content]`` of the model, where the ranks hold this."""
+        """The request's tokens, ``[layer, token, head, content]`` of the model, from the content of the ranks."""
         parts = [
             content[:, table].transpose(0, 1, 3, 2, 4).reshape(LAYERS, -1, shape.heads, 2 * HEAD_DIM)
             for shape, content in zip(self.shapes, contents, strict=True)
@@ -133,7 +133,7 @@ class Side:
         return np.concatenate(parts, axis=2)[:, :TOKENS]
 
     def with_request(self, contents: list[np.ndarray], table: list[int], request: np.ndarray) -> list[np.ndarray]:
-        """What the ranks hold when they have the request there, and nothing else has changed."""
+        """The expected content of the ranks when they have the request and nothing else has changed."""
         found = []
         for shape, before in zip(self.shapes, contents, strict=True):
             content = before.copy()
@@ -150,7 +150,7 @@ class Side:
 
 
 class Sides:
-    """Engines that tests have in common, for to start one takes seconds. Those of one pair of layouts at a time."""
+    """Engines that tests share, because starting one takes seconds; those of one pair of layouts at a time."""
 
     def __init__(self) -> None:
         self._sides: dict[tuple[Any, ...], Side] = {}

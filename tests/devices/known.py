@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every device that tests put caches on, by name. A new one needs a line here and passes the tests of all pairs."""
+"""All devices for the tests of all pairs, by name. A new device needs a line here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JaxDevice(Device):
 
 
 class GpuDevice(Device):
-    """A GPU of PyTorch's, or the stand-in for one: ``module:class`` names its buffers.
+    """A GPU of PyTorch, or a stand-in for one; ``module:class`` names the class of its buffers.
 
     Args:
         torch_device: where PyTorch puts the tensors.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a real GPU shows: its events, pinned memory, and caches as an engine holds them there."""
+"""Tests that need a real GPU: its events, pinned memory, and caches of an engine on it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_blocks_are_read_when_the_gpu_has_written_them():
 
 
 def test_blocks_that_the_gpu_still_uses_are_not_written():
-    """What a stream has still to write to blocks of the target is there before the read writes to them, and not after."""
+    """Pending writes of a stream to blocks of the target are complete before the read writes to them."""
     theirs, mine = tensors("HND", "cuda", 1), tensors("NHD", "cuda", 2)
     with endpoint(theirs, StagedCudaBuffer) as producer, endpoint(mine, StagedCudaBuffer) as consumer:
         stream = torch.cuda.Stream()
@@ -104,7 +104,7 @@ def test_blocks_that_the_gpu_still_uses_are_not_written():
 
 
 def test_the_arena_is_pinned_while_an_endpoint_lives():
-    """Chunks lie in memory that the GPU copies to and from by itself, exactly as much as the arena has, and no longer."""
+    """Chunks lie in pinned memory, exactly the arena, and no longer than the endpoint lives."""
     import ctypes
 
     with endpoint(tensors("HND", "cuda"), StagedCudaBuffer) as one:

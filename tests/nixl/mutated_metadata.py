@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's own metadata with anything in it changed, connected to and read from, in processes that may die of it.
+"""NIXL's own metadata with mutations, connected and read from, in processes that may die of it.
 
 ``python -m tests.nixl.mutated_metadata --mutations 600 --seed 1``. NIXL and UCX do not survive all that they read (docs/fuzzing.md): a process
 that dies is counted and another one goes on. What must not be: an exception other than our own, or a process that hangs.
@@ -22,13 +22,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 HANG_S = 60.0
-"""A process that says nothing for so long hangs."""
+"""A process without output for so long hangs."""
 _AGENTS_LAST = 4
-"""Mutations for which one pair of agents is used: some leave something behind in NIXL."""
+"""Mutations per pair of agents: some of them change NIXL's state."""
 
 
 def mutated(chance: random.Random, data: bytes) -> bytes:
-    """Metadata in which something was changed: a bit, some bytes, a length, a piece cut out or doubled."""
+    """Metadata with one change: a bit, some bytes, a length, a piece cut out or doubled."""
     changed = bytearray(data)
     for _ in range(chance.randint(1, 3)):
         at = chance.randrange(max(1, len(changed)))
@@ -51,7 +51,7 @@ def mutated(chance: random.Random, data: bytes) -> bytes:
 
 
 def here(seed: int, first: int, last: int) -> None:
-    """Try mutations in this process, telling of each before and after on the standard output."""
+    """Try mutations in this process; print a line before and after each."""
     from kvxfer.agents.capabilities import Op
     from kvxfer.agents.flights import FlightState
     from kvxfer.errors import KvxferError
@@ -93,7 +93,7 @@ def here(seed: int, first: int, last: int) -> None:
 
 
 def trial(mutations: int, seed: int) -> Counter[str]:
-    """How so many mutations ended: what the process told, ``died of SIG...``, ``hangs`` or ``raised ...``."""
+    """Outcomes of the mutations: the lines of the process, ``died of SIG...``, ``hangs`` or ``raised ...``."""
     outcomes: Counter[str] = Counter()
     number = 0
     while number < mutations:
@@ -143,12 +143,12 @@ def trial(mutations: int, seed: int) -> Counter[str]:
 
 
 def broken(outcomes: Counter[str]) -> list[str]:
-    """What must not be."""
+    """Outcomes that are failures."""
     return [what for what in outcomes if what.startswith("raised") or what == "hangs"]
 
 
 def main() -> int:
-    """See the module."""
+    """Run mutations and print their outcomes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutations", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(20), help="another one each time")

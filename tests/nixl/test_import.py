@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's import rewires logging and prints; through kvxfer it must leave the host process as it was."""
+"""NIXL's import reconfigures logging and prints; through kvxfer it must leave the process as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ agent = NixlAgent("import-test", backend_options={"UCX": {"engine_config": "NET_
 
 
 def test_importing_the_adapter_imports_no_vendor(run_python):
-    """`import kvxfer_nixl` brings in neither NIXL nor torch: they wait until an agent is made."""
+    """`import kvxfer_nixl` imports neither NIXL nor torch before an agent is made."""
     run_python("import sys, kvxfer_nixl; assert not {'nixl', 'nixl_cu13', 'nixl_cu12', 'torch'} & sys.modules.keys()")
 
 

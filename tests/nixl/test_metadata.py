@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's metadata, of which NIXL itself trusts every length: what is malformed, or of another agent, does not get that far."""
+"""NIXL's metadata, whose lengths NIXL trusts: malformed metadata, or that of another agent, does not reach NIXL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.nixl.agents import nixl_agent
 
 @pytest.fixture
 def agents():
-    """Makes agents with 64 KiB of memory each."""
+    """Make agents with 64 KiB of memory each."""
     made = []
 
     def make(name):
@@ -41,7 +41,7 @@ def metadata_of(agent):
 
 
 def with_metadata(info, metadata):
-    """A description with other metadata of NIXL's in it."""
+    """A description with other NIXL metadata in it."""
     outer = msgspec.msgpack.decode(info)
     native = {**msgspec.msgpack.decode(outer["native"]), "metadata": metadata}
     return msgspec.msgpack.encode({**outer, "native": msgspec.msgpack.encode(native)})
@@ -75,7 +75,7 @@ def read_from(agent, memory, peer, address):
 
 
 def test_real_metadata_is_well_formed(agents):
-    """What this NIXL writes is read to its end, and is of the agent that wrote it."""
+    """The metadata of this NIXL is read to its end, and has the name of the agent that wrote it."""
     agent, _ = agents("metadata/0/e/1")
     assert agent._knows_frame
     assert agent_name(metadata_of(agent)) == "metadata/0/e/1"

@@ -26,7 +26,7 @@ def test_says_which_and_why():
 
 
 def test_a_name_that_was_asked_for_is_taken():
-    """The search can be overruled."""
+    """`module` overrides the search."""
     name = _module.find().name
     _module.find.cache_clear()
     found = _module.find(name)
@@ -35,7 +35,7 @@ def test_a_name_that_was_asked_for_is_taken():
 
 
 def test_unrelated_product_of_that_name_is_refused(tmp_path, monkeypatch):
-    """The PyPI project `rixl` is not AMD's RIXL: it is refused by its files, and not a line of it runs."""
+    """The PyPI project `rixl` is not AMD's RIXL: it is refused by its files, and none of its code runs."""
     package = tmp_path / "rixl"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('a stranger was run')")
@@ -45,7 +45,7 @@ def test_unrelated_product_of_that_name_is_refused(tmp_path, monkeypatch):
 
 
 def test_module_that_cannot_be_imported_gives_way_to_the_next(tmp_path, monkeypatch):
-    """A broken build is passed over, and its own words are the reason."""
+    """A broken build is skipped, with its own error as the reason."""
     package = tmp_path / "nixl_rocm"
     package.mkdir()
     for file in ("__init__.py", "_api.py"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's own metadata with anything in it changed: refused by name, or the process that read it dies and this one does not."""
+"""NIXL's own metadata with mutations: refused with a named error, or the process that reads it dies and this one does not."""
 
 from __future__ import annotations
 

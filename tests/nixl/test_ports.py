@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which TCP ports UCX opens: over TCP it checks no key, so that a port that is open is all of the process's memory."""
+"""TCP ports that UCX opens: over TCP it checks no key, so an open port gives access to all memory of the process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ with Endpoint(cache, agent, **options) as endpoint:
 
 @pytest.fixture
 def started(run_python, monkeypatch):
-    """What an endpoint in a process of its own opens and says, by its options."""
+    """Ports and log of an endpoint in a process of its own, by its options."""
     monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
     monkeypatch.delenv("UCX_TCP_PORT_RANGE", raising=False)
 
@@ -72,7 +72,7 @@ def test_control_on_loopback_means_fabric_on_loopback(started, agent):
 
 
 def test_what_is_open_to_others_is_told_once(started):
-    """An endpoint that others reach says once at its start which ports UCX listens on, and what they are open to."""
+    """An endpoint that others reach logs once at its start on which ports UCX listens, and what that exposes."""
     other = _other_address()
     found = started(**OPEN)
     (warning,) = found["said"]
@@ -85,7 +85,7 @@ def test_what_is_open_to_others_is_told_once(started):
 
 
 def test_an_agent_on_loopback_behind_an_open_control_address_is_told(started):
-    """Where others may ask for KV and cannot read it, because the agent was made for this machine only, the start says so."""
+    """If other machines may ask for KV and cannot read it, because the agent is on loopback only, the start logs that."""
     _other_address()
     found = started(agent="by hand", **OPEN)
     assert {address for address, _ in found["fabric"]} == {"127.0.0.1"}
@@ -103,7 +103,7 @@ def test_the_operator_is_obeyed(started):
 
 
 def test_ports_can_be_fixed():
-    """Within port_range, and nowhere else, UCX listens; where no port of it is free, the agent is refused by name."""
+    """Within port_range, and nowhere else, UCX listens; where no port of it is free, the agent is refused with a named error."""
     first = next(port for port in range(41_000, 60_000, 7) if _free(port))
     agent = NixlAgent("ports-first", port_range=f"{first}-{first}")
     try:
@@ -127,7 +127,7 @@ def _free(port):
 
 
 def test_two_port_ranges_are_refused(monkeypatch):
-    """A range that contradicts the environment, which NIXL would let win in silence, is refused by name."""
+    """A range that contradicts the environment, which NIXL would let win in silence, is refused with a named error."""
     monkeypatch.setenv("UCX_TCP_PORT_RANGE", "41000-41009")
     with pytest.raises(ConfigError, match="TCP_PORT_RANGE=41000-41009"):
         NixlAgent("ports-two", port_range="42000-42009")

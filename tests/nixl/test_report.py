@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m kvxfer_nixl`, and the one trap that only shows when a process ends."""
+"""`python -m kvxfer_nixl`, and the crash that only shows when a process ends."""
 
 from __future__ import annotations
 

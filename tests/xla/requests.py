@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests as a device sees them: blocks from anywhere to a chunk in the order of a peer, and back."""
+"""Copies of a request: random blocks to a chunk in the order of a peer, and back."""
 
 from __future__ import annotations
 

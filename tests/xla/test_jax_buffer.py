@@ -82,9 +82,9 @@ def content(buffer):
 
 @pytest.mark.parametrize("dtype", ["uint16", "bfloat16", "float16"])
 def test_updated_in_place(dtype):
-    """What is unpacked is written into the memory of the array, every bit as it came; the array that was is gone."""
+    """Unpacking writes into the memory of the array, bit by bit; the old array is gone."""
     buffer = cache(dtype=np.dtype(getattr(ml_dtypes, dtype, dtype)))
-    # Not read by way of NumPy, whose view of the array would keep its memory.
+    # Not read through NumPy, whose view of the array would keep its memory.
     old, expected = buffer.array, noise(SHAPE, 1)
     address, chunk = old.unsafe_buffer_pointer(), noise((2, HEADS, TOKENS, CONTENT_NBYTES // 2), 5)
     assert buffer.unpack([into_cache([9, 4])], chunk.reshape(-1).view(np.uint8)).wait(30)
@@ -196,7 +196,7 @@ def test_another_array_is_refused(what):
 
 
 def test_a_turn_that_fails_tells_why():
-    """What goes wrong in an engine's turn reaches the engine as it is, and the turn is over."""
+    """An error in an engine's turn reaches the engine unchanged, and the turn is over."""
     buffer = cache()
 
     def step():
@@ -210,7 +210,7 @@ def test_a_turn_that_fails_tells_why():
 
 
 def test_a_turn_that_never_ends():
-    """Whoever waits for a turn can say for how long."""
+    """Waiting for a turn has a timeout."""
     buffer = cache()
     buffer.arrays.take()
     with pytest.raises(TimeoutError):
@@ -219,6 +219,6 @@ def test_a_turn_that_never_ends():
 
 @pytest.mark.parametrize("wrong", [None, np.zeros(8), jax.numpy.zeros(8, "int4")])
 def test_what_is_no_cache(wrong):
-    """A buffer of something that is no array of JAX with whole bytes is refused by name."""
+    """A buffer of something that is no array of JAX with whole bytes is refused with a named error."""
     with pytest.raises(UnsupportedBufferError):
         JaxBuffer(wrong)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few of the pairs of `tests.xla.jax_pairs`; thousands of them are for a night."""
+"""A few of the pairs of `tests.xla.jax_pairs`; nightly runs try thousands."""
 
 from __future__ import annotations
 

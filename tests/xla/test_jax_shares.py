@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches of JAX that several devices have together: each has its heads, and is a rank of its own."""
+"""Caches of JAX that are sharded over several devices: each device has its heads, and is a rank."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def content(self):
-        """``[block, token, head, content]`` of each layer, by way of JAX."""
+        """``[block, token, head, content]`` of each layer, through JAX."""
         with self.arrays.turn() as arrays:
             found = [np.asarray(array).view(np.uint16).reshape(self.before[0].shape) for array in arrays]
         return [array if self.order == "NHD" else array.transpose(0, 2, 1, 3) for array in found]
@@ -116,21 +116,21 @@ def test_place_of_each_share():
     ],
 )
 def test_what_is_no_share(axis, options, says):
-    """A cache that is sharded along another axis, or does not hold what is said of it, is refused by name."""
+    """A cache that is sharded along another axis, or does not contain the given heads, is refused with a named error."""
     arrays = Arrays([sharded(noise((4, 8, HEADS, 32), 1), axis, 4)])
     with pytest.raises(UnsupportedBufferError, match=says):
         arrays.shares(["only"], **options)
 
 
 def test_arrays_sharded_unlike_each_other():
-    """All arrays of a cache are sharded in the same way, or it is refused by name."""
+    """All arrays of a cache are sharded in the same way, or it is refused with a named error."""
     arrays = Arrays([sharded(noise((4, 8, HEADS, 32), 1), 2, devices) for devices in (4, 2)])
     with pytest.raises(UnsupportedBufferError, match="alike"):
         arrays.shares(["one", "two"])
 
 
 def test_arrays_that_several_devices_have_each_in_full():
-    """Copies of the same heads on several devices are refused by name: only one of them would be written."""
+    """Copies of the same heads on several devices are refused with a named error: only one of them would be written."""
     with pytest.raises(UnsupportedBufferError, match="several devices have copies of the same heads"):
         Arrays([replicated(noise((4, 8, HEADS, 32), 1), 4)]).shares(["only"])
 
@@ -141,7 +141,7 @@ def replicated(array, devices):
 
 
 def test_sharding_in_other_words():
-    """What a step returns is the cache again if it is sharded in the same way, however a compiled program calls that."""
+    """The arrays that a step returns are accepted if they are sharded in the same way, however a program describes that."""
     array = sharded(noise((4, 8, HEADS, 32), 1), 2, 4)
     arrays = Arrays([array])
     said_otherwise = NamedSharding(array.sharding.mesh, PartitionSpec(None, None, ("heads",), None))
@@ -153,7 +153,7 @@ def test_sharding_in_other_words():
 
 
 def test_an_array_that_is_gone():
-    """An array that was donated already is refused by name when it is handed over."""
+    """An array that was donated already is refused with a named error when it is handed over."""
     array = sharded(noise((4, 8, HEADS, 32), 1), 2, 4)
     array.delete()
     with pytest.raises(UnsupportedBufferError, match="donated"):

@@ -70,7 +70,7 @@ def cache(seed=1, dtype=torch.bfloat16):
 
 
 NUMBERS = np.uint16(0xBFFF)
-"""Masks what is no NaN of float16: those change on the CPU, see `kvxfer_xla._programs.rows_of`."""
+"""Mask that leaves no NaN of float16: NaNs change on the CPU, see `kvxfer_xla._programs.rows_of`."""
 
 
 def content(buffer):
@@ -80,7 +80,7 @@ def content(buffer):
 @pytest.mark.parametrize("dtype", [torch.int16, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("whole_blocks", [False, True])
 def test_updated_in_place(dtype, whole_blocks):
-    """What is unpacked is written into the tensor, which stays the same object, every bit as it came, and in its memory.
+    """Unpacking writes into the tensor bit by bit; it stays the same object, in its memory.
 
     But not in its memory where XLA's CPU backend does not let it: see `kvxfer_xla._programs.rows_of`.
     """
@@ -160,7 +160,7 @@ def test_engine_and_transfers_take_turns():
 
 @pytest.mark.parametrize("wrong", [None, torch.zeros(8), torch.zeros(8, dtype=torch.complex64), torch.zeros(0)])
 def test_what_is_no_cache(wrong):
-    """A buffer of something that is no tensor on an XLA device is refused by name."""
+    """A buffer of something that is no tensor on an XLA device is refused with a named error."""
     if isinstance(wrong, torch.Tensor) and wrong.dtype != torch.float32:
         wrong = wrong.to("xla")
     with pytest.raises(UnsupportedBufferError):

@@ -25,7 +25,7 @@ def test_a_job_is_a_completion():
 
 @pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("the job's own")])
 def test_a_job_that_fails(error):
-    """What a job raises is what waiting for it raises, a TimeoutError too; it is done all the same."""
+    """Waiting for a job raises the error of the job, a TimeoutError too; the job is done all the same."""
 
     def fail():
         raise error

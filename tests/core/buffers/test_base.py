@@ -115,14 +115,14 @@ def read_only():
     ],
 )
 def test_what_is_no_writable_host_memory_is_refused(array, reason):
-    """Whatever cannot be read and written at a fixed address is refused in one sentence that says why."""
+    """An array that cannot be read and written at a fixed address is refused, with the reason."""
     with pytest.raises(UnsupportedBufferError, match=reason) as caught:
         HostBuffer(array)
     assert "\n" not in str(caught.value)
 
 
 class OnDevice:
-    """A DLPack array on some device; its export must not be asked for."""
+    """A DLPack array on some device; its export must not be called."""
 
     def __init__(self, device):
         self.device = device
@@ -178,7 +178,7 @@ def test_tensors_of_types_that_numpy_lacks_are_buffers():
 
 
 def test_a_tensor_is_kept_alive_and_then_freed():
-    """The export of a tensor holds its storage for the buffer's life and is given back after it."""
+    """The export of a tensor keeps its storage as long as the buffer lives, and is released after it."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     tensor = torch.full((1 << 20,), 7, dtype=torch.uint8)
     alive = weakref.ref(tensor)
@@ -231,7 +231,7 @@ def test_unpacking_writes_the_runs_and_nothing_else():
 
 
 def test_blocks_of_megabytes_are_copied_whole():
-    """Runs longer than any batch, in any order and at odd addresses, pass unharmed."""
+    """Runs longer than any batch, in any order and at odd addresses, arrive unchanged."""
     memory = np.random.default_rng(2).integers(0, 256, 9 << 20, dtype=np.uint8)
     length = (3 << 20) - 7
     where, places = i64(6 << 20, 5, (3 << 20) + 9), i64(1, 2 * length + 1, length + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine's arrays become a cache: orders, allocations and layer numbers are read, nothing is copied."""
+"""A cache from an engine's arrays: orders, allocations and layer numbers are read, nothing is copied."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_other_components_are_named():
 
 
 def test_layers_number_themselves_by_their_names():
-    """vLLM's names hold the layer's number; a mapping in another order means the same."""
+    """vLLM's names contain the layer's number; a mapping in another order means the same."""
     arrays = [np.zeros((6, 2, 4, 16), dtype=np.uint8) for _ in range(12)]
     names = [f"model.layers.{i}.self_attn.attn" for i in range(12)]
     layers = {names[i]: arrays[i] for i in sorted(range(12), key=str)}
@@ -136,7 +136,7 @@ def test_layers_without_one_number_each_are_counted():
 
 
 def test_layers_that_share_their_memory_are_moved_once():
-    """A layer that reuses an earlier layer's KV is left out, for its bytes go with that one's."""
+    """A layer that reuses an earlier layer's KV is left out: its bytes are those of that layer."""
     memory = np.zeros((2, 6, 2, 4, 16), dtype=np.uint8)
     cache = KVCache.from_layers({"l.0": memory[0], "l.1": memory[1], "l.2": memory[0]})
     assert cache.spec.groups[0].layers == (0, 1)
@@ -251,7 +251,7 @@ def test_arrays_that_make_no_cache_are_refused(layers, options, reason):
 
 
 def test_arrays_that_are_no_memory_are_refused():
-    """What a buffer refuses, a cache refuses."""
+    """A cache refuses arrays that its buffers refuse."""
     with pytest.raises(UnsupportedBufferError, match="list is no array"):
         KVCache.from_layers({"l.0": [[1]]})
 

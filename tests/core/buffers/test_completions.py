@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions of engines that raise, hang or lie harm what waits for them, and nothing else."""
+"""Completions that raise or hang affect only what waits for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Raising:
 
 
 class RaisesInWait:
-    """One that has ended, and says in `wait` that it failed, in a way that no handler of `Exception` sees."""
+    """A completion that has ended, and whose `wait` raises a BaseException that is no Exception."""
 
     done = True
 
@@ -39,7 +39,7 @@ class RaisesInWait:
 
 
 class Hanging:
-    """One that does not come back when it is asked, in ``done`` or in ``wait`` after that."""
+    """A completion that does not return from ``done``, or from ``wait`` after that."""
 
     def __init__(self, where):
         self.where, self.let_go = where, threading.Event()
@@ -57,7 +57,7 @@ class Hanging:
 
 @pytest.fixture
 def hanging():
-    """Makes completions that hang until the test is over."""
+    """Make completions that hang until the test is over."""
     made = []
 
     def make(where="done"):
@@ -71,14 +71,14 @@ def hanging():
 
 @pytest.fixture
 def pair(engines):
-    """A source and a sink."""
+    """A producer and a consumer."""
     return engines(), engines()
 
 
 @pytest.mark.parametrize("kind", [Raising, RaisesInWait])
 @pytest.mark.parametrize("at_once", [False, True])
 def test_one_that_raises_has_ended(kind, at_once):
-    """It is done, and says why by name; asked again it says the same."""
+    """It is done, and raises a named error; asked again it says the same."""
     kind = type(kind.__name__, (kind,), {"answers_at_once": at_once})
     each = watched(kind())
     eventually(lambda: each.done)
@@ -89,7 +89,7 @@ def test_one_that_raises_has_ended(kind, at_once):
 
 @pytest.mark.parametrize("where", ["done", "wait"])
 def test_one_that_hangs_has_not_ended(hanging, where):
-    """To ask it takes no time, and others are asked meanwhile."""
+    """Asking it returns at once, and others are asked meanwhile."""
     stuck, other = watched(hanging(where)), watched(Raising())
     began = time.monotonic()
     assert not stuck.done and not stuck.wait(0.05)
@@ -99,7 +99,7 @@ def test_one_that_hangs_has_not_ended(hanging, where):
 
 
 def test_more_hang_than_there_are_threads(hanging):
-    """However many hang, no more than a few threads wait for them; when they come back, all are done."""
+    """However many hang, no more than a few threads wait for them; when they return, all are done."""
     threads, held = threading.active_count(), [hanging() for _ in range(2 * _MOST_ASKERS)]
     each = [watched(one) for one in held]
 
@@ -125,7 +125,7 @@ def test_no_thread_stays():
 
 
 def test_what_is_a_completion():
-    """Something is one by what it has; nothing is asked to find out."""
+    """An object is a completion by its attributes; none of them is called to find out."""
     assert is_completion(Raising()) and is_completion(FINISHED)
     assert not is_completion(object()) and not is_completion(None)
     assert watched(FINISHED) is FINISHED
@@ -141,7 +141,7 @@ def test_copies_are_not_waited_for_without_end(hanging, where, caplog):
 
 @pytest.mark.parametrize("kind", [Raising, RaisesInWait])
 def test_a_read_after_one_that_raises(pair, kind):
-    """Its own read fails by name; the deadlines of others are kept, and others go on."""
+    """Its own read fails with a named error; the deadlines of other reads are kept, and other reads go on."""
     source, sink = pair
     late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=0.5)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], after=[kind()])

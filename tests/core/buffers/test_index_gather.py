@@ -114,7 +114,7 @@ def test_largest_unit(offset, nbytes, unit):
 
 
 def test_too_small_to_be_numbered():
-    """Copies that need smaller units than can be numbered are refused by name, not carried out wrongly."""
+    """Copies that need smaller units than can be numbered are refused with a named error, not carried out wrongly."""
     with pytest.raises(UnsupportedError, match="by 128 bytes at least"):
         pick([one(64, 64)], SOURCE, units_of((1 << 24, 1 << 12), 2))
 
