@@ -35,15 +35,18 @@ class LayerPart:
     """One component of one layer: a region without a layer axis yet."""
 
     def __init__(self, component: str, layer: int, view: ArrayView, buffer: int, base: int) -> None:
-        self.component, self.layer, self.address, self.buffer = component, layer, view.address - base, buffer
+        self.component: str = component
+        self.layer: int = layer
+        self.address: int = view.address - base
+        self.buffer: int = buffer
         blocks, heads, tokens, content = view.shape
-        self.extents = Axes(1, blocks, heads, tokens)
-        self.content_nbytes = content * view.itemsize
+        self.extents: Axes = Axes(1, blocks, heads, tokens)
+        self.content_nbytes: int = content * view.itemsize
         apart = content > 1 and view.strides[3] != view.itemsize
-        self.element = (view.itemsize, view.strides[3]) if apart else (0, 0)
+        self.element: tuple[int, int] = (view.itemsize, view.strides[3]) if apart else (0, 0)
         # The stride of an axis of one element is arbitrary: 0, so that equal layers look equal.
         steps = (stride if extent > 1 else 0 for extent, stride in zip(view.shape, view.strides, strict=True))
-        self.strides = Axes(0, *list(steps)[:3])
+        self.strides: Axes = Axes(0, *list(steps)[:3])
 
     @property
     def shape(self) -> tuple[object, ...]:
