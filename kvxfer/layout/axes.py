@@ -12,7 +12,7 @@ from kvxfer.layout.checks import MAX_SMALL_EXTENT, check_int, check_kind
 
 
 class Axes(msgspec.Struct, frozen=True, array_like=True):
-    """One integer for each axis with a stride: an extent (how many) or a stride (bytes from one to the next)."""
+    """One integer for each axis with a stride: extents, or strides in bytes."""
 
     layer: int
     block: int
@@ -21,7 +21,7 @@ class Axes(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KVLayout(str, Enum):
-    """Order of the axes in memory, outermost first; the names are those vLLM uses. HND and NHD are users' aliases."""
+    """Order of the axes in memory, outermost first, by vLLM's names. HND and NHD are common aliases of two of them."""
 
     LBHNC = "LBHNC"
     LBNHC = "LBNHC"
@@ -32,10 +32,10 @@ class KVLayout(str, Enum):
 
     @classmethod
     def parse(cls, text: str) -> KVLayout:
-        """The order named ``text``, in either case; ``HND`` is LBHNC and ``NHD`` is LBNHC.
+        """Order named ``text``, in upper or lower case; ``HND`` is LBHNC and ``NHD`` is LBNHC.
 
         Raises:
-            LayoutError: no such order.
+            LayoutError: there is no such order.
         """
         if not isinstance(text, str):
             raise LayoutError(f"a cache layout is a name such as HND, not {text!r:.40}")
@@ -48,7 +48,7 @@ class KVLayout(str, Enum):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Field names of `Axes`, outermost first; C is always innermost and left out."""
+        """Field names of `Axes`, outermost first, without C, which is always innermost."""
         names = {"L": "layer", "B": "block", "H": "head", "N": "token"}
         return tuple(names[letter] for letter in self.value[:-1])
 
@@ -56,9 +56,9 @@ class KVLayout(str, Enum):
         """Byte strides of a cache in this order.
 
         Args:
-            extents: number of layers, blocks, heads and tokens of a block.
+            extents: numbers of layers, blocks, heads and tokens of a block.
             content_nbytes: bytes of one token of one head.
-            padding: bytes left unused after each layer, block, head and token; none by default.
+            padding: unused bytes after each layer, block, head and token; none by default.
         """
         check_kind("padding", padding, (Axes, type(None)))
         strides: dict[str, int] = {}
@@ -70,10 +70,10 @@ class KVLayout(str, Enum):
 
 
 class Interval(msgspec.Struct, frozen=True, array_like=True):
-    """Part ``[start, stop)`` of ``total`` things: the heads or the layers of a model that one rank holds.
+    """Interval ``[start, stop)`` of ``total`` heads or layers of a model.
 
     Raises:
-        LayoutError: empty, or not inside ``[0, total)``.
+        LayoutError: it is empty, or not inside ``[0, total)``.
     """
 
     start: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block tables as engines, plans and peers give them, checked once at the door, on the engine's thread."""
+"""Block tables of requests: what callers and peers give, and the same checked once, on the engine's thread."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheGroup, CacheSpec
 
 BlockIds = npt.NDArray[np.int64]
-"""Ids of one cache group, in token order."""
+"""Block ids of one cache group, in token order."""
 
 MAX_TOKENS = 1 << 40
-"""Requests are shorter than this."""
+"""Upper bound of the length of a request."""
 
-_UNDER_THE_LOCK: Final = 499
-"""NumPy lets go of the interpreter's lock for more than 500 elements. The engine's thread, which comes here, would get it back only
-when another one has had its turn: that takes longer than all that is done here."""
+_KEEPS_LOCK: Final = 499
+"""Elements for which NumPy keeps the interpreter's lock; it releases the lock for more than 500. These functions run on the engine's
+thread, which would then wait for another thread's turn, longer than all of this takes."""
 _NUMBERS: Final = np.arange(1 << 16, dtype=np.int32)
-"""To make them lets go of the lock; a request of a million tokens has no more blocks of 16."""
+"""Made once, because making them releases the lock. A request of a million tokens has as many blocks of 16."""
 _MOST_PLACES: Final = 1 << 22
-"""A place for each block that a cache may have is made for no more than these: how many a peer's has is what it says."""
+"""Most entries of a temporary array with an entry for each block of a cache; a peer's number of blocks is not trusted."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockTable:
-    """Which blocks hold the tokens of one request, in one cache group.
+    """Blocks that hold the tokens of one request, in one cache group.
 
     Attributes:
-        ids: block ids in token order; integers as a list or array.
-        first_token: the request's token with which the first of them begins, a multiple of the group's ``block_tokens``:
-            0 but for a table that was cut at its beginning (a prefix that is elsewhere, a sliding window). States have no
-            tokens: theirs means nothing.
+        ids: block ids in token order; integers in a list or array.
+        first_token: first token of the first block, a multiple of the group's ``block_tokens``. It is 0 unless the table lacks its
+            beginning (a prefix that is elsewhere, a sliding window). It has no meaning for states, which have no tokens.
     """
 
     ids: BlockIds | Sequence[int]
@@ -51,11 +50,12 @@ class BlockTable:
 
 @dataclass(frozen=True, eq=False)
 class CheckedTable:
-    """A `BlockTable` that was checked against its group.
+    """Block table that was checked against its group.
 
     Attributes:
-        tokens: that one entry stands for.
-        bound: all ids are below it, if it is known; else 0.
+        ids, first_token: see `BlockTable`.
+        tokens: number of tokens of one entry.
+        bound: upper bound of the ids, exclusive; 0 if it is not known.
     """
 
     ids: BlockIds
@@ -70,15 +70,15 @@ class CheckedTable:
 
     @cached_property
     def repeats(self) -> bool:
-        """Some id is given more than once."""
+        """Whether some id is given more than once."""
         ids = self.ids
         if len(ids) < 2 or all(_ascend(ids[one]) for one in pieces(len(ids), overlap=1)):
             return False
-        # np.sort would let go of the lock.
+        # np.sort would release the lock.
         bound = self.bound or _largest(ids) + 1
-        if len(ids) <= _UNDER_THE_LOCK or bound > _MOST_PLACES:
+        if len(ids) <= _KEEPS_LOCK or bound > _MOST_PLACES:
             return len(set(ids.tolist())) < len(ids)
-        # The last of those that are equal is found in its place, the others are not: half as long as a set takes.
+        # Of equal ids only the last is found at its entry. This takes half the time of a set.
         numbers = _NUMBERS[: len(ids)] if len(ids) <= len(_NUMBERS) else np.arange(len(ids), dtype=_NUMBERS.dtype)
         parts = [(ids[one], numbers[one]) for one in pieces(len(ids))]
         last = np.empty(bound, dtype=_NUMBERS.dtype)
@@ -90,17 +90,17 @@ class CheckedTable:
 def check_tables(
     spec: CacheSpec, blocks: Any, whose: str = "", *, first_token: int = 0, distinct: bool = False
 ) -> list[CheckedTable]:
-    """Block tables of one request, one for each cache group.
+    """Check the block tables of one request, one for each cache group.
 
     Args:
-        spec: of the cache that the ids index.
-        blocks: one block table per group, or its ids alone; for a cache of one group also that, bare.
-        whose: goes into the message, e.g. ``"source"``.
-        first_token: that of tables given as ids alone, rounded down to the beginning of a block.
-        distinct: refuse an id that is given twice.
+        spec: description of the cache that the ids index.
+        blocks: a block table, or its ids, for each group; for a cache of one group also the table or the ids alone.
+        whose: part of the message, such as ``"source"``.
+        first_token: first token of tables given as ids, rounded down to the beginning of a block.
+        distinct: whether to refuse an id that is given twice.
 
     Raises:
-        BlockError: not blocks of this cache.
+        BlockError: these are not blocks of this cache.
     """
     groups = spec.groups
     several = len(groups) > 1
@@ -125,33 +125,33 @@ def check_tables(
 
 
 def ids_to_wire(ids: BlockIds) -> bytes:
-    """Ids as little-endian uint32, as they travel."""
+    """Encode ids as little-endian uint32."""
     return _cast(ids, np.dtype("<u4")).tobytes()
 
 
 def ids_from_wire(raw: bytes) -> BlockIds:
-    """The reverse. Raises BlockError: not a whole number of ids."""
+    """Decode ids of `ids_to_wire`. Raises BlockError: there is no whole number of ids."""
     if len(raw) % 4:
         raise BlockError(f"a list of block ids has {len(raw)} bytes")
     return _cast(np.frombuffer(raw, dtype="<u4"), np.dtype(np.int64))
 
 
 def pieces(number: int, *, overlap: int = 0) -> Iterator[slice]:
-    """So many elements, few enough at a time for NumPy to keep the interpreter's lock."""
-    return (slice(begin, begin + _UNDER_THE_LOCK + overlap) for begin in range(0, number, _UNDER_THE_LOCK))
+    """Slices of ``number`` elements, each short enough that NumPy keeps the interpreter's lock."""
+    return (slice(begin, begin + _KEEPS_LOCK + overlap) for begin in range(0, number, _KEEPS_LOCK))
 
 
 def _array(blocks: Any) -> npt.NDArray[Any]:
     if isinstance(blocks, list) and blocks and type(blocks[0]) is int:
-        try:  # in a quarter of what NumPy takes
+        try:  # a quarter of the time of np.asarray
             return np.frombuffer(struct.pack(f"{len(blocks)}q", *blocks), dtype=np.int64)
         except struct.error:
-            pass  # NumPy says what is wrong
+            pass  # np.asarray raises the error
     return np.asarray(blocks)
 
 
 def _largest(numbers: npt.NDArray[Any]) -> int:
-    if len(numbers) <= _UNDER_THE_LOCK:
+    if len(numbers) <= _KEEPS_LOCK:
         return int(np.maximum.reduce(numbers))
     return max(int(np.maximum.reduce(numbers[one])) for one in pieces(len(numbers)))
 
@@ -199,7 +199,7 @@ def _ids(blocks: Any, num_blocks: int, block: str, where: str) -> BlockIds:
     if ids.dtype.kind not in "iu":
         raise BlockError(f"{block}s{where} are no integers but {ids.dtype}")
     checked: BlockIds = ids if ids.dtype == np.int64 else _cast(ids, np.dtype(np.int64))
-    # As unsigned numbers those below 0 are beyond any cache: one look finds both.
+    # As unsigned numbers, negative ids are larger than any cache: one comparison finds both.
     if _largest(checked.view(np.uint64)) >= num_blocks:
         low, high = int(ids.min()), int(ids.max())
         raise BlockError(f"{block} {low if low < 0 else high}{where} is not one of {num_blocks}")

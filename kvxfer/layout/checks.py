@@ -9,22 +9,22 @@ from typing import Final
 from kvxfer.errors import LayoutError
 
 MAX_ADDRESS: Final = 1 << 63
-"""Spans end at or below this, so that sums of addresses and strides fit in 64 bits everywhere."""
+"""Greatest end of a region, so that sums of addresses and strides fit in 64 bits everywhere."""
 MAX_BLOCKS: Final = 1 << 31
 MAX_GROUPS: Final = 64
 MAX_REGIONS: Final = 4096
 MAX_SMALL_EXTENT: Final = 1 << 20
-"""Limit for layers, heads, tokens of a block: far above any model, far below what makes sums overflow."""
+"""Most layers, heads or tokens of a block: far more than any model has, and few enough that sums do not overflow."""
 MAX_LAYERS: Final = 4096
-"""Of one region. What a reader of a description pays grows with the layers in it."""
+"""Most layers of one region. The cost of a description grows with them."""
 MAX_CELLS: Final = 1 << 14
-"""Layers times components of one rank."""
+"""Most layers times components of one rank."""
 MAX_KERNEL_BLOCKS: Final = 1 << 16
-"""Blocks of a region that one entry of the block table stands for."""
+"""Most blocks of a region for one entry of the block table."""
 MAX_CACHE_NBYTES: Final = 1 << 50
-"""Of one rank: more than any machine has."""
+"""Largest cache of one rank: more than any machine has."""
 MAX_RANKS: Final = 1024
-"""Of one engine: a lease names the address of each."""
+"""Most ranks of one engine; a lease names the address of each."""
 MAX_TEXT: Final = 256
 """Longest group name or fingerprint, in characters."""
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a paged KV cache looks like in memory, in a few hundred bytes whatever the number of blocks.
+"""Descriptions of paged KV caches in memory: a few hundred bytes, whatever the number of blocks.
 
 A cache is one logical array with the axes **L** (layer), **B** (block), **H** (KV head), **N** (token in a block) and
 **C** (the content bytes of one token of one head). C is contiguous; the other axes have byte strides, in any of the six
-orders that engines use, padded or not. A `CacheSpec` is what two ranks tell each other when they meet: it arrives from
-untrusted peers, so every struct here checks itself when it is made, by a constructor or by a decoder.
+orders that engines use, with or without padding. Ranks send each other their `CacheSpec` in the handshake. It comes from
+untrusted peers, so every struct of this module checks itself when a constructor or a decoder makes it.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ from kvxfer.layout.checks import (
 from kvxfer.layout.dtypes import DTYPE_NBYTES
 
 COMPONENTS: Final = ("kv", "k", "v", "latent", "index", "scale", "state")
-"""What a region may hold: K and V of a token side by side, one of them, an MLA latent, an indexer's keys, the scales of
-quantised values, or the opaque state of a state-space layer."""
+"""Components that a region may hold: K and V of a token side by side, one of them, an MLA latent, an indexer's keys, the scales
+of quantised values, or the opaque state of a state-space layer."""
 
 OPAQUE_COMPONENTS: Final = ("scale", "state")
-"""Bytes of which nothing is known; all others are elements of the cache's dtype."""
+"""Components of opaque bytes; all others consist of elements of the cache's dtype."""
 
 SCALED_COMPONENTS: Final = ("kv", "k", "v", "latent")
 MAX_SCALE: Final = 1e30
-"""Scales lie between its inverse and it, so that a quotient of two is a number."""
+"""Largest scale; the smallest is its inverse, so that a quotient of two is finite."""
 
 GROUP_KINDS: Final = ("full_attention", "sliding_window", "mla", "state")
 
 
 class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
-    """Layers of one component that lie in one allocation at a constant distance. Owns no memory.
+    """Region of a cache: layers of one component in one allocation at a constant distance. Owns no memory.
 
     The byte at ``(i, b, h, n, c)`` is at ``address + i*strides.layer + b*strides.block + h*strides.head +
-    n*strides.token + c``, where ``i`` counts ``layers`` in the order in which they lie in memory. Some kernels want the
-    elements of a token apart (keys transposed): then ``c`` is an element times ``element_stride`` plus a byte of it.
+    n*strides.token + c``, where ``i`` counts ``layers`` in the order of memory. Some kernels store the elements of a token at a
+    distance (transposed keys); then ``c`` is an element's number times ``element_stride`` plus a byte of the element.
 
     Attributes:
         component: one of `COMPONENTS`.
         layers: the model's layer numbers, in order of address.
-        address: where it begins, in the address space of its owner.
-        extents: how many layers, blocks, heads and tokens of a block.
-        strides: in bytes. The stride of an axis with one element means nothing.
-        content_nbytes: bytes of one token of one head, contiguous unless ``element_stride`` says otherwise.
-        buffer: which of the owner's allocations it lies in. Runs are never merged across two of them, however close
-            they happen to be, for a transfer engine knows them as separate.
-        element_nbytes, element_stride: of the elements of a token, and bytes from one to the next; both 0 where they are
-            contiguous.
+        address: of its first byte, in the address space of its process.
+        extents: numbers of layers, blocks, heads and tokens of a block.
+        strides: in bytes. The stride of an axis with one element has no meaning.
+        content_nbytes: bytes of one token of one head, contiguous unless there is an ``element_stride``.
+        buffer: number of its allocation. Runs are never merged across two allocations, even adjacent ones, because a transfer
+            engine registers them separately.
+        element_nbytes, element_stride: bytes of an element, and bytes from one element of a token to the next; both 0 if
+            elements are contiguous.
 
     Raises:
-        LayoutError: a bound is negative or absurd, or two indices would share a byte.
+        LayoutError: a value is out of range, or two indices share a byte.
     """
 
     component: str
@@ -107,7 +107,7 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
             raise LayoutError(f"the region at {self.address:#x} does not fit in the address space")
 
     def _check_no_aliasing(self) -> None:
-        """Each stride must clear everything inside it. All real caches nest so; interleaving ones are refused."""
+        """Check that each stride clears everything inside it, as in all real caches; interleaved axes are refused."""
         inner, inner_axis = self.element_nbytes or self.content_nbytes, "content"
         for axis, extent, stride in self._strided():
             if stride < inner:
@@ -117,18 +117,18 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
             inner, inner_axis = stride * (extent - 1) + inner, axis
 
     def _strided(self) -> list[tuple[str, int, int]]:
-        """As `nest`, with the elements of a token if they are an axis of their own."""
+        """Axes of `strided_axes`, and the elements of a token if they have a stride."""
         elements = [("element", self.content_nbytes // (self.element_nbytes or 1), self.element_stride)]
-        return sorted([*self.nest(), *(e for e in elements if e[2] and e[1] > 1)], key=lambda axis: axis[2])
+        return sorted([*self.strided_axes(), *(e for e in elements if e[2] and e[1] > 1)], key=lambda axis: axis[2])
 
-    def nest(self) -> list[tuple[str, int, int]]:
+    def strided_axes(self) -> list[tuple[str, int, int]]:
         """Axes of more than one element as (name, extent, stride in bytes), innermost first."""
         axes = [(a, int(getattr(self.extents, a)), int(getattr(self.strides, a))) for a in Axes.__struct_fields__]
         return sorted((axis for axis in axes if axis[1] > 1), key=lambda axis: axis[2])
 
     @property
     def end(self) -> int:
-        """First address after the last byte. Gaps between strided elements count, padding after the last does not."""
+        """First address after the last byte. Gaps between strided elements are inside, padding after the last one is not."""
         spans = sum(stride * (extent - 1) for _, extent, stride in self._strided())
         return self.address + spans + (self.element_nbytes or self.content_nbytes)
 
@@ -139,8 +139,8 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def layout(self) -> KVLayout | None:
-        """The order that its strides show, or None if it is none of the six. Axes of one element fit anywhere."""
-        shown = [axis for axis, _, _ in reversed(self.nest())]
+        """Order of the axes by their strides, or None if it is none of the six. An axis with one element fits anywhere."""
+        shown = [axis for axis, _, _ in reversed(self.strided_axes())]
         for order in KVLayout:
             if [axis for axis in order.axes if axis in shown] == shown:
                 return order
@@ -148,15 +148,15 @@ class CacheRegion(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Scale(msgspec.Struct, frozen=True, array_like=True):
-    """What stored numbers of one component of one layer are multiplied with to get the value they stand for.
+    """Scale of one component of one layer: factors by which stored numbers are multiplied to get their values.
 
     Attributes:
-        component: a component of a region; in ``kv`` regions ``k`` and ``v`` are its first and its second half.
+        component: a component of a region; of ``kv`` regions also ``k`` and ``v``, the first and the second half.
         layer: the model's layer number.
-        factors: one for all heads, or one for each head that this rank holds.
+        factors: one for all heads, or one for each head of this rank.
 
     Raises:
-        LayoutError: a factor is no positive number of sane size.
+        LayoutError: a factor is not a positive number, or is out of range.
     """
 
     component: str
@@ -174,21 +174,21 @@ class Scale(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Layers that share one block table.
+    """Cache group: layers that share one block table.
 
     Attributes:
-        name: how the engine calls the group; the two sides pair groups by it. ``full/2`` is a part of the group ``full``:
-            some of its layers, whose blocks become complete by themselves (`whole`).
+        name: the engine's name of the group, by which the two sides pair groups. ``full/2`` is a part of the group ``full``:
+            some of its layers, whose blocks are completed separately (`whole`).
         kind: one of `GROUP_KINDS`.
-        block_tokens: tokens of one block of the block table. The blocks of a region may be smaller (those of an attention
-            kernel): block b is then the region's blocks b*r to b*r + r - 1.
-        num_blocks: block ids are below it.
-        heads: which of the model's KV heads this rank holds; an MLA latent is one head.
-        regions: where the layers are.
-        scales: of quantised values; a layer's component without one has 1.0.
+        block_tokens: tokens in a block of the block table. The blocks of a region may be smaller (those of an attention
+            kernel); then block b is the region's blocks b*r to b*r + r - 1.
+        num_blocks: number of blocks; ids are below it.
+        heads: the model's KV heads that this rank holds; an MLA latent is one head.
+        regions: of the layers.
+        scales: of quantised values; without one, a component's scale is 1.0.
 
     Raises:
-        LayoutError: a region contradicts these, or a layer has a component twice or K without V.
+        LayoutError: a region contradicts the group, or a layer has a component twice, or K without V.
     """
 
     name: str
@@ -263,21 +263,21 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def whole(self) -> str:
-        """The group that this is, or is a part of: its name up to a slash.
+        """Name of the whole group: this group's name up to the slash, if it has one.
 
-        However a side splits a group, all parts hold the same tokens of a request, of different layers, and pair with those
-        layers of the other side.
+        All parts of a group hold the same tokens of a request in different layers, and pair with these layers of the other
+        side, however that side divides the group.
         """
         return self.name.partition("/")[0]
 
     @property
     def table_tokens(self) -> int:
-        """Tokens for which one entry of the block table stands: 1 for a state, which has none inside and is copied whole."""
+        """Tokens of one entry of the block table; 1 for a state, which has no tokens inside and is copied as one."""
         return 1 if self.kind == "state" else self.block_tokens
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The model's layer numbers of the group, ascending."""
+        """The model's layer numbers in this group, ascending."""
         return tuple(sorted({layer for region in self.regions for layer in region.layers}))
 
     @property
@@ -287,19 +287,19 @@ class CacheGroup(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The KV cache of one rank.
+    """Description of the KV cache of one rank.
 
     Attributes:
         groups: at least one; most models have exactly one.
-        dtype: element type, one of `DTYPE_NBYTES`.
-        layers: which of the model's layers this rank holds (pipeline stages split them).
-        fingerprint: of everything outside the layout that must be equal for KV to mean the same: model, revision,
-            quantisation, rope. Compared, never read.
-        rank, world: this rank and the number of ranks of the engine. All of its ranks' caches together are one cache.
-        layer_names: of each layer in ``layers``, if the engine names them; two sides that both do match layers by name.
+        dtype: of the elements, one of `kvxfer.layout.dtypes.DTYPE_NBYTES`.
+        layers: the model's layers that this rank holds (pipeline stages divide them).
+        fingerprint: text for everything outside the layout that must be equal for KV to mean the same: model, revision,
+            quantisation, rope. It is compared and not interpreted.
+        rank, world: number of this rank, and number of ranks of the engine. The caches of all its ranks are one cache.
+        layer_names: name of each layer in ``layers``, if the engine has names. If both sides have, layers match by name.
 
     Raises:
-        LayoutError: on construction, if anything contradicts itself.
+        LayoutError: the description contradicts itself.
     """
 
     groups: tuple[CacheGroup, ...]

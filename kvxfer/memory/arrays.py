@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an array of any library lies in memory, read without importing that library.
+"""Addresses, shapes and strides of arrays of any library, read without importing that library.
 
-NumPy and its kin tell it through ``__array_interface__``. PyTorch, JAX and others tell it through DLPack, whose structs
-are read here with ctypes: NumPy's own DLPack reader refuses bfloat16 and float8, which is what KV caches are made of.
+NumPy and similar libraries have ``__array_interface__``. PyTorch, JAX and others have DLPack, whose structs are read here with
+ctypes, because NumPy's own DLPack reader refuses bfloat16 and float8, the usual dtypes of KV caches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _DEVICE_NAMES: Final = {1: "cpu", 2: "cuda", 3: "cpu", 4: "opencl", 7: "vulkan", 8: "metal", 10: "rocm", 11: "cpu"}
-"""3 and 11 are the pinned host memory of CUDA and ROCm, which the CPU reads like any other."""
+"""3 and 11 are pinned host memory of CUDA and ROCm, which the CPU accesses like other host memory."""
 _READ_ONLY: Final = 1
 _DTYPES: Final = {
     (0, 8): "int8",
@@ -45,16 +45,16 @@ _DTYPES: Final = {
 
 @dataclass(frozen=True, eq=False)
 class ArrayView:
-    """A strided array.
+    """Strided array.
 
     Attributes:
-        address: of element (0, ..., 0), in its device's memory; for a device that tells none, an offset in its allocation.
+        address: of element (0, ..., 0) in its device's memory; an offset in its allocation if the device has no addresses.
         shape, strides: strides in bytes, never negative.
         itemsize: bytes of one element.
         dtype: name of the element type.
-        allocation: ``[lo, hi)`` of the memory it was cut from, as far as its library tells; at least its own span.
-        owner: keeps the memory alive as long as this view is referenced.
-        device: where it lies: ``cpu`` for host memory, else such as ``cuda:0``.
+        allocation: ``[lo, hi)`` of the allocation that contains it, as far as its library tells; at least its own span.
+        owner: object that keeps the memory alive.
+        device: ``cpu`` for host memory, else such as ``cuda:0``.
     """
 
     address: int
@@ -73,15 +73,15 @@ class ArrayView:
 
 
 def read_array(array: Any, devices: Sequence[str] = ("cpu",)) -> ArrayView:
-    """Where ``array`` lies. It must be writable memory that nothing moves.
+    """Read the place of an array, which must be writable memory that does not move.
 
     Args:
         array: has ``__array_interface__`` or ``__dlpack__``.
-        devices: kinds of device that it may be on: ``cpu``, ``cuda``, ``rocm``, whose memory has addresses.
+        devices: kinds of device allowed: ``cpu``, ``cuda``, ``rocm``, whose memory has addresses.
 
     Raises:
-        UnsupportedBufferError: it lies on another device, is read-only, empty, broadcast, runs backwards, or
-            holds Python objects.
+        UnsupportedBufferError: the array is on another device, read-only, empty or broadcast, has a negative stride, or holds
+            Python objects.
     """
     if hasattr(type(array), "__array_interface__"):
         view = _from_array_interface(array)
@@ -102,9 +102,9 @@ def read_array(array: Any, devices: Sequence[str] = ("cpu",)) -> ArrayView:
 
 
 def allocations(views: Sequence[ArrayView]) -> list[int]:
-    """Which allocation each view was cut from, numbered from 0 in order of device and address.
+    """Number of the allocation of each view, from 0 in order of device and address.
 
-    Views whose allocations overlap have one in common: that is all that libraries tell about views of views.
+    Views whose known allocations overlap are taken to have the same one: libraries tell no more about views of views.
     """
     numbers = [0] * len(views)
     number, reach, device = -1, -1, ""
@@ -118,14 +118,14 @@ def allocations(views: Sequence[ArrayView]) -> list[int]:
 
 
 def views_of_one(arrays: Sequence[Any], view_of: Callable[[Any], ArrayView]) -> list[ArrayView]:
-    """Where arrays of one allocation lie.
+    """Places of arrays of one allocation.
 
     Args:
-        arrays: at least one; those that are views already stay as they are.
-        view_of: reads one of the others.
+        arrays: at least one; views are taken as they are.
+        view_of: reads the place of an array.
 
     Raises:
-        UnsupportedBufferError: there is none, they are of different allocations, or what ``view_of`` raises.
+        UnsupportedBufferError: there are no arrays, they have different allocations, or ``view_of`` raises it.
     """
     views = [array if isinstance(array, ArrayView) else view_of(array) for array in arrays]
     if not views:
@@ -142,7 +142,7 @@ def _span_end(address: int, shape: tuple[int, ...], strides: tuple[int, ...], it
 def _from_array_interface(array: Any) -> ArrayView:
     interface = array.__array_interface__
     try:
-        # What the type of an ndarray is called there, NumPy itself cannot always read: float8_e5m2 of ml_dtypes is "<f1".
+        # NumPy cannot parse every typestr of an ndarray: that of float8_e5m2 of ml_dtypes is "<f1".
         dtype = array.dtype if isinstance(array, np.ndarray) else np.dtype(interface["typestr"])
     except TypeError as error:
         raise UnsupportedBufferError(f"elements of type {interface['typestr']!r:.40} are unknown: {error}") from error
@@ -235,7 +235,7 @@ def _from_dlpack(array: Any, devices: Sequence[str]) -> ArrayView:
             capsule = array.__dlpack__()
     except (BufferError, RuntimeError, ValueError) as error:
         raise UnsupportedBufferError(f"{type(array).__name__} cannot be exported: {error}") from error
-    # The capsule is never marked as used: it frees the export itself when the view's owner goes.
+    # The capsule is not marked as used, so it frees the export itself when the view's owner is collected.
     if _capsule_is(capsule, b"dltensor_versioned"):
         managed = _Versioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
         if managed.major != 1:

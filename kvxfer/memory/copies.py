@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular sets of runs to copy: what a plan says once the blocks are known, before anybody asks for single descriptors.
+"""Strided copies: regular sets of runs, as a plan gives them for the blocks of a request.
 
-A `Copy` is a loop nest over bytes. A transfer engine needs it expanded into descriptors (`kvxfer.planner.expand`); a device that
-packs or unpacks takes it as it is, for the regularity is what makes it fast.
+A transfer engine needs a `Copy` expanded into descriptors (`kvxfer.planner.expand`). A device that packs or unpacks takes it as
+it is, because its regularity makes it fast.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     IntArray = npt.NDArray[np.int64]
 
 MAX_LOOPS: Final = 16
-"""Loops of one copy: plans have three or four, NumPy's arrays end at 32 axes."""
+"""Most loops of one copy. Plans have three or four; an array of NumPy has at most 32 axes."""
 
 _LIMIT: Final = 1 << 63
 _FACTORS: Final = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class StridedLoop(msgspec.Struct, frozen=True):
-    """``count`` steps, each so many bytes further on either side (a stride may be negative)."""
+    """Loop of ``count`` steps with a stride in bytes on either side, which may be negative."""
 
     count: int
     source_stride: int
@@ -42,15 +42,15 @@ class StridedLoop(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Cast:
-    """Elements change their type on the way: ``target = source * factor``, multiplied as float32 and rounded once more.
+    """Conversion of elements: ``target = source * factor``, multiplied as float32, then rounded to the target's type.
 
-    Rounding is to nearest even. Where the product is beyond the largest finite number of float8_e4m3fn (448) or float16
-    (65504), infinities included, it becomes that number, with its sign; bfloat16 and float32 have float32's range, and
-    overflow to infinity. NaN stays NaN, with any bits. A device may take numbers below 2**-126 for 0.
+    Rounding is to nearest even. A product beyond the largest finite number of float8_e4m3fn (448) or float16 (65504), infinities
+    included, becomes that number with its sign. bfloat16 and float32 have the range of float32 and overflow to infinity. NaN
+    stays NaN, with any bits. A device may treat numbers below 2**-126 as 0.
 
     Attributes:
-        source, target: dtypes, of `kvxfer.layout.dtypes.DTYPE_NBYTES`.
-        factor: 1.0 unless one side is quantised with a scale; positive, a normal number of float32.
+        source, target: dtypes of `kvxfer.layout.dtypes.DTYPE_NBYTES`.
+        factor: 1.0 unless one side is quantised with a scale; a positive normal number of float32.
     """
 
     source: str
@@ -58,7 +58,7 @@ class Cast:
     factor: float = 1.0
 
     def check(self, nbytes: int) -> None:
-        """See that runs of ``nbytes`` source bytes can be cast so.
+        """Check that runs of ``nbytes`` source bytes can be converted.
 
         Raises:
             DescriptorError: an unknown dtype, a run that ends inside an element, or a factor that is out of range.
@@ -75,17 +75,17 @@ class Cast:
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """For each base, block and step of each loop a run of ``nbytes`` contiguous bytes.
+    """Strided copy: a run of ``nbytes`` contiguous bytes for each base, block and step of each loop.
 
-    The run of base i, block j and steps k... begins at ``source[i] + source_blocks[j] + sum(k * loop.source_stride)`` and
-    goes to the same sum of the target's. Target runs of one copy never overlap each other.
+    The run of base i, block j and steps k... is read at ``source[i] + source_blocks[j] + sum(k * loop.source_stride)`` and
+    written at the same sum of the target's values. Target runs of one copy never overlap each other.
 
     Attributes:
-        source, target: int64 of equal length m >= 1: where it begins, in bytes (addresses, or offsets in a buffer).
-        source_blocks, target_blocks: int64 of equal length n >= 1: bytes from there to each block.
+        source, target: int64 of equal length m >= 1: bases in bytes (addresses, or offsets in a buffer).
+        source_blocks, target_blocks: int64 of equal length n >= 1: offset of each block from a base.
         loops: outermost first, in descending order of ``abs(source_stride)``; none has a count of 1.
         nbytes: length of one run at the source, at least 1.
-        cast: None where bytes are copied as they are. Then a run has ``nbytes / itemsize`` elements on either side.
+        cast: conversion, or None if bytes are copied as they are. With one, a run has ``nbytes / itemsize`` elements on either side.
     """
 
     source: IntArray
@@ -98,7 +98,7 @@ class Copy:
 
     @property
     def runs(self) -> int:
-        """How many runs it has."""
+        """Number of runs."""
         return len(self.source) * len(self.source_blocks) * math.prod(loop.count for loop in self.loops)
 
     @property
@@ -109,11 +109,11 @@ class Copy:
         return self.nbytes // DTYPE_NBYTES[self.cast.source] * DTYPE_NBYTES[self.cast.target]
 
     def source_bounds(self) -> tuple[int, int]:
-        """First byte, and first byte after the last, of all that is read."""
+        """First byte that is read, and first byte after the last one."""
         return self._source_bounds
 
     def target_bounds(self) -> tuple[int, int]:
-        """First byte, and first byte after the last, of all that is written."""
+        """First byte that is written, and first byte after the last one."""
         return self._target_bounds
 
     @cached_property
@@ -127,12 +127,12 @@ class Copy:
         return _bounds(self.target, self.target_blocks, loops, self.target_nbytes)
 
     def check(self, source_nbytes: int, target_nbytes: int) -> None:
-        """See that it can be carried out between two pieces of memory of these sizes, whoever made it.
+        """Check that the copy is valid between two pieces of memory of these sizes.
 
-        Whether target runs overlap is not seen, unless there are more of them than fit between the bounds.
+        Target runs that overlap are found only if there are more of them than fit between the bounds.
 
         Raises:
-            DescriptorError: a field is not as documented, or something lies outside the memory.
+            DescriptorError: a field is not as documented, or a run lies outside the memory.
         """
         self._check_fields()
         low, high = self.source_bounds()
@@ -157,13 +157,13 @@ class Copy:
             raise DescriptorError(f"the loops of a copy are a tuple of at most {MAX_LOOPS}")
         for loop in self.loops:
             if not isinstance(loop, StridedLoop):
-                raise DescriptorError(f"{type(loop).__name__} is no StridedLoop")
+                raise DescriptorError(f"{type(loop).__name__} is not a StridedLoop")
             _check_int("the count of a loop", loop.count, 1)
             for stride in (loop.source_stride, loop.target_stride):
                 _check_int("a stride", stride, -_LIMIT)
         if self.cast is not None:
             if not isinstance(self.cast, Cast):
-                raise DescriptorError(f"{type(self.cast).__name__} is no Cast")
+                raise DescriptorError(f"{type(self.cast).__name__} is not a Cast")
             self.cast.check(self.nbytes)
 
 
@@ -171,7 +171,7 @@ def _check_int(what: str, number: object, least: int) -> None:
     if type(number) is not int:  # sums of NumPy integers wrap around
         raise DescriptorError(f"{what} is an int, not a {type(number).__name__}")
     if not least <= number < _LIMIT:
-        # The number is not told: one of thousands of digits cannot be written in decimal.
+        # Without the number: one of thousands of digits cannot be written in decimal.
         raise DescriptorError(f"{what} is out of range")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two regions of one cache have bytes in common."""
+"""Test whether two regions of one cache share bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheRegion
 
 _MOST_RUNS: Final = 1 << 18
-"""Looked at, of regions of unlike strides. In a cache with more blocks the first ones stand for all."""
+"""Most runs to compare of regions with unlike strides. Of a cache with more blocks only the first ones are compared."""
 
 _Axis = tuple[int, int]
-"""How many, and bytes from one to the next."""
+"""Extent, and bytes from one to the next."""
 
 
 def neighbours(regions: Sequence[CacheRegion]) -> Iterator[tuple[CacheRegion, CacheRegion]]:
-    """Pairs of regions of one allocation that could have bytes in common: one begins before the other ends."""
+    """Pairs of regions of one allocation that may share bytes: one begins before the other ends."""
     ordered = sorted(regions, key=lambda region: (region.buffer, region.address))
     for number, a in enumerate(ordered):
         for b in ordered[number + 1 :]:
@@ -30,10 +30,9 @@ def neighbours(regions: Sequence[CacheRegion]) -> Iterator[tuple[CacheRegion, Ca
 
 
 def share_bytes(a: CacheRegion, b: CacheRegion) -> bool:
-    """Some byte belongs to both.
+    """Whether some byte belongs to both regions.
 
-    Exact where the two have the same axes, whatever their number of blocks; else exact for as many of the first blocks as have
-    2^18 runs.
+    Exact if the two have the same strides, for any number of blocks; else exact for the first blocks, up to 2^18 runs.
     """
     mine, nbytes = _axes(a)
     theirs, other_nbytes = _axes(b)
@@ -41,14 +40,14 @@ def share_bytes(a: CacheRegion, b: CacheRegion) -> bool:
         counts = [(count, other, stride) for (count, stride), (other, _) in zip(mine, theirs, strict=True)]
         return _meet(b.address - a.address, counts, nbytes, other_nbytes)
     first, second = _runs(a.address, mine), _runs(b.address, theirs)
-    # The run of the other one that begins last before the end of each.
+    # For each run the last run of the other region that begins before its end.
     at = np.searchsorted(second, first + nbytes, side="left") - 1
     return bool(((at >= 0) & (second[np.maximum(at, 0)] + other_nbytes > first)).any())
 
 
 def _axes(region: CacheRegion) -> tuple[list[_Axis], int]:
-    """Axes of more than one, the widest first, and bytes of a run."""
-    axes = [(extent, stride) for _, extent, stride in reversed(region.nest())]
+    """Axes with more than one element, outermost first, and the bytes of a run."""
+    axes = [(extent, stride) for _, extent, stride in reversed(region.strided_axes())]
     nbytes = region.element_nbytes or region.content_nbytes
     elements = region.content_nbytes // nbytes
     if elements > 1:
@@ -57,9 +56,12 @@ def _axes(region: CacheRegion) -> tuple[list[_Axis], int]:
 
 
 def _meet(distance: int, axes: Sequence[tuple[int, int, int]], nbytes: int, other_nbytes: int) -> bool:
-    """Steps along the axes take a run of one to within reach of a run of the other, ``distance`` bytes behind.
+    """Whether a run of one region overlaps a run of the other, whose first run begins ``distance`` bytes later.
 
-    ``axes``: how many steps the one and the other may take, and how far they are; each wider than all inside it.
+    Args:
+        distance: from the first run of the one to the first run of the other.
+        axes: extent in the one, extent in the other, and their common stride, outermost first; each stride clears all inside it.
+        nbytes, other_nbytes: lengths of a run.
     """
     if not axes:
         return -other_nbytes < distance < nbytes
@@ -73,7 +75,7 @@ def _meet(distance: int, axes: Sequence[tuple[int, int, int]], nbytes: int, othe
 
 
 def _runs(address: int, axes: Sequence[_Axis]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where runs begin, ascending."""
+    """Addresses of the runs, ascending."""
     places = np.array([address], dtype=np.int64)
     for count, stride in reversed(axes):
         few = max(1, min(count, _MOST_RUNS // len(places)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The normal form of a `Copy`: which runs there are, in the order of one side's memory.
+"""The normal form of a `Copy`: its runs in the order of one side's memory.
 
-Loops, blocks and bases of a copy are all the same to whoever carries it out: axes that are walked. Those at equal distances
-are regular, at most one is not, and what continues a run lengthens it. Devices of every kind begin here.
+Loops, blocks and bases of a copy all become axes. Axes with equal steps are regular, at most one axis is not, and an axis that
+continues the run lengthens it. Devices of every kind begin with this form.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ TARGET: Final = 1
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """Steps on either side, (source, target): so many bytes each, or None where they differ and are told by offsets."""
+    """Axis of a set of runs. ``steps``: bytes from one to the next as (source, target), or None if they differ; then ``offsets`` has them."""
 
     count: int
     steps: tuple[int | None, int | None]
     offsets: tuple[IntArray, IntArray] | None = None
 
     def stride(self, side: int) -> int:
-        """The step of a regular axis."""
+        """Step of a regular axis on one side."""
         return self.steps[side] or 0
 
     def is_multiple(self, side: int, unit: int) -> bool:
-        """All offsets on one side are multiples of ``unit``."""
+        """Whether all offsets on one side are multiples of ``unit``."""
         if self.offsets is not None:
             return not (self.offsets[side] % unit).any()
         return self.stride(side) % unit == 0
 
     def indices(self, side: int, unit: int) -> IntArray:
-        """Offsets of the steps on one side, in units."""
+        """Offsets on one side, in units."""
         if self.offsets is not None:
             return self.offsets[side] if unit == 1 else self.offsets[side] // unit
         return np.arange(self.count, dtype=np.int64) * (self.stride(side) // unit)
@@ -53,11 +53,11 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """Those of a copy. Pairs are (source, target).
+    """Runs of a copy. Pairs are (source, target).
 
     Attributes:
-        at: where the run begins in which every axis is at its first step; where offsets are told, at their lowest.
-        axes: outermost first, in the order of one side's memory, on which steps are positive. At most one has offsets.
+        at: addresses of the first run; of an axis with offsets, those of its lowest offsets.
+        axes: outermost first, in the order of one side's memory, where steps are positive. At most one has offsets.
         nbytes: lengths of a run.
     """
 
@@ -67,16 +67,16 @@ class Runs:
 
     @property
     def number(self) -> int:
-        """How many there are."""
+        """Number of runs."""
         return math.prod(axis.count for axis in self.axes)
 
     @property
     def starts(self) -> Axis | None:
-        """The axis that is not regular."""
+        """The axis that is not regular, if any."""
         return next((axis for axis in self.axes if axis.offsets is not None), None)
 
     def each_start(self) -> Iterator[Runs]:
-        """A regular nest for each step of the axis that is not."""
+        """Split into regular runs, one for each step of the irregular axis."""
         axes = tuple(axis for axis in self.axes if axis.offsets is None)
         for axis in self.axes:
             if axis.offsets is not None:
@@ -84,7 +84,7 @@ class Runs:
                     yield replace(self, at=(self.at[SOURCE] + source, self.at[TARGET] + target), axes=axes)
 
     def along(self, side: int) -> Runs:
-        """The same runs in the order of that side's memory."""
+        """These runs in the order of one side's memory."""
         at, axes = self.at, []
         for axis in self.axes:
             first, sorted_axis = (0, 0), axis
@@ -92,10 +92,10 @@ class Runs:
                 first, sorted_axis = _axis_of(axis.offsets, side)
             at = moved(at, first)
             axes.append(sorted_axis)
-        return _nested(at, axes, self.nbytes, side)
+        return _sorted(at, axes, self.nbytes, side)
 
     def in_line(self, side: int) -> bool:
-        """On that side, runs follow each other without a gap."""
+        """Whether runs follow each other without a gap on one side."""
         nbytes = self.nbytes[side]
         for axis in reversed(self.axes):
             if axis.steps[side] != nbytes:
@@ -105,7 +105,7 @@ class Runs:
 
 
 def runs_of(copy: Copy) -> Runs:
-    """In the order of the target's memory; loops that continue a run lengthen it."""
+    """Runs of a copy in the order of the target's memory; axes that continue a run are folded into it."""
     axes = [Axis(loop.count, (loop.source_stride, loop.target_stride)) for loop in copy.loops]
     at, uneven = (0, 0), []
     for offsets in ((copy.source, copy.target), (copy.source_blocks, copy.target_blocks)):
@@ -121,11 +121,11 @@ def runs_of(copy: Copy) -> Runs:
         )
         at = moved(at, first)
         axes.append(axis)
-    return _folded(_nested(at, axes, (copy.nbytes, copy.target_nbytes), TARGET))
+    return _folded(_sorted(at, axes, (copy.nbytes, copy.target_nbytes), TARGET))
 
 
-def _nested(at: tuple[int, int], axes: Sequence[Axis], nbytes: tuple[int, int], side: int) -> Runs:
-    """Axes that run backwards on that side are turned around; the longest steps, or none, come first."""
+def _sorted(at: tuple[int, int], axes: Sequence[Axis], nbytes: tuple[int, int], side: int) -> Runs:
+    """Sort axes by their step on one side, an irregular one first, and reverse those with a negative step."""
     ahead = []
     for axis in axes:
         if axis.offsets is None and axis.stride(side) < 0:
@@ -139,7 +139,7 @@ def _nested(at: tuple[int, int], axes: Sequence[Axis], nbytes: tuple[int, int], 
 
 
 def _axis_of(offsets: tuple[IntArray, IntArray], side: int) -> tuple[tuple[int, int], Axis]:
-    """(where it begins, the steps in ascending order of one side's offsets)."""
+    """Start of an axis, and the axis, with its steps in ascending order of one side's offsets."""
     source, target = offsets
     if len(source) == 1:
         return (int(source[0]), int(target[0])), Axis(1, (0, 0))
@@ -149,24 +149,24 @@ def _axis_of(offsets: tuple[IntArray, IntArray], side: int) -> tuple[tuple[int, 
     steps = _step(source), _step(target)
     if None not in steps:
         return (int(source[0]), int(target[0])), Axis(len(source), steps)
-    # From the lowest, so that no sum on the way leaves 64 bits, however an offset was divided between two arrays.
+    # Offsets count from the lowest, so that no intermediate sum exceeds 64 bits, however an offset was divided between two arrays.
     low = int(source.min()), int(target.min())
     return low, Axis(len(source), steps, (source - low[SOURCE], target - low[TARGET]))
 
 
 def moved(at: tuple[int, int], by: tuple[int, int]) -> tuple[int, int]:
-    """A pair of places, moved on both sides."""
+    """Sum of two pairs."""
     return at[SOURCE] + by[SOURCE], at[TARGET] + by[TARGET]
 
 
 def _step(offsets: IntArray) -> int | None:
-    """How far each is from the one before, or None if that differs."""
+    """Constant step of the offsets, or None if it is not constant."""
     steps = offsets[1:] - offsets[:-1]
     return int(steps[0]) if (steps == steps[0]).all() else None
 
 
 def sums(axes: Sequence[IntArray]) -> IntArray:
-    """All sums of one offset of each axis, the last axis moving fastest."""
+    """All sums of one offset of each axis; the last axis varies fastest."""
     if not axes:
         return np.zeros(1, dtype=np.int64)
     sums = axes[0]
@@ -175,18 +175,18 @@ def sums(axes: Sequence[IntArray]) -> IntArray:
     return sums
 
 
-def _folded(nest: Runs) -> Runs:
-    """An axis that continues the run lengthens it, one that continues another lengthens that."""
+def _folded(runs: Runs) -> Runs:
+    """Fold axes that continue the run into it, and axes that continue another into that one."""
     kept: list[Axis] = []
-    nbytes = nest.nbytes
-    for axis in reversed(nest.axes):
+    nbytes = runs.nbytes
+    for axis in reversed(runs.axes):
         if not kept and axis.offsets is None and axis.steps == nbytes:
             nbytes = nbytes[SOURCE] * axis.count, nbytes[TARGET] * axis.count
         elif kept and _continues(axis, kept[-1]):
             kept[-1] = Axis(kept[-1].count * axis.count, kept[-1].steps)
         else:
             kept.append(axis)
-    return replace(nest, axes=tuple(reversed(kept)), nbytes=nbytes)
+    return replace(runs, axes=tuple(reversed(kept)), nbytes=nbytes)
 
 
 def _continues(outer: Axis, inner: Axis) -> bool:

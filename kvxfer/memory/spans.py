@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spans of memory: what may be touched (`Memory`, `RegionTable`) and what is to be moved (`Descriptors`)."""
+"""Spans of memory: registered regions (`Memory`, `RegionTable`) and transfers between them (`Descriptors`)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     U64Array = npt.NDArray[np.uint64]
 
 MAX_REGIONS = 65_536
-"""More regions than this in a peer's description are refused: no cache has so many allocations."""
+"""Most regions in a peer's description; no cache has so many allocations."""
 
 
 class MemoryKind(str, Enum):
-    """Where a span lives, as transfer engines tell it."""
+    """Kind of memory, in the terms of transfer engines."""
 
     DRAM = "dram"
     VRAM = "vram"
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """A span of one device's memory, ``[address, address + nbytes)``. Owns nothing."""
+    """Span of one device's memory, ``[address, address + nbytes)``. Does not own it."""
 
     address: int
     nbytes: int
@@ -46,7 +46,7 @@ class Memory(msgspec.Struct, frozen=True):
         return self.address + self.nbytes
 
     def overlaps(self, other: Memory) -> bool:
-        """Some byte belongs to both."""
+        """Whether some byte belongs to both spans."""
         same = (self.kind, self.device_id) == (other.kind, other.device_id)
         return same and self.address < other.end and other.address < self.end
 
@@ -56,15 +56,15 @@ class Memory(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class Descriptors:
-    """What to move: span i is ``nbytes[i]`` bytes at ``local[i]`` here and ``remote[i]`` in the peer's memory.
+    """Spans to move: span i has ``nbytes[i]`` bytes at ``local[i]`` in this process and at ``remote[i]`` in the peer's memory.
 
-    Three C-contiguous one-dimensional uint64 arrays of equal length, addresses absolute in each owner's space.
+    Three C-contiguous one-dimensional uint64 arrays of equal length; addresses are absolute in each process.
 
     Attributes:
-        apart: no two neighbours of one allocation are adjacent on both sides, so that there is nothing to merge.
+        apart: whether no two neighbours of one allocation are adjacent on both sides, so that nothing can be merged.
 
     Raises:
-        DescriptorError: arrays of another shape or type, or an empty or wrapping span.
+        DescriptorError: arrays of another shape or type, or an empty span.
     """
 
     local: U64Array
@@ -83,7 +83,7 @@ class Descriptors:
 
     @classmethod
     def of(cls, local: object, remote: object, nbytes: object) -> Descriptors:
-        """From anything NumPy can turn into integer arrays (convenience for tests and small lists)."""
+        """Make descriptors from anything that NumPy converts to integer arrays, for tests and small lists."""
         near, far, sizes = (np.array(a, dtype=np.uint64, ndmin=1, order="C") for a in (local, remote, nbytes))
         return cls(near, far, sizes)
 
@@ -96,11 +96,11 @@ class Descriptors:
         return int(np.add.reduce(self.nbytes))
 
     def merged(self, *partitions: npt.NDArray[Any]) -> Descriptors:
-        """Neighbours that are adjacent on both sides become one span; order is kept.
+        """Merge neighbours that are adjacent on both sides; the order stays.
 
         Args:
-            partitions: per span an index (e.g. of its region); spans with different ones are never merged, for an
-                engine takes no span across two registrations. A single index stands for all spans.
+            partitions: for each span an index, such as that of its region. Spans with different ones are not merged, because
+                engines accept no span across two registrations. A single index is that of all spans.
         """
         if self.apart or len(self) < 2:
             return self
@@ -116,7 +116,7 @@ class Descriptors:
         return Descriptors(self.local[starts], self.remote[starts], np.add.reduceat(self.nbytes, starts), apart=True)
 
     def split(self, max_descriptors: int | None, max_nbytes: int | None) -> list[Descriptors]:
-        """Consecutive lists within both limits; a span longer than ``max_nbytes`` is cut."""
+        """Split into consecutive lists within both limits; a span longer than ``max_nbytes`` is cut."""
         if (max_descriptors is None or len(self) <= max_descriptors) and (
             max_nbytes is None or self.total_nbytes <= max_nbytes
         ):
@@ -148,7 +148,7 @@ class Descriptors:
 
 
 class RegionTable:
-    """Registered regions of one agent, for checking descriptors in O(n log r).
+    """Registered regions of one agent, to check n descriptors against r regions in O(n log r).
 
     Raises:
         ValueError: too many regions, or one that is empty or wraps around the address space.
@@ -174,10 +174,10 @@ class RegionTable:
         return len(self._memories)
 
     def locate(self, addresses: U64Array, nbytes: U64Array, whose: str) -> npt.NDArray[np.int64]:
-        """Index of the region in which each span lies whole; a single index if it is the same for all.
+        """Index of the region that contains each span; a single index if it is the same for all.
 
         Raises:
-            DescriptorError: one lies outside, or across two regions; ``whose`` goes into the message.
+            DescriptorError: a span lies outside, or across two regions; ``whose`` is part of the message.
         """
         one = self._locate_in_one(addresses, nbytes)
         if one is not None:
@@ -185,7 +185,7 @@ class RegionTable:
         index = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
         clipped = np.maximum(index, 0)
         if len(self):
-            # Compared as room left in the region: address + nbytes could wrap around.
+            # Compared with the room left in the region, because address + nbytes could wrap around.
             fits = (index >= 0) & (addresses < self._ends[clipped])
             fits &= nbytes <= self._ends[clipped] - np.minimum(addresses, self._ends[clipped])
         else:
@@ -198,23 +198,23 @@ class RegionTable:
         return clipped
 
     def _locate_in_one(self, addresses: U64Array, nbytes: U64Array) -> npt.NDArray[np.int64] | None:
-        """The common case, a fraction of the cost: all spans in one region. None if it is not so, or not for sure."""
+        """Fast path for the common case that one region contains all spans. None if that is not certain."""
         if len(addresses) == 1:
             first = int(addresses[0])
             end = first + int(nbytes[0])
         elif not len(addresses):
             return None
         else:
-            # As if the last were the longest: numbers of Python's, which do not wrap around.
+            # An upper bound, as if the last span were the longest; Python's integers do not wrap around.
             first, end = int(np.minimum.reduce(addresses)), int(_highest(addresses)) + int(_highest(nbytes))
         index = bisect_right(self._addresses, first) - 1
         return np.array([index]) if index >= 0 and end <= self._memories[index].end else None
 
     def one_device(self, index: npt.NDArray[np.int64]) -> Memory:
-        """The region that stands for the one kind and device of all spans in ``index`` (of `locate`).
+        """First region of the device on which all spans lie. ``index`` is what `locate` returned.
 
         Raises:
-            DescriptorError: they are on more than one; an engine takes one kind and device per side and call.
+            DescriptorError: they lie on several devices; an engine accepts one kind and device per side and call.
         """
         if len(index) == 1:
             return self._memories[int(self._device[index[0]])]
@@ -225,4 +225,4 @@ class RegionTable:
 
 
 _highest = np.maximum.reduce
-"""As the method `max`, which is Python on its way to this."""
+"""Faster than the method ``max``, which calls this from Python."""

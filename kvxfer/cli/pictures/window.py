@@ -253,7 +253,7 @@ def _cell(each: _Shown, box: Box, table: CheckedTable, head: int, token: int, or
 
 
 def _axes(region: CacheRegion, kernels: int) -> tuple[str, ...]:
-    axes = [axis for axis, _, _ in reversed(region.nest())]
+    axes = [axis for axis, _, _ in reversed(region.strided_axes())]
     if kernels > 1:
         axes.insert(axes.index("block") + 1, "kernel")
     return tuple(axes)
