@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``kvxfer``. Each subcommand is a module with `add_arguments` and `run`, imported only when it is used.
 
-This is the one place where an error becomes a line on stderr and an exit status, and a signal an end.
+This module turns errors and signals into a line on stderr and an exit status.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _COMMANDS = {
-    "demo": "two processes move a request's KV cache; every byte is checked, a table tells how fast",
-    "plan": "say what a transfer between two caches would do: bytes, descriptors, route and time; needs no device",
-    "bench": "measure this machine: the constants by which routes are chosen",
-    "sim": "run real endpoints in a simulated world in which things go wrong, and check what must hold",
+    "demo": "move the KV cache of requests between two processes, check every byte, and print a table of speeds",
+    "plan": "report what a transfer between two caches does: bytes, descriptors, route and time; needs no device",
+    "bench": "measure the constants of this machine by which routes are chosen",
+    "sim": "run real endpoints in a simulated world with faults, and check that all guarantees hold",
     "soak": "run engines in real processes that are killed, frozen and restarted, and check every delivered byte",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
 }
 
 EXIT_FAILED = 1
-"""The command ran, and what it was to show is not so."""
+"""Exit status of a command that ran and found a failure."""
 EXIT_CANNOT_RUN = 2
-"""Wrong usage, or this machine lacks what the command needs: argparse's own code for it."""
+"""Exit status for wrong usage, and if this machine lacks what the command needs. The same as argparse's."""
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the process's exit code: 0 good, 1 failed, 2 cannot run here, 130 interrupted.
+    """Run a command line; returns the exit status: 0 good, 1 failed, 2 cannot run here, 130 interrupted.
 
     Args:
         argv: without the program's name; by default `sys.argv`.
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = _parser(arguments).parse_args(arguments)
             who = f"kvxfer {options.command}"
             code = int(importlib.import_module(f"kvxfer.cli.{options.command}").run(options))
-            _flush()  # a full disk shows here, and not when the interpreter ends
+            _flush()  # a full disk is an error here, not when the interpreter ends
             return code
     except (UnavailableError, ConfigError) as error:
         return _told(f"{who}: {error}", EXIT_CANNOT_RUN)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _told(f"\n{who}: interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing is left to tell, not even by the interpreter at exit.
+        # The reader of the output has gone. The interpreter must not write to it at exit either.
         sys.stdout = None
         return EXIT_FAILED
     except OSError as error:
@@ -86,7 +86,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def own_version() -> str:
-    """Of the installed package."""
+    """Version of the installed package."""
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow, and rarely wanted
 
     try:
@@ -107,13 +107,13 @@ def _told(line: str, code: int) -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind like ctrl-C, so that no process is left behind."""
+    """Let SIGTERM and SIGHUP unwind like ctrl-C, so that no process is left behind."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are not ours to take
+        yield  # only the main thread may handle signals
         return
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:

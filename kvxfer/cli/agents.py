@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer agents``: which transfer agents are installed, and why one cannot be used here."""
+"""``kvxfer agents``: list the installed transfer agents, and why one cannot be used here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the list; 0 also if none can be used, for the list is what was asked for."""
+    """Print the list; returns 0 even if no agent can be used."""
     found = {name: registry.why_unavailable(name) for name in registry.names("agents")}
     if options.format == "json":
         print(json.dumps(found, indent=2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer bench``: measures this machine. ``kvxfer bench calibrate`` gives the constants by which routes are chosen."""
+"""``kvxfer bench``: measure this machine. ``kvxfer bench calibrate`` measures the constants of the cost model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = what.add_parser("calibrate", help="measure the constants of the cost model and write them to a file")
     sub.add_argument("--agent", default="nixl", help="transfer agent (default: %(default)s)")
     sub.add_argument("--mib", type=int, default=128, help="size of the largest read, in MiB (default: %(default)s)")
-    sub.add_argument("--repeats", type=int, default=5, help="of each measurement (default: %(default)s)")
-    sub.add_argument("--out", default=_OUT, help="file to write (default: %(default)s); '-' writes none")
+    sub.add_argument(
+        "--repeats", type=int, default=5, help="number of repeats of each measurement (default: %(default)s)"
+    )
+    sub.add_argument("--out", default=_OUT, help="file to write (default: %(default)s); '-': no file")
     add_format(sub)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
+    """Measure the constants, print them and write them to a file."""
     if options.mib < 1 or options.repeats < 1:
         raise ConfigError("--mib and --repeats must be at least 1")
     check_agent(options.agent, "a calibration")
-    check_memory(needed_nbytes(options.mib), "take less --mib")
+    check_memory(needed_nbytes(options.mib), "give a smaller --mib")
     if options.out != "-":
         check_writable(options.out)
     costs, samples = calibrate(
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out != "-":
         costs.save(options.out)
         if options.format == "table":
-            print(f"\n  written; to use it: export KVXFER_COSTS={Path(options.out).resolve()}")
+            print(f"\n  file written; to use it: export KVXFER_COSTS={Path(options.out).resolve()}")
     return 0
 
 
@@ -65,13 +67,13 @@ def _text(costs: Costs, samples: list[CostSample]) -> str:
         ("run_s", f"{costs.run_s * 1e9:.1f} ns", f"{default.run_s * 1e9:.1f} ns", "one more run to pack or unpack"),
         ("pack_nbytes_per_s", f"{costs.pack_nbytes_per_s / 1e9:.2f} GB/s", f"{default.pack_nbytes_per_s / 1e9:.2f} GB/s", "packing long runs"),
         ("unpack_nbytes_per_s", f"{costs.unpack_nbytes_per_s / 1e9:.2f} GB/s", f"{default.unpack_nbytes_per_s / 1e9:.2f} GB/s", "unpacking them"),
-        ("index_s", f"{costs.index_s * 1e9:.1f} ns", f"{default.index_s * 1e9:.1f} ns", "one more run of blocks that lie anywhere"),
-        ("second_pass_nbytes_per_s", f"{costs.second_pass_nbytes_per_s / 1e9:.2f} GB/s", f"{default.second_pass_nbytes_per_s / 1e9:.2f} GB/s", "moving once more, between blocks of two sizes"),
+        ("index_s", f"{costs.index_s * 1e9:.1f} ns", f"{default.index_s * 1e9:.1f} ns", "one more run of scattered blocks"),
+        ("second_pass_nbytes_per_s", f"{costs.second_pass_nbytes_per_s / 1e9:.2f} GB/s", f"{default.second_pass_nbytes_per_s / 1e9:.2f} GB/s", "second copy, between blocks of two sizes"),
         ("lookup_s", f"{costs.lookup_s * 1e9:.2f} ns", f"{default.lookup_s * 1e9:.2f} ns", "one more element converted, from or to float8"),
         ("convert_s", f"{costs.convert_s * 1e9:.2f} ns", f"{default.convert_s * 1e9:.2f} ns", "one more element converted, by arithmetic"),
-        ("land_s", f"{costs.land_s * 1e6:.0f} us", f"{default.land_s * 1e6:.0f} us", "one more chunk that nobody packs"),
-        ("chunk_s", f"{costs.chunk_s * 1e6:.0f} us", f"{default.chunk_s * 1e6:.0f} us", "one more chunk that is packed"),
-        ("ask_s", f"{costs.ask_s * 1e6:.0f} us", f"{default.ask_s * 1e6:.0f} us", "until the first of them"),
+        ("land_s", f"{costs.land_s * 1e6:.0f} us", f"{default.land_s * 1e6:.0f} us", "one more chunk that the source does not pack"),
+        ("chunk_s", f"{costs.chunk_s * 1e6:.0f} us", f"{default.chunk_s * 1e6:.0f} us", "one more chunk that the source packs"),
+        ("ask_s", f"{costs.ask_s * 1e6:.0f} us", f"{default.ask_s * 1e6:.0f} us", "until the first chunk"),
     ]  # fmt: skip
     return f"{reads}\n\n{table(('constant', 'here', 'default', 'what'), rows)}"
 

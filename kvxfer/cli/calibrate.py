@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the constants of the cost model (`kvxfer.planner.costs.Costs`) on this machine, between two processes."""
+"""Calibration: measure the constants of the cost model (`kvxfer.planner.costs.Costs`) between two processes of this machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from kvxfer.planner.rank_plan import MatchedTables, RankPlan
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
-"""A layer of a block is 64 KiB, a token of a head 512 bytes: the longest and the shortest runs of common models."""
+"""A layer of a block has 64 KiB and a token of a head 512 bytes: the longest and the shortest runs of common models."""
 
 _GRANTED_TIMEOUT_S = 10.0
 _SMALL_ARENA_NBYTES = 2 << 20
@@ -45,7 +45,7 @@ _SMALL_ARENA_NBYTES = 2 << 20
 
 @dataclass(frozen=True)
 class CostSample:
-    """One measured read: runs on the wire, bytes, seconds (the median of several)."""
+    """Measured read: runs on the wire, bytes, and the median of the seconds."""
 
     what: str
     runs: int
@@ -54,7 +54,7 @@ class CostSample:
 
 
 def needed_nbytes(mib: int) -> int:
-    """What a calibration takes: a cache in each process, two more while copies are measured, and the processes."""
+    """Memory of a calibration: a cache in each process, two more while copies are measured, and the processes."""
     return 4 * (mib << 20) + (64 << 20) + 2 * PROCESS_NBYTES
 
 
@@ -75,12 +75,12 @@ def _cache(
         head_dim=head_dim,
         dtype=dtype,
     )
-    arrays["kv"].fill(1)  # the first touch of memory costs more than moving it
+    arrays["kv"].fill(1)  # the first access to memory takes longer than a transfer
     return cache
 
 
 class CalibrationProducer:
-    """The producer's process: one cache in HND."""
+    """Producer in a process of its own, with one cache in HND."""
 
     def __init__(self, agent: str, blocks: int) -> None:
         self.endpoint: Endpoint = Endpoint(_cache("HND", blocks), agent)
@@ -92,16 +92,16 @@ class CalibrationProducer:
         return self.endpoint.lease(np.asarray(blocks), request="calibrate").to_json()
 
     def spec(self) -> CacheSpec:
-        """Of the cache."""
+        """Spec of the cache."""
         return self.endpoint.cache.spec
 
     def close(self) -> None:
-        """End the endpoint."""
+        """Close the endpoint."""
         self.endpoint.close()
 
 
 class CalibrationConsumer:
-    """This process: reads from a `CalibrationProducer` in one way, again and again."""
+    """Consumer in this process: reads from a `CalibrationProducer` by one route."""
 
     def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
         self._source = source
@@ -110,14 +110,14 @@ class CalibrationConsumer:
         self.rank_plan: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
 
     def seconds(self, blocks: Sequence[int], into: Sequence[int], repeats: int) -> float:
-        """The median time of reading these blocks."""
+        """Median time to read these blocks."""
         times = [self._once(blocks, into) for _ in range(repeats + 1)]
-        return statistics.median(times[1:])  # the first one connects, and touches memory
+        return statistics.median(times[1:])  # the first read connects, and touches memory
 
     def _once(self, blocks: Sequence[int], into: Sequence[int]) -> float:
         ref = LeaseRef.from_json(self._source.call("lease", list(blocks)))
         self.endpoint.acquire(ref)
-        # Granted ahead, as in an engine; nothing tells when, but a read would wait for it.
+        # Engines acquire ahead, so the grant has arrived when they read.
         deadline = time.monotonic() + _GRANTED_TIMEOUT_S
         while not self.endpoint.granted(ref):
             if time.monotonic() > deadline:
@@ -129,13 +129,13 @@ class CalibrationConsumer:
         return transfer.seconds
 
     def sample(self, what: str, blocks: Sequence[int], into: Sequence[int], repeats: int) -> CostSample:
-        """A read, as the model sees it."""
+        """Measure one read, as the cost model sees it."""
         runs, nbytes = self.rank_plan.runs(self.rank_plan.match(blocks, into))
         return CostSample(what, runs, nbytes, self.seconds(blocks, into, repeats))
 
 
 def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 5) -> tuple[Costs, list[CostSample]]:
-    """Measure; takes seconds.
+    """Measure the constants, which takes seconds.
 
     Args:
         agent: name of the transfer agent.
@@ -201,12 +201,12 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
 
 
 def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
-    """(seconds for each run, seconds for each byte) of a chunk after the other, in regular runs of all lengths."""
+    """Seconds for each run and for each byte of chunks in turn, with regular runs of all lengths."""
     facts, times = [], []
     ids = list(range(blocks))
     for head_dim, order in ((_HEAD_DIM, "HND"), (_HEAD_DIM, "NHD"), (16, "NHD"), (8, "NHD")):
         caches = _cache("HND", blocks, head_dim), _cache(order, blocks, head_dim)
-        # Packed as for a target of another order, or unpacked as from a source of one.
+        # Packed for a target, or unpacked from a source, of another order.
         facts.append(plan(*(cache.spec for cache in caches)).rank_plans[0].runs(_matched(caches, ids, ids)[1]))
         times.append(_copied(caches if pack else caches[::-1], ids, ids, pack=pack)[1])
     run_s, byte_s = _fit(facts, times)
@@ -214,7 +214,7 @@ def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
 
 
 def _irregular(costs: Costs, blocks: int) -> Costs:
-    """What copies take that are not regular, beside what the constants say that there are: see `kvxfer.buffers.host_copy.Effort`."""
+    """Constants of irregular copies, beyond the time of regular ones, see `kvxfer.buffers.host_copy.Effort`."""
     random = np.random.default_rng(1)
     here = random.permutation(blocks).tolist()
 
@@ -246,7 +246,7 @@ def _matched(caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int
 def _copied(
     caches: Sequence[KVCache], here: Sequence[int], there: Sequence[int], *, pack: bool
 ) -> tuple[Effort, float, int, int]:
-    """(effort, seconds, runs, bytes) of packing what a target wants, or of unpacking what a source sends."""
+    """Effort, seconds, runs and bytes of packing for a target, or of unpacking from a source."""
     arena = StagingArena(32 << 20)
     slot, address = arena.slot_nbytes, arena.memory.address
     rank_plan, match = _matched(caches, here, there)
@@ -272,7 +272,7 @@ def _copied(
 
 
 def _fastest_s(step: Callable[[], None], repeats: int = 7) -> float:
-    """Seconds of the fastest of several: copies take the same each time, but for what others do to the machine."""
+    """Seconds of the fastest of several copies, because other processes only make a copy slower."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -282,7 +282,7 @@ def _fastest_s(step: Callable[[], None], repeats: int = 7) -> float:
 
 
 def _fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Constants, none below zero, by which the facts come closest to the seconds, in proportion."""
+    """Fit constants, none below zero, with the smallest relative error of the seconds."""
     wanted = np.asarray(seconds, dtype=np.float64)
     rows = np.asarray(facts, dtype=np.float64) / wanted[:, None]
     scale = np.abs(rows).max(axis=0)

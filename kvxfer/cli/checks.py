@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command looks at before it starts anything: the agent, the memory there is, the file to write."""
+"""Checks before a command starts: of the agent, the available memory and the file to write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvxfer.cli.table import size
 from kvxfer.errors import ConfigError, UnavailableError
 
 PROCESS_NBYTES = 200 << 20
-"""What a process takes beside its cache: Python, NumPy, the transfer engine, one layer of the demo's pattern."""
+"""Memory of a process beside its cache: Python, NumPy, the transfer engine, one layer of the demo's pattern."""
 
 
 def check_agent(name: str, what: str) -> None:
@@ -21,19 +21,21 @@ def check_agent(name: str, what: str) -> None:
 
     Args:
         name: of the agent.
-        what: the command, in words: "the demo".
+        what: the command in words, such as "the demo".
 
     Raises:
         ConfigError: there is no such agent.
-        UnavailableError: it cannot run here, or moves bytes inside one process only.
+        UnavailableError: the agent cannot run here, or moves bytes only inside one process.
     """
     adapter = registry.load(name)
     if issubclass(adapter, TransferAgent) and adapter.capabilities.reach is Reach.PROCESS:
-        raise UnavailableError(f"{name} moves bytes inside one process, and {what} has several: take another --agent")
+        raise UnavailableError(
+            f"{name} moves bytes only inside one process, and {what} has several: choose another --agent"
+        )
 
 
 def check_memory(needed: int, smaller: str) -> None:
-    """Refuse what does not fit into this machine. ``smaller`` says what to ask for instead. Raises UnavailableError."""
+    """Refuse a command that needs more memory than is available. ``smaller``: the advice in the message. Raises UnavailableError."""
     available = available_nbytes()
     if available is not None and available < needed:
         raise UnavailableError(
@@ -42,7 +44,7 @@ def check_memory(needed: int, smaller: str) -> None:
 
 
 def available_nbytes(root: Path = Path("/")) -> int | None:
-    """Memory that this process and its children may still take, by the kernel and by cgroups; None if nobody says."""
+    """Memory that this process and its children can still allocate, by the kernel and cgroups; None if neither tells."""
     found: list[int] = []
     said = [line.split()[1] for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
     found += [int(kib) * 1024 for kib in said]
@@ -57,7 +59,7 @@ def available_nbytes(root: Path = Path("/")) -> int | None:
 
 
 def check_writable(path: str) -> None:
-    """Refuse a file that cannot be written, without touching it. Raises ConfigError."""
+    """Refuse a file that cannot be written, without a change to it. Raises ConfigError."""
     where = Path(path)
     if where.is_dir():
         why = "it is a folder"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer demo``: a producer and a consumer, two processes, move the KV cache of requests; every byte is checked."""
+"""``kvxfer demo``: a producer and a consumer process move the KV cache of requests; every byte is checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """Blocks of the producer, and those of the consumer that take the place of all but the first ``skip``."""
+    """Request of the demo: blocks of the producer, and blocks of the consumer for all but the first ``skip`` of them."""
 
     name: str
     source: list[int]
@@ -42,11 +42,11 @@ class DemoRequest:
 
 @dataclass(frozen=True)
 class Row:
-    """One request over all rounds: medians of times, sums of wrong bytes.
+    """Results of one request over all rounds: medians of times, sums of wrong bytes.
 
     Attributes:
-        lease: how the producer's engine was told that it ended.
-        share: of the bandwidth of a plain memcpy of as many bytes, measured just before each read.
+        lease: end of the lease by the producer's event, in one word.
+        share: bandwidth as a fraction of that of a plain memcpy of as many bytes just before each read.
     """
 
     request: str
@@ -64,26 +64,28 @@ class Row:
 
     @property
     def good(self) -> bool:
-        """Moved, and every byte is right."""
+        """Whether the request was moved and every byte is right."""
         return not self.error and not self.wrong_nbytes and self.lease == "released"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument(
-        "--agent", default="nixl", help="what moves the bytes (see: kvxfer agents); default %(default)s"
-    )
+    parser.add_argument("--agent", default="nixl", help="transfer agent (see: kvxfer agents); default %(default)s")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a request; default %(default)s")
-    parser.add_argument("--model", choices=sorted(MODELS), default="llama-3-8b", help="geometry; default %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="times each request is moved; default %(default)s")
+    parser.add_argument(
+        "--model", choices=sorted(MODELS), default="llama-3-8b", help="model whose cache is moved; default %(default)s"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of times that each request is moved; default %(default)s"
+    )
     add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the demo; 0 if every byte is right and the late read was thrown away.
+    """Run the demo; returns 0 if every byte is right and the late read was discarded.
 
     Raises:
-        KvxferError: it cannot run here, or a process failed.
+        KvxferError: the demo cannot run here, or a process failed.
     """
     geometry = MODELS[options.model]
     if options.tokens < 2 * geometry.block_tokens or options.rounds < 1:
@@ -96,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress()
     with ExitStack() as stack:
         with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
-            raises = (ConfigError, UnavailableError)  # these would have been the same in this process
+            raises = (ConfigError, UnavailableError)  # errors of the question, not of the process
             producer = stack.enter_context(
                 Child("producer", DemoProducer, geometry, blocks, options.agent, raises=raises)
             )
@@ -136,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _requests(wanted: int, blocks: int) -> list[DemoRequest]:
-    """What makes a difference to a transfer: where the blocks are, and whether the consumer has some already."""
+    """Requests with contiguous and fragmented blocks, and one of which the consumer has a prefix already."""
     random = np.random.default_rng(7)
     fragmented = [random.permutation(blocks)[:wanted].tolist() for _ in range(2)]
     return [
@@ -157,14 +159,14 @@ class _Demo:
         self._spec = producer.call("spec")
 
     def move(self, request: DemoRequest) -> tuple[Outcome, str]:
-        """Lease, hold, read, settle; and how the lease ended."""
+        """Lease, acquire and read a request once; returns the outcome and how the lease ended."""
         text = self._producer.call("lease", request.name, request.source)
         self._consumer.call("acquire", text)
         outcome: Outcome = self._consumer.call("read", self._spec, request.source, request.target, request.skip)
         return outcome, self._producer.call("end", text)
 
     def rounds(self, request: DemoRequest, number: int, tokens: int, geometry: Geometry) -> Row:
-        """Move one request several times."""
+        """Move one request several times, and summarise."""
         done: list[tuple[Outcome, str]] = []
         for i in range(number):
             with self._progress.step(f"{request.name}, round {i + 1} of {number}: move, then check every byte"):
@@ -189,7 +191,7 @@ class _Demo:
         )
 
     def move_late(self, request: DemoRequest) -> tuple[Outcome, str]:
-        """A read during which its lease ends: the consumer freezes, and the blocks go to another request meanwhile.
+        """Read while the lease ends: the consumer is frozen, and meanwhile the blocks go to another request.
 
         Where the copy is over before this process can freeze it, the consumer freezes before it reads instead.
         """
@@ -210,7 +212,7 @@ class _Demo:
             outcome: Outcome = self._consumer.call("finish", request.source, request.target)
             self._producer.call("refill", request.source)
             if outcome.error or outcome.wrong_nbytes:
-                break  # else it had all its bytes, and they were its own, before the lease ended
+                break  # otherwise the read had ended, with the right bytes, before the lease did
         return outcome, ended
 
 

@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 PREFILL_SEED = 1
 DECODE_SEED = 2
 REUSED_SEED = 3
-"""Patterns: of the producer's blocks, of the consumer's before it reads, of blocks that the producer gave to another."""
+"""Patterns of the producer's blocks, of the consumer's blocks before a read, and of blocks that the producer reused."""
 
 
 _WAIT_FOR_ROOM_S = 0.05
-"""As if the engine had no room at once; the grant arrives meanwhile. A read before that would just wait for it."""
+"""Time between acquire and read, as in an engine that waits for free blocks; the grant arrives meanwhile."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model's KV cache on one rank, in bfloat16 (kept as 16-bit integers, for NumPy has no such type)."""
+    """Geometry of a model's KV cache on one rank, in bfloat16 (stored as 16-bit integers: NumPy has no such type)."""
 
     layers: int
     heads: int
@@ -52,24 +52,24 @@ class Geometry:
 
     @property
     def block_nbytes(self) -> int:
-        """Of one block, all layers, K and V."""
+        """Bytes of one block: all layers, K and V."""
         return self.layers * self.heads * self.block_tokens * self.head_dim * 2 * 2
 
     def arrays(self, blocks: int) -> npt.NDArray[Any]:
-        """A cache's memory as ``[layer, block, head, token, content]``."""
+        """Memory of a cache as ``[layer, block, head, token, content]``."""
         shape = (self.layers, blocks, self.heads, self.block_tokens, 2 * self.head_dim)
         return np.zeros(shape, dtype=np.uint16)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one read went.
+    """Outcome of one read.
 
     Attributes:
-        error: name and text of what it failed with; empty if it did not.
-        wrong_nbytes: bytes of the read blocks that are not the producer's, and of all others that are not as before.
-        foreign_nbytes: bytes in the target that belong to the request that got the blocks after the lease had ended.
-        copy_s: plain memcpy of as many bytes, in the same process and moment.
+        error: name and text of the error; empty if there is none.
+        wrong_nbytes: bytes of the read blocks that differ from the producer's, and of all other blocks that changed.
+        foreign_nbytes: bytes in the target of the request that reused the blocks after the lease had ended.
+        copy_s: time of a plain memcpy of as many bytes in the same process, just before.
     """
 
     seconds: float = 0.0
@@ -87,31 +87,31 @@ class Outcome:
 class _Party:
     def __init__(self, geometry: Geometry, blocks: int, agent: str, seed: int) -> None:
         self.array: npt.NDArray[Any] = geometry.arrays(blocks)
-        pattern.fill(self.array, seed)  # touches every page: the first touch of memory costs more than moving it
+        pattern.fill(self.array, seed)  # touches every page: the first access to memory takes longer than a transfer
         cache = KVCache.from_layers({f"layers.{i}": self.array[i] for i in range(geometry.layers)}, dtype="bfloat16")
         self.endpoint: Endpoint = Endpoint(cache, agent, settings=Settings.resolve())
 
     def close(self) -> None:
-        """End the endpoint."""
+        """Close the endpoint."""
         self.endpoint.close()
 
 
 class DemoProducer(_Party):
-    """The prefill side."""
+    """The producer's process of the demo."""
 
     def __init__(self, geometry: Geometry, blocks: int, agent: str) -> None:
         super().__init__(geometry, blocks, agent, PREFILL_SEED)
 
     def spec(self) -> CacheSpec:
-        """Of its cache, from which the consumer can say how many runs there are before merging."""
+        """Spec of its cache, from which the consumer computes the number of runs before merging."""
         return self.endpoint.cache.spec
 
     def lease(self, request: str, blocks: Sequence[int]) -> str:
-        """The request's blocks are complete; returns what travels with it."""
+        """Lease the complete blocks of a request; returns the lease reference as JSON."""
         return self.endpoint.lease(np.asarray(blocks), request=request).to_json()
 
     def end(self, text: str) -> str:
-        """How the lease ended: one word."""
+        """Wait until the lease ends; returns how, in one word."""
         ref = LeaseRef.from_json(text)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
@@ -121,7 +121,7 @@ class DemoProducer(_Party):
         raise PeerTimeoutError(f"the lease of {ref.request!r} has not ended")
 
     def take_back(self, text: str, blocks: Sequence[int]) -> str:
-        """End a lease early, and give its blocks to another request; returns how the lease ended."""
+        """Revoke a lease and reuse its blocks for another request; returns how the lease ended."""
         self.endpoint.revoke(LeaseRef.from_json(text), "the producer needs its blocks")
         ended = self.end(text)
         pattern.fill(self.array, REUSED_SEED, np.asarray(blocks))
@@ -133,7 +133,7 @@ class DemoProducer(_Party):
 
 
 class DemoConsumer(_Party):
-    """The decode side."""
+    """The consumer's process of the demo."""
 
     def __init__(self, geometry: Geometry, blocks: int, agent: str, most_nbytes: int) -> None:
         super().__init__(geometry, blocks, agent, DECODE_SEED)
@@ -141,13 +141,13 @@ class DemoConsumer(_Party):
         self._text = ""
 
     def acquire(self, text: str) -> None:
-        """The request has arrived: hold its lease until there is room for it."""
+        """Acquire the lease of a request, until there are free blocks for it."""
         self._text = text
         self.endpoint.acquire(LeaseRef.from_json(text))
         time.sleep(_WAIT_FOR_ROOM_S)
 
     def read(self, spec: CacheSpec, source: Sequence[int], target: Sequence[int], skip: int) -> Outcome:
-        """Read the blocks of the lease that is held, but for the first ``skip``, and check all of the cache."""
+        """Read the blocks of the acquired lease without the first ``skip``, and check the whole cache."""
         ref = LeaseRef.from_json(self._text)
         wanted, into = np.asarray(source)[skip:], np.asarray(target)
         copy_s = self._copy(_nbytes(self.array, into))
@@ -178,11 +178,11 @@ class DemoConsumer(_Party):
         return outcome
 
     def begin(self, target: Sequence[int]) -> None:
-        """Begin to read the lease that is held, and do not wait."""
+        """Begin to read the acquired lease, without waiting."""
         self._transfer = self.endpoint.read(LeaseRef.from_json(self._text), np.asarray(target))
 
     def finish(self, source: Sequence[int], target: Sequence[int]) -> Outcome:
-        """Wait for the read that was begun, and look whose bytes came."""
+        """Wait for the read, and check whose bytes arrived."""
         error = ""
         try:
             self._transfer.wait()
@@ -195,7 +195,7 @@ class DemoConsumer(_Party):
         return Outcome(error=error, wrong_nbytes=wrong, foreign_nbytes=foreign)
 
     def _copy(self, nbytes: int) -> float:
-        """Seconds of a plain memcpy of so many bytes out of the cache, in one thread: median of three."""
+        """Seconds of a plain memcpy of ``nbytes`` bytes out of the cache in one thread; median of three."""
         flat = self.array.reshape(-1).view(np.uint8)
         times = []
         for _ in range(3):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's oracle: what each byte of a KV cache must be, computed with NumPy alone.
+"""The demo's oracle: the right value of each byte of a KV cache, computed with NumPy alone.
 
-Every 8 bytes are a hash of seed, layer, block, KV head, token and place, so a byte that comes from anywhere else than
-where it belongs is almost certainly another one. Nothing here knows how kvxfer lays anything out or moves it: arrays are
-logical, ``[layer, block, head, token, content]``.
+Every 8 bytes are a hash of seed, layer, block, KV head, token and position, so that bytes from any other place almost certainly
+differ. This module does not depend on layouts or transfers of kvxfer: arrays are logical, ``[layer, block, head, token,
+content]``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fill(array: Array, seed: int, blocks: Array | None = None) -> None:
 
 
 def wrong_bytes(array: Array, seed: int, blocks: Array, as_blocks: Array | None = None) -> int:
-    """How many bytes of ``blocks`` are not what the pattern of ``seed`` has for ``as_blocks`` (by default the same)."""
+    """Number of bytes of ``blocks`` that differ from the pattern of ``seed`` for ``as_blocks`` (by default the same blocks)."""
     wrong = 0
     ids = np.asarray(blocks)
     origin = ids if as_blocks is None else np.asarray(as_blocks)
@@ -42,7 +42,7 @@ def wrong_bytes(array: Array, seed: int, blocks: Array, as_blocks: Array | None 
 
 
 def right_nbytes(array: Array, seed: int, blocks: Array, as_blocks: Array) -> int:
-    """How many bytes of ``blocks`` come from the pattern of ``seed``: whole words of 8, for single ones agree by chance."""
+    """Number of bytes of ``blocks`` from the pattern of ``seed``, in words of 8 bytes, because single bytes agree by chance."""
     same = 0
     for layer in range(array.shape[0]):
         found = np.ascontiguousarray(array[layer, np.asarray(blocks)])
@@ -51,7 +51,7 @@ def right_nbytes(array: Array, seed: int, blocks: Array, as_blocks: Array) -> in
 
 
 def expected(array: Array, seed: int, layer: int, blocks: Array) -> Array:
-    """What one layer of ``blocks`` holds, in the shape and dtype of ``array[layer, blocks]``."""
+    """Pattern of one layer of ``blocks``, in the shape and dtype of ``array[layer, blocks]``."""
     _, _, heads, tokens, content = array.shape
     words = content * array.itemsize // 8
     block = np.asarray(blocks, dtype=np.uint64)[:, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer plan``: what a transfer between two caches would do, without a device or a peer."""
+"""``kvxfer plan``: report what a transfer between two caches does, without a device or a peer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 _SECOND_ADDRESS = FIRST_ADDRESS + (1 << 60)
 
 _EPILOG = """\
-A side begins with a model, a model's config.json or a file of specs, and goes on with words key=value:
+A side is a model, a model's config.json or a file of specs, followed by words key=value:
 
   llama-3-8b tp=4 order=HND block=16     a known model, on 4 ranks
   vllm:path/to/config.json tp=2          what vLLM and Hugging Face load
-  specs.json                             a CacheSpec, or a list of them, as JSON: what engines really have
-  layers=4 heads=8 head_dim=64 tp=2      a model of your own
+  specs.json                             a CacheSpec, or a list of them, as JSON, as engines describe them
+  layers=4 heads=8 head_dim=64 tp=2      any other model
 
-The target has the source's model if it names none. Words:
+A target that names no model has the source's. Words:
 
 {words}
 
@@ -43,7 +43,7 @@ examples:
   kvxfer plan --model deepseek-v3 --tp 8 --pp 2 --to-pp 1 --fragmented --format json
   kvxfer plan --source prefill.json --target decode.json --rank 0 --picture rank0.png
 
-Exit code: 0 it can be moved, 1 it is refused (the answer says why), 2 the question could not be read.
+Exit status: 0 the request can be moved, 1 it is refused (the report says why), 2 the question is invalid.
 """
 
 
@@ -55,32 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG.format(words=words, models=_wrapped(list(MODELS)))
     sides = parser.add_argument_group(
         "the two sides",
-        "Either --source and --target, or --model and one option for each word below: --tp 4 for both sides, "
+        "Either --source and --target, or --model and an option for each of the words below: --tp 4 for both sides, "
         "--to-tp 1 for the target.",
     )
-    sides.add_argument("--source", metavar="SIDE", help="where the KV cache is: the prefill engine")
-    sides.add_argument("--target", metavar="SIDE", help="where it is wanted: the decode engine")
-    sides.add_argument("--model", metavar="MODEL", help="what both run")
+    sides.add_argument("--source", metavar="SIDE", help="the prefill engine, which has the KV cache")
+    sides.add_argument("--target", metavar="SIDE", help="the decode engine, which reads it")
+    sides.add_argument("--model", metavar="MODEL", help="model of both sides")
     for option in OPTIONS:
         _add_word(sides, option.key, option.metavar, prefix="", help_=argparse.SUPPRESS)
         _add_word(sides, option.key, option.metavar, prefix="to-", help_=argparse.SUPPRESS)
     request = parser.add_argument_group("the request")
-    request.add_argument("--tokens", default="4096", metavar="N", help="that it has; default %(default)s")
-    request.add_argument("--from-token", default="0", metavar="N", help="the target has those before it already")
-    request.add_argument("--fragmented", action="store_true", help="its blocks are anywhere, not one after the other")
-    request.add_argument("--seed", default="0", metavar="N", help="of where they are; default %(default)s")
-    route = parser.add_argument_group("the way")
-    route.add_argument("--convert", action="store_true", help="elements may change their dtype on the way")
-    route.add_argument("--route", choices=[each.value for each in Route], help="take this one, fast or not")
+    request.add_argument("--tokens", default="4096", metavar="N", help="length of the request; default %(default)s")
+    request.add_argument(
+        "--from-token", default="0", metavar="N", help="first token to move; the target has those before it"
+    )
+    request.add_argument("--fragmented", action="store_true", help="scattered blocks instead of blocks in a row")
+    request.add_argument(
+        "--seed", default="0", metavar="N", help="seed of the places of scattered blocks; default %(default)s"
+    )
+    route = parser.add_argument_group("the route")
+    route.add_argument("--convert", action="store_true", help="allow conversions of the dtype")
+    route.add_argument("--route", choices=[each.value for each in Route], help="take this route, the fastest or not")
     route.add_argument("--slot-mib", default="8", metavar="N", help="size of a staging slot; default %(default)s")
     route.add_argument(
-        "--costs", metavar="FILE", help="measured costs (else KVXFER_COSTS, else those of a small machine)"
+        "--costs", metavar="FILE", help="measured costs (default: KVXFER_COSTS, or those of a small machine)"
     )
-    answer = parser.add_argument_group("the answer")
-    answer.add_argument("--rank", metavar="N", help="of the target, in detail; all are summed up otherwise")
+    answer = parser.add_argument_group("the report")
+    answer.add_argument("--rank", metavar="N", help="report on this target rank only; by default on all")
     add_format(answer)
-    answer.add_argument("--picture", metavar="FILE", help="draw which bytes land where (.png, .svg or .pdf)")
-    answer.add_argument("--picture-by", choices=picture.MEANINGS, default="auto", help="what colours tell apart")
+    answer.add_argument("--picture", metavar="FILE", help="draw which bytes go where (.png, .svg or .pdf)")
+    answer.add_argument("--picture-by", choices=picture.MEANINGS, default="auto", help="meaning of the colours")
 
 
 def _add_word(group: argparse._ArgumentGroup, key: str, metavar: str, *, prefix: str, help_: str) -> None:
@@ -102,11 +106,11 @@ def _wrapped(names: list[str]) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what the transfer would be; 0 if each target rank can be served.
+    """Print the report; returns 0 if each target rank can be served.
 
     Raises:
-        ConfigError: the question makes no sense; the message says what would.
-        UnavailableError: a picture is asked for, and matplotlib is not installed.
+        ConfigError: the question is invalid; the message has a hint.
+        UnavailableError: a picture needs matplotlib, which is not installed.
     """
     tokens = whole("--tokens", options.tokens, 1, MAX_TOKENS)
     request = PlannedRequest(
@@ -137,7 +141,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sides(options: argparse.Namespace, tokens: int) -> tuple[Side, Side]:
-    """Both sides, however they were written."""
+    """Both sides, from ``--source`` and ``--target`` or from ``--model``."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     first = {name.removeprefix("from:"): value for name, value in given.items() if name.startswith("from:")}
     second = {name.removeprefix("to:"): value for name, value in given.items() if name.startswith("to:")}

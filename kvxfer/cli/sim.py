@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer sim``: real endpoints in a simulated world in which things go wrong, seed after seed."""
+"""``kvxfer sim``: run real endpoints in a simulated world with faults, seed after seed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--seeds", type=int, default=50, help="runs of each profile (default: %(default)s)")
     parser.add_argument(
-        "--from", type=int, default=0, dest="first", metavar="SEED", help="the first (default: %(default)s)"
+        "--from", type=int, default=0, dest="first", metavar="SEED", help="first seed (default: %(default)s)"
     )
     parser.add_argument(
-        "--profile", default=_ALL, help="what goes wrong: a profile's name, or every one of them (the default)"
+        "--profile", default=_ALL, help="name of a profile of faults, or every (the default) for all of them"
     )
     add_format(parser)
     parser.add_argument(
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=400,
         metavar="RUNS",
-        help="what fails is repeated with less and less in it, so many times at most (default: %(default)s; 0: never)",
+        help="most runs to find a smaller run that fails, too (default: %(default)s; 0: none)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run, print, and stop at the first thing that must not be."""
+    """Run the simulations and print a summary; stops at the first finding."""
     try:
         from kvxfer.testing.sim import PROFILES, SimulationError, run  # noqa: PLC0415 - needs the extra `test`
     except ImportError as error:
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _explain(error: SimulationError, name: str, profile: Profile, most_runs: int, progress: Progress) -> None:
-    """Print what was found, and the smallest run that shows it."""
+    """Print a finding, and the smallest run that shows it."""
     from kvxfer.testing.sim import shrink  # noqa: PLC0415 - as above
 
     print(f"\nprofile {name}, seed {error.seed}: {error.finding}: {error.what}")
@@ -106,15 +106,13 @@ def _explain(error: SimulationError, name: str, profile: Profile, most_runs: int
             nonlocal told
             if time.monotonic() - told > _TOLD_EVERY_S:
                 told = time.monotonic()
-                progress.tell(f"makes it smaller: {how_far}")
+                progress.tell(f"shrinks the run: {how_far}")
 
         shrunk = shrink(error, profile, most_runs=most_runs, tell=tell)
         error = shrunk.error
-        print(
-            f"\nmade smaller in {shrunk.runs} runs: of {before} things that need not have happened, {len(error.happened)} are left:"
-        )
+        print(f"\nsmaller after {shrunk.runs} runs: of {before} faults and events, {len(error.happened)} are needed:")
         print("\n".join(f"  {what}" for what in error.happened))
-        print(f"\nthere it is: {error.what}")
+        print(f"\nfinding: {error.what}")
     if len(error.trace) > _MOST_LINES:
         print(f"\nthe last {_MOST_LINES} of {len(error.trace)} lines:")
     print("\n" + "\n".join(error.trace[-_MOST_LINES:]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer soak``: engines in real processes for as long as one likes, killed, frozen and restarted; every delivered byte is checked."""
+"""``kvxfer soak``: run engines in real processes that are killed, frozen and restarted; every delivered byte is checked."""
 
 from __future__ import annotations
 
@@ -23,17 +23,15 @@ _CALM_EVERY_S = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long things go wrong (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="duration, with faults (default: %(default)g)")
     parser.add_argument("--agent", default="nixl", help="transfer agent of all engines (default: %(default)s)")
-    parser.add_argument("--agent-options", default="{}", metavar="JSON", help="for the agent, as `Endpoint` takes them")
+    parser.add_argument("--agent-options", default="{}", metavar="JSON", help="options of the agent, as for Endpoint")
     add_format(parser)
-    parser.add_argument(
-        "--seed", type=int, help="of what is asked for and what goes wrong; by default another one each time"
-    )
+    parser.add_argument("--seed", type=int, help="seed of requests and faults; by default a new one each time")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run, print, and stop at the first thing that must not be."""
+    """Run the soak and print a summary; stops at the first finding."""
     try:
         from kvxfer.testing.soak import SoakError, run  # noqa: PLC0415 - needs the extra `test`
     except ImportError as error:

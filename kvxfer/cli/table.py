@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands print: tables, sizes as people write them, and progress."""
+"""Output of commands: tables, sizes with units, and progress."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 def add_format(parser: argparse._ActionsContainer) -> None:
-    """The option ``--format``, the same in every command."""
+    """Add the option ``--format``, which is the same in every command."""
     parser.add_argument(
-        "--format", choices=("table", "json"), default="table", help="for people (the default) or for programs"
+        "--format",
+        choices=("table", "json"),
+        default="table",
+        help="text for people (the default), or JSON for programs",
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
-    """Columns under a header, two spaces apart; those whose cells all begin with a digit are aligned to the right."""
+    """Table with a header. Columns are two spaces apart; those whose cells all begin with a digit are aligned to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     right = [all(row[i][:1].isdigit() or not row[i] for row in rows) and any(row[i] for row in rows)
              for i in range(len(header))]  # fmt: skip
@@ -34,7 +37,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str =
 
 
 def size(nbytes: float) -> str:
-    """``268435456`` as ``256.0 MiB``."""
+    """Size with its unit, such as ``256.0 MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
@@ -43,10 +46,10 @@ def size(nbytes: float) -> str:
 
 
 class Progress:
-    """Says on stderr what is being done: one line that is overwritten on a terminal, else a line per step.
+    """Progress on stderr: on a terminal one line that is overwritten, else a line for each step.
 
     Args:
-        quiet: say nothing.
+        quiet: print nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -55,7 +58,7 @@ class Progress:
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """One step, from its begin to its end."""
+        """Show one step, from its begin to its end."""
         begin = time.monotonic()
         self._say(f"  {what} ...", end="" if self._terminal else "\n")
         try:
@@ -66,7 +69,7 @@ class Progress:
             self._say(f"  {what}: {time.monotonic() - begin:.1f} s")
 
     def tell(self, what: str) -> None:
-        """A remark inside a step."""
+        """Show a remark inside a step."""
         self._wipe()
         self._say(f"  {what} ...", end="" if self._terminal else "\n")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A window on a transfer on paper: the source's memory above, the target's below, and a band for each run.
+"""Drawing of a window on a transfer: the source's memory above, the target's below, and a band for each run.
 
 Memory is drawn to scale as a strip of cells in the order of their addresses. Rulers beside it say what follows what: the
 outermost axis is farthest from the strip. All lengths are in inches, from the lower left corner.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _WIDTH: Final = 16.0
 _MARGIN: Final = 0.3
 _LEFT: Final = 1.75
-"""Where memory begins."""
+"""Horizontal position at which memory begins."""
 _RULER: Final = 0.24
 _STRIP: Final = 0.5
 _BETWEEN: Final = 2.7
@@ -37,7 +37,7 @@ _HEAD: Final = 1.6
 _ALLOCATION_GAP: Final = 0.45
 _BREAK: Final = 0.16
 _FEW: Final = 64
-"""No more runs than these have an outline each."""
+"""Most runs that have an outline each."""
 
 _HUES: Final = ("#3f74b5", "#ee8420", "#43a047", "#d94a4a", "#8e63b8", "#1fa5a5", "#c9a21b", "#b5588d")
 _STAYS: Final = "#e4e4e4"
@@ -61,7 +61,7 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True)
 class _Placed:
-    """A strip on the paper: the span of each of its cells by address, and where memory is left out."""
+    """Placed strip: the horizontal span of each of its cells by address, and the places where memory is left out."""
 
     strip: Strip
     spans: dict[int, _Span]
@@ -69,13 +69,13 @@ class _Placed:
 
     @property
     def span(self) -> _Span:
-        """Of all of it."""
+        """Width of the strip."""
         spans = list(self.spans.values())
         return _Span(spans[0].left, spans[-1].right)
 
 
 def _place(strips: dict[Allocation, Strip]) -> dict[Allocation, _Placed]:
-    """Side by side. Memory between two cells that is not shown is a break of one width, whatever its size."""
+    """Place cells side by side. Memory that is not shown between two cells is a break of one width, whatever its size."""
     cells = {key: strip.cells for key, strip in strips.items()}
     breaks = sum(a.end != b.address for each in cells.values() for a, b in pairwise(each))
     room = _WIDTH - _LEFT - _MARGIN - _ALLOCATION_GAP * (len(strips) - 1)
@@ -99,7 +99,7 @@ def _place(strips: dict[Allocation, Strip]) -> dict[Allocation, _Placed]:
 
 
 class Drawing:
-    """See the module.
+    """Drawing of a window, see the module.
 
     Args:
         shown: what to draw.
@@ -127,7 +127,7 @@ class Drawing:
         self._axes: Any = None
 
     def figure(self, *, title: str, subtitle: str, source: str, target: str) -> Any:
-        """All of it, as a matplotlib figure, with these words."""
+        """The drawing as a matplotlib figure with these texts."""
         above, below = (_rulers(side) for side in (self._sources, self._targets))
         low = _FOOT + below * _RULER
         high = low + _STRIP + _BETWEEN
@@ -201,7 +201,7 @@ class Drawing:
 
     @staticmethod
     def _stretches(placed: _Placed, axes: tuple[str, ...]) -> list[tuple[int, _Span]]:
-        """Cells in a row that differ in none of the axes: the value of the last axis, and where they are."""
+        """Spans of neighbouring cells with equal values of the axes, with the value of the last axis."""
         found: list[tuple[tuple[int, ...], _Span]] = []
         for cell in placed.strip.cells:
             key, span = tuple(getattr(cell, axis) for axis in axes), placed.spans[cell.address]
@@ -292,7 +292,7 @@ class Drawing:
         return _HUES[self._values.index(value) % len(_HUES)]
 
     def _colour(self, cell: Cell) -> Any:
-        """The hue tells what `by` says, the shade which token of the window."""
+        """Colour of a cell: the hue stands for the meaning `by`, the shade for the token."""
         if cell.origin < 0:
             return _STAYS
         hue = self._hue(self._value(cell)).lstrip("#")

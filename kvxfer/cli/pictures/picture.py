@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer plan --picture``: which bytes land where, as a picture of the beginning of a transfer."""
+"""``kvxfer plan --picture``: picture of the beginning of a transfer, which bytes go where."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 FORMATS: Final = (".png", ".svg", ".pdf")
 
 MEANINGS: Final = ("auto", "head", "block", "token", "layer")
-"""What colours may tell apart."""
+"""Meanings that colours may have."""
 
 
 def check(path: str) -> None:
-    """Before anything is computed: could a picture be written there?
+    """Check, before anything is computed, that a picture can be written to a file.
 
     Raises:
         ConfigError: no folder, or another format.
@@ -45,7 +45,7 @@ def check(path: str) -> None:
 
 
 def draw(path: str, report: Report, *, by: str) -> str:
-    """Draw the beginning of the transfer to the first target rank that can be served; returns in words what is shown.
+    """Draw the beginning of the transfer to the first target rank that can be served; returns a line about what is shown.
 
     Args:
         path: of the file to write.
@@ -78,7 +78,7 @@ def draw(path: str, report: Report, *, by: str) -> str:
 
 
 def meaning(shown: Window, source: Side, target: Side) -> str:
-    """What colours should tell apart: that which is shared between ranks, cut, or put in another order."""
+    """Meaning of the colours: the axis that ranks divide, that is cut, or that changes its order."""
     strips = [*shown.sources.values(), *shown.targets.values()]
     if len(shown.layers) > 1:
         return "layer"
@@ -90,7 +90,7 @@ def meaning(shown: Window, source: Side, target: Side) -> str:
 
 
 def in_words(shown: Window, spec: CacheSpec) -> str:
-    """What is shown, of the cache of ``spec``."""
+    """Line about what is shown of the cache of ``spec``."""
     group = spec.groups[shown.group]
     layers = f"layer{'s' * (len(shown.layers) > 1)} {ranges(shown.layers)} of {spec.layers.total}"
     parts = [layers]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few bytes of a transfer, few enough to look at: which cells lie where on both sides, and which become which.
+"""Window on a transfer: a few cells at their addresses on both sides, and the runs between them.
 
-A cell is the content of one token of one head in one layer, or its K or V where a side keeps them apart. Addresses come
-from the plan itself, so that what is seen is what would be moved.
+A cell is the content of one token of one head in one layer, or its K or V if a side keeps them in separate regions. Addresses
+come from the plan that a transfer would use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvxfer.planner.rank_plan import MatchedTables, RankPlan
 
 MOST_CELLS: Final = 320
-"""On one side; more cannot be told apart."""
+"""Most cells of one side; more cannot be distinguished."""
 
 _MOST_SHARES: Final = 8
 _MOST_LAYERS: Final = 3
@@ -30,14 +30,14 @@ _GHOST_TOKENS: Final = 16
 
 
 class Cell(NamedTuple):
-    """Some bytes of one side.
+    """Cell of one side.
 
     Attributes:
-        block: its id in the block table.
-        kernel: number of the attention kernel's block inside it.
-        token: of the request.
-        component: ``K``, ``V``, or empty for all of the content.
-        origin: which block of the source it comes from, counted from the first that is shown; -1 if it is not moved.
+        block: id of its block in the block table.
+        kernel: number of the attention kernel's block inside that block.
+        token: number of the token in the request.
+        component: ``K``, ``V``, or empty for the whole content.
+        origin: block of the source from which it comes, counted from the first block shown; -1 if it is not moved.
     """
 
     address: int
@@ -52,12 +52,12 @@ class Cell(NamedTuple):
 
     @property
     def end(self) -> int:
-        """First address after it."""
+        """First address after the cell."""
         return self.address + self.nbytes
 
 
 Allocation = tuple[int, int]
-"""A rank and the number of one of its allocations."""
+"""Rank, and number of one of its allocations."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Strip:
     """Cells of one allocation of one rank.
 
     Attributes:
-        components: what it holds.
+        components: components that it holds.
         axes: fields of `Cell`, outermost in memory first.
     """
 
@@ -76,18 +76,18 @@ class Strip:
 
     @property
     def cells(self) -> list[Cell]:
-        """By address."""
+        """Cells in the order of addresses."""
         return [self.by_address[address] for address in sorted(self.by_address)]
 
 
 def axes_of(strip: Strip) -> tuple[str, ...]:
-    """The axes in which the cells of a strip differ, outermost first; blocks always."""
+    """Axes in which the cells of a strip differ, outermost first, and always blocks."""
     cells = strip.by_address.values()
     return tuple(axis for axis in strip.axes if axis == "block" or len({getattr(c, axis) for c in cells}) > 1)
 
 
 class Run(NamedTuple):
-    """Bytes that are contiguous on both sides: its cells on either, in the order of memory."""
+    """Run that is contiguous on both sides: its cells on either side, in the order of memory."""
 
     source: Allocation
     target: Allocation
@@ -96,19 +96,19 @@ class Run(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """At the source."""
+        """Bytes at the source."""
         return sum(cell.nbytes for cell in self.source_cells)
 
 
 @dataclass(frozen=True)
 class Window:
-    """What is shown.
+    """Window on a transfer.
 
     Attributes:
         sources, targets: strips of either side.
         runs: in the order of the source's memory.
-        layers: of the target.
-        tokens, heads: that were chosen.
+        layers: layers of the target.
+        tokens, heads: those that are shown.
         group: number of the target's group.
     """
 
@@ -130,7 +130,7 @@ class _Shown(NamedTuple):
 
 
 def window(bound: Sequence[tuple[RankPlan, MatchedTables]]) -> Window:
-    """A window on the beginning of a transfer to one target rank.
+    """Make a window on the beginning of a transfer to one target rank.
 
     Args:
         bound: of `kvxfer.cli.planning.forecast.matched`, not empty.
@@ -179,7 +179,7 @@ def _layer(box: Box) -> int:
 
 
 def _layers(every: Sequence[_Shown]) -> list[int]:
-    """The first layer; the first of each source rank if ranks share the layers; two if layers lie inside of blocks."""
+    """First layer; the first of each source rank if ranks divide the layers; two layers if they lie inside blocks."""
     ranks: dict[int, set[int]] = {}
     for each in every:
         ranks.setdefault(_layer(each.overlap.target), set()).add(each.rank_plan.source.rank)
@@ -198,7 +198,7 @@ def _layers(every: Sequence[_Shown]) -> list[int]:
 
 
 def _heads_and_tokens(shown: Sequence[_Shown], layers: int) -> tuple[list[int], list[int]]:
-    """Of each rank's share of the heads, and of each stretch of tokens in one block on either side, the first few."""
+    """First few heads of each rank's share, and first few tokens of each piece that lies in one block on either side."""
     shares = sorted({each.overlap.heads for each in shown})[:_MOST_SHARES]
     stretches = _stretches(shown[0])
     parts = 2 if any(_part(each.overlap) for each in shown) else 1
@@ -216,7 +216,7 @@ def _heads_and_tokens(shown: Sequence[_Shown], layers: int) -> tuple[list[int], 
 
 
 def _stretches(first: _Shown) -> list[Span]:
-    """Tokens until the blocks of both sides begin at one token again, or two blocks of the larger."""
+    """Tokens until blocks of both sides begin at one token again, but at most two of the larger blocks."""
     start, stop = first.moved
     p, d = first.source.tokens, first.target.tokens
     together = lcm(p, d) if p != d else 2 * p
@@ -270,7 +270,7 @@ def _strip(strips: dict[Allocation, Strip], key: Allocation, box: Box, table: Ch
 def _add_ghosts(
     strip: Strip, each: _Shown, box: Box, table: CheckedTable, tokens: Sequence[int], heads: Sequence[int]
 ) -> None:
-    """Neighbours that stay where they are: heads of other ranks, and tokens of the same blocks outside of the request."""
+    """Neighbours that are not moved: heads of other ranks, and tokens of the same blocks outside the request."""
     start, stop = each.moved
     first, last = ((token - table.first_token) // table.tokens for token in (tokens[0], tokens[-1]))
     before = range(table.first_token + first * table.tokens, start)[-_GHOST_TOKENS:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face ``config.json`` says of a model's KV cache: the right cache, or a refusal that names the key."""
+"""The KV cache of a model by its Hugging Face ``config.json``: the right cache, or a refusal that names the key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INSTEAD: Final = "give a spec file, or the cache in words (layers= heads= head_
 
 
 def from_config(config: object, name: str, *, dtype: str | None = None) -> Model:
-    """The model that a Hugging Face ``config.json`` describes.
+    """Read the model that a Hugging Face ``config.json`` describes.
 
     Args:
         config: as decoded.
@@ -66,7 +66,7 @@ def from_config(config: object, name: str, *, dtype: str | None = None) -> Model
 
 
 def _language_model(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str]:
-    """The part of a configuration that describes the decoder, and the type of the model."""
+    """Configuration of the decoder inside a configuration, and the type of the model."""
     type_name = config.get("model_type") or ""
     if not isinstance(type_name, str):
         raise ConfigError(f"{name} has model_type {str(type_name)[:40]!r}, which is no name")
@@ -95,7 +95,7 @@ def _refuse_unknown_keys(config: Mapping[str, Any], type_name: str, name: str) -
 
 
 def _given(config: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> tuple[str, Any] | None:
-    """The key that is there, and its value; None if none is. Two that are there must agree."""
+    """Key that is present, and its value; None if there is none. Several must agree."""
     found = [(key, config[key]) for key in keys if config.get(key) is not None]
     if len({str(value) for _, value in found}) > 1:
         said = " and ".join(f"{key} {str(value)[:40]}" for key, value in found)
@@ -104,7 +104,7 @@ def _given(config: Mapping[str, Any], name: str, keys: tuple[str, ...]) -> tuple
 
 
 def _count(config: Mapping[str, Any], name: str, keys: tuple[str, ...], missing: int | None) -> int:
-    """A number of the configuration; ``missing`` where it has none."""
+    """Number in the configuration, or ``missing`` if there is none."""
     given = _given(config, name, keys)
     if given is None:
         if missing is None or any(key in config for key in keys):
@@ -117,7 +117,7 @@ def _count(config: Mapping[str, Any], name: str, keys: tuple[str, ...], missing:
 
 
 def _heads(config: Mapping[str, Any], name: str, how: ModelType, queries: int) -> int:
-    """KV heads."""
+    """Number of KV heads."""
     if how.shares and config.get("multi_query", True) and not config.get("new_decoder_architecture"):
         return 1
     nulled = any(key in config for key in how.keys.heads)
@@ -152,7 +152,7 @@ def _present(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _sliding(config: Mapping[str, Any], name: str, how: ModelType, layers: int) -> tuple[int, tuple[int, ...]]:
-    """(tokens of the window, which layers have one)."""
+    """Tokens of the sliding window, and the layers that have one."""
     window = config.get("sliding_window", how.window)
     named = _named(config["layer_types"], name, layers) if config.get("layer_types") is not None else None
     if how.slides in (Slides.NONE, Slides.ALL) and named is not None and (named or window is not None):
@@ -168,7 +168,7 @@ def _sliding(config: Mapping[str, Any], name: str, how: ModelType, layers: int) 
 
 
 def _by_rule(config: Mapping[str, Any], name: str, how: ModelType, layers: int, window: object) -> tuple[int, ...]:
-    """Sliding layers where ``layer_types`` does not say which."""
+    """Sliding layers, if there are no ``layer_types``."""
     switched = config.get("use_sliding_window")
     if how.slides in (Slides.NONE, Slides.SWITCHED):
         told = config.get("sliding_window") is not None and (how.slides is Slides.NONE or switched is not False)
@@ -207,7 +207,7 @@ def _named(kinds: object, name: str, layers: int) -> tuple[int, ...]:
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any], name: str) -> str:
-    """Of the elements, as vLLM chooses it where nobody says: a model of 32-bit weights is run in bfloat16."""
+    """Dtype of the elements, by default as in vLLM: a model with 32-bit weights runs in bfloat16."""
     for each in (config, text):
         quantized = each.get("quantization_config")
         if isinstance(quantized, dict) and _quantizes_kv(quantized):

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 
 class Keys(NamedTuple):
-    """Names of the keys, in the order in which they are looked for; two that are given must agree."""
+    """Names of keys, in order of precedence; if several are present, their values must agree."""
 
     layers: tuple[str, ...] = ("num_hidden_layers",)
     queries: tuple[str, ...] = ("num_attention_heads",)
@@ -23,7 +23,7 @@ class Keys(NamedTuple):
 
 
 class Slides(Enum):
-    """Which layers keep a sliding window, where ``layer_types`` does not name the kind of each."""
+    """Rule for the layers with a sliding window, if ``layer_types`` does not name the kind of each layer."""
 
     NONE = "none: the type has no window"
     SWITCHED = "none, where use_sliding_window is false; which do where it is true is not known here"
@@ -35,7 +35,7 @@ class Slides(Enum):
 
 @dataclass(frozen=True)
 class ModelType:
-    """How to read the cache of one model type.
+    """Rules to read the cache of one model type.
 
     Attributes:
         layers, queries, heads, head_dim, hidden: the value where the key is missing: layers, query heads, KV heads (None: as
@@ -176,7 +176,7 @@ TYPES: Final[dict[str, ModelType]] = {
 }
 
 ANOTHER: Final = ModelType(None, slides=Slides.SWITCHED)
-"""How a type is read that is not in the table, where every key is one of `PLAIN`."""
+"""Rules for a type that is not in the table, if all of its keys are in `PLAIN`."""
 
 WRAPPERS: Final[dict[str, str]] = {
     "aria": "aria_text",
@@ -225,16 +225,16 @@ WRAPPERS: Final[dict[str, str]] = {
     "video_llava": "llama",
     "vipllava": "llama",
 }
-"""Models that also see or hear, and the type of the language model in them where it names none.
+"""Multimodal models, and the type of the language model in them if it names none.
 
 Those are missing whose language model has other defaults there than alone (voxtral, glmasr).
 """
 
 FLAT: Final = frozenset({"qwen2_vl", "qwen2_5_vl"})
-"""Those that may have the keys of their language model beside their own."""
+"""Multimodal types that may have the keys of their language model beside their own."""
 
 INNER: Final = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Keys of a language model's configuration in that of a model which also sees or hears."""
+"""Keys of the language model's configuration in that of a multimodal model."""
 
 HINTS: Final[dict[str, str]] = {
     key: what
@@ -259,7 +259,7 @@ HINTS: Final[dict[str, str]] = {
     }.items()
     for key in keys
 }  # fmt: skip
-"""Keys that no type of the table reads and that tell of another cache, wherever they stand."""
+"""Keys that mean another cache, whatever their place; no type of the table reads them."""
 
 _PLAIN: Final = """
 head_dim hidden_size layer_types max_window_layers num_attention_heads num_hidden_layers num_key_value_heads
@@ -281,4 +281,4 @@ output_attentions output_hidden_states pad_token_id problem_type return_dict tra
 # What is read; weights and what is computed with them; experts; the file itself, tokens and other tasks.
 
 PLAIN: Final = frozenset(_PLAIN.split())
-"""Keys of a decoder of the Llama kind: a type that is not in the table may have these and no others."""
+"""Keys of a decoder of the Llama kind: a type that is not in the table may have only these."""

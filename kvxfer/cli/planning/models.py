@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as far as their KV cache goes, and a table of well-known ones."""
+"""Models, described by their KV cache, and a table of well-known ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvxfer.errors import ConfigError
 
 
 class LayerGroup(NamedTuple):
-    """Layers that share a block table. ``window`` is in tokens, 0 where all of them are kept."""
+    """Layers that share a block table. ``window``: tokens that they keep; 0 for all."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class LayerGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What decides how large the KV cache of a token is.
+    """Model, by the values that decide the size of the KV cache of a token.
 
     Attributes:
         name: for people.
@@ -46,7 +46,7 @@ class Model:
     dtype: str = "bfloat16"
 
     def groups(self) -> tuple[LayerGroup, ...]:
-        """Layers by block table: one group called ``0``, or two called ``full`` and ``sliding``."""
+        """Layers by block table: a group named ``0``, or two named ``full`` and ``sliding``."""
         slides = set(self.sliding)
         full = tuple(n for n in range(self.layers) if n not in slides)
         kind = "mla" if self.latent else "full_attention"
@@ -61,7 +61,7 @@ class Model:
 
 
 def every(period: int, layers: int) -> tuple[int, ...]:
-    """Sliding layers of a model in which each ``period``-th layer attends to everything."""
+    """Sliding layers of a model in which every ``period``-th layer has full attention."""
     return tuple(n for n in range(layers) if (n + 1) % period)
 
 
@@ -112,7 +112,7 @@ _SUFFIXES: Final = ("-hf", "-instruct", "-chat", "-base", "-it", "-pt")
 
 
 def known(name: str) -> Model:
-    """The model of the table, also by the name of its checkpoint: ``meta-llama/Llama-3.1-8B-Instruct``.
+    """Find a model of the table, also by the name of its checkpoint, such as ``meta-llama/Llama-3.1-8B-Instruct``.
 
     Raises:
         ConfigError: it is not in the table.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvxfer.layout.axes import KVLayout
 
 FIRST_ADDRESS: Final = 0x10_0000_0000
-"""Of made-up memory."""
+"""Address of the first made-up allocation."""
 
 _MAX_FILE_NBYTES: Final = 64 << 20
 _PAGE_NBYTES: Final = 2 << 20
@@ -42,15 +42,15 @@ _PAGE_NBYTES: Final = 2 << 20
 
 @dataclass(frozen=True)
 class Side:
-    """The ranks of one engine.
+    """Side of a transfer: the ranks of one engine.
 
     Attributes:
-        what: the model's name, or the file.
-        specs: of its ranks, in order.
-        windows: tokens that are kept, by name of the group; groups that keep all are not in it.
-        fingerprint: what it says of the model; None if nothing, and then the two sides' are not compared.
-        addressable: a transfer engine can reach the memory.
-        order: as it was asked for; None for specs of engines, which show theirs in their strides.
+        what: name of the model, or of the file.
+        specs: of the ranks, in order.
+        windows: tokens that a group keeps, by its name; groups that keep all tokens have no entry.
+        fingerprint: of the model; None if it is not known, and then the fingerprints of the two sides are not compared.
+        addressable: whether transfer engines reach the memory.
+        order: order in the question; None for specs of engines, whose strides show it.
     """
 
     what: str
@@ -62,15 +62,15 @@ class Side:
 
 
 def read_side(side: Written, tokens: int, *, first_address: int = FIRST_ADDRESS) -> Side:
-    """The ranks of one side.
+    """Make the ranks of one side.
 
     Args:
-        side: as it was written.
-        tokens: that each rank must have blocks for, where the number of blocks is not given.
+        side: text of the side.
+        tokens: each rank has blocks for so many tokens, unless the side gives the number of blocks.
         first_address: of made-up memory.
 
     Raises:
-        ConfigError: it cannot be understood, or makes no cache; the message says what and what would do.
+        ConfigError: the side cannot be understood, or is not a cache; the message has a hint.
     """
     what, words = side
     said = Words.read(words)
@@ -116,7 +116,7 @@ def _changed(model: Model, said: Words) -> Model:
 def from_model(
     model: Model, said: Words, tokens: int, *, fingerprint: str | None = None, first_address: int = FIRST_ADDRESS
 ) -> Side:
-    """The ranks of an engine that runs ``model`` as the words say. See `read_side`."""
+    """Make the ranks of an engine that runs ``model`` with these words, see `read_side`."""
     kernel = said.kernel_block or said.block
     if said.block % kernel:
         raise ConfigError(f"block={said.block} is no multiple of kernel_block={kernel}")
@@ -158,7 +158,7 @@ def from_model(
 
 
 def stages(layers: int, pp: int) -> Iterator[Interval]:
-    """The layers of each pipeline stage, as vLLM's `get_pp_indices` shares them: the rest goes to stages before the last."""
+    """Layers of each pipeline stage, divided as by vLLM's `get_pp_indices`: the remainder goes to stages before the last."""
     sizes = [layers // pp] * pp
     for i in range(2, layers % pp + 2):
         sizes[-i] += 1
@@ -169,13 +169,13 @@ def stages(layers: int, pp: int) -> Iterator[Interval]:
 
 
 class _Memory:
-    """Made-up allocations, one after the other."""
+    """Made-up memory, with one allocation after the other."""
 
     def __init__(self, address: int) -> None:
         self._next = address
 
     def take(self, nbytes: int) -> int:
-        """The address of a new allocation."""
+        """Address of a new allocation."""
         address = self._next
         self._next += -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES + _PAGE_NBYTES
         return address
@@ -272,7 +272,7 @@ def _called(path: str) -> str:
 
 @functools.cache
 def _stdin(stream: TextIO) -> bytes:
-    """Standard input, kept: both sides may be in it."""
+    """Standard input, cached, because both sides may be in it."""
     return stream.buffer.read(_MAX_FILE_NBYTES + 1)
 
 
@@ -289,7 +289,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def same_model(source: Side, target: Side) -> tuple[Side, Side]:
-    """Both sides with a fingerprint: where one says nothing of its model, it is taken to be the other's."""
+    """Give a side without a fingerprint that of the other side."""
     said = [side.fingerprint for side in (source, target) if side.fingerprint is not None]
     if len(said) == 2:
         return source, target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a person writes one side of a transfer: a model or a file, and words ``key=value``."""
+"""One side of a transfer on a command line: a model or a file, and words ``key=value``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MAX_PLANNED_RANKS: Final = 256
-"""Of one side: each source rank is compared with each target rank."""
+"""Most ranks of one side; each source rank is compared with each target rank."""
 
 CONFIG: Final = ("vllm:", "hf:")
-"""What is written before a model's config.json."""
+"""Prefix of the path of a model's config.json."""
 
 STDIN: Final = ("-", "/dev/stdin")
 """Names of standard input."""
@@ -36,7 +36,7 @@ _ALIASES: Final = {
 
 
 class Option(NamedTuple):
-    """A word ``key=value`` of a side, and the option ``--key`` that stands for it."""
+    """Word ``key=value`` of a side, and the option ``--key`` with the same meaning."""
 
     key: str
     metavar: str
@@ -45,7 +45,7 @@ class Option(NamedTuple):
 
 
 def whole(what: str, text: str, low: int, high: int) -> int:
-    """A whole number between two bounds, both included. Raises ConfigError."""
+    """Parse an integer from ``low`` to ``high``. Raises ConfigError."""
     try:
         value = int(text)
     except ValueError:
@@ -83,22 +83,22 @@ def _dtype(text: str) -> str:
 
 
 OPTIONS: Final = (
-    Option("tp", "N", "tensor-parallel ranks, which share the KV heads; default 1", _whole("tp", MAX_PLANNED_RANKS)),
-    Option("pp", "N", "pipeline stages, which share the layers; default 1", _whole("pp", MAX_PLANNED_RANKS)),
-    Option("order", "NAME", "of the axes in memory: HND (default), NHD, or one of vLLM's names, LBHNC ...", _order),
-    Option("block", "TOKENS", "of a block of the block table; default 16", _whole("block")),
-    Option("kernel_block", "TOKENS", "of the attention kernel's blocks, if smaller", _whole("kernel_block")),
-    Option("blocks", "COUNT", "blocks that a rank has; by default a quarter more than needed", _whole("blocks", MAX_BLOCKS)),
-    Option("dtype", "NAME", "of the elements (bf16, fp8, ...); by default the model's", _dtype),
-    Option("apart", "yes|no", "K and V in an allocation each (SGLang) or side by side (vLLM); default no", _yes("apart")),
+    Option("tp", "N", "tensor-parallel ranks, which divide the KV heads; default 1", _whole("tp", MAX_PLANNED_RANKS)),
+    Option("pp", "N", "pipeline stages, which divide the layers; default 1", _whole("pp", MAX_PLANNED_RANKS)),
+    Option("order", "NAME", "order of the axes in memory: HND (default), NHD, or one of vLLM's names, LBHNC ...", _order),
+    Option("block", "TOKENS", "tokens in a block of the block table; default 16", _whole("block")),
+    Option("kernel_block", "TOKENS", "tokens in a block of the attention kernel, if smaller", _whole("kernel_block")),
+    Option("blocks", "COUNT", "number of blocks of a rank; by default a quarter more than needed", _whole("blocks", MAX_BLOCKS)),
+    Option("dtype", "NAME", "dtype of the elements (bf16, fp8, ...); by default the model's", _dtype),
+    Option("apart", "yes|no", "K and V in separate allocations (SGLang) or side by side (vLLM); default no", _yes("apart")),
     Option(
-        "addressable", "yes|no", "can a transfer engine reach the memory? no on a TPU; default yes", _yes("addressable")
+        "addressable", "yes|no", "whether transfer engines reach the memory; no on a TPU; default yes", _yes("addressable")
     ),
-    Option("layers", "N", "of the model", _whole("layers")),
+    Option("layers", "N", "layers of the model", _whole("layers")),
     Option("heads", "N", "KV heads of the model", _whole("heads")),
-    Option("head_dim", "ELEMENTS", "of K, and of V, of one head", _whole("head_dim")),
-    Option("window", "TOKENS", "that sliding layers keep", _whole("window", 1 << 40)),
-    Option("fingerprint", "TEXT", "replaces the name of the model in the comparison of both", str),
+    Option("head_dim", "ELEMENTS", "elements of K, and of V, of one head", _whole("head_dim")),
+    Option("window", "TOKENS", "tokens that sliding layers keep", _whole("window", 1 << 40)),
+    Option("fingerprint", "TEXT", "text to compare instead of the model's name", str),
 )  # fmt: skip
 
 _BY_KEY: Final = {option.key: option for option in OPTIONS}
@@ -106,7 +106,7 @@ _BY_KEY: Final = {option.key: option for option in OPTIONS}
 
 @dataclass(frozen=True)
 class Words:
-    """What the words of a side say; None where they say nothing. Names as in `OPTIONS`."""
+    """Values of the words of a side, named as in `OPTIONS`; None without such a word."""
 
     tp: int = 1
     pp: int = 1
@@ -125,7 +125,7 @@ class Words:
 
     @classmethod
     def read(cls, given: Mapping[str, str]) -> Words:
-        """From texts by key. Raises ConfigError."""
+        """Parse texts by key. Raises ConfigError."""
         unknown = [key for key in given if key not in _BY_KEY]
         if unknown:
             raise ConfigError(f"unknown option {unknown[0][:40]!r} of a side: known are {', '.join(_BY_KEY)}")
@@ -133,7 +133,7 @@ class Words:
 
 
 class Written(NamedTuple):
-    """A side as it was written: the model or file, empty if it names none, and the words by key."""
+    """Side as text: the model or file, empty if there is none, and the words by key."""
 
     what: str
     words: dict[str, str]
@@ -143,11 +143,11 @@ _OF_THE_MODEL: Final = ("layers", "heads", "head_dim", "window", "fingerprint")
 
 
 def written(text: str, like: Written | None = None) -> Written:
-    """A side taken apart.
+    """Split the text of a side.
 
     Args:
         text: see the module.
-        like: the other side, whose model it has if it names none.
+        like: the other side, whose model is taken if this side names none.
 
     Raises:
         ConfigError: a quote is not closed, or a key is given twice.
