@@ -54,22 +54,23 @@ FORMS = {
 ALLOWED: dict[str, set[str]] = {
     "docs/nixl.md": {"lane"},  # UCX calls its connections so
     "adapters/kvxfer_nixl": {"lane"},
+    "kvxfer/memory/arrays.py": {"lane"},  # DLPack calls a field of its dtype so
 }
 """Words that a file or folder may use, as the field does."""
 
 # What is still to be rewritten. These sets only shrink.
 _PROSE = """
 adapters
-kvxfer/agents kvxfer/buffers kvxfer/cli kvxfer/endpoint.py kvxfer/layout kvxfer/memory kvxfer/planner kvxfer/protocol
+kvxfer/agents kvxfer/buffers kvxfer/endpoint.py kvxfer/protocol
 kvxfer/runtime kvxfer/testing
-docs/adapters.md docs/devices.md docs/fuzzing.md docs/gpu.md docs/integrity.md docs/nightly.md docs/nixl.md docs/plan.md
+docs/adapters.md docs/devices.md docs/fuzzing.md docs/gpu.md docs/integrity.md docs/nightly.md docs/nixl.md
 docs/protocol.md docs/simulator.md
 """
 PROSE_TO_DO = tuple(_PROSE.split())
 """Files and folders whose prose is still to be rewritten."""
 _TWICE = """
-Channel Chunk Consumer Ends Job Loop Options Piece Producer Reading Refused Registration Request
-Router Sample Share Source _Task
+Channel Chunk Ends Job Loop Options Piece Reading Refused Registration
+Router Sample Share _Task
 """
 TWICE_TO_DO = frozenset(_TWICE.split())
 """Names that still belong to several classes."""

@@ -145,7 +145,7 @@ def _requests(wanted: int, blocks: int) -> list[DemoRequest]:
         DemoRequest("contiguous blocks", list(range(wanted)), list(range(blocks - wanted, blocks))),
         DemoRequest("fragmented blocks", fragmented[0], fragmented[1]),
         DemoRequest(
-            "half held already",
+            "prefix is present",
             list(range(wanted)),
             list(range(wanted - wanted // 2))[: wanted - wanted // 2],
             wanted // 2,

@@ -87,7 +87,7 @@ def _told(report: SoakReport) -> str:
         ("prefilled", counted(report.prefilled)),
         ("went wrong", counted(report.faults)),
         ("moved", f"{size(report.nbytes)}, each byte checked"),
-        ("agents made anew", f"{report.fences:,}"),
+        ("agent resets", f"{report.agent_resets:,}"),
     ]
     for who, usages in report.calm.items():
         first, last = report.compared(who)

@@ -84,7 +84,7 @@ class Runs:
                     yield replace(self, at=(self.at[SOURCE] + source, self.at[TARGET] + target), axes=axes)
 
     def along(self, side: int) -> Runs:
-        """These runs in the order of one side's memory."""
+        """The same runs, in the order of one side's memory."""
         at, axes = self.at, []
         for axis in self.axes:
             first, sorted_axis = (0, 0), axis

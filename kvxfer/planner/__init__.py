@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes go where: from two cache descriptions and two block tables to copies, chunks and descriptors."""
+"""Transfer plans: which bytes go where, in which chunks, by which route."""

@@ -30,7 +30,7 @@ _ONE = np.ones(1, dtype=np.int64)
 
 
 class BlockAlignment(NamedTuple):
-    """Where pieces of one class begin in a block of either side, and the number of tokens of each piece."""
+    """Alignment of pieces: the token at which they begin in a block of either side, and the number of tokens of each."""
 
     source_token: int
     target_token: int

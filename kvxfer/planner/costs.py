@@ -110,13 +110,13 @@ class StageTimes(NamedTuple):
     chunk_s: float
 
     def latency_s(self, chunks: float) -> float:
-        """From the request for the first of so many equal chunks until it is unpacked."""
+        """Seconds from the request for the first of so many equal chunks until it is unpacked."""
         return self.start_s + (self.source_s + self.target_s) / chunks + self.chunk_s
 
     def interval_s(self, chunks: float) -> float:
-        """From the end of one of so many equal chunks to the end of the next."""
+        """Seconds from the end of one of so many equal chunks to the end of the next."""
         return max(self.source_s / chunks, self.target_s / chunks + self.chunk_s)
 
     def seconds(self, chunks: float) -> float:
-        """From the request for the first of so many equal chunks until the last one is unpacked."""
+        """Seconds from the request for the first of so many equal chunks until the last one is unpacked."""
         return self.latency_s(chunks) + (chunks - 1) * self.interval_s(chunks)

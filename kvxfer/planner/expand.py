@@ -84,7 +84,7 @@ class CopyBatch:
 
     @property
     def targets(self) -> IntArray:
-        """As `sources`, at the target."""
+        """Target addresses, like `sources`."""
         return self._outside[1]
 
     @property
@@ -94,7 +94,7 @@ class CopyBatch:
 
     @property
     def inner_targets(self) -> IntArray:
-        """As `inner_sources`, at the target."""
+        """Target offsets, like `inner_sources`."""
         return self._inside[1]
 
     @cached_property
@@ -109,7 +109,7 @@ class CopyBatch:
 
     @cached_property
     def allocations_of(self) -> PairArray:
-        """For each of ``sources``: the number of its pair of allocations."""
+        """Number of the pair of allocations of each of ``sources``."""
         pairs = np.array([a * MAX_REGIONS + b for _, _, a, b, _ in self.strided_copies], dtype=np.uint32)
         return np.repeat(pairs, len(self.sources) // len(pairs))
 
@@ -129,7 +129,7 @@ class CopyBatch:
         return _RunColumns(*columns.reshape(3, -1))
 
     def allocations_of_runs(self, runs: _RunColumns) -> PairArray:
-        """For each run of `expand`: the number of its pair of allocations; one element if all have the same."""
+        """Number of the pair of allocations of each run of `expand`; one element if all have the same."""
         if self.allocations_of[0] == self.allocations_of[-1]:
             return self.allocations_of[:1]
         return np.repeat(self.allocations_of, len(runs.source) // len(self.sources))
@@ -252,7 +252,7 @@ class _RunColumns(NamedTuple):
     nbytes: IntArray
 
     def descriptors(self, *, apart: bool = False) -> Descriptors:
-        """These runs for a transfer engine; ``apart`` as in `Descriptors`."""
+        """Descriptors of these runs; ``apart`` as in `Descriptors`."""
         columns = self.target.view(np.uint64), self.source.view(np.uint64), self.nbytes.view(np.uint64)
         return Descriptors(*columns, apart=apart)
 

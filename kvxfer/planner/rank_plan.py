@@ -137,7 +137,7 @@ class RankPlan:
     def match_tables(
         self, sources: Sequence[CheckedTable], targets: Sequence[CheckedTable], tokens: Tokens | None = None
     ) -> MatchedTables:
-        """Like `match`, for tables that are checked already. Raises BlockError: they do not fit each other."""
+        """Match tables that are checked already, see `match`. Raises BlockError: they do not fit each other."""
         asked = _asked(tokens)
         spans: dict[int, Span] = {}
         for group_pair in self._group_pairs:
@@ -258,7 +258,7 @@ class ResolvedPlan(NamedTuple):
         return [match._replace(tokens=piece) for piece in made if any(start < stop for start, stop in piece)]
 
     def estimated_runs(self) -> tuple[int, int]:
-        """Like `runs`; if blocks differ in size, which makes many runs mergeable, the number of runs is estimated from a sample."""
+        """Estimate `runs`: if blocks differ in size, so that many runs can be merged, from a sample."""
         runs, nbytes = self.runs()
         if self.rank_plan.converts or not self.rank_plan.unequal_blocks:
             return runs, nbytes

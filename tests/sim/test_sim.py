@@ -251,7 +251,7 @@ def test_the_command_finds(monkeypatch, capsys):
     BUGS["end_told_twice"](monkeypatch.setattr)
     assert main(["sim", "--seeds", "3", "--profile", "calm"]) == 1
     told = capsys.readouterr().out
-    assert "which it does not wait for" in told and "things that need not have happened" in told
+    assert "which it does not wait for" in told and "faults and events" in told
     assert "again: kvxfer sim --profile calm --seeds 1 --from" in told
     assert main(["sim", "--seeds", "3", "--profile", "calm", "--shrink", "0"]) == 1
-    assert "made smaller" not in capsys.readouterr().out
+    assert "smaller after" not in capsys.readouterr().out

@@ -294,7 +294,7 @@ class Churn:
             if self._requests or not all(member.runs for member in self._members):
                 left = {f"request {number}": each for number, each in list(self._requests.items())[:3]}
                 continue
-            left, self.report.fences = self._inquiry.in_use(self._listen)
+            left, self.report.agent_resets = self._inquiry.in_use(self._listen)
             if not left:
                 break
         else:

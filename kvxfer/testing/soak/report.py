@@ -83,7 +83,7 @@ class SoakReport:
     prefilled: Counter[str] = field(default_factory=Counter)
     ways: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
-    fences: int = 0
+    agent_resets: int = 0
     calm: dict[str, list[Usage]] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
 
