@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from kvxfer.protocol.messages import StageChunk
     from kvxfer.protocol.producer import Producer
     from kvxfer.protocol.transfer import Event, Transfer
-    from kvxfer.runtime.data_loop import DataLoop, DataReports
+    from kvxfer.runtime.data_loop import DataLoop
+    from kvxfer.runtime.reports import DataReports
 
     Command = Callable[[float], object]
     Broken = Callable[[InternalError, float], object]
@@ -222,7 +223,7 @@ class ControlLoop:
 
 
 class _Reports:
-    """What the data thread tells, see `kvxfer.runtime.data_loop.DataReports`: each becomes a command of the control thread."""
+    """What the data thread tells, see `kvxfer.runtime.reports.DataReports`: each becomes a command of the control thread."""
 
     def __init__(self, driver: ControlLoop) -> None:
         self._driver = driver

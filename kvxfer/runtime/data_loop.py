@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import queue
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kvxfer.defects import Defects
-from kvxfer.errors import ClosedError, KvxferError
-from kvxfer.protocol.actions import ChunkStaged, EndPack, MoreGranted, PackKey, StartPack, StartRead, StopRead
+from kvxfer.errors import ClosedError
+from kvxfer.protocol.actions import ChunkStaged, EndPack, MoreGranted, StartPack, StartRead, StopRead
 from kvxfer.runtime.agent_lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.runtime.packer import Packer
-from kvxfer.runtime.read_executor import ReadExecutor, ReadReports
+from kvxfer.runtime.read_executor import ReadExecutor
 from kvxfer.runtime.staging import StagingArena
 
 if TYPE_CHECKING:
@@ -25,28 +25,16 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import DataAction, Packed
+    from kvxfer.protocol.actions import DataAction
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.runtime.environment import Environment, Running
+    from kvxfer.runtime.reports import DataReports
 
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
 _COURTESY_S = 50e-6
 """Whoever waits for a read goes on first when it has ended: the control thread, called in the same moment, would be given the
 interpreter's lock before them."""
-
-
-class DataReports(ReadReports, Protocol):
-    """Takes what the data thread reports. Called on the data thread; must not block."""
-
-    def agent_replaced(self, agent_info: bytes) -> object:
-        """A new agent took the place of the old one: what peers know of that is of no use any more."""
-
-    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
-        """A chunk was packed, or cannot be."""
-
-    def short_of_slots(self, share: int) -> object:
-        """Chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""
 
 
 class _Close:

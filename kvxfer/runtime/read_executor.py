@@ -10,9 +10,8 @@ we know. Reads that were under way then and had done nothing wrong are started a
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
@@ -37,10 +36,10 @@ from kvxfer.runtime.read_task import (
     RunAll,
     SourceRead,
     Strand,
-    StrandGroup,
     Tools,
 )
 from kvxfer.runtime.staging import StagingArena, Use
+from kvxfer.runtime.strands import Strands
 from kvxfer.runtime.verify import verdict
 
 if TYPE_CHECKING:
@@ -55,31 +54,9 @@ if TYPE_CHECKING:
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
     from kvxfer.runtime.read_task import Request
+    from kvxfer.runtime.reports import ReadReports
 
 _log = logging.getLogger(__name__)
-
-
-class ReadReports(Protocol):
-    """Takes what becomes of reads. Called on the data thread; must not block.
-
-    A report may lie until `flush`: to wake a thread costs more than to report, so it is woken once for all.
-    """
-
-    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
-        """A read is over, after its transfer was ended."""
-
-    def stage(self, transfer: Transfer, source: int, message: StageChunk) -> object:
-        """A read needs a chunk of one of its sources."""
-
-    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
-        """A read has taken chunks."""
-
-    def flush(self) -> object:
-        """There is nothing more to report at this moment."""
-
-    @property
-    def untold(self) -> bool:
-        """Something lies until `flush`."""
 
 
 @dataclass(eq=False)
@@ -90,10 +67,6 @@ class _Copying:
 
 class ReadExecutor:
     """Runs all reads of an endpoint. Used by the data thread alone.
-
-    A strand is resumed by `_step` only, which takes those that have been answered from a line. So no generator is ever resumed
-    while it runs, and a strand of a read that has failed is not resumed at all: it is closed when nothing of the read is in
-    flight.
 
     Args:
         cache: what is read into.
@@ -121,8 +94,7 @@ class ReadExecutor:
         self._defects = Defects(metrics, "data")
         self._reports = reports
         self._tasks: dict[Transfer, ReadTask] = {}
-        self._answered: deque[tuple[Strand, Any]] = deque()
-        """Strands to be resumed, with the answer."""
+        self._strands = Strands(self._begin, self._ended, self._raised)
         self._flying: dict[Flight, Strand] = {}
         self._copying: list[_Copying] = []
         self._occupied: list[Strand] = []
@@ -180,7 +152,7 @@ class ReadExecutor:
             return
         strand, source.awaits_grant = source.awaits_grant, None
         if strand is not None:
-            self._answer(strand)
+            self._strands.answer(strand)
         self._run()
 
     def staged(self, job: ChunkStaged) -> None:
@@ -188,7 +160,7 @@ class ReadExecutor:
         source = self._source(job.transfer, job.source)
         strand = source.asked.pop(job.number, None) if source is not None else None
         if strand is not None:
-            self._answer(strand, job)
+            self._strands.answer(strand, job)
             self._run()
 
     def stop(self, transfer: Transfer, error: KvxferError) -> None:
@@ -240,73 +212,24 @@ class ReadExecutor:
 
     def _start(self, task: ReadTask) -> None:
         self._tasks[task.job.transfer] = task
-        self._spawn(Strand(task, read(task)))
+        self._strands.spawn(Strand(task, read(task)))
 
-    def _spawn(self, strand: Strand) -> None:
-        strand.task.strands[strand] = None
-        self._answer(strand)
+    def _ended(self, task: ReadTask) -> None:
+        """End a read whose generators have all ended."""
+        task.error = verdict(task.differences)
+        self._end(task)
 
-    def _answer(self, strand: Strand, answer: Any = None) -> None:
-        """Have a strand resumed when its turn comes."""
-        self._answered.append((strand, answer))
+    def _raised(self, task: ReadTask, error: Exception) -> None:
+        self._fail(task, self._named(error))
 
     def _run(self) -> None:
-        """Resume all that were answered, until none is left; then tell what was taken."""
-        self._serve_waiting()
-        while self._answered:
-            strand, answer = self._answered.popleft()
-            self._step(strand, answer)
-            if not self._answered:
-                self._serve_waiting()
+        """Resume all strands that were answered; then tell sources which chunks were taken."""
+        self._strands.run(self._serve_waiting)
         sources, self._with_taken = self._with_taken, {}
         for source in sources:
             if source.taken and source.task.error is None:
                 self._give_chunks_back(source, source.taken)
             source.taken = []
-
-    def _step(self, strand: Strand, answer: Any = None, error: Exception | None = None) -> None:
-        """Resume a strand with an answer or an error, and begin what it asks for next."""
-        task = strand.task
-        if task.error is not None or strand not in task.strands:
-            return
-        strand.request = None
-        try:
-            request = strand.steps.send(answer) if error is None else strand.steps.throw(error)
-        except StopIteration:
-            del task.strands[strand]
-            self._ended(strand)
-            return
-        except Exception as raised:  # noqa: BLE001 - one bad read must not end the thread
-            del task.strands[strand]
-            self._fail(task, self._named(raised))
-            return
-        strand.request = request
-        try:
-            self._begin(strand, request)
-        except Exception as raised:  # noqa: BLE001 - what the request fails with is the strand's
-            self._step(strand, error=raised)
-
-    def _ended(self, strand: Strand) -> None:
-        task, group = strand.task, strand.group
-        if group is None:
-            task.error = verdict(task.differences)
-            self._end(task)
-            return
-        group.running -= 1
-        try:
-            self._refill(group)
-        except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-            self._fail(task, self._named(error))
-
-    def _refill(self, group: StrandGroup) -> None:
-        while group.running < group.request.window:
-            steps = group.request.following()
-            if steps is None:
-                break
-            group.running += 1
-            self._spawn(Strand(group.strand.task, steps, group))
-        if not group.running:
-            self._answer(group.strand)
 
     def _named(self, error: Exception) -> KvxferError:
         """What a read ends with: errors that have a name keep it, and everything else is a fault of kvxfer."""
@@ -340,7 +263,7 @@ class ReadExecutor:
         elif isinstance(request, Connect):
             self._connect(strand, request.source)
         elif isinstance(request, RunAll):
-            self._refill(StrandGroup(strand, request))
+            self._strands.run_all(strand, request)
         else:
             self._await_device(strand, request)
 
@@ -382,7 +305,7 @@ class ReadExecutor:
         else:
             source.taken.append(request.number)
             self._with_taken[source] = None
-        self._answer(strand)
+        self._strands.answer(strand)
 
     def _give_chunks_back(self, source: SourceRead, numbers: list[int]) -> None:
         self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
@@ -393,7 +316,7 @@ class ReadExecutor:
 
     def _connect(self, strand: Strand, source: SourceRead) -> None:
         if self._proven(source.granted.agent_info):
-            self._answer(strand, False)
+            self._strands.answer(strand, False)
         else:
             self._contacts.meet(strand, source.granted.agent_info, source.granted.cell)
 
@@ -401,7 +324,7 @@ class ReadExecutor:
         if all(each.done for each in request.after):
             for each in request.after:
                 each.wait(0)  # raises what made it fail
-            self._answer(strand)
+            self._strands.answer(strand)
         else:
             self._occupied.append(strand)
 
@@ -433,7 +356,7 @@ class ReadExecutor:
             waiting, failed = self._contacts.ended(flight)
             for strand in waiting:
                 if failed is None:
-                    self._answer(strand, True)
+                    self._strands.answer(strand, True)
                 else:
                     self._fail(strand.task, failed)
             return
@@ -448,9 +371,9 @@ class ReadExecutor:
         if task.error is not None:
             self._fail(task, task.error)
         elif flight.state is FlightState.FAILED:
-            self._step(strand, error=flight.error or TransferFailedError("no reason given"))
+            self._strands.step(strand, error=flight.error or TransferFailedError("no reason given"))
         else:
-            self._answer(strand)
+            self._strands.answer(strand)
 
     def _see_copies(self) -> bool:
         ended = [each for each in self._copying if all(copy.done for copy in each.copies)]
@@ -469,9 +392,9 @@ class ReadExecutor:
             for copy in each.copies:
                 copy.wait(0)  # raises what made it fail
         except Exception as error:  # noqa: BLE001 - of a device
-            self._step(strand, error=error)
+            self._strands.step(strand, error=error)
         else:
-            self._answer(strand)
+            self._strands.answer(strand)
 
     def _see_devices(self) -> None:
         occupied, self._occupied = self._occupied, []
@@ -481,12 +404,12 @@ class ReadExecutor:
                 try:
                     self._await_device(strand, request)
                 except Exception as error:  # noqa: BLE001 - of a device
-                    self._step(strand, error=error)
+                    self._strands.step(strand, error=error)
 
     def _serve_waiting(self) -> None:
         for pool in self._pools:
             for strand, loan in pool.lend():
-                self._answer(strand, loan)
+                self._strands.answer(strand, loan)
 
     def _source(self, transfer: Transfer, number: int) -> SourceRead | None:
         """A source of a read that goes on."""
@@ -631,5 +554,5 @@ class ReadExecutor:
                 try:
                     self._connect(strand, strand.request.source)
                 except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-                    self._step(strand, error=error)
+                    self._strands.step(strand, error=error)
         self._run()

@@ -159,7 +159,7 @@ def copy_not_waited_for(patch):
             move(self, strand, request)
         else:
             move(self, read_task.Strand(strand.task, iter(())), request)  # which nobody resumes
-            self._answer(strand)
+            self._strands.answer(strand)
 
     patch(read_executor.ReadExecutor, "_move", hasty)
 
@@ -399,7 +399,7 @@ def one_rank_grants_for_all(patch):
 @bug
 def unpacking_not_waited_for(patch):
     """Bytes count as unpacked while the device still unpacks them."""
-    patch(read_executor.ReadExecutor, "_copy", lambda self, strand, request: self._answer(strand))
+    patch(read_executor.ReadExecutor, "_copy", lambda self, strand, request: self._strands.answer(strand))
 
 
 @bug

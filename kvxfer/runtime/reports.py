@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the data thread reports to the control thread. A report may lie until `ReadReports.flush`: to wake a thread costs more than to report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kvxfer.errors import KvxferError
+    from kvxfer.protocol.actions import Packed, PackKey
+    from kvxfer.protocol.messages import StageChunk
+    from kvxfer.protocol.transfer import Transfer
+
+
+class ReadReports(Protocol):
+    """Takes what becomes of reads. Called on the data thread; must not block.
+
+    A report may lie until `flush`: to wake a thread costs more than to report, so it is woken once for all.
+    """
+
+    def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
+        """A read is over, after its transfer was ended."""
+
+    def stage(self, transfer: Transfer, source: int, message: StageChunk) -> object:
+        """A read needs a chunk of one of its sources."""
+
+    def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
+        """A read has taken chunks."""
+
+    def flush(self) -> object:
+        """There is nothing more to report at this moment."""
+
+    @property
+    def untold(self) -> bool:
+        """Something lies until `flush`."""
+
+
+class DataReports(ReadReports, Protocol):
+    """Takes what the data thread reports. Called on the data thread; must not block."""
+
+    def agent_replaced(self, agent_info: bytes) -> object:
+        """A new agent took the place of the old one: what peers know of that is of no use any more."""
+
+    def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
+        """A chunk was packed, or cannot be."""
+
+    def short_of_slots(self, share: int) -> object:
+        """Chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""
