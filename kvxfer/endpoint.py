@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Endpoint`: what an engine holds. One per rank; producer and consumer at once."""
+"""`Endpoint`: the object through which an engine leases and reads KV. One per rank; producer and consumer at once."""
 
 from __future__ import annotations
 
@@ -187,13 +187,13 @@ class Endpoint:
     def announce(
         self, ref: LeaseRef | None = None, *, request: str = "", num_tokens: int = 0, digest: str = ""
     ) -> LeaseRef:
-        """Make a lease known before its blocks are complete, so that a consumer that is early waits instead of failing.
+        """Make a lease known before its blocks are complete, so that a consumer that asks before that waits instead of failing.
 
         Args:
             ref: minted elsewhere (`LeaseRef.mint`); by default one is minted here from the other arguments.
 
         Returns:
-            the reference that travels with the request. After `close` nobody can read by it.
+            the reference that travels with the request. After `close` no lease can be read by it.
 
         Raises:
             ConfigError: without ``ref`` on an engine of several ranks: one rank does not know the addresses of the others.
@@ -231,9 +231,9 @@ class Endpoint:
             complete: these are all blocks of the request. Otherwise give no block that is partly filled, and none of sliding
                 windows and states, whose blocks change until prefill ends.
             after: what devices are still doing to these blocks (`Completion`, such as an event that was recorded behind
-                the kernels): nobody may read them before it has ended, and if it fails the lease is revoked. What is published
+                the kernels): they are not read before it has ended, and if it fails the lease is revoked. What is published
                 later counts after it too. Asked by kvxfer's own thread, every millisecond at first. If it has not ended
-                ``lease_s`` from now, LeaseExpired follows: nobody will read the blocks, which are the engine's own as soon as
+                ``lease_s`` from now, LeaseExpired follows: the blocks will not be read, and are the engine's own as soon as
                 its device has done with them; kvxfer cannot tell when. By default the blocks are complete now.
 
         Raises:
@@ -260,12 +260,12 @@ class Endpoint:
             lambda now: producer.publish(token, raw, now, firsts, ends),
             broken=lambda error, _: producer.broken(token, error, end_awaited=True),
         ):
-            self._events.put(LeaseRevoked(token, request))  # closed: nobody will read them
+            self._events.put(LeaseRevoked(token, request))  # closed: the blocks will not be read
 
     def join(self, addresses: Sequence[str]) -> None:
         """Say where all ranks of this engine listen, for consumers whose lease names the first one only.
 
-        To be called once, before anybody is told of this engine.
+        To be called once, before consumers are told of this engine.
 
         Args:
             addresses: control addresses in rank order.
@@ -292,7 +292,7 @@ class Endpoint:
         return ref
 
     def revoke(self, ref: LeaseRef, reason: str = "revoked by the producer") -> None:
-        """End a lease early. LeaseRevoked follows if its blocks had been offered and it had not ended before.
+        """End a lease early. LeaseRevoked follows if its blocks were complete and it had not ended before.
 
         Raises:
             ConfigError: ``reason`` is no string.
@@ -307,7 +307,7 @@ class Endpoint:
     # -- consumer ---------------------------------------------------------------------------------------------------
 
     def acquire(self, ref: LeaseRef) -> None:
-        """Open a lease ahead of its `read` and keep it alive, for ``unread_lease_s`` at the longest, until read or dropped.
+        """Acquire a lease ahead of its `read` and keep it alive, for ``unread_lease_s`` at the longest, until read or released.
 
         No effect after `close`.
 
@@ -342,7 +342,7 @@ class Endpoint:
             verify: compare what arrived with what its source has; by default as the endpoint was told. What differs fails the
                 transfer by `IntegrityError`, which says where.
             after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
-                blocks, for whoever had them before (`DeviceBuffer.mark`). One that fails, fails the transfer, and one that
+                blocks, for the requests that had them before (`DeviceBuffer.mark`). One that fails, fails the transfer, and one that
                 does not end ends it by its deadline.
 
         Returns:
@@ -393,7 +393,7 @@ class Endpoint:
         return transfer
 
     def granted(self, ref: LeaseRef) -> bool:
-        """A lease that is held could be read at once: its blocks are complete, and every rank of its producer was met.
+        """Tell whether an acquired lease could be read at once: its blocks are complete, and every rank of its producer was met.
 
         Raises:
             LeaseRefError: ``ref`` is none.
@@ -436,7 +436,7 @@ class Endpoint:
         Returns:
             as a producer: ``leases`` with their ``lease_cells`` on the board and ``lease_timers``, ``deferred_steps`` that wait
             for a device, ``chunks`` per consumer's rank, of which some are ``packing`` (or wait for a slot), some ``packed``,
-            for so many ``packed_readers``;
+            for so many ``packed_consumers``;
             as a consumer: ``held_leases`` of other engines with their ``held_timers``, of which ``granted_leases`` could be read at
             once, ``asked_chunks`` of producers, ``reads`` with the ``read_nbytes`` that they have moved so far, their
             ``flights`` of the transfer agent, ``copies`` of devices, ``scratch_cells`` and ``target_blocks``, ``waiters`` for a
@@ -448,9 +448,9 @@ class Endpoint:
         return self._producer.in_use() | self._consumer.in_use() | self._data.in_use() | own
 
     def close(self) -> None:
-        """End everything, quietly for all memory. Consumers of offered blocks are told.
+        """End everything, quietly for all memory. Consumers of leased blocks are told.
 
-        Returns when all has ended, whoever else has called it and however often: another thread, a signal handler, a call
+        Returns when all has ended, also where it is called several times: by another thread, a signal handler, or after a call
         that was interrupted. Only on a thread of kvxfer's own, such as in a `Completion`, it returns at once, and what runs
         there ends later.
         """
@@ -479,6 +479,6 @@ class Endpoint:
 
 
 def _forgotten(driver: ControlLoop, running: Running) -> None:
-    """Of an endpoint that was not closed, when nobody refers to it any more or the interpreter ends."""
+    """Close an endpoint that was not closed, when no reference to it is left or the interpreter ends."""
     driver.close()
     running.join_at_exit()

@@ -27,7 +27,7 @@ REMAKE_EVERY_S = 1.0
 
 
 class AgentLifecycle:
-    """The agent that an endpoint has at present.
+    """The transfer agent of an endpoint, and its successors.
 
     Args:
         make_agent: each agent has another name.

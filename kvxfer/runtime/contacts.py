@@ -3,13 +3,13 @@
 
 The first transfer between two agents also connects them, and it may hang for ever: the peer's port is closed by a firewall, its
 process stands still, or the engine itself has lost the connection (seen with UCX 1.23, rarely, after other consumers of the same
-producer had been killed). So the first transfer is a contact: it reads a few bytes that nobody needs, belongs to no read, and has
+producer had been killed). So the first transfer is a contact: it reads a few bytes that are not used, belongs to no read, and has
 no deadline. Reads of that peer wait for it. When it has hung for ``contact_timeout_s`` the peer is *silent*: reads that want something of
 it fail at once, by name and retryably, until the contact ends; other peers are served by the same agent as before.
 
-A new agent would help only against a connection that the engine has lost, and costs everybody else something: reads under way
-begin again, and those who read from this endpoint fail once. So the agent is made anew for a silent peer only if some read wants
-it, preferably while nothing else is under way, and each time after a longer pause.
+A new agent helps only against a connection that the transfer engine has lost, and it has a price: reads under way begin again, and
+reads from this endpoint fail once. So the agent is made anew for a silent peer only if some read asks for that peer,
+preferably while nothing else is under way, and each time after a longer pause.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Contact:
         info: the description of the peer's agent; ``name`` its name.
         waiting: strands that wait for the answer.
         silent: it has hung for too long.
-        wanted_at: when some read last wanted something of that peer, although it is silent.
+        asked_at: when a read last asked for that peer, although it is silent.
     """
 
     def __init__(self, info: bytes, name: str, since: float) -> None:
@@ -62,7 +62,7 @@ class Contact:
         self.since = since
         self.waiting: list[Strand] = []
         self.silent = False
-        self.wanted_at: float = -math.inf
+        self.asked_at: float = -math.inf
 
 
 class Contacts:
@@ -94,12 +94,12 @@ class Contacts:
 
     @property
     def pending(self) -> bool:
-        """Something was asked of a peer's fabric that has not ended."""
+        """Some contact has not ended."""
         return bool(self._by_flight)
 
     @property
     def under_way(self) -> int:
-        """How many contacts have not ended."""
+        """Number of contacts that have not ended."""
         return len(self._by_flight)
 
     @property
@@ -126,16 +126,16 @@ class Contacts:
             self._by_flight[agent.submit(Op.READ, peer, some, deadline=math.inf)] = info
             self._contacts[info] = contact
         elif contact.silent:
-            contact.wanted_at = self._now()
+            contact.asked_at = self._now()
             raise self._silence(contact)
         contact.waiting.append(strand)
 
     def owns(self, flight: Flight) -> bool:
-        """It is that of a contact."""
+        """Tell whether a flight is that of a contact."""
         return flight in self._by_flight or flight in self._strays
 
     def ended(self, flight: Flight) -> tuple[list[Strand], KvxferError | None]:
-        """The flight of a contact has ended, or is given up because its peer is forgotten.
+        """Take the end of a contact's flight, which may be that its peer is forgotten.
 
         Returns:
             the strands that waited for it, and why it failed; None if the peer has answered.
@@ -158,20 +158,20 @@ class Contacts:
         return contact.waiting, flight.error or TransferFailedError("no reason given")
 
     def hanging(self) -> list[Contact]:
-        """Contacts that have just hung for too long, and those of silent peers that some read wanted a moment ago."""
+        """Contacts that have just hung for too long, and those of silent peers that a read asked for a moment ago."""
         now = self._now()
         return [
             contact
             for info, contact in self._contacts.items()
             if (
-                now < contact.wanted_at + self._contact_s
+                now < contact.asked_at + self._contact_s
                 if contact.silent
                 else now >= contact.since + self._contact_s * (_PATIENCE if info in self._agents_tried else 1.0)
             )
         ]
 
     def may_renew(self, hanging: Sequence[Contact], *, busy: bool) -> bool:
-        """The agent may be made anew for the sake of these; ``busy`` if it has something else to do."""
+        """Tell whether the agent may be made anew for the sake of these; ``busy`` if it has something else to do."""
         now = self._now()
         tried = min(self._agents_tried.get(contact.info, 0) for contact in hanging)
         if now < self._renewed_at + self._contact_s * _PAUSES[min(tried, len(_PAUSES) - 1)]:
@@ -179,7 +179,7 @@ class Contacts:
         return not busy or now >= min(contact.since for contact in hanging) + self._contact_s * _BUSY
 
     def renewed(self, hanging: Sequence[Contact]) -> None:
-        """The agent is made anew for the sake of these."""
+        """Note that the agent is made anew for the sake of these."""
         self._metrics.count("kvxfer_contacts_total", outcome="renewed")
         self._renewed_at = self._now()
         if len(self._agents_tried) > _MOST_REMEMBERED:
@@ -188,7 +188,7 @@ class Contacts:
             self._agents_tried[contact.info] = self._agents_tried.get(contact.info, 0) + 1
 
     def silence(self, contact: Contact) -> tuple[list[Strand], KvxferError]:
-        """A peer is silent from now on; the strands that need not wait for it any longer, and what their reads end with."""
+        """Take a peer for silent from now on; returns the strands that need not wait for it any longer, and what their reads end with."""
         if not contact.silent:
             self._metrics.count("kvxfer_contacts_total", outcome="silent")
             _log.warning("the fabric of %s does not answer: reads from it fail until it does", contact.name)
@@ -197,7 +197,7 @@ class Contacts:
         return strands, self._silence(contact)
 
     def torn_down(self) -> list[Strand]:
-        """The agent is gone, and every contact with it.
+        """Forget all contacts: the agent they were made on is closed.
 
         Returns:
             the strands that waited for one.

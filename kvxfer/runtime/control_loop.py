@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Broken = Callable[[InternalError, float], object]
 
 _LATE_S = 0.1
-"""By so much later than it was to wake up, the thread has stood still, and did not read what arrived."""
+"""If the thread wakes this much late, assume that the process was paused and did not read what arrived."""
 
 
 class ControlLoop:
@@ -148,7 +148,7 @@ class ControlLoop:
             return
         waits = [wait_s for wait_s in (due_s, longest_s) if wait_s is not None]
         for inbound in self._channel.receive(min(waits, default=None)):
-            # Before anything is said of the first message: the others, which say that their senders are alive, are read later.
+            # Before anything is said of the first message: the others, which say that their peers are alive, are read later.
             self._judge_lateness()
             # A peer may know of a lease through the engine's own channels before this thread has seen the command.
             self._run_commands()

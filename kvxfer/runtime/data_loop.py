@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
 _COURTESY_S = 50e-6
-"""Whoever waits for a read goes on first when it has ended: the control thread, called in the same moment, would be given the
-interpreter's lock before them."""
+"""So much later than the end of a read the control thread is called: in the same moment it would be given the interpreter's lock
+before the thread that waits for the read."""
 
 
 class _Close:
@@ -45,8 +45,8 @@ class DataLoop:
     """Runs the data thread.
 
     Args:
-        make_agent: called on the data thread, again after each fence; each agent has another name.
-        cache: of this endpoint. Its memory and the board's are registered with every agent, and outlive the data path.
+        make_agent: called on the data thread, again after each reset; each agent has another name.
+        cache: of this endpoint. Its memory and the board's are registered with every agent, and outlive the data loop.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DataLoop:
             described = self._life.first()
             prepared = [kind.prepare_staging(self.arena.bytes) for kind in self._kinds]
             self._undo = [undo for undo in prepared if undo is not None]
-        except BaseException as error:  # noqa: BLE001 - handed to whoever called start()
+        except BaseException as error:  # noqa: BLE001 - raised by start()
             self._life.close()
             self._over = True
             self._started.set_exception(error)
@@ -151,9 +151,9 @@ class DataLoop:
 
     def due_s(self) -> float | None:
         """See `kvxfer.runtime.environment.Loop`."""
-        # What has ended may have given back what others wait for: only when nothing moves is there time to wait.
-        anybody = len(self._reads) or not self._packer.idle
-        if not self._jobs.empty() or (self._moved and anybody):
+        # What has ended may have given back what other reads wait for: only when nothing moves is there time to wait.
+        busy = len(self._reads) or not self._packer.idle
+        if not self._jobs.empty() or (self._moved and busy):
             return 0.0
         waits = [_COURTESY_S] if self._reports.untold else []
         if self._reads.moving or self._packer.busy:
@@ -164,7 +164,7 @@ class DataLoop:
             reads_s = self._reads.due_s()
             if reads_s is not None:
                 waits.append(reads_s)
-            # Without an agent nobody can read from this endpoint: it is tried again also if this side wants no bytes.
+            # Without an agent no peer can read from this endpoint: it is made again also if this side reads nothing.
             if self._life.agent is None:
                 waits.append(REMAKE_EVERY_S)
         return min(waits, default=None)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world that an endpoint lives in: a clock, a control channel, and somebody who gives its two loops their turns.
+"""What an endpoint runs in: a clock, a control channel, and threads for its two loops.
 
-`REAL` is that of this process. A simulator has another one, in which the same endpoint runs without threads.
+`REAL` is that of this process. The simulator has another one, in which the same endpoint runs without threads.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class Loop(Protocol):
-    """What one thread does. All methods are called by whoever runs it, one at a time."""
+    """What one thread does. Its environment calls one method at a time."""
 
     def begin(self) -> None:
-        """Once, first."""
+        """Prepare. Called once, first."""
 
     def turn(self, longest_s: float | None) -> None:
         """Wait for something to do, for ``longest_s`` at the longest (None: however long it takes), and do it. Raises nothing."""
 
     def due_s(self) -> float | None:
-        """For how long there is nothing to do; None: until somebody asks for something. For those who do not wait in `turn`."""
+        """Seconds for which there is nothing to do; None: until something is asked for. For environments that do not wait in `turn`."""
 
     @property
     def over(self) -> bool:
         """No more turns are needed."""
 
     def end(self) -> None:
-        """Once, when it is over."""
+        """Finish. Called once, when it is over."""
 
 
 class Running(Protocol):
@@ -54,7 +54,7 @@ class Running(Protocol):
 
 
 class Environment(Protocol):
-    """See the module."""
+    """Clock, channel and threads of an endpoint."""
 
     def now(self) -> float:
         """Seconds on a clock that never goes back. Any thread."""
@@ -79,7 +79,7 @@ class _Thread:
     def __init__(self, name: str, loop: Loop) -> None:
         self._process = os.getpid()
         self._ended = Latch()
-        # It holds the loop only as long as it runs, and never this object.
+        # The thread refers to the loop only as long as it runs, and never to this object.
         thread = threading.Thread(target=_run, args=(loop, self._ended), name=name, daemon=True)
         try:
             thread.start()

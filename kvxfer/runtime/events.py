@@ -26,7 +26,7 @@ MOST_UNPOLLED = 4096
 
 
 class Events:
-    """Queue of what an engine is to be told. Any thread.
+    """Queue of events for an engine. Any thread.
 
     From the first poll on, everything is kept until it is polled. An engine that only waits for its transfers never polls: so
     before the first poll the ends of transfers, which the transfers tell too, are kept for the newest `MOST_UNPOLLED` only.
@@ -37,7 +37,7 @@ class Events:
         self._metrics = metrics
         self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        """Nobody waits for it for long: a signal handler that interrupts its holder may wait for a thread that wants it."""
+        """No thread waits for it for long: a signal handler that interrupts the thread that has it may wait for one that needs it."""
         self._unpolled: dict[int, Event] | None = {}
         """By number, what happened before the first poll; None after it."""
         self._late: deque[Event] = deque()
@@ -103,7 +103,7 @@ class Events:
             if not self._dropped:
                 self._dropped = True
                 _log.warning(
-                    "more than %d transfers have ended and nobody has called poll(): the oldest Done and Failed events are "
+                    "more than %d transfers have ended and poll() was never called: the oldest Done and Failed events are "
                     "dropped; call poll() once at the start to keep all (wait() and await tell the same)",
                     MOST_UNPOLLED,
                 )
@@ -111,7 +111,7 @@ class Events:
 
 
 class TransferEnds:
-    """What an endpoint does when a transfer of its ends: its blocks are free, it is counted, and its engine is told. Holds no endpoint."""
+    """Frees the blocks of transfers that end, counts them, and tells the engine. Has no reference to the endpoint."""
 
     def __init__(self, metrics: Metrics, events: Events, targets: TargetBlocks) -> None:
         self._metrics = metrics
@@ -119,7 +119,7 @@ class TransferEnds:
         self._targets = targets
 
     def __call__(self, transfer: Transfer) -> None:
-        """The transfer has ended. Any thread."""
+        """Take the end of a transfer. Any thread."""
         self._targets.give_back(transfer.into)
         error, metrics = transfer.error, self._metrics
         metrics.count("kvxfer_transfers_total", outcome="done" if error is None else type(error).__name__)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The producer's half of the packed route: packs what readers ask for into staging slots. Runs on the data thread.
+"""The producer's half of the packed route: packs what consumers ask for into staging slots. Runs on the data thread.
 
-What a reader asks for came over the wire: its layout is held against this side's cache and the lease's blocks, and refused
-by name where it does not fit. A slot is given back when the reader says that it has taken the chunk, or when the lease ends:
-whoever still reads from it then finds the lease's cell wiped, and throws away what it got.
+What a consumer asks for came over the wire: its layout is checked against this side's cache and the lease's blocks, and refused
+by name where it does not fit. A slot is given back when the consumer says that it has taken the chunk, or when the lease ends:
+a consumer that still reads from it then finds the lease's cell wiped, and throws away what it got.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Packer:
         self._slots: dict[PackKey, dict[int, tuple[int, Hashable]]] = defaultdict(dict)
         self._plans: OrderedDict[CacheSpec, RankPlan] = OrderedDict()
         self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
-        """Block tables of a lease, checked, and what is known of them: for all chunks of a reader."""
+        """Block tables of a lease, checked, and what is known of them: for all chunks of a consumer."""
 
     @property
     def busy(self) -> bool:
@@ -98,12 +98,12 @@ class Packer:
         return {
             "packing": len(self._waiting) + len(self._running),
             "packed": sum(map(len, list(self._slots.values()))),
-            "packed_readers": len(self._kept),
+            "packed_consumers": len(self._kept),
         }
 
     @property
     def plans(self) -> int:
-        """How many forms of chunks it remembers."""
+        """Number of chunk layouts whose plan is remembered."""
         return len(self._plans)
 
     def start(self, job: StartPack) -> None:
@@ -111,7 +111,7 @@ class Packer:
         self._waiting.put(job.key, job)
 
     def end(self, key: PackKey, numbers: Sequence[int]) -> None:
-        """Chunks were taken or are not needed; all of ``key``'s without numbers."""
+        """Give back chunks that were taken or are not needed; all of ``key``'s without numbers."""
         if not numbers:
             self._waiting.drop(key)
         else:
@@ -125,7 +125,7 @@ class Packer:
     def turn(self) -> bool:
         """Start one chunk if one can start, and see what has ended; True if anything did.
 
-        One at a time, so that whoever asks for many does not keep the thread from what others want of it.
+        One at a time, so that a consumer that asks for many chunks does not keep the thread from its other work.
         """
         moved = False
         slot = self._arena.take(Use.OUTGOING) if self._waiting else None
@@ -195,7 +195,7 @@ class Packer:
         if sum(len(region.layers) for region in layout.regions) > self._most_layers:
             raise IncompatibleError("layout", "the chunk has more layers than this cache")
         part = common(self._cache.spec, layout)
-        wanted = sum(region.block_nbytes for region in layout.regions)
+        needed = sum(region.block_nbytes for region in layout.regions)
         found = sum(
             (each.heads[1] - each.heads[0])
             * (each.content[1] - each.content[0])
@@ -203,8 +203,8 @@ class Packer:
             * each.target.region.extents.token
             for each in part.overlaps
         )
-        if found != wanted:
-            raise IncompatibleError("layout", f"of {wanted} bytes of each block of the chunk only {found} are here")
+        if found != needed:
+            raise IncompatibleError("layout", f"of {needed} bytes of each block of the chunk only {found} are here")
         self._plans[layout] = part
         if len(self._plans) > _PLANS_REMEMBERED:
             self._plans.popitem(last=False)
@@ -229,14 +229,14 @@ class Packer:
     def _give(self, key: PackKey, number: int) -> None:
         """A slot into which nothing is packed any more is free again."""
         slots = self._slots.get(key, {})
-        slot, reader = slots.pop(number, (None, None))
+        slot, consumer = slots.pop(number, (None, None))
         if not slots:
             self._slots.pop(key, None)
         if slot is not None:
             self._arena.give(slot)
-            self._kept[reader] -= 1
-            if not self._kept[reader]:
-                del self._kept[reader]
+            self._kept[consumer] -= 1
+            if not self._kept[consumer]:
+                del self._kept[consumer]
 
     def _refuse(self, job: StartPack, error: Exception) -> None:
         self._give(job.key, job.number)

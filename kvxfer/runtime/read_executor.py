@@ -2,7 +2,7 @@
 """Runs reads (`kvxfer.runtime.read`): answers what they ask for, and makes memory quiet after a failure.
 
 A read ends in one of three ways: its bytes are in place and its lease stood; it failed and its blocks are quiet; or it failed
-while the engine might still write. The last kind is not told to anybody until it has become one of the other two: by the
+while the engine might still write. The last kind is not reported until it has become one of the other two: by the
 abandoned bytes landing, or, after ``quarantine_s``, by resetting the agent, which is the one thing that stops every engine
 we know. Reads that were under way then and had done nothing wrong are started again on the new agent.
 """
@@ -125,11 +125,11 @@ class ReadExecutor:
 
     @property
     def moving(self) -> bool:
-        """Something is under way whose end nobody tells: it has to be looked for."""
+        """Something is under way whose end has to be asked for."""
         return bool(self._flying or self._copying or self._occupied or self._contacts.awaited)
 
     def due_s(self) -> float | None:
-        """Until the first deadline, or the next look at a peer that is silent; None if there is nothing to wait for."""
+        """Seconds until the first deadline, or the next look at a peer that is silent; None if there is nothing to wait for."""
         waits = [LOOK_EVERY_S] if self._contacts.pending else []
         if self._tasks:
             waits.append(max(0.0, min(task.deadline for task in self._tasks.values()) - self._now()))
@@ -141,7 +141,7 @@ class ReadExecutor:
         self._run()
 
     def granted(self, job: MoreGranted) -> None:
-        """A source has more for a read."""
+        """Take what a source has granted while its read is under way."""
         source = self._source(job.transfer, job.source.number)
         if source is None:
             return
@@ -156,7 +156,7 @@ class ReadExecutor:
         self._run()
 
     def staged(self, job: ChunkStaged) -> None:
-        """A source has packed a chunk, or told its digest."""
+        """Take a chunk that a source has packed, or its digest."""
         source = self._source(job.transfer, job.source)
         strand = source.asked.pop(job.number, None) if source is not None else None
         if strand is not None:
@@ -164,17 +164,17 @@ class ReadExecutor:
             self._run()
 
     def stop(self, transfer: Transfer, error: KvxferError) -> None:
-        """A source will not say anything more: a read that waits for it fails."""
+        """Fail a read that waits for a source: that will grant and pack no more."""
         task = self._tasks.get(transfer)
         if task is not None and task.waits:
             self._fail(task, error)
 
     def needs(self, agent_info: bytes) -> bool:
-        """Some read has a source there."""
+        """Tell whether a read has a source there."""
         return any(source.granted.agent_info == agent_info for task in self._tasks.values() for source in task.sources)
 
     def broken(self, transfer: Transfer, error: KvxferError) -> None:
-        """A fault of kvxfer touched a read, wherever it was: it fails."""
+        """Fail a read that a fault of kvxfer has touched."""
         task = self._tasks.get(transfer)
         if task is not None:
             self._fail(task, error)
@@ -199,7 +199,7 @@ class ReadExecutor:
         return moved or len(self._tasks) != under_way
 
     def shut(self) -> None:
-        """Every read fails; the agent is closed already, so memory is quiet when the copies of devices have ended."""
+        """Fail every read. The agent is closed already, so memory is quiet when the copies of devices have ended."""
         if not wait_for_end([copy for each in self._copying for copy in each.copies]):
             self._tools.arena.keep()
         self._flying.clear()
@@ -311,7 +311,7 @@ class ReadExecutor:
         self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
 
     def _proven(self, agent_info: bytes) -> bool:
-        """Something was read from that agent before."""
+        """Tell whether something was read from that agent before."""
         return agent_info in self._life.proven
 
     def _connect(self, strand: Strand, source: SourceRead) -> None:

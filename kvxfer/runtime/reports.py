@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the data thread reports to the control thread. A report may lie until `ReadReports.flush`: to wake a thread costs more than to report."""
+"""What the data thread reports to the control thread."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class ReadReports(Protocol):
     """
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None) -> object:
-        """A read is over, after its transfer was ended."""
+        """Report that a read is over, after its transfer was ended."""
 
     def stage(self, transfer: Transfer, source: int, message: StageChunk) -> object:
-        """A read needs a chunk of one of its sources."""
+        """Report that a read needs a chunk of one of its sources."""
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
-        """A read has taken chunks."""
+        """Report that a read has taken chunks."""
 
     def flush(self) -> object:
-        """There is nothing more to report at this moment."""
+        """Wake the control thread if something was reported."""
 
     @property
     def untold(self) -> bool:
-        """Something lies until `flush`."""
+        """Something was reported since the last `flush`."""
 
 
 class DataReports(ReadReports, Protocol):
     """Takes what the data thread reports. Called on the data thread; must not block."""
 
     def agent_replaced(self, agent_info: bytes) -> object:
-        """A new agent took the place of the old one: what peers know of that is of no use any more."""
+        """Report that a new agent took the place of the old one: what peers know of that is of no use any more."""
 
     def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
-        """A chunk was packed, or cannot be."""
+        """Report that a chunk was packed, or cannot be."""
 
     def short_of_slots(self, share: int) -> object:
-        """Chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""
+        """Report that chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""

@@ -44,9 +44,9 @@ class Use(str, Enum):
     """What a slot is taken for."""
 
     OUTGOING = "outgoing"
-    """A chunk packed for a reader, until it says that it has taken it."""
+    """A chunk packed for a consumer, until that says that it has taken it."""
     LANDING = "landing"
-    """A chunk that is being read, until it is unpacked: it waits for nobody else."""
+    """A chunk that is being read, until it is unpacked: it waits for no peer."""
 
 
 class StagingArena:
@@ -126,7 +126,7 @@ _Item = TypeVar("_Item")
 
 
 class FairQueue(Generic[_Item]):
-    """What waits for a slot: first come, first served within one transfer, and transfers take turns."""
+    """Items that wait: first come, first served within one transfer, and transfers take turns."""
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, deque[_Item]] = {}
@@ -142,7 +142,7 @@ class FairQueue(Generic[_Item]):
         self._lines.setdefault(whose, deque()).append(item)
 
     def take(self, prefer: Callable[[_Item], bool] | None = None) -> _Item:
-        """The next one, whose transfer then waits until the others had theirs. Raises KeyError: nobody waits.
+        """The next one, whose transfer then waits until the others had theirs. Raises KeyError: nothing waits.
 
         Args:
             prefer: transfers whose first item is not preferred wait until no other one is.

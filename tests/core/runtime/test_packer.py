@@ -496,7 +496,7 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
     rig.packer.end(PackKey("b" * 32, 0), [])
     while rig.packer.turn():
         pass
-    assert shares[-1] == 0 and rig.arena.in_use == 0 and not rig.packer.in_use()["packed_readers"]
+    assert shares[-1] == 0 and rig.arena.in_use == 0 and not rig.packer.in_use()["packed_consumers"]
 
 
 def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
