@@ -384,7 +384,7 @@ def deleted(runner):
         (padded_heads, r"shape \(12, 16, 12, 2, 128\), which is not K and V of 8 heads of 128 elements"),
         (divided_blocks, "sharded otherwise than between heads"),
         (copies, "several devices have copies of the same heads"),
-        (deleted, "donated, and what it became was not given back"),
+        (deleted, "donated, and the array that it became was not given back"),
     ],
 )
 def test_caches_that_are_refused(change, says):
