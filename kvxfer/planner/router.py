@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _CHUNKS_OF_A_SLOT: Final = 2
 """For memory without an address, whose device copies while the wire carries other chunks: with half a slot the first chunk is on the
-wire sooner, and 16 MiB take three quarters of the time that chunks of a slot take. In host memory chunks of a slot are fastest
+wire sooner, and 16 MiB take 0.72 to 0.86 of the time that chunks of a slot take. In host memory chunks of a slot are fastest
 (docs/benchmarks.md)."""
 _TELLING: Final = 64
 """Block ids to look at, to tell whether the blocks of a request are in a row."""
