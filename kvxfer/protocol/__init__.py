@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may read which blocks until when: messages, leases, producer and consumer. Pure: no I/O, no threads."""
+"""Leases of blocks: messages, and what producer and consumer make of them. Pure: no I/O, no threads."""

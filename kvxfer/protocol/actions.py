@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the protocol code asks the outside world to do. It does no I/O itself: events and a clock go in, these come out."""
+"""Actions that the protocol asks of the outside. It does no I/O itself: events and a clock go in, these come out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SendTo:
 
 @dataclass(frozen=True)
 class Reply:
-    """Send back over the connection on which something came in; dropped if it is gone."""
+    """Send over a connection that a consumer opened; dropped if the connection has ended."""
 
     connection: bytes
     message: Message
@@ -43,7 +43,7 @@ class Hangup:
 
 @dataclass(frozen=True)
 class Source:
-    """What one rank of a producer has granted of a lease.
+    """Blocks that one rank of a producer has granted of a lease.
 
     Attributes:
         number: its rank.
@@ -81,7 +81,7 @@ class MoreGranted:
 
 @dataclass(frozen=True)
 class ChunkStaged:
-    """A source has packed the chunk that a read asked for."""
+    """Give a read the chunk that it asked for, which a source has packed."""
 
     transfer: Transfer
     source: int
@@ -92,18 +92,18 @@ class ChunkStaged:
 
 @dataclass(frozen=True)
 class StopRead:
-    """A source will grant and stage no more: a read that needs that fails. One whose bytes are all on their way does not."""
+    """Fail a read that still needs grants or chunks: none will come. A read whose bytes are all on their way goes on."""
 
     transfer: Transfer
     error: KvxferError
 
 
 Packed = int | bytes
-"""What became of a chunk: it lies at an address, or this is its digest."""
+"""Result of packing a chunk: the address where it is, or its digest."""
 
 
 class PackKey(NamedTuple):
-    """For whom chunks are packed: a lease, and a rank of its reader."""
+    """Share of a lease for which chunks are packed: the lease, and a rank of its consumer."""
 
     token: str
     rank: int
@@ -122,14 +122,14 @@ class StartPack:
     tokens: tuple[int, int]
     blocks: Sequence[BlockTable]
     digest: bool = False
-    """Only that is wanted."""
+    """Only the chunk's digest is wanted."""
     consumer: Hashable = None
-    """The consumer's process: no one of them gets more than its share of slots while others wait."""
+    """Process of the consumer: each gets no more than its share of slots while others wait."""
 
 
 @dataclass(frozen=True)
 class EndPack:
-    """These chunks are not needed any more; all of ``key``'s if there are no numbers."""
+    """Drop chunks that are not needed any more; all of ``key`` if there are no numbers."""
 
     key: PackKey
     numbers: Sequence[int] = ()
@@ -137,7 +137,7 @@ class EndPack:
 
 @dataclass(frozen=True)
 class ForgetAgent:
-    """The agent behind this description is gone for good."""
+    """Forget the agent with this description: it is gone for good."""
 
     agent_info: bytes
 
@@ -150,6 +150,6 @@ class Emit:
 
 
 DataAction = StartRead | MoreGranted | ChunkStaged | StopRead | StartPack | EndPack | ForgetAgent
-"""What the data thread does."""
+"""Actions of the data thread."""
 
 Action = SendTo | Reply | Hangup | Emit | DataAction

@@ -140,7 +140,7 @@ class ChunkStaging:
         self._chunks.was_paused(now, late_s)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next."""
+        """Time at which `tick` has something to do next; None if never."""
         return self._look_at if self._chunks.short else None
 
     # -- inside -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The consumer's half of the protocol: what the engine, the data thread and producers say, and what follows. Pure, no I/O.
+"""The consumer's half of the protocol: calls of the engine, reports of the data thread, messages of producers. Pure, no I/O.
 
 `kvxfer.protocol.peers` knows the producers, `kvxfer.protocol.held_leases` the leases and their states.
 """
@@ -60,10 +60,10 @@ _LEASE_ERRORS: dict[str, type[LeaseError]] = {
 
 
 class Consumer:
-    """All leases that this endpoint holds, and the producers they came from.
+    """Keeps the leases that this endpoint holds, and the producers from which they came.
 
     All calls but `claim` and `granted` come from the control thread, which then takes what has been added to ``out``. The
-    engine hears of a failure through the transfer; a held that fails before it is read fails the read.
+    engine hears of a failure through the transfer; a lease that fails before it is read fails the read.
 
     Args:
         routes: how KV travels from these peers, all ranks of one producer, to this side; raises IncompatibleError.
@@ -81,7 +81,7 @@ class Consumer:
     # -- the engine -------------------------------------------------------------------------------------------------
 
     def acquire(self, ref: LeaseRef, now: float) -> None:
-        """Open a lease ahead of its read, and renew it from then on. Known already: nothing changes."""
+        """Acquire a lease ahead of its read, and renew it from then on. Known already: nothing changes."""
         self._held.acquire(ref, now)
 
     def claim(self, transfer: Transfer) -> StartRead | None:
@@ -90,7 +90,7 @@ class Consumer:
         It saves a turn of the control thread: on 2 cores a block is there after 350 us instead of 420, 64 blocks after 815 us
         instead of 890.
 
-        What is looked at here may change in this moment. That is harmless: the lease board decides whether bytes count.
+        What is looked at here may change in this moment. That is harmless: the lease check decides whether bytes count.
 
         Returns:
             the job for the data thread; None if the control thread has to start the read.
@@ -118,7 +118,7 @@ class Consumer:
             return
         held = self._held.acquire(transfer.ref, now)
         if held.transfer is not None or held.state in (HeldLeaseState.READING, HeldLeaseState.RELEASING):
-            transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or dropped before"))
+            transfer.end(LeaseError(f"lease {shown(transfer.ref.token)} was read or released before"))
             return
         held.transfer = transfer
         held.deadline = transfer.deadline
@@ -141,7 +141,7 @@ class Consumer:
         return token in self._held.granted
 
     def release(self, ref: LeaseRef, now: float) -> None:
-        """The blocks will not be read: let the producer have them back. No effect on a read whose bytes are on their way."""
+        """Give back a lease whose blocks will not be read. No effect on a read whose bytes are all on their way."""
         held = self._held.acquire(ref, now)
         if held.state is HeldLeaseState.READING:
             if not held.granted:
@@ -154,16 +154,16 @@ class Consumer:
     # -- the data thread --------------------------------------------------------------------------------------------
 
     def stage(self, transfer: Transfer, source: int, message: StageChunk, now: float) -> None:
-        """A read needs a chunk packed by one of its sources: ask for it, again and again until it is there."""
+        """Ask one of a read's sources for a chunk, again and again until it is there."""
         held = self._held.read_by(transfer)
         if held is not None:
             self._held.ask_chunk(held, source, message, now)
         else:
-            # Dropped, or read a second time, in the moment in which `claim` claimed it; or over by now.
-            self._out.append(StopRead(transfer, LeaseEndedError("the lease was dropped before it was read")))
+            # The lease was released, or read a second time, in the moment in which `claim` claimed it; or the read is over by now.
+            self._out.append(StopRead(transfer, LeaseEndedError("the lease was released before it was read")))
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
-        """A read has taken these chunks."""
+        """Give back chunks that a read has moved."""
         held = self._held.read_by(transfer)
         if held is not None:
             peer = held.rank_leases[source].peer
@@ -172,14 +172,14 @@ class Consumer:
             self._out.append(SendTo(peer.address, ReleaseChunks(to=peer.epoch, token=held.ref.token, numbers=numbers)))
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None, now: float) -> None:
-        """The data thread is done with a read it was given; it has ended the transfer itself."""
+        """Release the lease of a read that the data thread has ended, with its transfer."""
         held = self._held.read_by(transfer)
         if held is None:
-            return  # dropped, or read a second time, in the moment in which `claim` claimed it
+            return  # released, or read a second time, in the moment in which `claim` claimed it
         held.read = error is None
         held.asked.clear()
         if error is not None and error.retryable:
-            # A peer may have been restarted, or may have replaced its agent: meet it afresh before the next read.
+            # A peer may have been restarted, or may have another agent: it is met afresh before the next read.
             for rank_lease in held.rank_leases:
                 rank_lease.peer.step(PeerEvent.READ_FAIL)
         self._held.release(held, now, HeldLeaseEvent.END_READ)
@@ -196,13 +196,13 @@ class Consumer:
         self._peers.tick(now)
 
     def was_paused(self, now: float, late_s: float = math.inf) -> None:
-        """This process ran nothing for so long: it asked nobody anything, and has not read what they said. That is no silence."""
+        """Allow for ``late_s`` in which this process did not run: it has not read what its peers said, so they were not silent."""
         self._peers.was_paused(now, late_s)
 
     # -- faults of kvxfer -------------------------------------------------------------------------------------------
 
     def broken(self, token: str, address: str, error: InternalError, now: float) -> None:
-        """A fault while something was done for a lease, or for the peer at an address: reads that it touches end with it."""
+        """End the reads that a fault of kvxfer touches: of one lease, or of the peer at an address."""
         held, peer = self._held.by_token.get(token), self._peers.by_address.get(address)
         if held is not None:
             self._held.broken(held, error, now)
@@ -212,44 +212,44 @@ class Consumer:
                     self._held.broken(held, error, now)
 
     def read_broken(self, transfer: Transfer, error: InternalError, now: float) -> None:
-        """A fault while a read was begun: it ends with it."""
+        """End a read, because kvxfer failed while it began."""
         if self._held.read_by(transfer) is None:
             transfer.end(error)
         self.broken(transfer.ref.token, "", error, now)
 
     def forget(self, transfer: Transfer, now: float) -> None:
-        """A fault when a read had ended: its lease ends at its producer by itself."""
+        """Forget the lease of a read, because kvxfer failed when the read had ended; the lease expires at its producer."""
         held = self._held.by_token.get(transfer.ref.token)
         if held is not None and held.transfer is transfer:
             self._held.forget(held, now)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next; may be early, never late."""
+        """Time at which `tick` has something to do next, or earlier; None if never."""
         times = [at for at in (self._held.next_deadline(), self._peers.next_deadline()) if at is not None]
         return min(times, default=None)
 
     def close(self) -> None:
-        """End everything, and let producers have back what is held. The data path must have been closed before."""
+        """End everything, and give back what is held. The data thread must have ended all reads before."""
         self._held.close()
 
     # -- producers --------------------------------------------------------------------------------------------------
 
     def garbage(self, address: str, why: str, now: float) -> None:
-        """A peer that we connected to sends something that is no message."""
+        """Count and log what a peer sends that is no message."""
         self._metrics.count("kvxfer_refused_messages_total", reason="garbage")
         peer = self._peers.by_address.get(address)
         if peer is not None:
             _log.log(peer.complaint(now), "%s sends garbage: %s", address, why)
 
     def unreachable(self, address: str, why: str, now: float) -> None:
-        """The address cannot even be connected to."""
+        """Fail what waits for an address that cannot even be connected to."""
         peer = self._peers.by_address.get(address)
         if peer is not None:
             peer.reject(HandshakeError("address", why))
             self._held.advance_all(peer, now)
 
-    def nobody_listens(self, address: str, why: str, now: float) -> None:
-        """A peer was asked something, does not answer, and its port is closed: whoever waits for it waits in vain."""
+    def port_closed(self, address: str, why: str, now: float) -> None:
+        """Fail what waits for a peer that does not answer and whose port is closed."""
         peer = self._peers.by_address.get(address)
         if peer is not None:
             self._held.gone(peer, PeerTimeoutError(why), now)
@@ -287,8 +287,8 @@ class Consumer:
                 and rank_lease.grant is not None
                 and rank_lease.grant.check != message.check
             ):
-                # The same token was offered anew, with other blocks. Bytes that are all on their way are judged by their cell.
-                self._held.stop_read(held, LeaseEndedError("the lease ended, and its token was offered again"))
+                # The same token was published anew, with other blocks. Bytes that are all on their way are judged by the lease check.
+                self._held.stop_read(held, LeaseEndedError("the lease ended, and its token was published again"))
             else:
                 self._granted(held, rank_lease, message, now)
         elif isinstance(message, ChunkReady) and held.state is HeldLeaseState.READING and held.transfer is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that consumers opened to a producer: who has introduced itself on which, and what is sent over them. Pure, no I/O."""
+"""Connections that consumers opened to a producer: which consumer has introduced itself on which, and what is sent over them. Pure, no I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_CONNECTIONS = 4096
 
 
 class LastHeard(NamedTuple):
-    """When a consumer last said anything, and when its connection ended; None while it has one."""
+    """Time at which a consumer last said anything, and at which its connection ended; None while it has one."""
 
     heard_at: float
     disconnected_at: float | None
@@ -45,7 +45,7 @@ class ConsumerConnections:
         self._last_heard: dict[ConsumerRank, LastHeard] = {}
         self._welcome_before: Welcome | None = None
 
-    # -- who is there -----------------------------------------------------------------------------------------------
+    # -- consumers -------------------------------------------------------------------------------------------------
 
     def hello(self, connection: bytes, hello: Hello, now: float) -> None:
         """Answer an introduction: by a Welcome, or by the reason why this producer is not the one that was meant."""
@@ -88,7 +88,7 @@ class ConsumerConnections:
         return self._connections.get(consumer)
 
     def last_heard(self, consumer: ConsumerRank) -> LastHeard:
-        """When a consumer last said anything."""
+        """Times at which a consumer last said anything, and at which its connection ended."""
         return self._last_heard.get(consumer, NEVER_HEARD)
 
     def was_paused(self, now: float) -> None:
@@ -98,7 +98,7 @@ class ConsumerConnections:
             for consumer, last in self._last_heard.items()
         }
 
-    # -- who is here ------------------------------------------------------------------------------------------------
+    # -- this endpoint ----------------------------------------------------------------------------------------------
 
     def agent_replaced(self, agent_info: bytes) -> None:
         """Tell all consumers of another transfer agent of this endpoint, before they read from the old one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a producer says of blocks that a device still writes: it counts when the device has ended, in the order it was said."""
+"""Steps of a producer that wait until a device has written the blocks concerned, in the order in which they were asked for."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.05
-"""How often a device is asked: at first often, for an engine's step takes several times as long, and then ever less."""
+"""Pauses between two questions to a device: short ones at first, because a step of an engine takes milliseconds, then longer ones."""
 
 _SHARE = 1 / 20
-"""Of the time that was waited already."""
+"""Share of the time waited so far that the next pause takes."""
 
 
 class _Step(NamedTuple):
@@ -32,7 +32,7 @@ class _Step(NamedTuple):
 
 
 class DeferredSteps:
-    """Steps that wait, by lease. Those of one lease are taken in order; leases do not wait for each other.
+    """Waiting steps by lease. Those of one lease are taken in order; leases do not wait for each other.
 
     Times are ``now`` of the caller's monotonic clock.
 
@@ -64,12 +64,11 @@ class DeferredSteps:
         deadline: float = math.inf,
         late: Callable[[float], object] = lambda _: None,
     ) -> None:
-        """Do it when everything in ``after`` has ended, and what was said of this lease before was done.
+        """Do a step when everything in ``after`` has ended and the steps of this lease before it were done.
 
         Args:
-            act: gets the time, and raises nothing; as ``late``.
-            deadline: then, at the latest, ``late`` is called instead, and nothing that was said of this lease before is
-                done any more.
+            act: does the step; gets the time, and raises nothing, and neither does ``late``.
+            deadline: if the step was not done by then, ``late`` is called instead, and so for the steps of this lease before it.
         """
         steps = self._waiting.setdefault(token, deque())
         steps.append(_Step(after, act, late, deadline))
@@ -77,7 +76,7 @@ class DeferredSteps:
             self._since = self._ask_at = now
 
     def tick(self, now: float) -> None:
-        """Do what has waited long enough."""
+        """Do the steps for which devices have ended, or whose deadlines have passed."""
         if now < self._ask_at:
             return
         moved = [self._turn(token, now) for token in list(self._waiting)]
@@ -86,23 +85,23 @@ class DeferredSteps:
         self._ask_at = now + min(max((now - self._since) * _SHARE, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
 
     def was_paused(self, late_s: float) -> None:
-        """This process stood still for so long, in which it could not see that a device had ended."""
+        """Move deadlines by ``late_s``, in which this process could not see that a device had ended."""
         for token, steps in self._waiting.items():
             self._waiting[token] = deque(step._replace(deadline=step.deadline + late_s) for step in steps)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next."""
+        """Time at which `tick` has something to do next; None if never."""
         return self._ask_at if self._waiting else None
 
     def close(self) -> None:
-        """Do all that is left, whatever devices do. Every lease has ended, so nobody reads what it is about."""
+        """Do all steps that are left, whatever devices do. Every lease has ended, so no consumer reads the blocks."""
         waiting, self._waiting = self._waiting, {}
         for steps in waiting.values():
             for step in steps:
                 step.act(self._ask_at)
 
     def _turn(self, token: str, now: float) -> bool:
-        """Do what need not wait any more; True if that was anything."""
+        """Do the steps of a lease that need not wait any more; True if there were any."""
         moved = False
         steps = self._waiting[token]
         while steps:
@@ -120,7 +119,7 @@ class DeferredSteps:
         return moved
 
     def _give_up_late(self, token: str, steps: deque[_Step], now: float) -> bool:
-        """Leave out what has waited too long, with all that was said before it; True if that was anything."""
+        """Call ``late`` for steps that have waited too long, and those before them; True if there were any."""
         late = max((number for number, step in enumerate(steps, 1) if now >= step.deadline), default=0)
         for _ in range(late):
             steps.popleft().late(now)

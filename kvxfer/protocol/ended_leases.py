@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leases that have ended, remembered for a while so that repeated messages about them are answered alike. Pure, no I/O.
 
-Nothing depends on how long: what a reader was given counts by the check of its lease (`kvxfer.protocol.lease_board`), which no other offering has.
+No safety depends on how long: bytes count by the check of their lease (`kvxfer.protocol.lease_board`), which no other lease has.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EndedLeases(Generic[_L]):
         return self._announced.get(token) or self._named.get(token)
 
     def add(self, lease: _L) -> None:
-        """Remember a lease that the engine announced or offered."""
+        """Remember a lease that the engine announced or published."""
         self._announced[lease.token] = lease
         while len(self._announced) > self._most:
             self._announced.popitem(last=False)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block ids of a lease on the wire: as they are or as runs, in pieces of bounded size, put together again by who asked. Pure, no I/O.
+"""Block ids of a lease in grants: as they are or as runs, in batches of bounded size, put together again by the consumer. Pure, no I/O.
 
 A lease with few blocks is granted in one message. Of a longer one each `Grant` carries as many ids as fit into a batch and says that
 there is ``more``; its consumer asks for the next batch by an `Acquire` that says how many ids it has. So neither side ever has to take
-a message of unbounded length, and whoever is slow is sent no more than it asked for.
+a message of unbounded length, and a slow consumer is sent no more than it asked for.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from kvxfer.protocol.messages import Grant
 
 BATCH_NBYTES = 32 << 10
-"""Of ids in one message."""
+"""Most bytes of ids in one message."""
 _ID_NBYTES, _RUN_NBYTES = 4, 8
 _SPARSE = 8
-"""Ids in a run on average, from which on a long stretch is looked at for runs, and not only what fits as it is."""
+"""From this many ids per run on, a long stretch of ids is searched for runs, and not only those that fit as they are."""
 _STRETCH = 1 << 20
 _FEWEST_IDS = 1 << 22
 
 
 class IdBatch(NamedTuple):
-    """Part of a lease's block ids.
+    """Some of a lease's block ids, as one message carries them.
 
     Attributes:
-        skip: by group, how many ids come before these; empty: none.
-        blocks: by group, ids as little-endian uint32; or runs, each a first id and a length.
+        skip: number of ids that come before these, by group; empty: none.
+        blocks: ids as little-endian uint32, by group; or runs, each a first id and a length.
         runs: groups whose ids are given as runs.
         more: others follow.
     """
@@ -49,17 +49,17 @@ class IdBatch(NamedTuple):
 
 
 def most_ids(spec: CacheSpec) -> int:
-    """Block ids of one lease that an endpoint with such a cache offers and takes: four for each token of the cache, or 4 million."""
+    """Most block ids of one lease that an endpoint with such a cache publishes and takes: four for each token of the cache, or 4 million."""
     return max(_FEWEST_IDS, 4 * sum(group.num_blocks * group.table_tokens for group in spec.groups))
 
 
 def next_batch(blocks: Sequence[bytes], have: Sequence[int] = (), nbytes: int = BATCH_NBYTES) -> IdBatch:
-    """What is granted next.
+    """The batch of ids that is granted next.
 
     Args:
         blocks: by group, all ids as little-endian uint32.
-        have: by group, so many of them were granted already; empty: none.
-        nbytes: into which it has to fit; 0 for a batch that only says that there is more.
+        have: number of ids that were granted already, by group; empty: none.
+        nbytes: size into which the batch has to fit; 0 for one that only says that there is more.
     """
     if not any(have) and sum(map(len, blocks)) <= nbytes:
         return IdBatch([], list(blocks), [], more=False)
@@ -77,7 +77,7 @@ def next_batch(blocks: Sequence[bytes], have: Sequence[int] = (), nbytes: int = 
 
 
 def _part(ids: npt.NDArray[np.uint32], nbytes: int) -> tuple[bytes, int, bool]:
-    """As many ids as fit: their bytes, how many they are, and whether those are runs."""
+    """Bytes of as many ids as fit, the number of those ids, and whether they are given as runs."""
     plain = ids[: nbytes // _ID_NBYTES]
     if not len(plain):
         return b"", 0, False
@@ -96,16 +96,16 @@ def _part(ids: npt.NDArray[np.uint32], nbytes: int) -> tuple[bytes, int, bool]:
 
 
 def _beginnings(ids: npt.NDArray[np.uint32]) -> npt.NDArray[np.intp]:
-    """Where runs of ids that count up by one begin."""
+    """Positions at which runs of ids that count up by one begin."""
     apart: npt.NDArray[np.intp] = np.flatnonzero(ids[1:] != ids[:-1] + np.uint32(1)) + 1
     return np.concatenate(([0], apart))
 
 
 class Assembly:
-    """What one rank of a producer has granted of a lease, batch by batch.
+    """Block ids that one rank of a producer has granted of a lease, put together batch by batch.
 
     Args:
-        most: ids, of all groups together: a producer that grants more is refused before they take any memory.
+        most: most ids, of all groups together. A producer that grants more is refused before they take any memory.
     """
 
     def __init__(self, most: int) -> None:
@@ -115,14 +115,14 @@ class Assembly:
 
     @property
     def have(self) -> list[int]:
-        """Ids that are here, by group."""
+        """Number of ids that are here, by group."""
         return [len(table) // _ID_NBYTES for table in self._tables]
 
     def add(self, grant: Grant) -> Grant | None:
-        """Take a batch; returns all of it as one grant, when there is no more.
+        """Take a batch; returns all ids as one grant when there are no more.
 
         Raises:
-            BlockError: it contradicts itself or what came before, or there are more ids than this side takes.
+            BlockError: the grant contradicts itself or what came before, or has more ids than this side takes.
         """
         if grant.check != self.check or len(grant.blocks) != len(self._tables):
             self.check, self._tables = grant.check, [bytearray() for _ in grant.blocks]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One lease as its consumer holds it: a rank_lease at each rank of the producer, and what there is to read. Pure, no I/O."""
+"""One lease at its consumer: the states, what leads from one to the next, and the share at each rank of its producer. Pure, no I/O."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HeldLeaseState(str, Enum):
 
 
 class HeldLeaseEvent(str, Enum):
-    """What happens to a lease at its consumer."""
+    """Event of a lease at its consumer."""
 
     ACQUIRE = "acquire"
     GRANT_ALL = "grant all"
@@ -86,9 +86,9 @@ class RankLease:
     """A lease at one rank of its producer.
 
     Attributes:
-        grant: the blocks there that are readable, once some are.
-        released: nothing more is to be said to that rank.
-        ask_at: when to say the next thing to it; ``turn_at`` its turn among all that is said to that rank, if it waits for it.
+        grant: blocks of the rank that are readable, once some are.
+        released: nothing more is to be said to the rank.
+        ask_at: when to send the next message to the rank; ``turn_at`` its turn among all messages to that peer, if it waits for it.
         batches: block ids of a grant of which more are to come.
     """
 
@@ -103,11 +103,11 @@ class RankLease:
 
     @property
     def complete(self) -> bool:
-        """All blocks that there will be are readable."""
+        """All blocks of the rank are granted."""
         return self.grant is not None and self.grant.complete
 
     def granted(self, grant: Grant, now: float) -> bool:
-        """Take what its rank grants; False if that is nothing new, or more is to be asked for (`wants_more`).
+        """Take a grant of the rank; False if it has nothing new, or more is to be asked for (`wants_more`).
 
         Raises:
             BlockError: see `Assembly.add`.
@@ -120,7 +120,7 @@ class RankLease:
             before = sum(self.batches.have)
             whole = self.batches.add(grant)
             if whole is None:
-                # A rank that says nothing new is not asked as fast as it answers.
+                # A rank that grants nothing new is not asked as fast as it answers.
                 self.wants_more, grew = True, sum(self.batches.have) > before
                 self.ask_at = now if grew else min(self.ask_at, now + _SHORTEST_RENEWAL_S)
                 return False
@@ -150,7 +150,7 @@ class RankLease:
         return self.tables
 
     def renew_at(self, now: float) -> float:
-        """Three renewals in the time a lease has: two may be lost. Not more often, whatever a producer grants."""
+        """Time of the next renewal: three in the time that a lease has, of which two may be lost; at most one each 20 ms."""
         return now + max(self.grant.ttl_s / 3 if self.grant is not None else 0.0, _SHORTEST_RENEWAL_S)
 
 
@@ -165,7 +165,7 @@ class AskedChunk:
 
 @dataclass(eq=False)
 class HeldLease:
-    """One lease held by this consumer.
+    """One lease held by this consumer. `HeldLeases` changes it.
 
     Attributes:
         rank_leases: one for each rank of the producer, in rank order; only the first until that rank was met.
@@ -220,30 +220,30 @@ class HeldLease:
 
     @property
     def granted(self) -> bool:
-        """Every rank of the producer has granted all of it."""
+        """Every rank of the producer has granted all of its blocks."""
         return self.spread and all(rank_lease.complete for rank_lease in self.rank_leases)
 
     @property
     def readable(self) -> bool:
-        """Every rank of the producer has granted some of it."""
+        """Every rank of the producer has granted some of its blocks."""
         return self.spread and all(rank_lease.grant is not None for rank_lease in self.rank_leases)
 
     @property
     def may_begin(self) -> bool:
-        """A read of it could begin."""
+        """A read of the lease could begin."""
         return self.is_unread and self.readable and self.met and self.routes is not None
 
     @property
     def waits(self) -> bool:
-        """It is being read, and waits for a grant or a chunk."""
+        """A read of the lease is under way, and waits for a grant or a chunk."""
         return self.state is HeldLeaseState.READING and (bool(self.asked) or not self.granted)
 
     def at_rank_of(self, peer: Peer) -> RankLease | None:
-        """The rank_lease at one rank, if it is this lease's."""
+        """The share of the lease at one peer, if it has one there."""
         return next((rank_lease for rank_lease in self.rank_leases if rank_lease.peer is peer), None)
 
     def waits_for(self) -> list[tuple[RankLease, float]]:
-        """Of which ranks a read wants something, and since when: to be met, a grant, a chunk."""
+        """Ranks for which the read waits (to be met, for a grant, for a chunk), with the time at which it began to wait."""
         if self.transfer is None or self.is_over:
             return []
         if self.state is HeldLeaseState.READING:
@@ -258,7 +258,7 @@ class HeldLease:
         return [(c, started) for c in self.rank_leases if not c.peer.is_met or (waiting and not c.complete)]
 
     def mistake(self, rank_lease: RankLease) -> HandshakeError | None:
-        """Why a peer that was met is not who the lease says that lives there."""
+        """Reason why a peer that was met is not the rank of the engine that the lease names; None if it is."""
         peer, ref, number = rank_lease.peer, self.ref, self.rank_leases.index(rank_lease)
         if peer.name != ref.producer:
             return HandshakeError("identity", f"{peer.address} is {peer.name!r}, the lease is {ref.producer!r}'s")
@@ -271,7 +271,7 @@ class HeldLease:
         return None
 
     def job(self, transfer: Transfer) -> StartRead | None:
-        """What the data thread needs to begin to read it; None before every rank has granted something.
+        """Job for the data thread to read the lease; None before every rank has granted something.
 
         Raises:
             BlockError: what a rank has granted are no blocks of its cache.
@@ -282,7 +282,7 @@ class HeldLease:
         return StartRead(transfer, [source for source in sources if source is not None])
 
     def source(self, number: int) -> Source | None:
-        """What one rank has granted; None if this side needs nothing of it. Raises BlockError as `job`."""
+        """Blocks that one rank has granted, as a read needs them; None if this side needs nothing of it. Raises BlockError as `job`."""
         rank_lease = self.rank_leases[number]
         grant, route = rank_lease.grant, self.routes[number] if self.routes is not None else None
         if grant is None or route is None:

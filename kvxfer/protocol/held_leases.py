@@ -103,7 +103,7 @@ class HeldLeases:
         self._requests.send_renewals(self._peers.by_address)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next; may be early, never late."""
+        """Time at which `tick` has something to do next, or earlier; None if never."""
         return float("-inf") if self._requests.renewals_wait else self._timers.next_at()
 
     def close(self) -> None:
@@ -280,7 +280,7 @@ class HeldLeases:
     def _add_ranks(self, held: HeldLease) -> None:
         """Once the first rank was met, acquire the lease at the others, as many at a time as may be unmet.
 
-        So a reference made by a stranger opens one connection only.
+        So a reference made by an unknown peer opens one connection only.
         """
         first = held.rank_leases[0]
         if not held.spread and first.peer.is_met and held.mistake(first) is None:
@@ -346,7 +346,7 @@ class HeldLeases:
             if held.transfer is None:
                 with contextlib.suppress(BlockError):  # the read will find it again, and fail
                     for rank_lease in held.rank_leases:
-                        rank_lease.leased()  # here, where nobody waits for it
+                        rank_lease.leased()  # here, where no read waits for it
                 self.granted[held.ref.token] = held
 
     def _start(self, held: HeldLease, transfer: Transfer, now: float) -> None:

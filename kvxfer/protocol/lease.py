@@ -44,7 +44,7 @@ class LeaseState(str, Enum):
 
 
 class LeaseEvent(str, Enum):
-    """What happens to a lease."""
+    """Event of a lease at its producer."""
 
     EXPECT = "expect"
     DISPLACE = "displace"

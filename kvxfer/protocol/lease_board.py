@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lease board: how a consumer learns, without asking anyone, whether its lease stood when its bytes were in place.
+"""The lease board, from which a consumer reads whether its lease stood when its bytes were in place.
 
-The producer keeps one 16-byte *cell* per offered lease in registered host memory. It holds the *check* of this offering, random
-bytes that were never used before and will never be used again, from the moment the blocks are offered, and is wiped before they
-are given back. The grant tells the check to the consumer, which reads the blocks, and when those bytes are in place reads the cell
+The producer keeps one 16-byte *cell* per published lease in registered host memory. It holds the *check* of the lease, random
+bytes that were never used before and will never be used again, from the moment its first blocks are published, and is wiped
+before they are given back. The grant tells the check to the consumer, which reads the blocks, and when those bytes are in place reads the cell
 through the same transfer agent. If the check is still there, the lease had not ended when the last byte was read; if not (wiped, or
-already that of another offering), what was read is thrown away.
+already the check of another lease), what was read is thrown away.
 
-The check is not the lease's token: two sides that make the same token twice (`LeaseRef.for_rendezvous`) offer other blocks the second time.
+The check is not the lease's token: two sides that make the same token twice (`LeaseRef.for_rendezvous`) publish other blocks the second time.
 
 That is one small one-sided read instead of a round trip through the producer's Python, whose threads may wait for the
 engine's interpreter lock; and it answers also for a producer that is frozen, which cannot have given back its blocks.
@@ -25,13 +25,13 @@ CELL_NBYTES = 16
 
 
 class LeaseBoard:
-    """Cells of one endpoint: the producer's, and scratch cells into which its own reads fetch those of others.
+    """Cells of one endpoint: those of its leases, and scratch cells into which its own reads fetch those of other producers.
 
     Owns its memory; the endpoint registers `memory` with its agent. Cells of the producer belong to the control
     thread, scratch cells to the data thread; the two halves share nothing.
 
     Args:
-        cells: most leases offered at once.
+        cells: most leases published at once.
         scratch: most reads of this endpoint checking their lease at once.
 
     Attributes:
@@ -48,7 +48,7 @@ class LeaseBoard:
 
     @property
     def memory(self) -> Memory:
-        """Where the board lies."""
+        """Memory of the board."""
         return Memory(self._begin, self._array.nbytes, MemoryKind.DRAM)
 
     @property
@@ -68,7 +68,7 @@ class LeaseBoard:
             LeaseError: all cells are taken.
         """
         if not self._free:
-            raise LeaseError("too many leases are offered at once (setting max_leases)")
+            raise LeaseError("too many leases are published at once (setting max_leases)")
         index = self._free.pop()
         self._array[index] = np.frombuffer(check, dtype=np.uint8)
         return self._address(index)
@@ -88,7 +88,7 @@ class LeaseBoard:
         return self._address(index)
 
     def read_scratch(self, address: int) -> bytes:
-        """What a read brought into a scratch cell."""
+        """Content that a read brought into a scratch cell."""
         return bytes(self._array[self._index(address)].tobytes())
 
     def give_scratch(self, address: int) -> None:

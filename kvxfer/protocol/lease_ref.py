@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a producer hands out for a request, and whoever holds it may read the request's KV by: a claim check that names no blocks."""
+"""References to leases: a producer hands one out for a request, and who has it may read the request's KV. It names no blocks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ REF_VERSION = 1
 
 
 class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
-    """What travels with a request from producer to consumer, by way of routers and clients: a claim check.
+    """Reference to a lease, which travels with a request from producer to consumer, by way of routers and clients.
 
-    It names no blocks and no addresses in memory. The token is unguessable, and whoever holds it may read the
-    request's KV, so it belongs where the request's text may be too.
+    It names no blocks and no addresses in memory. The token is unguessable, and any peer that has it may read the request's
+    KV, so it belongs only where the request's text may be too.
 
     Attributes:
         token: 128 random bits as hex.
@@ -52,7 +52,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
     def mint(
         cls, *, producer: str, addresses: Sequence[str], request: str = "", num_tokens: int = 0, digest: str = ""
     ) -> LeaseRef:
-        """A reference with a fresh token. Any process of the producer may mint; `Endpoint.announce` makes it known.
+        """Make a reference with a fresh token. Any process of the producer may mint; `Endpoint.announce` makes it known.
 
         Raises:
             LeaseRefError: a field is out of range.
@@ -73,14 +73,14 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         digest: str = "",
         secret: Secret | None = None,
     ) -> LeaseRef:
-        """The reference that producer and consumer each make for themselves, when a request is sent to both at once.
+        """Make the reference of a request that is sent to producer and consumer at once, as each of them makes it.
 
         Args:
-            key: what both were told of the request and nobody else was, such as a router's transfer id. Without a secret, who
+            key: what only these two were told of the request, such as a router's transfer id. Without a secret, any peer that
                 knows it and all of the following may read the request's KV.
             producer, num_tokens, digest: as both know them; those of another prompt are another lease.
             addresses, request: see `LeaseRef`; the two sides may differ in them.
-            secret: of both sides; without it nobody can tell the token from the rest.
+            secret: of both sides; who has it can make the token, and no other can.
 
         Raises:
             LeaseRefError: a field is out of range.
@@ -88,7 +88,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         try:
             known = msgspec.json.encode([key, producer, num_tokens, digest])
         except ValueError as error:  # as in `from_obj`
-            raise LeaseRefError(f"a shared lease cannot be made: {error}") from error
+            raise LeaseRefError(f"a rendezvous cannot be made: {error}") from error
         if secret is not None:
             token = secret.digest(known).hex()
         else:
@@ -98,10 +98,10 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_obj(cls, obj: object) -> LeaseRef:
-        """From what `to_obj` made and strangers may have changed.
+        """Read what `to_obj` made and any client may have changed.
 
         Raises:
-            LeaseRefError: malformed, or of a version this kvxfer does not know.
+            LeaseRefError: it is malformed, or of a version that this kvxfer does not know.
         """
         try:
             ref = msgspec.convert(obj, cls)
@@ -116,7 +116,7 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> LeaseRef:
-        """From the JSON text of `to_json`. Raises LeaseRefError."""
+        """Read the JSON text of `to_json`. Raises LeaseRefError."""
         try:
             obj = msgspec.json.decode(text)
         except (msgspec.DecodeError, ValueError, RecursionError, TypeError) as error:
@@ -124,17 +124,17 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         return cls.from_obj(obj)
 
     def __repr__(self) -> str:
-        # Logs show it, and whoever reads logs is not to read KV.
+        # Logs show it, and who reads logs is not to read KV.
         return f"<LeaseRef {shown(self.token)} of {self.producer!r}, request {self.request!r}>"
 
     def __rich_repr__(self) -> list[tuple[str, Any]]:
         return [("token", shown(self.token)), ("producer", self.producer), ("request", self.request)]
 
     def to_obj(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Convert to plain JSON types."""
         obj: dict[str, Any] = msgspec.to_builtins(self)
         return obj
 
     def to_json(self) -> str:
-        """JSON text."""
+        """Convert to JSON text."""
         return msgspec.json.encode(self).decode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a consumer says to producers of the leases that it holds: at a peer's pace, and again until it is answered. Pure, no I/O."""
+"""Requests of a consumer to the producers of its leases: sent at a peer's pace, and again until they are answered. Pure, no I/O."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leases of one producer: who may read which blocks, until when. Pure: no I/O, no clock of its own.
+"""The leases of one producer: which consumer may read which blocks, until when. Pure: no I/O, no clock of its own.
 
 `kvxfer.protocol.lease` has the states and what leads from one to the next. A lease ends exactly once, and its cell on the
-lease board is wiped before the end is told to anyone, so that no consumer can mistake the blocks' next content for its own.
+lease board is wiped before its end is told to the engine or a consumer, so that no consumer can mistake the blocks' next content for its own.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ class LeaseTable:
                 lease.deadline = until
 
     def next_deadline(self) -> float | None:
-        """When `expire` has something to look at next; may be early, never late."""
+        """Time at which `expire` has something to do next, or earlier; None if never."""
         return self._timers.next_at()
 
     def close(self) -> list[Lease]:
@@ -247,7 +247,7 @@ class LeaseTable:
         return lease if readable else None
 
     def why_not_readable(self, token: str, consumer: ConsumerRank) -> LeaseError:
-        """Why this process may not read the blocks of a lease now."""
+        """Reason why this process may not read the blocks of a lease now."""
         try:
             lease = self._find(token)
         except LeaseError as error:

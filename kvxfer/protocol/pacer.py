@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When messages to one peer may be sent. Pure: no clock of its own."""
+"""Times at which messages to one peer may be sent. Pure: no clock of its own."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class Pacer:
         return at
 
     def repeat_s(self, number: int) -> float:
-        """How long to wait before ``number`` questions are repeated, so that they take an eighth of what the peer takes."""
+        """Time to wait before ``number`` questions are repeated, so that they take an eighth of what the peer takes."""
         return number * self._interval_s * 4

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 _MOST_CHANGES = 4.0
-"""Of its agent or epoch, that a peer may tell unasked one after the other."""
+"""Changes of its agent or epoch that a peer may tell unasked one after the other."""
 
 
 @dataclass
 class Identity:
-    """Who this endpoint is: the part of a handshake that both halves send.
+    """Description of an endpoint in a handshake, as a producer or as a consumer.
 
     Attributes:
         epoch: random, per start; a message for another epoch was meant for a process that is gone.
@@ -62,7 +62,7 @@ class PeerState(str, Enum):
 
 
 class PeerEvent(str, Enum):
-    """What happens to a peer."""
+    """Event of a peer."""
 
     NEED = "need"
     GREET = "greet"
@@ -99,10 +99,10 @@ PEER_TRANSITIONS: TransitionTable[PeerState, PeerEvent] = TransitionTable(
 
 @dataclass(eq=False)
 class Peer:
-    """The endpoint at one control address. Survives restarts of the process there, whose ``epoch`` then changes.
+    """The endpoint at one control address. It survives restarts of the process there, whose ``epoch`` then changes.
 
     Attributes:
-        rank: that it is expected to be, by the lease that named it first or by its own word.
+        rank: rank of its engine, by the lease that named it first or by its own word.
         pacer: how fast it is asked for grants and told of ends.
         name, epoch: of the process met last; empty before.
         agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
@@ -110,8 +110,8 @@ class Peer:
         spec: of its cache; None before.
         addressable, slot_nbytes, casts, addresses: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
-        needed_by: tokens of the leases for which it is known, in the order in which they came, and the engine that each expects.
-        met_at, heard_at: on the caller's clock; when it introduced itself, and when it last said anything.
+        needed_by: engines that leases expect there, by the tokens of the leases, in the order in which they came.
+        met_at, heard_at: when it introduced itself, and when it last said anything, on the caller's clock.
     """
 
     address: str
@@ -163,7 +163,7 @@ class Peer:
         )
 
     def welcomed(self, me: Identity, message: Welcome, now: float) -> str | None:
-        """The peer answered.
+        """Take the answer of the peer.
 
         Returns:
             the epoch of the process known here before, if this is another one: whatever was agreed with it is void.
@@ -184,7 +184,7 @@ class Peer:
         return before
 
     def changes_too_often(self, message: Welcome, now: float, every_s: float) -> bool:
-        """It introduces itself, unasked, with another agent or epoch than before, and has done so too often lately."""
+        """Whether the peer has introduced itself unasked with another agent or epoch too often lately."""
         if (message.agent_info, message.epoch) == (self.agent_info, self.epoch):
             return False
         self._changes = min(_MOST_CHANGES, self._changes + (now - self._changed_at) / every_s)
@@ -195,7 +195,7 @@ class Peer:
         return False
 
     def complaint(self, now: float) -> int:
-        """Level at which to log what it does wrong: a warning once a second, so that nobody can fill a disk."""
+        """Level at which to log what the peer does wrong: a warning once a second, so that no peer can fill a disk."""
         if now < self.complained_at + 1.0:
             return logging.DEBUG
         self.complained_at = now
@@ -208,7 +208,7 @@ class Peer:
         return rejected
 
     def _check_agent(self, message: Welcome) -> HandshakeError | None:
-        """The agent that it brings is its own, by its name. Another engine's could otherwise be replaced by way of it."""
+        """Check that the agent which the peer brings has a name of its own: it could otherwise replace that of another engine."""
         try:
             self.agent_name = described_name(message.agent_info)
         except PeerInfoError as error:
@@ -226,5 +226,5 @@ class Peer:
         if message.agent != me.agent:
             return HandshakeError("agent", f"{name!r} moves bytes by {message.agent!r}, this side by {me.agent!r}")
         if (message.rank, message.spec.rank) != (self.rank, self.rank):
-            return HandshakeError("rank", f"{name!r} is rank {message.rank}, wanted is rank {self.rank}")
+            return HandshakeError("rank", f"{name!r} is rank {message.rank}, not rank {self.rank}")
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The producers that a consumer knows: handshakes, refusals, what their KV is to this side, and their retirement. Pure, no I/O.
+"""The producers that a consumer knows: handshakes, refusals, routes of their KV, and retirement. Pure, no I/O.
 
 A peer is known as long as some lease needs it, and for a while after that. It is met before anything is asked of it, and met
 again when it was restarted, when a read from it failed, or when it says that it does not know us.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _CATCH_UP_RETRIES = 4
-"""For so many times that something is asked again, a peer is not taken for silent after this process stood still."""
+"""After a pause of this process no peer counts as silent for this many ``retry_interval_s``."""
 
 
 class Welcomed(str, Enum):
-    """What a `Welcome` changed: NOTHING, the peer is MET now, or another process is, and the one before was LOST."""
+    """Effect of a `Welcome`: NOTHING, the peer is MET now, or another process is met and the one before was LOST."""
 
     NOTHING = "nothing"
     MET = "met"
@@ -55,18 +55,18 @@ class Peers:
     ) -> None:
         self._me = identity
         self.most_ids: int = most_ids(identity.spec)
-        """Block ids that this side takes of one lease."""
+        """Most block ids that this side takes of one lease."""
         self._settings = settings
         self._metrics = metrics
         self._out = out
         self._routes = routes
         self.by_address: dict[str, Peer] = {}
         self._known_routes: dict[tuple[tuple[str, str], ...], Sequence[Any] | IncompatibleError] = {}
-        """By address and epoch of each rank."""
+        """Routes by address and epoch of each rank."""
         self._bearers: dict[str, list[Peer]] = {}
-        """By name of a transfer agent, the peers that have brought it: several only where one engine is known by several addresses."""
+        """Peers by the name of the transfer agent that they bring: several only where one engine is known by several addresses."""
         self._retirements = Timers()
-        """By address, of peers that no lease needs."""
+        """Times by address, of peers that no lease needs."""
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
@@ -84,10 +84,10 @@ class Peers:
         return peer
 
     def need_no_more(self, peer: Peer, token: str, now: float) -> None:
-        """The lease is over: a peer that none needs is forgotten when it has been idle for long enough."""
+        """Note that a lease needs a peer no more. A peer that no lease needs is forgotten after ``idle_peer_s``."""
         peer.needed_by.pop(token, None)
         if not peer.needed_by:
-            # A stranger's address that never became a peer is not worth keeping a socket for.
+            # An address at which no peer was ever met is not worth a socket.
             self._retirements.set(peer.address, now + (self._settings.idle_peer_s if peer.name else 0.0))
 
     def tick(self, now: float) -> None:
@@ -100,9 +100,9 @@ class Peers:
             self._leave_agent(peer, peer.agent_name, peer.agent_info)
 
     def was_paused(self, now: float, late_s: float) -> None:
-        """Time in which this process did not run is no silence of a peer; and what it said meanwhile is still to be read.
+        """Do not count ``late_s``, in which this process did not run, as silence of peers: what they said meanwhile is still to be read.
 
-        No more than that: a machine that is late all the time notices in the end that a peer is silent.
+        No more is allowed for, so that a machine that is late all the time notices in the end that a peer is silent.
         """
         settings = self._settings
         least = (
@@ -112,7 +112,7 @@ class Peers:
             peer.heard_at = min(max(peer.heard_at + late_s, least), now)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next; may be early, never late."""
+        """Time at which `tick` has something to do next, or earlier; None if never."""
         return self._retirements.next_at()
 
     # -- handshakes -------------------------------------------------------------------------------------------------
@@ -127,10 +127,10 @@ class Peers:
             self.greet(peer, now)
 
     def welcomed(self, peer: Peer, message: Welcome, now: float) -> Welcomed:
-        """The peer introduced itself, asked or not."""
+        """Take the introduction of a peer, asked or not."""
         if peer.changes_too_often(message, now, self._settings.retry_interval_s):
             self._metrics.count("kvxfer_refused_messages_total", reason="rate")
-            peer.step(PeerEvent.CHANGE_TOO_OFTEN)  # what it is now is asked when it is needed
+            peer.step(PeerEvent.CHANGE_TOO_OFTEN)  # it is asked again when a lease needs it
             return Welcomed.NOTHING
         old_name, old_agent, repeated = peer.agent_name, peer.agent_info, peer.is_met
         gone = peer.welcomed(self._me, message, now)
@@ -143,19 +143,19 @@ class Peers:
             _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
             self._forget_routes(peer)
             return Welcomed.LOST
-        # A busy producer answers each Hello of a long wait: that must not multiply all questions.
+        # A busy producer answers each Hello of a long wait. That must not multiply all questions.
         return Welcomed.NOTHING if repeated and peer.is_met else Welcomed.MET
 
     def refused(self, peer: Peer, message: Refused, now: float) -> bool:
-        """The peer refuses to be spoken to; True if it will not be met."""
+        """Take a refusal of a peer; True if it will not be met."""
         code = message.code
         if code in ("stale_epoch", "not_introduced"):
-            # Restarted, or it forgot us. Its Welcome tells which. One that says so to everything is not asked faster.
+            # The peer was restarted, or it forgot us. Its Welcome tells which. A peer that says so to everything is not asked faster.
             # Otherwise each lease greets again when it is due.
             if peer.step(PeerEvent.NOT_INTRODUCED) and now >= peer.greeted_at + self._settings.retry_interval_s:
                 self.greet(peer, now)
         elif code == "rank" and message.rank is not None:
-            # Some lease names it for another rank than its own. Leases that name it rightly ask again when they are due.
+            # Some lease names the peer for another rank than its own. Leases that name it rightly ask again when they are due.
             if peer.state is PeerState.GREETED:
                 peer.rank = message.rank
         elif peer.reject(
@@ -170,7 +170,7 @@ class Peers:
     # -- what they have ---------------------------------------------------------------------------------------------
 
     def routes(self, peers: Sequence[Peer]) -> Sequence[Any]:
-        """How the part of each of these peers travels, found out once for each set of processes.
+        """Routes by which the KV of each of these peers travels, found once for each set of processes.
 
         Raises:
             IncompatibleError: their caches cannot be read into ours.
@@ -189,7 +189,7 @@ class Peers:
         return known
 
     def _take_agent(self, peer: Peer, now: float) -> None:
-        """Note whose agent it is that a peer brings. One agent has one description: the first, or that of the engine that a lease names."""
+        """Note the agent that a peer brings. One agent has one description: the first, or that of the engine that a lease names."""
         if not peer.agent_name:
             return
         bearers = self._bearers.setdefault(peer.agent_name, [])
@@ -209,7 +209,7 @@ class Peers:
         peer.agent_info, peer.agent_name = b"", ""
 
     def _leave_agent(self, peer: Peer, name: str, agent_info: bytes) -> None:
-        """A peer has another agent now, or is forgotten: its agent is forgotten too, unless another peer has it."""
+        """Forget the agent of a peer that has another one now or is forgotten, unless another peer has that agent."""
         bearers = self._bearers.get(name, [])
         if peer in bearers:
             bearers.remove(peer)

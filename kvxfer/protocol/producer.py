@@ -215,7 +215,7 @@ class Producer:
         self._connections.was_paused(now)
 
     def next_deadline(self) -> float | None:
-        """When `tick` has something to do next."""
+        """Time at which `tick` has something to do next; None if never."""
         deadlines = self._deferred.next_deadline(), self._table.next_deadline(), self._chunks.next_deadline()
         return min((at for at in deadlines if at is not None), default=None)
 

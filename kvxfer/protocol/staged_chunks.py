@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The producer's account of chunks: which a consumer asked for, which are packed and not taken, and who keeps too many. Pure, no I/O.
+"""Account of chunks at a producer: asked for, packed, released, and kept by which consumers. Pure, no I/O.
 
-A packed chunk keeps a staging slot until its consumer has taken it. A consumer that died, or that stands still, takes nothing: as soon as
-chunks of others wait for a slot, its lease is revoked, which gives its slots back. Whatever it still reads from them does not count,
-because the check of its lease is gone.
+A packed chunk keeps a staging slot until its consumer has released it. A consumer that died, or is paused, releases nothing: when
+chunks of others wait for a slot, its lease is revoked, which gives its slots back. Bytes that it still reads from them do not
+count, because the check of its lease is gone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease import ConsumerRank
 
 MOST_CHUNKS = 256
-"""Chunks that one consumer may have asked for and not taken: far more than any consumer of ours does."""
+"""Most chunks that one consumer may have asked for and not released: far more than a consumer of kvxfer does."""
 _MOST_WAITING = 1024
 _MOST_WAITING_NBYTES = 4 << 20
-"""Of descriptions of chunks that one consumer waits for, over all of its leases."""
+"""Most bytes of layouts of chunks that one consumer waits for, over all of its leases."""
 
 UNRELEASED_S = 2.0
-"""While others wait, a consumer may leave more than its share of chunks untaken for this long, ..."""
+"""While others wait, a consumer may keep more than its share of chunks for this long, ..."""
 SILENT_S = 5.0
 """... and any chunk for this long if it says nothing, ..."""
 DISCONNECTED_S = 0.5
@@ -42,9 +42,9 @@ class StagedChunk:
     """One chunk of a consumer.
 
     Attributes:
-        nbytes: of its description.
-        result: where it lies, its digest, or why there is none; None until it is packed.
-        packed_at: when it was.
+        nbytes: size of its layout.
+        result: its address, its digest, or why there is none; None until it is packed.
+        packed_at: when it was packed.
     """
 
     nbytes: int
@@ -53,15 +53,15 @@ class StagedChunk:
 
     @property
     def keeps_slot(self) -> bool:
-        """It lies in a staging slot."""
+        """The chunk keeps a staging slot."""
         return isinstance(self.result, int)
 
 
 @dataclass
 class ConsumerChunks:
-    """What one consumer of one lease asked to have packed and has not taken.
+    """Chunks of one lease that one consumer asked for and has not released.
 
-    Chunks are numbered upwards: those below ``next_number`` were asked for before, but ``missed``, whose question was lost or late.
+    Chunks are numbered upwards: those below ``next_number`` were asked for before, but for ``missed``, whose requests were lost or late.
     """
 
     consumer: ConsumerRank
@@ -70,15 +70,15 @@ class ConsumerChunks:
     next_number: int = 0
 
     def was_released(self, number: int) -> bool:
-        """It was asked for before, and taken since."""
+        """The chunk was asked for before, and released since."""
         return number < self.next_number and number not in self.missed and number not in self.asked
 
     def may_ask(self, number: int) -> bool:
-        """Not too many would be asked for and not taken."""
+        """Whether the consumer may ask for this chunk: not too many would be asked for and not released."""
         return len(self.asked) + len(self.missed) + number - self.next_number < MOST_CHUNKS
 
     def ask(self, number: int, nbytes: int) -> None:
-        """Note that it is asked for."""
+        """Note that a chunk is asked for."""
         self.asked[number] = StagedChunk(nbytes)
         self.missed.discard(number)
         self.missed.update(range(self.next_number, number))
@@ -86,7 +86,7 @@ class ConsumerChunks:
 
 
 class StagedChunks:
-    """Chunks of all readers of an endpoint's leases."""
+    """Chunks of all consumers of a producer."""
 
     def __init__(self) -> None:
         self._by_key: dict[PackKey, ConsumerChunks] = {}
@@ -98,40 +98,40 @@ class StagedChunks:
         return len(self._by_key)
 
     def get(self, key: PackKey) -> ConsumerChunks | None:
-        """What a consumer has asked for and not taken."""
+        """Chunks that a consumer has asked for and not released; None for one that has asked for nothing yet."""
         return self._by_key.get(key)
 
     def of(self, key: PackKey, consumer: ConsumerRank) -> ConsumerChunks:
-        """The same; empty for one that has asked for nothing yet."""
+        """Chunks that a consumer has asked for and not released; empty for one that has asked for nothing yet."""
         return self._by_key.setdefault(key, ConsumerChunks(consumer))
 
     def is_busy(self, consumer: ConsumerRank) -> bool:
-        """So much waits for this consumer already that it has to ask again later."""
+        """Whether so much waits for this consumer that it has to ask again later."""
         return self._waiting[consumer] >= _MOST_WAITING or self._waiting_nbytes[consumer] >= _MOST_WAITING_NBYTES
 
     def ask(self, chunks: ConsumerChunks, number: int, nbytes: int) -> None:
-        """A chunk is asked for."""
+        """Note that a consumer asks for a chunk."""
         chunks.ask(number, nbytes)
         self._waiting[chunks.consumer] += 1
         self._waiting_nbytes[chunks.consumer] += nbytes
 
     def packed(self, chunks: ConsumerChunks, number: int, result: Packed | KvxferError, now: float) -> None:
-        """The data thread has packed one that is asked for, or cannot."""
+        """Note what the data thread says of a chunk that is asked for."""
         chunk = chunks.asked[number]
         self._waits_no_more(chunks.consumer, chunk)
         chunk.result, chunk.packed_at = result, now
 
     def release(self, chunks: ConsumerChunks, numbers: Iterable[int]) -> list[int]:
-        """A consumer has taken chunks, or does not want them any more; returns those that it had asked for."""
+        """Note that a consumer needs chunks no more; returns those that it had asked for."""
         numbers = list(dict.fromkeys(numbers))
         taken = [number for number in numbers if number in chunks.asked]
         for number in taken:
             self._waits_no_more(chunks.consumer, chunks.asked.pop(number))
-        chunks.missed.difference_update(numbers)  # given up before the question was here
+        chunks.missed.difference_update(numbers)  # given up before the request was here
         return taken
 
     def end(self, key: PackKey) -> bool:
-        """A consumer wants nothing more; True if it had asked for anything."""
+        """Forget all chunks of a consumer; True if it had asked for any."""
         chunks = self._by_key.pop(key, None)
         if chunks is not None:
             for chunk in chunks.asked.values():
@@ -141,7 +141,7 @@ class StagedChunks:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def short_of_slots(self, share: int) -> None:
-        """Chunks wait, and no slot is free: each consumer's share is so many. 0: none waits any more."""
+        """Note that chunks wait and no slot is free, of which each consumer's share is ``share``. 0: no chunk waits any more."""
         self._share = share
 
     @property
@@ -156,7 +156,7 @@ class StagedChunks:
                 chunk.packed_at = min(now, max(chunk.packed_at + late_s, now - UNRELEASED_S + CATCH_UP_S))
 
     def to_revoke(self, now: float, seen: Callable[[ConsumerRank], LastHeard]) -> Iterator[tuple[str, str]]:
-        """Leases to be revoked so that others get slots: the token of each, and why."""
+        """Leases to be revoked so that other consumers get slots: the token of each, and why."""
         if not self._share:
             return
         for consumer, held in self._kept().items():
@@ -167,7 +167,7 @@ class StagedChunks:
             if disconnected_at is not None and now >= disconnected_at + DISCONNECTED_S:
                 limit, why = now, "the connection of its consumer has ended"
             elif len(held) > self._share and now >= oldest + UNRELEASED_S:
-                limit, why = now - UNRELEASED_S, f"its consumer has left chunks untaken for {UNRELEASED_S:g} s"
+                limit, why = now - UNRELEASED_S, f"its consumer has kept chunks for {UNRELEASED_S:g} s"
             elif now >= max(oldest, heard_at) + SILENT_S:
                 limit, why = now - SILENT_S, f"its consumer has said nothing for {SILENT_S:g} s"
             else:

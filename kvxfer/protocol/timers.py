@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times at which something is due, one per key. Pure: the clock is the caller's."""
+"""Timers, one per key. Pure: the clock is the caller's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SLACK = 64
 
 
 class Timers:
-    """At most one time for each key; a new one replaces the old.
+    """Times at which keys are due, at most one for each; a new time replaces the old one.
 
-    Costs O(log n) amortised for n keys, and memory for at most about twice as many entries as there are keys: what was
-    replaced or cancelled is swept out, for a process that leases for months would otherwise drown in it.
+    Costs O(log n) amortised for n keys, and memory for at most about twice as many entries as there are keys: entries that
+    were replaced or cancelled are removed, so that a process may run for months.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Timers:
                 yield key
 
     def next_at(self) -> float | None:
-        """When something is due next."""
+        """Time at which something is due next; None if nothing is."""
         while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine waits for: a `Transfer`, and the events that `Endpoint.poll` returns."""
+"""Transfers and events: what an engine waits for, and what `Endpoint.poll` returns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ before it has woken the next."""
 
 
 class Latch:
-    """Opened once, waited for by any number of threads. `threading.Event` makes three locks and wakes through two of them."""
+    """A door that is opened once, and waited for by any number of threads. `threading.Event` makes three locks and wakes through two of them."""
 
     __slots__ = ("_closed", "is_open")
 
@@ -38,7 +38,7 @@ class Latch:
         self.is_open: bool = False
 
     def open(self) -> None:
-        """Let everybody go on who waits. Once."""
+        """Let all waiting threads go on. Call it once."""
         self.is_open = True
         self._closed.release()
 
@@ -48,7 +48,7 @@ class Latch:
         while not self.is_open:
             left_s = _LONGEST_WAIT_S if deadline is None else min(deadline - time.monotonic(), _LONGEST_WAIT_S)
             if self._closed.acquire(timeout=max(0.0, left_s)):
-                self._closed.release()  # to the next who waits
+                self._closed.release()  # to the next thread that waits
             elif left_s < _LONGEST_WAIT_S:
                 break
         return self.is_open
@@ -64,13 +64,13 @@ class Transfer:
         ref: the lease being read.
         into: the target's block tables, one per cache group.
         tokens: which of the request's tokens are read; None: all that ``into`` holds.
-        verify: what arrives is compared with what its source has, before the transfer ends.
-        after: what the target's devices do with ``into`` before anything may be written there.
-        nbytes, descriptors: what was moved over the wire; 0 until done.
-        partial_nbytes: so many of these bytes were here before the last block was complete at its producer.
+        verify: bytes that arrive are compared with those of their source, before the transfer ends.
+        after: work of the target's devices with ``into`` that has to end before anything is written there.
+        nbytes, descriptors: bytes moved over the wire, and in how many pieces; 0 until done.
+        partial_nbytes: bytes of these that were here before the last block was complete at its producer.
         seconds: from the read call to the end; 0.0 until done.
-        via: how they travelled, in the words of the transfer agent; empty until done.
-        route: where they were packed, in the words of `kvxfer.planner.router.Route` (``direct``, ``source_packed``, ...); several joined
+        via: how the bytes travelled, in the words of the transfer agent; empty until done.
+        route: where the bytes were packed, in the words of `kvxfer.planner.router.Route` (``direct``, ``source_packed``, ...); several joined
             by "and" if the ranks of the source took different ones; empty until done.
     """
 
@@ -104,17 +104,17 @@ class Transfer:
         self._error: KvxferError | None = None
         self._ended = Latch()
         self._ending: dict[str, object] = {}
-        """Who ends it. No lock: a signal handler that interrupts its holder may wait for a thread that wants it."""
+        """The thread that ends it. No lock: a signal handler that interrupts the thread with the lock may wait for one that wants it."""
         self._awaiting: dict[object, Callable[[], None]] = {}
 
     @property
     def done(self) -> bool:
-        """It ended, well or not."""
+        """The transfer has ended, well or not."""
         return self._ended.is_open
 
     @property
     def error(self) -> KvxferError | None:
-        """Why it failed; None while it runs and when the bytes are in place under a lease that stood."""
+        """Reason of the failure; None while the transfer runs and when the bytes are in place under a lease that stood."""
         return self._error
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -134,7 +134,7 @@ class Transfer:
 
     @property
     def waiters(self) -> int:
-        """How many tasks await it now."""
+        """Number of tasks that await it now."""
         return len(self._awaiting)
 
     def __await__(self) -> Generator[object, None, None]:
@@ -143,16 +143,16 @@ class Transfer:
         ended = loop.create_future()
 
         def resolve() -> None:
-            if not ended.done():  # whoever waited was cancelled
+            if not ended.done():  # the task that waited was cancelled
                 ended.set_result(None)
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop was closed: no task waits any more
                 loop.call_soon_threadsafe(resolve)
 
         self._awaiting[ended] = wake
         try:
-            if not self._ended.is_open:  # whoever opens it from now on finds this one
+            if not self._ended.is_open:  # the thread that opens it from now on finds this one
                 yield from ended
         finally:  # it may have been cancelled
             self._awaiting.pop(ended, None)
@@ -172,7 +172,7 @@ class Transfer:
         via: str = "",
         route: str = "",
     ) -> bool:
-        """For the endpoint: end it once; False (and no change) if it had ended, or another thread ends it now."""
+        """End the transfer, once; False (and no change) if it had ended, or another thread ends it now. For the endpoint."""
         me = object()
         if self._ending.setdefault("by", me) is not me:
             return False
@@ -181,7 +181,7 @@ class Transfer:
         self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
         self.nbytes, self.partial_nbytes = nbytes, partial_nbytes
         self.seconds = self._now() - self.started
-        # The event is queued before waiters wake, so that whoever waited finds it in poll().
+        # The event is queued before waiters wake, so that they find it in poll().
         try:
             self._on_end(self)
         finally:
@@ -194,14 +194,14 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Done:
-    """The bytes are in place, and their lease stood until then."""
+    """Consumer: the bytes are in place, and their lease stood until then."""
 
     transfer: Transfer
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The transfer failed and its target blocks are quiet: what they hold is not to be used."""
+    """Consumer: the transfer failed and its target blocks are quiet: what they hold is not to be used."""
 
     transfer: Transfer
     error: KvxferError
@@ -218,9 +218,9 @@ class LeaseReleased:
 
 @dataclass(frozen=True)
 class LeaseExpired:
-    """Producer: nobody settled the lease in time. The blocks may be reused; who reads them late throws them away.
+    """Producer: the consumer did not release the lease in time. The blocks may be reused; a consumer that reads them late throws them away.
 
-    Also if the devices that ``after`` of `Endpoint.publish` names did not end in time: nobody will read the blocks, and when
+    Also if the devices that ``after`` of `Endpoint.publish` names did not end in time: no consumer will read the blocks, and when
     their own devices have done with them the engine knows by itself.
     """
 
@@ -230,7 +230,7 @@ class LeaseExpired:
 
 @dataclass(frozen=True)
 class LeaseRevoked:
-    """Producer: the lease ended by a call of this engine, or could not be offered. The blocks may be reused."""
+    """Producer: the lease ended by a call of this engine, or its blocks could not be published. The blocks may be reused."""
 
     token: str
     request: str

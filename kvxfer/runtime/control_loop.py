@@ -166,7 +166,7 @@ class ControlLoop:
     def _take(self, inbound: Inbound | Unreachable) -> None:
         now = self._now()
         if isinstance(inbound, Unreachable):
-            tell = self.consumer.nobody_listens if inbound.dead else self.consumer.unreachable
+            tell = self.consumer.port_closed if inbound.dead else self.consumer.unreachable
             self._guarded(lambda: tell(inbound.address, inbound.why, now))
             return
         source, message = inbound.source, inbound.message
