@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that tries for longer than a test may, one after the other, each with a limit: `make nightly`. Ends with a table of what failed.
+"""All trials that take longer than a test may, one after the other, each with a limit: `make nightly`. Ends with a table of results.
 
-``python -m tests.nightly --list`` says what there is; ``--only race --only hostile`` runs these; ``--share 0.1`` gives each a tenth of its
-time. What each prints goes to ``.nightly/<name>.log`` and its last line into the table.
+``python -m tests.nightly --list`` prints the trials; ``--only race --only hostile`` runs these; ``--share 0.1`` gives each a tenth of
+its time. Each run has a new random seed, which is printed first and in the table; ``--seed 7`` runs with that one again. What a trial
+prints goes to ``.nightly/<name>.log``, and its last line into the table.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ _KILLED_AFTER_S = 30.0
 
 @dataclass(frozen=True)
 class Task:
-    """One of the list.
+    """One trial.
 
     Attributes:
-        command: of this interpreter; ``{s}`` stands for ``seconds``, ``{n}`` for ``number``, ``{seed}`` for a random one.
-        seconds, number: how long it tries, or how much; the share of it that is asked for.
-        limit: it is ended after so many times ``seconds``, and five minutes: then it has failed.
+        command: arguments of the interpreter; ``{s}`` and ``{m}`` stand for ``seconds`` and the same in minutes, ``{n}`` for
+            ``number``, ``{seed}`` for the seed of the run.
+        seconds, number: how long it tries, or how much, at ``--share 1``.
+        limit: it is ended, and has failed, after so many times ``seconds`` and five minutes.
     """
 
     name: str
@@ -60,28 +62,28 @@ TASKS = (
     Task("steady", ("-m", "tests.race.steady", "--transfers", "{n}"), 150, number=90_000),
     Task(
         "soak",
-        (*_KVXFER, "soak", "--minutes", "{n}", "--agent-options", json.dumps(LOOPBACK), "--seed", "{seed}"),
+        (*_KVXFER, "soak", "--minutes", "{m}", "--agent-options", json.dumps(LOOPBACK), "--seed", "{seed}"),
         900,
-        number=15,
     ),
     Task("sim", (*_KVXFER, "sim", "--seeds", "{n}", "--from", "{seed}"), 3600, number=600),
     Task(
         "search",
-        ("-m", "pytest", "-q", "-p", "no:xdist", *_ANY_PAIR, "--timeout=0"),
+        ("-m", "pytest", "-q", "-p", "no:xdist", *_ANY_PAIR, "--timeout=0", "--hypothesis-seed", "{seed}"),
         3600,
         number=2000,
         environment=(("HYPOTHESIS_PROFILE", "search"), ("SEARCH_EXAMPLES", "{n}")),
     ),
     Task("jax", ("-m", "tests.xla.jax_pairs", "--seeds", "{n}", "--from", "{seed}", "--stops"), 1200, number=1000),
-    Task("fuzz", ("-m", "tests.fuzz.long", "--seconds", "{n}"), 2100, number=120),
+    Task("fuzz", ("-m", "tests.fuzz.long", "--seconds", "{n}", "--seed", "{seed}"), 2100, number=120),
 )  # fmt: skip
 
 
-def run(task: Task, share: float, python: str) -> tuple[bool, float, str]:
-    """(whether it ended well, seconds, its last line)."""
-    seed = random.SystemRandom().getrandbits(20)
+def run(task: Task, share: float, seed: int, python: str) -> tuple[bool, float, str]:
+    """Run one trial; returns whether it ended well, the seconds it took, and its last line."""
+    seconds = max(1.0, task.seconds * share)
     filled = {
-        "s": f"{max(1.0, task.seconds * share):g}",
+        "s": f"{seconds:g}",
+        "m": f"{seconds / 60:g}",
         "n": str(max(1, round(task.number * share))),
         "seed": str(seed),
     }
@@ -127,30 +129,34 @@ def main() -> int:
     """See the module."""
     names = [task.name for task in TASKS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=names, action="append", help="this one, and others so given")
-    parser.add_argument("--skip", choices=names, action="append", default=[], help="not this one")
-    parser.add_argument("--share", type=float, default=1.0, help="of the time that each has (%(default)g)")
     parser.add_argument(
-        "--fuzz-python", default="", help="interpreter that has atheris; without one `fuzz` is left out"
+        "--only", choices=names, action="append", help="run this trial, and others given in the same way"
     )
-    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument("--skip", choices=names, action="append", default=[], help="leave this trial out")
+    parser.add_argument("--share", type=float, default=1.0, help="of the time that each trial has (%(default)g)")
+    parser.add_argument("--seed", type=int, help="of all trials; by default another one each time")
+    parser.add_argument("--fuzz-python", default="", help="interpreter with atheris; without one `fuzz` is left out")
+    parser.add_argument("--list", action="store_true", help="print the trials")
     options = parser.parse_args()
     if options.list:
         for task in TASKS:
             print(f"{task.name:10} {task.seconds / 60:5.0f} min  {' '.join(task.command)}")
         return 0
     LOGS.mkdir(exist_ok=True)
+    seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(20)
+    print(f"seed {seed}: `--seed {seed}` runs the same again", flush=True)
     told = []
     for task in TASKS:
         if task.name in options.skip or (options.only and task.name not in options.only):
             continue
-        if task.name == "fuzz" and not options.fuzz_python:
-            told.append((task.name, "left out", 0.0, "no interpreter with atheris was given"))
+        if task.name == "fuzz" and not (options.fuzz_python and Path(options.fuzz_python).exists()):
+            told.append((task.name, "left out", 0.0, "there is no interpreter with atheris here"))
             continue
         print(f"{time.strftime('%H:%M')} {task.name} ...", flush=True)
-        good, seconds, last = run(task, options.share, options.fuzz_python if task.name == "fuzz" else sys.executable)
+        python = options.fuzz_python if task.name == "fuzz" else sys.executable
+        good, seconds, last = run(task, options.share, seed, python)
         told.append((task.name, "ok" if good else "FAILED", seconds, last))
-    print(f"\n{'what':10} {'how':8} {'min':>5}  last line")
+    print(f"\nseed {seed}\n{'what':10} {'how':8} {'min':>5}  last line")
     for name, how, seconds, last in told:
         print(f"{name:10} {how:8} {seconds / 60:5.1f}  {last[:200]}")
     failed = [name for name, how, *_ in told if how == "FAILED"]

@@ -46,7 +46,7 @@ def keep(name: str) -> int:
     return len(list(kept.iterdir()))
 
 
-def one(name: str, seconds: int) -> None:
+def one(name: str, seconds: int, seed: int) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     import atheris
 
@@ -59,8 +59,8 @@ def one(name: str, seconds: int) -> None:
     logging.disable()
     target, mine = BY_NAME[name], FOUND / name
     mine.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds()):
-        (mine / f"seed-{number}").write_bytes(seed)
+    for number, good in enumerate(target.seeds()):
+        (mine / f"seed-{number}").write_bytes(good)
     pool = target.seeds()
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
@@ -72,7 +72,7 @@ def one(name: str, seconds: int) -> None:
     kept = CORPUS / name
     arguments = [sys.argv[0], str(mine), *([str(kept)] if kept.is_dir() else [])]
     arguments += [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=4096", "-max_len=16384"]
-    arguments += [f"-artifact_prefix={FOUND}/{name}-", "-print_final_stats=1", "-verbosity=0"]
+    arguments += [f"-seed={seed}", f"-artifact_prefix={FOUND}/{name}-", "-print_final_stats=1", "-verbosity=0"]
     atheris.Setup(arguments, lambda data: target.run(data) and None, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -83,10 +83,11 @@ def main() -> int:
     options.add_argument("--seconds", type=int, default=300, help="for each target (%(default)s)")
     options.add_argument("--only", choices=names(), help="this target and no other")
     options.add_argument("--keep", action="store_true", help="add to the corpus what was learnt")
+    options.add_argument("--seed", type=int, default=0, help="of the mutations; 0: another one each time (the default)")
     options.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.here:
-        one(asked.only, asked.seconds)
+        one(asked.only, asked.seconds, asked.seed)
         return 0
     chosen = [asked.only] if asked.only else names()
     if asked.keep:
@@ -95,7 +96,8 @@ def main() -> int:
         return 0
     failed, total = [], 0
     for name in chosen:
-        command = [sys.executable, "-m", "tests.fuzz.long", "--here", "--only", name, "--seconds", str(asked.seconds)]
+        command = [sys.executable, "-m", "tests.fuzz.long", "--here", "--only", name]
+        command += ["--seconds", str(asked.seconds), "--seed", str(asked.seed)]
         child = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
         told = re.search(r"stat::number_of_executed_units:\s+(\d+)", child.stderr)
         executions = int(told.group(1)) if told else 0
