@@ -83,7 +83,9 @@ class FlightLog:
 
     def _note(self, flights: Sequence[Flight]) -> None:
         for flight in flights:
-            assert any(flight is ours for ours in self._submitted), f"poll returned a flight nobody submitted: {flight}"
+            assert any(flight is ours for ours in self._submitted), (
+                f"poll returned a flight that was not submitted: {flight}"
+            )
             assert id(flight) not in self._ended, f"{flight} was returned a second time after its end"
             assert flight.state is not FlightState.PENDING, f"poll returned {flight}, which is pending"
             if flight.state is FlightState.QUARANTINED:
@@ -140,7 +142,7 @@ class Actor:
         self._registrations[memory] = self.agent.register(memory)
 
     def deregister(self, memory: Memory) -> None:
-        """Withdraw what `register` registered."""
+        """Deregister what `register` registered."""
         self.agent.deregister(self._registrations[memory])
         del self._registrations[memory]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fake: an agent that wraps a real one and misbehaves on request, to see how the layers above it take that.
+"""A fake: an agent that wraps a real one and misbehaves on request, to test the layers above it.
 
-Nothing here imitates a particular engine. The faults are those that engines were seen to have: slow, refusing, never
-finishing, and writing into memory that was given up long ago.
+It imitates no particular engine. The faults are those that engines were seen to have: slow, refusing, never finishing,
+and writing into memory of transfers that were abandoned long ago.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _refusal() -> KvxferError:
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong, and when.
+    """Faults, and the calls that they strike.
 
     Submits are counted from 0, each list that the base class hands to the engine: a long transfer counts several times.
 

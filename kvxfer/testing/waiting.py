@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What one try counts for at the most. Virtual machines stand still for half a minute (seen: 41 s), and whoever asks
-# right after that asks for the first time.
+# Most seconds that one try counts for. Virtual machines stand still for half a minute (seen: 41 s), and the try right
+# after that is the first one.
 _TRY_S = 1.0
 
 
 def tries(timeout_s: float, *, interval_s: float) -> Iterator[None]:
     """Yield once for each try until ``timeout_s`` are over, with a pause in between; at least once.
 
-    A machine that stands still meanwhile uses up a second of it, however long it stood: there are always many tries.
+    A machine that stands still meanwhile uses up one second of it, however long it stood: there are always many tries.
     """
     left_s = timeout_s
     while True:

@@ -272,7 +272,7 @@ class Race:
         self._leases.pop((member.label, number))
         self.figures.prefilled["no room"] += 1
 
-    def _told_offered(self, member: RaceMember, number: int, ref: str) -> None:
+    def _told_published(self, member: RaceMember, number: int, ref: str) -> None:
         pass
 
     def _told_prefilled(self, member: RaceMember, number: int, how: str, wrong: int) -> None:

@@ -167,7 +167,7 @@ def copy_not_waited_for(patch):
 @bug
 def read_deadline_dropped(patch):
     """A read whose blocks never come waits for ever."""
-    patch(held_leases.HeldLeases, "_give_up", lambda self, hold, now: setattr(held_lease, "deadline", now + 1e9))
+    patch(held_leases.HeldLeases, "_give_up", lambda self, hold, now: setattr(hold, "deadline", now + 1e9))
 
 
 @bug

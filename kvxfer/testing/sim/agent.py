@@ -2,7 +2,7 @@
 """A transfer agent of the simulator: copies real memory, a piece at a time, when the world says so.
 
 It does to its users what real engines were measured to do: a copy that was given up goes on, one that failed may land all the
-same, memory that was withdrawn is read as if nothing had happened, an owner dies with its reader, an engine does not come up
+same, deregistered memory is read as if nothing had happened, a producer dies with its consumer, an engine does not come up
 again at the first try. Nothing but the end of an agent stops what it has begun.
 """
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _AFTERWARDS_S = 0.3
 _LATE_S = 40.0
 _PIECES = 4
-"""Into which a copy is cut, so that it can be torn: lost, broken or overtaken half way."""
+"""Pieces of a copy, so that it can be torn: lost, broken or overtaken half way."""
 _AGAIN_S = 0.2
 _AT_ONCE_S = 0.1
-"""For so long may a copy keep the thread that asked for it, at most."""
+"""Longest time for which a copy keeps the thread that asked for it."""
 
 
 class _Copy:
@@ -41,20 +41,20 @@ class _Copy:
 
 
 class VirtualAgent(TransferAgent):
-    """Like an engine on RDMA, or on a host's own copies if `at_once`: the owner of what is read has no part in it.
+    """An engine on RDMA, or on a host's own copies if `at_once`: the producer has no part in a copy.
 
     Args:
         name: see `TransferAgent`.
-        process: that it lives in.
-        agents: all that there ever were, by name.
+        process: in which it lives.
+        agents: all agents of the run so far, by name.
 
     Raises:
-        UnavailableError: it is one that cannot be made at this moment.
+        UnavailableError: it cannot be made at this moment.
 
     Attributes:
-        at_once: it copies while it is told to, and keeps who told it so for as long as that takes.
+        at_once: it copies within `submit`, which takes as long as the copy.
         met: names of the agents that it knows.
-        is_open: it was not torn down, and its process lives.
+        is_open: it was not closed, and its process lives.
     """
 
     adapter: ClassVar[str] = "virtual"
@@ -129,14 +129,14 @@ class VirtualAgent(TransferAgent):
             if not fate and self.at_once:
                 self._move(copy, piece)
             elif number < stop_at or broken:
-                # What an engine says has failed may land all the same, for a while.
+                # Bytes of a copy that is said to have failed may land for a while.
                 world.after(at if number < stop_at else at + _AFTERWARDS_S, partial(self._move, copy, piece))
         if broken:
             world.after(times[stop_at], lambda: self._break(copy, TransferFailedError("broken off by the simulator")))
         return copy
 
     def _loses_first(self, owner: Process) -> bool:
-        """The first copy from another process connects to it, and that fails without a word."""
+        """Whether the first copy from another process, which also connects to it, is lost."""
         pair, lost = (self.process.name, owner.name), self.process.network.lost_first
         if owner.name in self._asked or pair in lost:
             return False
@@ -155,8 +155,8 @@ class VirtualAgent(TransferAgent):
         elif not owner.process.alive:
             if not world.strikes("death not noticed", copy.what, world.profile.copy_lost):
                 self._break(copy, PeerLostError(f"{copy.owner!r} is gone"))
-        elif not owner.is_open and not world.strikes("withdrawn memory read", copy.what, world.profile.unguarded):
-            self._break(copy, PeerLostError(f"{copy.owner!r} has withdrawn its memory"))
+        elif not owner.is_open and not world.strikes("deregistered memory read", copy.what, world.profile.unguarded):
+            self._break(copy, PeerLostError(f"{copy.owner!r} has deregistered its memory"))
         else:
             for here, there, nbytes in piece:
                 ctypes.memmove(here, there, nbytes)
@@ -183,13 +183,13 @@ class VirtualAgent(TransferAgent):
         self._ended()
 
     def _ended(self) -> None:
-        """Torn down, or dead with its process: over some lanes the owners of what it was reading do not survive that."""
+        """Closed, or dead with its process: over some transports the producers of its copies do not survive that."""
         if not self.is_open:
             return
         self.is_open = False
         world = self.process.world
         for copy in self._under_way:
             owner = self._agents[copy.owner].process
-            if owner.alive and world.strikes("owner dies with its reader", copy.what, world.profile.coupled):
+            if owner.alive and world.strikes("producer dies with its consumer", copy.what, world.profile.coupled):
                 world.after(1e-3, owner.fatal)
         self._under_way.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's cache in the simulator: memory in any order, read and written by its logical axes, behind a device that takes its time."""
+"""A rank's cache in the simulator: memory in any order, read and written by logical axes, behind a device that takes its time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 LAYERS, HEADS, DIM = 2, 2, 16
-"""Of the model, which all engines of a run serve."""
+"""Sizes of the model that all engines of a run serve."""
 CAPACITY = 160
 """Tokens that an engine has room for."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What all ranks of an engine have in common.
+    """Properties of a cache that all ranks of an engine share.
 
     Attributes:
         world: number of ranks.
-        by_layer: a rank has some of the layers, and else some of the heads.
+        by_layer: a rank has some of the layers; else some of the heads.
         apart: K and V have an allocation each.
         hidden: the memory has no address.
     """
@@ -55,7 +55,7 @@ class CacheShape:
 
     @property
     def blocks(self) -> int:
-        """How many there are."""
+        """Number of blocks."""
         return CAPACITY // self.block_tokens
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class CacheShape:
 
 
 class Work:
-    """Something a device was told to do: done when it comes to it, or fails. A `Completion`."""
+    """Work of a device, as a `Completion`: it ends late, or fails."""
 
     answers_at_once: ClassVar[bool] = True
 
@@ -91,7 +91,7 @@ class Work:
         return self._act is None
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """See `Completion`. Who insists has it done now."""
+        """See `Completion`. A caller that waits has the work done at once."""
         if timeout_s is None or timeout_s > 0:
             self._end()
         if self.done and self._error is not None:
@@ -110,9 +110,9 @@ class VirtualBuffer(DeviceBuffer):
     """Host memory behind a device whose copies may end later, and whose memory may have no address.
 
     Args:
-        memory: that it is.
-        process: that it is used by.
-        hidden: it has no address.
+        memory: the memory itself.
+        process: that uses it.
+        hidden: the memory has no address.
     """
 
     def __init__(self, memory: DeviceBuffer, process: Process, *, hidden: bool) -> None:
@@ -158,16 +158,16 @@ class VirtualBuffer(DeviceBuffer):
 
 
 class RankMemory:
-    """One rank's cache, and what it holds as ``[layer, token, head, K then V]``.
+    """One rank's cache, with its content as ``[layer, token, head, K then V]``.
 
     Args:
-        process: its rank's.
-        shape: its engine's.
-        rank: which it is.
+        process: of the rank.
+        shape: of the engine.
+        rank: number of the rank.
 
     Attributes:
         cache: as an endpoint takes it.
-        share: which of all layers and heads are here, as an index of such content.
+        share: index of the rank's layers and heads in content of the whole model.
     """
 
     def __init__(self, process: Process, shape: CacheShape, rank: int) -> None:
@@ -204,14 +204,14 @@ class RankMemory:
         )
 
     def read(self, blocks: Sequence[int]) -> Array:
-        """What these blocks hold, of what is here."""
+        """Return the content of blocks: the rank's share of layers and heads."""
         held = np.concatenate([array[:, blocks] for array in self._arrays], axis=-1)
         layers, number, heads, tokens, content = held.shape
         by_token: Array = held.transpose(0, 1, 3, 2, 4).reshape(layers, number * tokens, heads, content)
         return by_token
 
     def write(self, blocks: Sequence[int], content: Array, first: int = 0) -> None:
-        """Let these blocks hold that, of all layers and heads, from their ``first`` token on."""
+        """Write content of all layers and heads into blocks, from their ``first`` token on."""
         mine, stop = content[self.share], first + content.shape[1]
         held = self.read(blocks)
         held[:, first:stop] = mine
@@ -224,7 +224,7 @@ class RankMemory:
 
 
 def _without_addresses(made: KVCache) -> CacheSpec:
-    """A cache's spec with places that count from the beginning of each buffer."""
+    """Return a cache's spec with addresses that count from the beginning of each buffer."""
     bases = [buffer.memory.address for buffer in made.buffers if buffer.memory is not None]
     return msgspec.structs.replace(
         made.spec,
@@ -242,7 +242,7 @@ def _without_addresses(made: KVCache) -> CacheSpec:
 
 
 def noise(generator: np.random.Generator, tokens: int) -> Array:
-    """Content that no other block ever held, of numbers that every dtype of a run has: they survive any conversion."""
+    """Return content that no other block ever held, in numbers that survive every conversion of a run."""
     bits = generator.integers(0, 1 << 16, (LAYERS, tokens, HEADS, 2 * DIM)).astype(np.uint16)
     finite: Array = (bits & np.uint16(0xBFFF)).view(np.float16)
     return finite

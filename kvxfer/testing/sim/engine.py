@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine of the simulator: a cache whose blocks it gives to requests, takes back, and rewrites as soon as it may."""
+"""An engine of the simulator: its cache, whose blocks it gives to requests, takes back, and overwrites as soon as it may."""
 
 from __future__ import annotations
 
@@ -43,32 +43,31 @@ SETTINGS: dict[str, float] = {
 }
 FEW_LEASES = 4
 _MOST_SLOTS = 7
-"""Of the eight of such an arena: so many are lent for one use."""
+"""Slots of the eight of the arena that are lent for one use."""
 
 PACKED = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
-"""By which packing pays at once, so that small caches take every route."""
+"""Costs by which packing pays at once, so that small caches take every route."""
 DIRECT = Costs(descriptor_s=1e-9, ask_s=1.0, chunk_s=1.0, land_s=1.0)
-"""By which it never does."""
+"""Costs by which packing never pays."""
 
 HOARD_S = 3.5
-"""For so long may a reader keep more than its share of staging slots while others wait, on the clock of the world."""
+"""Longest time for which a consumer may keep more than its share of staging slots while others wait, on the world's clock."""
 OVERDUE_S = 3.0
-"""For so long may a read go on after its deadline on the clock of its process, while that process runs: ``quarantine_s``, what
-polling costs, and the time of an agent that cannot be made again at once."""
-
+"""Longest time for which a read may go on after its deadline, while its process runs: ``quarantine_s``, the cost of polling,
+and the time of an agent that cannot be made again at once."""
 
 _RENEWAL_PAUSE = 8.0
-"""Times ``contact_timeout_s``: for the sake of silent peers an agent is not made anew more often than that."""
+"""Shortest time between two resets of an agent for silent peers, in units of ``contact_timeout_s``."""
 
 
 @dataclass(eq=False)
 class Serving:
-    """A request at its producer: blocks, and what they are to hold.
+    """A request at its producer: its blocks, and their content.
 
     Attributes:
-        begun: by rank, how many tokens are there or are being computed; ``there`` those that are.
-        offered: ranks that have offered the blocks; ``told`` those that were told how that ended.
-        over: it was aborted.
+        begun: by rank, how many tokens are there or are being computed; ``there``: how many are there.
+        published: ranks that have published all blocks; ``told``: ranks that were told how the lease ended.
+        over: the request was aborted.
     """
 
     request: SimulatedRequest
@@ -77,7 +76,7 @@ class Serving:
     content: Array
     begun: dict[int, int] = field(default_factory=dict)
     there: dict[int, int] = field(default_factory=dict)
-    offered: set[int] = field(default_factory=set)
+    published: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
     over: bool = False
 
@@ -87,8 +86,8 @@ class Fetching:
     """A request at its consumer.
 
     Attributes:
-        content: of the tokens that are read, the first of which is the ``first`` of the blocks.
-        ended: ranks whose reads have.
+        content: of the tokens to read, which begin at token ``first`` of the blocks.
+        ended: ranks whose reads have ended.
     """
 
     request: SimulatedRequest
@@ -100,7 +99,7 @@ class Fetching:
 
 @dataclass(eq=False)
 class Overdue:
-    """A read of one rank, and for how long it has gone on after its deadline."""
+    """A read of one rank, and the time that it has gone on after its deadline."""
 
     fetching: Fetching
     seconds: float = 0.0
@@ -137,7 +136,7 @@ class Rank:
         )
 
     def do(self, act: Callable[[], object], after_s: float = 0.0) -> None:
-        """Have its process do something: when it is awake, if it lives then."""
+        """Run something in its process: as soon as it is not frozen, if it lives then."""
 
         def attempt() -> None:
             if self.process.frozen:
@@ -149,17 +148,17 @@ class Rank:
         self.process.world.after(after_s, attempt)
 
     def poll(self, passed_s: float) -> None:
-        """Take what the endpoint has to say, as an engine does with each step."""
+        """Take the endpoint's events, as an engine does with each step, and check what must hold."""
         self.process.world.seen["arena full"] += self.endpoint.in_use()["slots"] >= _MOST_SLOTS
         faults = self.endpoint.metrics.value("kvxfer_internal_errors_total")
         if faults:
             self.engine.story.fail("fault survived", f"a fault was survived inside {self.process.name}")
         for event in self.endpoint.poll():
             self.engine.told(self, event)
-        hoarders = self.endpoint._producer.over_share()  # noqa: SLF001 - nothing that an engine has to know
-        self._hoards = {reader: self._hoards.get(reader, 0.0) + passed_s for reader in hoarders}
+        hoarders = self.endpoint._producer.over_share()  # noqa: SLF001 - white-box: no engine needs it
+        self._hoards = {consumer: self._hoards.get(consumer, 0.0) + passed_s for consumer in hoarders}
         if max(self._hoards.values(), default=0.0) > HOARD_S:
-            self.engine.story.fail("slots kept", f"readers keep slots of {self.process.name} for which others wait")
+            self.engine.story.fail("slots kept", f"consumers keep slots of {self.process.name} for which others wait")
         renewed = self.endpoint.metrics.value("kvxfer_contacts_total", outcome="renewed")
         if renewed > 1 + (self.process.now() - self._began) / (_RENEWAL_PAUSE * SETTINGS["contact_timeout_s"]):
             self.engine.story.fail(
@@ -172,7 +171,7 @@ class Rank:
                 self.engine.story.fail("read without end", f"a read of {self.process.name} did not end: {transfer}")
 
     def check_quiet(self, blocks: Sequence[int]) -> None:
-        """Nobody has written to blocks that are free."""
+        """Check that free blocks were not written to."""
         held, tokens = self.memory.read(blocks), self.engine.shape.block_tokens
         expected = self._of(self.shadow, blocks)
         if held.tobytes() != expected.tobytes():
@@ -182,14 +181,14 @@ class Rank:
             )
 
     def gave(self, blocks: Sequence[int]) -> None:
-        """Note what blocks that are free now hold."""
+        """Note the content of blocks that are free now."""
         tokens = self.engine.shape.block_tokens
         held = self.memory.read(blocks)
         for i, block in enumerate(blocks):
             self.shadow[:, block * tokens : (block + 1) * tokens] = held[:, i * tokens : (i + 1) * tokens]
 
     def left(self) -> dict[str, int]:
-        """What is in use of it."""
+        """Count what is in use of it, by kind."""
         connections = self.process.network.channels[self.process.address].made
         return {
             **self.endpoint.in_use(),
@@ -204,10 +203,10 @@ class Rank:
 
 
 class Engine:
-    """Ranks that use endpoints, and the blocks that all of them have for requests.
+    """An engine: ranks with an endpoint each, and the blocks that all of them have for requests.
 
     Attributes:
-        alive: somebody is there to ask its endpoints for anything.
+        alive: it has neither crashed nor been closed.
         serving: requests by token.
     """
 
@@ -218,7 +217,7 @@ class Engine:
         self.begin()
 
     def begin(self) -> None:
-        """Come to life, as one that knows nothing of the one before, and may look otherwise."""
+        """Start; it knows nothing of the engine before it, and may have another layout."""
         world = self.story.world
         self.lives += 1
         who = f"{self.name}.{self.lives}"
@@ -249,17 +248,17 @@ class Engine:
 
     @property
     def addresses(self) -> list[str]:
-        """Of all ranks."""
+        """Addresses of all ranks."""
         return [rank.process.address for rank in self.ranks]
 
     # -- blocks
 
     def noise(self, tokens: int) -> Array:
-        """Content that no other block ever held."""
+        """Return content that no other block ever held."""
         return noise(self.story.noise, tokens)
 
     def take(self, tokens: int) -> list[int] | None:
-        """Blocks for a request. They must hold what they held when they were given back."""
+        """Take blocks for a request; check that they hold what they held when they were given back."""
         number = -(-tokens // self.shape.block_tokens)
         if len(self.free) < number:
             return None
@@ -269,7 +268,7 @@ class Engine:
         return taken
 
     def give(self, blocks: list[int]) -> None:
-        """They are nobody's; the engine writes to them at once, as it would for the next request."""
+        """Take blocks back from a request, and overwrite them at once, as the next request would."""
         content = self.noise(len(blocks) * self.shape.block_tokens)
         for rank in self.ranks:
             rank.memory.write(blocks, content)
@@ -277,13 +276,13 @@ class Engine:
         self.free += blocks
 
     def poll(self, passed_s: float) -> None:
-        """All ranks that can."""
+        """Poll all ranks whose process runs."""
         for rank in self.ranks:
             if self.alive and rank.process.alive and not rank.process.frozen:
                 rank.poll(passed_s)
 
     def told(self, rank: Rank, event: Event) -> None:
-        """What an endpoint has to say."""
+        """Take an event of an endpoint."""
         kind = type(event).__name__
         self.story.report.ends[kind] += 1
         if isinstance(event, (Done, Failed)):
@@ -291,7 +290,7 @@ class Engine:
             return
         self.story.say(f"{rank.process.name} is told {kind} {event.request}")
         serving = self.serving.get(event.token)
-        if serving is None or rank.number not in serving.offered - serving.told:
+        if serving is None or rank.number not in serving.published - serving.told:
             self.story.fail("told in vain", f"{rank.process.name} was told {event}, which it does not wait for")
         if isinstance(event, LeaseExpired):
             serving.request.expired(rank.process.name)
@@ -303,9 +302,9 @@ class Engine:
         self.maybe_over(serving)
 
     def maybe_over(self, serving: Serving) -> None:
-        """Take the blocks of a request back, when no rank of this engine has anything to be told of them any more."""
-        every = serving.over or len(serving.offered) == len(self.ranks)
-        if every and serving.offered == serving.told and self.serving.pop(serving.ref.token, None) is not None:
+        """Take the blocks of a request back if every rank was told that the lease has ended."""
+        every = serving.over or len(serving.published) == len(self.ranks)
+        if every and serving.published == serving.told and self.serving.pop(serving.ref.token, None) is not None:
             self.give(serving.blocks)
             serving.request.over(serving)
 
@@ -335,7 +334,7 @@ class Engine:
     # -- life
 
     def crash(self) -> None:
-        """Its processes die, one after the other; another engine begins in their place."""
+        """Kill its processes, one after the other; another engine begins in their place."""
         if not self.alive:
             return
         self.alive = False
@@ -349,7 +348,7 @@ class Engine:
         world.after(last_s + chance.uniform(0, 2), self.begin)
 
     def close(self) -> None:
-        """End it in good order; another one begins a little later."""
+        """Close it in good order; another engine begins a little later."""
         if not self.alive:
             return
         who = f"{self.name}.{self.lives}"
@@ -358,7 +357,7 @@ class Engine:
         self.story.world.after(self.story.world.draw(f"close of {who}").uniform(0, 2), self.begin)
 
     def check_closed(self) -> None:
-        """Close the endpoints; everything that was under way has then ended."""
+        """Close the endpoints; check that everything under way has ended then."""
         self.alive = False
         for rank in self.ranks:
             if rank.process.frozen:
@@ -371,18 +370,18 @@ class Engine:
                 )
             rank.process.die()
         for serving in self.serving.values():
-            if serving.offered != serving.told:
+            if serving.published != serving.told:
                 self.story.fail(
                     "left behind", f"{self.name} was closed and was not told how {serving.ref.request} ended"
                 )
 
     @property
     def idle(self) -> bool:
-        """Nothing is in use."""
+        """Whether nothing is in use."""
         return self.alive and not self.serving and not any(any(rank.left().values()) for rank in self.ranks)
 
     def check_over(self) -> None:
-        """Everything has come to its end, and nothing is left."""
+        """Check that everything has ended, and nothing is left."""
         left = {f"{rank.process.name}'s {what}": n for rank in self.ranks for what, n in rank.left().items()}
         left |= {f"{self.name}'s requests served": len(self.serving)}
         left |= {f"{self.name}'s blocks in use": self.shape.blocks - len(self.free)}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of the simulator: messages are lost, repeated, late and overtaken, ways are cut, and connections are made anew.
+"""The network of the simulator: messages are lost, repeated, late and overtaken, links are cut, and connections are made anew.
 
-What goes over it is what would go over TCP: bytes. Authentication and encryption are the real channel's (`kvxfer.channel.zmq_channel`)
+It carries what TCP would carry: bytes. Authentication and encryption are the real channel's (`kvxfer.channel.zmq_channel`)
 and have no part here.
 """
 
@@ -25,13 +25,13 @@ _AGAIN_S, _TRIES = 0.5, 20
 
 
 class Network:
-    """Who can be reached from where.
+    """The links between processes.
 
     Attributes:
         channels: by address.
-        cut: ways that nothing gets through, as (engine, engine): in that direction.
-        silent: ways that no bytes of KV get through at this moment; ``silenced`` those that were silent at any time.
-        lost_first: processes, by name, of which one has lost its first copy from the other.
+        cut: links that carry nothing, as (engine, engine): in that direction.
+        silent: links that carry no bytes of KV at this moment; ``silenced``: those that were silent at any time.
+        lost_first: pairs of processes, by name, of which one has lost its first copy from the other.
     """
 
     def __init__(self, world: World) -> None:
@@ -44,21 +44,21 @@ class Network:
 
     @staticmethod
     def address(label: str) -> str:
-        """Where the process with that label listens."""
+        """Return the address at which the process with that label listens."""
         return f"tcp://{label}:1"
 
     def stalled(self, label: str, other: str) -> bool:
-        """Bytes of KV cannot cross between these two."""
+        """Whether bytes of KV cannot cross between two processes."""
         return not (self.cut | self.silent).isdisjoint([(label[0], other[0]), (other[0], label[0])])
 
     def reconnect(self, engine: str, other: str) -> None:
-        """All connections between two engines are new."""
+        """Make all connections between two engines anew."""
         for channel in self.channels.values():
             for address in [a for a in channel.made if {channel.process.label[0], _label(a)[0]} == {engine, other}]:
                 channel.disconnect(address)
 
     def carry(self, source: str, target: str, message: messages.Message, deliver: Callable[[bytes], bool]) -> None:
-        """Send a message from one label to another. ``deliver`` may say False: there is nobody, and it may be tried again."""
+        """Send a message from one label to another. ``deliver`` returns False where no process listens; then it may be tried again."""
         world, profile = self.world, self.world.profile
         data = messages.encode(message)
         world.digest = hash((world.digest, len(data)))
@@ -74,7 +74,7 @@ class Network:
             world.say(f"{what}{_details(message)}: lost")
             return
         twice = world.strikes("message repeated", what, profile.repeated, chance)
-        # A socket keeps some of what it cannot send until there is somebody to send it to.
+        # A socket keeps some of what it cannot send until a process listens.
         kept = _TRIES if chance.random() < 0.5 else 0
         for _ in range(2 if twice else 1):
             seconds = world.delay_s(chance, profile.delay_s)
@@ -90,8 +90,8 @@ class VirtualChannel:
     """`kvxfer.channel.base.Channel` through the network.
 
     Attributes:
-        made: its connections by the address that they lead to, each under a name that no other ever has.
-        callers: who it was connected to by.
+        made: its own connections by address, each under a name that no other ever has.
+        callers: channels that connected to it, by the name of the connection.
     """
 
     def __init__(self, process: Process) -> None:
@@ -162,12 +162,12 @@ class VirtualChannel:
             del channels[self.address]
 
     def gone(self, connection: bytes) -> None:
-        """A connection has ended."""
+        """Note that a connection has ended."""
         self._inbox.append(Inbound(connection, None, gone=True))
         self.process.wake()
 
     def take(self, source: bytes | str, data: bytes) -> None:
-        """A message has arrived."""
+        """Take a message that has arrived."""
         self._inbox.append(Inbound(source, messages.decode(data)))
         self.process.wake()
 
@@ -177,7 +177,7 @@ def _label(address: str) -> str:
 
 
 def _details(message: messages.Message) -> str:
-    """What of a message helps to follow a trace."""
+    """Return what of a message helps to follow a trace."""
     if isinstance(message, messages.Grant):
         return "" if message.complete else ", more to come"
     if isinstance(message, messages.Refused):

@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from kvxfer.testing.sim.world import World
 
 _MOST_TURNS = 100_000
-"""Of one loop in one moment: more means that it spins."""
+"""Most turns of one loop in one moment: more means that it spins."""
 
 
 class SpinsError(RuntimeError):
-    """A loop has something to do, does it, and has something to do, without end."""
+    """A loop has something to do again and again, without end."""
 
 
 class Process:
-    """Frozen it gets no turns, dead it never gets any again.
+    """A simulated process. A frozen one gets no turns, a dead one never again.
 
     Args:
-        network: that it speaks through.
-        label: of its place, which the one after it inherits: ``a0`` for the first rank of engine ``a``.
-        life: how many there were at that place, with this one.
+        network: its network.
+        label: of its place, which its successor inherits: ``a0`` for the first rank of engine ``a``.
+        life: number of processes at that place so far, with this one.
 
     Attributes:
         fatal: called when something outside kills it.
-        deaths: called when it dies, for those who must know.
+        deaths: functions to call when it dies.
     """
 
     def __init__(self, network: Network, label: str, life: int) -> None:
@@ -49,7 +49,7 @@ class Process:
         chance = world.draw(f"clock of {self.name}")
         drifts = world.profile.drift and world.chooses(f"the clock of {self.name} drifts", 1.0)
         self._pace = 1.0 + (chance.uniform(-1, 1) * world.profile.drift if drifts else 0.0)
-        # Clocks have nothing to do with each other: a time that is told to somebody else means nothing there.
+        # Clocks have nothing to do with each other: a time means nothing in another process.
         self._shown = chance.uniform(1e3, 1e6)
         self._since = world.now
         self._stands = False
@@ -66,7 +66,7 @@ class Process:
         return self._shown if self._stands else self._shown + (self.world.now - self._since) * self._pace
 
     def jump(self, seconds: float) -> None:
-        """The clock goes forward at once."""
+        """Move the clock forward at once."""
         self._shown, self._since = self.now() + seconds, self.world.now
         self.wake()
 
@@ -98,13 +98,13 @@ class Process:
         """See `Running`: the loops of this process have no threads that could run while the interpreter ends."""
 
     def block(self, seconds: float) -> None:
-        """The loop whose turn it is does not come back from it for so long; the others go on."""
+        """Keep the loop whose turn it is for so long; the others go on."""
         if self._turning is not None:
             begin = max(self._busy_until.get(self._turning, 0.0), self.world.now)
             self._busy_until[self._turning] = begin + seconds
 
     def wake(self, seconds: float = 0.0) -> None:
-        """Give the loops their turns that much later, or earlier if that is due."""
+        """Give the loops their turns after so many seconds, or earlier if turns are due earlier."""
         at = self.world.now + seconds
         if self.alive and (self._scheduled is None or at < self._scheduled):
             self._scheduled = at
@@ -113,18 +113,18 @@ class Process:
     # -- its life
 
     def freeze(self, *, clock_stands: bool) -> None:
-        """Stop it: its memory can be read all the same. Of a machine that is suspended the clock stands."""
+        """Stop it; its memory can still be read. ``clock_stands``: as that of a suspended machine."""
         self._shown, self._since, self._stands = self.now(), self.world.now, clock_stands
         self.frozen = True
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """End of `freeze`."""
         self._shown, self._since, self._stands = self.now(), self.world.now, False
         self.frozen = False
         self.wake()
 
     def die(self) -> None:
-        """Without a word to anybody."""
+        """End it without a message to its peers."""
         if self.alive:
             self.alive = False
             self._loops.clear()
@@ -150,7 +150,7 @@ class Process:
             raise SpinsError(f"a loop of {self.name} spins")
         waits = [due_s for due_s in dues if due_s is not None]
         if waits:
-            # Who sleeps for a moment is woken by a busy system when it suits it; who is told something, at once.
+            # A busy system wakes a sleeping process late; one that was sent a message, at once.
             self.wake(max(min(waits) / self._pace, self._slice_s) + 1e-6)
 
     def _busy_s(self, loop: Loop) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request of the simulator: computed by one engine, continued by another, with all that engines and their clients do to it."""
+"""A request of the simulator: computed by one engine, continued by another, and whatever engines and clients do to it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _KERNEL_S = 0.5
 
 
 class SimulatedRequest:
-    """One request. What is special about it is chosen by name, so that a run can be repeated without.
+    """One request. Each special thing about it is chosen by name, so that a run can be repeated without it.
 
     Args:
-        story: that it is part of.
+        story: the run.
         name: see `World.happened`.
-        plain: from and to which engine it goes, and then nothing about it is special.
+        plain: its producer and consumer; then nothing about it is special.
         tries: how often it may be sent.
     """
 
@@ -51,24 +51,24 @@ class SimulatedRequest:
 
     @property
     def must_be_read(self) -> bool:
-        """Nothing that happened is a reason for its reads to fail."""
+        """Whether nothing that happened is a reason for its reads to fail."""
         return self._blameless and (self._plain is not None or self._world.kind)
 
     def failed(self, error: KvxferError, who: str) -> None:
-        """A read of it did. What says that the same may succeed later is tried again."""
+        """Note that a read of it failed; try it again where the error is retryable and nothing was a reason for it."""
         if self.must_be_read and error.retryable and self._tries > 1:
             again = SimulatedRequest(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
             self._tries = 0  # its other ranks need not fail too
             again.begin()
         elif self._tries and (self.must_be_read or (self._world.kind and not isinstance(error, LeaseError))):
-            # Whatever its engines and clients do to it is about its lease, and its errors are too.
+            # What its engines and clients do to it concerns its lease, and so do its errors.
             self.story.fail("failed for nothing", f"{who}: {self.name} failed without a reason: {error}")
         elif self._tries and self._beside_silence and isinstance(error, (PeerTimeoutError, TransferTimeoutError)):
             self.story.fail("failed for nothing", f"{who}: {self.name} failed because others are silent: {error}")
 
     @property
     def _beside_silence(self) -> bool:
-        """All that went wrong so far is that the fabric between other engines was silent."""
+        """Whether all that went wrong so far is a silent fabric between other engines."""
         network = self.story.network
         ways = {frozenset(way) for way in network.silenced}
         ways |= {frozenset((here[0], there[0])) for here, there in network.lost_first}
@@ -82,7 +82,7 @@ class SimulatedRequest:
         )
 
     def expired(self, who: str) -> None:
-        """Its lease did."""
+        """Note that its lease has expired."""
         if self.must_be_read:
             self.story.fail("failed for nothing", f"{who}: the lease of {self.name} has run out without a reason")
 
@@ -90,20 +90,20 @@ class SimulatedRequest:
         return self._plain is None and self._world.chooses(f"{self.name} {what}", probability)
 
     def _ends_badly(self, what: str, probability: float) -> bool:
-        """As `_is`, of what may make its reads fail though nothing goes wrong."""
+        """Choose as `_is`, something that may make its reads fail though nothing goes wrong."""
         happens = self._is(what, probability)
         self._blameless = self._blameless and not happens
         return happens
 
     def begin(self) -> None:
-        """The router sends it."""
+        """Send it, as the router does."""
         source, world, chance = self._source, self._world, self._chance
         begin = chance.uniform(0, 3) if self._both else 0.0
         end = begin + chance.uniform(0.1, 4)
         asked = chance.uniform(0, 3) if self._both else end + min(chance.expovariate(1.0), 3.0)
         if self._ends_badly("is asked for late", 0.05):
             asked += SETTINGS["lease_s"] * chance.uniform(0.8, 2)
-        shares = [chance.random() for number in range(3) if self._is(f"is sealed, {number + 1}", 0.4)]
+        shares = [chance.random() for number in range(3) if self._is(f"is published in part, {number + 1}", 0.4)]
         spread = [chance.uniform(0, 0.3) for _ in range(2)]
         if not source.alive or (blocks := source.take(self._tokens)) is None:
             world.say(f"{self.name} is turned away by {source.name}")
@@ -153,34 +153,34 @@ class SimulatedRequest:
             for share in shares:
                 tokens = int(self._tokens * share) // source.shape.block_tokens * source.shape.block_tokens
                 at = begin + share * (end - begin)
-                rank.do(partial(self._seal, rank, serving, tokens), at + late_s)
+                rank.do(partial(self._publish_part, rank, serving, tokens), at + late_s)
             if not aborted:
-                rank.do(partial(self._offer, rank, serving), end + late_s)
+                rank.do(partial(self._publish, rank, serving), end + late_s)
 
-    def _seal(self, rank: Rank, serving: Serving, tokens: int) -> None:
-        if serving.over or rank.number in serving.offered or tokens <= serving.begun.get(rank.number, 0):
+    def _publish_part(self, rank: Rank, serving: Serving, tokens: int) -> None:
+        if serving.over or rank.number in serving.published or tokens <= serving.begun.get(rank.number, 0):
             return
         after = self._compute(rank, serving, tokens)
         blocks = serving.blocks[: tokens // self._source.shape.block_tokens]
         rank.endpoint.publish(serving.ref, blocks, after=after, complete=False)
-        self._world.say(f"{rank.process.name} seals {self.name}: {tokens} tokens")
+        self._world.say(f"{rank.process.name} publishes {tokens} tokens of {self.name}")
 
-    def _offer(self, rank: Rank, serving: Serving) -> None:
+    def _publish(self, rank: Rank, serving: Serving) -> None:
         if serving.over:
             return
-        self._world.say(f"{rank.process.name} offers {self.name}: blocks {serving.blocks}")
-        serving.offered.add(rank.number)
+        self._world.say(f"{rank.process.name} publishes {self.name}: blocks {serving.blocks}")
+        serving.published.add(rank.number)
         rank.endpoint.publish(serving.ref, serving.blocks, after=self._compute(rank, serving, self._tokens))
 
     def _compute(self, rank: Rank, serving: Serving, tokens: int) -> list[Work]:
-        """Tokens up to that one get what they are to hold: now, or when a device that was told so has done it."""
+        """Compute the KV of tokens up to that one: now, or on a device that does it later."""
         start = serving.begun.get(rank.number, 0)
         serving.begun[rank.number] = tokens
         what = f"{rank.process.label} computes {self.name} {start}-{tokens}"
         after_s = self._chance.uniform(0, _KERNEL_S) if self._world.chooses(f"{what} later", 0.5) else 0.0
 
         def write() -> None:
-            if not serving.over or rank.number in serving.offered - serving.told:
+            if not serving.over or rank.number in serving.published - serving.told:
                 rank.memory.write(serving.blocks, serving.content[:, start:tokens], start)
                 if serving.there.get(rank.number, 0) == start:
                     serving.there[rank.number] = tokens
@@ -188,7 +188,7 @@ class SimulatedRequest:
         return [Work(rank.process, what, after_s, write)]
 
     def over(self, before: Serving) -> None:
-        """Its producer has its blocks back. It may come once more, under the same token and into other blocks."""
+        """Note that its producer has its blocks back. It may come once more, under the same token and into other blocks."""
         source = self._source
         if self._is_again or not source.alive or not self._ends_badly("comes again", 0.4):
             return
@@ -201,10 +201,10 @@ class SimulatedRequest:
         for rank in source.ranks:
             rank.memory.write(blocks, source.noise(self._tokens))
             rank.do(partial(rank.endpoint.announce, serving.ref))
-            rank.do(partial(self._offer, rank, serving))
+            rank.do(partial(self._publish, rank, serving))
 
     def _revoke(self, serving: Serving) -> None:
-        """Its client has left: each rank is told, and those that have not offered its blocks will not."""
+        """Revoke it on each rank, as when its client has left; ranks that have not published its blocks will not."""
         if self._source.serving.get(serving.ref.token) is not serving:
             return
         self._world.say(f"{self.name} is ended by {self._source.name}")
@@ -215,22 +215,26 @@ class SimulatedRequest:
     # -- decode
 
     def _ask(self, sink: Engine, serving: Serving) -> None:
-        """The decode engine hears of it."""
+        """Tell a decode engine of it."""
         if not sink.alive:
             return
         chance, who = self._world.draw(f"{self.name} at {sink.name}"), f"by {sink.name}"
         ref = serving.ref
         if self._ends_badly(f"is asked for {who} under another token", 0.02):
             ref = msgspec.structs.replace(ref, token=f"{chance.getrandbits(128):032x}")
-        held = self._is(f"is held {who}", 0.5)
-        wait_s = chance.uniform(5, 12) if self._is(f"is held for long {who}", 0.1) else chance.uniform(0, 2)
-        if held:
+        acquired = self._is(f"is acquired {who}", 0.5)
+        wait_s = (
+            chance.uniform(5, 12)
+            if self._is(f"is acquired long before it is read {who}", 0.1)
+            else chance.uniform(0, 2)
+        )
+        if acquired:
             _each(sink, lambda rank: rank.endpoint.acquire(ref))
-        if held and self._ends_badly(f"is never read {who}", 0.08):
-            if self._is(f"is dropped {who}", 0.7):
+        if acquired and self._ends_badly(f"is never read {who}", 0.08):
+            if self._is(f"is released {who}", 0.7):
                 _each(sink, lambda rank: rank.endpoint.release(ref), wait_s)
             return
-        sink.ranks[0].do(lambda: self._read(sink, ref, serving), wait_s if held else 0.0)
+        sink.ranks[0].do(lambda: self._read(sink, ref, serving), wait_s if acquired else 0.0)
 
     def _read(self, sink: Engine, ref: LeaseRef, serving: Serving) -> None:
         chance, who = self._world.draw(f"{self.name} into {sink.name}"), f"by {sink.name}"
@@ -259,11 +263,11 @@ class SimulatedRequest:
             rank.do(partial(read, rank), chance.uniform(0, 0.05))
         if self._ends_badly(f"is read twice {who}", 0.04):
             _each(sink, read_again, chance.uniform(0, 2))
-        if self._ends_badly(f"is dropped {who} as it is read", 0.1):
+        if self._ends_badly(f"is released {who} as it is read", 0.1):
             _each(sink, lambda rank: rank.endpoint.release(ref), chance.uniform(0, 2))
 
 
 def _each(engine: Engine, act: Callable[[Rank], object], after_s: float = 0.0) -> None:
-    """Have each rank of an engine do something."""
+    """Run something in each rank of an engine."""
     for rank in engine.ranks:
         rank.do(partial(act, rank), after_s)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a run that fails to a small one: what need not have happened is left out, as long as the run still fails alike.
+"""Shrinking of a failing run: what need not happen is left out, as long as the run still fails in the same way.
 
-Everything that need not happen has a name (`World.happened`): requests and what is special about them, engines' ways to be,
+Everything that need not happen has a name (`World.happened`): requests and what is special about them, layouts of engines,
 each message that is lost, each copy that breaks. Leaving some out changes nothing else, until that makes a difference, so
 halves, quarters and so on are tried, down to single ones (delta debugging: Zeller and Hildebrandt, 2002).
 """
@@ -25,11 +25,11 @@ _REQUEST = re.compile(r"r\d+")
 
 @dataclass(frozen=True)
 class Shrunk:
-    """The smallest run that was found.
+    """The smallest failing run that was found.
 
     Attributes:
         error: of that run, with its trace.
-        runs: that it took.
+        runs: how many were tried.
     """
 
     error: SimulationError
@@ -44,14 +44,14 @@ def shrink(
     Args:
         found: by ``run(found.seed, profile)``.
         profile: of that run.
-        most_runs: to try; what was found until then is the result.
-        tell: is told how far it is.
+        most_runs: how many to try; what was found until then is the result.
+        tell: called with the progress.
 
     Returns:
         a run with the same seed and the same `SimulationError.finding`; the same one each time.
     """
     search = _Search(found, profile, most_runs, tell or (lambda _: None))
-    # Requests first: with one goes all that was special about it.
+    # Requests first: leaving one out leaves out all that is special about it.
     search.without(lambda name: _REQUEST.fullmatch(name) is not None)
     search.without(lambda _: True)
     return Shrunk(search.error, search.runs)
@@ -61,14 +61,14 @@ class _Search:
     def __init__(self, found: SimulationError, profile: Profile, most_runs: int, tell: Callable[[str], object]) -> None:
         self.error = found
         self.runs = 0
-        # What has not failed long after the first one did will not; one that failed when all was over has to be run to its end.
+        # A run that has not failed long after the first one did will not. One that failed at the end has to be run to its end.
         self._until = found.at + _LATER_S if found.at + _LATER_S < BUSY_S + LANDING_S else float("inf")
         self._profile = profile
         self._most_runs = most_runs
         self._tell = tell
 
     def without(self, may_go: Callable[[str], bool]) -> None:
-        """Leave out as many names as possible of those that may go."""
+        """Leave out as many names as possible, of those for which ``may_go`` is true."""
         step = len(self._names(may_go))
         while step:
             step = (step + 1) // 2 if step > 1 else 1
@@ -93,7 +93,7 @@ class _Search:
             only = set(self.error.happened) - set(left_out)
             run(self.error.seed, self._profile, only=only, until=self._until)
         except SimulationError as error:
-            # One that fails otherwise is another bug, or what is left of this one: it would lead astray.
+            # Another finding is another bug, or a remainder of this one.
             if error.finding == self.error.finding:
                 self.error = error
                 return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens in one run: requests, and what strikes them; and what must hold whatever happens."""
+"""One run: requests, disturbances, and what must hold whatever happens."""
 
 from __future__ import annotations
 
@@ -71,23 +71,23 @@ PROFILES: dict[str, Profile] = {
 
 REQUESTS = 30
 BUSY_S = 40.0
-"""How long things go wrong."""
+"""Seconds in which things go wrong."""
 PROBES_S = (20.0, 50.0)
-"""From when and until when afterwards each engine has to serve each other one, whatever they went through. One that was told in
-vain where another one's agent is may fail once, and has to succeed when it tries again."""
+"""Seconds afterwards between which each engine has to serve each other one, whatever happened to them. A read may fail once,
+where a message about another one's agent was lost, and has to succeed when it is tried again."""
 LANDING_S, QUIET_S = 60.0, 180.0
-"""How long afterwards copies that were given up may still land, and how long at most everything may take to come to its end."""
+"""Seconds afterwards in which abandoned copies may still land, and within which everything has to end."""
 _STEP_S, _QUIET_STEP_S = 0.05, 0.25
 _LAST_LINES = 40
 
 
 class SimulationError(AssertionError):
-    """Something that must hold did not: says the seed, what, and what happened before.
+    """Something that must hold did not. The message has the seed, what did not hold, and what happened before.
 
     Attributes:
         at: seconds since the beginning.
-        finding: in two or three words, the same for all findings of the kind.
-        what: in one sentence.
+        finding: kind of the violation, in two or three words.
+        what: the violation in one sentence.
         happened: names of all that happened and need not have; see `World.happened`.
         trace: what happened, in order, with times.
     """
@@ -104,14 +104,14 @@ class SimulationError(AssertionError):
 
 @dataclass
 class SimulationReport:
-    """What one run was like.
+    """Figures of one run.
 
     Attributes:
-        requests: that were begun.
-        nbytes: delivered, each of which was right.
+        requests: how many were begun.
+        nbytes: bytes delivered, each of which was right.
         ends: transfers and leases by how they ended.
         faults: what went wrong, by kind.
-        seen: places that the run came to pass, by kind.
+        seen: messages, conversions and other things that occurred, by kind.
         happened: names of all that happened and need not have; see `World.happened`.
         digest: equal for two runs in which the same happened.
     """
@@ -158,15 +158,15 @@ class Story:
         self.engines: list[Engine] = []
 
     def say(self, text: str) -> None:
-        """For the trace."""
+        """Add a line to the trace."""
         self.world.say(text)
 
     def fail(self, finding: str, what: str) -> NoReturn:
-        """Raises SimulationError."""
+        """Raise SimulationError."""
         raise SimulationError(self.report.seed, self.world.now, finding, what, self.world)
 
     def tell(self) -> SimulationReport:
-        """All of it, from the first request to the last thing that comes to its end."""
+        """Run it from the first request to the end of everything."""
         with self._listening():
             try:
                 self._tell()
@@ -297,7 +297,7 @@ class Story:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """What endpoints log as errors is part of the trace, and of nothing else: a simulated misfortune is no news."""
+        """Put what endpoints log as errors into the trace, and nowhere else."""
         logger, listener = logging.getLogger("kvxfer"), _Listener(self.say)
         before, propagates = logger.level, logger.propagate
         logger.addHandler(listener)
@@ -318,13 +318,13 @@ def run(
     only: AbstractSet[str] | None = None,
     until: float = float("inf"),
 ) -> SimulationReport:
-    """One run from beginning to end.
+    """Run one simulation from beginning to end.
 
     Args:
         seed: of all chance.
         profile: what goes wrong; everything by default.
         only: names of what may happen (`World.happened`): the same run without the rest.
-        until: stop there, in seconds since the beginning, and do not ask what is left.
+        until: stop there, in seconds since the beginning, without the checks at the end.
 
     Raises:
         SimulationError: something that must hold did not.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world: one clock, and chance. What may happen or not has a name, so that a run can be repeated with less of it."""
+"""The world of a run: one clock, and chance. What may or may not happen has a name, so that a run can be repeated with less."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
 _SOON_S = 0.1
-"""What takes no longer than this is no reason for anything to fail."""
+"""Delays up to this are no reason for a failure."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much goes wrong. Probabilities of single things, numbers of them in a run, and seconds.
+    """Amount of what goes wrong: probabilities of single events, numbers of them in a run, and seconds.
 
     Attributes:
         lost, repeated: messages.
-        delay_s: longest way of a message; each takes its own time, so that they overtake each other.
+        delay_s: longest delay of a message; each has its own, so that messages overtake each other.
         copy_s: longest time of a copy.
         copy_lost: copies that never end.
-        copy_late: that end long after they were given up.
-        copy_broken: that break off half way, and may land all the same.
-        copy_refused: that the engine does not even begin.
-        unguarded: copies that read what their owner has withdrawn, as if nothing were the matter.
-        coupled: readers that die, or tear their agent down, with a copy under way and take the owner along.
+        copy_late: copies that end long after they were abandoned.
+        copy_broken: copies that break off half way, and may land all the same.
+        copy_refused: copies that the engine refuses at once.
+        unguarded: copies that read memory which its producer has deregistered, without an error.
+        coupled: consumers that die, or close their agent, with a copy under way, and take the producer along.
         unmade: agents that cannot be made again at the first try.
-        device_failed: what devices copy or compute, and do not.
-        device_s: longest time of that.
-        crashes, closes, freezes: of processes; closed ones say so.
-        cuts, reconnects: of the way between two engines, in both directions or in one; new connections of old acquaintances.
+        device_failed: work of devices that fails.
+        device_s: longest time of such work.
+        crashes, closes, freezes: of processes.
+        cuts, reconnects: of the link between two engines, in both directions or in one; connections that are made anew.
         first_lost: first copies between two agents, which also connect them, that never end; once for each pair of processes.
         silences: of the fabric between two engines, whose control channels go on.
         drift: by how much clocks run too fast or too slow, as a share.
@@ -70,8 +70,8 @@ class Profile:
 class World:
     """Time and chance.
 
-    Chance is drawn by name: what one thing draws does not depend on what others drew before, so that a run from which
-    something is left out is the same in all the rest, until that makes a difference.
+    Chance is drawn by name: what one event draws does not depend on what others drew before, so that a run from which
+    something is left out is the same in all the rest, until the omission makes a difference.
 
     Args:
         seed: of all chance.
@@ -81,11 +81,11 @@ class World:
     Attributes:
         now: seconds since the beginning.
         faults: what went wrong so far, by kind.
-        seen: what was to be seen, by kind: that a run came to pass a place.
+        seen: messages, conversions and other things that occurred, by kind.
         happened: names of all that happened and need not have: faults, requests, and what is special about them.
         calm: nothing goes wrong any more.
-        digest: of all that happened, and when.
-        trace: what happened last, for people.
+        digest: hash of all that happened, with times.
+        trace: what happened last, in words.
         requests: names of requests, by the tokens of their leases.
     """
 
@@ -108,17 +108,17 @@ class World:
 
     @property
     def kind(self) -> bool:
-        """Nothing has gone wrong, and nothing takes long."""
+        """Whether nothing has gone wrong, and nothing takes long."""
         return not self.faults and max(self.profile.delay_s, self.profile.copy_s) < _SOON_S
 
     def say(self, text: str) -> None:
-        """Note something for the trace."""
+        """Add a line to the trace."""
         self.trace.append(f"{self.now:10.4f}  {text}")
 
     # -- time
 
     def after(self, seconds: float, act: Callable[[], object]) -> None:
-        """Do something later."""
+        """Call ``act`` after so many seconds."""
         heapq.heappush(self._events, (self.now + seconds, next(self._order), act))
 
     def run(self, until: float) -> None:
@@ -133,20 +133,20 @@ class World:
     # -- chance
 
     def number(self, name: str) -> str:
-        """The name with a number behind it: which of its kind it is, counted from 1."""
+        """Return the name with a number that counts its uses, from 1."""
         self._counts[name] += 1
         return f"{name} #{self._counts[name]}"
 
     def draw(self, name: str) -> random.Random:
-        """The chance of one thing: the same in every run of the seed."""
+        """Return the chance of one event: the same in every run of the seed."""
         return random.Random(f"{self.seed} {name}")  # noqa: S311 - the same chance in every run is the point
 
     def delay_s(self, chance: random.Random, longest_s: float) -> float:
-        """How long a message or a copy takes."""
+        """Return the time that a message or a copy takes."""
         return 1e-4 if self._hurried else chance.uniform(1e-5, min(longest_s, _SOON_S) if self.calm else longest_s)
 
     def chooses(self, name: str, probability: float) -> bool:
-        """Whether something is so that need not be so, and is no fault."""
+        """Whether something is so that need not be so and is no fault."""
         if probability < 1.0 and self.draw(name).random() >= probability:
             return False
         return self._lets(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens in a soak: requests without a pause, processes that are killed, frozen and restarted, and what must hold."""
+"""The course of a soak: requests without a pause, processes that are killed, frozen and restarted, and what must hold."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ CONFIGS = {
     "consumer 1": EngineConfig("LBNH", 32, packs=True),
     "consumer 2": EngineConfig("BHLN", 16),
 }
-"""The first of each kind is never killed."""
+"""Engines by label; the first producer and the first consumer are never killed."""
 
 _MOST_AT_ONCE = 6
-"""Requests of one consumer."""
+"""Most requests of one consumer at a time."""
 _PEERS = 2
-"""That each engine has, and forgets in each calm moment."""
+"""Peers that each engine has, and forgets in each calm moment."""
 _MARGIN_S = 15.0
-"""For a fence and a busy machine, after the time in which something has to end."""
+"""Extra seconds for an agent's reset and a busy machine, after a read has to have ended."""
 _QUIET_S = 60.0
 _GOODBYE_S = 20.0
 _EVERY_S = {"kill": 12.0, "freeze": 10.0, "restart": 15.0, "abort": 0.7}
-"""On average."""
+"""Mean seconds between two disturbances of a kind."""
 
 
 class SoakError(AssertionError):
-    """Something that must hold did not; says what, and what happened before."""
+    """Something that must hold did not. The message says what, and what happened before."""
 
 
 class Churn:
@@ -61,8 +61,8 @@ class Churn:
         self._inquiry = Inquiry(self._members, self.fail)
 
     def run(self, seconds: float, calm_every_s: float) -> SoakReport:
-        """All of it. Raises SoakError."""
-        hurry = True  # who has failed, or is interrupted, does not wait for anybody
+        """Run it. Raises SoakError."""
+        hurry = True  # after a failure or an interrupt processes are killed
         try:
             try:
                 wait_up(self._members)
@@ -96,7 +96,7 @@ class Churn:
             self._check_ends()
 
     def _ask(self) -> None:
-        """A new request, if there is an engine that has time for it."""
+        """Send a new request, if an engine has time for it."""
         sinks = [sink for sink in self._sinks if sink.runs and self._waiting(sink) < _MOST_AT_ONCE]
         sources = [source for source in self._sources if source.runs]
         if not sinks or not sources:
@@ -123,7 +123,7 @@ class Churn:
         source.order("prefill", job)
 
     def _decode(self, request: TrackedRequest, sink: Member) -> None:
-        """Tell the decoder, unless nobody does: then the lease expires."""
+        """Tell the consumer of a request; now and then do not, so that the lease expires."""
         chance = self._random
         request.sink = sink
         if chance.random() < 0.04:
@@ -169,10 +169,10 @@ class Churn:
         for other in self._members:
             self._lost[other.label] += other is not member
         if kind == "restart":
-            self._lost[member.label] = 0  # what its agent had left open goes with it
+            self._lost[member.label] = 0  # what its agent had left open is closed with it
             member.restart()
             return
-        if self._random.random() < 0.3:  # also what stands still is killed
+        if self._random.random() < 0.3:  # a stopped process is killed, too
             member.freeze(0.0)
         member.kill()
         for request in self._requests.values():
@@ -222,7 +222,7 @@ class Churn:
     def _told_full(self, member: Member, number: int) -> None:  # noqa: ARG002 - as all of these
         self._end_prefill(number, "no room", 0)
 
-    def _told_offered(self, member: Member, number: int, ref: str) -> None:  # noqa: ARG002 - as all of these
+    def _told_published(self, member: Member, number: int, ref: str) -> None:  # noqa: ARG002 - as all of these
         request = self._requests.get(number)
         if request is not None and not request.both and request.sink is not None:
             request.job = dataclasses.replace(request.job, ref=ref)
@@ -282,7 +282,7 @@ class Churn:
                 self.fail(f"{sink.label}: the read of request {request.job.number} did not end in time")
 
     def _calm(self) -> None:
-        """Nothing is asked for and nothing goes wrong until all has come to its end: then nothing may be in use."""
+        """Send no requests and disturb nothing until all has ended; then nothing may be in use."""
         until = time.monotonic() + _QUIET_S
         for member in self._members:
             if member.frozen_until:
@@ -314,7 +314,7 @@ class Churn:
         )
 
     def _check_flat(self) -> None:
-        """Engines that lived all the time are no larger than they were."""
+        """Check that engines that were never killed are no larger than they were."""
         for label, losses in self.report.losses.items():
             first, last = self.report.compared(label)
             grown = last.grown(first, losses)
@@ -322,7 +322,7 @@ class Churn:
                 self.fail(f"{label}: {grown}")
 
     def fail(self, what: str) -> NoReturn:
-        """Raises SoakError."""
+        """Raise SoakError."""
         story = "\n".join(self._trace[-30:])
         raise SoakError(f"{time.monotonic() - self._begun:.1f} s: {what}\n{story}")
 
@@ -339,14 +339,14 @@ def run(
     calm_every_s: float = 60.0,
     tell: Callable[[str], object] = lambda _: None,
 ) -> SoakReport:
-    """Two engines prefill for two others, for so long, while things go wrong.
+    """Run two engines that prefill for two others, for so long, while things go wrong.
 
     Args:
         seconds: of churn, without the calm moments, which take some ten seconds each.
         agent, agent_options: of the endpoints.
         seed: of what is asked for and what goes wrong. Real processes are not the same twice, all the same.
-        calm_every_s: so often all is let come to its end, and what is in use is counted.
-        tell: is given a line at each of these moments.
+        calm_every_s: seconds between two calm moments, in which everything ends and what is in use is counted.
+        tell: called with a line at each of these moments.
 
     Raises:
         SoakError: something that must hold did not.

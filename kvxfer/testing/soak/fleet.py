@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a soak as the router sees them: told what to do, killed, frozen, restarted, and measured from outside."""
+"""The engines of a soak as the router sees them: processes that take orders, are killed, frozen, restarted, and measured."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 _UP_S = 60.0
 _LAST_WORDS = 40
-"""Lines."""
+"""Lines of output to keep."""
 
 
 class Member:
     """One engine. When its process is killed another one takes its place, at the same address.
 
     Attributes:
-        elder: its process is never killed, so that what leaks in it shows.
-        address, name: of its endpoint; the name is another one for each life.
+        elder: its process is never killed, so that leaks show.
+        address, name: of its endpoint; each process has another name.
         frozen_until: on this process's clock, if it is stopped; 0 if it runs.
-        frozen_s: for how long it was stopped in all.
-        life: counts its processes.
-        ready: its endpoint is up, and it may be told things.
+        frozen_s: seconds for which it was stopped in all.
+        life: number of its processes so far.
+        ready: its endpoint is up, and it takes orders.
     """
 
     child: Child
     """Its process."""
     make: Callable[..., object] = staticmethod(resident.make)
-    """Makes what lives in the process; importable by its name."""
+    """Function that makes the engine in the process; importable by its name."""
 
     def __init__(
         self, label: str, agent: str, agent_options: dict[str, Any], config: EngineConfig, *, elder: bool
@@ -85,12 +85,12 @@ class Member:
 
     @property
     def stuck(self) -> bool:
-        """Its endpoint should have been up by now."""
+        """Whether its endpoint should have been up by now."""
         return not self.ready and time.monotonic() > self._up_by
 
     @property
     def runs(self) -> bool:
-        """It can be told things, and does them."""
+        """Whether it takes orders and is not stopped."""
         return self.ready and not self.frozen_until
 
     @property
@@ -100,16 +100,16 @@ class Member:
 
     @property
     def last_words(self) -> str:
-        """The last of what its processes printed."""
+        """The last lines that its processes printed."""
         lines = Path(self._log.name).read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LAST_WORDS:])
 
     def order(self, what: str, *arguments: object) -> None:
-        """Have it do something; what comes of it is told by and by. A process that has died is found out elsewhere."""
+        """Give an order; the engine tells of its result by and by. A process that has died is noticed elsewhere."""
         self.child.order(what, *arguments)
 
     def told(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yield what it has told since the last call; ``failed`` if its endpoint could not be made."""
+        """Yield what the engine has told since the last call; ``failed`` if its endpoint could not be made."""
         try:
             yield from self.child.told()
         except (ConfigError, UnavailableError, ChildError) as error:
@@ -127,7 +127,7 @@ class Member:
         self.frozen_until = 0.0
 
     def restart(self) -> None:
-        """Have its endpoint closed, and another one made at the same address."""
+        """Order it to close its endpoint and make another one at the same address."""
         self.ready = False
         self._up_by = time.monotonic() + _UP_S
         self.order("restart")
@@ -145,7 +145,7 @@ class Member:
         self.frozen_until = 0.0
 
     def usage(self) -> Usage:
-        """Measured from outside."""
+        """Measure the process."""
         process = psutil.Process(self.child.pid)
         with process.oneshot():
             return Usage(process.memory_info().rss, process.num_fds(), process.num_threads())
@@ -166,7 +166,7 @@ def listen(members: Sequence[Member], timeout_s: float) -> list[Member]:
 
 
 def wait_up(members: list[Member]) -> None:
-    """Wait until all of them have told their addresses.
+    """Wait until all engines have told their addresses.
 
     Raises:
         ConfigError, UnavailableError: the agent or its options will not do, as a process says.

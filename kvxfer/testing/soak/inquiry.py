@@ -19,11 +19,11 @@ class Inquiry:
     """Asks the members of a fleet, and collects what they answer.
 
     Args:
-        members: who is asked.
+        members: the engines to ask.
         fail: called with a sentence when an answer shows that something is wrong; raises.
 
     Attributes:
-        answers: to the last question, by label of the member. Whoever listens to the members puts them in.
+        answers: to the last question, by label of the member; filled by the caller, which hears the members.
     """
 
     def __init__(self, members: Sequence[Member], fail: Callable[[str], object]) -> None:
@@ -32,30 +32,30 @@ class Inquiry:
         self.answers: dict[str, tuple[Any, ...]] = {}
 
     def in_use(self, listen: Callable[[float], object]) -> tuple[dict[str, Any], int]:
-        """What is in use, by engine and kind, and how often agents were torn down; nothing is in use if that is empty.
+        """Return what is in use, by engine and kind, and how often agents were reset.
 
         Args:
             listen: takes what members tell, for at most so many seconds.
         """
         self._ask("figures", listen, _FIGURES_S)
         left: dict[str, Any] = {}
-        torn_down = 0
-        for label, (in_use, touched, faults, fences) in self.answers.items():
+        all_resets = 0
+        for label, (in_use, touched, faults, resets) in self.answers.items():
             if touched:
                 self._fail(f"{label}: blocks {touched[:5]} were written to while they were free")
             if faults:
                 self._fail(f"{label}: {faults:g} faults were survived inside the endpoint")
-            torn_down += int(fences)
+            all_resets += int(resets)
             left.update({f"{label}: {what}": number for what, number in in_use.items() if number})
         if len(self.answers) < len(self._members):
             left = {"answers missing": len(self.answers)}
-        return left, torn_down
+        return left, all_resets
 
     def close(self, told: Callable[[Member], object]) -> None:
-        """Have all of them closed; nothing may be left.
+        """Close all of them, and check that nothing is left.
 
         Args:
-            told: takes what one member tells. A member that has ended is no failure any more.
+            told: takes what one member tells. Members end after that, which is no failure any more.
         """
 
         def listen(pause_s: float) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of plain arrays, and what its blocks ought to hold: the oracle, which asks the library for nothing."""
+"""A cache of plain arrays and the content its blocks ought to have: the oracle, which uses nothing of the library."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 LAYERS, HEADS, CONTENT = 4, 2, 32
-"""Of the one model that all engines serve: KV heads, and elements of K and V of one token of one head."""
+"""Sizes of the model that all engines serve: layers, KV heads, and elements of K and V of one token of one head."""
 
 _ODD = [np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93)]
 _MIX = np.uint64(0xA0761D6478BD642F)
 
 
 def content(seed: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
-    """The KV of a request's tokens, as ``[layer, head, token, content]``: told by its seed, and different everywhere."""
+    """Return the KV of a request's tokens, as ``[layer, head, token, content]``: a function of its seed, different everywhere."""
     axes = np.ogrid[:LAYERS, :HEADS, start:stop, :CONTENT]
     mixed = np.array([seed], dtype=np.uint64) * _MIX  # an array: NumPy warns of a scalar that overflows
     for axis, odd in zip(axes, _ODD, strict=True):
@@ -31,7 +31,7 @@ def content(seed: int, start: int, stop: int) -> npt.NDArray[np.uint16]:
 
 
 class Blocks:
-    """The blocks of one cache: lent to requests, taken back, and rewritten as soon as they are.
+    """The blocks of one cache: lent to requests, taken back, and overwritten at once.
 
     Args:
         order: of the axes in memory, outermost first: a permutation of ``LBHN``.
@@ -65,14 +65,14 @@ class Blocks:
         return -(-stop // self.block_tokens) - start // self.block_tokens
 
     def take(self, number: int) -> list[int] | None:
-        """Blocks for a request; None if there are too few."""
+        """Take blocks for a request; None if there are too few."""
         if number > len(self._free):
             return None
         taken, self._free = self._free[:number], self._free[number:]
         return taken
 
     def give(self, blocks: Sequence[int]) -> None:
-        """No request has them any more: they are written over at once, as the next request would."""
+        """Take blocks back, and overwrite them at once, as the next request would."""
         for block in blocks:
             self._noises += 1
             self._noise[block] = self._noises
@@ -80,17 +80,17 @@ class Blocks:
             self._free.append(block)
 
     def touched(self) -> list[int]:
-        """Free blocks that somebody has written to."""
+        """Return the free blocks that were written to."""
         return [block for block in self._free if not np.array_equal(self._view[:, block], self._noise_of(block))]
 
     def write(self, blocks: Sequence[int], seed: int) -> None:
-        """Let blocks hold a request's first tokens."""
+        """Write a request's first tokens into blocks."""
         tokens = len(blocks) * self.block_tokens
         folded = content(seed, 0, tokens).reshape(LAYERS, HEADS, len(blocks), self.block_tokens, CONTENT)
         self._view[:, list(blocks)] = folded.transpose(0, 2, 1, 3, 4)
 
     def wrong(self, blocks: Sequence[int], seed: int, start: int, stop: int) -> int:
-        """How many bytes of a request's tokens are not in these blocks, the first of which is that of token ``start``."""
+        """Count the bytes of a request's tokens that blocks do not hold; the first block is that of token ``start``."""
         held = self._view[:, list(blocks)].transpose(0, 2, 1, 3, 4).reshape(LAYERS, HEADS, -1, CONTENT)
         first = start // self.block_tokens * self.block_tokens
         found = held[:, :, start - first : stop - first]

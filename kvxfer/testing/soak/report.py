@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written down of a soak: requests under way, how they ended, and how large processes were."""
+"""Records of a soak: requests under way, how they ended, and how large processes were."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from kvxfer.testing.soak.resident import RequestSpec
 
 FLAT_RSS_NBYTES = 32 << 20
-"""By so much the allocator may play, and tables may fill that are bounded (a producer remembers 16,384 leases)."""
+"""Growth that the allocator and bounded tables may cause (a producer remembers 16,384 leases)."""
 FLAT_FILES_PER_LOSS = 2
-"""UCX leaves a file descriptor open on either side of each connection that was lost (docs/nixl.md)."""
+"""File descriptors that UCX leaves open for each connection that was lost (docs/nixl.md)."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the operating system says of one process."""
+    """Size of one process, as the operating system counts it."""
 
     rss_nbytes: int
     files: int
     threads: int
 
     def grown(self, before: Usage, losses: int) -> str:
-        """What has grown since then that must not; empty if nothing has.
+        """Say what has grown since ``before`` that must not; empty if nothing has.
 
         Args:
             losses: connections to peers that were lost since its agent was made.
@@ -43,12 +43,12 @@ class Usage:
 
 @dataclass
 class TrackedRequest:
-    """One request, as the router knows it. An engine that was killed answers nothing more.
+    """One request, as the router knows it. An engine that was killed tells nothing more.
 
     Attributes:
-        source, sink: who prefills and who decodes, and which of their processes.
+        source, sink: the engines that prefill and decode, and which of their processes (``_life``).
         prefilled, decoded: how each half ended; empty before.
-        ends_by: when the decode must have ended, but for the time that its engine was frozen since.
+        ends_by: when the decode must have ended, plus the time that its engine was frozen since.
     """
 
     job: RequestSpec
@@ -65,7 +65,7 @@ class TrackedRequest:
 
 @dataclass
 class SoakReport:
-    """What a soak was like.
+    """Figures of a soak.
 
     Attributes:
         decoded, prefilled: requests by how each half ended.
@@ -88,6 +88,6 @@ class SoakReport:
     losses: dict[str, int] = field(default_factory=dict)
 
     def compared(self, label: str) -> tuple[Usage, Usage]:
-        """An engine's usage when the first quarter of the calm moments was over, with which it was warm, and at the last one."""
+        """Return an engine's usage after the first quarter of the calm moments, when it was warm, and at the last one."""
         usages = self.calm[label]
         return usages[len(usages) // 4], usages[-1]

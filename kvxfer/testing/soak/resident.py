@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in a process of its own: a cache, an endpoint, and requests that it prefills or decodes as it is told."""
+"""An engine in a process of its own: a cache, an endpoint, and requests that it prefills or decodes on order."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _STEP_S = 0.003
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What one engine's cache looks like, and how bytes leave it.
+    """Layout of one engine's cache, and how bytes leave it.
 
     Attributes:
-        packs: packing is made to look cheap, so that even a small read takes that route.
+        packs: packing is made to look cheap, so that even small reads take that route.
     """
 
     order: str
@@ -51,14 +51,14 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class RequestSpec:
-    """One request, as the router tells it to both engines.
+    """One request, as the router sends it to both engines.
 
     Attributes:
-        seed: what its KV is, see `kvxfer.testing.soak.memory.content`.
-        ref: for the decoder the lease, as JSON; for the prefiller that of a request that both are told of at once.
-        pieces: prefill takes so many steps of ``step_s``; all blocks but those of the last one are sealed on the way.
+        seed: of its KV, see `kvxfer.testing.soak.memory.content`.
+        ref: the lease, as JSON; for the producer only where both engines are told of the request at once.
+        pieces: steps of prefill, of ``step_s`` each; blocks are published after each of them.
         unread_lease_s: the decoder holds the lease so long before it reads.
-        skip: tokens that the decoder has already.
+        skip: tokens that the consumer has already.
         timeout_s: of the read.
     """
 
@@ -78,7 +78,7 @@ class _Prefill:
     job: RequestSpec
     ref: LeaseRef
     blocks: list[int]
-    offered: bool = False
+    published: bool = False
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class _Decode:
 
 
 class Resident:
-    """What lives in the process. Its public methods are the orders; what they lead to is told to the router, by and by."""
+    """The engine in the process. Its public methods are the orders; it tells the router of their results by and by."""
 
     _finished = False
 
@@ -138,7 +138,7 @@ class Resident:
     # -- orders
 
     def prefill(self, job: RequestSpec) -> None:
-        """Begin a prefill for another engine."""
+        """Begin to prefill a request for another engine."""
         blocks = self._blocks.take(self._blocks.needed(0, job.num_tokens))
         if blocks is None:
             self._tell("full", job.number)
@@ -149,7 +149,7 @@ class Resident:
         self._compute(prefill, 1)
 
     def decode(self, job: RequestSpec) -> None:
-        """Hold a lease if that is wanted, and read it."""
+        """Read a lease, and acquire it some time before if the request says so."""
         decode = _Decode(job, LeaseRef.from_json(job.ref))
         if job.unread_lease_s:
             self._endpoint.acquire(decode.ref)
@@ -157,10 +157,10 @@ class Resident:
         self._after(job.unread_lease_s, lambda: self._read(decode))
 
     def abort(self, number: int) -> None:
-        """The client of this request has gone."""
+        """End a request, as when its client has gone."""
         for prefill in [each for each in self._prefills.values() if each.job.number == number]:
             self._endpoint.revoke(prefill.ref)
-            if not prefill.offered:  # nobody is told of the end of such a lease
+            if not prefill.published:  # no event tells of the end of such a lease
                 self._give_back(prefill, "aborted")
         held = self._held.pop(number, None)
         for decode in (
@@ -171,14 +171,14 @@ class Resident:
             self._tell("decoded", number, "aborted", 0, 0)
 
     def restart(self) -> None:
-        """Close the endpoint and make another at its address; the process and its memory go on."""
+        """Close the endpoint and make another one at its address, in the same process and memory."""
         address = self._endpoint.address
         self._stop()
         self._endpoint = self._start(address)
         self._tell("up", self._endpoint.address, self._endpoint.name)
 
     def figures(self) -> None:
-        """Tell what is in use. Asked when nothing should be."""
+        """Tell what is in use. Ordered when nothing should be."""
         gc.collect()
         told = {
             **self._endpoint.in_use(),
@@ -207,7 +207,7 @@ class Resident:
         heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), act))
 
     def _compute(self, prefill: _Prefill, piece: int) -> None:
-        """One step of a prefill; the last one offers all."""
+        """Plan one step of a prefill; the last one publishes all blocks."""
         job = prefill.job
 
         def step() -> None:
@@ -219,9 +219,9 @@ class Resident:
                 self._endpoint.publish(prefill.ref, done, complete=False)
                 self._compute(prefill, piece + 1)
             else:
-                prefill.offered = True
+                prefill.published = True
                 self._endpoint.publish(prefill.ref, prefill.blocks)
-                self._tell("offered", job.number, prefill.ref.to_json())
+                self._tell("published", job.number, prefill.ref.to_json())
 
         self._after(job.step_s, step)
 
@@ -242,7 +242,7 @@ class Resident:
         if isinstance(event, (Done, Failed)):
             decode = self._decodes.pop(event.transfer, None)
             if decode is None:
-                self._tell("violated", f"{event} was told twice, or of nobody's read")
+                self._tell("violated", f"{event} was told twice, or of an unknown read")
                 return
             job = decode.job
             wrong = (
@@ -253,16 +253,16 @@ class Resident:
             self._tell("decoded", job.number, how, event.transfer.nbytes, wrong)
             return
         prefill = self._prefills.get(event.token)
-        if prefill is None or not prefill.offered:
-            self._tell("violated", f"{event} was told twice, or of a lease that was not offered")
+        if prefill is None or not prefill.published:
+            self._tell("violated", f"{event} was told twice, or of a lease that was not published")
             return
         read = getattr(event, "read", None)
-        how = {True: "settled", False: "unread"}.get(read, type(event).__name__.removeprefix("Lease").lower())  # type: ignore[arg-type]
+        how = {True: "released", False: "unread"}.get(read, type(event).__name__.removeprefix("Lease").lower())  # type: ignore[arg-type]
         self._give_back(prefill, how)
 
     def _give_back(self, prefill: _Prefill, how: str) -> None:
         del self._prefills[prefill.ref.token]
-        written = prefill.job.num_tokens if prefill.offered else 0
+        written = prefill.job.num_tokens if prefill.published else 0
         wrong = self._blocks.wrong(prefill.blocks, prefill.job.seed, 0, written) if written else 0
         self._blocks.give(prefill.blocks)
         self._tell("prefilled", prefill.job.number, how, wrong)
@@ -272,7 +272,7 @@ class Resident:
         for event in self._endpoint.poll():
             self._ended(event)
         for prefill in list(self._prefills.values()):
-            if prefill.offered:
+            if prefill.published:
                 self._tell("violated", f"{prefill.ref} has had no end, and the endpoint is closed")
             self._give_back(prefill, "aborted")
         for number in list(self._held):
@@ -284,7 +284,7 @@ class Resident:
 
 
 def make(tell: Callable[..., None], *arguments: Any, kind: type[Resident] = Resident) -> Resident:
-    """Make what lives in the process."""
+    """Make the engine of the process."""
     faulthandler.enable()
-    logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # that peers are killed is no news
+    logging.getLogger("kvxfer").setLevel(logging.CRITICAL)  # peers are killed all the time
     return kind(tell, *arguments)
