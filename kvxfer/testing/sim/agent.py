@@ -155,7 +155,7 @@ class VirtualAgent(TransferAgent):
         elif not owner.process.alive:
             if not world.strikes("death not noticed", copy.what, world.profile.copy_lost):
                 self._break(copy, PeerLostError(f"{copy.owner!r} is gone"))
-        elif not owner.is_open and not world.strikes("deregistered memory read", copy.what, world.profile.unguarded):
+        elif not owner.is_open and not world.strikes("withdrawn memory read", copy.what, world.profile.unguarded):
             self._break(copy, PeerLostError(f"{copy.owner!r} has deregistered its memory"))
         else:
             for here, there, nbytes in piece:
@@ -190,6 +190,6 @@ class VirtualAgent(TransferAgent):
         world = self.process.world
         for copy in self._under_way:
             owner = self._agents[copy.owner].process
-            if owner.alive and world.strikes("producer dies with its consumer", copy.what, world.profile.coupled):
+            if owner.alive and world.strikes("owner dies with its reader", copy.what, world.profile.coupled):
                 world.after(1e-3, owner.fatal)
         self._under_way.clear()

@@ -103,7 +103,7 @@ class SimulatedRequest:
         asked = chance.uniform(0, 3) if self._both else end + min(chance.expovariate(1.0), 3.0)
         if self._ends_badly("is asked for late", 0.05):
             asked += SETTINGS["lease_s"] * chance.uniform(0.8, 2)
-        shares = [chance.random() for number in range(3) if self._is(f"is published in part, {number + 1}", 0.4)]
+        shares = [chance.random() for number in range(3) if self._is(f"is sealed, {number + 1}", 0.4)]
         spread = [chance.uniform(0, 0.3) for _ in range(2)]
         if not source.alive or (blocks := source.take(self._tokens)) is None:
             world.say(f"{self.name} is turned away by {source.name}")
@@ -222,16 +222,16 @@ class SimulatedRequest:
         ref = serving.ref
         if self._ends_badly(f"is asked for {who} under another token", 0.02):
             ref = msgspec.structs.replace(ref, token=f"{chance.getrandbits(128):032x}")
-        acquired = self._is(f"is acquired {who}", 0.5)
+        acquired = self._is(f"is held {who}", 0.5)
         wait_s = (
             chance.uniform(5, 12)
-            if self._is(f"is acquired long before it is read {who}", 0.1)
+            if self._is(f"is held for long {who}", 0.1)
             else chance.uniform(0, 2)
         )
         if acquired:
             _each(sink, lambda rank: rank.endpoint.acquire(ref))
         if acquired and self._ends_badly(f"is never read {who}", 0.08):
-            if self._is(f"is released {who}", 0.7):
+            if self._is(f"is dropped {who}", 0.7):
                 _each(sink, lambda rank: rank.endpoint.release(ref), wait_s)
             return
         sink.ranks[0].do(lambda: self._read(sink, ref, serving), wait_s if acquired else 0.0)
@@ -263,7 +263,7 @@ class SimulatedRequest:
             rank.do(partial(read, rank), chance.uniform(0, 0.05))
         if self._ends_badly(f"is read twice {who}", 0.04):
             _each(sink, read_again, chance.uniform(0, 2))
-        if self._ends_badly(f"is released {who} as it is read", 0.1):
+        if self._ends_badly(f"is dropped {who} as it is read", 0.1):
             _each(sink, lambda rank: rank.endpoint.release(ref), chance.uniform(0, 2))
 
 
