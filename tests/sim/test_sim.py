@@ -60,7 +60,7 @@ FOUND_BY = {
     "settling_not_repeated": ("lossy", 2, "left behind"),
     "fault_in_the_control_thread": ("calm", 1, "fault survived"),
     "hold_never_ends": ("calm", 3, "left behind"),
-    "restarted_reads_number_anew": ("stuck", 241, "wrong bytes"),
+    "restarted_reads_number_anew": ("stuck", 55, "wrong bytes"),
     "clock_of_agents_stands": ("stuck", 1, "read without end"),
     "clock_of_the_control_thread_is_behind": ("clocks", 1, "read without end"),
     "renewals_by_the_producers_clock": ("calm", 1, "failed for nothing"),
@@ -68,8 +68,8 @@ FOUND_BY = {
     "one_rank_grants_for_all": ("calm", 0, "wrong bytes"),
     "unpacking_not_waited_for": ("calm", 0, "wrong bytes"),
     "packing_not_waited_for": ("calm", 0, "wrong bytes"),
-    "slot_given_back_while_it_is_packed": ("slow", 166, "wrong bytes"),
-    "device_failure_at_the_producer_ignored": ("stuck", 0, "wrong bytes"),
+    "slot_given_back_while_it_is_packed": ("slow", 20, "wrong bytes"),
+    "device_failure_at_the_producer_ignored": ("stuck", 1, "wrong bytes"),
     "device_failure_at_the_consumer_ignored": ("stuck", 3, "wrong bytes"),
     "closed_without_a_word": ("crashy", 0, "left behind"),
     "overtaken_chunk_taken_for_an_old_one": ("calm", 0, "failed for nothing"),
@@ -79,7 +79,7 @@ FOUND_BY = {
     "cell_not_wiped": ("all", 6, "wrong bytes"),
     "standing_still_is_silence": ("clocks", 4, "free block written"),
     "first_piece_is_the_whole_grant": ("calm", 0, "failed for nothing"),
-    "slots_withdrawn_under_a_lease_that_stands": ("slow", 2, "wrong bytes"),
+    "slots_withdrawn_under_a_lease_that_stands": ("slow", 4, "wrong bytes"),
     "one_check_for_all": ("slow", 13, "wrong bytes"),
 }
 """Profile and seed by which each planted bug is found, and as what."""
