@@ -223,11 +223,7 @@ class SimulatedRequest:
         if self._ends_badly(f"is asked for {who} under another token", 0.02):
             ref = msgspec.structs.replace(ref, token=f"{chance.getrandbits(128):032x}")
         acquired = self._is(f"is held {who}", 0.5)
-        wait_s = (
-            chance.uniform(5, 12)
-            if self._is(f"is held for long {who}", 0.1)
-            else chance.uniform(0, 2)
-        )
+        wait_s = chance.uniform(5, 12) if self._is(f"is held for long {who}", 0.1) else chance.uniform(0, 2)
         if acquired:
             _each(sink, lambda rank: rank.endpoint.acquire(ref))
         if acquired and self._ends_badly(f"is never read {who}", 0.08):
