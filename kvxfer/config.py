@@ -93,6 +93,8 @@ class Settings(Struct, frozen=True, eq=False):
     are equal whatever their origins."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.origin, Mapping):
+            raise ConfigError(f"origin must be a mapping from settings to their sources, not {self.origin!r:.200}")
         for name in names():
             value, origin = getattr(self, name), self.origin.get(name)
             try:

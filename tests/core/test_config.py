@@ -58,6 +58,12 @@ def test_a_count_is_whole():
         Settings(max_leases=1.5)
 
 
+def test_an_origin_that_is_no_mapping():
+    """The origins of values are a mapping."""
+    with pytest.raises(ConfigError, match="origin must be a mapping"):
+        Settings(origin="argument")
+
+
 def test_unknown_names_are_refused():
     """A misspelt setting is refused, with the known ones."""
     with pytest.raises(ConfigError, match=r"lease_seconds.*lease_s"):
