@@ -25,7 +25,7 @@
     |   +-- PeerLostError            the peer died or its connection broke
     |   +-- TransferTimeoutError     the deadline passed
     |   +-- TransferFailedError      the transfer engine reported a failure
-    |   +-- IntegrityError           what arrived is not what the source has
+    |   +-- IntegrityError           the bytes that arrived differ from the source
     |
     +-- WireError                a message cannot be decoded, is too large, or has another protocol version
     +-- HandshakeError           the peer refused the handshake, or is not the one expected; ``code`` is its reason
@@ -197,7 +197,7 @@ class IntegrityError(TransferError):
         shown = "; ".join(map(str, differences[:3]))
         rest = len(differences) - 3
         tail = f"; and {'at least ' if more else ''}{rest} more" if rest > 0 else ""
-        super().__init__(f"what arrived is not what its source has: {shown}{tail}")
+        super().__init__(f"the bytes that arrived differ from the source: {shown}{tail}")
         self.differences: tuple[Difference, ...] = tuple(differences)
         self.more = more
 
