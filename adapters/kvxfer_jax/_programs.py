@@ -74,7 +74,7 @@ def value_dtype(program: Program) -> np.dtype[Any]:
 
 
 def value_count(program: Program) -> int:
-    """How many of them for a piece."""
+    """Number of values for a piece."""
     near = value_dtype(program).itemsize if program.cast is None else numpy_dtype(program.cast[1]).itemsize
     return program.size * program.unit_nbytes // near
 

@@ -41,7 +41,7 @@ class Link(str, Enum):
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What decides the kind of link, of one process.
+    """Facts about one process that decide the kind of link.
 
     Attributes:
         host: equal for processes of one machine and one namespace of process ids.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `NixlAgent` keeps of a peer and of a posted request, and what it tells peers of itself."""
+"""Records of `NixlAgent`: a peer, a posted request, and its own description for peers."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How bytes move: the contract `TransferAgent`, and the agent within one process."""
+"""Transport of bytes: the contract `TransferAgent`, and the agent within one process."""

@@ -132,7 +132,7 @@ class TransferAgent(ABC):
         return False
 
     def explain(self, peer: AgentPeer) -> str:  # noqa: ARG002
-        """How bytes travel between this agent and ``peer``, in a few words for people. Not to be acted upon."""
+        """Transport between this agent and ``peer`` in a few words, for people only."""
         return self.adapter
 
     def _progress(self) -> None:  # noqa: B027
@@ -155,7 +155,7 @@ class TransferAgent(ABC):
 
     @final
     def deregister(self, registration: Registration) -> None:
-        """Withdraw a region.
+        """Revoke a region.
 
         Raises:
             RegistrationError: unknown here, or a transfer (also a quarantined one) may still touch it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter declares of its transfer engine: operations, memory, reach, limits, and how its transfers end."""
+"""Declarations of an adapter about its transfer engine: operations, memory, reach, limits, and how its transfers end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Op(str, Enum):
 
 
 class Reach(str, Enum):
-    """How far away a peer may be."""
+    """Greatest distance of a peer."""
 
     PROCESS = "process"
     HOST = "host"
@@ -28,7 +28,7 @@ class Reach(str, Enum):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an adapter declares of its engine. Declare what is true: the conformance suite tests every field.
+    """Declarations of an adapter about its engine. They must be true: the conformance suite tests every field.
 
     `TransferAgent` reads ``ops``, ``kinds`` and the two limits: it refuses the rest, and splits lists. The command line reads
     ``reach``. Nothing in the core reads the other fields: it is written for an engine that promises none of them.

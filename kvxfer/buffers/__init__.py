@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a device packs, unpacks and converts: the contract `DeviceBuffer`, and host memory."""
+"""Packing, unpacking and conversion on devices: the contract `DeviceBuffer`, and host memory."""
