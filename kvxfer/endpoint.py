@@ -420,7 +420,7 @@ class Endpoint:
     # -- both -------------------------------------------------------------------------------------------------------
 
     def poll(self, timeout_s: float = 0.0) -> list[Event]:
-        """What happened since the last call; waits up to ``timeout_s`` for the first event. Each comes once.
+        """Events since the last call; waits up to ``timeout_s`` for the first event. Each comes once.
 
         From the first call on nothing is lost. Before it, the ends of transfers are kept for the newest 4,096 only
         (`kvxfer.runtime.events`): an engine that only waits for its transfers need not poll. Ends of leases are always kept.

@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # What is still to be rewritten. This set only shrinks.
 _PROSE = """
-kvxfer/endpoint.py kvxfer/runtime kvxfer/testing
+kvxfer/testing
 docs/fuzzing.md docs/nightly.md docs/simulator.md
 """
 PROSE_TO_DO = tuple(_PROSE.split())

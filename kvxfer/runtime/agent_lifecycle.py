@@ -105,7 +105,7 @@ class AgentLifecycle:
         return peer
 
     def explain(self, agent_info: bytes) -> str:
-        """How bytes come from there, for people; empty if it was not met."""
+        """Transport from a peer, for people; empty if the peer was not met."""
         peer = self._peers.get(agent_info)
         if self.agent is None or peer is None:
             return ""

@@ -63,7 +63,7 @@ def reference(ref: Any) -> LeaseRef:
 
 
 def completions(after: Any) -> tuple[Completion, ...]:
-    """What is waited for, made so that it can be asked without harm. Raises ConfigError."""
+    """Completions of a call, wrapped so that they can be asked without harm. Raises ConfigError."""
     try:
         ends = tuple(after)
     except TypeError:
@@ -97,7 +97,7 @@ def route(given: Route | str) -> Route:
 
 
 def finite(timeout_s: Any) -> float:
-    """How long `Endpoint.poll` waits: any number of seconds but NaN. Raises ConfigError."""
+    """Time that `Endpoint.poll` waits: any number of seconds but NaN. Raises ConfigError."""
     if not isinstance(timeout_s, (int, float)) or isinstance(timeout_s, bool) or math.isnan(timeout_s):
         raise ConfigError(f"timeout_s must be a number of seconds, not {timeout_s!r:.200}")
     return min(float(timeout_s), MAX_S)

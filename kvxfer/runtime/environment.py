@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an endpoint runs in: a clock, a control channel, and threads for its two loops.
+"""Environment of an endpoint: a clock, a control channel, and threads for its two loops.
 
 `REAL` is that of this process. The simulator has another one, in which the same endpoint runs without threads.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Loop(Protocol):
-    """What one thread does. Its environment calls one method at a time."""
+    """Work of one thread. Its environment calls one method at a time."""
 
     def begin(self) -> None:
         """Prepare. Called once, first."""

@@ -125,7 +125,7 @@ class ReadExecutor:
 
     @property
     def moving(self) -> bool:
-        """Something is under way whose end has to be asked for."""
+        """Whether something is under way whose end has to be asked for."""
         return bool(self._flying or self._copying or self._occupied or self._contacts.awaited)
 
     def due_s(self) -> float | None:

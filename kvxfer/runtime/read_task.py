@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Tools(NamedTuple):
-    """What all reads of an endpoint use."""
+    """Tools that all reads of an endpoint use."""
 
     cache: KVCache
     board: LeaseBoard
@@ -69,12 +69,12 @@ class ReadTask:
 
     @property
     def deadline(self) -> float:
-        """When it ends at the latest."""
+        """Latest end of the read."""
         return self.job.transfer.deadline
 
     @property
     def waits(self) -> bool:
-        """It waits for something that a source grants or packs."""
+        """Whether the read waits for something that a source grants or packs."""
         return any(source.waits for source in self.sources)
 
     def now(self) -> float:
@@ -89,7 +89,7 @@ class ReadTask:
 
 
 class SourceRead:
-    """What a read gets from one source.
+    """Part of a read that comes from one source.
 
     Attributes:
         granted: what the source has granted by now.
@@ -117,7 +117,7 @@ class SourceRead:
 
     @property
     def waits(self) -> bool:
-        """It waits for blocks that its source grants, or for chunks that it packs."""
+        """Whether the read waits for blocks that its source grants, or for chunks that it packs."""
         return not self.granted.complete or bool(self.asked)
 
     def grant(self, granted: Source) -> None:
@@ -128,7 +128,7 @@ class SourceRead:
         self.match()
 
     def match(self) -> MatchedTables:
-        """Which blocks of the source become which of this cache's.
+        """Match blocks of the source with those of this cache.
 
         Raises:
             BlockError: the read does not fit what the source has leased, or another source has leased other tokens.
@@ -145,7 +145,7 @@ class SourceRead:
         return self._tables
 
     def unmoved(self) -> MatchedTables | None:
-        """What is granted and not here; None if that is nothing."""
+        """Granted tokens that have not arrived; None if there are none."""
         tables = self.match()
         if self.moved:
             spans = [(max(start, self.moved.get(i, start)), stop) for i, (start, stop) in enumerate(tables.tokens)]

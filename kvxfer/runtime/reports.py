@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the data thread reports to the control thread."""
+"""Reports of the data thread to the control thread."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ReadReports(Protocol):
 
     @property
     def untold(self) -> bool:
-        """Something was reported since the last `flush`."""
+        """Whether there was a report since the last `flush`."""
 
 
 class DataReports(ReadReports, Protocol):

@@ -41,7 +41,7 @@ class Staging(NamedTuple):
 
 
 class Use(str, Enum):
-    """What a slot is taken for."""
+    """Use of a slot."""
 
     OUTGOING = "outgoing"
     """A chunk packed for a consumer, until that says that it has taken it."""
@@ -78,7 +78,7 @@ class StagingArena:
 
     @property
     def memory(self) -> Memory:
-        """Where it lies."""
+        """Memory of the arena."""
         return Memory(self._base, len(self._bytes))
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which blocks of a cache reads under way write to: two reads into one block at once would mix two requests."""
+"""Blocks of a cache that reads under way write to: two reads into one block at once would mix two requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TargetBlocks:
         self._ended: deque[Sequence[CheckedTable]] = deque()
 
     def take(self, into: Sequence[CheckedTable]) -> None:
-        """They belong to a read from now on. Raises BlockError: one belongs to another read; nothing changes."""
+        """Reserve blocks for a read. Raises BlockError: one belongs to another read; nothing changes."""
         with self._lock:
             self._free_ended()
             for taken, table in zip(self._taken, into, strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a read that verifies compares, and how it names what differs.
+"""Comparison of a read that verifies, and the names of the differences.
 
 A chunk is described as on the packed route: some layers and tokens of one record, laid out like the consumer's cache, elements of
 the consumer's type. Its source packs it from its own blocks and sends a digest instead of the chunk; the consumer packs the same
@@ -28,7 +28,7 @@ MOST_DIFFERENCES = 16
 
 
 def verdict(differences: Sequence[Difference]) -> IntegrityError | None:
-    """Why a read with these differences has failed; None if there are none."""
+    """Error of a read with these differences; None if there are none."""
     return IntegrityError(differences, more=len(differences) >= MOST_DIFFERENCES) if differences else None
 
 
@@ -39,7 +39,7 @@ def repacked(layout: ChunkLayout, chunk: Chunk, tables: MatchedTables) -> list[A
 
 
 def difference(planner: ChunkPlanner, chunk: Chunk, tables: MatchedTables) -> Difference:
-    """Where a chunk lies that is one layer and one block: its names for people."""
+    """Place of a chunk of one layer and one block, in names for people."""
     template = planner.templates[chunk.template]
     spec, table = planner.rank_plan.target, tables.targets[template.group]
     number = template.layers[chunk.layers[0]][1]
