@@ -607,7 +607,7 @@ TARGETS = [
     Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/protocol/messages.py": 95}),
     Target("machine", "msgpack", run_machine, seeds_machine, {
         # Not more of the consumer: what it does after faults of kvxfer itself no message can reach.
-        "kvxfer/protocol/producer.py": 84, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
+        "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/chunk_staging.py": 86, "kvxfer/protocol/consumer_connections.py": 90, "kvxfer/protocol/lease_requests.py": 90, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leases at their owner: every transition of the diagram, and what travels with a request."""
+"""Leases at their producer: deadlines, ranks and refusals, and the reference that travels with a request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def free(board):
 
 
 def test_the_way_of_a_lease_that_is_read(table, board):
-    """Announced, offered, opened, settled; its cell holds its check from the offer to the settlement."""
+    """Announced, published, acquired, released; its cell holds its check from the publication to the release."""
     table.announce(T1, "r", 0)
     assert free(board)
     lease = table.publish(T1, [b"1234"], 5)
@@ -52,8 +52,8 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     assert table.next_deadline() is None
 
 
-def test_opened_before_it_is_offered(table):
-    """An open of an announced lease names its holder and starts no clock; the offer does."""
+def test_acquired_before_it_is_published(table):
+    """To acquire an announced lease names its consumer and starts no clock; its publication does."""
     table.announce(T1, "r", 0)
     assert table.acquire(T1, ME, 1).state is LeaseState.ANNOUNCED
     assert table.expire(99.9) == []
@@ -63,7 +63,7 @@ def test_opened_before_it_is_offered(table):
 
 @pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
 def test_each_state_expires(table, board, until, how):
-    """A lease nobody comes for ends at its state's deadline, and not a moment before."""
+    """A lease for which no consumer comes ends at its state's deadline, and not a moment before."""
     table.announce(T1, "r", 0)
     if how != "announced":
         table.publish(T1, [], 5)
@@ -76,8 +76,8 @@ def test_each_state_expires(table, board, until, how):
     assert table.expire(1e9) == [] and table.next_deadline() is None
 
 
-def test_spared_once_until_somebody_asks(table):
-    """After a standstill a lease gets a moment more, once: then it ends, or its holder is heard and it may be spared again."""
+def test_time_for_a_pause_is_given_once(table):
+    """After a pause a lease gets a moment more, once: then it ends, or its consumer is heard and it may get one again."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     table.acquire(T1, ME, 0)
@@ -98,8 +98,8 @@ def test_sparing_shortens_nothing(table):
     assert lease.deadline == 30.0 and not lease.pause_allowed
 
 
-def test_renewed_for_as_long_as_the_holder_likes(table):
-    """Each renewal by the holder starts the time anew; when they stop, it ends."""
+def test_renewed_for_as_long_as_the_consumer_likes(table):
+    """Each renewal by the consumer starts the time anew; when they stop, it ends."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     table.acquire(T1, ME, 0)
@@ -109,8 +109,8 @@ def test_renewed_for_as_long_as_the_holder_likes(table):
     assert [x.token for x in table.expire(580 + 30)] == [T1]
 
 
-def test_renewal_by_somebody_else_is_no_renewal(table):
-    """Only the holder renews; unknown, ended and foreign tokens come back as ended."""
+def test_renewal_by_another_consumer_is_no_renewal(table):
+    """Only the consumer renews; unknown, ended and foreign tokens come back as ended."""
     for token in (T1, T2):
         table.announce(token, "r", 0)
         table.publish(token, [], 0)
@@ -143,7 +143,7 @@ def test_revoked_in_any_state(table, board, state):
 
 @pytest.mark.parametrize("end", ["release", "revoke", "expire"])
 def test_an_ended_lease_stays_ended(table, end):
-    """Opening and offering it again are refused by name; announcing it again changes nothing."""
+    """Acquiring and publishing it again are refused by name; announcing it again changes nothing."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     {
@@ -170,8 +170,8 @@ def test_unknown_leases_are_unknown(table):
     assert table.request(T3) == "" and len(table) == 0
 
 
-def test_who_was_offered_is_known(table):
-    """A lease was offered when `publish` was called, in vain too: its end is told, and no other's."""
+def test_whose_end_is_awaited_is_known(table):
+    """The end of a lease is awaited when all blocks were published, in vain too."""
     table.announce(T1, "r", 0)
     assert not table.end_awaited(T1) and not table.end_awaited(T2)
     table.publish(T1, [], 0)
@@ -182,8 +182,8 @@ def test_who_was_offered_is_known(table):
         table.acquire(T2, ME, 1)
 
 
-def test_sealed_blocks_are_readable_before_the_offer(table, board):
-    """From the first sealed block on the cell holds the token; more may be sealed, and the offer, which has all, comes last."""
+def test_partial_blocks_are_readable_before_the_last(table, board):
+    """From the first published block on the cell holds the check; more may be published, and the call with all comes last."""
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [b"1234"], 0, [16], complete=False)
     assert lease.readable and not lease.complete and cell(board, lease) == lease.check
@@ -203,7 +203,7 @@ def test_sealed_blocks_are_readable_before_the_offer(table, board):
 
 
 def test_a_place_for_a_consumer_that_comes_first(table, board):
-    """It is kept for the lease that is announced later, which has its own time from then on and the holder that came."""
+    """It is kept for the lease that is announced later, which has its own time from then on and the consumer that came."""
     table.expect(T1, 0)
     lease = table.acquire(T1, ME, 1)
     assert (
@@ -217,7 +217,7 @@ def test_a_place_for_a_consumer_that_comes_first(table, board):
 
 
 def test_a_place_is_no_lease(table, board):
-    """What was not announced cannot be sealed, nor offered; the offer ends it, and its blocks are the caller's."""
+    """What was not announced cannot be published; to publish it in full ends it, and its blocks are the caller's."""
     table.expect(T1, 0)
     with pytest.raises(LeaseUnknownError):
         table.publish(T1, [b"1234"], 5, complete=False)
@@ -241,7 +241,7 @@ def test_places_are_few(board):
 
 
 def test_who_settles_first_of_all(table, board):
-    """A lease that its consumer has settled before it was known here is not offered any more."""
+    """A lease that its consumer has released before it was known here is not published any more."""
     assert table.release(T1, ME, read=False) == (False, None)
     table.announce(T1, "r", 0)
     with pytest.raises(LeaseEndedError):
@@ -250,7 +250,7 @@ def test_who_settles_first_of_all(table, board):
 
 
 def test_taken_by_one_consumer(table):
-    """The first that opens a lease has it: others cannot open, renew or settle it."""
+    """The first consumer that acquires a lease has it: others cannot acquire, renew or release it."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     table.acquire(T1, ME, 0)
@@ -262,7 +262,7 @@ def test_taken_by_one_consumer(table):
 
 
 def test_settling_again_gives_the_same_answer(table):
-    """A repeated settlement tells the holder again that it stood, and nobody else; it ends nothing twice."""
+    """A repeated release tells the consumer again that the lease was live, and no other; it ends nothing twice."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     assert table.release(T1, ME, read=True)[0]
@@ -289,7 +289,7 @@ def test_a_second_offer_changes_nothing(table, board):
 
 
 def test_a_full_board_ends_the_lease(table, board):
-    """Without a free cell a lease cannot be offered: it ends, and the next one finds the cell that became free."""
+    """Without a free cell a lease cannot be published: it ends, and the next one finds the cell that became free."""
     tokens = [f"{i:032x}" for i in range(5)]
     for token in tokens:
         table.announce(token, "r", 0)
