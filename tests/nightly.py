@@ -24,6 +24,8 @@ LOGS = ROOT / ".nightly"
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
 _KILLED_AFTER_S = 30.0
 """Of having been told to end."""
+_GRACE_S = 900.0
+"""On top of each limit: `search` takes ten minutes on a busy machine however few examples it tries."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Task:
         command: arguments of the interpreter; ``{s}`` and ``{m}`` stand for ``seconds`` and the same in minutes, ``{n}`` for
             ``number``, ``{seed}`` for the seed of the run.
         seconds, number: how long it tries, or how much, at ``--share 1``.
-        limit: it is ended, and has failed, after so many times ``seconds`` and five minutes.
+        limit: it is ended, and has failed, after so many times ``seconds`` and `_GRACE_S`.
     """
 
     name: str
@@ -106,7 +108,7 @@ def run(task: Task, share: float, seed: int, python: str) -> tuple[bool, float, 
             start_new_session=True,
         )
         try:
-            code = child.wait(task.seconds * share * task.limit + 300)
+            code = child.wait(task.seconds * share * task.limit + _GRACE_S)
         except subprocess.TimeoutExpired:
             code = -1
             os.killpg(child.pid, signal.SIGTERM)
