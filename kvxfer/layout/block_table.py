@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BlockIds = npt.NDArray[np.int64]
 """Block ids of one cache group, in token order."""
 
+Tokens = tuple[int, "int | None"]
+"""Tokens ``[start, stop)`` of a request; stop None means to the end."""
+
 MAX_TOKENS = 1 << 40
 """Upper bound of the length of a request."""
 

@@ -17,12 +17,10 @@ from kvxfer.planner.intersect import Overlap, Span, strided_copies
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvxfer.layout.block_table import Tokens
     from kvxfer.layout.spec import CacheGroup, CacheSpec
     from kvxfer.memory.copies import Copy
     from kvxfer.memory.spans import Descriptors
-
-Tokens = tuple[int, "int | None"]
-"""Tokens ``[start, stop)`` of a request; stop None means to the end."""
 
 
 _SAMPLE_TOKENS = 512

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from kvxfer.buffers.base import Completion
     from kvxfer.errors import KvxferError
-    from kvxfer.layout.block_table import CheckedTable
-    from kvxfer.planner.rank_plan import Tokens
+    from kvxfer.layout.block_table import CheckedTable, Tokens
     from kvxfer.protocol.lease_ref import LeaseRef
 
 
