@@ -103,15 +103,16 @@ class SourceRead:
     """
 
     def __init__(self, task: ReadTask, granted: Source) -> None:
-        self.task = task
-        self.granted = granted
+        self.task: ReadTask = task
+        self.granted: Source = granted
         self.router: Router = granted.route
         self.asked: dict[int, Strand] = {}
         self.unreleased: set[int] = set()
         self.taken: list[int] = []
         self.awaits_grant: Strand | None = None
         self.moved: dict[int, int] = {}
-        self.sent_nbytes = self.here_nbytes = 0
+        self.sent_nbytes: int = 0
+        self.here_nbytes: int = 0
         self._next_number = 0
         self._tables: MatchedTables | None = None
 
@@ -280,9 +281,9 @@ class Strand:
     __slots__ = ("group", "request", "steps", "task")
 
     def __init__(self, task: ReadTask, steps: Steps, group: StrandGroup | None = None) -> None:
-        self.task = task
-        self.steps = steps
-        self.group = group
+        self.task: ReadTask = task
+        self.steps: Steps = steps
+        self.group: StrandGroup | None = group
         self.request: Request | None = None
 
 

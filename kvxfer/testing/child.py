@@ -155,15 +155,26 @@ def _end_with_parent(lifeline: Connection) -> None:
 
 
 def _start_uninterruptible(process: BaseProcess) -> None:
-    """Start a spawned process that ctrl-C does not reach, from its first moment on."""
+    """Start a spawned process that ctrl-C does not reach, from its first moment on.
+
+    The start itself is not interrupted either: a child whose parent leaves in the middle of it ends with a traceback.
+    """
     # A spawned process inherits blocked signals. The resource tracker, which is started with the first process, would unblock
     # them, so it has to run before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # The signal may be taken by another thread of this process, and its handler then runs in the main thread all the same.
+    pressed: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if is_main else None
     try:
         process.start()
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _stopped(pid: int) -> bool:

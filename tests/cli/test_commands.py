@@ -166,7 +166,11 @@ def test_an_interrupted_command_ends_with_one_line(command: list[str], begun: st
     first = process.stderr.readline()
     assert begun in first
     (os.kill if whom == "parent" else os.killpg)(process.pid, signal.SIGINT)
-    _, rest = process.communicate(timeout=30)
+    try:
+        _, rest = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"it still ran 30 s after the signal; it said: {process.communicate()[1]}")
     assert process.returncode == 130 and rest.splitlines()[-1] == f"kvxfer {command[0]}: interrupted"
     assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
     eventually(lambda: not _members(process.pid), what="no process is left")
