@@ -138,3 +138,18 @@ def test_module_sizes() -> None:
         if lines > MAX_LINES:
             warnings.warn(f"{path} has {lines} lines, more than {MAX_LINES}", UserWarning, stacklevel=1)
     assert [str(path) for path, lines in sizes.items() if lines > 2 * MAX_LINES] == []
+
+
+def test_slow_tests_exist():
+    """Each entry of the list of slow tests is a folder, a file, or a class in a file."""
+    listed = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    (entries,) = [
+        ast.literal_eval(node.value)
+        for node in listed.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SLOW"
+    ]
+    for entry in entries:
+        path, _, name = entry.partition("::")
+        assert (
+            (ROOT / path).exists() and f"class {name}" in (ROOT / path).read_text() if name else (ROOT / path).exists()
+        )
