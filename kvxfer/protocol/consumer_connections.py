@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.peer import Identity
 
-_MOST_CONNECTIONS = 4096
+MOST_CONNECTIONS = 4096
+"""Most introductions that a producer keeps."""
 
 
 class LastHeard(NamedTuple):
@@ -166,7 +167,7 @@ class ConsumerConnections:
         self._consumers[connection] = consumer
         self._consumers.move_to_end(connection)
         self._connections[consumer], self._last_heard[consumer] = connection, LastHeard(now, None)
-        while len(self._consumers) > _MOST_CONNECTIONS:
+        while len(self._consumers) > MOST_CONNECTIONS:
             self._forget(*self._consumers.popitem(last=False))
 
     def _forget(self, connection: bytes, consumer: ConsumerRank) -> None:

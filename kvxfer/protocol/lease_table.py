@@ -55,6 +55,11 @@ class LeaseTable:
         """Deadlines that are kept."""
         return len(self._timers)
 
+    @property
+    def remembered(self) -> int:
+        """Leases that have ended and are remembered."""
+        return len(self._ended)
+
     # -- the engine -------------------------------------------------------------------------------------------------
 
     def announce(self, token: str, request: str, now: float) -> None:

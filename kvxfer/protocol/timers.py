@@ -26,6 +26,11 @@ class Timers:
     def __len__(self) -> int:
         return len(self._at)
 
+    @property
+    def entries(self) -> int:
+        """Entries that are kept: those of keys, and those that were replaced or cancelled and are not removed yet."""
+        return len(self._heap)
+
     def set(self, key: str, at: float) -> None:
         """Make ``key`` due at ``at``, and at no other time."""
         if self._at.get(key) == at:

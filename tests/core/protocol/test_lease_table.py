@@ -14,6 +14,7 @@ from kvxfer.protocol.lease import ConsumerRank, LeaseState
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.lease_table import LeaseTable
+from tests.core.protocol.virtual import bytes_of, cell_of
 
 ME, OTHER = ConsumerRank("me", "my epoch"), ConsumerRank("other", "another epoch")
 T1, T2, T3 = "1" * 32, "2" * 32, "3" * 32
@@ -30,13 +31,9 @@ def table(board):
     return LeaseTable(SETTINGS, board)
 
 
-def cell(board, lease):
-    return board._array[board._index(lease.cell)].tobytes()
-
-
 def free(board):
     """Every cell of the board is free and wiped."""
-    return len(board._free) == 4 and not board._array.any()
+    return board.cells_in_use == 0 and not any(bytes_of(board))
 
 
 def test_the_way_of_a_lease_that_is_read(table, board):
@@ -44,7 +41,7 @@ def test_the_way_of_a_lease_that_is_read(table, board):
     table.announce(T1, "r", 0)
     assert free(board)
     lease = table.publish(T1, [b"1234"], 5)
-    assert lease.state is LeaseState.READY and cell(board, lease) == lease.check
+    assert lease.state is LeaseState.READY and cell_of(lease.cell) == lease.check
     assert table.acquire(T1, ME, 6) is lease
     assert lease.state is LeaseState.IN_USE
     assert table.release(T1, ME, read=True) == (True, lease)
@@ -186,7 +183,7 @@ def test_partial_blocks_are_readable_before_the_last(table, board):
     """From the first published block on the cell holds the check; more may be published, and the call with all comes last."""
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [b"1234"], 0, [16], complete=False)
-    assert lease.readable and not lease.complete and cell(board, lease) == lease.check
+    assert lease.readable and not lease.complete and cell_of(lease.cell) == lease.check
     posted = lease.cell
     assert table.publish(T1, [b"12345678"], 0, [16], complete=False) is lease and (
         lease.blocks,
@@ -199,7 +196,7 @@ def test_partial_blocks_are_readable_before_the_last(table, board):
     assert (lease.blocks, lease.cell, lease.deadline) == ([b"123456789abc"], posted, pytest.approx(35.0))
     with pytest.raises(LeaseError, match="published before"):
         table.publish(T1, [b"1234"], 5, complete=False)
-    assert lease.blocks == [b"123456789abc"] and len(board._free) == 3
+    assert lease.blocks == [b"123456789abc"] and board.cells_in_use == 1
 
 
 def test_a_place_for_a_consumer_that_comes_first(table, board):
@@ -285,7 +282,7 @@ def test_a_second_offer_changes_nothing(table, board):
     lease = table.publish(T1, [b"1111"], 0)
     with pytest.raises(LeaseError, match="before"):
         table.publish(T1, [b"2222"], 1)
-    assert lease.blocks == [b"1111"] and lease.state is LeaseState.READY and cell(board, lease) == lease.check
+    assert lease.blocks == [b"1111"] and lease.state is LeaseState.READY and cell_of(lease.cell) == lease.check
 
 
 def test_a_full_board_ends_the_lease(table, board):
@@ -314,14 +311,14 @@ def test_close_ends_all(table, board):
 
 
 def test_memory_of_ended_leases_is_bounded(table):
-    """A producer that leases for months remembers the last few thousand ends and no timers."""
+    """A producer that leases for months remembers the last few thousand ends and no timers (white-box: their entries)."""
     for i in range(20_000):
         token = f"{i:032x}"
         table.announce(token, "r", 0)
         table.publish(token, [], 0)
         table.release(token, ME, read=True)
-    assert len(table._ended) <= 16_384
-    assert len(table._timers) == 0 and len(table._timers._heap) < 200
+    assert table.remembered <= 16_384
+    assert table.timers == 0 and table._timers.entries < 200
     assert len(table) == 0
 
 
@@ -344,7 +341,7 @@ def test_settled_when_every_rank_has_settled(table, board, offered):
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[0], read=False) == (True, None)
-    assert offered.state is LeaseState.IN_USE and cell(board, offered) == offered.check
+    assert offered.state is LeaseState.IN_USE and cell_of(offered.cell) == offered.check
     assert offered.blocks == [b"1234"] and offered.waiting() == [RANKS[1]]
     assert table.release(T1, RANKS[1], read=False) == (True, offered)
     assert offered.state is LeaseState.RELEASED and offered.read and free(board)

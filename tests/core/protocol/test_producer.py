@@ -9,7 +9,7 @@ from kvxfer.config import Settings
 from kvxfer.errors import IncompatibleError
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import Emit, EndPack, PackKey, Reply, StartPack
-from kvxfer.protocol.consumer_connections import _MOST_CONNECTIONS
+from kvxfer.protocol.consumer_connections import MOST_CONNECTIONS
 from kvxfer.protocol.staged_chunks import MOST_CHUNKS
 from tests.core.protocol.virtual import CELLS, block_bytes
 
@@ -287,20 +287,20 @@ def test_a_full_board_gives_the_blocks_back(producer):
 
 
 def test_a_stranger_cannot_fill_the_memory(producer, talk):
-    """However many names are told, on one connection or on many, a bounded number is remembered."""
-    for i in range(3 * _MOST_CONNECTIONS):
+    """However many names are told, on one connection or on many, a bounded number is remembered (white-box: it is counted)."""
+    for i in range(3 * MOST_CONNECTIONS):
         talk(hello(producer, epoch=f"e{i}"), A)
         if i % 3 == 0:
             talk(hello(producer, epoch=f"e{i}"), b"connection%d" % i)
-    assert len(producer.producer._connections._consumers) <= _MOST_CONNECTIONS
-    assert len(producer.producer._connections._connections) <= _MOST_CONNECTIONS
+    assert len(producer.producer._connections._consumers) <= MOST_CONNECTIONS
+    assert len(producer.producer._connections._connections) <= MOST_CONNECTIONS
 
 
 def test_the_forgotten_connection_introduces_itself_again(producer, talk):
     """The connection that was silent longest is forgotten first, and is told so when it speaks."""
     talk(hello(producer), A)
     talk(hello(producer, epoch="b"), B)
-    for i in range(_MOST_CONNECTIONS - 2):
+    for i in range(MOST_CONNECTIONS - 2):
         talk(hello(producer, epoch=f"e{i}"), b"%d" % i)
     talk(messages.Renew(to=producer.epoch, tokens=[]), A)
     talk(hello(producer, epoch="one more"), b"one more")
@@ -403,6 +403,12 @@ def test_a_lease_in_use_is_taken(producer, talk, who):
 # -- chunks --------------------------------------------------------------------------------------------------------------
 
 
+def account(producer):
+    """Chunks that the only consumer has asked for. White-box: a producer tells only for how many ranks it keeps chunks."""
+    (chunks,) = producer.producer._chunks._chunks._by_key.values()
+    return chunks
+
+
 class Stager:
     """A consumer that holds a lease of blocks 3, 4 and asks for chunks of it."""
 
@@ -471,8 +477,7 @@ def test_the_next_question_tells_what_was_taken(producer, stager):
     stager.packed()
     assert kinds(stager.stage(1, taken=[0])) == ["EndPack", "StartPack"]
     assert stager.stage(1, taken=[0]) == []
-    (chunks,) = producer.producer._chunks._chunks._by_key.values()
-    assert list(chunks.asked) == [1]
+    assert list(account(producer).asked) == [1]
 
 
 def test_first_tokens_go_with_the_blocks(producer, talk):
@@ -529,8 +534,7 @@ def test_a_reader_that_leaves_numbers_out(producer, stager):
     stager.stage(0)
     (refused,) = stager.stage(1 << 30)
     assert refused.code == "staging"
-    (chunks,) = producer.producer._chunks._chunks._by_key.values()
-    assert not chunks.missed and kinds(stager.stage(1)) == ["StartPack"]
+    assert not account(producer).missed and kinds(stager.stage(1)) == ["StartPack"]
 
 
 def test_a_long_read_is_remembered_in_little(producer, stager):
@@ -539,7 +543,7 @@ def test_a_long_read_is_remembered_in_little(producer, stager):
         stager.stage(number)
         stager.packed(number)
         stager.unstage(number)
-    (chunks,) = producer.producer._chunks._chunks._by_key.values()
+    chunks = account(producer)
     assert (chunks.asked, chunks.missed, chunks.next_number) == ({}, set(), 3 * MOST_CHUNKS)
     assert stager.stage(5) == []
 
@@ -623,7 +627,7 @@ def test_chunks_end_with_the_lease(producer, stager, end, state):
     if state == "asked":
         assert stager.packed(1) == [EndPack(stager.key(), [1])]
         assert stager.packed(1, error=IncompatibleError("layout", "no")) == [EndPack(stager.key(), [1])]
-    assert stager.unstage(0) == [] and not producer.producer._chunks
+    assert stager.unstage(0) == [] and not producer.producer.in_use()["chunks"]
 
 
 def test_a_chunk_that_cannot_be_packed(producer, stager):
@@ -660,8 +664,8 @@ def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
 def test_a_reader_whose_connection_is_gone(producer, talk, stager):
     """A chunk that is packed for a reader that reconnected is told when it asks again."""
     stager.stage()
-    consumer = producer.producer._connections._consumers.pop(stager.ranks[0])
-    del producer.producer._connections._connections[consumer]
+    for i in range(MOST_CONNECTIONS):
+        talk(hello(producer, epoch=f"e{i}"), b"connection%d" % i)
     assert stager.packed() == []
     assert kinds(
         talk(

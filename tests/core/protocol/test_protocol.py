@@ -50,8 +50,8 @@ class Interleavings(RuleBasedStateMachine):
         live = [
             node.published[token]
             for node in self.producer.nodes
-            for token in node.table._live
-            if token in node.published
+            for token in node.published
+            if node.table.get(token) is not None
         ]
         used = {block for blocks in live for block in blocks} | {block for _, _, block in self.rest}
         return next(block for block in range(BLOCKS) if block not in used)
@@ -95,7 +95,7 @@ class Interleavings(RuleBasedStateMachine):
         self.rest = []
 
     def _offer(self, node, ref, block):
-        standing = node.table._live.get(ref.token)
+        standing = node.table.get(ref.token)
         if standing is None or not standing.end_awaited:
             node.publish(ref, block)
             self.at_offer[node, ref.token] = node.content[block]

@@ -370,7 +370,7 @@ def test_old_plans_are_forgotten(world):
         sink.read(source.lease(1), 1)
         world.advance(2)
         source.restart(i % 2)
-    assert len(sink.consumer._peers._known_routes) == 1
+    assert sink.known_routes == 1
 
 
 # -- what does not belong together ---------------------------------------------------------------------------------------

@@ -71,7 +71,10 @@ def test_a_producer_that_is_late_all_the_time():
 
 
 def test_what_one_consumer_may_wait_for():
-    """Chunks and bytes of their descriptions that wait are bounded for each consumer, over all its leases, and counted off again."""
+    """Chunks and bytes of their descriptions that wait are bounded for each consumer, over all its leases, and counted off again.
+
+    White-box: no count is left of a consumer of which nothing waits.
+    """
     staged = StagedChunks()
     for lease in range(4):
         chunks = staged.of(PackKey(f"{lease}" * 32, 0), SLOW)

@@ -50,11 +50,11 @@ def test_memory_does_not_grow_with_replacements():
     timers = Timers()
     for i in range(50_000):
         timers.set(str(i % 10), 1e6 + i)
-    assert len(timers._heap) < 200
+    assert timers.entries < 200
     for i in range(50_000):
         timers.set(f"short{i}", 1e6 + i)
         timers.cancel(f"short{i}")
-    assert len(timers._heap) < 200
+    assert timers.entries < 200
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.one_of(st.none(), st.integers(0, 9)))), st.integers(0, 9))

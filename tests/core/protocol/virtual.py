@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, field
 from itertools import count
@@ -36,7 +37,7 @@ from kvxfer.protocol.actions import (
     StopRead,
 )
 from kvxfer.protocol.consumer import Consumer
-from kvxfer.protocol.lease_board import LeaseBoard
+from kvxfer.protocol.lease_board import CELL_NBYTES, LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.lease_table import LeaseTable
 from kvxfer.protocol.peer import Identity
@@ -68,6 +69,16 @@ def agent_info(name: str, rank: int = 0, epoch: str = "e", number: int = 1) -> b
 def block_bytes(*ids: int) -> list[bytes]:
     """Blocks of a cache of one group, as a lease holds them."""
     return [np.array(ids, dtype="<u4").tobytes()]
+
+
+def bytes_of(board: LeaseBoard) -> bytes:
+    """Content of the memory that an endpoint registers for its board."""
+    return ctypes.string_at(board.memory.address, board.memory.nbytes)
+
+
+def cell_of(address: int) -> bytes:
+    """Content of one cell of a board, as an agent reads it."""
+    return ctypes.string_at(address, CELL_NBYTES)
 
 
 @dataclass(frozen=True)
@@ -181,30 +192,36 @@ class Node:
         self.started: list[StartRead] = []
         self.addressed: set[str] = set()
         """Every address it ever said anything to."""
+        self.planned: list[list[str]] = []
+        """Epochs of the ranks of each producer for which routes were made."""
 
     def _routes(self, peers: Any) -> list[Router | None]:
+        self.planned.append([peer.epoch for peer in peers])
         made = plan([peer.spec for peer in peers], self.spec)
         return [Router(part, Costs(), slot_nbytes=1 << 16) if part.overlaps else None for part in made.rank_plans]
 
     @property
     def held_leases(self) -> Any:
-        """Leases that its consumer holds, by token."""
+        """Leases that its consumer holds, by token. White-box: the consumer tells only their number."""
         return self.consumer._held.by_token
 
     @property
     def peers(self) -> Any:
-        """Producers that it knows, by address."""
+        """Producers that it knows, by address. White-box: the consumer tells only their number."""
         return self.consumer._peers.by_address
+
+    @property
+    def known_routes(self) -> int:
+        """Producers of which it remembers routes. White-box: routes are no resource that `in_use` tells."""
+        return len(self.consumer._peers._known_routes)
 
     def check_nothing_left(self) -> None:
         """No table holds anything, no memory is taken, and there is nothing to wake up for."""
-        assert not self.held_leases and not self.peers and not self.consumer._held.granted
-        assert not self.consumer._held._requests.renewals_wait and not self.consumer._peers._known_routes
-        assert self.next_deadline() is None
-        assert len(self.consumer._held._timers) == len(self.consumer._peers._retirements) == 0
-        assert len(self.table) == 0 and len(self.table._timers) == 0
-        assert len(self.board._free) == CELLS and not self.board._array.any()
-        assert not self.packing and not self.chunks and not self.memory and not self.producer._chunks
+        in_use = self.consumer.in_use() | self.producer.in_use()
+        assert not any(in_use.values()), in_use
+        assert not self.known_routes and self.next_deadline() is None
+        assert self.board.cells_in_use == 0 and not any(bytes_of(self.board))
+        assert not self.packing and not self.chunks and not self.memory
 
     # -- the engine's calls
 
@@ -295,8 +312,8 @@ class Node:
 
     def shows(self, cell: int, check: bytes) -> bool:
         """The check stands in the cell; one of a process that was here before is none of this one's."""
-        index = self.board._index(cell)
-        return 0 <= index < CELLS and self.board._array[index].tobytes() == check
+        is_mine = 0 <= cell - self.board.memory.address < CELLS * CELL_NBYTES
+        return is_mine and cell_of(cell) == check
 
     def pack(self) -> None:
         """End the copies that are due: what the blocks hold now lies in a chunk."""
