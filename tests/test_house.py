@@ -12,7 +12,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = [path for top in ("kvxfer", "adapters", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 COLUMNS = 100
+
+FOREIGN = frozenset(
+    {
+        "_KV_CONNECTOR_AGENT",  # vLLM
+        "_TRANSFER_MODE",  # vLLM
+        "_XLAC",  # torch_xla
+        "_exit",  # os
+        "_from_config",  # transformers
+        "_replace",  # named tuples
+        "_sleep",  # torch.cuda
+        "_unsafe_buffer_pointer",  # torch_xla
+    }
+)
+"""Names of other projects that begin with an underscore. Tests may use them."""
 
 _BEGINNINGS = """
 About And As At Because But By Did Everybody For From Has He How If In Is It Like Nobody Not Of On Only Or
@@ -78,7 +93,7 @@ def within(path: Path, places: tuple[str, ...]) -> bool:
 
 @lru_cache
 def tree(path: Path) -> ast.Module:
-    """A file of the product, parsed."""
+    """A file, parsed."""
     return ast.parse(path.read_text())
 
 
@@ -105,6 +120,76 @@ def test_docstrings_name_the_thing():
                 if not name.startswith("_") and first.rstrip(",;:.") in NO_BEGINNINGS:
                     found.append(f"{name_of(path)}: {name}: {(ast.get_docstring(node) or '').splitlines()[0]}")
     assert found == []
+
+
+BY_NAME = frozenset({"getattr", "setattr", "delattr", "hasattr"})
+"""Functions and methods that take the name of an attribute."""
+
+
+def is_private(name: str) -> bool:
+    """A name of ours, or a path of modules with one, that begins with one underscore."""
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split(".")) and name not in FOREIGN
+
+
+def looked_at(node: ast.AST) -> list[str]:
+    """Private names that a node by itself takes from an object or a module; none of ``self`` and of `super`, whose hooks are public."""
+    if isinstance(node, ast.Attribute):
+        of = node.value
+        own = isinstance(of, ast.Name) and of.id in {"self", "cls"}
+        hook = isinstance(of, ast.Call) and isinstance(of.func, ast.Name) and of.func.id == "super"
+        return [node.attr] if is_private(node.attr) and not own and not hook else []
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in BY_NAME:
+        given = [each.value for each in node.args[:2] if isinstance(each, ast.Constant)]
+        return [name for name in given if isinstance(name, str) and is_private(name)]
+    if isinstance(node, ast.Import):
+        return [each.name for each in node.names if is_private(each.name)]
+    if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module or ''}.{each.name}" for each in node.names]
+        return [name for name in names if name.startswith("kvxfer") and is_private(name)]
+    return []
+
+
+def unnamed_looks(node: ast.AST) -> list[str]:
+    """Private names that are looked at below a node, but for functions, classes and modules that say that they are white-box."""
+    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    if documented and "white-box" in (ast.get_docstring(node) or "").lower():
+        return []
+    found = (
+        [f"line {node.lineno}: {name}" for name in looked_at(node)] if isinstance(node, (ast.expr, ast.stmt)) else []
+    )
+    return found + [each for child in ast.iter_child_nodes(node) for each in unnamed_looks(child)]
+
+
+def test_tests_ask_public_questions():
+    """A test that looks at what the product keeps to itself says that it is white-box, in its docstring or that of its module."""
+    found = {name_of(path): looks for path in TESTS if (looks := unnamed_looks(tree(path)))}
+    assert found == {}
+
+
+def test_looking_inside_is_noticed():
+    """Attributes and imported names count, in any function that does not say so; those of ``self``, `super` and others do not."""
+    program = """
+import kvxfer_x._inside
+from kvxfer._a import b
+from kvxfer.a import _c
+from other import _d
+
+def named():
+    "White-box: the count."
+    return one._count
+
+class Named:
+    "A rig (white-box: its table)."
+    def inside(self):
+        return self.one._table
+
+def unnamed(self, one):
+    super()._submit()
+    patch.setattr("kvxfer.x._y", getattr(one, "_z"))
+    return one._e.__dict__, self._f, self.two._g, one._replace(x=1)
+"""
+    looks = [each.partition(": ")[2] for each in unnamed_looks(ast.parse(program))]
+    assert looks == ["kvxfer_x._inside", "kvxfer._a.b", "kvxfer.a._c", "kvxfer.x._y", "_z", "_e", "_g"]
 
 
 def words(text: str) -> set[str]:

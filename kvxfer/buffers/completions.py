@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 0.25
 """A call that has not returned after this long keeps its thread, and another thread takes over the other completions."""
-_MOST_ASKERS = 16
+MOST_ASKERS = 16
 """Most threads at a time. A completion that no thread could ask counts as not ended."""
 _IDLE_S = 1.0
 """A thread without completions ends after this long."""
@@ -185,7 +185,7 @@ def _asker_for(each: Watched) -> _Asker | None:
             free = next((asker for asker in _askers if not asker.is_stuck()), None)
             if free is not None:
                 _askers.remove(free)
-            elif len(_askers) >= _MOST_ASKERS:
+            elif len(_askers) >= MOST_ASKERS:
                 return None
             else:
                 try:

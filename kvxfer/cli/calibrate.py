@@ -169,7 +169,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
                 samples.append(sink.sample("one run a token and head", few, few, repeats))
             finally:
                 sink.endpoint.close()
-        start_s, descriptor_s, wire = _fit([(1, s.runs, s.nbytes) for s in samples], [s.seconds for s in samples])
+        start_s, descriptor_s, wire = fit([(1, s.runs, s.nbytes) for s in samples], [s.seconds for s in samples])
         with progress.step("packing and unpacking"):
             run_s, pack = _copying(blocks, pack=True)
             _, unpack = _copying(blocks, pack=False)
@@ -209,7 +209,7 @@ def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:
         # Packed for a target, or unpacked from a source, of another order.
         facts.append(plan(*(cache.spec for cache in caches)).rank_plans[0].runs(_matched(caches, ids, ids)[1]))
         times.append(_copied(caches if pack else caches[::-1], ids, ids, pack=pack)[1])
-    run_s, byte_s = _fit(facts, times)
+    run_s, byte_s = fit(facts, times)
     return run_s, byte_s
 
 
@@ -281,7 +281,7 @@ def _fastest_s(step: Callable[[], None], repeats: int = 7) -> float:
     return min(times)
 
 
-def _fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+def fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
     """Fit constants, none below zero, with the smallest relative error of the seconds."""
     wanted = np.asarray(seconds, dtype=np.float64)
     rows = np.asarray(facts, dtype=np.float64) / wanted[:, None]

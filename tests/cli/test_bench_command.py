@@ -11,7 +11,7 @@ import pytest
 
 from kvxfer import registry
 from kvxfer.cli import main
-from kvxfer.cli.calibrate import _fit
+from kvxfer.cli.calibrate import fit
 from kvxfer.planner.costs import Costs
 
 needs_nixl = pytest.mark.skipif(
@@ -53,5 +53,5 @@ def test_a_file_that_holds_no_costs_is_refused_by_name(tmp_path, text):
 def test_the_fit_finds_the_constants():
     """Times made of known constants give these constants back."""
     facts = np.array([[1, 4, 1 << 18], [1, 4, 1 << 26], [1, 1024, 1 << 26], [1, 4096, 1 << 20]])
-    start, each, byte = _fit(facts, facts @ np.array([3e-4, 2e-6, 1.5e-10]))
+    start, each, byte = fit(facts, facts @ np.array([3e-4, 2e-6, 1.5e-10]))
     assert (start, each, byte) == (pytest.approx(3e-4), pytest.approx(2e-6), pytest.approx(1.5e-10))

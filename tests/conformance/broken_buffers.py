@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and expects it to fail."""
+"""Buffers that are wrong on purpose, each in one way. `test_suite_catches.py` runs the suite on them and expects it to fail.
+
+White-box: what is wrong is often what the base class keeps for itself.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU buffers without their kernel, on a stand-in: several allocations at once, events, pinned memory, availability."""
+"""GPU buffers without their kernel, on a stand-in: several allocations at once, events, pinned memory, availability.
+
+White-box: the account of pinned memory is a private class of the adapter.
+"""
 
 from __future__ import annotations
 

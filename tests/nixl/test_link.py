@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Over TCP a dying reader can end the process that it reads from: the adapter must know when a link is TCP."""
+"""Over TCP a dying reader can end the process that it reads from: the adapter must know when a link is TCP.
+
+White-box: the forecast of a link is a private module of the adapter.
+"""
 
 from __future__ import annotations
 

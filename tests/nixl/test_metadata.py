@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NIXL's metadata, whose lengths NIXL trusts: malformed metadata, or that of another agent, does not reach NIXL."""
+"""NIXL's metadata, whose lengths NIXL trusts: malformed metadata, or that of another agent, does not reach NIXL.
+
+White-box: the reader of NIXL's own format is asked as well.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,7 @@ def read_from(agent, memory, peer, address):
 
 
 def test_real_metadata_is_well_formed(agents):
-    """The metadata of this NIXL is read to its end, and has the name of the agent that wrote it."""
+    """The metadata of this NIXL is read to its end, and has the name of the agent that wrote it (white-box: it knows the frame)."""
     agent, _ = agents("metadata/0/e/1")
     assert agent._knows_frame
     assert agent_name(metadata_of(agent)) == "metadata/0/e/1"

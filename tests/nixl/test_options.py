@@ -48,7 +48,7 @@ def test_unknown_backend_is_refused():
 
 
 def test_listed_backend_that_does_not_start_is_refused():
-    """A listed backend that cannot start is refused with the reason, and leaves no thread behind."""
+    """A listed backend that cannot start is refused with the reason, and leaves no thread behind (white-box: NIXL's own list)."""
     agent = nixl_agent("options-list")
     listed = agent._agent.getAvailPlugins()
     agent.close()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m kvxfer_nixl`, and the crash that only shows when a process ends."""
+"""`python -m kvxfer_nixl`, and the crash that only shows when a process ends.
+
+White-box: private modules of the adapter say which names there are and whether there is InfiniBand.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,10 @@ class Engine:
         return [type(event).__name__ for event in self.events if hasattr(event, "token")]
 
     def silence_fabric(self) -> None:
-        """Tell those who meet this endpoint from now on of a port on which somebody listens who never says anything."""
+        """Tell the peers that meet this endpoint from now on of a port that accepts connections and never answers.
+
+        White-box: the agent's port is replaced in what the endpoint says of itself.
+        """
         self.silent = socket.create_server(("127.0.0.1", 0), backlog=512)
         (port,) = self.endpoint._data._life.agent.ports
         theirs, ours = (number.to_bytes(2, "big") for number in (port.number, self.silent.getsockname()[1]))

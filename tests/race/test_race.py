@@ -58,7 +58,7 @@ def test_a_foreign_element_is_found(order):
     blocks.write(taken, seed=5)
     assert blocks.wrong(taken, 5, 0, 48) == 0 == blocks.wrong(taken[1:], 5, 20, 48)
     assert blocks.wrong(taken, 6, 0, 48) > 0.99 * 48 * LAYERS * HEADS * CONTENT
-    blocks._view[3, taken[1], 1, 2, 7] ^= 1
+    blocks.view[3, taken[1], 1, 2, 7] ^= 1
     assert blocks.wrong(taken, 5, 0, 48) == 1 == blocks.wrong(taken[1:], 5, 18, 19)
     assert blocks.wrong(taken, 5, 0, 18) == 0 == blocks.wrong(taken[1:], 5, 19, 48)
 
@@ -69,7 +69,7 @@ def test_a_late_write_is_found():
     taken = blocks.take(4)
     blocks.give(taken)
     assert blocks.touched() == []
-    blocks._view[0, taken[0], 0, 0, 0] ^= 1
+    blocks.view[0, taken[0], 0, 0, 0] ^= 1
     assert blocks.touched() == [taken[0]]
     blocks.take(10)
     assert blocks.late == [taken[0]]

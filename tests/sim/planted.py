@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: ARG005
-"""Bugs to plant: each takes one line of care out of the product. All of them must be found by the simulator."""
+"""Bugs to plant: each takes one line of care out of the product. All of them must be found by the simulator.
+
+White-box: a bug is planted where the care is taken.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 """Caches of a runner that keeps them as jax.Arrays: registered by ``register_runner``, and used by the runner in each step.
 
 vLLM's classes and JAX are real; the runner simulates tpu-inference's, and the devices are JAX's on the CPU.
+White-box: one test makes the adapter's unpacking fail.
 """
 
 from __future__ import annotations

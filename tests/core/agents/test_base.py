@@ -84,7 +84,7 @@ def test_close_returns_what_poll_did_not(meet):
 
 
 def test_impossible_region_never_reaches_the_engine(meet):
-    """A region that wraps around the address space is refused before the engine sees it."""
+    """A region that wraps around the address space is refused before the engine sees it (white-box: what the engine has)."""
     here, _, local, _ = meet(InprocAgent)
     with pytest.raises(RegistrationError):
         here.agent.register(Memory((1 << 63) - 10, 100))

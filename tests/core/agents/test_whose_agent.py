@@ -173,7 +173,10 @@ class Liar(threading.Thread):
 
 @pytest.mark.parametrize("how", ["names", "parting"])
 def test_honest_reads_go_on(how):
-    """While a hostile producer repeatedly claims another producer's agent as its own, every read from that producer succeeds."""
+    """While a hostile producer repeatedly claims another producer's agent as its own, every read from that producer succeeds.
+
+    White-box: the description that it copies is that of the other producer's endpoint.
+    """
     source, sink = Engine(1), Engine(2)
     target = sink.endpoint
     theirs = source.endpoint._producer.identity

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from kvxfer.buffers.base import FINISHED, HostBuffer, wait_for_end
-from kvxfer.buffers.completions import _MOST_ASKERS, is_completion, watched
+from kvxfer.buffers.completions import MOST_ASKERS, is_completion, watched
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer.runtime import read_executor
@@ -100,14 +100,14 @@ def test_one_that_hangs_has_not_ended(hanging, where):
 
 def test_more_hang_than_there_are_threads(hanging):
     """However many hang, no more than a few threads wait for them; when they return, all are done."""
-    threads, held = threading.active_count(), [hanging() for _ in range(2 * _MOST_ASKERS)]
+    threads, held = threading.active_count(), [hanging() for _ in range(2 * MOST_ASKERS)]
     each = [watched(one) for one in held]
 
     def ended():
         return [one for one in each if one.done]
 
     stays(lambda: not ended())
-    assert threading.active_count() <= threads + _MOST_ASKERS
+    assert threading.active_count() <= threads + MOST_ASKERS
     for one in held:
         one.let_go.set()
     eventually(lambda: len(ended()) == len(each), timeout_s=20)

@@ -89,7 +89,10 @@ def test_a_secret_that_can_be_guessed(text):
 
 
 def test_a_file_that_does_not_end(tmp_path, monkeypatch):
-    """A pipe without a writer, one that is never closed and a file without end are refused by name, in time."""
+    """A pipe without a writer, one that is never closed and a file without end are refused by name, in time.
+
+    White-box: the time is made shorter.
+    """
     monkeypatch.setattr("kvxfer.secret._FILE_S", 0.3)
     pipe, silent = tmp_path / "pipe", tmp_path / "silent"
     for each in (pipe, silent):

@@ -123,7 +123,10 @@ def test_pieces_of_a_direct_read_are_all_of_it(pair, most):
 
 
 def test_a_direct_read_in_pieces_arrives(monkeypatch):
-    """A read of more descriptors than are made at once is moved piece by piece, whole or as it is sealed; of too many it is refused by name."""
+    """A read of more descriptors than are made at once is moved piece by piece, whole or as it is published; too many are refused by name.
+
+    White-box: the limits are made smaller.
+    """
     monkeypatch.setattr("kvxfer.runtime.read._MOST_DESCRIPTORS", 100)
     rng = np.random.default_rng(1)
     there = rng.integers(0, 1 << 16, (40, 4, 16, 8)).astype(np.uint16)

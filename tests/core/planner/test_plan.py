@@ -494,7 +494,7 @@ def test_layout_enum_and_test_orders_are_the_same():
 
 
 def test_a_part_keeps_a_bounded_number_of_alignments(monkeypatch):
-    """However many ways there are to begin and end in a block, what is kept for the next request is bounded."""
+    """However many ways there are to begin and end in a block, what is kept for the next request is bounded (white-box: it is counted)."""
     monkeypatch.setattr("kvxfer.planner.rank_plan._MOST_ALIGNMENTS", 8)
     cache, _ = KVCache.allocate("HND", layers=1, blocks=4, heads=2, block_tokens=16, head_dim=8)
     part = plan(cache.spec, cache.spec).rank_plans[0]
@@ -512,7 +512,10 @@ def test_a_part_keeps_a_bounded_number_of_alignments(monkeypatch):
     st.sampled_from([0, 8, 1 << 15]),
 )
 def test_walks_are_remembered_and_the_same(block_tokens, spans, seed, most):
-    """What is remembered of the tables of a request is what they say, however many parts ask for it and however little is kept."""
+    """What is remembered of the tables of a request is what they say, however many parts ask for it and however little is kept.
+
+    White-box: the remembered blocks are counted.
+    """
     rng = np.random.default_rng(seed)
     both = [CheckedTable(rng.permutation(64)[: 48 // tokens], 0, tokens) for tokens in block_tokens]
     walks = AlignmentCache()

@@ -404,7 +404,10 @@ def test_close_settles_at_every_rank(world):
 
 
 def test_ranks_are_met_a_few_at_a_time(world, monkeypatch):
-    """A lease of more ranks than may be unmet at once is read, and no more of them than that are asked to be met at a time."""
+    """A lease of more ranks than may be unmet at once is read, and no more of them than that are asked to be met at a time.
+
+    White-box: the limit is made smaller.
+    """
     monkeypatch.setattr(held_leases, "_MOST_UNMET", 2)
     source, sink = world.engine("source", 6), world.engine("sink", 1)
     ref = source.lease(1, 2)

@@ -115,7 +115,7 @@ class Sender:
 class Rig:
     """A data path whose agent is wrapped in faults, and an in-process producer of one or two ranks to read from.
 
-    White box: with ``met`` the agent's life is told that its peers have answered before.
+    White-box: with ``met`` the agent's life is told that its peers have answered before.
     """
 
     def __init__(

@@ -19,7 +19,8 @@ from kvxfer.errors import BlockError, KvxferError, TransferFailedError
 from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import BlockTable, check_tables
 from kvxfer.layout.spec import CacheGroup, CacheRegion
-from kvxfer.planner.chunk_layout import _MOST_IN_LINE_NBYTES, _in_line_before, chunk_table
+from kvxfer.planner import chunk_layout
+from kvxfer.planner.chunk_layout import chunk_table
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.planner.rank_plan import MatchedTables
@@ -54,13 +55,13 @@ class SlowBuffer(HostBuffer):
 
     def __init__(self, *arrays):
         super().__init__(*arrays)
-        self.copying, self.raises = [], None
+        self.copying, self.raises, self.error = [], None, None
 
     def _pack(self, copies, out):
         if self.raises is not None:
             raise self.raises
         super()._pack(copies, out)
-        self.copying.append(Copying())
+        self.copying.append(Copying(error=self.error))
         return self.copying[-1]
 
 
@@ -392,20 +393,11 @@ def test_two_devices_of_which_one_raises(fails):
     (part,) = plan(slow.cache.spec, slow.cache.spec).rank_plans
     chunk_planner = ChunkPlanner(part, "source", SLOT)
     if fails:
-        keys._pack = _failing(keys, keys._pack)
+        keys.error = OSError("and this one fails too")
     slow.pack(chunk_planner.layout(next(chunk_planner.chunks([(0, 12)]))).source)
     ((_, _, address, error),) = slow.told
     assert address is None and "no stream" in str(error)
     assert keys.copying[0].done and keys.copying[0].waited == 1 and slow.arena.in_use == 0
-
-
-def _failing(buffer, pack):
-    def packed(copies, out):
-        copying = pack(copies, out)
-        copying.error = OSError("and this one fails too")
-        return copying
-
-    return packed
 
 
 @pytest.mark.parametrize("error", [None, OSError("the device is gone")])
@@ -500,12 +492,13 @@ def test_nobody_gets_more_than_its_share_while_others_wait():
 
 
 def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
-    """Blocks that a chunk has and its tokens do not need cost nothing, neither then nor afterwards."""
+    """Blocks that a chunk has and its tokens do not need cost nothing, neither then nor afterwards (white-box: cached tables)."""
     huge = rig.layout(blocks=1 << 22)
     assert len(chunk_table(huge, (0, 12)).ids) == 3
     for first in range(0, 1 << 22, 1 << 16):
         assert len(chunk_table(huge, (first, first + (1 << 20))).ids) == 1 << 18
-    assert sum(table.ids.nbytes for table in _in_line_before.values()) <= _MOST_IN_LINE_NBYTES
+    cached_nbytes = sum(table.ids.nbytes for table in chunk_layout._in_line_before.values())
+    assert cached_nbytes <= chunk_layout._MOST_IN_LINE_NBYTES
 
 
 def test_the_end_of_a_lease_empties_its_line(rig):

@@ -21,7 +21,10 @@ from tests.core.engine import ROUTES
 
 @pytest.fixture
 def flipped(monkeypatch):
-    """Every ``every``-th byte of what consumers (called D) read is another one; the lease's cell is spared. A fake of a bad fabric."""
+    """Every ``every``-th byte of what consumers (called D) read is another one; the lease's cell is spared. A fake of a bad fabric.
+
+    White-box: what all in-process agents do to move bytes is patched.
+    """
     state = {"every": 0, "seen": 0, "flipped": 0}
     submit = InprocAgent._submit
 
