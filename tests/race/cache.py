@@ -45,7 +45,7 @@ class RankBlocks(Blocks):
         self._heads = heads
         extents = {"L": LAYERS, "B": self.number, "H": heads[1] - heads[0], "N": block_tokens, "C": CONTENT}
         array = np.zeros([extents[axis] for axis in f"{order}C"], dtype=np.uint32)
-        self.view = array.transpose([f"{order}C".index(axis) for axis in "LBHNC"])
+        self._view = array.transpose([f"{order}C".index(axis) for axis in "LBHNC"])
         self._free: list[int] = []
         self._noise: dict[int, int] = {}
         self._noises = 0
@@ -56,7 +56,7 @@ class RankBlocks(Blocks):
         if number > len(self._free):
             return None
         taken = [self._free.pop() for _ in range(number)]
-        self.late += [block for block in taken if not np.array_equal(self.view[:, block], self._noise_of(block))]
+        self.late += [block for block in taken if not np.array_equal(self._view[:, block], self._noise_of(block))]
         return taken
 
     def touched(self) -> list[int]:
@@ -67,7 +67,7 @@ class RankBlocks(Blocks):
         """Let blocks hold a request's first tokens."""
         for number, block in enumerate(blocks):
             first = number * self.block_tokens
-            self.view[:, block] = content(seed, first, first + self.block_tokens, self._heads)
+            self._view[:, block] = content(seed, first, first + self.block_tokens, self._heads)
 
     def wrong(self, blocks, seed: int, start: int, stop: int) -> int:
         """How many elements of a request's tokens are not in these blocks, the first of which is that of token ``start``."""
@@ -76,7 +76,7 @@ class RankBlocks(Blocks):
             first = number * self.block_tokens
             low, high = max(start, first), min(stop, first + self.block_tokens)
             if low < high:
-                found = self.view[:, block, :, low - first : high - first]
+                found = self._view[:, block, :, low - first : high - first]
                 wrong += int(np.count_nonzero(found != content(seed, low, high, self._heads)))
         return wrong
 

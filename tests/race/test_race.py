@@ -52,24 +52,30 @@ def test_the_race_can_fail():
 
 @pytest.mark.parametrize("order", ["LBHN", "BLNH", "LBNH"])
 def test_a_foreign_element_is_found(order):
-    """One element of another request, layer, token, head or place counts, and none outside the tokens asked for."""
+    """One element of another request, layer, token, head or place counts, and none outside the tokens asked for.
+
+    White-box: one element is changed in the memory of the blocks.
+    """
     blocks = RankBlocks(order, 16, 160, (0, HEADS))
     taken = blocks.take(3)
     blocks.write(taken, seed=5)
     assert blocks.wrong(taken, 5, 0, 48) == 0 == blocks.wrong(taken[1:], 5, 20, 48)
     assert blocks.wrong(taken, 6, 0, 48) > 0.99 * 48 * LAYERS * HEADS * CONTENT
-    blocks.view[3, taken[1], 1, 2, 7] ^= 1
+    blocks._view[3, taken[1], 1, 2, 7] ^= 1
     assert blocks.wrong(taken, 5, 0, 48) == 1 == blocks.wrong(taken[1:], 5, 18, 19)
     assert blocks.wrong(taken, 5, 0, 18) == 0 == blocks.wrong(taken[1:], 5, 19, 48)
 
 
 def test_a_late_write_is_found():
-    """A block that was given back is looked at when it is lent again, and at the end."""
+    """A block that was given back is looked at when it is lent again, and at the end.
+
+    White-box: one element is changed in the memory of the blocks.
+    """
     blocks = RankBlocks("LBHN", 16, 160, (0, HEADS))
     taken = blocks.take(4)
     blocks.give(taken)
     assert blocks.touched() == []
-    blocks.view[0, taken[0], 0, 0, 0] ^= 1
+    blocks._view[0, taken[0], 0, 0, 0] ^= 1
     assert blocks.touched() == [taken[0]]
     blocks.take(10)
     assert blocks.late == [taken[0]]
