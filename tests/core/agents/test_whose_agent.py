@@ -46,7 +46,7 @@ def hears(world, consumer, *messages):
     for message in messages:
         consumer.consumer.received(LIAR, message, world.now)
     consumer.perform()
-    world.settle()
+    world.deliver_all()
 
 
 def reads(world, consumer, producer):

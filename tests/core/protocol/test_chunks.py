@@ -50,12 +50,12 @@ def test_chunks_from_end_to_end(world, producer, consumer):
 
 @pytest.mark.parametrize("lost", [messages.StageChunk, messages.ChunkReady, messages.ReleaseChunks])
 def test_what_is_lost_is_made_up_for(world, producer, consumer, lost):
-    """The question and the answer may be lost each time but the third; what was taken and not told costs nobody anything."""
+    """The question and the answer may be lost each time but the third; what was taken and not told costs no peer anything."""
     world.perfect = False
     ref = producer.lease(1, 2)
     transfer = consumer.read(ref, 4, 5, packed=True)
     for _ in range(400):
-        world.settle_losing(lost)
+        world.deliver_losing(lost)
         world.advance(0.05)
     assert transfer.done and transfer.error is None and world.losses >= 2
     assert producer.ends(ref.token) == ["LeaseReleased"] and quiet(producer)
@@ -199,7 +199,7 @@ def test_a_refusal_of_another_lease_stops_nothing(world, producer, consumer):
     _, transfer = waiting(world, producer, consumer)
     other = producer.lease(7)
     consumer.acquire(other)
-    world.settle()
+    world.deliver_all()
     for token in (other.token, "e" * 32, ""):
         refused = messages.Refused(code="staging", reason="no", epoch=producer.epoch, token=token)
         consumer.consumer.received(producer.address, refused, world.now)
@@ -228,7 +228,7 @@ def test_renewed_while_it_is_packed(world, producer, consumer):
     assert transfer.done and transfer.error is None
 
 
-def test_nobody_spins_for_chunks(world, producer, consumer):
+def test_no_consumer_spins_for_chunks(world, producer, consumer):
     """Fifty reads that wait for chunks cost a few wake-ups a second each, and one timer each."""
     world.pack_s = 1e9
     for i in range(30):
@@ -243,10 +243,10 @@ def test_the_agent_is_replaced_under_a_packed_read(world, producer, consumer):
     """A read that is started again asks for chunks with new numbers and gives the old ones back; both are its own."""
     ref, transfer = waiting(world, producer, consumer)
     (reading,) = world.readings
-    (leg,) = reading.legs
-    consumer.consumer.unstage(transfer, 0, [leg.number])
+    (share,) = reading.shares
+    consumer.consumer.unstage(transfer, 0, [share.number])
     world.pack_s = 0.01
-    leg.chunks, leg.asks, leg.at = [(0, 4), (4, 8), (8, 12)], False, world.now
+    share.chunks, share.asks, share.at = [(0, 4), (4, 8), (8, 12)], False, world.now
     content = [producer.content[b] for b in (1, 2, 3)]
     world.advance(5)
     assert transfer.done and transfer.error is None and transfer.content == content
@@ -261,7 +261,7 @@ def test_the_agent_is_replaced_under_a_packed_read(world, producer, consumer):
 def test_dropped_in_the_moment_it_was_claimed(world, producer, consumer):
     """A read whose lease was dropped before the control thread heard of it waits for no chunk: none will ever be asked for."""
     consumer.acquire(ref := producer.lease(1))
-    world.settle()
+    world.deliver_all()
     transfer = consumer.transfer(ref, 4, timeout_s=60)
     transfer.packed = True
     job = consumer.consumer.claim(transfer)
@@ -273,7 +273,7 @@ def test_dropped_in_the_moment_it_was_claimed(world, producer, consumer):
 
 
 def test_late_questions_of_an_ended_read(world, producer, consumer):
-    """What a read that is over still asks for or gives back is said to nobody."""
+    """What a read that is over still asks for or gives back is sent to no peer."""
     ref, transfer = waiting(world, producer, consumer, timeout_s=5)
     producer.answers = False
     world.advance(6)
@@ -293,7 +293,7 @@ def test_one_rank_of_two_owes_its_chunks(world, silent):
     source, sink = world.engine("source", 2), world.engine("sink", 1).nodes[0]
     ref = source.lease(1, 2)
     sink.acquire(ref)
-    world.settle()
+    world.deliver_all()
     source.nodes[silent].frozen = True
     transfer = sink.read(ref, 4, 5, packed=True, timeout_s=100)
     world.advance(14.5)

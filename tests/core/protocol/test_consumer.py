@@ -25,7 +25,7 @@ from tests.core.protocol.virtual import Reading, agent_info, block_bytes, nothin
 
 
 def test_a_read_from_end_to_end(world, producer, consumer):
-    """Meet, open, read, settle: Done on one side, LeaseReleased(read) on the other, and nothing is left."""
+    """Meet, acquire, read, release: Done on one side, LeaseReleased(read) on the other, and nothing is left."""
     ref = producer.lease(1, 2, 3)
     content = [producer.content[b] for b in (2, 3)]
     transfer = consumer.read(ref, 7, 8, tokens=(4, None))
@@ -36,7 +36,7 @@ def test_a_read_from_end_to_end(world, producer, consumer):
     nothing_left(world, producer, consumer)
 
 
-def test_the_second_read_meets_nobody(world, producer, consumer):
+def test_the_second_read_meets_no_peer(world, producer, consumer):
     """One handshake serves all reads of a peer that lives."""
     for _ in range(5):
         consumer.read(producer.lease(1), 1)
@@ -57,7 +57,7 @@ def test_read_before_prefill_ends(world, producer, consumer):
 
 
 def test_held_for_long_then_read(world, producer, consumer):
-    """A hold keeps the lease alive many times its length, with three renewals in each, until it is read."""
+    """A held lease is kept alive many times its length, with three renewals in each, until it is read."""
     ref = producer.lease(1)
     consumer.acquire(ref)
     consumer.acquire(ref)
@@ -70,7 +70,7 @@ def test_held_for_long_then_read(world, producer, consumer):
     nothing_left(world, producer, consumer)
 
 
-def test_many_holds_renew_together(world, producer, consumer):
+def test_many_held_leases_renew_together(world, producer, consumer):
     """Renewals of one peer travel in one message each time."""
     refs = [producer.lease(i) for i in range(30)]
     for ref in refs:
@@ -83,7 +83,7 @@ def test_many_holds_renew_together(world, producer, consumer):
 def test_a_renewal_that_is_found_due_between_ticks_is_sent_at_once(world, producer, consumer):
     """Whatever makes it known that a lease has to be renewed, it does not wait for something else to become due."""
     consumer.acquire(ref := producer.lease(1))
-    world.settle()
+    world.deliver_all()
     world.now += 15
     consumer.consumer.read(consumer.transfer(ref, 1), world.now)
     assert consumer.next_deadline() <= world.now and not said(consumer, messages.Renew)
@@ -92,8 +92,8 @@ def test_a_renewal_that_is_found_due_between_ticks_is_sent_at_once(world, produc
     assert consumer.next_deadline() > world.now
 
 
-def test_a_hold_nobody_reads_is_dropped_after_hold_s(world, producer):
-    """A forgotten hold gives the producer its blocks back after unread_lease_s."""
+def test_a_held_lease_that_is_never_read_is_released_after_unread_lease_s(world, producer):
+    """A held lease that is forgotten gives the producer its blocks back after unread_lease_s."""
     consumer = world.node("consumer", settings=Settings(unread_lease_s=50.0))
     ref = producer.lease(1)
     consumer.acquire(ref)
@@ -105,7 +105,7 @@ def test_a_hold_nobody_reads_is_dropped_after_hold_s(world, producer):
 
 @pytest.mark.parametrize("when", ["never held", "held", "waiting"])
 def test_drop_gives_the_blocks_back(world, producer, consumer, when):
-    """A lease that is not needed is settled unread at once, held before or not."""
+    """A lease that is not needed is released unread at once, held before or not."""
     ref = producer.lease(1) if when != "waiting" else producer.announce()
     if when != "never held":
         consumer.acquire(ref)
@@ -133,7 +133,7 @@ def test_drop_of_a_waiting_read_ends_it(world, producer, consumer):
 def test_drop_of_a_running_read_has_no_effect(world, producer, consumer):
     """Bytes in flight are not abandoned by a drop."""
     transfer = consumer.read(ref := producer.lease(1), 1)
-    world.settle()
+    world.deliver_all()
     assert world.readings
     consumer.release(ref)
     world.advance(1)
@@ -182,12 +182,12 @@ def test_a_lease_that_cannot_be_read(world, producer, consumer, held, end, error
 
 
 def test_revoked_while_held(world, producer, consumer):
-    """The holder hears of a revocation, and a read that comes later fails with the producer's reason."""
+    """The consumer hears of a revocation, and a read that comes later fails with the producer's reason."""
     ref = producer.lease(1)
     consumer.acquire(ref)
     world.advance(1)
     producer.revoke(ref)
-    world.settle()
+    world.deliver_all()
     transfer = consumer.read(ref, 1)
     assert isinstance(transfer.error, LeaseEndedError) and "revoked by a test" in str(transfer.error)
 
@@ -196,16 +196,16 @@ def test_revoked_while_the_bytes_move(world, producer, consumer):
     """A lease that ends under a running read is never Done: the board says so, whatever messages say."""
     ref = producer.lease(1)
     transfer = consumer.read(ref, 1)
-    world.settle()
+    world.deliver_all()
     producer.revoke(ref)
-    world.settle()
+    world.deliver_all()
     assert not transfer.done
     world.advance(1)
     assert isinstance(transfer.error, LeaseEndedError) and producer.ends(ref.token) == ["LeaseRevoked"]
     nothing_left(world, producer, consumer)
 
 
-def test_a_holder_that_dies_lets_the_lease_expire(world, producer, consumer):
+def test_a_consumer_that_dies_lets_the_lease_expire(world, producer, consumer):
     """When renewals stop, the blocks come back one lease later."""
     ref = producer.lease(1)
     consumer.acquire(ref)
@@ -256,9 +256,9 @@ def test_a_held_grant_whose_peer_went_silent(world, producer, consumer):
     """A granted lease whose producer has been in doubt since fails after peer_timeout_s, not at the far deadline."""
     ref = producer.lease(1)
     consumer.acquire(ref)
-    world.settle()
+    world.deliver_all()
     first = consumer.read(producer.lease(2), 2)
-    world.settle()
+    world.deliver_all()
     producer.dead = True
     world.advance(1)
     assert isinstance(first.error, TransferError)
@@ -355,7 +355,7 @@ def test_the_plan_is_made_once(world, producer, consumer):
 
 
 def test_wrong_identity(world, producer, consumer):
-    """A lease of somebody who does not live at the address is refused by name, and later ones of the tenant are read."""
+    """A lease of an engine that is not at the address is refused by name, and later ones of the tenant are read."""
     stray = LeaseRef.mint(producer="somebody else", addresses=[producer.address])
     assert code_of(world, consumer, stray) == "identity"
     assert code_of(world, consumer, LeaseRef.mint(producer="third", addresses=[producer.address])) == "identity"
@@ -369,7 +369,7 @@ def test_wrong_identity(world, producer, consumer):
     [({"protocol": messages.PROTOCOL + 1}, "protocol"), ({"agent": "other"}, "agent"), ({"rank": 5}, "rank")],
 )
 def test_a_welcome_that_does_not_fit(world, producer, consumer, change, code):
-    """A producer that answers what nobody asked for is refused by this side too."""
+    """A producer that answers what was never asked is refused by this side too."""
     transfer = consumer.read(producer.mint(), 1)
     fields = {
         "protocol": messages.PROTOCOL,
@@ -444,9 +444,9 @@ def test_leases_of_the_dead_process_end(world, producer, consumer, state):
 
 
 def test_restarted_while_settling(world, producer, consumer):
-    """A settlement that the dead process never acknowledged is not held up by its successor."""
+    """A release that the dead process never acknowledged is not held up by its successor."""
     transfer = consumer.read(producer.lease(1), 1)
-    world.settle()
+    world.deliver_all()
     producer.answers = False
     world.advance(1)
     assert transfer.error is None
@@ -470,12 +470,12 @@ def test_a_replaced_agent_is_used_for_the_next_read(world, producer, consumer):
     """A producer that had to replace its agent tells so, and reads go to the new one."""
     ref = producer.lease(1)
     consumer.acquire(ref)
-    world.settle()
+    world.deliver_all()
     second = agent_info(producer.name, 0, producer.epoch, 2)
     world.by_agent[second] = producer
     producer.producer.agent_replaced(second)
     producer.perform()
-    world.settle()
+    world.deliver_all()
     consumer.read(ref, 1)
     assert world.readings[0].job.sources[0].agent_info == second
 
@@ -487,7 +487,7 @@ def granted(world, producer, consumer, **grant):
     """A read whose grant is replaced by one that a liar sends."""
     ref = producer.announce()
     transfer = consumer.read(ref, 1, 2)
-    world.settle()
+    world.deliver_all()
     fields = {"token": ref.token, "blocks": [b"\1\0\0\0\2\0\0\0"], "cell": 0, "check": bytes(16), "ttl_s": 30.0}
     consumer.consumer.received(producer.address, messages.Grant(**{**fields, **grant}), world.now)
     consumer.perform()
@@ -514,7 +514,7 @@ def test_a_grant_of_absurd_length(world, producer, consumer, ttl_s):
     """A producer that grants nanoseconds cannot make the consumer spin, nor one that grants a year overflow it."""
     ref = producer.announce()
     consumer.acquire(ref)
-    world.settle()
+    world.deliver_all()
     consumer.consumer.received(
         producer.address,
         messages.Grant(token=ref.token, blocks=[b"\1\0\0\0"], cell=0, check=bytes(16), ttl_s=ttl_s),
@@ -550,7 +550,7 @@ def test_answers_to_questions_never_asked(world, producer, consumer):
     token = "e" * 32
     consumer.consumer.received("tcp://nobody:1", messages.Released(token=token, was_live=True), world.now)
     consumer.acquire(ref := producer.lease(1))
-    world.settle()
+    world.deliver_all()
     strays = [
         messages.Grant(token=token, blocks=[], cell=0, check=bytes(16), ttl_s=1.0), messages.Released(token=token, was_live=True),
         messages.Released(token=ref.token, was_live=True), messages.Pending(token=ref.token), messages.Revoked(token=token, reason=""),
@@ -576,7 +576,7 @@ def test_another_peer_cannot_end_my_lease(world, producer, consumer):
     villain = world.node("villain")
     consumer.acquire(ref := producer.lease(1))
     consumer.acquire(villain.lease(2))
-    world.settle()
+    world.deliver_all()
     for message in (messages.Revoked(token=ref.token, reason="ha"), messages.Renewed(ended=[ref.token])):
         consumer.consumer.received(villain.address, message, world.now)
     transfer = consumer.read(ref, 1)
@@ -593,7 +593,7 @@ def test_a_flood_of_welcomes_multiplies_nothing(world, producer, consumer):
     world.advance(10)
     producer.frozen = False
     before = len(said(consumer, messages.Acquire))
-    world.settle()
+    world.deliver_all()
     assert len(said(consumer, messages.Acquire)) - before <= 2 * len(refs)
 
 
@@ -609,8 +609,8 @@ def test_an_idle_consumer_sleeps(world, producer, consumer):
     assert consumer.ticks + producer.ticks == before
 
 
-@pytest.mark.parametrize("what", ["held", "waiting", "dead", "settling"])
-def test_nobody_spins(world, producer, consumer, what):
+@pytest.mark.parametrize("what", ["held", "waiting", "dead", "releasing"])
+def test_no_consumer_spins(world, producer, consumer, what):
     """Ten leases in any state cost a handful of wake-ups a second, and as many timers as leases.
 
     White-box: the consumer does not tell how many entries its timers keep.
@@ -620,12 +620,12 @@ def test_nobody_spins(world, producer, consumer, what):
     refs = [producer.announce() for _ in range(10)]
     for ref in refs:
         consumer.acquire(ref)
-    world.settle()
-    if what in ("held", "settling"):
+    world.deliver_all()
+    if what in ("held", "releasing"):
         for i, ref in enumerate(refs):
             producer.publish(ref, i)
-    world.settle()
-    if what == "settling":
+    world.deliver_all()
+    if what == "releasing":
         producer.answers = False
         for ref in refs:
             consumer.release(ref)
@@ -645,15 +645,15 @@ def test_timers_do_not_grow_with_reads(world, producer, consumer):
             assert len(timers) <= 2 and timers.entries < 200
 
 
-def test_close_ends_all_and_settles(world, producer, consumer):
+def test_close_ends_all_and_releases(world, producer, consumer):
     """Closing fails what waits, by name, and lets producers have back what was held."""
     held, waited = producer.lease(1), producer.announce()
     consumer.acquire(held)
     transfer = consumer.read(waited, 2)
-    world.settle()
+    world.deliver_all()
     consumer.consumer.close()
     consumer.perform()
-    world.settle()
+    world.deliver_all()
     assert isinstance(transfer.error, ClosedError)
     assert producer.ends(held.token) == ["LeaseReleased"] and len(producer.table) == 0
 
@@ -664,7 +664,7 @@ def test_close_ends_all_and_settles(world, producer, consumer):
 def claimed(world, producer, consumer):
     """A lease that was granted ahead and is claimed by a read, of which the control thread has not heard yet."""
     consumer.acquire(ref := producer.lease(1))
-    world.settle()
+    world.deliver_all()
     transfer = consumer.transfer(ref, 1, timeout_s=10)
     job = consumer.consumer.claim(transfer)
     assert job is not None
@@ -685,10 +685,10 @@ def test_a_granted_lease_is_claimed_once(world, producer, consumer):
 
 
 def test_claimed_while_it_is_dropped_and_read_again(world, producer, consumer):
-    """The end of a read that nobody waits for any more does not end another read of the same lease unheard."""
+    """The end of a read for which no caller waits any more does not end another read of the same lease unheard."""
     first, job = claimed(world, producer, consumer)
     consumer.release(first.ref)
-    world.settle()
+    world.deliver_all()
     consumer.consumer.read(first, world.now, claimed=True)
     producer.frozen = True
     third = consumer.read(first.ref, 3, timeout_s=20)
@@ -713,10 +713,10 @@ def test_claimed_while_the_producer_restarts(world, producer, consumer):
 
 
 def test_words_of_a_peer_are_printable(world, producer, consumer):
-    """What a peer says reaches errors without control characters, and codes that nobody knows are one label of the metrics."""
+    """What a peer says reaches errors without control characters, and unknown codes are one label of the metrics."""
     ref = producer.announce()
     transfer = consumer.read(ref, 1)
-    world.settle()
+    world.deliver_all()
     consumer.consumer.received(
         producer.address, messages.Revoked(token=ref.token, reason="gone\n\x1b[31mred"), world.now
     )
@@ -724,9 +724,9 @@ def test_words_of_a_peer_are_printable(world, producer, consumer):
         transfer.error
     )
     for number in range(30):
-        stranger = LeaseRef.mint(producer="x", addresses=[f"tcp://nobody:{number + 1}"])
-        failing = consumer.read(stranger, 2)
+        foreign = LeaseRef.mint(producer="x", addresses=[f"tcp://nobody:{number + 1}"])
+        failing = consumer.read(foreign, 2)
         refused = messages.Refused(code=f"code\n{number}", reason="no\nreason", epoch="e")
-        consumer.consumer.received(stranger.addresses[0], refused, world.now)
+        consumer.consumer.received(foreign.addresses[0], refused, world.now)
         assert str(failing.error).isprintable() and failing.error.code.isprintable()
     assert consumer.metrics.value("kvxfer_handshakes_total", outcome="other") == 30

@@ -72,7 +72,7 @@ def test_long_tables_in_few_bytes():
 
 
 def test_pieces_of_tables_that_grow():
-    """What is sealed while pieces are on their way comes with later ones."""
+    """What is published while pieces are on their way comes with later ones."""
     pieces, ids = Assembly(1 << 22), np.random.default_rng(2).permutation(50_000)
     assert pieces.add(grant(next_batch(raw(ids[:20_000]), ()), complete=False)) is None
     whole = None
@@ -81,7 +81,7 @@ def test_pieces_of_tables_that_grow():
     assert whole.blocks == raw(ids)
 
 
-def test_pieces_that_are_lost_repeated_or_of_another_offering():
+def test_pieces_that_are_lost_repeated_or_of_another_publication():
     """A gap is asked for again, a repeated batch changes nothing, and another check begins anew."""
     pieces, blocks = Assembly(1 << 22), raw(np.random.default_rng(3).permutation(30_000))
     first = next_batch(blocks)
@@ -146,7 +146,7 @@ def test_a_lease_of_very_many_blocks(blocks, parts, order):
 
 
 def test_more_ids_than_a_lease_may_have():
-    """They are refused where they are offered, by name."""
+    """They are refused where they are published, by name."""
     cache, _ = long_request(16, 1)
     most = most_ids(cache.spec)
     with Endpoint(cache, "inproc") as producer:

@@ -58,13 +58,13 @@ def test_acquired_before_it_is_published(table):
     assert lease.consumers == {0: ME} and lease.deadline == pytest.approx(129.9)
 
 
-@pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "offered"), (37.0, "opened")])
+@pytest.mark.parametrize(("until", "how"), [(100.0, "announced"), (35.0, "published"), (37.0, "acquired")])
 def test_each_state_expires(table, board, until, how):
     """A lease for which no consumer comes ends at its state's deadline, and not a moment before."""
     table.announce(T1, "r", 0)
     if how != "announced":
         table.publish(T1, [], 5)
-    if how == "opened":
+    if how == "acquired":
         table.acquire(T1, ME, 7)
     assert table.expire(until - 0.001) == []
     assert table.next_deadline() <= until
@@ -125,13 +125,13 @@ def test_a_renewal_never_shortens(table):
     assert lease.deadline == 80
 
 
-@pytest.mark.parametrize("state", ["announced", "offered", "opened"])
+@pytest.mark.parametrize("state", ["announced", "published", "acquired"])
 def test_revoked_in_any_state(table, board, state):
     """Revoking ends a lease wherever it is, once."""
     table.announce(T1, "r", 0)
     if state != "announced":
         table.publish(T1, [], 0)
-    if state == "opened":
+    if state == "acquired":
         table.acquire(T1, ME, 0)
     assert table.revoke(T1).state is LeaseState.REVOKED
     assert table.revoke(T1) is None and table.revoke(T2) is None
@@ -237,7 +237,7 @@ def test_places_are_few(board):
     assert table.get(T3) is None
 
 
-def test_who_settles_first_of_all(table, board):
+def test_a_release_before_all_else(table, board):
     """A lease that its consumer has released before it was known here is not published any more."""
     assert table.release(T1, ME, read=False) == (False, None)
     table.announce(T1, "r", 0)
@@ -268,7 +268,7 @@ def test_settling_again_gives_the_same_answer(table):
 
 
 def test_settling_after_expiry_did_not_stand(table):
-    """Who settles too late learns it."""
+    """A consumer that releases too late learns it."""
     table.announce(T1, "r", 0)
     table.publish(T1, [], 0)
     table.acquire(T1, ME, 0)
@@ -276,7 +276,7 @@ def test_settling_after_expiry_did_not_stand(table):
     assert table.release(T1, ME, read=True) == (False, None)
 
 
-def test_a_second_offer_changes_nothing(table, board):
+def test_a_second_publication_changes_nothing(table, board):
     """The blocks of a lease are named once; the lease goes on with those."""
     table.announce(T1, "r", 0)
     lease = table.publish(T1, [b"1111"], 0)
@@ -328,47 +328,47 @@ RANKS = [ConsumerRank("engine", f"epoch {rank}", rank, 3) for rank in range(3)]
 
 
 @pytest.fixture
-def offered(table):
-    """A lease that anybody may open."""
+def published(table):
+    """A lease that any consumer may acquire."""
     table.announce(T1, "r", 0)
     return table.publish(T1, [b"1234"], 0, [8])
 
 
-def test_settled_when_every_rank_has_settled(table, board, offered):
+def test_released_when_every_rank_has_released(table, board, published):
     """The lease stands, cell and blocks, until the last rank of its consumer is done; one rank that read is enough for read."""
     for rank in RANKS:
         table.acquire(T1, rank, 0)
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[2], read=True) == (True, None)
     assert table.release(T1, RANKS[0], read=False) == (True, None)
-    assert offered.state is LeaseState.IN_USE and cell_of(offered.cell) == offered.check
-    assert offered.blocks == [b"1234"] and offered.waiting() == [RANKS[1]]
-    assert table.release(T1, RANKS[1], read=False) == (True, offered)
-    assert offered.state is LeaseState.RELEASED and offered.read and free(board)
+    assert published.state is LeaseState.IN_USE and cell_of(published.cell) == published.check
+    assert published.blocks == [b"1234"] and published.waiting() == [RANKS[1]]
+    assert table.release(T1, RANKS[1], read=False) == (True, published)
+    assert published.state is LeaseState.RELEASED and published.read and free(board)
     assert [table.release(T1, rank, read=True) for rank in RANKS] == [(True, None)] * 3
 
 
-def test_ranks_may_settle_what_they_never_opened(table, offered):
-    """Ranks that do not need the blocks settle unread, and that counts as much."""
-    assert [table.release(T1, rank, read=False)[1] for rank in RANKS] == [None, None, offered]
-    assert not offered.read
+def test_ranks_may_release_what_they_never_acquired(table, published):
+    """Ranks that do not need the blocks release them unread, and that counts as much."""
+    assert [table.release(T1, rank, read=False)[1] for rank in RANKS] == [None, None, published]
+    assert not published.read
 
 
-def test_a_rank_that_settled_is_done(table, offered):
-    """It can neither open the lease again nor renew it, while the others can; and it holds nothing any more."""
+def test_a_rank_that_released_is_done(table, published):
+    """It can neither acquire the lease again nor renew it, while the others can; and it holds nothing any more."""
     for rank in RANKS:
         table.acquire(T1, rank, 0)
-    assert table.readable_by(T1, RANKS[0]) is offered
+    assert table.readable_by(T1, RANKS[0]) is published
     table.release(T1, RANKS[0], read=True)
     with pytest.raises(LeaseEndedError, match="rank 0 has released"):
         table.acquire(T1, RANKS[0], 1)
     assert table.renew([T1], RANKS[0], 10) == [T1] and table.renew([T1], RANKS[1], 20) == []
-    assert table.readable_by(T1, RANKS[0]) is None and table.readable_by(T1, RANKS[1]) is offered
-    assert offered.deadline == 50
+    assert table.readable_by(T1, RANKS[0]) is None and table.readable_by(T1, RANKS[1]) is published
+    assert published.deadline == 50
 
 
 @pytest.mark.parametrize(
-    "stranger",
+    "foreign",
     [
         ConsumerRank("other", "epoch 1", 1, 3),  # another engine
         ConsumerRank("engine", "epoch x", 0, 3),  # the same rank, started again
@@ -377,50 +377,50 @@ def test_a_rank_that_settled_is_done(table, offered):
     ],
     ids=["engine", "epoch", "world", "alone"],
 )
-def test_strangers_of_a_lease_in_use(table, offered, stranger):
-    """Another engine, another process of the same rank and an engine of another size cannot open, renew, hold or settle it."""
+def test_other_consumers_of_a_lease_in_use(table, published, foreign):
+    """Another engine, another process of the same rank and an engine of another size cannot acquire, renew, read or release it."""
     table.acquire(T1, RANKS[0], 0)
     with pytest.raises(LeaseError, match="another consumer"):
-        table.acquire(T1, stranger, 1)
-    assert table.renew([T1], stranger, 10) == [T1] and table.readable_by(T1, stranger) is None
-    assert table.release(T1, stranger, read=True) == (False, None)
-    assert offered.deadline == 30 and offered.consumers == {0: RANKS[0]} and not offered.released
+        table.acquire(T1, foreign, 1)
+    assert table.renew([T1], foreign, 10) == [T1] and table.readable_by(T1, foreign) is None
+    assert table.release(T1, foreign, read=True) == (False, None)
+    assert published.deadline == 30 and published.consumers == {0: RANKS[0]} and not published.released
 
 
-def test_one_rank_that_dies_lets_the_lease_expire(table, board, offered):
-    """Nothing is free early because the others are done, and their settlements are answered as before."""
+def test_one_rank_that_dies_lets_the_lease_expire(table, board, published):
+    """Nothing is free before its time because the others are done, and their releases are answered as before."""
     for rank in RANKS:
         table.acquire(T1, rank, 0)
     for rank in RANKS[:2]:
         table.release(T1, rank, read=True)
     assert table.expire(29.9) == [] and not free(board)
-    assert table.expire(30) == [offered] and offered.state is LeaseState.EXPIRED and free(board)
+    assert table.expire(30) == [published] and published.state is LeaseState.EXPIRED and free(board)
     assert table.release(T1, RANKS[0], read=True) == (True, None)
     assert table.release(T1, RANKS[2], read=True) == (False, None)
 
 
-def test_any_rank_keeps_it_alive(table, offered):
+def test_any_rank_keeps_it_alive(table, published):
     """One rank that renews is enough: the others may be late."""
     table.acquire(T1, RANKS[0], 0)
     for now in range(10, 200, 20):
         assert table.renew([T1], RANKS[0], now) == [] and table.expire(now) == []
-    assert table.acquire(T1, RANKS[2], 210) is offered
+    assert table.acquire(T1, RANKS[2], 210) is published
 
 
-def test_held_only_while_it_stands(table, offered):
-    """Blocks are there for a rank that opened the lease, from the offer to its end; not before, and not for others."""
+def test_held_only_while_it_stands(table, published):
+    """Blocks are there for a rank that acquired the lease, from the publication to its end; not before, and not for others."""
     assert table.readable_by(T1, RANKS[0]) is None and table.readable_by(T2, RANKS[0]) is None
     table.announce(T2, "r", 0)
     table.acquire(T2, RANKS[0], 0)
     assert table.readable_by(T2, RANKS[0]) is None
     table.acquire(T1, RANKS[0], 0)
-    assert table.readable_by(T1, RANKS[0]) is offered and table.readable_by(T1, RANKS[1]) is None
+    assert table.readable_by(T1, RANKS[0]) is published and table.readable_by(T1, RANKS[1]) is None
     table.revoke(T1)
     assert table.readable_by(T1, RANKS[0]) is None and table.get(T1) is None
 
 
-def test_some_ranks_settle_before_the_offer(table):
-    """A lease that some ranks do not need is still offered to the others, and ends with the last of them."""
+def test_some_ranks_release_before_the_publication(table):
+    """A lease that some ranks do not need is still there for the others, and ends with the last of them."""
     table.announce(T1, "r", 0)
     table.release(T1, RANKS[0], read=False)
     lease = table.publish(T1, [], 1)
@@ -490,7 +490,7 @@ def test_no_json_at_all(text):
 
 
 def test_minting_checks_too():
-    """An owner's own slip is refused before it travels; a long request name is cut, for it only serves logs."""
+    """A producer's own slip is refused before it travels; a long request name is cut, for it only serves logs."""
     with pytest.raises(LeaseRefError):
         LeaseRef.mint(producer="o" * 300, addresses=["tcp://h:1"])
     with pytest.raises(LeaseRefError):

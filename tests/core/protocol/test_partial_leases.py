@@ -31,24 +31,24 @@ def shared(producer, key="transfer-1", **more):
 
 
 def begun(world, producer, consumer, *, packed=False, **more):
-    """A read of four blocks of which two are sealed and have been read."""
+    """A read of four blocks of which two are published and have been read."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12, 13, 14, packed=packed, **more)
     producer.publish(ref, 1, 2, complete=False)
     world.advance(1)
     (reading,) = world.readings
-    assert reading.legs[0].content == [producer.content[1], producer.content[2]] and not transfer.done
+    assert reading.shares[0].content == [producer.content[1], producer.content[2]] and not transfer.done
     return ref, transfer
 
 
 @BOTH
-def test_read_as_it_is_sealed(world, producer, consumer, packed):
-    """What is sealed is read while prefill goes on, each block once; the last ones come with the offer, then all is fenced."""
+def test_read_as_it_is_published(world, producer, consumer, packed):
+    """What is published is read while prefill goes on, each block once; the last ones come with the complete publication, then the lease is checked."""
     ref, transfer = begun(world, producer, consumer, packed=packed)
     producer.publish(ref, 1, 2, 3, complete=False)
     world.advance(1)
     (reading,) = world.readings
-    assert reading.legs[0].content == [producer.content[b] for b in (1, 2, 3)]
+    assert reading.shares[0].content == [producer.content[b] for b in (1, 2, 3)]
     producer.publish(ref, 1, 2, 3, 4)
     content = [producer.content[b] for b in (1, 2, 3, 4)]
     world.advance(1)
@@ -58,8 +58,8 @@ def test_read_as_it_is_sealed(world, producer, consumer, packed):
 
 
 @pytest.mark.parametrize("when", ["held", "not known"])
-def test_sealed_before_it_is_read(world, producer, consumer, when):
-    """Blocks sealed before the consumer has blocks of its own are there when it begins."""
+def test_published_before_it_is_read(world, producer, consumer, when):
+    """Blocks published before the consumer has blocks of its own are there when it begins."""
     ref = producer.announce()
     producer.publish(ref, 1, 2, complete=False)
     if when == "held":
@@ -69,14 +69,14 @@ def test_sealed_before_it_is_read(world, producer, consumer, when):
     transfer = consumer.read(ref, 11, 12, 13)
     world.advance(1)
     (reading,) = world.readings
-    assert reading.legs[0].content == [producer.content[1], producer.content[2]]
+    assert reading.shares[0].content == [producer.content[1], producer.content[2]]
     producer.publish(ref, 1, 2, 3)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3
 
 
 def test_only_some_tokens_are_wanted(world, producer, consumer):
-    """A prefix that the consumer has already is not read, however early it is sealed."""
+    """A prefix that the consumer has already is not read, however early it is published."""
     ref = producer.announce()
     transfer = consumer.read(ref, 13, 14, tokens=(8, None))
     producer.publish(ref, 1, 2, complete=False)
@@ -84,7 +84,7 @@ def test_only_some_tokens_are_wanted(world, producer, consumer):
     producer.publish(ref, 1, 2, 3, complete=False)
     world.advance(1)
     (reading,) = world.readings
-    assert reading.legs[0].content == [producer.content[3]]
+    assert reading.shares[0].content == [producer.content[3]]
     producer.publish(ref, 1, 2, 3, 4)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 2
@@ -101,7 +101,7 @@ def test_grants_may_be_lost(world, producer, consumer, lost):
             producer.publish(ref, 1, 2, complete=False)
         if step == 200:
             producer.publish(ref, 1, 2, 3)
-        world.settle_losing(lost)
+        world.deliver_losing(lost)
         world.advance(0.05)
     assert consumer.outcomes(transfer) == ["Done"] and len(transfer.content) == 3 and world.losses > 3
 
@@ -129,7 +129,7 @@ def test_grants_may_overtake_each_other(world, producer, consumer):
 @BOTH
 @pytest.mark.parametrize("end", ["revoked", "too slow", "restarted", "dead", "closed"])
 def test_a_prefill_that_does_not_end_well(world, consumer, packed, end):
-    """Who has read half of a request hears at once that the rest will not come, or after ``peer_timeout_s`` that nobody is there."""
+    """A consumer that has read half of a request hears at once that the rest will not come, or after ``peer_timeout_s`` that no peer answers."""
     producer = world.node("producer", settings=Settings(announce_timeout_s=60))
     ref, transfer = begun(world, producer, consumer, packed=packed, timeout_s=1000)
     if end == "revoked":
@@ -144,12 +144,12 @@ def test_a_prefill_that_does_not_end_well(world, consumer, packed, end):
     world.advance({"too slow": 70, "dead": 60}.get(end, 5))
     assert consumer.outcomes(transfer) == ["Failed"]
     assert isinstance(transfer.error, PeerTimeoutError if end == "dead" else (LeaseEndedError, LeaseUnknownError))
-    assert producer.ends(ref.token) == []  # nothing was offered: there is nothing to take back
+    assert producer.ends(ref.token) == []  # not all was published: there is nothing to take back
     if end != "dead":
         nothing_left(world, producer, consumer)
 
 
-def test_what_is_offered_after_its_end_is_given_back(world, consumer):
+def test_what_is_published_after_its_end_is_given_back(world, consumer):
     """Prefill took longer than ``announce_timeout_s``: the engine gets its blocks back at once, and half a read was thrown away."""
     producer = world.node("producer", settings=Settings(announce_timeout_s=60))
     ref, transfer = begun(world, producer, consumer, timeout_s=1000)
@@ -159,7 +159,7 @@ def test_what_is_offered_after_its_end_is_given_back(world, consumer):
 
 
 def test_blocks_reused_under_a_read(world, producer, consumer):
-    """The engine gives up and reuses sealed blocks while they are read: nothing of that is ever Done, whatever messages say."""
+    """The engine gives up and reuses published blocks while they are read: nothing of that is ever Done, whatever messages say."""
     world.read_s = 1.0
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12)
@@ -180,7 +180,7 @@ def test_blocks_reused_under_a_read(world, producer, consumer):
 
 @BOTH
 def test_the_consumer_gives_up(world, producer, consumer, packed):
-    """A drop ends a read that waits for more, and the producer's blocks are free when it offers them."""
+    """A release ends a read that waits for more, and the producer's blocks are free when it publishes all of them."""
     ref, transfer = begun(world, producer, consumer, packed=packed)
     consumer.release(ref)
     world.advance(1)
@@ -199,7 +199,7 @@ def test_the_deadline_of_a_read_that_waits_for_more(world, producer, consumer):
     assert isinstance(transfer.error, TransferTimeoutError) and consumer.outcomes(transfer) == ["Failed"]
 
 
-def test_a_source_that_dies_between_two_seals(world, producer, consumer):
+def test_a_source_that_dies_between_two_parts(world, producer, consumer):
     """The next bytes that are asked of it fail the read by name."""
     ref, transfer = begun(world, producer, consumer)
     grant = messages.Grant(
@@ -225,8 +225,8 @@ def test_what_does_not_fit_in_the_end(world, producer, consumer):
     assert isinstance(transfer.error, BlockError) and consumer.outcomes(transfer) == ["Failed"]
 
 
-def test_nothing_is_sealed_after_the_offer(world, producer, consumer):
-    """A seal that comes late, or of a lease that nobody announced, changes nothing."""
+def test_no_part_is_published_after_the_whole(world, producer, consumer):
+    """A partial publication that comes late, or of a lease that was never announced, changes nothing."""
     ref = producer.lease(1, 2)
     producer.publish(ref, 1, complete=False)
     producer.publish(producer.mint(), 1, complete=False)
@@ -237,7 +237,7 @@ def test_nothing_is_sealed_after_the_offer(world, producer, consumer):
     nothing_left(world, producer, consumer)
 
 
-def test_all_ranks_seal_at_their_own_pace(world):
+def test_all_ranks_publish_at_their_own_pace(world):
     """A read of three ranks begins when each has something, goes on with each, and ends when all are complete."""
     source, sink = world.engine("P", 3), world.node("D", spec=world.engine("D'", 1).nodes[0].spec)
     ref = source.announce()
@@ -247,7 +247,7 @@ def test_all_ranks_seal_at_their_own_pace(world):
         node.publish(ref, *range(1, 2 + number % 2), complete=False)
         world.advance(1)
     (reading,) = world.readings
-    assert [len(leg.content) for leg in reading.legs] == [1, 2, 1]
+    assert [len(share.content) for share in reading.shares] == [1, 2, 1]
     for node in source.nodes:
         world.advance(1)
         assert not transfer.done
@@ -262,7 +262,7 @@ def test_all_ranks_seal_at_their_own_pace(world):
 
 
 def test_both_sides_make_the_same_reference(producer):
-    """The token follows from what both know; whoever knows another key, prompt or length has another lease."""
+    """The token follows from what both know; a side that knows another key, prompt or length has another lease."""
     one = shared(producer, request="a", num_tokens=7, digest="d")
     two = LeaseRef.for_rendezvous(
         "transfer-1", producer=producer.name, addresses=["tcp://x:1"], request="b", num_tokens=7, digest="d"
@@ -297,7 +297,7 @@ def test_either_side_may_come_first(world, producer, consumer, first):
     nothing_left(world, producer, consumer)
 
 
-def test_nobody_comes(world, consumer):
+def test_no_consumer_comes(world, consumer):
     """A lease that is never announced keeps its place for ``rendezvous_timeout_s``, and then its consumer hears of it."""
     producer = world.node("producer", settings=Settings(rendezvous_timeout_s=60))
     transfer = consumer.read(shared(producer), 11, timeout_s=1000)
@@ -310,7 +310,7 @@ def test_nobody_comes(world, consumer):
 
 @pytest.mark.parametrize("end", ["drop", "deadline"])
 def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer, end):
-    """The blocks of a prefill whose consumer has left already are free when they are offered."""
+    """The blocks of a prefill whose consumer has left already are free when they are published."""
     ref = shared(producer)
     transfer = consumer.read(ref, 11, timeout_s=5)
     world.advance(1)
@@ -327,7 +327,7 @@ def test_the_consumer_leaves_before_its_producer_comes(world, producer, consumer
 
 
 def test_a_consumer_that_was_never_heard_of_leaves(world, producer, consumer):
-    """Who gives a lease up before it could even ask for it has given it up: it is not kept for anybody when it is announced."""
+    """A consumer that gives a lease up before it could even ask for it has given it up: it is kept for no peer when it is announced."""
     ref = shared(producer)
     producer.frozen = True
     consumer.acquire(ref)
@@ -349,7 +349,7 @@ def test_only_what_is_early_is_waited_for(world, producer, consumer):
 
 
 def test_strangers_cannot_fill_the_memory_with_what_they_want(world, consumer):
-    """No more places are kept than leases could be offered, and who waits while all are taken is served all the same."""
+    """No more places are kept than leases could be published, and a consumer that waits while all are taken is served all the same."""
     producer = world.node("producer", settings=Settings(max_leases=3))
     transfers = [consumer.read(shared(producer, str(i)), 11 + i) for i in range(9)]
     for _ in range(10):
@@ -364,23 +364,23 @@ def test_strangers_cannot_fill_the_memory_with_what_they_want(world, consumer):
 
 
 def flooded(producer, message, number=20_000):
-    """Many messages of one member about tokens that nobody knows."""
-    stranger = b"tcp://stranger:1"
-    hello = messages.Hello(protocol=messages.PROTOCOL, name="stranger", epoch="s" * 16, rank=0, agent=producer.agent)
-    producer.producer.received(stranger, hello, producer.world.now)
+    """Many messages of one member about unknown tokens."""
+    flooding = b"tcp://flooding:1"
+    hello = messages.Hello(protocol=messages.PROTOCOL, name="flooding", epoch="s" * 16, rank=0, agent=producer.agent)
+    producer.producer.received(flooding, hello, producer.world.now)
     for i in range(number):
-        producer.producer.received(stranger, message(f"{i:x}".zfill(32)), producer.world.now)
+        producer.producer.received(flooding, message(f"{i:x}".zfill(32)), producer.world.now)
     producer.out.clear()
 
 
-@pytest.mark.parametrize("flood", ["settle", "open"])
+@pytest.mark.parametrize("flood", ["release", "acquire"])
 def test_a_flood_of_unknown_tokens_displaces_nothing(world, producer, consumer, flood):
     """What a producer remembers of its own leases outlives any number of messages about tokens that it never knew."""
     ref = producer.lease(1)
     transfer = consumer.read(ref, 11)
     world.advance(1)
     assert consumer.outcomes(transfer) == ["Done"]
-    if flood == "settle":
+    if flood == "release":
         flooded(producer, lambda token: messages.Release(to=producer.epoch, token=token, read=False))
     else:
         flooded(producer, lambda token: messages.Acquire(to=producer.epoch, token=token, rendezvous=True))
@@ -395,7 +395,7 @@ def consumer_holder(consumer):
 
 
 def test_an_early_consumer_keeps_its_place_in_a_flood(world, producer, consumer):
-    """However many unknown tokens a member opens early, an honest consumer that comes early is served."""
+    """However many unknown tokens a member acquires before they are announced, an honest consumer that does the same is served."""
     transfer = consumer.read(shared(producer), 11)
     world.advance(1)
     flooded(producer, lambda token: messages.Acquire(to=producer.epoch, token=token, rendezvous=True), 70_000)
@@ -407,14 +407,14 @@ def test_an_early_consumer_keeps_its_place_in_a_flood(world, producer, consumer)
 
 
 @BOTH
-@pytest.mark.parametrize("begins", ["after the offer", "after a seal"])
-def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed, begins):
-    """A read that began under one offering fails when its blocks were given back, though the same token stands in a cell again."""
+@pytest.mark.parametrize("begins", ["after the publication", "after a part"])
+def test_a_token_that_is_published_again_is_another_lease(world, consumer, packed, begins):
+    """A read that began under one publication fails when its blocks were given back, though the same token stands in a cell again."""
     producer = world.node("producer", settings=Settings(remembered_leases=0))
     ref = shared(producer)
     producer.announce(ref)
     world.read_s = 2.0
-    if begins == "after the offer":
+    if begins == "after the publication":
         producer.publish(ref, 1, 2)
     else:
         producer.publish(ref, 1, complete=False)
@@ -431,8 +431,8 @@ def test_a_token_that_is_offered_again_is_another_lease(world, consumer, packed,
     assert isinstance(transfer.error, LeaseError) and consumer.outcomes(transfer) == ["Failed"]
 
 
-def test_offered_and_never_announced(world, producer, consumer):
-    """An engine that offers what it never announced gets its blocks back, once for each offer, also if somebody waits for them."""
+def test_published_and_never_announced(world, producer, consumer):
+    """An engine that publishes what it never announced gets its blocks back, once for each publication, also if a consumer waits for them."""
     ref = shared(producer)
     transfer = consumer.read(ref, 11)
     world.advance(1)
@@ -482,16 +482,16 @@ class Kernel:
         return self.done
 
 
-def launched(producer, ref, sealed, *, new):
-    """Blocks are sealed behind a kernel that has just begun to write the new ones."""
+def launched(producer, ref, blocks, *, new):
+    """Blocks are published behind a kernel that has just begun to write the new ones."""
     kernel = Kernel(producer, *new)
-    producer.publish(ref, *sealed, after=[kernel], complete=False)
+    producer.publish(ref, *blocks, after=[kernel], complete=False)
     return kernel.begin()
 
 
 @BOTH
 def test_nothing_is_read_before_the_device_has_written_it(world, producer, consumer, packed):
-    """Blocks that are sealed or offered behind a kernel are read when it has ended, and not a moment before."""
+    """Blocks that are published, in part or all, behind a kernel are read when it has ended, and not a moment before."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12, 13, packed=packed)
     first = launched(producer, ref, (1, 2), new=(1, 2))
@@ -500,12 +500,12 @@ def test_nothing_is_read_before_the_device_has_written_it(world, producer, consu
     first.end()
     world.advance(1)
     (reading,) = world.readings
-    assert reading.legs[0].content == [producer.content[1], producer.content[2]]
+    assert reading.shares[0].content == [producer.content[1], producer.content[2]]
     last = Kernel(producer, 3)
     producer.publish(ref, 1, 2, 3, after=[last])
     last.begin()
     world.advance(1)
-    assert not transfer.done and len(reading.legs[0].content) == 2
+    assert not transfer.done and len(reading.shares[0].content) == 2
     last.end()
     content = [producer.content[b] for b in (1, 2, 3)]
     world.advance(1)
@@ -529,20 +529,20 @@ def test_devices_may_end_out_of_order(world, producer, consumer):
     assert consumer.outcomes(transfer) == ["Done"] and transfer.content == content
 
 
-@pytest.mark.parametrize("offered", [False, True])
-def test_a_device_fails(world, producer, consumer, offered):
-    """Blocks whose kernel failed are read by nobody: the consumer is told at once, and the engine gets its blocks back."""
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_device_fails(world, producer, consumer, complete):
+    """Blocks whose kernel failed are read by no consumer: each is told at once, and the engine gets its blocks back."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, 12)
     kernel = launched(producer, ref, (1,), new=(1,))
-    if offered:
+    if complete:
         producer.publish(ref, 1, 2)
     world.advance(1)
     assert not producer.ends(ref.token)
     kernel.end(RuntimeError("an illegal memory access was encountered"))
     world.advance(1)
     assert isinstance(transfer.error, LeaseEndedError) and "illegal memory access" in str(transfer.error)
-    if not offered:
+    if not complete:
         producer.publish(ref, 1, 2)
     assert producer.ends(ref.token) == ["LeaseRevoked"]
     assert consumer.outcomes(transfer) == ["Failed"]
@@ -552,7 +552,7 @@ def test_a_device_fails(world, producer, consumer, offered):
 
 @pytest.mark.parametrize("how", ["revoked", "closed"])
 def test_the_lease_ends_before_the_device(world, producer, consumer, how):
-    """An offer that waits for a kernel still has its one event, after the kernel if the endpoint lives so long."""
+    """A publication that waits for a kernel still has its one event, after the kernel if the endpoint lives so long."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11)
     kernel = Kernel(producer, 1)
@@ -571,15 +571,15 @@ def test_the_lease_ends_before_the_device(world, producer, consumer, how):
     nothing_left(world, producer)
 
 
-@pytest.mark.parametrize("sealed", [False, True])
-def test_a_device_that_never_ends(world, producer, consumer, sealed):
-    """Blocks that a device does not finish are in use until ``lease_s`` after the offer; then the lease expires, told once."""
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_device_that_never_ends(world, producer, consumer, partial):
+    """Blocks that a device does not finish are in use until ``lease_s`` after the publication; then the lease expires, told once."""
     ref = producer.announce()
     transfer = consumer.read(ref, 11, timeout_s=300)
     kernel = Kernel(producer, 1)
-    if sealed:
+    if partial:
         producer.publish(ref, 1, after=[kernel], complete=False)
-    producer.publish(ref, 1, after=[] if sealed else [kernel])
+    producer.publish(ref, 1, after=[] if partial else [kernel])
     kernel.begin()
     world.advance(producer.settings.lease_s - 1)
     assert not producer.ends(ref.token) and not transfer.done

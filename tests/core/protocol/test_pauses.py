@@ -75,7 +75,7 @@ def test_answers_are_read_before_anybody_is_judged(scene):
 
 
 def test_a_thread_that_is_slow_between_two_messages(scene):
-    """Stopped in the middle of what it reads, it blames nobody either whose answer is the next."""
+    """Stopped in the middle of what it reads, it blames no peer either whose answer is the next."""
     ref, transfer, source, sink, channel, data, driver = scene
     channel.slow_s = sink.settings.peer_timeout_s + 5
     channel.stops.append((0.05, [Inbound(source.nodes[0].address, Pending(token=ref.token)), *grants(ref, source)]))
@@ -93,7 +93,7 @@ def test_a_machine_that_is_late_all_the_time(scene):
         driver.turn(None)
         for _ in range(30):
             driver.turn(None)
-        assert channel.world.now < begin + 20 * sink.settings.peer_timeout_s, "nobody notices"
+        assert channel.world.now < begin + 20 * sink.settings.peer_timeout_s, "no peer is noticed"
     assert "has said nothing" in str(transfer.error)
 
 

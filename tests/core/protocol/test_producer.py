@@ -45,7 +45,7 @@ def refusals(node, reason):
     return node.metrics.value("kvxfer_refused_messages_total", reason=reason)
 
 
-def offered(node, *blocks):
+def published(node, *blocks):
     ref = node.mint()
     node.producer.announce(ref.token, ref.request, node.world.now)
     node.producer.publish(ref.token, block_bytes(*blocks), node.world.now)
@@ -55,7 +55,7 @@ def offered(node, *blocks):
 
 def test_the_whole_talk(producer, talk):
     """Hello, Acquire, Renew, Release are answered by Welcome, Grant, Renewed, Released, and the engine hears one end."""
-    token = offered(producer, 3, 4)
+    token = published(producer, 3, 4)
     (welcome,) = talk(hello(producer))
     assert (welcome.epoch, welcome.spec, welcome.agent_info) == (
         producer.epoch,
@@ -67,9 +67,9 @@ def test_the_whole_talk(producer, talk):
     assert producer.board.memory.address <= grant.cell < producer.board.memory.end
     assert talk(messages.Acquire(to=producer.epoch, token=token)) == [grant]
     assert talk(messages.Renew(to=producer.epoch, tokens=[token])) == [messages.Renewed(ended=[])]
-    settled, event = talk(messages.Release(to=producer.epoch, token=token, read=True))
-    assert settled == messages.Released(token=token, was_live=True) and (event.token, event.read) == (token, True)
-    assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [settled]
+    released, event = talk(messages.Release(to=producer.epoch, token=token, read=True))
+    assert released == messages.Released(token=token, was_live=True) and (event.token, event.read) == (token, True)
+    assert talk(messages.Release(to=producer.epoch, token=token, read=True)) == [released]
     assert producer.metrics.value("kvxfer_leases_total", end="read") == 1
 
 
@@ -83,8 +83,8 @@ def test_the_whole_talk(producer, talk):
         ({"consumer_rank": 5, "consumer_world": 5}, "rank"),
     ],
 )
-def test_a_hello_for_somebody_else(producer, talk, changes, code):
-    """Another protocol, rank or agent is refused by its name and counted, and nobody was introduced."""
+def test_a_hello_for_another_engine(producer, talk, changes, code):
+    """Another protocol, rank or agent is refused by its name and counted, and no consumer was introduced."""
     (refused,) = talk(hello(producer, **changes))
     assert (refused.code, refused.epoch) == (code, producer.epoch) and refused.reason
     assert refusals(producer, code) == 1
@@ -93,7 +93,7 @@ def test_a_hello_for_somebody_else(producer, talk, changes, code):
 
 def test_a_message_for_a_dead_process(producer, talk):
     """What was meant for another epoch is refused by name, with the epoch that lives here now, and changes nothing."""
-    token = offered(producer, 1)
+    token = published(producer, 1)
     talk(hello(producer))
     for message in (
         messages.Acquire(to="old", token=token),
@@ -107,7 +107,7 @@ def test_a_message_for_a_dead_process(producer, talk):
 
 def test_introduce_yourself_first(producer, talk):
     """A connection that said no Hello gets nothing, not even the fact that a lease exists."""
-    token = offered(producer, 1)
+    token = published(producer, 1)
     for message in (
         messages.Acquire(to=producer.epoch, token=token),
         messages.Release(to=producer.epoch, token=token, read=False),
@@ -144,10 +144,10 @@ def test_garbage_is_answered_and_counted(producer):
 
 
 def test_unknown_ended_and_taken_leases(producer, talk):
-    """Each way in which a lease cannot be opened has its own code, and names the lease."""
+    """Each way in which a lease cannot be acquired has its own code, and names the lease."""
     talk(hello(producer))
     talk(hello(producer, name="other", epoch="oe"), B)
-    ended, taken = offered(producer, 1), offered(producer, 2)
+    ended, taken = published(producer, 1), published(producer, 2)
     producer.producer.revoke(ended, "r")
     take(producer)
     talk(messages.Acquire(to=producer.epoch, token=taken), B)
@@ -160,7 +160,7 @@ def test_unknown_ended_and_taken_leases(producer, talk):
 
 
 def test_opened_early_and_granted_when_the_blocks_come(producer, talk):
-    """A consumer that is early is told to wait, and gets its grant the moment prefill ends, unasked."""
+    """A consumer that comes first is told to wait, and gets its grant the moment prefill ends, unasked."""
     ref = producer.announce()
     talk(hello(producer))
     assert talk(messages.Acquire(to=producer.epoch, token=ref.token)) == [messages.Pending(token=ref.token)]
@@ -181,9 +181,9 @@ def test_a_grant_goes_to_the_connection_heard_last(producer, talk):
 
 
 @pytest.mark.parametrize("end", ["revoke", "expire", "close"])
-def test_the_holder_is_told_how_it_ended(producer, talk, end):
-    """A lease that the producer ends is told to its holder, and to the engine by the right event, once."""
-    token = offered(producer, 1)
+def test_the_consumer_is_told_how_it_ended(producer, talk, end):
+    """A lease that the producer ends is told to its consumer, and to the engine by the right event, once."""
+    token = published(producer, 1)
     talk(hello(producer))
     talk(messages.Acquire(to=producer.epoch, token=token))
     if end == "revoke":
@@ -203,8 +203,8 @@ def test_the_holder_is_told_how_it_ended(producer, talk, end):
     ]
 
 
-@pytest.mark.parametrize("end", ["revoke", "expire", "settle", "close"])
-def test_no_event_for_what_was_never_offered(producer, talk, end):
+@pytest.mark.parametrize("end", ["revoke", "expire", "release", "close"])
+def test_no_event_for_what_was_never_published(producer, talk, end):
     """An announced lease that ends without blocks ends in silence; blocks that come later are given back at once."""
     ref = producer.announce()
     talk(hello(producer))
@@ -212,47 +212,47 @@ def test_no_event_for_what_was_never_offered(producer, talk, end):
         producer.producer.revoke(ref.token, "r")
     elif end == "expire":
         producer.producer.tick(producer.world.now + producer.settings.announce_timeout_s)
-    elif end == "settle":
+    elif end == "release":
         assert kinds(talk(messages.Release(to=producer.epoch, token=ref.token, read=False))) == ["Released"]
     else:
         producer.producer.close()
     assert take(producer) == []
-    for told in ("LeaseReleased" if end == "settle" else "LeaseRevoked", "LeaseRevoked"):
+    for told in ("LeaseReleased" if end == "release" else "LeaseRevoked", "LeaseRevoked"):
         producer.producer.publish(ref.token, block_bytes(1), producer.world.now)
         assert kinds(take(producer)) == [told]
 
 
-def test_an_offer_nobody_announced_is_given_back_once(producer):
-    """Blocks offered under an unknown token come back by one event for each offer."""
+def test_a_publication_without_announcement_is_given_back_once(producer):
+    """Blocks published under an unknown token come back by one event for each publication."""
     for _ in range(2):
         producer.producer.publish("e" * 32, block_bytes(1), producer.world.now)
         assert kinds(take(producer)) == ["LeaseRevoked"]
 
 
 @pytest.mark.parametrize(
-    ("offered_blocks", "firsts", "differs"),
+    ("published_blocks", "firsts", "differs"),
     [((5, 6, 7), (), "entry 0 was block 1 when it was published, and now 5"), ((1, 6), (), "entry 1 was block 2"),
      ((1,), (), "2 blocks were published, and now there are 1"), ((1, 2, 3), (4,), "began with token 0")],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["partial", "complete"])
-def test_blocks_that_contradict_what_was_sealed(producer, talk, caplog, how, offered_blocks, firsts, differs):
-    """A lease whose sealed blocks change is revoked by name, its reader is told, and its offer has one end event."""
+def test_blocks_that_contradict_what_was_published(producer, talk, caplog, how, published_blocks, firsts, differs):
+    """A lease whose published blocks change is revoked by name, its consumer is told, and its publication has one end event."""
     ref, now = producer.announce(), producer.world.now
     talk(hello(producer))
     producer.producer.publish(ref.token, block_bytes(1, 2), now, complete=False)
     talk(messages.Acquire(to=producer.epoch, token=ref.token))
-    producer.producer.publish(ref.token, block_bytes(*offered_blocks), now, firsts, complete=how == "complete")
+    producer.producer.publish(ref.token, block_bytes(*published_blocks), now, firsts, complete=how == "complete")
     told = take(producer)
     assert kinds(told) == ["Revoked", *(["LeaseRevoked"] if how == "complete" else [])] and differs in told[0].reason
     assert any(record.levelname == "ERROR" and differs in record.getMessage() for record in caplog.records)
     if how == "partial":
-        producer.producer.publish(ref.token, block_bytes(*offered_blocks), now)
+        producer.producer.publish(ref.token, block_bytes(*published_blocks), now)
         assert kinds(take(producer)) == ["LeaseRevoked"]
     assert producer.producer.in_use()["leases"] == 0
 
 
-def test_what_was_sealed_may_be_continued(producer, talk):
-    """Groups that were not sealed may begin anywhere, and those that were go on after their sealed blocks."""
+def test_what_was_published_may_be_continued(producer, talk):
+    """Groups that were not published may begin anywhere, and those that were go on after their published blocks."""
     ref, now = producer.announce(), producer.world.now
     talk(hello(producer))
     talk(messages.Acquire(to=producer.epoch, token=ref.token))
@@ -263,9 +263,9 @@ def test_what_was_sealed_may_be_continued(producer, talk):
     assert kinds(take(producer)) == ["Grant"] * 3
 
 
-def test_a_second_offer_does_not_end_the_first(producer, talk):
-    """An engine that offers twice gets no event for it: the blocks are leased still, and their one end comes later."""
-    token = offered(producer, 5)
+def test_a_second_publication_does_not_end_the_first(producer, talk):
+    """An engine that publishes twice gets no event for it: the blocks are leased still, and their one end comes later."""
+    token = published(producer, 5)
     producer.producer.publish(token, block_bytes(6), producer.world.now)
     assert take(producer) == []
     talk(hello(producer))
@@ -273,13 +273,13 @@ def test_a_second_offer_does_not_end_the_first(producer, talk):
     assert grant.blocks == block_bytes(5)
     assert kinds(talk(messages.Release(to=producer.epoch, token=token, read=True))) == ["Released", "LeaseReleased"]
     producer.producer.publish(token, block_bytes(6), producer.world.now)
-    assert kinds(take(producer)) == ["LeaseRevoked"]  # of this second offer: the end of the first was told
+    assert kinds(take(producer)) == ["LeaseRevoked"]  # of this second publication: the end of the first was told
 
 
 def test_a_full_board_gives_the_blocks_back(producer):
     """Where no cell is free the engine gets its blocks back by LeaseRevoked."""
     for i in range(CELLS):
-        offered(producer, i % 8)
+        published(producer, i % 8)
     ref = producer.announce()
     producer.producer.publish(ref.token, block_bytes(1), producer.world.now)
     (event,) = take(producer)
@@ -338,22 +338,22 @@ def meet(node, talk, rank, ranks, *, name="c", epoch=None):
     return connection
 
 
-def test_one_event_when_all_ranks_have_settled(producer, talk):
-    """Each rank gets its grant and its answer; the engine gets its one event with the last settlement."""
-    token = offered(producer, 3)
+def test_one_event_when_all_ranks_have_released(producer, talk):
+    """Each rank gets its grant and its answer; the engine gets its one event with the last release."""
+    token = published(producer, 3)
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
     grants = [talk(messages.Acquire(to=producer.epoch, token=token), rank) for rank in ranks]
     assert [kinds(grant) for grant in grants] == [["Grant"]] * 3
-    settle = messages.Release(to=producer.epoch, token=token, read=True)
+    release = messages.Release(to=producer.epoch, token=token, read=True)
     answered = messages.Released(token=token, was_live=True)
-    assert talk(settle, ranks[1]) == [answered] == talk(settle, ranks[1]) == talk(settle, ranks[0])
-    assert kinds(talk(settle, ranks[2])) == ["Released", "LeaseReleased"]
-    assert talk(settle, ranks[0]) == [answered]
+    assert talk(release, ranks[1]) == [answered] == talk(release, ranks[1]) == talk(release, ranks[0])
+    assert kinds(talk(release, ranks[2])) == ["Released", "LeaseReleased"]
+    assert talk(release, ranks[0]) == [answered]
     assert producer.metrics.value("kvxfer_leases_total", end="read") == 1
 
 
 def test_all_ranks_that_wait_get_their_grant(producer, talk):
-    """When prefill ends, each rank that asked and has not settled is granted the lease, unasked."""
+    """When prefill ends, each rank that asked and has not released it is granted the lease, unasked."""
     ref = producer.announce()
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
     for rank in ranks:
@@ -366,9 +366,9 @@ def test_all_ranks_that_wait_get_their_grant(producer, talk):
 
 
 @pytest.mark.parametrize("end", ["revoke", "expire", "close"])
-def test_ranks_that_have_not_settled_are_told_the_end(producer, talk, end):
-    """A lease that the producer ends is told to those that still hold it, and the engine hears of it once."""
-    token = offered(producer, 1)
+def test_ranks_that_have_not_released_are_told_the_end(producer, talk, end):
+    """A lease that the producer ends is told to those that have not released it, and the engine hears of it once."""
+    token = published(producer, 1)
     ranks = [meet(producer, talk, rank, 3) for rank in range(3)]
     for rank in ranks:
         talk(messages.Acquire(to=producer.epoch, token=token), rank)
@@ -388,13 +388,13 @@ def test_ranks_that_have_not_settled_are_told_the_end(producer, talk, end):
 )
 def test_a_lease_in_use_is_taken(producer, talk, who):
     """A rank of another engine, another process of the same rank and an engine of another size are refused and counted."""
-    token = offered(producer, 1)
+    token = published(producer, 1)
     talk(messages.Acquire(to=producer.epoch, token=token), meet(producer, talk, 0, 2))
-    stranger = meet(producer, talk, 0, **{"ranks": 2, **who})
-    (refused,) = talk(messages.Acquire(to=producer.epoch, token=token), stranger)
+    foreign = meet(producer, talk, 0, **{"ranks": 2, **who})
+    (refused,) = talk(messages.Acquire(to=producer.epoch, token=token), foreign)
     assert refused.code == "taken_lease" and refusals(producer, "taken_lease") == 1
-    assert talk(messages.Renew(to=producer.epoch, tokens=[token]), stranger) == [messages.Renewed(ended=[token])]
-    assert talk(messages.Release(to=producer.epoch, token=token, read=True), stranger) == [
+    assert talk(messages.Renew(to=producer.epoch, tokens=[token]), foreign) == [messages.Renewed(ended=[token])]
+    assert talk(messages.Release(to=producer.epoch, token=token, read=True), foreign) == [
         messages.Released(token=token, was_live=False)
     ]
     assert len(producer.table) == 1
@@ -410,11 +410,11 @@ def account(producer):
 
 
 class Stager:
-    """A consumer that holds a lease of blocks 3, 4 and asks for chunks of it."""
+    """A consumer with a lease of blocks 3, 4 and asks for chunks of it."""
 
     def __init__(self, node, ranks=1):
         self.node = node
-        self.token = offered(node, 3, 4)
+        self.token = published(node, 3, 4)
         self.ranks = [meet(node, self.say, rank, ranks) for rank in range(ranks)]
         for connection in self.ranks:
             self.say(messages.Acquire(to=node.epoch, token=self.token), connection)
@@ -444,7 +444,7 @@ class Stager:
             messages.ReleaseChunks(to=self.node.epoch, token=self.token, numbers=list(numbers)), self.ranks[rank]
         )
 
-    def settle(self, rank=0):
+    def release(self, rank=0):
         return self.say(messages.Release(to=self.node.epoch, token=self.token, read=True), self.ranks[rank])
 
     def packed(self, number=0, address=4096, error=None, *, rank=0):
@@ -505,7 +505,7 @@ def test_asked_again(stager):
 
 
 def test_a_question_that_comes_late(stager):
-    """After the chunk was taken a repeated question is ignored: nobody waits for the answer."""
+    """After the chunk was taken a repeated question is ignored: no consumer waits for the answer."""
     stager.stage()
     stager.packed()
     stager.unstage(0)
@@ -523,14 +523,14 @@ def test_questions_overtake_each_other(stager):
 
 
 def test_given_up_before_it_was_asked_for(stager):
-    """A chunk that a reader gives up before its question has come is not packed when that comes after all."""
+    """A chunk that a consumer gives up before its question has come is not packed when that comes after all."""
     stager.stage(1)
     stager.unstage(0)
     assert stager.stage(0) == []
 
 
 def test_a_reader_that_leaves_numbers_out(producer, stager):
-    """What is kept of numbers that were never asked for is bounded: a reader that leaves out too many is refused by name."""
+    """What is kept of numbers that were never asked for is bounded: a consumer that leaves out too many is refused by name."""
     stager.stage(0)
     (refused,) = stager.stage(1 << 30)
     assert refused.code == "staging"
@@ -549,25 +549,25 @@ def test_a_long_read_is_remembered_in_little(producer, stager):
 
 
 def test_taken_before_it_was_there(stager):
-    """A chunk that is not wanted any more while it is packed is given back when it is, and told to nobody."""
+    """A chunk that is not wanted any more while it is packed is given back when it is, and told to no consumer."""
     stager.stage()
     assert stager.unstage(0) == [EndPack(stager.key(), [0])]
     assert stager.packed() == [EndPack(stager.key(), [0])]
 
 
-@pytest.mark.parametrize("why", ["unknown", "announced", "not opened", "settled", "revoked", "expired", "another's"])
+@pytest.mark.parametrize("why", ["unknown", "announced", "not acquired", "released", "revoked", "expired", "another's"])
 def test_no_chunk_of_a_lease_that_is_not_held(producer, talk, stager, why):
-    """Only who holds a lease now may have parts of it packed; others are refused by name and counted, and nothing is started."""
+    """Only a consumer that holds a lease now may have parts of it packed; others are refused by name and counted, and nothing is started."""
     token = stager.token
     if why == "unknown":
         token = "e" * 32
     elif why == "announced":
         token = producer.announce().token
         stager.say(messages.Acquire(to=producer.epoch, token=token))
-    elif why == "not opened":
-        token = offered(producer, 1)
-    elif why == "settled":
-        stager.settle()
+    elif why == "not acquired":
+        token = published(producer, 1)
+    elif why == "released":
+        stager.release()
     elif why == "revoked":
         producer.producer.revoke(token, "r")
     elif why == "expired":
@@ -576,20 +576,20 @@ def test_no_chunk_of_a_lease_that_is_not_held(producer, talk, stager, why):
         stager.ranks[0] = meet(producer, talk, 0, 1, name="other")
     stager.acts()
     (refused,) = stager.stage(token=token)
-    code = "ended_lease" if why in ("settled", "revoked", "expired") else "unknown_lease"
+    code = "ended_lease" if why in ("released", "revoked", "expired") else "unknown_lease"
     assert (refused.code, refused.token) == (code, token) and refusals(producer, code) == 1
 
 
-def test_one_rank_that_settled_has_no_more_chunks(producer):
-    """The chunks of a rank end when it settles, and no others; from then on it is refused."""
+def test_one_rank_that_released_has_no_more_chunks(producer):
+    """The chunks of a rank end when it releases the lease, and no others; from then on it is refused."""
     stager = Stager(producer, ranks=2)
     for rank in range(2):
         stager.stage(rank=rank)
         stager.packed(rank=rank)
-    assert stager.settle(0) == [messages.Released(token=stager.token, was_live=True), EndPack(stager.key(0))]
+    assert stager.release(0) == [messages.Released(token=stager.token, was_live=True), EndPack(stager.key(0))]
     assert [a.code for a in stager.stage(1, rank=0)] == ["ended_lease"]
     assert kinds(stager.stage(1, rank=1)) == ["StartPack"]
-    assert kinds(stager.settle(1)) == ["Released", "EndPack", "LeaseReleased"]
+    assert kinds(stager.release(1)) == ["Released", "EndPack", "LeaseReleased"]
 
 
 def test_ranks_number_their_chunks_for_themselves(producer):
@@ -603,7 +603,7 @@ def test_ranks_number_their_chunks_for_themselves(producer):
         producer.out.clear()
 
 
-@pytest.mark.parametrize("end", ["settle", "expire", "revoke", "close"])
+@pytest.mark.parametrize("end", ["release", "expire", "revoke", "close"])
 @pytest.mark.parametrize("state", ["asked", "packed"])
 def test_chunks_end_with_the_lease(producer, stager, end, state):
     """However a lease ends, all its chunks are given back, before the engine hears of it; one that ends later is given back then."""
@@ -612,8 +612,8 @@ def test_chunks_end_with_the_lease(producer, stager, end, state):
     stager.packed(0)
     if state == "packed":
         stager.packed(1)
-    if end == "settle":
-        acts = stager.settle()
+    if end == "release":
+        acts = stager.release()
     else:
         {
             "expire": lambda: producer.producer.tick(producer.world.now + 30),
@@ -631,7 +631,7 @@ def test_chunks_end_with_the_lease(producer, stager, end, state):
 
 
 def test_a_chunk_that_cannot_be_packed(producer, stager):
-    """Its reader hears the reason, and hears it again when it asks again; other chunks are packed all the same."""
+    """Its consumer hears the reason, and hears it again when it asks again; other chunks are packed all the same."""
     stager.stage()
     (refused,) = stager.packed(error=IncompatibleError("layout", "the chunk is of another model"))
     assert (refused.code, refused.token) == ("staging", stager.token) and "another model" in refused.reason
@@ -641,7 +641,7 @@ def test_a_chunk_that_cannot_be_packed(producer, stager):
 
 
 def test_more_chunks_than_anybody_needs(producer, stager):
-    """A reader that asks for chunks without end is refused by name; what it takes makes room."""
+    """A consumer that asks for chunks without end is refused by name; what it takes makes room."""
     for number in range(MOST_CHUNKS):
         assert kinds(stager.stage(number)) == ["StartPack"]
     (refused,) = stager.stage(MOST_CHUNKS)
@@ -651,7 +651,7 @@ def test_more_chunks_than_anybody_needs(producer, stager):
 
 
 def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
-    """Only who asked for a chunk gives it back: neither a stranger nor another rank, nor with numbers never asked for."""
+    """Only the consumer that asked for a chunk gives it back: neither another engine nor another rank, nor with numbers never asked for."""
     stager.stage()
     stager.packed()
     unstage = messages.ReleaseChunks(to=producer.epoch, token=stager.token, numbers=[0, 1])
@@ -662,7 +662,7 @@ def test_chunks_of_others_cannot_be_taken(producer, talk, stager):
 
 
 def test_a_reader_whose_connection_is_gone(producer, talk, stager):
-    """A chunk that is packed for a reader that reconnected is told when it asks again."""
+    """A chunk that is packed for a consumer that reconnected is told when it asks again."""
     stager.stage()
     for i in range(MOST_CONNECTIONS):
         talk(hello(producer, epoch=f"another{i}"), b"connection%d" % i)

@@ -22,7 +22,7 @@ class Interleavings(RuleBasedStateMachine):
     """Ranks of the producer, and of each consumer."""
 
     refs = Bundle("refs")
-    early = Bundle("early")
+    unpublished = Bundle("unpublished")
 
     def __init__(self):
         super().__init__()
@@ -32,17 +32,17 @@ class Interleavings(RuleBasedStateMachine):
         self.consumers = [self.world.engine(name, self.sinks, settings=TIMES) for name in ("one", "two")]
         self.generations = list(self.producer.nodes)
         self.transfers = []
-        self.at_offer = {}
+        self.at_publication = {}
         self.rest = []
 
     @property
-    def readers(self):
+    def consuming(self):
         return [node for consumer in self.consumers for node in consumer.nodes]
 
-    def reader(self, number):
-        return self.readers[number % len(self.readers)]
+    def consuming_rank(self, number):
+        return self.consuming[number % len(self.consuming)]
 
-    def owner(self, number):
+    def producing(self, number):
         return self.producer.nodes[number % self.sources]
 
     def block(self):
@@ -58,22 +58,22 @@ class Interleavings(RuleBasedStateMachine):
 
     # -- engines
 
-    @rule(target=early, first=st.integers(0, 5))
+    @rule(target=unpublished, first=st.integers(0, 5))
     def announce(self, first):
         """A reference that one rank knows before the others."""
         ref = self.producer.mint()
-        self.owner(first).announce(ref)
+        self.producing(first).announce(ref)
         return ref
 
-    @rule(target=early)
+    @rule(target=unpublished)
     def mint(self):
         return self.producer.mint()
 
-    @rule(target=refs, ref=early)
+    @rule(target=refs, ref=unpublished)
     def know(self, ref):
         return ref
 
-    @rule(target=refs, ref=consumes(early), announced=st.booleans(), ranks=st.sets(st.integers(0, 5)))
+    @rule(target=refs, ref=consumes(unpublished), announced=st.booleans(), ranks=st.sets(st.integers(0, 5)))
     def publish(self, ref, announced, ranks):
         """By all ranks, some of which are late and come with the next rule."""
         block = self.block()
@@ -84,28 +84,28 @@ class Interleavings(RuleBasedStateMachine):
             if number in ranks and self.sources > 1:
                 self.rest.append((node, ref, block))
             else:
-                self._offer(node, ref, block)
+                self._publish(node, ref, block)
         return ref
 
     @rule()
-    def offer_the_rest(self):
+    def publish_the_rest(self):
         for node, ref, block in self.rest:
             if not node.dead:
-                self._offer(node, ref, block)
+                self._publish(node, ref, block)
         self.rest = []
 
-    def _offer(self, node, ref, block):
+    def _publish(self, node, ref, block):
         standing = node.table.get(ref.token)
         if standing is None or not standing.end_awaited:
             node.publish(ref, block)
-            self.at_offer[node, ref.token] = node.content[block]
+            self.at_publication[node, ref.token] = node.content[block]
 
     @rule(target=refs, who=st.integers(0, 1), packed=st.booleans(), held=st.booleans(), messages=st.integers(0, 80))
     def hand_over(self, who, packed, held, messages):
-        """What mostly happens: all ranks offer, all ranks read, and the network carries some of what they say."""
+        """What mostly happens: all ranks publish, all ranks read, and the network carries some of what they say."""
         ref, block = self.producer.announce(), self.block()
         for node in self.producer.nodes:
-            self._offer(node, ref, block)
+            self._publish(node, ref, block)
         for node in self.consumers[who].nodes:
             if held:
                 node.acquire(ref)
@@ -116,11 +116,11 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(ref=refs, which=st.integers(0, 5))
     def revoke(self, ref, which):
-        self.owner(which).revoke(ref)
+        self.producing(which).revoke(ref)
 
     @rule(ref=refs, who=st.integers(0, 5), all_ranks=st.booleans())
     def acquire(self, ref, who, all_ranks):
-        for node in self.consumers[who % 2].nodes if all_ranks else [self.reader(who)]:
+        for node in self.consumers[who % 2].nodes if all_ranks else [self.consuming_rank(who)]:
             node.acquire(ref)
 
     @rule(
@@ -131,12 +131,12 @@ class Interleavings(RuleBasedStateMachine):
         timeout_s=st.sampled_from([0.0, 0.5, 5.0, 20.0]),
     )
     def read(self, ref, who, all_ranks, packed, timeout_s):
-        for node in self.consumers[who % 2].nodes if all_ranks else [self.reader(who)]:
+        for node in self.consumers[who % 2].nodes if all_ranks else [self.consuming_rank(who)]:
             self.transfers.append((node, node.read(ref, 1, timeout_s=timeout_s, packed=packed)))
 
     @rule(ref=refs, who=st.integers(0, 5), all_ranks=st.booleans())
     def release(self, ref, who, all_ranks):
-        for node in self.consumers[who % 2].nodes if all_ranks else [self.reader(who)]:
+        for node in self.consumers[who % 2].nodes if all_ranks else [self.consuming_rank(who)]:
             node.release(ref)
 
     # -- the world
@@ -174,7 +174,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 5), frozen=st.sampled_from([False, False, True]))
     def freeze(self, who, frozen):
-        self.reader(who).frozen = frozen
+        self.consuming_rank(who).frozen = frozen
         self.world.advance(0.1)  # a process that was thawed has a moment
 
     # -- what must hold
@@ -194,11 +194,12 @@ class Interleavings(RuleBasedStateMachine):
                 mine = node.spec.groups[0].heads
                 ranks = [r for r, theirs in enumerate(heads) if theirs.start < mine.stop and mine.start < theirs.stop]
                 token = transfer.ref.token
-                offered = [
-                    {self.at_offer.get((n, token)) for n in self.generations if n.spec.rank == rank} for rank in ranks
+                published = [
+                    {self.at_publication.get((n, token)) for n in self.generations if n.spec.rank == rank}
+                    for rank in ranks
                 ]
                 assert len(transfer.content) == len(ranks)
-                assert all(got in known for got, known in zip(transfer.content, offered, strict=True))
+                assert all(got in known for got, known in zip(transfer.content, published, strict=True))
 
     @invariant()
     def every_read_ends_by_its_deadline(self):
@@ -209,9 +210,9 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self):
         """The network heals and everything comes to rest."""
         self.world.perfect = True
-        for node in self.readers:
+        for node in self.consuming:
             node.frozen = False
-        self.offer_the_rest()
+        self.publish_the_rest()
         self.world.advance(25)
         assert all(transfer.done for _, transfer in self.transfers)
         self.done_means_the_right_bytes()
@@ -219,7 +220,7 @@ class Interleavings(RuleBasedStateMachine):
         for node in self.producer.nodes:
             for token in node.published:
                 assert len(node.ends(token)) == 1, token
-        for node in (*self.producer.nodes, *self.readers):
+        for node in (*self.producer.nodes, *self.consuming):
             node.check_nothing_left()
 
 

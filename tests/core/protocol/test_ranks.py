@@ -43,8 +43,8 @@ def part(source, sink, *blocks):
 @every
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("held", [False, True])
-def test_every_rank_reads_and_settles(world, engines, packed, held):
-    """Each rank reads its part from those that have it, and each producer rank ends once, when all have settled."""
+def test_every_rank_reads_and_releases(world, engines, packed, held):
+    """Each rank reads its part from those that have it, and each producer rank ends once, when all have released it."""
     source, sink = engines
     ref = source.lease(1, 2, 3)
     wanted = [part(source, node, 2, 3) for node in sink.nodes]
@@ -95,7 +95,7 @@ def test_one_rank_that_dies_frees_nothing_early(world, engines):
 
 @every
 def test_a_rank_that_reads_late_finds_it_there(world, engines):
-    """Ranks that hold the lease keep it alive for those that have not yet asked, at every rank of the producer."""
+    """Ranks that have acquired the lease keep it alive for those that have not yet asked, at every rank of the producer."""
     source, sink = engines
     ref = source.lease(1)
     sink.nodes[0].acquire(ref)
@@ -109,7 +109,7 @@ def test_a_rank_that_reads_late_finds_it_there(world, engines):
 @every
 @pytest.mark.parametrize("when", ["never held", "held", "waiting"])
 def test_drop_gives_all_blocks_back(world, engines, when):
-    """A lease that no rank needs is settled unread at every rank of the producer."""
+    """A lease that no rank needs is released unread at every rank of the producer."""
     source, sink = engines
     ref = source.announce() if when == "waiting" else source.lease(1)
     if when != "never held":
@@ -125,7 +125,7 @@ def test_drop_gives_all_blocks_back(world, engines, when):
 
 
 @several
-def test_granted_when_the_last_rank_has_offered(world, engines):
+def test_granted_when_the_last_rank_has_published(world, engines):
     """A read waits for every rank's blocks, in whatever order prefill ends on them."""
     source, sink = engines
     ref = source.announce()
@@ -180,11 +180,11 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
         elif what == "revoked":
             node.publish(ref, 1)
             node.revoke(ref)
-    world.settle()
+    world.deliver_all()
     transfers = sink.read(ref, 2, timeout_s=25)
     world.advance(within_s)
     if what == "of another model" and held:
-        # It was met under its right name: nothing is wrong but that it never offers.
+        # It was met under its right name: nothing is wrong but that it never publishes.
         assert not any(transfer.done for transfer in transfers)
         return
     for node, transfer in zip(sink.nodes, transfers, strict=True):
@@ -192,7 +192,7 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
         assert node.outcomes(transfer) == ["Failed"]
     others = [node for node in source.nodes if node is not victim]
     if bad != 0 or (held and what != "refusing"):
-        # The others were met, and so are told: before they had offered, or after.
+        # The others were met, and so are told: before they had published, or after.
         ends = {end for node in others for end in node.ends(ref.token)}
         assert all(len(node.ends(ref.token)) == 1 for node in others) and ends in ({"LeaseReleased"}, {"LeaseRevoked"})
         assert not any(getattr(event, "read", False) for node in others for event in node.events)
@@ -208,19 +208,19 @@ def test_one_rank_that_cannot_be_read(world, engines, bad, held, what, error, wi
 @every
 @pytest.mark.parametrize("who", ["another engine", "the same rank again", "an engine of another size"])
 def test_a_lease_belongs_to_one_engine(world, engines, who):
-    """Once a rank has opened a lease, nobody can but the other ranks of its engine, each in one process."""
+    """Once a rank has acquired a lease, no process can but the other ranks of its engine, each in one process."""
     source, sink = engines
     ref = source.lease(1)
     sink.nodes[0].acquire(ref)
-    world.settle()
+    world.deliver_all()
     if who == "another engine":
-        stranger = world.engine("other", len(sink.nodes)).nodes[0]
+        foreign = world.engine("other", len(sink.nodes)).nodes[0]
     elif who == "the same rank again":
-        stranger = world.restart(sink.nodes[0], name=sink.name)
+        foreign = world.restart(sink.nodes[0], name=sink.name)
     else:
-        stranger = world.engine("sinks", len(sink.nodes) + 1).nodes[0]
-        stranger.identity.name = sink.name
-    transfer = stranger.read(ref, 1)
+        foreign = world.engine("sinks", len(sink.nodes) + 1).nodes[0]
+        foreign.identity.name = sink.name
+    transfer = foreign.read(ref, 1)
     world.advance(1)
     assert type(transfer.error) is LeaseError and "another consumer" in str(transfer.error)
     if who != "the same rank again":
@@ -233,7 +233,7 @@ def test_a_lease_belongs_to_one_engine(world, engines, who):
         assert source.ends(ref.token) == [["LeaseExpired"]] * len(source.nodes)
 
 
-# -- references from strangers -------------------------------------------------------------------------------------------
+# -- references from elsewhere -------------------------------------------------------------------------------------------
 
 
 def with_addresses(ref, *addresses):
@@ -269,8 +269,8 @@ def test_others_are_met_after_the_first(world):
     sink.acquire(ref)
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address}
-    stranger = msgspec.structs.replace(ref, producer="somebody else", token="e" * 32)
-    sink.acquire(with_addresses(stranger, *(node.address for node in reversed(source.nodes))))
+    foreign = msgspec.structs.replace(ref, producer="somebody else", token="e" * 32)
+    sink.acquire(with_addresses(foreign, *(node.address for node in reversed(source.nodes))))
     world.advance(5)
     assert set(sink.peers) == {source.nodes[0].address, source.nodes[2].address}
     source.nodes[0].frozen = False
@@ -299,7 +299,7 @@ def test_ranks_at_wrong_addresses(world, order):
 @pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_bad_reference_spoils_no_good_one(world, read, frozen):
-    """A stranger's reference that gives an engine's addresses in another order does no harm to the engine's own leases."""
+    """A foreign reference that gives an engine's addresses in another order does no harm to the engine's own leases."""
     source, sink = world.engine("source", 2), world.engine("sink", 1).nodes[0]
     for node in source.nodes:
         node.frozen = frozen
@@ -389,16 +389,16 @@ def test_ranks_that_grant_different_tokens(world):
     assert source.ends(ref.token) == [["LeaseReleased"]] * 2
 
 
-def test_close_settles_at_every_rank(world):
+def test_close_releases_at_every_rank(world):
     """A consumer that closes fails what waits, by name, and every rank gets its blocks back."""
     source, sink = world.engine("source", 3), world.engine("sink", 1).nodes[0]
     held, waited = source.lease(1), source.announce()
     sink.acquire(held)
     transfer = sink.read(waited, 2)
-    world.settle()
+    world.deliver_all()
     sink.consumer.close()
     sink.perform()
-    world.settle()
+    world.deliver_all()
     assert isinstance(transfer.error, ClosedError)
     assert source.ends(held.token) == [["LeaseReleased"]] * 3 and not any(len(node.table) for node in source.nodes)
 

@@ -55,7 +55,7 @@ def test_nobody_loses_slots_that_others_do_not_need(account):
 
 
 def test_this_side_stood_still():
-    """What readers have taken meanwhile is in the socket: their time begins when it can be read."""
+    """What consumers have taken meanwhile is in the socket: their time begins when it can be read."""
     account = Account(7)
     account.staged.was_paused(100.0, 100.0)
     assert account.revoked(100.0 + UNRELEASED_S - 0.01) == [] and account.revoked(100.0 + UNRELEASED_S)

@@ -24,7 +24,7 @@ def test_a_key_is_due_once_at_its_last_time():
 
 
 def test_a_cancelled_key_is_never_due():
-    """What was cancelled neither comes out nor wakes anybody early."""
+    """What was cancelled neither comes out nor wakes the caller before its time."""
     timers = Timers()
     timers.set("a", 1.0)
     timers.cancel("a")

@@ -83,7 +83,7 @@ def cell_of(address: int) -> bytes:
 
 @dataclass(frozen=True)
 class Parcel:
-    """One message under way; ``to`` and ``sender`` are addresses, and a reply goes only to whoever it answers."""
+    """One message under way; ``to`` and ``sender`` are addresses, and a reply goes only to the address that it answers."""
 
     to: str
     sender: str
@@ -92,7 +92,7 @@ class Parcel:
 
 
 @dataclass(eq=False)
-class Leg:
+class Share:
     """What a modelled read does at one source: bytes, or chunk after chunk, and then the lease's cell.
 
     Attributes:
@@ -120,18 +120,18 @@ class Leg:
 
 
 class Reading:
-    """A read that the modelled data path carries out: a leg for each source, begun at ``data_at``."""
+    """A read that the modelled data path carries out: a share for each source, begun at ``data_at``."""
 
     def __init__(self, node: Node, job: StartRead, data_at: float) -> None:
         self.node, self.job = node, job
         packed = getattr(job.transfer, "packed", False)
         sources = ReadTask(job, Tools(None, None, None, lambda: node.world.now)).sources  # type: ignore[arg-type]
-        self.legs = [Leg(source, data_at, [] if packed else None) for source in sources]
+        self.shares = [Share(source, data_at, [] if packed else None) for source in sources]
 
     @property
     def data_at(self) -> float:
         """When it does the next thing, at its deadline at the latest."""
-        return min([self.job.transfer.deadline, *(leg.at for leg in self.legs)])
+        return min([self.job.transfer.deadline, *(share.at for share in self.shares)])
 
 
 def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
@@ -278,7 +278,7 @@ class Node:
     def transfer(
         self, ref: LeaseRef, *into: int, timeout_s: float = 30.0, tokens: tuple[int, int | None] | None = None
     ) -> Transfer:
-        """One that nobody was told of yet."""
+        """A transfer of which the consumer was not told yet."""
         first_token = tokens[0] if tokens else 0
         targets = check_tables(self.spec, list(into), "target", first_token=first_token, distinct=True)
         transfer = Transfer(ref, targets, tokens, self.world.now + timeout_s, self._ended)
@@ -484,7 +484,7 @@ class World:
             return
         node.take(parcel)
 
-    def settle(self) -> None:
+    def deliver_all(self) -> None:
         """Deliver until nothing is under way to a node that runs."""
         for _ in range(100_000):
             moving = [i for i, p in enumerate(self.network) if not (n := self.nodes.get(p.to)) or not n.frozen]
@@ -493,7 +493,7 @@ class World:
             self.deliver(moving[0])
         raise AssertionError("the nodes talk without end")
 
-    def settle_losing(self, kind: type) -> None:
+    def deliver_losing(self, kind: type) -> None:
         """Deliver all that is under way; of messages of one kind only each third arrives. ``losses`` counts all of them."""
         while self.network:
             if isinstance(messages.decode(self.network[0].data), kind):
@@ -508,7 +508,7 @@ class World:
         until = self.now + seconds
         for _ in range(1_000_000):
             if self.perfect:
-                self.settle()
+                self.deliver_all()
             times = [t for n in self.living() if (t := n.next_deadline()) is not None]
             times += [r.data_at for r in self.readings]
             times += [at for n in self.living() for at, _ in n.packing.values()]
@@ -537,40 +537,40 @@ class World:
         """Begin a read whose blocks fit what its sources have granted; another one fails."""
         self.readings.append(reading)
         try:
-            for leg in reading.legs:
-                leg.known.match()
+            for share in reading.shares:
+                share.known.match()
         except BlockError as error:
             self._end(reading, error)
 
     def more_granted(self, action: MoreGranted) -> None:
         """More is readable at a source of a read."""
         for reading in self.readings:
-            for leg in reading.legs:
-                if reading.job.transfer is action.transfer and leg.source.number == action.source.number:
+            for share in reading.shares:
+                if reading.job.transfer is action.transfer and share.source.number == action.source.number:
                     try:
-                        leg.known.grant(action.source)
+                        share.known.grant(action.source)
                     except BlockError as error:
                         self._end(reading, error)
                         return
-                    if leg.at == math.inf and not leg.asks and not leg.done:
-                        leg.at = self.now + self.read_s
+                    if share.at == math.inf and not share.asks and not share.done:
+                        share.at = self.now + self.read_s
 
     def staged(self, action: ChunkStaged) -> None:
         """A chunk that a read waits for lies at its source."""
         for reading in self.readings:
-            for leg in reading.legs:
+            for share in reading.shares:
                 if (
                     reading.job.transfer is action.transfer
-                    and (leg.source.number, leg.number) == (action.source, action.number)
-                    and leg.asks
+                    and (share.source.number, share.number) == (action.source, action.number)
+                    and share.asks
                 ):
-                    leg.asks, leg.address, leg.at = False, action.address, self.now + self.read_s
+                    share.asks, share.address, share.at = False, action.address, self.now + self.read_s
 
     def stop(self, action: StopRead) -> None:
         """What a read waits for will not come."""
         for reading in list(self.readings):
             if reading.job.transfer is action.transfer and any(
-                leg.asks or not leg.source.complete for leg in reading.legs
+                share.asks or not share.source.complete for share in reading.shares
             ):
                 self._end(reading, action.error)
 
@@ -579,50 +579,50 @@ class World:
         if self.now >= transfer.deadline:
             self._end(reading, TransferTimeoutError("too late"))
             return
-        for leg in [leg for leg in reading.legs if leg.at <= self.now]:
-            source = self.by_agent[leg.source.agent_info]
+        for share in [share for share in reading.shares if share.at <= self.now]:
+            source = self.by_agent[share.source.agent_info]
             if source.dead:
                 self._end(reading, PeerLostError("the source died"))
                 return
-            if leg.has_data:
-                if not source.shows(leg.source.cell, leg.source.check):
+            if share.has_data:
+                if not source.shows(share.source.cell, share.source.check):
                     self._end(reading, LeaseEndedError("wiped"))
                     return
-                leg.done, leg.at = True, math.inf
+                share.done, share.at = True, math.inf
             else:
-                self._move(reading, leg, source)
-        if reading in self.readings and all(leg.done for leg in reading.legs):
+                self._move(reading, share, source)
+        if reading in self.readings and all(share.done for share in reading.shares):
             self._end(reading, None)
 
-    def _move(self, reading: Reading, leg: Leg, source: Node) -> None:
+    def _move(self, reading: Reading, share: Share, source: Node) -> None:
         """First the bytes, or one chunk after the other, then, a moment later, the cell: as the data path does."""
         consumer, transfer = reading.node.consumer, reading.job.transfer
-        match, number = leg.known.match(), leg.source.number
+        match, number = share.known.match(), share.source.number
         start, stop = match.tokens[0]
-        span = (max(start, leg.moved), stop)
-        leg.moved = stop
-        if leg.chunks is None:
+        span = (max(start, share.moved), stop)
+        share.moved = stop
+        if share.chunks is None:
             table = match.sources[0]
-            leg.content += [source.content.get(b, 0) for b in _blocks(table.ids, table.first_token, span)]
+            share.content += [source.content.get(b, 0) for b in _blocks(table.ids, table.first_token, span)]
         else:
-            leg.chunks += _chunks(*span)
-        if leg.address is not None:
-            leg.content += source.memory.get(leg.address, [-1])
-            consumer.unstage(transfer, number, [leg.number])
-            leg.address = None
-        if leg.chunks:
-            leg.number, leg.asks, leg.at = leg.number + 1, True, math.inf
+            share.chunks += _chunks(*span)
+        if share.address is not None:
+            share.content += source.memory.get(share.address, [-1])
+            consumer.unstage(transfer, number, [share.number])
+            share.address = None
+        if share.chunks:
+            share.number, share.asks, share.at = share.number + 1, True, math.inf
             stage = messages.StageChunk(
                 token=transfer.ref.token,
-                number=leg.number,
+                number=share.number,
                 layout=messages.encode_spec(reading.node.spec),
-                tokens=leg.chunks.pop(0),
+                tokens=share.chunks.pop(0),
             )
             consumer.stage(transfer, number, stage, self.now)
-        elif leg.source.complete:
-            leg.has_data, leg.at = True, self.now + self.read_s
+        elif share.source.complete:
+            share.has_data, share.at = True, self.now + self.read_s
         else:
-            leg.at = math.inf
+            share.at = math.inf
         reading.node.perform()
 
     def _end(self, reading: Reading, error: KvxferError | None) -> None:
@@ -630,14 +630,14 @@ class World:
         if reading.node.dead:
             return
         transfer = reading.job.transfer
-        transfer.content = [number for leg in reading.legs for number in leg.content]  # type: ignore[attr-defined]
+        transfer.content = [number for share in reading.shares for number in share.content]  # type: ignore[attr-defined]
         assert transfer.end(error), "a transfer ended while its bytes were in flight"
         reading.node.consumer.read_ended(transfer, error, self.now)
         reading.node.perform()
 
 
 def nothing_left(world, *nodes):
-    """After idle peers were forgotten no table holds anything and nobody has anything to wake up for."""
+    """After idle peers were forgotten no table holds anything and no node has anything to wake up for."""
     world.advance(4000)
     for node in nodes:
         node.check_nothing_left()
