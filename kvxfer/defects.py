@@ -7,9 +7,11 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from kvxfer.errors import InternalError
+from kvxfer.errors import InternalError, KvxferError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvxfer.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,18 @@ class Defects:
         named = InternalError(f"a fault of kvxfer in its {self._where} thread: {type(error).__name__}: {error}")
         named.__cause__ = error
         return named
+
+    def named(self, error: Exception) -> KvxferError:
+        """Name an error for the transfers that it ends: one of kvxfer's keeps its name, and everything else is a fault of kvxfer."""
+        return error if isinstance(error, KvxferError) else self.caught(error)
+
+    def guarded(self, step: Callable[[], object]) -> bool:
+        """Run one step of the thread, which goes on if that raises; returns whether the step returned something true."""
+        try:
+            return bool(step())
+        except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
+            self.caught(error)
+            return False
 
 
 def _kind(error: BaseException) -> tuple[type, object, int]:

@@ -20,6 +20,7 @@ from kvxfer.protocol.lease_table import LeaseTable
 from kvxfer.protocol.transfer import LeaseRevoked
 from kvxfer.runtime import arguments, routes
 from kvxfer.runtime.read_executor import ReadExecutor
+from kvxfer.runtime.read_requests import ReadRequests
 from kvxfer.testing import eventually
 from tests.core.engine import Engine
 
@@ -119,11 +120,20 @@ def test_a_fault_in_the_producer(pair, monkeypatch, method):
     assert len(source.ends(ref)) == 1
 
 
-@pytest.mark.parametrize("method", ["_poll", "_see_devices", "_serve_waiting", "_reset_if_due", "start"])
-def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, method):
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [
+        (ReadRequests, "_poll"),
+        (ReadRequests, "_see_devices"),
+        (ReadRequests, "_serve_waiting"),
+        (ReadExecutor, "_reset_if_due"),
+        (ReadExecutor, "start"),
+    ],
+)
+def test_a_fault_in_the_data_thread(pair, monkeypatch, caplog, part, method):
     """If a part of the data thread fails in each turn, deadlines are kept, reads end, and the log is not flooded."""
     source, sink = pair
-    monkeypatch.setattr(ReadExecutor, method, fault)
+    monkeypatch.setattr(part, method, fault)
     late = sink.endpoint.read(source.endpoint.announce(), [3], timeout_s=1.0)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=1.0)
     occupied = sink.endpoint.read(source.endpoint.lease([1]), [9], timeout_s=1.0, after=[Never()])

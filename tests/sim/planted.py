@@ -26,7 +26,17 @@ from kvxfer.protocol import (
 )
 from kvxfer.protocol.actions import Emit, EndPack
 from kvxfer.protocol.transfer import LeaseExpired
-from kvxfer.runtime import agent_lifecycle, contacts, control_loop, packer, read, read_executor, read_task, staging
+from kvxfer.runtime import (
+    agent_lifecycle,
+    contacts,
+    control_loop,
+    packer,
+    read,
+    read_executor,
+    read_requests,
+    read_task,
+    staging,
+)
 from kvxfer.runtime.read_task import Move, RunAll
 from kvxfer.testing.sim import agent as virtual
 
@@ -141,7 +151,7 @@ def told_before_it_is_quiet(patch):
 @bug
 def quarantine_is_the_end(patch):
     """A flight in quarantine is told as if it had ended."""
-    changed = read_executor.ReadExecutor._changed
+    changed = read_requests.ReadRequests._changed
 
     def told(self, flight):
         if flight.state is FlightState.QUARANTINED:
@@ -149,13 +159,13 @@ def quarantine_is_the_end(patch):
         if flight in self._flying or self._contacts.owns(flight):
             changed(self, flight)
 
-    patch(read_executor.ReadExecutor, "_changed", told)
+    patch(read_requests.ReadRequests, "_changed", told)
 
 
 @bug
 def copy_not_waited_for(patch):
     """What is to be done when bytes are in place is done at once."""
-    move = read_executor.ReadExecutor._move
+    move = read_requests.ReadRequests._move
 
     def hasty(self, strand, request):
         if request.steps[-1].total_nbytes == lease_board.CELL_NBYTES:
@@ -164,7 +174,7 @@ def copy_not_waited_for(patch):
             move(self, read_task.Strand(strand.task, iter(())), request)  # which nobody resumes
             self._strands.answer(strand)
 
-    patch(read_executor.ReadExecutor, "_move", hasty)
+    patch(read_requests.ReadRequests, "_move", hasty)
 
 
 @bug
@@ -402,7 +412,7 @@ def one_rank_grants_for_all(patch):
 @bug
 def unpacking_not_waited_for(patch):
     """Bytes count as unpacked while the device still unpacks them."""
-    patch(read_executor.ReadExecutor, "_copy", lambda self, strand, request: self._strands.answer(strand))
+    patch(read_requests.ReadRequests, "_copy", lambda self, strand, request: self._strands.answer(strand))
 
 
 @bug
@@ -443,13 +453,13 @@ def device_failure_at_the_producer_ignored(patch):
 @bug
 def device_failure_at_the_consumer_ignored(patch):
     """Bytes that a device has failed to unpack count as delivered."""
-    copied = read_executor.ReadExecutor._copied
+    copied = read_requests.ReadRequests._copied
 
     def whatever(self, each):
         each.copies = []
         copied(self, each)
 
-    patch(read_executor.ReadExecutor, "_copied", whatever)
+    patch(read_requests.ReadRequests, "_copied", whatever)
 
 
 @bug
@@ -499,7 +509,7 @@ def silent_peers_stop_all_reads(patch):
             meet(self, strand, info, cell)
 
     patch(contacts.Contacts, "meet", one_after_the_other)
-    patch(read_executor.ReadExecutor, "_proven", lambda self, info: False)
+    patch(read_requests.ReadRequests, "_proven", lambda self, info: False)
 
 
 @bug

@@ -13,7 +13,7 @@ from kvxfer.buffers.base import FINISHED, HostBuffer, wait_for_end
 from kvxfer.buffers.completions import MOST_ASKERS, is_completion, watched
 from kvxfer.errors import ConfigError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
-from kvxfer.runtime import read_executor
+from kvxfer.runtime import read_requests
 from kvxfer.testing import eventually, stays
 from tests.core.engine import Engine
 
@@ -230,7 +230,7 @@ class StuckBuffer(HostBuffer):
 
 def test_a_device_that_hangs(hanging, monkeypatch):
     """A device whose copies hang ends neither other reads nor, after a while, the close."""
-    monkeypatch.setattr(read_executor, "wait_for_end", partial(wait_for_end, timeout_s=0.5))
+    monkeypatch.setattr(read_requests, "wait_for_end", partial(wait_for_end, timeout_s=0.5))
     source, other = Engine(0), Engine(1)
     sink = Engine(2, route="target_unpacked")
     StuckBuffer.held = staticmethod(hanging)

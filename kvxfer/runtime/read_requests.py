@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of reads (`kvxfer.runtime.read_task`): begins each, and answers it when what was asked for has happened.
+
+==============================  ===============================================================
+request                         answered by
+==============================  ===============================================================
+Move, Connect                   the transfer agent, when it is polled
+AwaitCopies, AwaitDevice        devices, which are asked whether they are done
+BorrowSlot, BorrowScratch       a pool, when another read has given something back
+AskChunk, AwaitGrant            the source, through the control thread (`staged`, `granted`)
+ChunkTaken                      at once
+RunAll                          `kvxfer.runtime.strands`, when all its generators have ended
+==============================  ===============================================================
+
+Requests of a read that has failed are not answered: when the last of its flights and copies has ended, the read is failed again,
+and then it is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvxfer.agents.capabilities import Op
+from kvxfer.agents.flights import Flight, FlightState
+from kvxfer.buffers.base import wait_for_end
+from kvxfer.errors import TransferFailedError
+from kvxfer.protocol.messages import StageChunk
+from kvxfer.runtime.pool import Pool
+from kvxfer.runtime.read_task import (
+    AskChunk,
+    AwaitCopies,
+    AwaitDevice,
+    AwaitGrant,
+    BorrowScratch,
+    BorrowSlot,
+    ChunkTaken,
+    Connect,
+    Move,
+    ReadTask,
+    RunAll,
+    SourceRead,
+    Strand,
+)
+from kvxfer.runtime.staging import Use
+from kvxfer.runtime.strands import Strands
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvxfer.buffers.base import Completion
+    from kvxfer.defects import Defects
+    from kvxfer.errors import KvxferError
+    from kvxfer.protocol.actions import ChunkStaged
+    from kvxfer.runtime.agent_lifecycle import AgentLifecycle
+    from kvxfer.runtime.contacts import Contacts
+    from kvxfer.runtime.read_task import Request, Tools
+    from kvxfer.runtime.reports import ReadReports
+
+
+@dataclass(eq=False)
+class _Copying:
+    strand: Strand
+    copies: Sequence[Completion]
+
+
+class ReadRequests:
+    """The requests of all reads of an endpoint. Used by the data thread alone.
+
+    Args:
+        tools: lend the slots that chunks land in, and the scratch cells of validation reads.
+        life: of the agent.
+        contacts: with agents from which nothing was read before.
+        ended: called when all generators of a read have ended.
+        fail: fails a read. It is over when nothing of it is in flight.
+        agent_broken: called with what an agent raised that cannot be polled.
+    """
+
+    def __init__(
+        self,
+        tools: Tools,
+        life: AgentLifecycle,
+        contacts: Contacts,
+        reports: ReadReports,
+        defects: Defects,
+        *,
+        ended: Callable[[ReadTask], object],
+        fail: Callable[[ReadTask, KvxferError], object],
+        agent_broken: Callable[[Exception], object],
+    ) -> None:
+        self._tools = tools
+        self._life = life
+        self._contacts = contacts
+        self._reports = reports
+        self._defects = defects
+        self._fail = fail
+        self._agent_broken = agent_broken
+        self._strands = Strands(self._begin, ended, lambda task, error: fail(task, defects.named(error)))
+        self._flying: dict[Flight, Strand] = {}
+        self._copying: list[_Copying] = []
+        self._occupied: list[Strand] = []
+        """Strands of reads whose blocks their own device still uses."""
+        self._with_taken: dict[SourceRead, None] = {}
+        """Sources that may have chunks to be given back."""
+        self._scratches = Pool(tools.board.take_scratch, tools.board.give_scratch)
+        self._slots = Pool(lambda: tools.arena.take(Use.LANDING), tools.arena.give)
+        self._pools = (self._scratches, self._slots)
+
+    # -- what the executor asks -------------------------------------------------------------------------------------
+
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {
+            "flights": len(self._flying),
+            "copies": len(self._copying),
+            "contacts": self._contacts.under_way,
+            "waiters": sum(pool.waiting for pool in self._pools),
+            "scratch_cells": self._tools.board.scratch_in_use,
+        }
+
+    @property
+    def moving(self) -> bool:
+        """Whether something is under way whose end has to be asked for."""
+        return bool(self._flying or self._copying or self._occupied or self._contacts.awaited)
+
+    @property
+    def flying(self) -> list[ReadTask]:
+        """The read of each flight under way."""
+        return [strand.task for strand in self._flying.values()]
+
+    def spawn(self, strand: Strand) -> None:
+        """Add a strand to its read, to be begun by `resume`."""
+        self._strands.spawn(strand)
+
+    def resume(self) -> None:
+        """Resume all strands that were answered; then tell sources which chunks were taken."""
+        self._strands.run(self._serve_waiting)
+        sources, self._with_taken = self._with_taken, {}
+        for source in sources:
+            if source.taken and source.task.error is None:
+                self._give_chunks_back(source, source.taken)
+            source.taken = []
+
+    def turn(self) -> bool:
+        """Answer all requests that can be answered; True if anything has ended. A fault in one part keeps no other from its turn."""
+        guarded = self._defects.guarded
+        moved = (bool(self._flying) or self._contacts.pending) and guarded(self._poll)
+        moved = (bool(self._copying) and guarded(self._see_copies)) or moved
+        if self._occupied:
+            guarded(self._see_devices)
+        guarded(self.resume)
+        return moved
+
+    def granted(self, source: SourceRead) -> None:
+        """Answer the strand that waits for what this source has granted."""
+        strand, source.awaits_grant = source.awaits_grant, None
+        if strand is not None:
+            self._strands.answer(strand)
+        self.resume()
+
+    def staged(self, source: SourceRead, chunk: ChunkStaged) -> None:
+        """Answer the strand that waits for this chunk of a source, or for its digest."""
+        strand = source.asked.pop(chunk.number, None)
+        if strand is not None:
+            self._strands.answer(strand, chunk)
+            self.resume()
+
+    def stop_waiting(self, task: ReadTask) -> None:
+        """Forget what a read waits to borrow."""
+        for pool in self._pools:
+            pool.stop_waiting(task)
+
+    def release(self, task: ReadTask) -> None:
+        """Take back all that a read has borrowed. Nothing of it may be in flight."""
+        for pool in self._pools:
+            pool.release(task)
+
+    def give_all_chunks_back(self, source: SourceRead) -> None:
+        """Let a source have the slots of all chunks that a read has asked it for."""
+        unreleased = sorted([*source.unreleased, *source.taken])
+        source.taken = []
+        if unreleased:
+            self._give_chunks_back(source, unreleased)
+
+    def agent_closed(self) -> tuple[list[ReadTask], list[Strand]]:
+        """Forget all that the agent was asked for: it is closed.
+
+        What devices copy for those reads goes on, and is waited for: it has to end before its slots are used again.
+
+        Returns:
+            the reads that had something in flight, and the strands that waited for a first contact.
+        """
+        flying, self._flying = self._flying, {}
+        meeting = self._contacts.torn_down()
+        touched = dict.fromkeys(strand.task for strand in flying.values())
+        for strand in flying.values():
+            strand.task.pending -= 1
+        for copying in [each for each in self._copying if each.strand.task in touched]:
+            if wait_for_end(copying.copies):
+                self._copying.remove(copying)
+                copying.strand.task.pending -= 1
+            else:  # its slot is not used again before it has ended
+                late = TransferFailedError("a device does not end what it copies")
+                copying.strand.task.error = copying.strand.task.error or late
+        return list(touched), meeting
+
+    def meet_again(self, strands: Sequence[Strand]) -> None:
+        """Begin the first contacts of these strands on a new agent."""
+        for strand in strands:
+            # A read that was started again has new strands, which meet their sources by themselves.
+            if strand in strand.task.strands and isinstance(strand.request, Connect):
+                try:
+                    self._connect(strand, strand.request.source)
+                except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
+                    self._strands.step(strand, error=error)
+
+    def shut(self) -> None:
+        """Forget all that is under way. The agent is closed already; slots into which a device still copies are kept."""
+        if not wait_for_end([copy for each in self._copying for copy in each.copies]):
+            self._tools.arena.keep()
+        self._flying.clear()
+        self._copying.clear()
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, strand: Strand, request: Request) -> None:
+        """Begin what a strand asks for. What it raises is raised at the strand's ``yield``; nothing was begun then."""
+        if isinstance(request, Move):
+            self._move(strand, request)
+        elif isinstance(request, AwaitCopies):
+            self._copy(strand, request)
+        elif isinstance(request, BorrowSlot):
+            self._slots.ask(strand)
+        elif isinstance(request, BorrowScratch):
+            self._scratches.ask(strand)
+        elif isinstance(request, AskChunk):
+            self._ask_chunk(strand, request)
+        elif isinstance(request, ChunkTaken):
+            self._chunk_taken(strand, request)
+        elif isinstance(request, AwaitGrant):
+            request.source.awaits_grant = strand
+        elif isinstance(request, Connect):
+            self._connect(strand, request.source)
+        elif isinstance(request, RunAll):
+            self._strands.run_all(strand, request)
+        else:
+            self._await_device(strand, request)
+
+    def _move(self, strand: Strand, request: Move) -> None:
+        agent, peer = self._life.ensure(), self._life.peer(request.source.granted.agent_info)
+        flight = agent.submit(Op.READ, peer, *request.steps, deadline=strand.task.deadline)
+        self._flying[flight] = strand
+        strand.task.pending += 1
+
+    def _copy(self, strand: Strand, request: AwaitCopies) -> None:
+        strand.task.pending += 1
+        each = _Copying(strand, request.copies)
+        if all(copy.done for copy in request.copies):
+            self._copied(each)
+        else:
+            self._copying.append(each)
+
+    def _ask_chunk(self, strand: Strand, request: AskChunk) -> None:
+        source, number = request.source, request.source.next_number()
+        source.asked[number] = strand
+        source.unreleased.add(number)
+        released, source.taken = source.taken, []
+        transfer = strand.task.job.transfer
+        message = StageChunk(
+            token=transfer.ref.token,
+            number=number,
+            layout=request.layout,
+            tokens=request.tokens,
+            released=released,
+            digest=request.digest,
+        )
+        self._reports.stage(transfer, source.granted.number, message)
+
+    def _chunk_taken(self, strand: Strand, request: ChunkTaken) -> None:
+        source = request.source
+        source.unreleased.discard(request.number)
+        if request.at_once:
+            self._give_chunks_back(source, [request.number])
+        else:
+            source.taken.append(request.number)
+            self._with_taken[source] = None
+        self._strands.answer(strand)
+
+    def _give_chunks_back(self, source: SourceRead, numbers: list[int]) -> None:
+        self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
+
+    def _proven(self, agent_info: bytes) -> bool:
+        """Tell whether something was read from that agent before."""
+        return agent_info in self._life.proven
+
+    def _connect(self, strand: Strand, source: SourceRead) -> None:
+        if self._proven(source.granted.agent_info):
+            self._strands.answer(strand, False)
+        else:
+            self._contacts.meet(strand, source.granted.agent_info, source.granted.cell)
+
+    def _await_device(self, strand: Strand, request: AwaitDevice) -> None:
+        if all(each.done for each in request.after):
+            for each in request.after:
+                each.wait(0)  # raises what made it fail
+            self._strands.answer(strand)
+        else:
+            self._occupied.append(strand)
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        moved = False
+        while self._life.agent is not None and (self._flying or self._contacts.pending):
+            try:
+                changed = self._life.agent.poll()
+            except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
+                self._agent_broken(error)
+                break
+            for flight in changed:
+                try:
+                    self._changed(flight)
+                    self.resume()
+                except Exception as error:  # noqa: BLE001 - the others are told once only
+                    self._defects.caught(error)
+            if self._flying:
+                self._reports.flush()  # before the next poll, which may copy
+            moved = moved or bool(changed)
+            if not changed:
+                break
+        return moved
+
+    def _changed(self, flight: Flight) -> None:
+        if self._contacts.owns(flight):
+            waiting, failed = self._contacts.ended(flight)
+            for strand in waiting:
+                if failed is None:
+                    self._strands.answer(strand, True)
+                else:
+                    self._fail(strand.task, failed)
+            return
+        strand = self._flying[flight]
+        task = strand.task
+        if flight.state is FlightState.QUARANTINED:
+            task.quarantined_at = self._tools.now()
+            task.error = task.error or flight.error
+            return
+        del self._flying[flight]
+        task.pending -= 1
+        if task.error is not None:
+            self._fail(task, task.error)
+        elif flight.state is FlightState.FAILED:
+            self._strands.step(strand, error=flight.error or TransferFailedError("no reason given"))
+        else:
+            self._strands.answer(strand)
+
+    def _see_copies(self) -> bool:
+        ended = [each for each in self._copying if all(copy.done for copy in each.copies)]
+        for each in ended:
+            self._copying.remove(each)
+            self._copied(each)
+        return bool(ended)
+
+    def _copied(self, each: _Copying) -> None:
+        strand, task = each.strand, each.strand.task
+        task.pending -= 1
+        if task.error is not None:
+            self._fail(task, task.error)
+            return
+        try:
+            for copy in each.copies:
+                copy.wait(0)  # raises what made it fail
+        except Exception as error:  # noqa: BLE001 - of a device
+            self._strands.step(strand, error=error)
+        else:
+            self._strands.answer(strand)
+
+    def _see_devices(self) -> None:
+        occupied, self._occupied = self._occupied, []
+        for strand in occupied:
+            request = strand.request
+            if strand in strand.task.strands and isinstance(request, AwaitDevice):
+                try:
+                    self._await_device(strand, request)
+                except Exception as error:  # noqa: BLE001 - of a device
+                    self._strands.step(strand, error=error)
+
+    def _serve_waiting(self) -> None:
+        for pool in self._pools:
+            for strand, loan in pool.lend():
+                self._strands.answer(strand, loan)
