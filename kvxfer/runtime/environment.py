@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import queue
 import threading
 import time
 import weakref
@@ -79,15 +80,21 @@ class _Thread:
     def __init__(self, name: str, loop: Loop) -> None:
         self._process = os.getpid()
         self._ended = Latch()
+        wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         # The thread refers to the loop only as long as it runs, and never to this object.
-        thread = threading.Thread(target=_run, args=(loop, self._ended), name=name, daemon=True)
+        thread = threading.Thread(target=_run, args=(loop, wanted, self._ended), name=name, daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
             raise ConfigError(
                 f"this process may start no further thread (ulimit -u, or its memory): {error}"
             ) from error
+        except BaseException:
+            # Interrupted while it waited for the thread, which runs all the same: then without the loop, which the caller closes.
+            wanted.put(False)
+            raise
         self._identity = thread.ident
+        wanted.put(True)
 
     def join(self, timeout_s: float | None = None) -> None:
         # Not Thread.join: an exception that interrupts it can make it return at once from then on, in Python 3.11.
@@ -100,13 +107,14 @@ class _Thread:
             self.join(_AT_EXIT_S)
 
 
-def _run(loop: Loop, ended: Latch) -> None:
+def _run(loop: Loop, wanted: queue.SimpleQueue[bool], ended: Latch) -> None:
     _own.loop = True
     try:
-        loop.begin()
-        while not loop.over:
-            loop.turn(None)
-        loop.end()
+        if wanted.get():
+            loop.begin()
+            while not loop.over:
+                loop.turn(None)
+            loop.end()
     finally:
         ended.open()
 

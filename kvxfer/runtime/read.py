@@ -9,8 +9,8 @@
                   packed: chunks, several at a time, each asked for, moved and unpacked
     compare       if asked to verify: digests of what arrived, chunk by chunk
 
-All of these are generators that yield what they want (`kvxfer.runtime.read_task`) and are resumed on the data thread by
-`kvxfer.runtime.read_executor`. What a read borrows is given back when the ``with`` ends in which it was borrowed. A read that fails
+All of these are generators that yield what they want (`kvxfer.runtime.read_task`) and are resumed on the data thread with the
+answer (`kvxfer.runtime.read_requests`). What a read borrows is given back when the ``with`` ends in which it was borrowed. A read that fails
 is closed as soon as nothing of it is in flight, so that its places are never given back while something may be written there.
 """
 

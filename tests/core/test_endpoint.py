@@ -411,6 +411,26 @@ def test_an_endpoint_that_cannot_be(options, error):
     eventually(lambda: threading.active_count() == threads)
 
 
+@pytest.mark.parametrize("name", ["kvxfer-data", "kvxfer-control"])
+def test_a_start_that_is_interrupted(monkeypatch, caplog, name):
+    """Ctrl-C while the constructor waits for a thread to start: the thread ends, and has used nothing that was closed meanwhile."""
+    start, begun = threading.Thread.start, []
+
+    def interrupted(self):
+        start(self)
+        begun.append(self)
+        if self.name == name:
+            time.sleep(0.1)  # the thread has time to go wrong
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Engine()
+    assert begun[-1].name == name
+    eventually(lambda: not any(thread.is_alive() for thread in begun))
+    assert "fault" not in caplog.text
+
+
 def test_an_occupied_port(engines):
     """Two endpoints cannot listen on one address; the second says so."""
     first = engines()
