@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For authors of adapters and of tests: conformance suites, peers, faults. Needs pytest: ``pip install 'kvxfer[test]'``.
+"""Conformance suites, peers and faults, for tests of adapters. Needs pytest: ``pip install 'kvxfer[test]'``.
 
 An adapter joins with a few lines::
 
@@ -77,7 +77,7 @@ if sys.modules.get("pytest") is not None:
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is asked for: the processes of `kvxfer demo` use `child`, and need no pytest for it."""
+    """Import a public name at its first use: the processes of `kvxfer demo` use `child`, and need no pytest for it."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -36,9 +36,9 @@ def descriptors(spans: Spans) -> Descriptors:
 
 
 class FlightLog:
-    """Polls an agent and holds each flight to its contract: it ends once, and then changes no more.
+    """Record of an agent's flights, which checks that each of them ends once and does not change afterwards.
 
-    A broken promise is an AssertionError from `poll`, whatever the test was about.
+    A violation is an AssertionError from `poll`, also in a test of something else.
     """
 
     def __init__(self, agent: TransferAgent) -> None:
@@ -105,7 +105,7 @@ class FlightLog:
 
 
 class Actor:
-    """An agent and everything it owns. Used by the thread that makes it, directly or through `kvxfer.testing.peers`.
+    """An agent with its memory, registrations and flights. Used by the thread that makes it, directly or through `kvxfer.testing.peers`.
 
     Args:
         make_agent: name -> agent.
@@ -129,7 +129,7 @@ class Actor:
         self._ids = itertools.count()
 
     def allocate(self, nbytes: int, seed: int, *, register: bool = True) -> Memory:
-        """Fresh memory with the `noise` of ``seed``, kept until the actor goes away."""
+        """Allocate memory with the `noise` of ``seed``, and keep it as long as the actor lives."""
         span = self._make_memory(nbytes)
         span.write(noise(nbytes, seed))
         self._spans[span.memory] = span
@@ -147,19 +147,19 @@ class Actor:
         del self._registrations[memory]
 
     def content(self, memory: Memory) -> bytes:
-        """What is in memory that `allocate` returned, by the oracle."""
+        """Return the content of memory that `allocate` returned, as the oracle reads it."""
         return self._spans[memory].read()
 
     def digest(self, memory: Memory) -> bytes:
-        """A hash of `content`, for memory that is long to send."""
+        """Return a hash of `content`, for memory that takes long to send."""
         return hashlib.sha1(self.content(memory), usedforsecurity=False).digest()
 
     def fill(self, memory: Memory, data: bytes) -> None:
-        """Replace what is in memory that `allocate` returned, by the oracle."""
+        """Replace the content of memory that `allocate` returned, by the oracle."""
         self._spans[memory].write(data)
 
     def intact(self) -> bool:
-        """Nothing beside any allocated memory was touched."""
+        """Whether no byte beside the allocated memory was touched."""
         return all(span.intact() for span in self._spans.values())
 
     def describe(self) -> bytes:
@@ -167,13 +167,13 @@ class Actor:
         return self.agent.describe()
 
     def connect(self, info: bytes) -> str:
-        """Meet a peer; returns its name."""
+        """Connect to a peer; returns its name."""
         peer = self.agent.connect(info)
         self._peers[peer.name] = peer
         return peer.name
 
     def peer(self, name: str) -> AgentPeer:
-        """The peer that `connect` met."""
+        """Return the peer of this name, to which `connect` has connected."""
         return self._peers[name]
 
     def submit(self, op: Op, peer: str, spans: Spans, timeout_s: float) -> int:
@@ -184,7 +184,7 @@ class Actor:
         return number
 
     def start(self, op: Op, peer: str, spans: Spans, timeout_s: float) -> Flight:
-        """As `submit`, but returns the flight itself."""
+        """Start a transfer; returns its flight."""
         deadline = time.monotonic() + timeout_s
         return self.log.submitted(self.agent.submit(op, self._peers[peer], descriptors(spans), deadline=deadline))
 
@@ -194,7 +194,7 @@ class Actor:
         return flight.state, str(flight.error or "")
 
     def idle_cpu(self, wall_s: float) -> float:
-        """Seconds of CPU that this whole process burns while the agent is left alone for ``wall_s`` seconds."""
+        """Seconds of CPU that this whole process uses while the agent is idle for ``wall_s`` seconds."""
         before = time.process_time()
         time.sleep(wall_s)
         return time.process_time() - before

@@ -68,7 +68,7 @@ class Child(RemoteObject):
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Id of the process."""
         return self._process.pid or 0
 
     @property
@@ -78,7 +78,7 @@ class Child(RemoteObject):
 
     @property
     def exitcode(self) -> int | None:
-        """Of the process; None while it runs."""
+        """Exit code of the process; None while it runs."""
         return self._process.exitcode
 
     def join(self, timeout_s: float = _KILLED_S) -> bool:
@@ -120,7 +120,7 @@ class Child(RemoteObject):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # An interrupted parent does not wait for a child in the middle of something long.
+        # An interrupted parent does not wait for a child that is in a long call.
         self.close(_GOODBYE_S if kind is None else _HASTY_S)
 
     def _ending(self) -> str:
@@ -151,7 +151,7 @@ def _end_with_parent(lifeline: Connection) -> None:
     """Wait for the end of a pipe that only the parent holds open."""
     with contextlib.suppress(EOFError, OSError):
         lifeline.recv()
-    os._exit(1)  # no time for politeness: the terminal may be gone too
+    os._exit(1)  # without cleanup, which could wait for a terminal that is gone
 
 
 def _start_uninterruptible(process: BaseProcess) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both conformance suites share: a subclass cannot replace a part of them, and declares its deviations with a reason."""
+"""Rules of both conformance suites: a subclass cannot replace a part of them, and gives a reason for each deviation."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class OracleMemory(Protocol):
         ...
 
     def read(self) -> bytes:
-        """All of its content, by other means than the adapter."""
+        """Return all of its content, by other means than the adapter."""
         ...
 
     def write(self, data: bytes) -> None:

@@ -2,7 +2,7 @@
 """Peers for tests: an agent that lives in its own thread, or in its own process (spawned, never forked).
 
 Both are driven in the same way, by calls over a pipe that run in the peer's own thread: an agent belongs to the thread
-that made it. What a peer's memory holds is told by the peer itself, over the pipe and never through the adapter.
+that made it. The content of a peer's memory comes from the peer itself, over the pipe and never through the adapter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RemotePeer(ABC):
     """An `Actor` that lives elsewhere. Use it from one thread."""
 
     name: str
-    """Of its agent."""
+    """Name of its agent."""
     remote: RemoteObject
 
     def call(self, method: str, *arguments: object, timeout_s: float | None = None, **named: object) -> Any:
@@ -52,61 +52,61 @@ class RemotePeer(ABC):
         return self.remote.call("run", method, arguments, named, timeout_s=timeout_s)
 
     def allocate(self, nbytes: int, seed: int, *, register: bool = True) -> Memory:
-        """As `Actor.allocate`; the address is one in the peer's memory."""
+        """Call `Actor.allocate`; the address is one in the peer's memory."""
         memory: Memory = self.call("allocate", nbytes, seed, register=register)
         return memory
 
     def register(self, memory: Memory) -> None:
-        """As `Actor.register`."""
+        """Call `Actor.register`."""
         self.call("register", memory)
 
     def deregister(self, memory: Memory) -> None:
-        """As `Actor.deregister`."""
+        """Call `Actor.deregister`."""
         self.call("deregister", memory)
 
     def content(self, memory: Memory) -> bytes:
-        """As `Actor.content`."""
+        """Call `Actor.content`."""
         content: bytes = self.call("content", memory)
         return content
 
     def digest(self, memory: Memory) -> bytes:
-        """As `Actor.digest`."""
+        """Call `Actor.digest`."""
         digest: bytes = self.call("digest", memory)
         return digest
 
     def fill(self, memory: Memory, data: bytes) -> None:
-        """As `Actor.fill`."""
+        """Call `Actor.fill`."""
         self.call("fill", memory, data)
 
     def intact(self) -> bool:
-        """As `Actor.intact`."""
+        """Call `Actor.intact`."""
         return bool(self.call("intact"))
 
     def describe(self) -> bytes:
-        """As `Actor.describe`."""
+        """Call `Actor.describe`."""
         info: bytes = self.call("describe")
         return info
 
     def connect(self, info: bytes) -> str:
-        """As `Actor.connect`."""
+        """Call `Actor.connect`."""
         return str(self.call("connect", info))
 
     def submit(self, op: Op, peer: str, spans: Spans, timeout_s: float) -> int:
-        """As `Actor.submit`."""
+        """Call `Actor.submit`."""
         return int(self.call("submit", op, peer, spans, timeout_s))
 
     def outcome(self, number: int) -> tuple[FlightState, str]:
-        """As `Actor.outcome`."""
+        """Call `Actor.outcome`."""
         outcome: tuple[FlightState, str] = self.call("outcome", number)
         return outcome
 
     def close_agent(self) -> None:
-        """As `Actor.close`; the peer itself lives on."""
+        """Call `Actor.close`; the peer itself goes on."""
         self.call("close")
 
     @abstractmethod
     def stall(self) -> None:
-        """Stop doing anything at all, until `resume`."""
+        """Stop all work until `resume`."""
 
     @abstractmethod
     def resume(self) -> None:
@@ -114,7 +114,7 @@ class RemotePeer(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """End it, whatever state it is in. Idempotent."""
+        """End the peer, in any state. Idempotent."""
 
 
 class ThreadPeer(RemotePeer):
@@ -148,7 +148,7 @@ class ThreadPeer(RemotePeer):
         self.call("resume")
 
     def stop(self) -> None:
-        """Close the agent and end the thread. Raises what the agent's last flights or its close have to complain of."""
+        """Close the agent and end the thread. Raises the violation that the agent's last flights or its close show."""
         if self.remote.pipe.closed:
             return
         try:
@@ -203,7 +203,7 @@ class ProcessPeer(RemotePeer):
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Id of the process."""
         return self._child.pid
 
     @property
@@ -241,7 +241,7 @@ class ProcessPeer(RemotePeer):
         self._child.kill()
 
     def stop(self) -> None:
-        """End the process in order if it answers, else kill it. Raises what the agent's last flights have to complain of."""
+        """End the process in order if it answers, else kill it. Raises the violation that the agent's last flights show."""
         if self.remote.pipe.closed:
             return
         self.resume()
@@ -270,7 +270,7 @@ class _PollingActor:
         self._actor = Actor(make_agent, name, make_memory)
 
     def run(self, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> object:
-        """Call a method of the actor, or of this class. The broken promise of a flight is raised by the next call."""
+        """Call a method of the actor, or of this class. A violation that `idle` found is raised here."""
         self._closed = self._closed or method == "close"
         if self._broken is not None:
             raise self._broken

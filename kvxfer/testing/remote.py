@@ -175,7 +175,7 @@ def wait_any(children: Sequence[RemoteObject], timeout_s: float) -> list[RemoteO
 
 
 def serve(pipe: Connection, make: Callable[..., object], arguments: Sequence[object], *, tells: bool = False) -> None:
-    """Make an object and carry out calls of its methods, until the far end says so or is gone. See `Child` for the arguments."""
+    """Make an object and carry out calls of its methods, until the far end ends this or is gone. See `Child` for the arguments."""
 
     def tell(what: str, *told: object) -> None:
         pipe.send((None, what, told))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting in tests: for a condition with a deadline, never for a length of time and a hope."""
+"""Waiting in tests: for a condition and with a deadline, instead of for a fixed time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def eventually(condition: Callable[[], T], *, timeout_s: float = 30.0, interval_
     """Call ``condition`` until it answers something true, and return that answer.
 
     Args:
-        condition: cheap, and harmless to repeat; what it raises comes out at once.
+        condition: cheap, and harmless to repeat; an exception that it raises ends the wait.
         timeout_s: after this long without a true answer the test fails, see :func:`tries`.
         interval_s: pause between two calls.
         what: for the message, e.g. "the peer's memory changed".
@@ -53,7 +53,7 @@ def eventually(condition: Callable[[], T], *, timeout_s: float = 30.0, interval_
 def stays(condition: Callable[[], object], *, for_s: float = 0.5, interval_s: float = 0.01, what: str = "") -> None:
     """Call ``condition`` for ``for_s`` seconds: it has to be true each time.
 
-    The only honest test of "this never happens" is to look for a while; keep it short, it is paid in full each time.
+    A test that something never happens has to watch for a while; keep ``for_s`` short, because it always passes in full.
 
     Raises:
         AssertionError: it became false.

@@ -47,7 +47,7 @@ def test_race(route, ranks, lane):
 def test_the_race_can_fail():
     """Where nobody looks whether the lease stood, bytes of others are told as done, and the race says so."""
     with pytest.raises(SoakError, match="elements of read"):
-        race(120.0, seed=_seed(), route="direct", plant="fence_left_out")
+        race(120.0, seed=_seed(), route="direct", plant="lease_check_left_out")
 
 
 @pytest.mark.parametrize("order", ["LBHN", "BLNH", "LBNH"])

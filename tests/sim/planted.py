@@ -63,13 +63,13 @@ def _unchecked(source, *before):
 
 
 @bug
-def fence_left_out(patch):
+def lease_check_left_out(patch):
     """Nobody looks whether the lease stood when the bytes were in place."""
     patch(read, "validation_read", _unchecked)
 
 
 @bug
-def fence_before_the_bytes(patch):
+def lease_check_before_the_bytes(patch):
     """The lease is looked at when the read begins, and not when it ends."""
     validation_read = read.validation_read
 
@@ -82,7 +82,7 @@ def fence_before_the_bytes(patch):
 
 
 @bug
-def fence_beside_the_bytes(patch):
+def lease_check_beside_the_bytes(patch):
     """The cell is read while the bytes are, and not when they are in place."""
     validation_read = read.validation_read
 

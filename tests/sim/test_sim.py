@@ -32,9 +32,9 @@ FOUND_HERE = {
 """What the simulator found in kvxfer, and a seed that did; docs/simulator.md tells of each."""
 
 FOUND_BY = {
-    "fence_left_out": ("all", 6, "wrong bytes"),
-    "fence_before_the_bytes": ("all", 6, "wrong bytes"),
-    "fence_beside_the_bytes": ("all", 6, "wrong bytes"),
+    "lease_check_left_out": ("all", 6, "wrong bytes"),
+    "lease_check_before_the_bytes": ("all", 6, "wrong bytes"),
+    "lease_check_beside_the_bytes": ("all", 6, "wrong bytes"),
     "check_is_the_token": ("slow", 34, "wrong bytes"),
     "abandoned_is_quiet": ("stuck", 1, "free block written"),
     "failed_is_quiet": ("crashy", 5, "free block written"),

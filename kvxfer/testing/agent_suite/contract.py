@@ -180,7 +180,7 @@ class AgentContractTests:
         same_bytes(peer.content(far), before[1])
 
     @final
-    def test_withdrawn_region(self, testbed: Testbed) -> None:
+    def test_deregistered_region(self, testbed: Testbed) -> None:
         """Local memory that was deregistered, or remote memory that is gone from the newest description, is refused."""
         pair, op = testbed.pair("thread", 4 * KIB), testbed.any_op()
         pair.actor.deregister(pair.local)

@@ -31,10 +31,10 @@ _SHORT_S = 0.4
 """Deadline of a transfer that is expected to miss it."""
 
 _SLACK_S = 15.0
-"""After the deadline; the machine may be busy, and an engine that copies in `submit` may be in the middle of that."""
+"""Time that is allowed after the deadline: the machine may be busy, and an engine may copy within `submit`."""
 
 _DEATH_S = 15.0
-"""To notice a dead process, of an adapter that declares that it does, when the deadline is minutes away."""
+"""Longest time until an adapter with ``detects_death`` notices a dead process; the deadline is minutes away then."""
 
 
 class FailureTests:
@@ -72,8 +72,8 @@ class FailureTests:
 
     @final
     @_places
-    def test_stalled_stranger(self, testbed: Testbed, place: str) -> None:
-        """The same holds for the first transfer with a peer, when there is no connection yet."""
+    def test_stalled_peer_at_the_first_transfer(self, testbed: Testbed, place: str) -> None:
+        """The first transfer with a peer that stands still, which also has to connect to it, ends in the same ways."""
         pair = testbed.pair(place, _NBYTES)
         _stalled_transfer_ends(pair, testbed.any_op())
 
@@ -118,7 +118,7 @@ class FailureTests:
     @final
     @_places
     def test_others_go_on(self, testbed: Testbed, place: str) -> None:
-        """While one peer stands still, transfers with another one go on."""
+        """Transfers with one peer go on while another one stands still."""
         op = testbed.any_op()
         pair = testbed.pair(place, _NBYTES)
         other = testbed.peer(place)
@@ -152,7 +152,7 @@ class FailureTests:
 
     @final
     def test_stale_description(self, testbed: Testbed) -> None:
-        """With ``remote_checked``: a transfer to memory that the peer deregistered fails and moves nothing; without: no claim."""
+        """A transfer to memory that the peer deregistered fails and moves nothing, if the adapter declares ``remote_checked``."""
         _need_remote_checked(testbed)
         for place in PLACES if testbed.capabilities().reach is not Reach.PROCESS else ("thread",):
             for op in testbed.capabilities().ops:
@@ -166,7 +166,7 @@ class FailureTests:
 
     @final
     def test_closed_peer(self, testbed: Testbed) -> None:
-        """With ``remote_checked``: a transfer to an agent that was closed fails and moves nothing; without: no claim."""
+        """A transfer to an agent that was closed fails and moves nothing, if the adapter declares ``remote_checked``."""
         _need_remote_checked(testbed)
         for place in PLACES if testbed.capabilities().reach is not Reach.PROCESS else ("thread",):
             for op in testbed.capabilities().ops:
@@ -240,7 +240,7 @@ class FailureTests:
 
     @final
     def test_thread_peer_dies(self, testbed: Testbed) -> None:
-        """Where peers share a process, "death" is the end of an agent: with ``detects_death`` transfers to it fail."""
+        """A transfer with an agent that was closed fails, where peers share a process: before its deadline with ``detects_death``."""
         caps = testbed.capabilities()
         if caps.reach is not Reach.PROCESS:
             pytest.skip("reaches other processes: the tests that kill one are the stricter ones")
@@ -300,7 +300,7 @@ def _poll_seconds(pair: ConnectedPair) -> float:
 
 def _need_remote_checked(testbed: Testbed) -> None:
     if not testbed.capabilities().remote_checked:
-        pytest.skip("does not declare remote_checked: no claim here")
+        pytest.skip("does not declare remote_checked, so nothing is promised here")
 
 
 def _with_process(testbed: Testbed) -> tuple[ConnectedPair, ProcessPeer]:
@@ -310,7 +310,7 @@ def _with_process(testbed: Testbed) -> tuple[ConnectedPair, ProcessPeer]:
 
 
 def _deadline_s(pair: ConnectedPair) -> float:
-    """Far away where the adapter detects death, so that only the detection ends the transfer early; else short."""
+    """Return a late deadline where the adapter detects death, so that only detection ends the transfer early; else a short one."""
     return 120.0 if pair.testbed.capabilities().detects_death else 2.0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The testbed of a conformance test: makes agents and peers, and closes all of them whatever happened."""
+"""The testbed of a conformance test: makes agents and peers, and closes all of them after the test."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Testbed:
 
     Args:
         make_agent, make_memory, patience_s: the suite's.
-        idle: processes that earlier tests left in good order, for reuse: starting one, with its transfer engine, takes long.
+        idle: processes of earlier tests that still work, for reuse: starting one, with its transfer engine, takes long.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Testbed:
             try:
                 peer.resume()
             except ChildGoneError:
-                pass  # killed, or died with the other side: the test has judged that
+                pass  # killed, or died with the other side: that is the subject of the test, which has judged it
             except Exception as error:  # noqa: BLE001 - the others are resumed first
                 problems.append(error)
         steps: list[Callable[[], None]] = [actor.close for actor in self._actors]

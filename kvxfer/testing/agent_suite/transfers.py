@@ -146,7 +146,7 @@ class TransferTests:
     @_places
     @_ops
     def test_content_of_the_moment(self, testbed: Testbed, place: str, op: Op) -> None:
-        """Each transfer moves the content of memory at its submission, nothing remembered from an earlier one."""
+        """Each transfer moves the content of memory at its submission, and no content of an earlier one."""
         testbed.need_op(op)
         pair = testbed.pair(place, 64 * KIB)
         for _ in range(8):
@@ -159,7 +159,7 @@ class TransferTests:
     @_places
     @_ops
     def test_done_means_in_place(self, testbed: Testbed, place: str, op: Op) -> None:
-        """At the poll that returns a flight as DONE all of its bytes are in place, of large and of small transfers."""
+        """All bytes of a flight are in place at the poll that returns it as DONE, in large and in small transfers."""
         testbed.need_op(op)
         pair = testbed.pair(place, 4 * MIB)
         for step in range(1, 13):

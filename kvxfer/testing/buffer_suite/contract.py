@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract: what a buffer says of itself, when copies are done, and which calls it refuses."""
+"""The contract: the properties of a buffer, the end of its copies, and the calls that it refuses."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 
 class BufferContractTests(BufferTests):
-    """Properties that do not depend on what is copied."""
+    """Properties that do not depend on the shape of a copy."""
 
     @final
     def test_describes_itself(self) -> None:

@@ -73,7 +73,7 @@ class CopyTests(BufferTests):
     @final
     @pytest.mark.parametrize("seed", [1, 2, 3, 4])
     def test_round_trip(self, seed: int) -> None:
-        """What one buffer packs and another unpacks at other places is what was there, byte for byte."""
+        """Bytes that one buffer packs and another unpacks at other places arrive unchanged."""
         source, target = self._made(MIB), self._made(MIB, seed=1)
         spans, size = _spans("mixed", MIB, seed)
         landing, end = places([nbytes for _, _, nbytes in spans], seed + 9)
@@ -89,7 +89,7 @@ class CopyTests(BufferTests):
     @pytest.mark.parametrize("cache", ORDERS)
     @pytest.mark.parametrize("token_nbytes", [24, 512])
     def test_orders(self, cache: str, chunk: str, token_nbytes: int) -> None:
-        """From a cache in any order to a chunk in any order and back: fragmented and contiguous blocks, padded or not."""
+        """A cache of any order is packed into a chunk of any order and unpacked from it: all kinds of blocks, padded or not."""
         extents = (_LAYERS, _BLOCKS, _HEADS, _TOKENS, token_nbytes)
         for padding in (0, 1):
             near = Logical(cache, extents, padding)
@@ -207,7 +207,7 @@ class CopyTests(BufferTests):
 
     @final
     def test_content_of_the_moment(self) -> None:
-        """Each pack copies the content of memory at that time, nothing remembered from an earlier one."""
+        """Each pack copies the content of memory at that time, and no content of an earlier one."""
         made = self._made(64 * KIB)
         copies = copies_of([(100, 0, 5000), (9000, 5000, 400)])
         for seed in range(20, 26):

@@ -168,7 +168,7 @@ class Logical:
         return self
 
     def at(self, part: Bytes) -> int:
-        """Where a part of ``bytes`` begins in the memory."""
+        """Return the offset in the memory at which a part of ``bytes`` begins."""
         begin: int = part.__array_interface__["data"][0] - self.memory.__array_interface__["data"][0]
         return begin
 

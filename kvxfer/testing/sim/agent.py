@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transfer agent of the simulator: copies real memory, a piece at a time, when the world says so.
+"""The transfer agent of the simulator: it copies real memory, piece by piece, at times that the world draws.
 
-It does to its users what real engines were measured to do: a copy that was given up goes on, one that failed may land all the
-same, deregistered memory is read as if nothing had happened, a producer dies with its consumer, an engine does not come up
-again at the first try. Nothing but the end of an agent stops what it has begun.
+It fails as real engines were seen to fail: a copy that was given up goes on, one that failed may land all the same,
+deregistered memory is read without an error, a producer dies with its consumer, an agent cannot be made again at the first
+try. Only the end of an agent stops the copies that it has begun.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class _Copy:
 
 
 class VirtualAgent(TransferAgent):
-    """An engine on RDMA, or on a host's own copies if `at_once`: the producer has no part in a copy.
+    """Agent that copies as RDMA does, or as a processor does if `at_once`: the producer takes no part in a copy.
 
     Args:
         name: see `TransferAgent`.
-        process: in which it lives.
+        process: its process.
         agents: all agents of the run so far, by name.
 
     Raises:
         UnavailableError: it cannot be made at this moment.
 
     Attributes:
-        at_once: it copies within `submit`, which takes as long as the copy.
-        met: names of the agents that it knows.
+        at_once: it copies within `submit`.
+        met: names of the agents to which it is connected.
         is_open: it was not closed, and its process lives.
     """
 
@@ -183,7 +183,7 @@ class VirtualAgent(TransferAgent):
         self._ended()
 
     def _ended(self) -> None:
-        """Closed, or dead with its process: over some transports the producers of its copies do not survive that."""
+        """End the agent, closed or dead with its process: over some transports the producers of its copies die with it."""
         if not self.is_open:
             return
         self.is_open = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's cache in the simulator: memory in any order, read and written by logical axes, behind a device that takes its time."""
+"""A rank's cache in the simulator: memory in any order, read and written by logical axes, behind a device that may be late."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class VirtualBuffer(DeviceBuffer):
         return "virtual"
 
     def can_cast(self, source: str, target: str) -> bool:
-        """As host memory can."""
+        """Whether host memory can cast so."""
         return self._memory.can_cast(source, target)
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:

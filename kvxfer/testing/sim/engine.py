@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine of the simulator: its cache, whose blocks it gives to requests, takes back, and overwrites as soon as it may."""
+"""An engine of the simulator: it gives blocks of its cache to requests, takes them back, and overwrites them as soon as it may."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SETTINGS: dict[str, float] = {
 }
 FEW_LEASES = 4
 _MOST_SLOTS = 7
-"""Slots of the eight of the arena that are lent for one use."""
+"""Slots in use with which the arena, which has eight, counts as full."""
 
 PACKED = Costs(descriptor_s=1e-3, ask_s=1e-6, chunk_s=1e-6)
 """Costs by which packing pays at once, so that small caches take every route."""
@@ -65,7 +65,7 @@ class Serving:
     """A request at its producer: its blocks, and their content.
 
     Attributes:
-        begun: by rank, how many tokens are there or are being computed; ``there``: how many are there.
+        begun: by rank, number of tokens that are computed or being computed; ``there``: number that are computed.
         published: ranks that have published all blocks; ``told``: ranks that were told how the lease ended.
         over: the request was aborted.
     """
@@ -188,7 +188,7 @@ class Rank:
             self.shadow[:, block * tokens : (block + 1) * tokens] = held[:, i * tokens : (i + 1) * tokens]
 
     def left(self) -> dict[str, int]:
-        """Count what is in use of it, by kind."""
+        """Count the rank's resources in use, by kind."""
         connections = self.process.network.channels[self.process.address].made
         return {
             **self.endpoint.in_use(),
@@ -203,7 +203,7 @@ class Rank:
 
 
 class Engine:
-    """An engine: ranks with an endpoint each, and the blocks that all of them have for requests.
+    """A simulated engine: ranks with an endpoint each, and the blocks of its requests, which are the same on all ranks.
 
     Attributes:
         alive: it has neither crashed nor been closed.
@@ -217,7 +217,7 @@ class Engine:
         self.begin()
 
     def begin(self) -> None:
-        """Start; it knows nothing of the engine before it, and may have another layout."""
+        """Start a new engine; it knows nothing of the one before it, and may have another layout."""
         world = self.story.world
         self.lives += 1
         who = f"{self.name}.{self.lives}"
@@ -258,7 +258,7 @@ class Engine:
         return noise(self.story.noise, tokens)
 
     def take(self, tokens: int) -> list[int] | None:
-        """Take blocks for a request; check that they hold what they held when they were given back."""
+        """Take blocks for a request; check that they have not changed since they were given back."""
         number = -(-tokens // self.shape.block_tokens)
         if len(self.free) < number:
             return None
@@ -282,7 +282,7 @@ class Engine:
                 rank.poll(passed_s)
 
     def told(self, rank: Rank, event: Event) -> None:
-        """Take an event of an endpoint."""
+        """Handle an event of an endpoint."""
         kind = type(event).__name__
         self.story.report.ends[kind] += 1
         if isinstance(event, (Done, Failed)):
@@ -381,7 +381,7 @@ class Engine:
         return self.alive and not self.serving and not any(any(rank.left().values()) for rank in self.ranks)
 
     def check_over(self) -> None:
-        """Check that everything has ended, and nothing is left."""
+        """Check that everything has ended, and that nothing is in use."""
         left = {f"{rank.process.name}'s {what}": n for rank in self.ranks for what, n in rank.left().items()}
         left |= {f"{self.name}'s requests served": len(self.serving)}
         left |= {f"{self.name}'s blocks in use": self.shape.blocks - len(self.free)}

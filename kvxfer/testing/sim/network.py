@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network of the simulator: messages are lost, repeated, late and overtaken, links are cut, and connections are made anew.
 
-It carries what TCP would carry: bytes. Authentication and encryption are the real channel's (`kvxfer.channel.zmq_channel`)
-and have no part here.
+It carries encoded messages, as TCP would. Authentication and encryption belong to the real channel
+(`kvxfer.channel.zmq_channel`) and are not simulated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Network:
         channels: by address.
         cut: links that carry nothing, as (engine, engine): in that direction.
         silent: links that carry no bytes of KV at this moment; ``silenced``: those that were silent at any time.
-        lost_first: pairs of processes, by name, of which one has lost its first copy from the other.
+        lost_first: pairs of processes, by name, the first copy between which was lost.
     """
 
     def __init__(self, world: World) -> None:
@@ -177,7 +177,7 @@ def _label(address: str) -> str:
 
 
 def _details(message: messages.Message) -> str:
-    """Return what of a message helps to follow a trace."""
+    """Return the details of a message that help to follow a trace."""
     if isinstance(message, messages.Grant):
         return "" if message.complete else ", more to come"
     if isinstance(message, messages.Refused):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process of the simulator: the `Environment` of one endpoint, with a clock of its own, that freezes and dies."""
+"""A process of the simulator: the `Environment` of one endpoint, with a clock of its own; it can freeze and die."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _MOST_TURNS = 100_000
 
 
 class SpinsError(RuntimeError):
-    """A loop has something to do again and again, without end."""
+    """A loop is due again and again, without end."""
 
 
 class Process:
-    """A simulated process. A frozen one gets no turns, a dead one never again.
+    """A simulated process. Its loops get no turns while it is frozen, and none after it has died.
 
     Args:
         network: its network.
-        label: of its place, which its successor inherits: ``a0`` for the first rank of engine ``a``.
+        label: of its place, ``a0`` for the first rank of engine ``a``; a process that replaces it has the same one.
         life: number of processes at that place so far, with this one.
 
     Attributes:
-        fatal: called when something outside kills it.
+        fatal: called when another process or the machine kills it.
         deaths: functions to call when it dies.
     """
 
@@ -49,7 +49,7 @@ class Process:
         chance = world.draw(f"clock of {self.name}")
         drifts = world.profile.drift and world.chooses(f"the clock of {self.name} drifts", 1.0)
         self._pace = 1.0 + (chance.uniform(-1, 1) * world.profile.drift if drifts else 0.0)
-        # Clocks have nothing to do with each other: a time means nothing in another process.
+        # Clocks are independent: a time of one process means nothing in another.
         self._shown = chance.uniform(1e3, 1e6)
         self._since = world.now
         self._stands = False
@@ -98,7 +98,7 @@ class Process:
         """See `Running`: the loops of this process have no threads that could run while the interpreter ends."""
 
     def block(self, seconds: float) -> None:
-        """Keep the loop whose turn it is for so long; the others go on."""
+        """Keep the loop whose turn it is busy for so long; the others go on."""
         if self._turning is not None:
             begin = max(self._busy_until.get(self._turning, 0.0), self.world.now)
             self._busy_until[self._turning] = begin + seconds
@@ -113,7 +113,7 @@ class Process:
     # -- its life
 
     def freeze(self, *, clock_stands: bool) -> None:
-        """Stop it; its memory can still be read. ``clock_stands``: as that of a suspended machine."""
+        """Stop the process; its memory can still be read. ``clock_stands``: its clock stops too, as on a suspended machine."""
         self._shown, self._since, self._stands = self.now(), self.world.now, clock_stands
         self.frozen = True
 
@@ -150,7 +150,7 @@ class Process:
             raise SpinsError(f"a loop of {self.name} spins")
         waits = [due_s for due_s in dues if due_s is not None]
         if waits:
-            # A busy system wakes a sleeping process late; one that was sent a message, at once.
+            # A busy system wakes a sleeping process late, and a process with a message at once.
             self.wake(max(min(waits) / self._pace, self._slice_s) + 1e-6)
 
     def _busy_s(self, loop: Loop) -> float:

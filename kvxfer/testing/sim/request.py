@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request of the simulator: computed by one engine, continued by another, and whatever engines and clients do to it."""
+"""A request of the simulator: one engine computes it, another continues it, and engines and clients interfere."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _KERNEL_S = 0.5
 
 
 class SimulatedRequest:
-    """One request. Each special thing about it is chosen by name, so that a run can be repeated without it.
+    """One request. Each of its special properties is chosen by name, so that a run can be repeated without it.
 
     Args:
         story: the run.
         name: see `World.happened`.
-        plain: its producer and consumer; then nothing about it is special.
+        plain: producer and consumer of a request without special properties.
         tries: how often it may be sent.
     """
 
@@ -51,17 +51,17 @@ class SimulatedRequest:
 
     @property
     def must_be_read(self) -> bool:
-        """Whether nothing that happened is a reason for its reads to fail."""
+        """Whether its reads have to succeed: nothing that happened is a reason to fail."""
         return self._blameless and (self._plain is not None or self._world.kind)
 
     def failed(self, error: KvxferError, who: str) -> None:
         """Note that a read of it failed; try it again where the error is retryable and nothing was a reason for it."""
         if self.must_be_read and error.retryable and self._tries > 1:
             again = SimulatedRequest(self.story, f"{self.name} again", self._plain, tries=self._tries - 1)
-            self._tries = 0  # its other ranks need not fail too
+            self._tries = 0  # reads of its other ranks may fail as well
             again.begin()
         elif self._tries and (self.must_be_read or (self._world.kind and not isinstance(error, LeaseError))):
-            # What its engines and clients do to it concerns its lease, and so do its errors.
+            # Engines and clients interfere with the lease, so that errors of the lease may be their doing.
             self.story.fail("failed for nothing", f"{who}: {self.name} failed without a reason: {error}")
         elif self._tries and self._beside_silence and isinstance(error, (PeerTimeoutError, TransferTimeoutError)):
             self.story.fail("failed for nothing", f"{who}: {self.name} failed because others are silent: {error}")
@@ -90,13 +90,13 @@ class SimulatedRequest:
         return self._plain is None and self._world.chooses(f"{self.name} {what}", probability)
 
     def _ends_badly(self, what: str, probability: float) -> bool:
-        """Choose as `_is`, something that may make its reads fail though nothing goes wrong."""
+        """Choose as `_is` does; if the answer is yes, its reads may fail although nothing goes wrong."""
         happens = self._is(what, probability)
         self._blameless = self._blameless and not happens
         return happens
 
     def begin(self) -> None:
-        """Send it, as the router does."""
+        """Send the request to its engines, as the router does."""
         source, world, chance = self._source, self._world, self._chance
         begin = chance.uniform(0, 3) if self._both else 0.0
         end = begin + chance.uniform(0.1, 4)
@@ -110,7 +110,7 @@ class SimulatedRequest:
             return
         self.story.report.requests += 1
         serving = Serving(self, self._reference(), blocks, source.noise(self._tokens))
-        # Until prefill has got there, the blocks hold something else.
+        # Until prefill writes to them, the blocks have other content.
         for rank in source.ranks:
             rank.memory.write(blocks, source.noise(self._tokens))
         world.requests[serving.ref.token] = self.name
@@ -136,7 +136,7 @@ class SimulatedRequest:
         }
         if self._both:
             return LeaseRef.for_rendezvous(f"{self.story.report.seed} {self.name}", **mint)
-        # A token made of the seed's chance: the same in every run.
+        # A token drawn from the seed: the same in every run.
         return msgspec.structs.replace(LeaseRef.mint(**mint), token=f"{self._chance.getrandbits(128):032x}")
 
     # -- prefill
@@ -173,7 +173,7 @@ class SimulatedRequest:
         rank.endpoint.publish(serving.ref, serving.blocks, after=self._compute(rank, serving, self._tokens))
 
     def _compute(self, rank: Rank, serving: Serving, tokens: int) -> list[Work]:
-        """Compute the KV of tokens up to that one: now, or on a device that does it later."""
+        """Compute the KV of the first ``tokens`` tokens: now, or later on a device."""
         start = serving.begun.get(rank.number, 0)
         serving.begun[rank.number] = tokens
         what = f"{rank.process.label} computes {self.name} {start}-{tokens}"
@@ -188,7 +188,7 @@ class SimulatedRequest:
         return [Work(rank.process, what, after_s, write)]
 
     def over(self, before: Serving) -> None:
-        """Note that its producer has its blocks back. It may come once more, under the same token and into other blocks."""
+        """Note that the producer has its blocks back. The request may come again, with the same token and other blocks."""
         source = self._source
         if self._is_again or not source.alive or not self._ends_badly("comes again", 0.4):
             return
@@ -204,7 +204,7 @@ class SimulatedRequest:
             rank.do(partial(self._publish, rank, serving))
 
     def _revoke(self, serving: Serving) -> None:
-        """Revoke it on each rank, as when its client has left; ranks that have not published its blocks will not."""
+        """Revoke its lease on each rank, as when the client has left; ranks that have not published it by now never do."""
         if self._source.serving.get(serving.ref.token) is not serving:
             return
         self._world.say(f"{self.name} is ended by {self._source.name}")
@@ -215,7 +215,7 @@ class SimulatedRequest:
     # -- decode
 
     def _ask(self, sink: Engine, serving: Serving) -> None:
-        """Tell a decode engine of it."""
+        """Send the request to a decode engine."""
         if not sink.alive:
             return
         chance, who = self._world.draw(f"{self.name} at {sink.name}"), f"by {sink.name}"

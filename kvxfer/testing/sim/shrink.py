@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shrinking of a failing run: what need not happen is left out, as long as the run still fails in the same way.
+"""Shrinking of a failing run: optional events are left out, as long as the run still fails in the same way.
 
-Everything that need not happen has a name (`World.happened`): requests and what is special about them, layouts of engines,
-each message that is lost, each copy that breaks. Leaving some out changes nothing else, until that makes a difference, so
-halves, quarters and so on are tried, down to single ones (delta debugging: Zeller and Hildebrandt, 2002).
+Each optional event has a name (`World.happened`): requests and their special properties, layouts of engines, each message
+that is lost, each copy that breaks. The rest of a run stays the same without one of them, until that makes a difference, so
+halves, quarters and so on are tried, down to single events (delta debugging: Zeller and Hildebrandt, 2002).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def shrink(
         a run with the same seed and the same `SimulationError.finding`; the same one each time.
     """
     search = _Search(found, profile, most_runs, tell or (lambda _: None))
-    # Requests first: leaving one out leaves out all that is special about it.
+    # Requests first: a request is left out together with its special properties.
     search.without(lambda name: _REQUEST.fullmatch(name) is not None)
     search.without(lambda _: True)
     return Shrunk(search.error, search.runs)
@@ -61,7 +61,7 @@ class _Search:
     def __init__(self, found: SimulationError, profile: Profile, most_runs: int, tell: Callable[[str], object]) -> None:
         self.error = found
         self.runs = 0
-        # A run that has not failed long after the first one did will not. One that failed at the end has to be run to its end.
+        # A run that has not failed long after the original failed will not fail. If the original failed at its end, runs go to theirs.
         self._until = found.at + _LATER_S if found.at + _LATER_S < BUSY_S + LANDING_S else float("inf")
         self._profile = profile
         self._most_runs = most_runs

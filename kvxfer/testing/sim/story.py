@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: requests, disturbances, and what must hold whatever happens."""
+"""One run: requests, disturbances, and the checks of what must hold."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ REQUESTS = 30
 BUSY_S = 40.0
 """Seconds in which things go wrong."""
 PROBES_S = (20.0, 50.0)
-"""Seconds afterwards between which each engine has to serve each other one, whatever happened to them. A read may fail once,
+"""Seconds afterwards between which each engine has to serve each other one. A read may fail once,
 where a message about another one's agent was lost, and has to succeed when it is tried again."""
 LANDING_S, QUIET_S = 60.0, 180.0
 """Seconds afterwards in which abandoned copies may still land, and within which everything has to end."""
@@ -82,14 +82,14 @@ _LAST_LINES = 40
 
 
 class SimulationError(AssertionError):
-    """Something that must hold did not. The message has the seed, what did not hold, and what happened before.
+    """Violation of an invariant. The message has the seed, the violation, and the events before it.
 
     Attributes:
         at: seconds since the beginning.
         finding: kind of the violation, in two or three words.
         what: the violation in one sentence.
-        happened: names of all that happened and need not have; see `World.happened`.
-        trace: what happened, in order, with times.
+        happened: names of the optional events that happened; see `World.happened`.
+        trace: all events in order, with times.
     """
 
     def __init__(self, seed: int, at: float, finding: str, what: str, world: World) -> None:
@@ -112,8 +112,8 @@ class SimulationReport:
         ends: transfers and leases by how they ended.
         faults: what went wrong, by kind.
         seen: messages, conversions and other things that occurred, by kind.
-        happened: names of all that happened and need not have; see `World.happened`.
-        digest: equal for two runs in which the same happened.
+        happened: names of the optional events that happened; see `World.happened`.
+        digest: equal for two runs with the same events.
     """
 
     seed: int
@@ -230,7 +230,7 @@ class Story:
                     rank.check_quiet(engine.free)
         world.after(step_s, self._steps)
 
-    # -- what strikes engines
+    # -- disturbances
 
     def _plan_disturbances(self) -> None:
         profile = self.world.profile
@@ -297,7 +297,7 @@ class Story:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Put what endpoints log as errors into the trace, and nowhere else."""
+        """Put errors that endpoints log into the trace only."""
         logger, listener = logging.getLogger("kvxfer"), _Listener(self.say)
         before, propagates = logger.level, logger.propagate
         logger.addHandler(listener)
@@ -327,6 +327,6 @@ def run(
         until: stop there, in seconds since the beginning, without the checks at the end.
 
     Raises:
-        SimulationError: something that must hold did not.
+        SimulationError: an invariant was violated.
     """
     return Story(seed, profile if profile is not None else PROFILES["all"], only, until).tell()

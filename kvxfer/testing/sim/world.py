@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world of a run: one clock, and chance. What may or may not happen has a name, so that a run can be repeated with less."""
+"""The world of a run: one clock, and chance. Each optional event has a name, so that a run can be repeated without it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Profile:
         copy_broken: copies that break off half way, and may land all the same.
         copy_refused: copies that the engine refuses at once.
         unguarded: copies that read memory which its producer has deregistered, without an error.
-        coupled: consumers that die, or close their agent, with a copy under way, and take the producer along.
+        coupled: consumers that die, or close their agent, with a copy under way, and whose producer dies with them.
         unmade: agents that cannot be made again at the first try.
         device_failed: work of devices that fails.
         device_s: longest time of such work.
@@ -70,22 +70,22 @@ class Profile:
 class World:
     """Time and chance.
 
-    Chance is drawn by name: what one event draws does not depend on what others drew before, so that a run from which
-    something is left out is the same in all the rest, until the omission makes a difference.
+    Chance is drawn by name: the draw of an event does not depend on earlier draws, so that a run without some events is the
+    same in all the rest, until the omission makes a difference.
 
     Args:
         seed: of all chance.
         profile: how much goes wrong.
-        only: names of what may happen; everything if None. See `happened`.
+        only: names of the optional events that may happen; None for all. See `happened`.
 
     Attributes:
         now: seconds since the beginning.
         faults: what went wrong so far, by kind.
         seen: messages, conversions and other things that occurred, by kind.
-        happened: names of all that happened and need not have: faults, requests, and what is special about them.
+        happened: names of the optional events that happened: faults, requests, and special properties of requests.
         calm: nothing goes wrong any more.
-        digest: hash of all that happened, with times.
-        trace: what happened last, in words.
+        digest: hash of all events, with times.
+        trace: the last events, as lines of text.
         requests: names of requests, by the tokens of their leases.
     """
 
@@ -138,7 +138,7 @@ class World:
         return f"{name} #{self._counts[name]}"
 
     def draw(self, name: str) -> random.Random:
-        """Return the chance of one event: the same in every run of the seed."""
+        """Return the random numbers of one event: the same in every run of the seed."""
         return random.Random(f"{self.seed} {name}")  # noqa: S311 - the same chance in every run is the point
 
     def delay_s(self, chance: random.Random, longest_s: float) -> float:
@@ -146,19 +146,19 @@ class World:
         return 1e-4 if self._hurried else chance.uniform(1e-5, min(longest_s, _SOON_S) if self.calm else longest_s)
 
     def chooses(self, name: str, probability: float) -> bool:
-        """Whether something is so that need not be so and is no fault."""
+        """Whether an optional event that is no fault happens."""
         if probability < 1.0 and self.draw(name).random() >= probability:
             return False
         return self._lets(name)
 
     def strikes(self, kind: str, what: str, probability: float, chance: random.Random | None = None) -> bool:
-        """Whether this goes wrong now.
+        """Whether a fault strikes now.
 
         Args:
-            kind: of fault.
-            what: it strikes; with ``kind`` the name.
+            kind: kind of the fault.
+            what: the thing that it strikes; ``kind`` and ``what`` make the name.
             probability: 0 for never.
-            chance: if there is one at hand; by default it is drawn by the name.
+            chance: random numbers to use; by default those of the name.
         """
         if not probability or self.calm:
             return False

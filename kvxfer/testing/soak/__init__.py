@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A long run: engines in real processes over a real transfer agent, under churn, with every delivered byte checked.
 
-Two engines prefill and two decode, with caches that look different, by pull and by push; they are killed, frozen and restarted,
+Two engines prefill and two decode, with caches of different layouts, by pull and by push; they are killed, frozen and restarted,
 requests are aborted and leases expire. What must hold is in `Churn`: right bytes, each end told once and in time, nothing in
 use when nothing is asked for, and memory, files and threads that do not grow, as the operating system counts them.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The course of a soak: requests without a pause, processes that are killed, frozen and restarted, and what must hold."""
+"""The course of a soak: requests without a pause, processes that are killed, frozen and restarted, and the checks of what must hold."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MOST_AT_ONCE = 6
 _PEERS = 2
 """Peers that each engine has, and forgets in each calm moment."""
 _MARGIN_S = 15.0
-"""Extra seconds for an agent's reset and a busy machine, after a read has to have ended."""
+"""Extra seconds, for an agent's reset and a busy machine, after the time by which a read must have ended."""
 _QUIET_S = 60.0
 _GOODBYE_S = 20.0
 _EVERY_S = {"kill": 12.0, "freeze": 10.0, "restart": 15.0, "abort": 0.7}
@@ -39,7 +39,7 @@ _EVERY_S = {"kill": 12.0, "freeze": 10.0, "restart": 15.0, "abort": 0.7}
 
 
 class SoakError(AssertionError):
-    """Something that must hold did not. The message says what, and what happened before."""
+    """Violation of an invariant. The message has the violation and the events before it."""
 
 
 class Churn:
@@ -85,7 +85,7 @@ class Churn:
         self._check_flat()
         return self.report
 
-    # -- what happens
+    # -- requests and disturbances
 
     def _churn(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -96,7 +96,7 @@ class Churn:
             self._check_ends()
 
     def _ask(self) -> None:
-        """Send a new request, if an engine has time for it."""
+        """Send a new request, unless all engines are busy or away."""
         sinks = [sink for sink in self._sinks if sink.runs and self._waiting(sink) < _MOST_AT_ONCE]
         sources = [source for source in self._sources if source.runs]
         if not sinks or not sources:
@@ -123,7 +123,7 @@ class Churn:
         source.order("prefill", job)
 
     def _decode(self, request: TrackedRequest, sink: Member) -> None:
-        """Tell the consumer of a request; now and then do not, so that the lease expires."""
+        """Send a request to its consumer; leave that out now and then, so that the lease expires."""
         chance = self._random
         request.sink = sink
         if chance.random() < 0.04:
@@ -195,7 +195,7 @@ class Churn:
             self.report.faults["abort"] += 1
             member.order("abort", request.job.number)
 
-    # -- what is told
+    # -- messages of engines
 
     def _listen(self, timeout_s: float) -> None:
         for member in listen(self._members, timeout_s):
@@ -266,7 +266,7 @@ class Churn:
         if request.prefilled and request.decoded:
             self._requests.pop(request.job.number, None)
 
-    # -- what must hold
+    # -- checks
 
     def _waiting(self, sink: Member) -> int:
         return sum(each.sink is sink and not each.decoded for each in self._requests.values())
@@ -282,7 +282,7 @@ class Churn:
                 self.fail(f"{sink.label}: the read of request {request.job.number} did not end in time")
 
     def _calm(self) -> None:
-        """Send no requests and disturb nothing until all has ended; then nothing may be in use."""
+        """Wait, without requests and disturbances, until all has ended; nothing may be in use then."""
         until = time.monotonic() + _QUIET_S
         for member in self._members:
             if member.frozen_until:
@@ -314,7 +314,7 @@ class Churn:
         )
 
     def _check_flat(self) -> None:
-        """Check that engines that were never killed are no larger than they were."""
+        """Check that engines that were never killed have not grown."""
         for label, losses in self.report.losses.items():
             first, last = self.report.compared(label)
             grown = last.grown(first, losses)
@@ -339,16 +339,16 @@ def run(
     calm_every_s: float = 60.0,
     tell: Callable[[str], object] = lambda _: None,
 ) -> SoakReport:
-    """Run two engines that prefill for two others, for so long, while things go wrong.
+    """Run two engines that prefill for two others, and disturb them.
 
     Args:
         seconds: of churn, without the calm moments, which take some ten seconds each.
         agent, agent_options: of the endpoints.
-        seed: of what is asked for and what goes wrong. Real processes are not the same twice, all the same.
+        seed: of requests and disturbances. Runs of one seed still differ, because the processes are real.
         calm_every_s: seconds between two calm moments, in which everything ends and what is in use is counted.
         tell: called with a line at each of these moments.
 
     Raises:
-        SoakError: something that must hold did not.
+        SoakError: an invariant was violated.
     """
     return Churn(agent, dict(agent_options or {}), seed, tell).run(seconds, calm_every_s)

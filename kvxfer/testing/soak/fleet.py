@@ -95,7 +95,7 @@ class Member:
 
     @property
     def exitcode(self) -> int | None:
-        """Of the process; None while it runs."""
+        """Exit code of the process; None while it runs."""
         return self.child.exitcode
 
     @property
@@ -105,7 +105,7 @@ class Member:
         return "\n".join(lines[-_LAST_WORDS:])
 
     def order(self, what: str, *arguments: object) -> None:
-        """Give an order; the engine tells of its result by and by. A process that has died is noticed elsewhere."""
+        """Send an order without waiting; the engine tells its result later. A process that has died is no error here."""
         self.child.order(what, *arguments)
 
     def told(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -122,7 +122,7 @@ class Member:
         self.begin()
 
     def give_up(self) -> None:
-        """Kill the process, whatever it does."""
+        """Kill the process in any state."""
         self.child.kill()
         self.frozen_until = 0.0
 
@@ -151,7 +151,7 @@ class Member:
             return Usage(process.memory_info().rss, process.num_fds(), process.num_threads())
 
     def end(self, goodbye_s: float = 20.0) -> int | None:
-        """End it however it is, by force after ``goodbye_s``; returns its exit code."""
+        """End the process in any state, by force after ``goodbye_s``; returns its exit code."""
         if self.frozen_until:
             self.thaw()
         self.child.close(goodbye_s)
@@ -169,7 +169,7 @@ def wait_up(members: list[Member]) -> None:
     """Wait until all engines have told their addresses.
 
     Raises:
-        ConfigError, UnavailableError: the agent or its options will not do, as a process says.
+        ConfigError, UnavailableError: the agent or its options cannot be used, as a process reports.
         AssertionError: one does not come up.
     """
     for member in members:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions that all engines of a run are asked at once: what they have in use, and what is left when they are closed."""
+"""Questions to all engines of a run at once: what they have in use, and what is left when they are closed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Inquiry:
         fail: called with a sentence when an answer shows that something is wrong; raises.
 
     Attributes:
-        answers: to the last question, by label of the member; filled by the caller, which hears the members.
+        answers: to the last question, by label of the member; filled by the caller, which receives their messages.
     """
 
     def __init__(self, members: Sequence[Member], fail: Callable[[str], object]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of plain arrays and the content its blocks ought to have: the oracle, which uses nothing of the library."""
+"""A cache of plain arrays and the content that its blocks should have: an oracle that uses nothing of the library."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Blocks:
 
     @property
     def layers(self) -> Mapping[str, npt.NDArray[Any]]:
-        """As `KVCache.from_layers` takes them."""
+        """Arrays of the layers by name, as `KVCache.from_layers` takes them."""
         return {f"layers.{number}": view for number, view in enumerate(self._view)}
 
     @property

@@ -57,7 +57,7 @@ class RequestSpec:
         seed: of its KV, see `kvxfer.testing.soak.memory.content`.
         ref: the lease, as JSON; for the producer only where both engines are told of the request at once.
         pieces: steps of prefill, of ``step_s`` each; blocks are published after each of them.
-        unread_lease_s: the decoder holds the lease so long before it reads.
+        unread_lease_s: time for which the decoder holds the lease before it reads.
         skip: tokens that the consumer has already.
         timeout_s: of the read.
     """
@@ -89,7 +89,7 @@ class _Decode:
 
 
 class Resident:
-    """The engine in the process. Its public methods are the orders; it tells the router of their results by and by."""
+    """The engine in the process. Its public methods are the orders; it tells the router their results later."""
 
     _finished = False
 
@@ -178,7 +178,7 @@ class Resident:
         self._tell("up", self._endpoint.address, self._endpoint.name)
 
     def figures(self) -> None:
-        """Tell what is in use. Ordered when nothing should be."""
+        """Tell what is in use. The router asks when nothing should be."""
         gc.collect()
         told = {
             **self._endpoint.in_use(),
