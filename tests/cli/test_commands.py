@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All commands alike: an error is one line and an exit status, whatever it is, and ctrl-C leaves nothing behind."""
+"""All commands: each error is one line and an exit status, and ctrl-C leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_cannot_run_is_one_line_and_exit_status_2(arguments: list[str], say
 
 @needs_nixl
 def test_a_calibration_that_does_not_fit_is_refused(capsys) -> None:
-    """How much memory there is stands beside how much would be needed."""
+    """The error names the memory that is free and the memory that would be needed."""
     assert main(["bench", "calibrate", "--mib", "9999999", "--out", "-"]) == 2
     assert "available here" in capsys.readouterr().err
 
@@ -71,7 +71,7 @@ def test_every_command_answers_in_the_same_two_forms(command: str, capsys) -> No
 
 
 def test_a_simulation_as_json(capsys) -> None:
-    """What programs read is the whole of stdout."""
+    """Output for programs is the whole of stdout."""
     assert main(["sim", "--seeds", "1", "--profile", "calm", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["good"] and found["profiles"]["calm"]["requests"] > 0
@@ -98,7 +98,7 @@ def test_an_error_is_one_line(error: BaseException, code: int, monkeypatch, caps
 
 
 def test_a_defect_is_no_line_but_a_traceback(monkeypatch) -> None:
-    """What no user can cause is not dressed up."""
+    """An error that no user can cause keeps its traceback."""
 
     def run(_: object) -> int:
         raise ZeroDivisionError

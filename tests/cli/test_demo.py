@@ -66,7 +66,7 @@ def test_json_says_that_every_byte_is_right():
 
 @needs_nixl
 def test_the_table_is_for_people():
-    """Without --format a table comes, progress stays on stderr, and lines fit a wide terminal."""
+    """The default output is a table whose lines fit a wide terminal; progress stays on stderr."""
     done = _run("--tokens", "64", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert "Every byte is right" in done.stdout and "of memcpy" in done.stdout
@@ -107,7 +107,7 @@ def test_children_end_with_a_parent_that_was_killed():
 
 @needs_nixl
 def test_a_process_that_dies_is_an_error_with_its_name():
-    """When one of the two processes is killed the demo says which one, ends with 1 and leaves nothing."""
+    """The demo names a process of its own that is killed, exits with status 1 and leaves nothing behind."""
     process = subprocess.Popen([*COMMAND, "--tokens", "2048", "--rounds", "10000"], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert process.stderr is not None
@@ -174,7 +174,7 @@ def test_agents_lists_each_with_its_reason(monkeypatch, capsys):
 
 
 def test_an_adapter_that_is_not_installed_is_exit_code_2(monkeypatch, capsys):
-    """What to install is the whole message: no traceback."""
+    """The whole message is what to install: no traceback."""
 
     def unavailable(name):
         raise UnavailableError("NIXL is not installed: pip install 'kvxfer[nixl]'")

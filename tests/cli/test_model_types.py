@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
 
 
 def kept(config: Any) -> list[Layer]:
-    """What each layer's cache holds after a forward pass of the real model, without weights (device ``meta``)."""
+    """Content of each layer's cache after a forward pass of the real model, without weights (device ``meta``)."""
     with torch.device("meta"), torch.no_grad():
         model = _built(config)
         for module in model.modules():
@@ -110,7 +110,7 @@ def said(model: Model) -> list[Layer]:
 
 
 def loaded(config: dict[str, Any]) -> Any:
-    """As transformers reads the file."""
+    """The configuration, as transformers reads the file."""
     return auto.CONFIG_MAPPING[config["model_type"]].from_dict(json.loads(json.dumps(config)))
 
 
@@ -378,5 +378,5 @@ def test_families_that_were_once_read_wrongly(config: dict[str, Any], right: tup
 
 
 def test_the_table_holds_no_type_that_transformers_does_not_know() -> None:
-    """But for those that are listed with a reason."""
+    """All model types are covered, except those that are listed with a reason."""
     assert {*TYPES, *WRAPPERS} - set(auto.CONFIG_MAPPING_NAMES) == set(NO_MODEL)

@@ -21,7 +21,7 @@ def array():
 
 
 def test_a_filled_cache_has_no_wrong_byte(array):
-    """What was filled is found right, block by block."""
+    """Blocks that were filled are found right, one by one."""
     assert pattern.wrong_bytes(array, 1, BLOCKS) == 0
 
 

@@ -233,7 +233,7 @@ def test_what_cannot_be_served_is_refused_by_its_axis(source: str, target: str, 
 
 
 def test_dtypes_can_be_converted_on_request():
-    """What is refused for its dtype says how it would go, and goes so; the bytes are those of the source."""
+    """A pair that is refused for its dtypes is told how it would work, and works so, with the bytes of the source."""
     question = ("--model", "llama-3-8b", "--to-dtype", "fp8")
     assert "--convert" in ask(*question)[1]
     target = only_target(*question, "--convert")
@@ -342,7 +342,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_json_is_the_model_of_the_table(name: str, tmp_path):
-    """What a model is published with says the same as the table, and `vllm:` takes the file or its folder."""
+    """The configuration that a model is published with agrees with the table, and `vllm:` takes the file or its folder."""
     config, model = CONFIGS[name]
     read, known = from_config(config, name), MODELS[model]
     for field in fields(known):
@@ -394,7 +394,7 @@ def test_windows_of_later_layers_only():
     ],
 )
 def test_a_config_that_cannot_be_understood_is_refused(change: dict, says: str):
-    """What decides about the cache and is missing, malformed or unknown is named."""
+    """Fields that decide about the cache and are missing, malformed or unknown are named."""
     with pytest.raises(ConfigError, match=says):
         from_config(CONFIGS["llama"][0] | change, "config.json")
 
@@ -466,7 +466,7 @@ def test_a_question_that_makes_no_sense_is_one_sentence(arguments: list[str], sa
     ],
 )
 def test_a_file_that_holds_no_specs_is_one_sentence(content: bytes, says: str, tmp_path):
-    """Whatever a file holds instead of specs, one line says so."""
+    """A file without specs is refused in one line, for any content."""
     path = tmp_path / "specs.json"
     path.write_bytes(content)
     for other in ("llama-3-8b", str(path)):

@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"```console\n\$ (.*?)\n(.*?)```", PAGE, re.DOTALL)
 
 
 def shown(command: str, folder: Path) -> str:
-    """What a shell shows of a command line, run in a folder after the Python of the page."""
+    """Output of a command line, run in a folder after the Python of the page."""
     script = folder / "kvxfer"
     script.write_text(f"#!{sys.executable}\nfrom kvxfer.cli import main\nraise SystemExit(main())\n")
     script.chmod(0o755)
@@ -34,7 +34,7 @@ def shown(command: str, folder: Path) -> str:
 
 @pytest.mark.parametrize(("command", "answer"), EXAMPLES, ids=[command[:60] for command, _ in EXAMPLES])
 def test_an_example_prints_what_the_page_shows(command: str, answer: str, tmp_path: Path) -> None:
-    """To the last digit, with the built-in costs."""
+    """The output in the page is right to the last digit, with the built-in costs."""
     if "--picture" in command:
         pytest.importorskip("matplotlib")
     assert shown(command, tmp_path) == answer

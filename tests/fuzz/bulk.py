@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""So many mutated inputs for each target, always the same ones: `python -m tests.fuzz.bulk --executions 2000 [--only wire]`.
+"""Fixed mutated inputs for each target: `python -m tests.fuzz.bulk --executions 2000 [--only wire]`.
 
 Prints how many were run and accepted. The first input that is a finding is written to a file and ends it with its trace.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For as long as one likes, guided by coverage (atheris, which is libFuzzer): `make fuzz ARGS="--seconds 600 --only wire"`.
+"""Fuzzing guided by coverage, of any length (atheris, which is libFuzzer): `make fuzz ARGS="--seconds 600 --only wire"`.
 
 Each target has a process of its own. What it learns is kept in ``.fuzz/<target>/``; a finding lies beside it, and becomes a file of
 ``tests/fuzz/corpus/<target>/`` when it is fixed. ``--keep`` fuzzes nothing, and adds to that corpus the few short inputs among those

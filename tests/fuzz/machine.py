@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both halves of the protocol on a clock that the input moves, told whatever the input says. Nothing is a model but the data thread.
+"""Producer and consumer of the protocol, driven by the steps of an input, on a clock that it moves. Only the data thread is a model.
 
 An input is a list of steps: ``["say", who, message]`` (``who`` is a connection of the producer, or ``"peer"`` for the consumer's
 producer), ``["wait", seconds]``, ``["announce" | "offer" | "seal" | "revoke", n]`` and ``["hold" | "read" | "take" | "drop", n]``, where
-``n`` is the number of a lease; ``["stage" | "unstage" | "done", n]`` are the data thread's words on the read that began first. In messages ``$epoch`` stands for the epoch of whom it is said to, and ``$<n>`` for a lease's token.
+``n`` is the number of a lease (``seal`` publishes some blocks, ``offer`` all of them, ``hold`` acquires, ``take`` reads with a grant that is
+there, ``drop`` releases); ``["stage" | "unstage" | "done", n]`` are events of the data thread on the oldest read. In messages
+``$epoch`` stands for the epoch of the receiver, and ``$<n>`` for a lease's token.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class Machine:
         elif what == "seal":
             self.producer.publish(ref.token, blocks, self.now, complete=False)
         elif what == "other":
-            other = [np.array([9, 8], dtype="<u4").tobytes()]  # which is no continuation of what is sealed
+            other = [np.array([9, 8], dtype="<u4").tobytes()]  # which does not continue the published blocks
             self.producer.publish(ref.token, other, self.now, complete=False)
         elif what == "short":
             self.producer.short_of_slots(number % 3, self.now)
@@ -207,7 +209,7 @@ def run(steps: Any) -> bool:
     for step in steps[:STEPS] if isinstance(steps, list) else []:
         machine.step(step)
     machine.producer.short_of_slots(0, machine.now)  # else it looks each moment who keeps them
-    # Longer than the longest deadline: an announced lease that is never offered.
+    # Longer than the longest deadline: an announced lease that is never published.
     machine.advance(3 * 3600.0)
     machine.advance(3600.0)
     assert not any(machine.producer.in_use().values()), machine.producer.in_use()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that reads what others wrote, as a function of bytes. Each returns True if the input was accepted.
+"""All readers of data from outside, as functions of bytes. Each returns True if the input was accepted.
 
-An input that is refused raises the named error of its reader, which is caught here and nothing else is. One that is accepted is
-written again and read again, and means the same. What raises anything else, or is not true to that, is a finding.
+A reader refuses an input by raising its named error, the only one that is caught here. An accepted input is written again
+and read again, and must mean the same. Any other exception or result is a finding.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
 
 _CHEAP = {"n": 2, "r": 1, "p": 1}
-"""What a secret costs to derive is not the question here."""
+"""Derive secrets cheaply, because the cost of that is not tested here."""
 _MEMORY = "/dev/shm"
 _FOLDER = Path(tempfile.mkdtemp(prefix="kvxfer-fuzz-", dir=_MEMORY if Path(_MEMORY).is_dir() else None))
 TOKEN = "ab" * 16
@@ -326,7 +326,7 @@ def _packing() -> tuple[Packer, StagingArena, list[Any], KVCache]:
 
 
 def run_layout(data: bytes) -> bool:
-    """A chunk that a stranger asks for is packed into its slot, and nothing beside the slot changes; or it is refused by name."""
+    """A chunk that a malicious peer asks for is packed into its slot, without a change beside the slot, or refused by name."""
     try:
         message = messages.decode(data)
     except WireError:
@@ -419,7 +419,7 @@ def seeds_agent() -> list[bytes]:
 
 
 def run_copy(data: bytes) -> bool:
-    """The loop nest that a device carries out: if it passes its check, every byte of it lies inside."""
+    """A strided copy for a device: if it passes its check, every byte of it lies inside its memory."""
     value = _value(data)
     if not isinstance(value, list) or len(value) != 7:
         return False

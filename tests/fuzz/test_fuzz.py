@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every reader of what others wrote, on inputs that were kept, on mutated ones, and on so many that nearly all of its lines were reached."""
+"""Every reader of data from outside, on kept inputs and on mutated ones, which have to reach most of its lines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_was_kept(target):
 
 
 def test_the_corpus_is_small():
-    """It is read in each run, and belongs to targets that exist."""
+    """The corpus is read in each run, and belongs to targets that exist."""
     files = [path for path in CORPUS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MOST_CORPUS_NBYTES
     assert {path.parent.name for path in files} <= set(BY_NAME)
@@ -117,7 +117,7 @@ def test_a_live_endpoint():
 
 
 def test_descriptions_of_nixl_agents():
-    """What is said beside NIXL's own metadata may be anything: it is read, or refused by name. Metadata itself is for NIXL to check."""
+    """Fields beside NIXL's own metadata may have any value: they are read, or refused by name. NIXL checks the metadata itself."""
     pytest.importorskip("kvxfer_nixl._module")
     from kvxfer.errors import KvxferError, PeerConflictError, PeerInfoError, UnavailableError
     from kvxfer_nixl import NixlAgent

@@ -27,7 +27,7 @@ SLOT_NBYTES = 8 << 20
 
 
 def layout_of(spec: CacheSpec, tokens: int) -> CacheSpec:
-    """How a reader whose cache looks like the producer's asks for the first tokens of a lease to be packed."""
+    """The message by which a consumer with a cache like the producer's asks for the first tokens of a lease."""
     (part,) = plan([spec], spec).rank_plans
     chunk_planner = ChunkPlanner(part, "target", SLOT_NBYTES)
     first = next(chunk_planner.chunks([(0, tokens)] * len(spec.groups)))
@@ -109,15 +109,15 @@ class HostileConsumer:
 
 
 class HostileProducer:
-    """A control port at which consumers meet whatever this is told to be. Answers in a thread of its own.
+    """A control port whose answers to consumers a case chooses. It answers in a thread of its own.
 
     Args:
         welcome: how it introduces itself; asked for each Hello.
         grant: what it grants; asked for each Acquire. None: it says nothing.
-        name: of the owner of its leases.
+        name: of the producer of its leases.
 
     Attributes:
-        address: where.
+        address: of the port.
         heard: how many messages came in.
     """
 
@@ -154,7 +154,7 @@ class HostileProducer:
         return LeaseRef.mint(producer=self._name, addresses=[self.address], num_tokens=num_tokens)
 
     def tell(self, message: messages.Message | bytes) -> None:
-        """Say something to everybody who has spoken, unasked."""
+        """Send a message to each peer that has sent one."""
         self._unasked.append(message)
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hostile member does to a live endpoint, one case a function: each goes on until the honest reads beside it are over."""
+"""Attacks of a hostile peer on a live endpoint, one function each; an attack goes on until the honest reads beside it end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOOPBACK = {"UCX": {"engine_config": "NET_DEVICES=lo"}}
 
 
 class Scene:
-    """What a case may use: the victim, an engine beside it, and the end of the case.
+    """Objects that a case uses: the victim, an engine beside it, and the end of the case.
 
     Attributes:
         victim, honest: engines in processes of their own (`tests.process.child`).
@@ -50,7 +50,7 @@ class Scene:
         return self.stack.enter_context(HostileProducer(welcome, grant, **options))
 
     def lease(self, blocks: list[int]) -> LeaseRef:
-        """Of blocks of the victim."""
+        """A lease of blocks of the victim."""
         return LeaseRef.from_json(self.victim.lease(blocks))
 
 
@@ -67,7 +67,7 @@ def case(function: Any) -> Any:
 
 
 def case_of_a_producer(function: Any) -> Any:
-    """As `case`: the victim reads from the honest engine, and from the hostile one."""
+    """Note a case in which the victim reads, from the honest engine and from the hostile one. See `case`."""
     OF_PRODUCERS.add(function.__name__)
     return case(function)
 
@@ -104,7 +104,7 @@ def tables(scene: Scene) -> Iterator[None]:
 
 @case
 def turn(scene: Scene) -> Iterator[None]:
-    """Hundreds of digests are asked for at once, by several ranks of one reader."""
+    """Hundreds of digests are asked for at once, by several ranks of one consumer."""
     readers = [scene.consumer() for _ in range(4)]
     refs = [scene.lease(list(range(32))) for _ in readers]
     for me, ref in zip(readers, refs, strict=True):
@@ -133,7 +133,7 @@ def turn(scene: Scene) -> Iterator[None]:
 
 @case
 def slots(scene: Scene) -> Iterator[None]:
-    """As many chunks as there are slots are asked for and never taken, while the lease is renewed."""
+    """A consumer asks for as many chunks as there are slots, takes none, and renews the lease."""
     ref = scene.lease(list(range(32)))
     me = scene.consumer()
     me.open(ref)
@@ -196,7 +196,7 @@ def replies(scene: Scene) -> Iterator[None]:
 
 @case
 def early(scene: Scene) -> Iterator[None]:
-    """Places are taken for leases that nobody will announce."""
+    """Consumers ask for leases that no engine will announce."""
     me = scene.consumer()
     while True:
         for _ in range(400):
@@ -208,7 +208,7 @@ def early(scene: Scene) -> Iterator[None]:
 
 @case
 def flush(scene: Scene) -> Iterator[None]:
-    """Tokens that never were are settled, thousands of them."""
+    """A consumer releases thousands of leases that do not exist."""
     me = scene.consumer()
     while True:
         for _ in range(400):
@@ -230,7 +230,7 @@ def _with_many_layers(message: messages.Message, field: str, layers: int) -> byt
 
 @case
 def cpu(scene: Scene) -> Iterator[None]:
-    """Messages of 800 KB that take long to read: descriptions of 200,000 layers, from one who holds no lease."""
+    """Messages of 800 KB that take long to read: descriptions of 200,000 layers, from a peer without a lease."""
     me = scene.consumer()
     asked = messages.StageChunk(
         to=me.welcome.epoch,
@@ -267,7 +267,7 @@ class Fabric:
     epoch: str
 
     def grant(self, token: str, ids: np.ndarray, **fields: Any) -> messages.Grant:
-        """A grant whose cell holds what the reader will look for."""
+        """A grant whose cell has the check that the consumer expects."""
         cell = self.array[:CELL_NBYTES]
         cell[:] = np.frombuffer(bytes.fromhex(token), np.uint8)
         fields["check"] = cell.tobytes()
@@ -416,7 +416,7 @@ def names(scene: Scene) -> Iterator[None]:
 
 @case_of_a_producer
 def parting(scene: Scene) -> Iterator[None]:
-    """It says in turn that its agent is the honest engine's and another one."""
+    """A producer presents in turn the honest engine's agent and another one as its own."""
     fabric, honest = _fabric(scene), _honest_welcome(scene)
     infos = [honest.agent_info, fabric.agent.describe()]
     said = 0
@@ -460,7 +460,7 @@ def addresses(scene: Scene) -> Iterator[None]:
 
 @case_of_a_producer
 def silent_fabric(scene: Scene) -> Iterator[None]:
-    """It answers on the control channel, and its agent is that of a process that stands still."""
+    """A producer answers on the control channel, and its agent is in a process that stands still."""
     from tests.process.child import EngineProcess
 
     stopped = EngineProcess(9)
@@ -481,7 +481,7 @@ def silent_fabric(scene: Scene) -> Iterator[None]:
 
 @case_of_a_producer
 def words(scene: Scene) -> Iterator[None]:
-    """It refuses everything, each time with another code and with control characters in its reason."""
+    """A producer refuses everything, each time with another code and with control characters in its reason."""
     honest = _honest_welcome(scene)
 
     def grant(message: messages.Acquire) -> messages.Message:

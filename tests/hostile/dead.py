@@ -16,7 +16,7 @@ from tests.hostile.hostile import Member
 from tests.process.child import LARGE, EngineProcess
 
 NUM_BLOCKS = 128
-"""Of a read: 64 MiB, more than all slots hold."""
+"""Blocks of a read: 64 MiB, more than all slots together."""
 
 
 def _end_in_a_read(producer: Any, reader: Any, stop: bool) -> None:
@@ -31,7 +31,7 @@ def _end_in_a_read(producer: Any, reader: Any, stop: bool) -> None:
 
 
 def next_read_s(dead: int, *, stop: bool = False) -> tuple[str, float, int]:
-    """How the first packed read ends after so many consumers were killed or stopped in theirs, what it took, and the slots that they had."""
+    """Outcome and seconds of the first packed read after ``dead`` consumers were killed or stopped in theirs, and their slots."""
     blocks = list(range(NUM_BLOCKS))
     children = [EngineProcess(1 + number, LARGE, Member, route="source_packed") for number in range(2 + dead)]
     producer, honest, *lost = children

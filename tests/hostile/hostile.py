@@ -26,7 +26,7 @@ from tests.hostile.cases import CASES, OF_PRODUCERS, Scene
 from tests.process.child import SMALL, Engine, EngineProcess
 
 _BLOCKS, _INTO = list(range(16, 32)), list(range(16))
-"""Of honest reads. What is read into is not leased: the victim of one case may be the consumer and of the next the producer."""
+"""Blocks of honest reads. Target blocks are never leased: the victim is the consumer in one case, the producer in another."""
 MANY_BLOCKS = (1 << 16, 1, 16, 2)
 PACKED = {"turn", "slots", "queue", "tables"}
 """Cases in which honest reads are packed by their source."""
@@ -50,7 +50,7 @@ class Member(Engine):
             self.under_way.append((self.reads[-1], free))
 
     def why(self, number: int) -> str:
-        """How a read ended."""
+        """Outcome of a read."""
         try:
             return str(self.reads[number].wait(10))
         except Exception as error:  # noqa: BLE001 - it is told
@@ -62,7 +62,7 @@ class Member(Engine):
             self.read_and_wait(ref, into, 30.0)
 
     def slots_taken(self) -> int:
-        """Of the arena, at this moment."""
+        """Slots of the arena that are in use."""
         return int(self.endpoint.in_use()["slots"])
 
 
@@ -82,7 +82,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a case may cost.
+    """Most that a case may cost.
 
     Attributes:
         mib: memory that the victim gains.
@@ -100,18 +100,18 @@ class Bound:
 BOUNDS: dict[str, Bound] = {
     "long_messages": Bound(worst_s=10),
 }
-"""Of cases that have others than the usual ones."""
+"""Bounds of cases for which the default is too small."""
 
 
 @dataclass
 class Outcome:
-    """What a case did.
+    """Figures of a case.
 
     Attributes:
-        mib: most memory that the victim had beyond what it had before.
-        kept_mib: what of it was there when the case was over.
+        mib: largest growth of the victim's memory.
+        kept_mib: growth that was left when the case was over.
         errors: of honest reads.
-        faults: that the victim survived inside itself.
+        faults: internal errors of the victim.
     """
 
     name: str

@@ -11,7 +11,7 @@ from tests.hostile.dead import next_read_s
 from tests.hostile.hostile import BOUNDS, PACKED, Bound, attack, pair_for
 
 SECONDS = 1.0
-"""Of each case; honest reads in between are compared with what they have to be."""
+"""Length of each case; the bytes of the honest reads meanwhile are checked."""
 TOGETHER = sorted(set(CASES) - {"replies"})
 """`replies` needs a larger cache; the others use one pair of engines of each kind, one after the other."""
 

@@ -30,7 +30,7 @@ LAYERS = 8
 
 
 class Engine:
-    """What runs in the process: an endpoint and its arrays."""
+    """An endpoint and its arrays, in the process."""
 
     def __init__(self, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
         self.seed, self.options = seed, options
@@ -91,7 +91,7 @@ class Engine:
         return self.outcome(self.read(ref, into, timeout_s), timeout_s + 30), time.monotonic() - begin
 
     def holds_blocks_of(self, seed: int, source: list[int], target: list[int]) -> bool:
-        """The oracle: these blocks hold that engine's bytes."""
+        """The oracle: whether these blocks have that engine's bytes."""
         return all(
             np.array_equal(
                 layer[target], np.broadcast_to(_pattern(seed, number, np.array(source)), layer[target].shape)
@@ -123,7 +123,7 @@ class Engine:
         return self.endpoint.metrics.value(name, **labels)
 
     def granted(self) -> int:
-        """Leases that are held and could be read at once; not those that were read and are being settled."""
+        """Number of leases that could be read at once, without those that were read and are being released."""
         return self.endpoint.in_use()["granted_leases"]
 
     def restart(self) -> str:
@@ -151,7 +151,7 @@ class Engine:
         return sorted({port.address for port in open_ports()})
 
     def cpu_while_idle(self, wall_s: float) -> float:
-        """CPU seconds of the whole process while nobody asks it for anything."""
+        """CPU seconds of the whole process while it is idle."""
         before = time.process_time()
         time.sleep(wall_s)
         return time.process_time() - before

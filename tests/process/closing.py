@@ -38,7 +38,7 @@ def endpoint(agent=SlowToClose) -> Endpoint:
 
 
 def say(*words: object) -> None:
-    """To the test."""
+    """Print a line for the test."""
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
 
@@ -123,7 +123,7 @@ def signalled_in_calls() -> None:
 
 
 def forgotten() -> None:
-    """Endpoints that nobody refers to any more leave no thread and no file, also where reads were under way."""
+    """Endpoints without a reference leave no thread and no file behind, also where reads were under way."""
 
     def state() -> tuple[int, int]:
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
@@ -149,7 +149,7 @@ def forgotten() -> None:
 
 
 def exit_without_close() -> None:
-    """The interpreter ends with a read under way and nobody closes."""
+    """The interpreter ends with a read under way and an endpoint that was not closed."""
     source, sink = endpoint("inproc"), endpoint("inproc")
     kept.extend([source, sink, sink.read(source.announce(), [3])])
     say("exits")
@@ -186,7 +186,7 @@ def few_files() -> None:
 
 
 def no_more_threads() -> None:
-    """Where the first or the second thread cannot be started: refused by name, and nothing stays."""
+    """An endpoint whose first or second thread cannot start is refused by name, and nothing is left behind."""
     start = threading.Thread.start
     for number in range(2):
         started = []

@@ -60,13 +60,13 @@ class TwoHosts:
             raise
 
     def slow(self, mbit: int) -> None:
-        """From now on the wire carries so much each way, and what waits for it waits up to 0.4 s before it is dropped."""
+        """Limit the wire to this rate each way; packets wait up to 0.4 s for it before they are dropped."""
         for end in self.ends:
             shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "400ms")
             _in(end, "tc", "qdisc", "replace", "dev", end.device, "root", *shape)
 
     def cut(self) -> None:
-        """Nothing goes through the wire any more, and nobody is told: a switch that forgets what it is given."""
+        """Drop all packets without a notice to either side, as a broken switch does."""
         for end in self.ends:
             _in(end, "tc", "qdisc", "replace", "dev", end.device, "root", "pfifo", "limit", "0")
 
@@ -117,7 +117,7 @@ def _checked(failed: int) -> None:
 
 
 def why_not() -> str | None:
-    """Why two hosts cannot be had here; None if they can."""
+    """The reason why this machine cannot simulate two hosts; None if it can."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (iproute2)"

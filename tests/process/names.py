@@ -40,7 +40,7 @@ def run(case: Callable[..., None], *args: Any, hosts: str, network: bool = False
 
 
 def why_not(*, network: bool = False) -> str | None:
-    """Why that cannot be had here; None if it can."""
+    """The reason why this machine cannot do that; None if it can."""
     if os.geteuid() != 0:
         return "mount namespaces need root here"
     if network and shutil.which("ip") is None:
@@ -57,7 +57,7 @@ def _nothing() -> None:
 
 
 class _Namespaces:
-    """What lives in the process, which enters its namespaces."""
+    """An object in the process, which enters the namespaces."""
 
     def __init__(self, hosts: str, network: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A consumer without manners, in a process of its own: it speaks the protocol by hand and takes nothing of what it asked for.
+"""A misbehaving consumer, in a process of its own: it sends messages of the protocol by hand, and takes no chunk that it asked for.
 
 ``python -m tests.process.reader LEASE SPEC CHUNKS``: opens the lease, asks for that many chunks of one block each, says how many
-are packed once that no longer changes, and then says nothing any more, or with ``--renew`` only that it still wants the lease.
+are packed once that no longer changes, and then sends nothing, or with ``--renew`` only renewals of the lease.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUIET_S = 0.5
 
 
 class Member:
-    """One that may connect, and says whatever it likes."""
+    """An authenticated consumer that sends any message."""
 
     def __init__(self, address: str, name: str = "member", agent: str = "inproc", reader: int = 0) -> None:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)

@@ -10,7 +10,7 @@ import pytest
 
 
 def run(case, timeout_s=60):
-    """What the process of a case says; it has to end by itself."""
+    """Output of the process of a case, which has to end by itself."""
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", "tests.process.closing", case],
         capture_output=True, text=True, timeout=timeout_s, check=False,
@@ -34,5 +34,5 @@ def run(case, timeout_s=60):
     ],
 )
 def test_close(case, said):
-    """Close returns when all has ended and never before, whoever calls it in whatever moment; what is forgotten ends too."""
+    """Close returns when all has ended and never before, from any thread and at any moment; a forgotten endpoint ends too."""
     assert run(case) == said

@@ -78,7 +78,7 @@ def test_a_name_of_both_families(bind):
 
 
 def test_a_name_of_several_addresses():
-    """Of a name's several addresses the last one answers: the producer is met."""
+    """A producer is met where only the last of its name's addresses answers."""
     names.run(meet, "tcp://127.0.0.1:0", "prefill", hosts=MANY)
 
 

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 SETTINGS = {"lease_s": 2.0, "peer_timeout_s": 3.0, "quarantine_s": 0.2}
 PATIENT = {**SETTINGS, "lease_s": 30.0}
-"""Where no lease has to run out, none should because this machine is busy."""
+"""Length of leases that must not run out because this machine is busy."""
 TIMEOUT_S = 6.0
 MARGIN_S = 6.0
-"""For a fence and a busy machine, after the deadline of a read."""
+"""Extra time, for a reset of the agent and a busy machine, after the deadline of a read."""
 
 BLOCKS = list(range(8))
 ENDS = {
@@ -163,7 +163,7 @@ def test_a_producer_stands_still_for_longer_than_its_lease(child):
 
 
 def test_a_producer_stands_still_and_nobody_comes(child):
-    """Leases that nobody asks for end all the same, a moment later."""
+    """Leases that no consumer asks for end all the same, a moment later."""
     producer = child(1, settings=SETTINGS)
     producer.lease(BLOCKS)
     producer.freeze_for(2 * SETTINGS["lease_s"])
@@ -171,7 +171,7 @@ def test_a_producer_stands_still_and_nobody_comes(child):
 
 
 def test_a_consumer_stands_still_for_longer_than_its_patience(child):
-    """A read that waits for blocks goes on when its own process does: the producer was not silent, nobody had asked it."""
+    """A read that waits for blocks goes on when its own process does: the producer was not silent, because it had not been asked."""
     producer, consumer = child(1, settings=PATIENT), child(3, settings=SETTINGS)
     ref = producer.announce()
     number = consumer.read(ref, BLOCKS, 60.0)
@@ -198,7 +198,7 @@ def test_the_producer_is_frozen_during_the_read(child):
 
 
 def test_frozen_over_tcp(child):
-    """Where bytes need the peer's help, a frozen one costs the read and the agent, and nothing else."""
+    """A frozen peer costs the read and the agent where bytes need its help, and nothing else."""
     options = {"ucx": "TLS=tcp", "settings": PATIENT}
     producer, other, consumer = child(1, **options), child(2, **options), child(3, **options)
     assert serves(producer, consumer) and serves(other, consumer, target=40)
@@ -267,7 +267,7 @@ def test_handshakes_go_on_side_by_side(child):
 
 
 def test_idle_costs_nothing(child):
-    """An endpoint over NIXL that nobody asks for anything takes at most a twentieth of a core, after work too."""
+    """An idle endpoint over NIXL takes at most a twentieth of a core, after work too."""
     producer, consumer = child(1, settings={}), child(2, settings={})
     assert serves(producer, consumer)
     wall_s = 3.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers that die or stand still while chunks are packed for them, in processes of their own: others go on."""
+"""Consumers that die or stand still while chunks are packed for them, in processes of their own: others go on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvxfer.protocol.transfer import LeaseReleased, LeaseRevoked
 from kvxfer.testing import eventually
 
 LEASE_S = 120.0
-"""So long that nothing here waits for the end of a lease."""
+"""Length of leases, longer than any test here."""
 BOUND_S = 10.0
 """0.03 s on a quiet machine; before, as long as the lease."""
 
@@ -41,7 +41,7 @@ def pair(tmp_path):
 
 @pytest.fixture
 def reader(pair):
-    """Starts a reader that has chunks packed and takes none; returns it when all slots that it gets are taken."""
+    """Start a consumer that asks for chunks and takes none; returns it when its share of slots is in use."""
     producer, _, spec, _ = pair
     made = []
 
@@ -72,7 +72,7 @@ def reads(pair, timeout_s=60.0):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_two_readers_end_in_packed_reads(pair, reader, how):
-    """Slots of readers that died or stand still are free as soon as others need them; their leases are revoked by name."""
+    """Slots of consumers that died or stand still are free as soon as others need them; their leases are revoked by name."""
     producer = pair[0]
     readers = [reader(4), reader(3)]
     assert [packed for _, packed, _ in readers] == [4, 3] and producer.in_use()["slots"] == 7
@@ -97,7 +97,7 @@ def test_a_reader_that_renews_and_takes_nothing(pair, reader):
 
 
 def test_slots_stay_where_nobody_else_needs_them(pair, reader):
-    """A reader that is slow harms nobody, and keeps its chunks and its lease."""
+    """A slow consumer harms no other one, and keeps its chunks and its lease."""
     producer = pair[0]
     process, packed, ref = reader(7)
     assert packed == 7

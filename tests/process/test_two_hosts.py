@@ -23,7 +23,7 @@ SETTINGS = {"lease_s": 4.0, "peer_timeout_s": 6.0, "quarantine_s": 0.5, "contact
 SECRET = b"what two hosts know and no other does"
 TIMEOUT_S = 10.0
 MARGIN_S = 15.0
-"""For a fence and a busy machine, after the deadline of a read."""
+"""Extra time, for a reset of the agent and a busy machine, after the deadline of a read."""
 BLOCKS = list(range(8))
 BLOCK_NBYTES = 8 * LARGE[1] * LARGE[2] * LARGE[3] * 2
 
@@ -102,10 +102,10 @@ def test_a_wire_that_is_too_slow(wire, pair):
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
 def test_a_wire_that_breaks(wire, pair, start, how):
-    """Whatever was under way ends in time, by name, leases come to their end, and once it is healed the pair works again.
+    """Reads under way end in time, by name, leases end, and once the wire is healed the pair works again.
 
-    UCX aborts a producer at times when it hears that the agent of its reader ended in mid-read: over TCP only, see docs/nixl.md,
-    and seen here once in fifteen. Then the consumer works with the producer's successor.
+    Over TCP only, UCX sometimes aborts a producer when the agent of its consumer ends during a read (docs/nixl.md): here in one
+    run of fifteen. Then the consumer works with the process that replaces the producer.
     """
     producer, consumer = pair
     assert reads(producer, consumer, 100) == "done"
@@ -132,7 +132,7 @@ def test_a_wire_that_breaks(wire, pair, start, how):
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
 def test_a_wire_that_is_broken_for_a_moment(wire, pair, how):
-    """A break that is shorter than anybody's patience is waited for."""
+    """A break that is shorter than all deadlines is waited for."""
     producer, consumer = pair
     assert reads(producer, consumer, 100) == "done"
     ref = producer.lease(BLOCKS)

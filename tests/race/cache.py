@@ -8,10 +8,10 @@ import numpy as np
 from kvxfer.testing.soak.memory import Blocks
 
 LAYERS, HEADS, CONTENT = 6, 2, 64
-"""Of the model: KV heads of all ranks together, and elements of K and V of one token of one head."""
+"""Sizes of the model: KV heads of all ranks together, and elements of K and V of one token of one head."""
 
 _FOREIGN = 1 << 40
-"""Numbers of patterns from here on belong to no request: blocks hold them that were given back."""
+"""Numbers of patterns from here on belong to no request: they fill free blocks."""
 
 
 def content(request: int, start: int, stop: int, heads: tuple[int, int]) -> np.ndarray:
@@ -52,7 +52,7 @@ class RankBlocks(Blocks):
         self.give(range(self.number))
 
     def take(self, number: int) -> list[int] | None:
-        """Blocks for a request, those first that were given back last: what was meant for their last owner comes soon."""
+        """Blocks for a request, the most recently freed ones first, because late writes for their previous request come soon."""
         if number > len(self._free):
             return None
         taken = [self._free.pop() for _ in range(number)]
@@ -64,13 +64,13 @@ class RankBlocks(Blocks):
         return self.late + super().touched()
 
     def write(self, blocks, seed: int) -> None:
-        """Let blocks hold a request's first tokens."""
+        """Write a request's first tokens into blocks."""
         for number, block in enumerate(blocks):
             first = number * self.block_tokens
             self._view[:, block] = content(seed, first, first + self.block_tokens, self._heads)
 
     def wrong(self, blocks, seed: int, start: int, stop: int) -> int:
-        """How many elements of a request's tokens are not in these blocks, the first of which is that of token ``start``."""
+        """Number of elements of a request's tokens that these blocks do not have, the first of which is that of token ``start``."""
         wrong = 0
         for number, block in enumerate(blocks, start // self.block_tokens):
             first = number * self.block_tokens

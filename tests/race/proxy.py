@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TCP proxy in front of a control port that holds, swallows and cuts what goes through it, message by message."""
+"""A TCP proxy in front of a control port that delays messages, drops them and cuts connections."""
 
 from __future__ import annotations
 

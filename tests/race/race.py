@@ -35,16 +35,16 @@ LANES = {"cma": "", "tcp": "tcp"}
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
 _LONGEST_S = 90.0
 _MOST_AT_ONCE = 8
-"""Reads."""
+"""Most reads at the same time."""
 _MOST_TOKENS = 1024
 _MARGIN_S = 20.0
-"""For a fence and a busy machine, after the time in which a read has to end."""
+"""Extra time, for a reset of the agent and a busy machine, after the time in which a read has to end."""
 _QUIET_S = 60.0
 
 
 @dataclass
 class Figures:
-    """What a race was like."""
+    """Figures of one race."""
 
     seconds: float = 0.0
     leases: int = 0
@@ -103,7 +103,7 @@ class Race:
         self._proxies = [Proxy(seed * 31 + rank) for rank in range(sources)]
         self._numbers = itertools.count(1)
         self._reads: dict[tuple[str, int], tuple[float, float]] = {}
-        """By consumer's rank and job: when it has to have ended, and for how long its engine had been frozen when it was asked."""
+        """Reads by consumer's rank and job: the time by which one must have ended, and the time that its engine was frozen before."""
         self._leases: dict[tuple[str, int], RequestSpec] = {}
         self._later: list[tuple[float, int, Any]] = []
         self._next_stop = {member.label: 0.0 for member in self._members}
@@ -298,12 +298,12 @@ class Race:
     def _told_closed(self, member: RaceMember, left: dict[str, int]) -> None:
         self._inquiry.answers[member.label] = (left,)
 
-    # -- what must hold
+    # -- checks
 
     def _died(self, member: RaceMember) -> None:
         if not (self._fatal_lane and member in self._sources):
             raise self._wrong(f"{member.label} died by itself, exit code {member.exitcode}:\n{member.last_words}")
-        self.figures.died += 1  # docs/nixl.md: over TCP a reader that gives up may take its producer along
+        self.figures.died += 1  # docs/nixl.md: over TCP a consumer that gives up a read may crash its producer
         for key in [key for key in self._leases if key[0] == member.label]:
             del self._leases[key]
         member.kill()
@@ -339,15 +339,15 @@ def race(
     """Run one race.
 
     Args:
-        seconds: how long things go wrong; what is under way then has its time to end.
-        seed: of what is asked for and what goes wrong. The machine's scheduler decides too: no two runs are alike.
+        seconds: time of requests and disturbances; those under way then may end.
+        seed: of requests and disturbances. Runs of one seed still differ by the machine's scheduler.
         route: by which the consumer reads.
         ranks: of the producer and of the consumer.
         lane: of `LANES`.
         plant: name of a bug of `tests.sim.planted` that all engines are to have.
 
     Raises:
-        SoakError: something that must hold did not.
+        SoakError: an invariant was violated.
     """
     return Race(seed, route, ranks, lane, plant).run(seconds)
 

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "quarantine_s": 0.3, "contact_timeout_s": 2.0, "idle_peer_s": 3.0, "staging_nbytes": 4 << 20,
 }  # fmt: skip
 TOKENS = 8192
-"""Of one cache."""
+"""Tokens of one cache."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rank(resident.EngineConfig):
 
 
 class Racer(resident.Resident):
-    """What lives in the process."""
+    """The engine in the process."""
 
     _config: Rank
     _starts = 0

@@ -20,20 +20,20 @@ from kvxfer.buffers.cache import KVCache
 from tests.process.child import SMALL, Engine, EngineProcess
 
 MOST_MIB = 16.0
-"""That memory may grow from the half of the transfers to the last."""
+"""Most growth of memory in the second half of the transfers."""
 MOST_IDLE = 0.02
-"""Of a core, for a process that has met all producers and does nothing. About 0.002 on a quiet machine."""
+"""Largest share of a core for a process that has met all producers and is idle. About 0.002 on a quiet machine."""
 
 
 class Busy(Engine):
     """An engine that reads without a pause, and takes its events as an engine does."""
 
     def leases(self, number: int) -> list[str]:
-        """So many, of a block each."""
+        """Make leases of one block each."""
         return [self.endpoint.lease([at % 16]).to_json() for at in range(number)]
 
     def take_events(self) -> int:
-        """How many there were."""
+        """Take all events; returns their number."""
         return len(self.endpoint.poll())
 
     def read_all(self, refs: list[str]) -> int:
@@ -47,7 +47,7 @@ class Busy(Engine):
 
 
 class Many:
-    """So many producers in one process, each with a small cache and an agent of its own."""
+    """Several producers in one process, each with a small cache and an agent of its own."""
 
     def __init__(self, seed: int, shape: tuple[int, ...], options: dict[str, Any]) -> None:
         self.endpoints = [
@@ -81,7 +81,7 @@ class One(Many):
         return time.process_time() - before
 
     def cpu_while_idle(self, wall_s: float) -> float:
-        """Seconds of CPU of the process while nobody asks it for anything."""
+        """Seconds of CPU of the process while it is idle."""
         before = time.process_time()
         time.sleep(wall_s)
         return time.process_time() - before

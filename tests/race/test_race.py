@@ -14,7 +14,7 @@ from tests.race.cache import CONTENT, HEADS, LAYERS, RankBlocks, content
 from tests.race.race import race
 
 SECONDS = 10.0
-"""Of each of the three; what is under way then has about as long to end."""
+"""Length of each of the three; reads under way then have about as long to end."""
 
 _reason = NixlAgent.why_unavailable()
 needs_nixl = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -45,7 +45,7 @@ def test_race(route, ranks, lane):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_race_can_fail():
-    """Where nobody looks whether the lease stood, bytes of others are told as done, and the race says so."""
+    """Without the lease check, reads with bytes of other requests end as done, and the race finds them."""
     with pytest.raises(SoakError, match="elements of read"):
         race(120.0, seed=_seed(), route="direct", plant="lease_check_left_out")
 

@@ -13,10 +13,10 @@ pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 
 def test_thousands_of_transfers():
-    """From the first thousand transfers to the second no thread and no file is left open, and memory is about what it was."""
+    """The second thousand transfers leave no thread and no open file behind, and memory hardly grows."""
     assert transfers(2000) < MOST_MIB
 
 
 def test_idle_among_producers():
-    """A consumer that has met ten producers takes next to nothing of a core while nobody asks it for anything."""
+    """A consumer that has met ten producers takes next to nothing of a core while it is idle."""
     assert idle(10, wall_s=4.0) < MOST_IDLE

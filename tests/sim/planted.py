@@ -57,20 +57,20 @@ BUGS = _BUGS
 
 
 def _unchecked(source, *before):
-    """As `read.validation_read`, without the cell."""
+    """A stand-in for `read.validation_read`, without the cell."""
     if before:
         yield Move(source, before)
 
 
 @bug
 def lease_check_left_out(patch):
-    """Nobody looks whether the lease stood when the bytes were in place."""
+    """The lease is not checked when the bytes are in place."""
     patch(read, "validation_read", _unchecked)
 
 
 @bug
 def lease_check_before_the_bytes(patch):
-    """The lease is looked at when the read begins, and not when it ends."""
+    """The lease is checked when the read begins, and not when it ends."""
     validation_read = read.validation_read
 
     def early(source, *before):
@@ -95,7 +95,7 @@ def lease_check_beside_the_bytes(patch):
 
 @bug
 def check_is_the_token(patch):
-    """What stands in a lease's cell is its token, which may be offered again."""
+    """The check in a lease's cell is its token, which may be published again."""
     make_readable = lease_table.LeaseTable._make_readable
 
     def readable(self, lease, *args, **options):
@@ -138,7 +138,7 @@ def agent_left_alive(patch):
 
 @bug
 def told_before_it_is_quiet(patch):
-    """A read that fails is told at once, whatever is in flight."""
+    """The failure of a read is told at once, also with copies in flight."""
     fail = read_executor.ReadExecutor._fail
 
     def failed(self, task, error):
@@ -164,14 +164,14 @@ def quarantine_is_the_end(patch):
 
 @bug
 def copy_not_waited_for(patch):
-    """What is to be done when bytes are in place is done at once."""
+    """The steps that follow a copy are done before its bytes are in place."""
     move = read_requests.ReadRequests._move
 
     def hasty(self, strand, request):
         if request.steps[-1].total_nbytes == lease_board.CELL_NBYTES:
             move(self, strand, request)
         else:
-            move(self, read_task.Strand(strand.task, iter(())), request)  # which nobody resumes
+            move(self, read_task.Strand(strand.task, iter(())), request)  # which is never resumed
             self._strands.answer(strand)
 
     patch(read_requests.ReadRequests, "_move", hasty)
@@ -193,7 +193,7 @@ def staged_read_deadline_dropped(patch):
 
 @bug
 def lease_never_expires(patch):
-    """Blocks that nobody comes for are never given back."""
+    """Blocks that no consumer reads are never given back."""
     patch(lease_table.LeaseTable, "expire", lambda self, now: [])
     patch(lease_table.LeaseTable, "next_deadline", lambda self: None)
 
@@ -244,7 +244,7 @@ def device_not_waited_for(patch):
 
 @bug
 def sealed_one_block_too_many(patch):
-    """While prefill runs, one block more is read than is complete."""
+    """A read during prefill includes one block more than is complete."""
     sealed = rank_plan.published_interval
 
     def more(group, source, target, tokens):
@@ -256,7 +256,7 @@ def sealed_one_block_too_many(patch):
 
 @bug
 def moved_before_it_is_there(patch):
-    """What is granted while a read is under way is taken to be here."""
+    """Blocks that are granted while a read is under way count as moved."""
     grant = read_task.SourceRead.grant
 
     def skip(self, granted):
@@ -280,7 +280,7 @@ def chunks_outlive_their_lease(patch):
 
 @bug
 def one_chunk_is_taken_for_all(patch):
-    """A reader that has taken one chunk is taken to have taken all it asked for: others are given their slots."""
+    """A consumer that has released one chunk counts as having released all: their slots are given to others."""
     release = chunk_staging.ChunkStaging.release
 
     def all_of_them(self, key, consumer, numbers):
@@ -314,20 +314,20 @@ def restarted_producer_not_noticed(patch):
 
 @bug
 def peers_never_forgotten(patch):
-    """Whom nothing is asked of any more is remembered for ever."""
+    """Peers that are not needed any more are remembered for ever."""
     patch(peers.Peers, "tick", lambda self, now: None)
     patch(peers.Peers, "next_deadline", lambda self: None)
 
 
 @bug
 def settling_not_repeated(patch):
-    """Who does not hear that a lease is settled is not told again, and waits for its end."""
+    """A lost Release is not sent again, and the lease waits for its deadline."""
     patch(held_leases.HeldLeases, "_ask_all", lambda self, hold, now: None)
 
 
 @bug
 def fault_in_the_control_thread(patch):
-    """A fault of ours is survived, and nobody would know."""
+    """An internal error is survived without a trace."""
     pump = held_leases.HeldLeases.advance
 
     def faulty(self, hold, now):
@@ -360,7 +360,7 @@ def restarted_reads_number_anew(patch):
 
 @bug
 def clock_of_agents_stands(patch):
-    """What the transfer agent carries has a deadline on a clock that is not its process's."""
+    """Copies of the transfer agent have deadlines on a clock that is not their process's."""
     new = agent_lifecycle.AgentLifecycle._new
 
     def made(self):
@@ -401,7 +401,7 @@ def one_rank_settles_for_all(patch):
 
 @bug
 def one_rank_grants_for_all(patch):
-    """What one rank of a producer has granted counts as granted by all."""
+    """A grant of one rank of a producer counts as granted by all."""
     patch(
         held_lease.HeldLease,
         "readable",
@@ -431,7 +431,7 @@ def packing_not_waited_for(patch):
 
 @bug
 def slot_given_back_while_it_is_packed(patch):
-    """A chunk that nobody wants any more makes room for the next one while the device still packs it."""
+    """A chunk that is not wanted any more makes room for the next one while the device still packs it."""
     end = packer.Packer.end
 
     def ended(self, key, numbers):
@@ -445,7 +445,7 @@ def slot_given_back_while_it_is_packed(patch):
 
 @bug
 def device_failure_at_the_producer_ignored(patch):
-    """Blocks that a device has failed to write are offered all the same."""
+    """Blocks that a device has failed to write are published all the same."""
     init = deferred.DeferredSteps.__init__
     patch(deferred.DeferredSteps, "__init__", lambda self, failed: init(self, lambda token, why: None))
 
@@ -480,7 +480,7 @@ def overtaken_chunk_taken_for_an_old_one(patch):
 
 @bug
 def part_in_flight_not_waited_for(patch):
-    """Bytes that are moved in several parts are there when the first one is; the fence comes after that."""
+    """Bytes that are moved in several parts count as there when the first one is; the lease check follows that."""
     advance = Flights.advance
 
     def first_only(self, flight):
@@ -498,7 +498,7 @@ def agent_renewed_for_each_silent_contact(patch):
 
 @bug
 def silent_peers_stop_all_reads(patch):
-    """While a peer is silent, nothing is begun with any other."""
+    """No read from another peer begins while one peer is silent."""
     meet = contacts.Contacts.meet
 
     def one_after_the_other(self, strand, info, cell):
@@ -530,7 +530,7 @@ def standing_still_is_silence(patch):
 
 @bug
 def first_piece_is_the_whole_grant(patch):
-    """Who is granted blocks in pieces takes the first one for all there are."""
+    """A consumer takes the first piece of a grant for all of it."""
     next_batch = grants.next_batch
 
     def small(blocks, have=(), nbytes=None):
@@ -541,7 +541,7 @@ def first_piece_is_the_whole_grant(patch):
 
 @bug
 def slots_withdrawn_under_a_lease_that_stands(patch):
-    """Where others wait for slots, those of chunks that nobody has taken yet are packed anew, and their lease stands."""
+    """Slots of chunks that are not released yet are given to waiting consumers, while their lease stands."""
     short = chunk_staging.ChunkStaging.short_of_slots
 
     def withdrawn(self, share, now):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simulator: what it runs must hold, the same seed is the same run, and it finds what is broken on purpose."""
+"""The simulator: its runs violate nothing, the same seed is the same run, and it finds planted bugs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.sim import planted
 from tests.sim.planted import BUGS
 
 SEEDS = 12
-"""Of each profile, beside those below; `make sim` runs thousands."""
+"""Seeds of each profile, beside those below; `make sim` runs thousands."""
 
 FOUND_HERE = {
     "a chunk whose question was overtaken was never packed": ("calm", 0),
     "an agent that was replaced while a read went on was never forgotten": ("all", 55),
 }
-"""What the simulator found in kvxfer, and a seed that did; docs/simulator.md tells of each."""
+"""Bugs that the simulator found in kvxfer, with a seed that did; docs/simulator.md describes each."""
 
 FOUND_BY = {
     "lease_check_left_out": ("all", 6, "wrong bytes"),
@@ -129,7 +129,7 @@ def test_what_it_found(what):
 
 
 def test_the_same_seed_is_the_same_run():
-    """To the message: also in another process, whose strings hash differently."""
+    """A seed is the same run to the message, also in another process, whose strings hash differently."""
     code = (
         "from kvxfer.testing.sim import *; r = run(3, PROFILES['all']); print(r.digest, r.nbytes, sum(r.ends.values()))"
     )
@@ -150,7 +150,7 @@ def test_the_same_seed_is_the_same_run():
 
 @pytest.fixture
 def own_faults():
-    """What is raised by the planted code itself, and not by what it spoils."""
+    """An error in the planted code itself, and not in the code that it breaks, is no finding."""
     faults = []
 
     class Listener(logging.Handler):
@@ -187,7 +187,7 @@ def test_less_of_it():
 
 
 def test_shrinking(monkeypatch):
-    """What is found comes down to a request or two that still show the same, by a trace that is the same each time."""
+    """A finding shrinks to a request or two that show the same violation, by a trace that is the same each time."""
     BUGS["end_told_twice"](monkeypatch.setattr)
     with pytest.raises(SimulationError) as caught:
         run(0, PROFILES["calm"])
@@ -202,7 +202,7 @@ def test_shrinking(monkeypatch):
 
 
 def test_shrinking_is_bounded(monkeypatch):
-    """It gives up after as many runs as it was given, with what it has by then."""
+    """Shrinking stops after the given number of runs, with its result so far."""
     BUGS["end_told_twice"](monkeypatch.setattr)
     with pytest.raises(SimulationError) as caught:
         run(0, PROFILES["calm"])

@@ -59,7 +59,7 @@ def move(
 ) -> None:
     """Read the pair's request into every target rank; what arrives is checked against the oracle, and if asked by the product too.
 
-    With ``seals`` (for the first rank, and so on round) the ranks seal such shares of their blocks before they offer them all,
+    With ``seals`` (for the first rank, and so on round) the ranks publish such shares of their blocks before they publish all,
     and the read begins before that.
 
     A route that a pair cannot take (elements that change their type cannot go directly) has to be refused by name.
@@ -142,7 +142,7 @@ def test_long_requests_are_read_too(pair, route, verify):
 @settings(max_examples=max(200, settings.default.max_examples // 4))
 @given(pairs_in_parts(), st.sampled_from(ROUTES))
 def test_groups_may_be_split(pair, route):
-    """How a rank splits its groups into parts is its own affair: what arrives is what arrives between whole groups."""
+    """A rank may split its groups into parts: the same bytes arrive as between whole groups."""
     move(pair, "inproc", route)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First contacts with peers whose fabric is silent: they cost their own reads something, and nobody else's."""
+"""First contacts with peers whose fabric is silent: they cost their own reads something, and no others."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def two():
 
 
 def test_no_other_peer_is_harmed(two):
-    """While a silent peer is asked again and again, every read from another one goes through, and at most two agents are made anew."""
+    """Every read from other peers succeeds while a silent peer is asked again and again, and at most two agents are made anew."""
     rig = two()
     failed = done = 0
     until = time.monotonic() + 1.5
@@ -152,7 +152,7 @@ def test_it_answers_after_all(two):
 
 
 def test_it_is_forgotten(two):
-    """When a silent peer is gone for good, its contact is too, those that wait for it fail, and nothing is looked at any more."""
+    """The contact with a silent peer that is gone for good ends: reads that wait for it fail, and nothing is polled any more."""
     rig = two(contact_timeout_s=20.0)
     rig.ask()
     eventually(rig.contacts, what="the contact is under way")
@@ -167,7 +167,7 @@ def test_many_wait_for_one_contact(two):
     rig = two(contact_timeout_s=20.0)
     transfers = [rig.ask() for _ in range(50)]
     eventually(lambda: rig.path.in_use()["reads"] == 50, what="all have begun")
-    assert rig.path.in_use()["flights"] == 0  # a contact is nobody's flight
+    assert rig.path.in_use()["flights"] == 0  # a contact belongs to no read
     rig.silent.clear()
     assert all(transfer.wait(30) for transfer in transfers)
 

@@ -48,7 +48,7 @@ from tests.core.protocol.virtual import small_cache
 
 
 class Ends:
-    """Whom the data path tells, and what it said."""
+    """A receiver of the data thread's events, with those that it got."""
 
     def __init__(self, rig):
         self.rig = rig
@@ -238,7 +238,7 @@ def test_bytes_and_fence(rig):
 
 
 def test_a_wiped_cell_is_never_done(rig):
-    """Bytes whose lease's cell holds something else are thrown away."""
+    """Bytes are thrown away where the lease's cell has another value than its check."""
     rig.path.start()
     transfer = rig.read(posted=False)
     with pytest.raises(LeaseEndedError):
@@ -322,7 +322,7 @@ def test_a_late_writer_is_stopped_before_failure_is_told(rig):
 
 
 def test_late_bytes_that_land_in_time_need_no_fence():
-    """When the abandoned bytes land by themselves within quarantine_s, the read fails without a teardown."""
+    """A read whose abandoned bytes land within quarantine_s fails without a reset of the agent."""
     rig = Rig(quarantine_s=30.0)
     rig.faults = Faults(late=range(1), late_s=0.1)
     rig.path.start()
@@ -335,7 +335,7 @@ def test_late_bytes_that_land_in_time_need_no_fence():
 
 
 def test_quarantine_is_silence():
-    """While abandoned bytes may still land, nobody hears that the read failed."""
+    """The failure of a read is not told while abandoned bytes may still land."""
     rig = Rig(quarantine_s=30.0)
     rig.faults = Faults(late=range(1))
     rig.path.start()
@@ -370,7 +370,7 @@ def test_the_innocent_are_started_again(rig):
 
 
 def test_a_fence_read_that_hangs(rig):
-    """When the cell cannot be read in time the read fails; its scratch cell rests until the agent is gone."""
+    """A read fails whose cell cannot be read in time; its scratch cell is not reused until the agent is gone."""
     rig.faults = Faults(late=range(1, 2))
     rig.path.start()
     rig.read(timeout_s=0.2)
@@ -423,7 +423,7 @@ def test_an_agent_that_is_of_no_use(rig, method):
 
 
 def test_an_agent_that_cannot_be_made_again(rig):
-    """Until a new agent can be made reads fail by name; then they work, and peers are told of the new one."""
+    """Reads fail by name until a new agent can be made; then they work, and peers are told of the new one."""
     rig.faults = Faults(late=range(1))
     rig.path.start()
     rig.read(timeout_s=0.05)
@@ -566,7 +566,7 @@ def test_whoever_waits_goes_on_before_the_control_thread_is_called():
 
 
 def test_it_is_called_at_once_where_other_reads_go_on():
-    """They might copy for long."""
+    """The control thread is called at once where other reads go on, because their copies may take long."""
     host = ByHand()
     rig = Rig(environment=host)
     rig.faults = Faults(hang={2, 3})
@@ -580,7 +580,7 @@ def test_it_is_called_at_once_where_other_reads_go_on():
 
 
 def test_idle_means_asleep():
-    """With nothing to do the data thread waits without a timeout."""
+    """The data thread waits without a timeout when it has nothing to do."""
     host = Counting()
     rig = Rig(environment=host)
     rig.path.start()
@@ -832,7 +832,7 @@ def test_the_deadline_of_a_read_that_waits_for_a_chunk(packed):
 
 
 def test_a_packed_read_is_started_again_with_other_numbers(packed):
-    """When the agent is replaced under a packed read, what it had asked for is given back, and all is asked for anew."""
+    """A packed read whose agent is replaced releases the chunks that it had asked for, and asks for all of them anew."""
     packed.faults = packed.agents[0].faults = Faults(hang=ALWAYS)
     transfer, guilty = packed.read(TEN, TO), packed.job([1], [1], timeout_s=0.3)
     numbers = serve(packed, 4)
@@ -850,7 +850,7 @@ def test_a_packed_read_is_started_again_with_other_numbers(packed):
 
 
 def test_a_peer_that_is_forgotten_while_a_read_goes_on(packed):
-    """What is left of the read meets it again, and with the end of the read it is forgotten for good."""
+    """The rest of the read connects to the peer again, and the peer is forgotten for good when the read ends."""
     info = packed.source.describe()
     transfer = packed.read(TEN, TO)
     serve(packed, 1)
@@ -861,7 +861,7 @@ def test_a_peer_that_is_forgotten_while_a_read_goes_on(packed):
 
 
 def chunk_of(cache):
-    """What a chunk of the first block looks like."""
+    """Layout of a chunk of the first block."""
     chunk_planner = ChunkPlanner(plan(cache.spec, cache.spec).rank_plans[0], "source", 512)
     return chunk_planner.layout(next(chunk_planner.chunks([(0, 4)]))).source
 

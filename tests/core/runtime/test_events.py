@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine is told, and what it costs an engine that does not listen, or that asks the same again and again."""
+"""Events of an engine, and their cost for an engine that does not poll, or that asks the same again and again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_engine_that_never_polls(queue, metrics, caplog):
 
 
 def test_an_engine_that_polls_late_loses_nothing(queue, metrics):
-    """From the first poll on everything is kept, however long nobody polls."""
+    """Every event is kept from the first poll on, however long the engine does not poll."""
     assert queue.poll(0.0) == []
     happened = [Done(transfer()) for _ in range(50)]
     for event in happened:
@@ -91,7 +91,7 @@ def test_waiting_again_for_what_failed(engines):
     ],
 )
 def test_a_fresh_error_is_equal(error):
-    """It has the class, the words, the fields and the cause of the one that it stands for."""
+    """A copied error has the class, the words, the fields and the cause of the original."""
     error.__cause__ = OSError("why")
     new = fresh(error)
     assert type(new) is type(error) and str(new) == str(error) and new.__cause__ is error.__cause__
@@ -99,7 +99,7 @@ def test_a_fresh_error_is_equal(error):
 
 
 def test_cancelled_awaits_leave_nothing():
-    """Whoever stops waiting is forgotten by the transfer, and those who still wait are woken."""
+    """A thread that stops waiting is forgotten by the transfer, and those that still wait are woken."""
 
     async def scene():
         under_way = transfer()
@@ -123,7 +123,7 @@ def test_cancelled_awaits_leave_nothing():
 
 
 def test_a_fault_when_it_is_told():
-    """A transfer ends for those who wait, also if counting or telling its end raises."""
+    """A transfer ends for threads that wait, also if counting or telling its end raises."""
 
     def fault(_):
         raise ZeroDivisionError

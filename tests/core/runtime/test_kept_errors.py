@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a failed transfer keeps for as long as its engine keeps it: why it failed, and nothing that it had in hand."""
+"""A failed transfer keeps the reason for its failure as long as its engine keeps it, and no objects of the read."""
 
 from __future__ import annotations
 

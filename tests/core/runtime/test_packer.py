@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing what readers ask for: right bytes for chunk_planner that fit, a named refusal for those that do not, and no slot lost."""
+"""Packing of chunks that consumers ask for: right bytes for chunks that fit, a named refusal for those that do not, and no slot lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Copying:
 
 
 class SlowBuffer(HostBuffer):
-    """A device whose copies end later; the bytes are there at once, for nobody may look before."""
+    """A device whose copies end later; the bytes are there at once, because no thread may look before."""
 
     def __init__(self, *arrays):
         super().__init__(*arrays)
@@ -111,7 +111,7 @@ class Rig:
         return True
 
     def layout(self, *, layers=(0, 1, 2), heads=(0, 4), blocks=3, tokens=4, component="kv", content=32, **more):
-        """What a chunk may look like: by default all of three blocks, token by token."""
+        """Layout of a chunk: by default all of three blocks, token by token."""
         count = heads[1] - heads[0]
         strides = Axes(content * count * tokens * blocks, content * count * tokens, content, content * count)
         region = CacheRegion(component, layers, 0, Axes(len(layers), blocks, count, tokens), strides, content)
@@ -225,7 +225,7 @@ def test_keys_and_values_apart():
 
 
 def test_a_table_that_begins_later(rig):
-    """Blocks of a window are packed at the tokens that they hold."""
+    """Blocks of a window are packed at their own tokens."""
     rig.pack(rig.layout(), (41, 50), first_token=40)
     (_, _, address, error) = rig.told.pop()
     assert error is None
@@ -287,7 +287,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_an_image_that_does_not_fit(rig, what):
-    """What a stranger may ask for is refused by name where it is not a part of this cache that fits into a slot."""
+    """A chunk that any peer asks for is refused by name where it is not a part of this cache that fits into a slot."""
     make, why = HOSTILE[what]
     assert why in str(rig.refused(make(rig)))
 
@@ -300,7 +300,7 @@ def test_an_image_that_does_not_fit(rig, what):
     ],
 )  # fmt: skip
 def test_tokens_that_are_not_leased(rig, tokens, blocks, first_token):
-    """Only tokens that the blocks of the lease hold are packed: a reader cannot see one more."""
+    """Tokens outside the blocks of the lease are not packed: a consumer cannot read one more."""
     error = rig.refused(rig.layout(blocks=5), tokens, blocks=blocks, first_token=first_token)
     assert isinstance(error, BlockError) and "not in the leased blocks" in str(error)
 
@@ -319,7 +319,7 @@ def test_blocks_that_this_cache_has_not(rig, blocks):
 
 
 def test_images_of_many_shapes_are_remembered_for_a_while(rig):
-    """A reader that asks for ever new shapes costs a bounded memory."""
+    """A consumer that asks for ever new shapes costs a bounded memory."""
     for number in range(600):
         layout = changed(rig.layout(layers=(0,), blocks=1), region={"address": number})
         key = rig.pack(layout, (0, 4), number=number)
@@ -354,7 +354,7 @@ def test_a_chunk_is_told_when_its_copy_has_ended(slow):
 
 @pytest.mark.parametrize("numbers", [[], [0]])
 def test_a_slot_that_is_copied_into_is_not_given_back(slow, numbers):
-    """When a lease ends while a chunk is packed, its slot rests until the copy has ended, and is free then."""
+    """The slot of a chunk whose lease ends while it is packed is free when the copy has ended, and not before."""
     key = slow.pack(slow.layout())
     slow.packer.end(key, numbers)
     assert slow.arena.in_use == 1
@@ -377,7 +377,7 @@ def test_a_copy_that_fails(slow):
 
 
 def test_a_device_that_raises(slow):
-    """So does one that cannot even begin."""
+    """A copy that cannot begin fails its chunk as well."""
     slow.cache.buffers[0].raises = RuntimeError("no stream")
     slow.pack(slow.layout())
     ((_, _, address, error),) = slow.told
@@ -427,7 +427,7 @@ def test_what_finds_no_slot_waits(rig):
 
 
 def test_readers_take_turns(rig):
-    """A reader that asks for much does not keep another one waiting for all of it."""
+    """A consumer that asks for much does not keep another one waiting for all of it."""
     long = PackKey("a" * 32, 0)
     for number in range(17):
         rig.pack(rig.layout(), number=number)
@@ -450,7 +450,7 @@ def test_one_chunk_a_turn(rig):
 
 
 def test_a_chunk_that_nobody_wants_any_more_waits_no_more(rig):
-    """What is given up while it waits for a slot leaves the line, and is not packed."""
+    """A chunk that is given up while it waits for a slot leaves the queue, and is not packed."""
     for number in range(12):
         key = rig.pack(rig.layout(), number=number)
     rig.told.clear()
@@ -462,7 +462,7 @@ def test_a_chunk_that_nobody_wants_any_more_waits_no_more(rig):
 
 
 def test_nobody_gets_more_than_its_share_while_others_wait():
-    """A consumer that has its share of slots waits behind others; where nobody else waits it gets all."""
+    """A consumer that has its share of slots waits behind others; where no other waits it gets all."""
     shares = []
     rig = Rig(short=shares.append)
     jobs = {name: [] for name in "ab"}
@@ -502,7 +502,7 @@ def test_a_chunk_of_many_blocks_keeps_no_memory(rig):
 
 
 def test_the_end_of_a_lease_empties_its_line(rig):
-    """What waits for a slot when the lease ends is never packed; what another rank of the same reader waits for is."""
+    """A chunk that waits for a slot when its lease ends is never packed; chunks of other ranks of the same consumer are."""
     for number in range(9):
         rig.pack(rig.layout(), number=number)
     rig.pack(rig.layout(), rank=1)
@@ -531,7 +531,7 @@ def test_ends_of_what_is_not_there(rig):
     )
 )
 def test_slots_never_leak(steps):
-    """Whatever is asked for, packed, failed, taken and ended in whatever order: in the end every slot is free."""
+    """Every slot is free in the end, for any order of requests, copies, failures, releases and ends."""
     rig = Rig(buffer=SlowBuffer, blocks=10)
     copies, keys = rig.cache.buffers[0].copying, [PackKey(letter * 32, 0) for letter in "abc"]
     asked, number = dict.fromkeys(keys, 0), 0

@@ -44,7 +44,7 @@ PAIRS = {
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 300), (70, 301)])
 def test_every_route_moves_the_same_bytes(sharded, pair, route, start, stop):
-    """On whatever route, tokens arrive in the target's layout, nothing else changes, and each rank is settled once."""
+    """Tokens arrive in the target's layout by every route, nothing else changes, and each rank is released once."""
     ours, theirs = PAIRS[pair]
     source, target = sharded("P", **ours), sharded("D", **theirs, route=route)
     source.fill(1), target.fill(2)
@@ -65,7 +65,7 @@ def test_every_route_moves_the_same_bytes(sharded, pair, route, start, stop):
 
 
 def test_a_request_larger_than_the_arena(sharded):
-    """What is larger than the whole arena goes through it in pieces, and never takes more of it than there is."""
+    """A read that is larger than the arena goes through it in pieces, and never takes more slots than there are."""
     source = sharded("P", order="HND", blocks=600)
     target = sharded("D", order="NHD", blocks=600, route="both")
     source.fill(1)
@@ -141,7 +141,7 @@ def test_two_endpoints_stage_for_each_other(sharded):
 
 
 def test_dtypes_are_converted_on_request_only(sharded):
-    """Without the request a producer of another dtype is refused by name; with it, values arrive."""
+    """A producer of another dtype is refused by name without ``convert``; with it, values arrive."""
     pytest.importorskip("ml_dtypes")
     source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
     arrays["kv"][...] = np.random.default_rng(0).normal(size=arrays["kv"].shape)
@@ -200,7 +200,7 @@ def test_ranks_may_have_blocks_of_their_own(sharded):
 
 
 def test_settings_bound_the_arena():
-    """An arena that could hold no slots is refused by name."""
+    """An arena that is too small for slots is refused by name."""
     with pytest.raises(
         KvxferError, match="staging_nbytes must be a whole number from 32768 to 1099511627776, not 1000"
     ):
@@ -209,7 +209,7 @@ def test_settings_bound_the_arena():
 
 @pytest.mark.parametrize("who", ["source", "target"])
 def test_devices_that_cannot_convert_are_found_out_when_they_meet(sharded, monkeypatch, who):
-    """Where one side cannot convert, the other one does; where neither can, the pair is refused with both reasons."""
+    """Either side converts if the other one cannot; a pair of which neither can is refused with both reasons."""
     source, arrays = KVCache.allocate("HND", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float32")
     arrays["kv"][...] = 1.5
     target, taken = KVCache.allocate("NHD", layers=2, blocks=8, heads=2, block_tokens=4, head_dim=8, dtype="float16")

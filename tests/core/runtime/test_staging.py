@@ -42,7 +42,7 @@ def test_a_device_may_want_longer_chunks():
 
 
 def test_the_limit_is_hard():
-    """When all slots are taken there is none, for either use, until one is given back."""
+    """No use gets a slot when all are taken, until one is given back."""
     arena = StagingArena(LEAST)
     slots = [*fill(arena, Use.OUTGOING), *fill(arena, Use.LANDING)]
     assert len(slots) == arena.in_use == arena.peak == arena.slots == 8
@@ -78,7 +78,7 @@ def test_the_warmest_slot_is_used_first():
 
 
 def test_a_view_is_the_slots_memory():
-    """What is written into a view lies at the slot's address, and nowhere else."""
+    """Bytes that are written into a view lie at the slot's address, and nowhere else."""
     arena = StagingArena(LEAST)
     slots = fill(arena, Use.LANDING)
     for number, slot in enumerate(slots):
@@ -90,7 +90,7 @@ def test_a_view_is_the_slots_memory():
 
 @given(st.lists(st.tuples(st.sampled_from(Use), st.integers(0, 9))))
 def test_slots_are_never_shared(choices):
-    """Whatever is taken and given back in whatever order, a slot has one owner, and all are accounted for."""
+    """A slot is lent once at a time, and all are accounted for, in any order of loans and returns."""
     arena, held, peak = StagingArena(LEAST), [], 0
     for use, choice in choices:
         if choice < 6:
@@ -157,7 +157,7 @@ def test_nobody_waits():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3))))
 def test_nobody_is_forgotten_or_overtaken(steps):
-    """Whatever the order, each item comes out once, in order within its line, and nobody is passed over twice in a row."""
+    """Whatever the order, each item comes out once, in order within its line, and no line is passed over twice in a row."""
     line, waiting, number = FairQueue(), {"a": [], "b": [], "c": []}, 0
     passed = dict.fromkeys(waiting, 0)
     for whose, choice in steps:

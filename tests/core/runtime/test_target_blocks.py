@@ -43,7 +43,7 @@ def test_a_second_read_into_a_block_is_refused_until_the_first_has_ended(engines
 
 
 def test_whoever_waits_for_a_read_may_read_into_its_blocks_at_once(engines):
-    """When `wait` returns, and when Done is polled, the blocks are free."""
+    """The blocks are free when `wait` returns, and when Done is polled."""
     source, sink = engines(), engines()
     for _ in range(50):
         assert sink.endpoint.read(source.endpoint.lease([1, 2]), [3, 4]).wait(30)
@@ -85,7 +85,7 @@ def test_blocks_of_reads_under_way_are_known(reads, ends):
 
 
 def test_of_many_threads_one_gets_a_block():
-    """Of threads that want the same block at the same moment, one gets it."""
+    """One of several threads that want the same block at the same moment gets it."""
     targets, won = TargetBlocks(CACHE.spec), []
     start = threading.Barrier(8)
 

@@ -88,7 +88,7 @@ def test_what_was_changed_is_named(sharded, flipped, route, ranks, shapes):
 
 
 def test_nothing_but_asked(sharded, flipped):
-    """Without the option nothing is asked of the source, and a read can do without where its endpoint has it."""
+    """A read without ``verify`` asks nothing of the source, also where its endpoint verifies by default."""
     source, target = sharded("P"), sharded("D", verify=True)
     flipped["every"] = 1000
     (transfer,), *_ = read(source, target, 64, verify=False)
@@ -99,7 +99,7 @@ def test_nothing_but_asked(sharded, flipped):
 
 
 def test_all_of_it_is_wrong(sharded, flipped):
-    """Of many differences some are named, no more are looked for, and the next read is as good as any."""
+    """Some of many differences are named, the search stops there, and the next read works."""
     source, target = sharded("P"), sharded("D", verify=True)
     flipped["every"] = 50
     (transfer,), *_ = read(source, target, 256)
