@@ -16,19 +16,19 @@ GOAL_RATIO = 1.5
 WAITING = (10, 1_000, 10_000)
 
 
-def _match_s(table: LeaseTable, waiting: list[str], rounds: int) -> float:
+def _seconds_to_match(table: LeaseTable, waiting: list[str], rounds: int) -> float:
     """Seconds in which a request of the middle is announced, and another one takes its place."""
-    holder, times = ConsumerRank("D", "epoch"), []
+    consumer, times = ConsumerRank("D", "epoch"), []
     for i in range(rounds):
         token = waiting[(i * 7919) % len(waiting)]
         begin = time.perf_counter()
         table.announce(token, "request", 1.0)
-        table.settle(token, holder, read=False)
+        table.release(token, consumer, read=False)
         times.append(time.perf_counter() - begin)
         fresh = f"{i + len(waiting):032x}"
         waiting[(i * 7919) % len(waiting)] = fresh
-        table.want(fresh, 1.0)
-        table.acquire(fresh, holder, 1.0)
+        table.expect(fresh, 1.0)
+        table.acquire(fresh, consumer, 1.0)
     return statistics.median(times)
 
 
@@ -40,9 +40,9 @@ def test_matching(benchmark, measuring, report):
         table = LeaseTable(Settings(), LeaseBoard(64, 1))
         waiting = [f"{i:032x}" for i in range(number)]
         for token in waiting:
-            table.want(token, 0.0)
+            table.expect(token, 0.0)
             table.acquire(token, ConsumerRank("D", "epoch"), 0.0)
-        medians[number] = _match_s(table, waiting, rounds)
+        medians[number] = _seconds_to_match(table, waiting, rounds)
         report(
             "Matching a request with one that waits",
             waiting=f"{number:,}",
