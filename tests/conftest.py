@@ -26,12 +26,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 SLOW = (
     "tests/cli/test_model_types.py",
+    "tests/conformance/test_suite_catches.py",
     "tests/core/runtime/test_any_pair_moved.py",
+    "tests/devices/test_cross_device.py",
     "tests/devices/test_gpu.py::TestKernel",
     "tests/hostile/",
     "tests/nixl/test_conformance.py::TestNixlAgentOverTcp",
     "tests/nixl/test_close.py",
     "tests/nixl/test_report.py",
+    "tests/process/",
     "tests/race/",
     "tests/soak/",
 )
