@@ -74,6 +74,6 @@ class Pool:
 
     def release(self, task: ReadTask) -> None:
         """Free all that a read has borrowed. Nothing of it may be in flight."""
-        self._waiting.drop(task)
+        self.stop_waiting(task)
         for address in self._lent.pop(task, ()):
             self._give(address)

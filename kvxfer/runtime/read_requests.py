@@ -208,11 +208,7 @@ class ReadRequests:
         """Begin the first contacts of these strands on a new agent."""
         for strand in strands:
             # A read that was started again has new strands, which meet their sources by themselves.
-            if strand in strand.task.strands and isinstance(strand.request, Connect):
-                try:
-                    self._connect(strand, strand.request.source)
-                except Exception as error:  # noqa: BLE001 - one bad read must not end the thread
-                    self._strands.step(strand, error=error)
+            self._strands.begin(strand)
 
     def shut(self) -> None:
         """Forget all that is under way. The agent is closed already; slots into which a device still copies are kept."""
@@ -378,12 +374,7 @@ class ReadRequests:
     def _see_devices(self) -> None:
         occupied, self._occupied = self._occupied, []
         for strand in occupied:
-            request = strand.request
-            if strand in strand.task.strands and isinstance(request, AwaitDevice):
-                try:
-                    self._await_device(strand, request)
-                except Exception as error:  # noqa: BLE001 - of a device
-                    self._strands.step(strand, error=error)
+            self._strands.begin(strand)
 
     def _serve_waiting(self) -> None:
         for pool in self._pools:

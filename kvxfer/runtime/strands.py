@@ -73,8 +73,14 @@ class Strands:
             self._raised(task, raised)
             return
         strand.request = request
+        self.begin(strand)
+
+    def begin(self, strand: Strand) -> None:
+        """Begin what a strand asks for, or begin it again. No effect if the strand has ended."""
+        if strand.request is None or strand not in strand.task.strands:
+            return
         try:
-            self._begin(strand, request)
+            self._begin(strand, strand.request)
         except Exception as raised:  # noqa: BLE001 - what the request fails with is the strand's
             self.step(strand, error=raised)
 
