@@ -59,7 +59,7 @@ class Defects:
         """Run one step of the thread, which goes on if that raises; returns whether the step returned something true."""
         try:
             return bool(step())
-        except Exception as error:  # noqa: BLE001 - logged with its trace; the thread goes on
+        except BaseException as error:  # noqa: BLE001 - logged with its trace; the thread goes on
             self.caught(error)
             return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvxfer.defects import Defects
@@ -195,36 +196,24 @@ class DataLoop:
 
     def _turn(self) -> None:
         """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
-        moved = self._step(self._packer.turn)
-        self._step(self._reports.flush)
+        guarded = self._defects.guarded
+        moved = guarded(self._packer.turn)
+        guarded(self._reports.flush)
         if self._life.agent is None:
-            self._step(self._life.remake)
-        self._moved = self._step(self._reads.turn) or moved or self._moved
-
-    def _step(self, part: Callable[[], object]) -> bool:
-        try:
-            return bool(part())
-        except BaseException as error:  # noqa: BLE001 - no fault ends this thread
-            self._defects.caught(error)
-            return False
+            guarded(self._life.remake)
+        self._moved = guarded(self._reads.turn) or moved or self._moved
 
     def _broken(self, job: DataAction | _Close | None, error: BaseException) -> None:
         """A fault of kvxfer: what the job is about ends by name."""
         named = self._defects.caught(error)
-        try:
-            if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
-                self._reads.broken(job.transfer, named)
-            elif isinstance(job, StartPack):
-                self._reports.packed(job.key, job.number, None, named)
-        except BaseException as again:  # noqa: BLE001 - as above
-            self._defects.caught(again)
+        if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
+            self._defects.guarded(partial(self._reads.broken, job.transfer, named))
+        elif isinstance(job, StartPack):
+            self._defects.guarded(partial(self._reports.packed, job.key, job.number, None, named))
 
     def _shut(self) -> None:
         for step in (self._life.close, self._packer.close, self._reads.shut, *self._undo):
-            try:
-                step()
-            except BaseException as error:  # noqa: BLE001 - the rest has to be shut all the same
-                self._defects.caught(error)
+            self._defects.guarded(step)
         self._shut_down = True
         self._refuse_jobs()
 
