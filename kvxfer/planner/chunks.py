@@ -113,26 +113,17 @@ class ChunkPlanner:
         """Chunks of one template, see `chunks`; none if no tokens of its group are moved."""
         template = self.templates[number]
         start, stop = tokens[template.group]
-        if start >= stop:
-            return
-        block = template.block_tokens
-        base, end = start // block * block, -(-stop // block) * block
-        layers, step = self._shape(template, end - base)
-        for first in range(0, len(template.layers), layers):
-            span = first, min(first + layers, len(template.layers))
-            for at in range(base, end, step):
-                yield Chunk(number, span, (max(at, start), min(at + step, stop)))
+        layers, begins = self._cuts(template, (start, stop))
+        for first in layers:
+            span = first, min(first + layers.step, len(template.layers))
+            for at in begins:
+                yield Chunk(number, span, (max(at, start), min(at + begins.step, stop)))
 
     def number_of(self, number: int, tokens: Sequence[Span]) -> int:
         """Number of chunks that `chunks_of` makes."""
         template = self.templates[number]
-        start, stop = tokens[template.group]
-        if start >= stop:
-            return 0
-        block = template.block_tokens
-        base, end = start // block * block, -(-stop // block) * block
-        layers, step = self._shape(template, end - base)
-        return -(-len(template.layers) // layers) * -(-(end - base) // step)
+        layers, begins = self._cuts(template, tokens[template.group])
+        return len(layers) * len(begins)
 
     def halves(self, chunk: Chunk) -> list[Chunk]:
         """Two chunks that together are this one; none if it is one block of one layer, or less."""
@@ -205,6 +196,16 @@ class ChunkPlanner:
             if record_of(region.component) == template.record and region.layout is not None:
                 return region.layout
         return KVLayout.LBHNC
+
+    def _cuts(self, template: ChunkTemplate, tokens: Span) -> tuple[range, range]:
+        """First layers and first tokens of the chunks of a template, by the layers and the tokens of a full chunk."""
+        start, stop = tokens
+        if start >= stop:
+            return range(0), range(0)
+        block = template.block_tokens
+        base, end = start // block * block, -(-stop // block) * block
+        layers, step = self._shape(template, end - base)
+        return range(0, len(template.layers), layers), range(base, end, step)
 
     def _shape(self, template: ChunkTemplate, tokens: int) -> tuple[int, int]:
         """Layers and tokens of a full chunk, if ``tokens`` are moved in all: the inner of the two axes is filled first."""
