@@ -207,7 +207,7 @@ class Consumer:
         if held is not None:
             self._held.broken(held, error, now)
         elif peer is not None and not token:
-            for held in [held for each in list(peer.needed_by) if (held := self._held.by_token.get(each)) is not None]:
+            for held, _ in self._held.of(peer):
                 if held.state is HeldLeaseState.WAITING:
                     self._held.broken(held, error, now)
 

@@ -68,7 +68,7 @@ class HeldLeases:
             "held_leases": len(self.by_token),
             "granted_leases": len(self.granted),
             "held_timers": len(self._timers),
-            "asked_chunks": sum(len(hold.asked) for hold in list(self.by_token.values())),
+            "asked_chunks": sum(len(held.asked) for held in list(self.by_token.values())),
         }
 
     def acquire(self, ref: LeaseRef, now: float) -> HeldLease:
@@ -93,6 +93,10 @@ class HeldLeases:
         held = self.by_token.get(token)
         rank_lease = held.at_rank_of(peer) if held is not None else None
         return (held, rank_lease) if held is not None and rank_lease is not None else None
+
+    def of(self, peer: Peer) -> list[tuple[HeldLease, RankLease]]:
+        """Leases that need a peer, each with its share there."""
+        return [found for token in list(peer.needed_by) if (found := self.at(peer, token)) is not None]
 
     def tick(self, now: float) -> None:
         """Do what is due: ask again, renew, give up."""
@@ -124,7 +128,7 @@ class HeldLeases:
 
     def advance_all(self, peer: Peer, now: float) -> None:
         """Do what follows for all leases that need a peer of which something is new."""
-        for held, rank_lease in self._of(peer):
+        for held, rank_lease in self.of(peer):
             if held.state is not HeldLeaseState.READING and held.ref.token in self.by_token:
                 rank_lease.ask_at = now
                 self.advance(held, now)
@@ -134,13 +138,13 @@ class HeldLeases:
 
         A rendezvous may be earlier than its producer: where that was never met, it is waited for.
         """
-        for held, rank_lease in self._of(peer):
+        for held, rank_lease in self.of(peer):
             if held.is_over or not held.ref.rendezvous or peer.name:
                 self.rank_failed(held, rank_lease, error, now)
 
     def lost(self, peer: Peer, now: float) -> None:
         """End what another process at a peer's address had granted: a new one has taken its place."""
-        for held, rank_lease in self._of(peer):
+        for held, rank_lease in self.of(peer):
             if held.state is HeldLeaseState.WAITING:
                 held.routes = None  # they are of the memory of the process that is gone
             granted_before = rank_lease.grant is not None
@@ -389,6 +393,3 @@ class HeldLeases:
         else:
             _log.warning("lease %s of %r was held too long without a read", shown(held.ref.token), held.ref.request)
             self.release(held, now, HeldLeaseEvent.TIME_OUT)
-
-    def _of(self, peer: Peer) -> list[tuple[HeldLease, RankLease]]:
-        return [found for token in list(peer.needed_by) if (found := self.at(peer, token)) is not None]

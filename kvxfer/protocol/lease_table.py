@@ -64,7 +64,7 @@ class LeaseTable:
 
     def announce(self, token: str, request: str, now: float) -> None:
         """Make a token known before its blocks are complete. Known already: nothing changes."""
-        lease = self._live.get(token) or self._ended.get(token) or Lease(token, "", 0.0, LeaseState.UNKNOWN)
+        lease = self._known(token) or Lease(token, "", 0.0, LeaseState.UNKNOWN)
         if self._step(lease, LeaseEvent.ANNOUNCE):
             lease.request, lease.announced = request, True
             self._set_deadline(lease, now + self._settings.announce_timeout_s)
@@ -92,7 +92,7 @@ class LeaseTable:
                 changes.
         """
         event = LeaseEvent.PUBLISH if complete else LeaseEvent.PUBLISH_PARTIAL
-        lease = self._live.get(token) or self._ended.get(token) or Lease(token, "", now, LeaseState.UNKNOWN)
+        lease = self._known(token) or Lease(token, "", now, LeaseState.UNKNOWN)
         refusal, published_before = _refusal(lease), lease.end_awaited
         lease.end_awaited = lease.end_awaited or complete
         target = LEASE_TRANSITIONS.after(lease.state, event)
@@ -114,7 +114,7 @@ class LeaseTable:
 
     def end_awaited(self, token: str) -> bool:
         """The engine has published all blocks of this lease, so that its end was told to the engine or will be."""
-        lease = self._live.get(token) or self._ended.get(token)
+        lease = self._known(token)
         return lease is not None and lease.end_awaited
 
     def revoke(self, token: str) -> Lease | None:
@@ -268,10 +268,14 @@ class LeaseTable:
 
     def request(self, token: str) -> str:
         """The request that a live or remembered lease is for; empty if unknown."""
-        lease = self._live.get(token) or self._ended.get(token)
+        lease = self._known(token)
         return lease.request if lease is not None else ""
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _known(self, token: str) -> Lease | None:
+        """The lease, if it lives or is remembered."""
+        return self._live.get(token) or self._ended.get(token)
 
     def _step(self, lease: Lease, event: LeaseEvent) -> bool:
         """Change the state of a lease as the table says; False, and nothing changes, if it has no transition for this."""

@@ -8,6 +8,7 @@ themselves, and `kvxfer.protocol.chunk_staging` the chunks that are packed for t
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvxfer.defects import Defects
@@ -113,21 +114,15 @@ class Producer:
         """
 
         def publish(now: float) -> None:
-            self._publish(token, blocks, now, first_tokens, complete=complete)
+            step = partial(self._publish, token, blocks, now, first_tokens, complete=complete)
+            self._guarded(token, step, end_awaited=complete)
 
         def give_up(now: float) -> None:
             if complete:
-                self._give_up(token, now)
+                self._guarded(token, partial(self._give_up, token, now), end_awaited=True)
 
         within_s = self._settings.lease_s if complete else self._settings.announce_timeout_s
-        self._deferred.then(
-            token,
-            after,
-            lambda now: self._guarded(token, lambda: publish(now), end_awaited=complete),
-            now,
-            deadline=now + within_s,
-            late=lambda now: self._guarded(token, lambda: give_up(now), end_awaited=complete),
-        )
+        self._deferred.then(token, after, publish, now, deadline=now + within_s, late=give_up)
 
     def revoke(self, token: str, reason: str) -> None:
         """End a lease early. The engine is told by LeaseRevoked, if it has published all blocks and the lease had not ended."""
