@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.protocol import messages
 from kvxfer.protocol.held_lease import HELD_LEASE_TRANSITIONS
 from kvxfer.protocol.lease import LEASE_TRANSITIONS
 from kvxfer.protocol.peer import PEER_TRANSITIONS
+
+if TYPE_CHECKING:
+    from enum import Enum
+
+    from kvxfer.protocol.transitions import TransitionTable
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 
@@ -22,7 +29,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 def parts() -> dict[str, str]:
     """The generated parts of the page, by name."""
     tables = {"lease": LEASE_TRANSITIONS, "held lease": HELD_LEASE_TRANSITIONS, "peer": PEER_TRANSITIONS}
-    diagrams = {name: f"```mermaid\n{table.mermaid()}\n```" for name, table in tables.items()}
+    diagrams = {name: f"```mermaid\n{_diagram(table)}\n```" for name, table in tables.items()}
     return {**diagrams, "messages": _messages()}
 
 
@@ -34,6 +41,21 @@ def rewritten(page: str) -> str:
         if found != 1:
             raise ValueError(f"{PAGE.name} has {found} places for {name!r}")
     return page
+
+
+def _diagram(table: TransitionTable[Any, Any]) -> str:
+    """State diagram of a table: one arrow for each pair of states, labelled with the causes."""
+
+    def node(state: Enum) -> str:
+        return "[*]" if state is table.start else state.name
+
+    causes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in table.rows:
+        for source in row.sources:
+            causes[node(source), node(source if row.target is None else row.target)].append(row.cause)
+    lines = [f"    {source} --> {target}: {'<br/>'.join(labels)}" for (source, target), labels in causes.items()]
+    lines += [f"    {state.name} --> [*]" for state in type(table.start) if state in table.ends]
+    return "\n".join(["stateDiagram-v2", *lines])
 
 
 def _messages() -> str:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 _State = TypeVar("_State", bound=Enum)
 _Event = TypeVar("_Event", bound=Enum)
@@ -51,20 +50,3 @@ class TransitionTable(Generic[_State, _Event]):
     def after(self, state: _State, event: _Event) -> _State | None:
         """State to which an event leads; None if the state has no row for the event."""
         return self._targets.get((state, event))
-
-    def mermaid(self) -> str:
-        """The diagram: one arrow for each pair of states, labelled with the causes."""
-        causes: dict[tuple[str, str], list[str]] = defaultdict(list)
-        for row in self.rows:
-            for source in row.sources:
-                arrow = self._node(source), self._node(source if row.target is None else row.target)
-                causes[arrow].append(row.cause)
-        lines = [f"    {source} --> {target}: {'<br/>'.join(labels)}" for (source, target), labels in causes.items()]
-        lines += [f"    {end.name} --> [*]" for end in self._in_order() if end in self.ends]
-        return "\n".join(["stateDiagram-v2", *lines])
-
-    def _node(self, state: _State) -> str:
-        return "[*]" if state is self.start else state.name
-
-    def _in_order(self) -> Iterator[_State]:
-        yield from type(self.start)
