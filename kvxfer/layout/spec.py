@@ -374,3 +374,8 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             if group.name == name:
                 return group
         raise KeyError(name)
+
+
+def encode_spec(spec: CacheSpec) -> msgspec.Raw:
+    """Encode a description as a message carries it that does not decode it at once."""
+    return msgspec.Raw(msgspec.msgpack.encode(spec))

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import numpy as np
 
 from kvxfer.layout.block_table import CheckedTable
+from kvxfer.layout.spec import encode_spec
 from kvxfer.planner.rank_plan import MatchedTables
 
 if TYPE_CHECKING:
+    import msgspec
     import numpy.typing as npt
 
     from kvxfer.layout.spec import CacheSpec
@@ -59,7 +60,7 @@ class ChunkLayout:
     @cached_property
     def encoded(self) -> msgspec.Raw:
         """``source`` as it stands in a message."""
-        return msgspec.Raw(msgspec.msgpack.encode(self.source))
+        return encode_spec(self.source)
 
     def table(self, chunk: Chunk) -> CheckedTable:
         """Block table of this layout when it holds ``chunk``."""

@@ -257,11 +257,6 @@ _decoder = msgspec.msgpack.Decoder(Message)
 _spec_decoder = msgspec.msgpack.Decoder(CacheSpec)
 
 
-def encode_spec(layout: CacheSpec) -> msgspec.Raw:
-    """Encode a layout as `StageChunk` carries it."""
-    return msgspec.Raw(msgspec.msgpack.encode(layout))
-
-
 @lru_cache(maxsize=64)
 def _decode_layout(data: bytes) -> CacheSpec:
     return _spec_decoder.decode(data)

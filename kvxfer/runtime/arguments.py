@@ -11,9 +11,10 @@ from kvxfer.buffers.completions import is_completion, watched
 from kvxfer.config import MAX_S
 from kvxfer.errors import BlockError, ConfigError, LeaseRefError
 from kvxfer.layout.block_table import MAX_TOKENS
+from kvxfer.layout.spec import encode_spec
 from kvxfer.planner.router import Route
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.messages import MAX_ADDRESS, MAX_NAME, encode_spec
+from kvxfer.protocol.messages import MAX_ADDRESS, MAX_NAME
 
 if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion

@@ -20,6 +20,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import TransferTimeoutError, WireError
 from kvxfer.layout.block_table import check_tables
+from kvxfer.layout.spec import encode_spec
 from kvxfer.metrics import Metrics
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
@@ -131,7 +132,7 @@ class Machine:
             transfer = self.reading[0].transfer
             if what == "stage":
                 stage = messages.StageChunk(
-                    token=transfer.ref.token, number=number % 99, layout=messages.encode_spec(SPEC), tokens=(0, 4)
+                    token=transfer.ref.token, number=number % 99, layout=encode_spec(SPEC), tokens=(0, 4)
                 )
                 self.consumer.stage(transfer, 0, stage, self.now)
             elif what == "unstage":
@@ -227,7 +228,7 @@ def seeds() -> list[Any]:
         return {**msgspec.msgpack.decode(messages.encode(message)), **more}
 
     hello = said(messages.Hello(protocol=messages.PROTOCOL, name="c", epoch="c" * 16, rank=0, agent="inproc"))
-    stage = messages.StageChunk(token="0" * 32, number=0, layout=messages.encode_spec(SPEC), tokens=(0, 8), released=[])
+    stage = messages.StageChunk(token="0" * 32, number=0, layout=encode_spec(SPEC), tokens=(0, 8), released=[])
     welcome = said(
         messages.Welcome(
             protocol=messages.PROTOCOL,

@@ -36,7 +36,7 @@ from kvxfer.errors import (
     WireError,
 )
 from kvxfer.layout.block_table import BlockTable, check_tables, ids_from_wire, ids_to_wire
-from kvxfer.layout.spec import CacheSpec
+from kvxfer.layout.spec import CacheSpec, encode_spec
 from kvxfer.memory.copies import Cast, Copy, StridedLoop
 from kvxfer.memory.spans import Descriptors, Memory, RegionTable
 from kvxfer.planner.chunks import ChunkPlanner
@@ -130,7 +130,7 @@ def seeds_wire() -> list[bytes]:
             messages.Grant(token=TOKEN, blocks=[b"\1\0\0\0"], cell=64, check=bytes(16), ttl_s=0.5, first_tokens=[4], complete=False),
             messages.Renew(to="e", tokens=[TOKEN] * 3),
             messages.Renewed(ended=[TOKEN]),
-            messages.StageChunk(to="e", token=TOKEN, number=5, layout=messages.encode_spec(machine.SPEC), tokens=(3, 9), released=[0, 7]),
+            messages.StageChunk(to="e", token=TOKEN, number=5, layout=encode_spec(machine.SPEC), tokens=(3, 9), released=[0, 7]),
             messages.ChunkReady(token=TOKEN, number=0, address=4096),
             messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
             messages.Release(to="e", token=TOKEN, read=True),

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvxfer.layout.axes import Axes, Interval
 from kvxfer.layout.block_table import ids_to_wire
-from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec
+from kvxfer.layout.spec import CacheGroup, CacheRegion, CacheSpec, encode_spec
 from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer.protocol import messages
 from kvxfer.protocol.lease_board import CELL_NBYTES
@@ -93,7 +93,7 @@ def tables(scene: Scene) -> Iterator[None]:
                 messages.StageChunk(
                     token=ref.token,
                     number=number,
-                    layout=messages.encode_spec(spec),
+                    layout=encode_spec(spec),
                     tokens=(number, number + 1),
                     released=[],
                 )
@@ -119,7 +119,7 @@ def turn(scene: Scene) -> Iterator[None]:
                     messages.StageChunk(
                         token=ref.token,
                         number=at,
-                        layout=messages.encode_spec(layout),
+                        layout=encode_spec(layout),
                         tokens=(0, 512),
                         digest=True,
                         released=taken,
@@ -139,9 +139,7 @@ def slots(scene: Scene) -> Iterator[None]:
     me.open(ref)
     layout = layout_of(me.welcome.spec, 512)
     for number in range(7):
-        me.say(
-            messages.StageChunk(token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512))
-        )
+        me.say(messages.StageChunk(token=ref.token, number=number, layout=encode_spec(layout), tokens=(0, 512)))
     while True:
         me.say(messages.Renew(tokens=[ref.token]))
         yield
@@ -155,17 +153,11 @@ def queue(scene: Scene) -> Iterator[None]:
     me.open(ref)
     layout = layout_of(me.welcome.spec, 512)
     for number in range(8):
-        me.say(
-            messages.StageChunk(token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512))
-        )
+        me.say(messages.StageChunk(token=ref.token, number=number, layout=encode_spec(layout), tokens=(0, 512)))
     number = 8
     while True:
         for _ in range(100):
-            me.say(
-                messages.StageChunk(
-                    token=ref.token, number=number, layout=messages.encode_spec(layout), tokens=(0, 512)
-                )
-            )
+            me.say(messages.StageChunk(token=ref.token, number=number, layout=encode_spec(layout), tokens=(0, 512)))
             me.say(messages.ReleaseChunks(token=ref.token, numbers=[number]))
             number += 1
         me.say(messages.Renew(tokens=[ref.token]))
@@ -236,7 +228,7 @@ def cpu(scene: Scene) -> Iterator[None]:
         to=me.welcome.epoch,
         token=secrets.token_hex(16),
         number=0,
-        layout=messages.encode_spec(me.welcome.spec),
+        layout=encode_spec(me.welcome.spec),
         tokens=(0, 1),
     )
     data = _with_many_layers(asked, "layout", 200_000)

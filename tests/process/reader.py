@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from kvxfer.layout.spec import CacheSpec
+from kvxfer.layout.spec import CacheSpec, encode_spec
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.plan import plan
 from kvxfer.protocol import messages
@@ -60,7 +60,7 @@ class Member:
     def stage(self, token: str, number: int, layout: CacheSpec, tokens: tuple[int, int], **more: Any) -> None:
         """Ask for a chunk."""
         fields = {"to": self.welcome.epoch, "token": token, "number": number, "tokens": tokens}
-        self.say(messages.StageChunk(**fields, layout=messages.encode_spec(layout), **more))
+        self.say(messages.StageChunk(**fields, layout=encode_spec(layout), **more))
 
 
 def main(ref: str, spec: str, chunks: str, *options: str) -> None:

@@ -19,6 +19,7 @@ from kvxfer import Endpoint, LeaseRef, Secret
 from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.config import Settings
 from kvxfer.errors import ConfigError, PeerTimeoutError
+from kvxfer.layout.spec import encode_spec
 from kvxfer.metrics import Metrics
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import PackKey, SendTo, StartPack
@@ -117,7 +118,7 @@ def test_tokens_are_not_shown():
     ref = LeaseRef.for_rendezvous("key", producer="x", addresses=["tcp://x:1"])
     peer = Peer("tcp://x:1", 0)
     peer.needed_by[token] = None
-    stage = messages.StageChunk(token=token, number=0, layout=messages.encode_spec(small_cache().spec), tokens=(0, 1))
+    stage = messages.StageChunk(token=token, number=0, layout=encode_spec(small_cache().spec), tokens=(0, 1))
     holds = [
         grant, messages.Renew(tokens=[token]), messages.Renewed(ended=[token]), messages.Release(token=token, read=True), stage, ref,
         RankLease(peer, grant), HeldLease(ref, 0.0, 1.0, [RankLease(peer, grant)]), Lease(token, "r", 1.0), PackKey(token, 0),

@@ -15,6 +15,7 @@ from kvxfer.errors import (
     TransferFailedError,
     TransferTimeoutError,
 )
+from kvxfer.layout.spec import encode_spec
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import ChunkStaged, StopRead
 from tests.core.protocol.virtual import Reading, said
@@ -279,7 +280,7 @@ def test_late_questions_of_an_ended_read(world, producer, consumer):
     world.advance(6)
     assert transfer.done and consumer.held_leases
     stages, unstages = len(said(consumer, messages.StageChunk)), len(said(consumer, messages.ReleaseChunks))
-    message = messages.StageChunk(token=ref.token, number=9, layout=messages.encode_spec(consumer.spec), tokens=(0, 4))
+    message = messages.StageChunk(token=ref.token, number=9, layout=encode_spec(consumer.spec), tokens=(0, 4))
     consumer.consumer.stage(transfer, 0, message, world.now)
     consumer.consumer.unstage(transfer, 0, [0])
     consumer.perform()

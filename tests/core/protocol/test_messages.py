@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvxfer.errors import WireError
+from kvxfer.layout.spec import encode_spec
 from kvxfer.protocol import messages
 from tests.core.protocol.virtual import small_cache
 
@@ -34,7 +35,7 @@ MESSAGES = [
         to="e",
         token=TOKEN,
         number=(1 << 31) - 1,
-        layout=messages.encode_spec(SPEC),
+        layout=encode_spec(SPEC),
         tokens=(3, 1 << 40),
         released=[0, 7],
     ),

@@ -7,6 +7,7 @@ import pytest
 
 from kvxfer.config import Settings
 from kvxfer.errors import IncompatibleError
+from kvxfer.layout.spec import encode_spec
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import Emit, EndPack, PackKey, Reply, StartPack
 from kvxfer.protocol.consumer_connections import MOST_CONNECTIONS
@@ -433,7 +434,7 @@ class Stager:
             to=self.node.epoch,
             token=token or self.token,
             number=number,
-            layout=messages.encode_spec(self.node.spec),
+            layout=encode_spec(self.node.spec),
             tokens=(1, 7),
             released=list(taken),
         )
@@ -489,7 +490,7 @@ def test_first_tokens_go_with_the_blocks(producer, talk):
     (grant,) = talk(messages.Acquire(to=producer.epoch, token=ref.token), connection)
     assert grant.first_tokens == [16]
     stage = messages.StageChunk(
-        to=producer.epoch, token=ref.token, number=0, layout=messages.encode_spec(producer.spec), tokens=(16, 20)
+        to=producer.epoch, token=ref.token, number=0, layout=encode_spec(producer.spec), tokens=(16, 20)
     )
     producer.producer.received(connection, stage, producer.world.now)
     (start,) = producer.out
@@ -673,7 +674,7 @@ def test_a_reader_whose_connection_is_gone(producer, talk, stager):
                 to=producer.epoch,
                 token=stager.token,
                 number=0,
-                layout=messages.encode_spec(producer.spec),
+                layout=encode_spec(producer.spec),
                 tokens=(1, 7),
             ),
             stager.ranks[0],

@@ -16,6 +16,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
 from kvxfer.errors import BlockError, KvxferError, LeaseEndedError, PeerLostError, TransferTimeoutError
 from kvxfer.layout.block_table import check_tables
+from kvxfer.layout.spec import encode_spec
 from kvxfer.metrics import Metrics
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
@@ -615,7 +616,7 @@ class World:
             stage = messages.StageChunk(
                 token=transfer.ref.token,
                 number=share.number,
-                layout=messages.encode_spec(reading.node.spec),
+                layout=encode_spec(reading.node.spec),
                 tokens=share.chunks.pop(0),
             )
             consumer.stage(transfer, number, stage, self.now)
