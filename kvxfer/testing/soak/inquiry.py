@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.testing.soak import fleet
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -61,7 +63,7 @@ class Inquiry:
         def listen(pause_s: float) -> None:
             for member in self._members:
                 told(member)
-            time.sleep(pause_s)
+            fleet.listen([each for each in self._members if each.alive and each.label not in self.answers], pause_s)
 
         self._ask("finish", listen, _CLOSE_S)
         for member in self._members:
