@@ -23,7 +23,7 @@ class CudaBuffer(GpuBuffer):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if this process has a CUDA GPU."""
+        """Reason why this process has no CUDA GPU; None if it has one."""
         return why_unavailable("cuda", "CUDA", "nvidia-smi")
 
 

@@ -15,7 +15,7 @@ else:
 
 
 def why_unavailable(build: str, what: str, tool: str) -> str | None:
-    """None if PyTorch finds a GPU of this kind here, else the reason.
+    """Reason why PyTorch finds no GPU of this kind here; None if it finds one.
 
     Args:
         build: name of the kind in ``torch.version``.

@@ -89,7 +89,7 @@ class NixlAgent(TransferAgent):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if a NIXL module can be imported here. Whether a backend starts shows only when an agent is made."""
+        """Reason why no NIXL module can be imported here; None if one can. Whether a backend starts shows only when an agent is made."""
         try:
             find()
         except UnavailableError as error:

@@ -24,7 +24,7 @@ class RocmBuffer(GpuBuffer):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if this process has an AMD GPU."""
+        """Reason why this process has no AMD GPU; None if it has one."""
         return why_unavailable("hip", "ROCm", "rocm-smi")
 
 

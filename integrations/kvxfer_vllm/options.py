@@ -49,7 +49,7 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """``"auto"`` serves each request as it is sent: to one server after the other, or to both at once; then its blocks leave
     while prefill runs. ``"push"`` means the same. ``"pull"`` serves the first kind only."""
     granularity: Annotated[Literal["chunk", "layer"], Meta(description="one of chunk, layer")] = "chunk"
-    """What is published at a time while prefill runs: ``"chunk"``, the blocks that one engine step completes; ``"layer"``, an
+    """Unit of publishing while prefill runs: ``"chunk"``, the blocks that one engine step completes; ``"layer"``, an
     eighth of the layers of these blocks after the other, while the step runs. To be set on both servers: a decode server with
     ``"chunk"`` reads blocks that all layers have filled."""
     lease_seconds: Seconds | None = None

@@ -71,7 +71,7 @@ class TransferAgent(ABC):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if this adapter can run here, else one sentence that says what to install or set."""
+        """Sentence that says what to install or set for this adapter to run here; None if it can run."""
         return None
 
     # -- what an adapter implements ---------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class DeviceBuffer(ABC):
 
     @classmethod
     def why_unavailable(cls) -> str | None:
-        """None if such buffers can be made in this process, else the reason in one sentence, with what to do."""
+        """Reason why no such buffers can be made in this process, with what to do; None if they can."""
         return None
 
     @classmethod

@@ -34,7 +34,7 @@ def can_cast(source: str, target: str) -> bool:
 
 
 def why_not(source: str, target: str) -> str | None:
-    """None if the cast is possible here, else the reason and what to install."""
+    """Reason why the cast is not possible here, and what to install; None if it is."""
     asked = {source, target}
     if not asked <= CASTABLE:
         return f"host memory does not cast {source} to {target}"

@@ -30,7 +30,7 @@ class Device(ABC):
 
     @abstractmethod
     def why_unavailable(self) -> str | None:
-        """None if it can be used in this process, else the reason in one sentence, for a skip."""
+        """Reason why the device cannot be used in this process, for a skip; None if it can."""
 
     @abstractmethod
     def make(self, content: Array) -> DeviceBuffer:
