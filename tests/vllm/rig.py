@@ -47,6 +47,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from kvxfer_vllm.groups import AttentionGroup
 from tests.vllm.scripted import ScriptedEndpoint
+from tools.serve.client import PREFILL_PARAMS as P_PARAMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,14 +58,6 @@ if TYPE_CHECKING:
     from kvxfer_vllm.connector import KvxferConnector
 
 LAYERS, HEADS, HEAD_DIM, BLOCK_TOKENS, VOCAB = 2, 2, 4, 32, 97
-P_PARAMS: dict[str, Any] = {
-    "do_remote_decode": True,
-    "do_remote_prefill": False,
-    "remote_engine_id": None,
-    "remote_block_ids": None,
-    "remote_host": None,
-    "remote_port": None,
-}
 
 
 @cache

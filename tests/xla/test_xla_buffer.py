@@ -13,6 +13,7 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import UnsupportedBufferError
 from kvxfer.memory.copies import Copy
 from kvxfer.testing import BufferSuite, MadeBuffer
+from tests.devices.shapes import shape_of
 from tests.xla.requests import (
     BLOCK_NBYTES,
     BLOCKS,
@@ -55,10 +56,12 @@ class TestAxes(BufferSuite):
 
     @staticmethod
     def make_buffer(nbytes):
-        for tail in ((16, 4, 32), (5, 8), (3,)):
-            if nbytes % (int(np.prod(tail)) * 2) == 0:
-                return made(torch.zeros((nbytes // int(np.prod(tail)) // 2, *tail), dtype=torch.bfloat16))
-        return made(torch.zeros(nbytes, dtype=torch.uint8))
+        shape = shape_of(nbytes)
+        return (
+            made(torch.zeros(nbytes, dtype=torch.uint8))
+            if shape is None
+            else made(torch.zeros(shape, dtype=torch.bfloat16))
+        )
 
 
 def cache(seed=1, dtype=torch.bfloat16):

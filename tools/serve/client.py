@@ -16,7 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-__all__ = ["Answer", "MetricSample", "Prompt", "ask", "get", "post", "read_metrics"]
+__all__ = ["PREFILL_PARAMS", "Answer", "MetricSample", "Prompt", "ask", "get", "post", "read_metrics"]
+
+#: What vllm-router sends to a prefill server as ``kv_transfer_params``.
+PREFILL_PARAMS: dict[str, Any] = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
 
 #: A completion's prompt (text or token ids), or the messages of a chat.
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"

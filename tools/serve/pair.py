@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tools.serve.client import Answer, MetricSample, Prompt, ask, get, post, read_metrics
+from tools.serve.client import PREFILL_PARAMS, Answer, MetricSample, Prompt, ask, get, post, read_metrics
 from tools.serve.process import ServerProcess, ServerStartError, free_port
 
 if TYPE_CHECKING:
@@ -148,14 +148,7 @@ class VllmServer(ServerProcess):
 
     def prefill(self, prompt: Prompt, *, transfer_id: str | None = None, **options: Any) -> Answer:
         """Ask as vllm-router asks a prefill server: for one token, and parameters for the decode request."""
-        params: dict[str, Any] = {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            "remote_engine_id": None,
-            "remote_block_ids": None,
-            "remote_host": None,
-            "remote_port": None,
-        }
+        params: dict[str, Any] = dict(PREFILL_PARAMS)
         if transfer_id is not None:
             params["transfer_id"] = transfer_id
         return ask(self.url, prompt, **{"max_tokens": 1, "kv_transfer_params": params, **options})

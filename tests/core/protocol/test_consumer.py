@@ -10,7 +10,6 @@ import pytest
 from kvxfer.config import Settings
 from kvxfer.errors import (
     BlockError,
-    ClosedError,
     HandshakeError,
     LeaseEndedError,
     LeaseError,
@@ -643,19 +642,6 @@ def test_timers_do_not_grow_with_reads(world, producer, consumer):
     for node in (consumer, producer):
         for timers in (node.consumer._held._timers, node.consumer._peers._retirements, node.table._timers):
             assert len(timers) <= 2 and timers.entries < 200
-
-
-def test_close_ends_all_and_releases(world, producer, consumer):
-    """Closing fails what waits, by name, and lets producers have back what was held."""
-    held, waited = producer.lease(1), producer.announce()
-    consumer.acquire(held)
-    transfer = consumer.read(waited, 2)
-    world.deliver_all()
-    consumer.consumer.close()
-    consumer.perform()
-    world.deliver_all()
-    assert isinstance(transfer.error, ClosedError)
-    assert producer.ends(held.token) == ["LeaseReleased"] and len(producer.table) == 0
 
 
 # -- the short way of a read -----------------------------------------------------------------------------------------------

@@ -389,9 +389,10 @@ def test_ranks_that_grant_different_tokens(world):
     assert source.ends(ref.token) == [["LeaseReleased"]] * 2
 
 
-def test_close_releases_at_every_rank(world):
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_close_releases_at_every_rank(world, ranks):
     """A consumer that closes fails what waits, by name, and every rank gets its blocks back."""
-    source, sink = world.engine("source", 3), world.engine("sink", 1).nodes[0]
+    source, sink = world.engine("source", ranks), world.engine("sink", 1).nodes[0]
     held, waited = source.lease(1), source.announce()
     sink.acquire(held)
     transfer = sink.read(waited, 2)
@@ -400,7 +401,7 @@ def test_close_releases_at_every_rank(world):
     sink.perform()
     world.deliver_all()
     assert isinstance(transfer.error, ClosedError)
-    assert source.ends(held.token) == [["LeaseReleased"]] * 3 and not any(len(node.table) for node in source.nodes)
+    assert source.ends(held.token) == [["LeaseReleased"]] * ranks and not any(len(node.table) for node in source.nodes)
 
 
 def test_ranks_are_met_a_few_at_a_time(world, monkeypatch):
