@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models with random weights, made without a download, whose tokens change with one wrong KV block.
 
-A recipe (sizes, seed) becomes a Llama or Gemma 3 checkpoint with random weights, and a byte-level BPE tokenizer with a chat
+A recipe (architecture, sizes, seed) becomes a checkpoint with random weights, and a byte-level BPE tokenizer with a chat
 template, so that completions and chat both work. The weights have a wide spread (``initializer_range`` 0.3): greedy output then
 depends strongly on every cached key and value, whereas vLLM's dummy weights, or the usual 0.02, give the same tokens with any KV
 cache.
@@ -18,11 +18,16 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["HYBRID", "KV_HEAVY", "SMALL", "ModelRecipe", "default_model_folder", "make_model"]
+from tools.serve.architectures import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["HYBRID", "KV_HEAVY", "SMALL", "STATES", "ModelRecipe", "default_model_folder", "make_model"]
 
 # Bumped whenever the code below would make different files from the same recipe.
 _RECIPE_VERSION = 1
@@ -58,7 +63,8 @@ class ModelRecipe:
 
     ``max_positions`` is the longest context in tokens. ``dtype`` is the dtype of weights and KV cache; with float32
     rounding is so small that greedy tokens do not depend on how a server batches its requests.
-    ``window_tokens`` makes it a Gemma 3 instead of a Llama: five layers of six attend to so many tokens only.
+    ``architecture`` is one of :data:`~tools.serve.architectures.ARCHITECTURES`, ``settings`` go over what its configuration has.
+    ``window_tokens`` is the sliding window of an architecture that has one.
     """
 
     name: str
@@ -74,6 +80,8 @@ class ModelRecipe:
     max_positions: int = 8192
     seed: int = 20260
     window_tokens: int = 0
+    architecture: str = "llama"
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def kv_nbytes_per_token(self) -> int:
@@ -101,7 +109,10 @@ SMALL = ModelRecipe(
 )
 
 #: A model with layers of two kinds, and so with several cache groups in vLLM.
-HYBRID = dataclasses.replace(SMALL, name="kvxfer-hybrid", layers=6, window_tokens=128)
+HYBRID = dataclasses.replace(SMALL, name="kvxfer-hybrid", architecture="gemma3", layers=6, window_tokens=128)
+
+#: A model with states, which vLLM serves on CPUs in bfloat16 only.
+STATES = dataclasses.replace(SMALL, name="kvxfer-states", architecture="qwen3-next", dtype="bfloat16")
 
 #: For transfer benchmarks through real servers: 128 KiB of KV per token behind very little compute.
 KV_HEAVY = ModelRecipe(
@@ -186,37 +197,16 @@ def _write_tokenizer(recipe: ModelRecipe, folder: Path) -> None:
 
 def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
     import torch  # noqa: PLC0415 - heavy, and only here
-    from transformers import (  # noqa: PLC0415 - as torch
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
     from transformers.utils import logging  # noqa: PLC0415 - as torch
 
     dtype: Any = getattr(torch, recipe.dtype)
-    make_config: Any = Gemma3TextConfig if recipe.window_tokens else LlamaConfig  # untyped upstream
-    kind = {"sliding_window": recipe.window_tokens, "query_pre_attn_scalar": recipe.head_dim}
-    config = make_config(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=recipe.max_positions,
-        initializer_range=recipe.initializer_range,
-        tie_word_embeddings=False,
-        bos_token_id=_SPECIAL_TOKENS.index(_BOS),
-        eos_token_id=_SPECIAL_TOKENS.index(_EOS),
-        **(kind if recipe.window_tokens else {}),
-    )
     # fork_rng: keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        make: Any = Gemma3ForCausalLM if recipe.window_tokens else LlamaForCausalLM  # untyped upstream
-        model = make(config).to(dtype)
+        model = ARCHITECTURES[recipe.architecture].make(
+            recipe, bos_token_id=_SPECIAL_TOKENS.index(_BOS), eos_token_id=_SPECIAL_TOKENS.index(_EOS)
+        )
+        model = model.to(dtype)
     chatter: Any = logging  # untyped upstream
     chatter.disable_progress_bar()
     model.save_pretrained(str(folder))

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["MODEL_NAME", "PullRouter", "ServerPair", "ServerSettings", "VllmServer", "start_all"]
+__all__ = ["MODEL_NAME", "SERVER_ENVIRONMENT", "PullRouter", "ServerPair", "ServerSettings", "VllmServer", "start_all"]
 
 #: The name under which every server serves its model.
 MODEL_NAME = "kvxfer"
 
 _HOST = "127.0.0.1"
 
-# Settings of vLLM for a machine without a GPU, and for several servers on few cores.
-_ENVIRONMENT = {
+#: Settings of vLLM for a machine without a GPU, and for several servers on few cores.
+SERVER_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
@@ -127,7 +127,7 @@ class VllmServer(ServerProcess):
         if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         environment = {
-            **_ENVIRONMENT,
+            **SERVER_ENVIRONMENT,
             "KVXFER_SIDE_CHANNEL_HOST": _HOST,
             "KVXFER_SIDE_CHANNEL_PORT": str(self.side_channel_port),
             "VLLM_NIXL_SIDE_CHANNEL_HOST": _HOST,

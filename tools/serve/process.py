@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from kvxfer.errors import KvxferError
 
@@ -142,7 +142,7 @@ class ServerProcess:
         self.environment = dict(environment or {})
         self.log = log
         self._healthy = healthy
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
         self._log_start = 0
 
     @property
@@ -154,7 +154,7 @@ class ServerProcess:
         """
         if self._process is None:
             raise ServerStartError(f"{self.name} was never started")
-        return self._process.pid
+        return int(self._process.pid)
 
     @property
     def alive(self) -> bool:
@@ -176,7 +176,8 @@ class ServerProcess:
             self._process = self._spawn(sink)
         _guard.add(self._process.pid)
 
-    def _spawn(self, sink: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _spawn(self, sink: IO[bytes]) -> Any:
+        """Start the command; returns a `subprocess.Popen`, or what is like one."""
         return subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
