@@ -138,6 +138,8 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 host=advertised(host),
                 port=port,
                 secret=Secret.resolve(file=self._options.secret_file),
+                share=bool(vllm_config.cache_config.enable_prefix_caching),
+                data_parallel=vllm_config.parallel_config.data_parallel_size > 1,
             )
 
     # -------------------------------------------------------------------------------------------- scheduler's half
@@ -177,8 +179,12 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler_half.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Take the loads that ended, before vLLM acts on them."""
-        self.scheduler_half.loads_ended(connector_output.finished_recving or ())
+        """See :meth:`KvxferScheduler.reported`; vLLM acts on the reports after this."""
+        self.scheduler_half.reported(
+            connector_output.finished_recving or (),
+            connector_output.failed_recving or (),
+            connector_output.finished_sending or (),
+        )
 
     @_guarded((False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -1,21 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running prefills for other servers: the blocks that vLLM has allocated to each, and how many of them are published."""
+"""Running prefills for other servers: the blocks that vLLM has allocated to each, and how many of them are published.
+
+vLLM makes several requests, *siblings*, of one that asks for ``n`` answers, and passes the parameters of the last one to end
+back to the router. So the first one has the lease, and those that end later answer with the same parameters.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.metadata import PartialPublishOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from kvxfer_vllm.groups import GroupTable
     from kvxfer_vllm.metadata import KvxferMetadata
+
+_SIBLING = re.compile(r"([0-9]+)_(.+)", re.DOTALL)  # see vllm.v1.engine.parallel_sampling
+_PARENTS_REMEMBERED = 4096
+
+
+def sibling_of(request_id: str) -> tuple[int, str]:
+    """Number of a request among its siblings, and the id that they have in common; (0, the id) if it has none."""
+    found = _SIBLING.fullmatch(request_id)
+    return (int(found[1]), found[2]) if found else (0, request_id)
+
+
+@dataclass
+class _Siblings:
+    """Requests of one client request; ``answer`` are the parameters of ``first``, while its lease stands."""
+
+    first: str
+    digest: str
+    answer: dict[str, Any] | None = None
 
 
 @dataclass
@@ -43,6 +67,39 @@ class Prefills:
     def __init__(self, tables: Sequence[GroupTable]) -> None:
         self._tables = tables
         self._running: dict[str, _RunningPrefill] = {}
+        self._siblings: OrderedDict[str, _Siblings] = OrderedDict()
+        """By the id that they have in common; those of other requests are not here."""
+
+    def joins(self, request_id: str, digest: str) -> bool:
+        """Whether a sibling with the same prompt has a lease, or had one, so that this request needs none."""
+        _, parent = sibling_of(request_id)
+        if parent == request_id:
+            return False
+        siblings = self._siblings.get(parent)
+        if siblings is not None and siblings.digest == digest:
+            return True
+        self._siblings[parent] = _Siblings(request_id, digest)
+        if len(self._siblings) > _PARENTS_REMEMBERED:
+            self._siblings.popitem(last=False)
+        return False
+
+    def answered(self, request_id: str, answer: dict[str, Any]) -> None:
+        """Note the parameters of a prefill that has finished; its siblings answer with them, too."""
+        siblings = self._siblings.get(sibling_of(request_id)[1])
+        if siblings is not None and siblings.first == request_id:
+            siblings.answer = answer
+
+    def answer_of_sibling(self, request_id: str) -> dict[str, Any] | None:
+        """Parameters of the sibling that has the lease; None if there is none, or it has not finished, or its lease has ended."""
+        siblings = self._siblings.get(sibling_of(request_id)[1])
+        return siblings.answer if siblings is not None else None
+
+    def leases_ended(self, request_ids: Iterable[str]) -> None:
+        """Forget the parameters of prefills whose leases have ended."""
+        for request_id in request_ids:
+            siblings = self._siblings.get(sibling_of(request_id)[1])
+            if siblings is not None and siblings.first == request_id:
+                siblings.answer = None
 
     def begin(self, request_id: str, lease: LeaseRef) -> None:
         """Add a prefill that has no blocks yet."""

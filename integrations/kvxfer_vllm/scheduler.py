@@ -7,15 +7,14 @@ derive the token where both servers were sent the request at once; in mode "pull
 before, the token is random. As a consumer it has the lease acquired when the request arrives, and read when vLLM has
 allocated blocks.
 
-A consumer's request is either *waiting* (vLLM has allocated nothing) or *loading* (vLLM waits for a worker's report). vLLM
-calls `update_state_after_alloc` again after a load and after a preemption; those calls are ignored.
+`kvxfer_vllm.prefills` knows what a producer has under way, `kvxfer_vllm.loads` what a consumer has.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
@@ -23,9 +22,10 @@ from vllm.v1.request import RequestStatus
 from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.groups import blocks_in_each
-from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PublishOrder, ReadOrder
+from kvxfer_vllm.loads import Loads
+from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PublishOrder
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.prefills import Prefills, with_new_token
+from kvxfer_vllm.prefills import Prefills, sibling_of, with_new_token
 from kvxfer_vllm.stats import KvxferStats
 from kvxfer_vllm.transfer_params import (
     ConsumerRequest,
@@ -42,7 +42,7 @@ from kvxfer_vllm.transfer_params import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -55,14 +55,6 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 _TOKENS_REMEMBERED = 65_536
 _SUCCEEDED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
-
-
-@dataclass
-class _Load:
-    """A consumer's request; ``loading`` is False while it waits."""
-
-    lease: LeaseRef
-    loading: bool = False
 
 
 class KvxferScheduler:
@@ -80,6 +72,8 @@ class KvxferScheduler:
         port: of the side channel of rank 0; 0 until `set_addresses`.
         secret: of all servers, if they have one. Without it no other process can derive the token of a request that both
             servers were sent.
+        share: the prefix cache is on, so requests with the same lease can share a load.
+        data_parallel: vLLM may send siblings to several ranks, which do not share a prefix cache.
     """
 
     def __init__(
@@ -92,6 +86,8 @@ class KvxferScheduler:
         host: str,
         port: int,
         secret: Secret | None = None,
+        share: bool = False,
+        data_parallel: bool = False,
     ) -> None:
         self.stats = KvxferStats()
         self._role = role
@@ -105,9 +101,9 @@ class KvxferScheduler:
         if port:
             self._listens_at((tcp_address(host, port),))
         self._prefills = Prefills(tables)
-        self._loads: dict[str, _Load] = {}
+        self._loads = Loads(tables, self.stats, share=share)
+        self._data_parallel = data_parallel
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
-        self._tokens_used: OrderedDict[str, None] = OrderedDict()
         self._warned_of_namesake = False
         self._step = KvxferMetadata()
 
@@ -141,54 +137,26 @@ class KvxferScheduler:
     def on_new_request(self, request: Request) -> None:
         """Judge a request's parameters, once; announce a producer's lease, acquire a consumer's."""
         asked = parse(request.kv_transfer_params, self._role, request.request_id)
-        lease: LeaseRef | None = None
         try:
             if asked is not None and not isinstance(asked, RefusedParams):
                 asked = self._judge_prompt(request, asked)
             if isinstance(asked, ProducerRequest):
-                lease = self._new_lease(request, asked.key)
+                self._begin_prefill(request, asked.key)
         except TokenIdError as error:
             asked = RefusedParams(RefusalReason.BAD_TOKEN_IDS, str(error))
         if isinstance(asked, RefusedParams):
             self._refuse(request, asked)
-        elif lease is not None:
-            self._leave_to_decode(request)
-            self._prefills.begin(request.request_id, lease)
-            self._step.announce.append(lease)
         elif isinstance(asked, ConsumerRequest):
             self._warn_of_namesake(asked.lease)
-            self._loads[request.request_id] = _Load(asked.lease)
-            _remember(self._tokens_used, asked.lease.token)
-            if not _aborted_already(request):
-                self._step.acquire.append(asked.lease)
+            self._loads.begin(request.request_id, asked.lease, self._step, acquire=not _aborted_already(request))
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens that can be loaded beyond those found locally, and whether that takes more than this step."""
-        load = self._loads.get(request.request_id)
-        if load is None or load.loading:
-            return 0, False
-        missing = load.lease.num_tokens - num_computed_tokens
-        return (missing, True) if missing > 0 else (0, False)
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See `Loads.missing`."""
+        return self._loads.missing(request.request_id, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """Order a consumer's load, or release its lease, now that vLLM has allocated blocks."""
-        request_id = request.request_id
-        load = self._loads.get(request_id)
-        if load is None or load.loading:
-            return
-        if num_external_tokens == 0:
-            # The whole prompt is here already, or another connector of a MultiConnector loads it.
-            del self._loads[request_id]
-            self._step.release.append(load.lease)
-            self.stats.count("local_hits")
-            return
-        num_tokens = load.lease.num_tokens
-        first_token = num_tokens - num_external_tokens
-        target = blocks_in_each(self._tables, blocks.get_block_ids(), first_token, num_tokens)
-        if target is None:
-            raise RuntimeError(f"too few blocks were allocated for {num_tokens} tokens")
-        self._step.read.append(ReadOrder(request_id, load.lease, target, first_token))
-        load.loading = True
+        """See `Loads.allocated`."""
+        self._loads.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens, self._step)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvxferMetadata:
         """Return this step's orders and begin to collect those of the next one."""
@@ -203,24 +171,20 @@ class KvxferScheduler:
         step.idle = scheduler_output.total_num_scheduled_tokens == 0
         return step
 
-    def loads_ended(self, request_ids: Iterable[str]) -> None:
-        """Forget the loads that workers reported as finished or failed."""
-        for request_id in request_ids:
-            self._loads.pop(request_id, None)
+    def reported(self, loaded: Iterable[str], failed: Collection[str], sent: Iterable[str]) -> None:
+        """Take the reports of the workers: loads that ended, those of them that failed, and prefills whose lease has ended."""
+        self._loads.ended(loaded, failed, self._step)
+        self._prefills.leases_ended(sent)
 
     def request_finished(
         self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request. True: its blocks, by cache group, stay allocated until a worker reports it as sent."""
         request_id = request.request_id
-        load = self._loads.pop(request_id, None)
-        if load is not None and load.loading:
-            self._step.cancel.append(request_id)
-        elif load is not None:
-            self._step.release.append(load.lease)
+        self._loads.finish(request_id, self._step)
         lease = self._prefills.end(request_id)
         if lease is None:
-            return False, None
+            return False, self._prefills.answer_of_sibling(request_id) if request.status in _SUCCEEDED else None
         published = blocks_in_each(self._tables, block_ids, 0, lease.num_tokens)
         if request.status not in _SUCCEEDED or request.num_computed_tokens < lease.num_tokens or published is None:
             self._step.revoke.append(lease)
@@ -228,6 +192,7 @@ class KvxferScheduler:
         ids = [blocks.ids for blocks in published]
         answer = response(lease, ids, host=self._host, port=self._port, tp_size=self._tp_size)
         self._step.publish.append(PublishOrder(request_id, lease, published))
+        self._prefills.answered(request_id, answer)
         return True, answer
 
     def survive(self, hook: str, request_id: str, *, parked: bool) -> None:
@@ -239,16 +204,20 @@ class KvxferScheduler:
             parked: vLLM now waits for a worker to report the load, so the load is reported as failed.
         """
         self.stats.count("hook_errors", label=hook)
-        load = self._loads.pop(request_id, None)
-        if load is not None and not load.loading:
-            self._step.release.append(load.lease)
-            if parked:
-                self._step.fail.append(request_id)
+        self._loads.give_up(request_id, self._step, parked=parked)
         lease = self._prefills.end(request_id)
         if lease is not None:
             self._step.revoke.append(lease)
 
     # ------------------------------------------------------------------------------------------------------ leases
+
+    def _begin_prefill(self, request: Request, key: str) -> None:
+        """Begin a prefill: announce its lease, unless it is a sibling's."""
+        if not self._prefills.joins(request.request_id, _digest(request)):
+            lease = self._new_lease(request, key)
+            self._prefills.begin(request.request_id, lease)
+            self._step.announce.append(lease)
+        self._leave_to_decode(request)
 
     def _new_lease(self, request: Request, key: str) -> LeaseRef:
         """Make the lease of a request that is to be prefilled here."""
@@ -287,9 +256,12 @@ class KvxferScheduler:
         if isinstance(asked, RendezvousRequest):
             lease = self._rendezvous(request, asked.key, producer=asked.producer, addresses=[asked.address])
             asked = ConsumerRequest(lease)
-        if asked.lease.token in self._tokens_used:
-            # A lease is read once. The second request may find the first one's blocks in the prefix cache.
+        token = asked.lease.token
+        if self._loads.knows(token) and (_aborted_already(request) or not self._loads.can_share(token)):
             return RefusedParams(RefusalReason.LEASE_USED, "another request on this server has, or had, the same lease")
+        if self._data_parallel and sibling_of(request.request_id)[0] > 0 and not self._loads.knows(token):
+            # A lease belongs to the rank that acquires it first, and the first sibling is on another rank.
+            return RefusedParams(RefusalReason.LEASE_USED, "a sibling of the request has the lease on another rank")
         # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
         if not _aborted_already(request) and (
             asked.lease.num_tokens != self._tokens_to_transfer(request.num_prompt_tokens)

@@ -28,6 +28,7 @@ COUNTERS = {
     "agent_resets": "Resets of the transfer agent, which stop late writes.",
     "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
     "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",
+    "shared_loads": "Requests of this consumer that took what another request with the same lease had loaded.",
 }
 
 # The same with a label: name -> (help, label, values of the label that are exported as 0 from the start).

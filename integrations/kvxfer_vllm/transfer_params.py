@@ -33,6 +33,7 @@ _MAX_BLOCK_ID = 2**31 - 1
 _MAX_KEY = 256
 _PREFILL, _DECODE = "___prefill_addr_", "___decode_addr_"  # vllm-router's marks in a request's id
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
+_SIBLING_PREFIX = re.compile(r"\A[0-9]+_")
 
 # NixlConnector's keys that a consumer must find beside the lease, and their types.
 _REQUIRED: dict[str, type] = {
@@ -79,7 +80,7 @@ class RefusalReason(str, enum.Enum):
     OTHER_PROMPT = "other_prompt"
     """The lease is for another prompt than the request's."""
     LEASE_USED = "lease_used"
-    """Another request on this server has, or had, the same lease (``n`` > 1, several prompts in one call, a replay)."""
+    """Another request has, or had, the same lease, and its blocks are in no prefix cache of this server's."""
     NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
     """The prompt has no token ids (embeddings), or it can still grow (streaming input)."""
     BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
@@ -350,8 +351,11 @@ class TokenIdError(ValueError):
 
 
 def rendezvous_key(request_id: str) -> str:
-    """Name of a request that both servers know from its ``X-Request-Id``: vLLM adds eight random hex digits on each."""
-    return _RANDOM_SUFFIX.sub("", request_id)
+    """Name of a request that both servers know from its ``X-Request-Id``.
+
+    vLLM adds eight random hex digits on each, and the number of a sibling (``n`` > 1) in front.
+    """
+    return _SIBLING_PREFIX.sub("", _RANDOM_SUFFIX.sub("", request_id))
 
 
 def prompt_digest(

@@ -136,6 +136,7 @@ class Lab:
         self.first_expected: Answer | None = None
         self.eventually = eventually
         self.deadline_s = DEADLINE_S
+        self.lease_s = LEASE_S
         self.peer_timeout_s = PEER_TIMEOUT_S
         self._tokens: dict[tuple[object, int], tuple[int, ...]] = {}
 

@@ -94,6 +94,19 @@ def test_other_options_of_a_completion(lab, front, extra):
     assert answer.tokens == lab.reference.ask(prompt, max_tokens=8, **extra).tokens
 
 
+def test_several_answers_to_one_request(lab, front):
+    """Three answers to one request are the reference's, take one load, and no lease is left to expire."""
+    prompt, options = lab.prompt(700), {"max_tokens": 12, "n": 3, "temperature": 1.0, "seed": 5}
+    names = ("vllm:kvxfer_transfer_seconds_count", "vllm:kvxfer_refused_params_total")
+    before = [lab.decode.metric(name) for name in names]
+    answer = front.ask(prompt, **options)
+    assert answer.ok, answer.body
+    lab.assert_no_blocks_in_use(timeout_s=lab.lease_s / 2)
+    assert answer.tokens == lab.reference.ask(prompt, **options).tokens
+    lab.refresh_metrics(lab.decode)
+    assert [lab.decode.metric(name) - old for name, old in zip(names, before, strict=True)] == [1, 0]
+
+
 def test_several_prompts_in_one_request(lab, front):
     """One request with several prompts is answered as by the reference, although an answer of prefill has one lease."""
     prompts = [lab.prompt(40), lab.prompt(70)]

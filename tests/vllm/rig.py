@@ -211,9 +211,11 @@ class Engine:
         chunk: int = 2048,
         windows: Sequence[int] = (0,),
         hybrid: bool = True,
+        prefix_caching: bool = True,
         **extra: Any,
     ) -> None:
         self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
+        self.config.cache_config.enable_prefix_caching = prefix_caching
         if multi:
             self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
             self.config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM does with MultiConnector

@@ -390,22 +390,6 @@ def test_a_lease_for_another_prompt_is_never_used(pair):
     assert scripted(consumer).calls == []
 
 
-def test_one_lease_serves_one_request(pair):
-    """Of several requests with the same parameters one loads its KV, and the others compute it."""
-    producer, consumer = pair
-    prompt = prompt_of(100)
-    params = handed_over(producer, "p", prompt)
-    consumer.add("d0", prompt, params, max_tokens=3)
-    consumer.add("d1", prompt, params, max_tokens=3)
-    consumer.run()
-    assert consumer.answers["d0"].tokens == consumer.answers["d1"].tokens == expected(prompt, 3)
-    consumer.add("d2", prompt, params, max_tokens=3)
-    consumer.run()
-    assert consumer.answers["d2"].tokens == expected(prompt, 3)
-    assert consumer.stats["refused_params"] == {"lease_used": 2}
-    assert scripted(consumer).names() == ["acquire", "read"]
-
-
 def test_many_requests_at_once(pair):
     """32 requests of mixed lengths, more than fit at once, have the right tokens and leave no block allocated."""
     producer, consumer = pair
@@ -457,7 +441,7 @@ def test_a_defect_after_the_promise_fails_the_load(pair, monkeypatch):
     """A load that was promised to vLLM and cannot be ordered is reported as failed."""
     producer, consumer = pair
     params = handed_over(producer, "p", prompt_of(100))
-    monkeypatch.setattr("kvxfer_vllm.scheduler.ReadOrder", None)
+    monkeypatch.setattr("kvxfer_vllm.loads.ReadOrder", None)
     consumer.add("d", prompt_of(100), params, max_tokens=3)
     consumer.run()
     assert consumer.answers["d"].finish_reason == "error"
