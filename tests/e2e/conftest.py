@@ -16,6 +16,7 @@ The servers have a secret from a file; those of test_unequal_pairs have another 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import os
@@ -139,6 +140,12 @@ class Lab:
         self.lease_s = LEASE_S
         self.peer_timeout_s = PEER_TIMEOUT_S
         self._tokens: dict[tuple[object, int], tuple[int, ...]] = {}
+
+    def facing(self, reference: VllmServer, prefill: VllmServer, decode: VllmServer) -> Lab:
+        """The same questions, to other servers."""
+        other = copy.copy(self)
+        other.reference, other.prefill, other.decode = reference, prefill, decode
+        return other
 
     # ---------------------------------------------------------------------------------------------------- life
 

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.e2e.malformed import LEASE_REPLACEMENTS, REPLACEMENTS, assert_survives, edited, edited_lease, from_a_producer
 from tools.serve.model import HYBRID, make_model
 from tools.serve.pair import ServerSettings, VllmServer, start_all
 
 BLOCK_TOKENS = 32
 WINDOW = HYBRID.window_tokens
+PEER_TIMEOUT_S = 10.0
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 # Around the borders of blocks and windows; with the fifth from the end vLLM drops a block that decode's first token attends to.
 LENGTHS = [1, 2, 31, 32, 33, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + BLOCK_TOKENS - 1, 255, 700, 1500, 3000]
@@ -28,7 +30,14 @@ def hybrid(started_lab, tmp_path_factory):
     producer = ServerSettings(
         name="hybrid-prefill", model=model, role="kv_producer", num_blocks=2000, arguments=chunked
     )
-    consumer = ServerSettings(name="hybrid-decode", model=model, role="kv_consumer", num_blocks=2000, arguments=drafts)
+    consumer = ServerSettings(
+        name="hybrid-decode",
+        model=model,
+        role="kv_consumer",
+        num_blocks=2000,
+        connector_options={"peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": 2 * PEER_TIMEOUT_S},
+        arguments=drafts,
+    )
     servers = SimpleNamespace(
         reference=VllmServer(ServerSettings(name="hybrid-reference", model=model, num_blocks=2000), folder),
         prefill=VllmServer(producer, folder),
@@ -75,6 +84,32 @@ def test_bytes_of_windows_do_not_grow_with_the_prompt(lab, hybrid):
     assert 0 < hybrid.decode.metric("vllm:kvxfer_transfer_bytes_sum") - before <= blocks * BLOCK_TOKENS * token_nbytes
 
 
+def test_edited_params_of_a_model_with_windows(lab, hybrid):
+    """A producer's answer with any key, or any field of its lease, replaced or removed harms no server with several groups.
+
+    All at once: most wait for a peer that does not exist.
+    """
+    facing = lab.facing(hybrid.reference, hybrid.prefill, hybrid.decode)
+    attempts = [
+        attempt
+        for replacements, edit in ((REPLACEMENTS, edited), (LEASE_REPLACEMENTS, edited_lease))
+        for key, values in replacements.items()
+        for attempt in from_a_producer(facing, key, values, edit)
+    ]
+    assert_survives(facing, hybrid.decode, attempts)
+
+
 def test_no_block_of_a_hybrid_pair_stays_in_use(lab, hybrid):
     """After these tests neither server has a block in use."""
     lab.assert_no_blocks_in_use(hybrid.prefill, hybrid.decode)
+
+
+def test_prefill_of_a_model_with_windows_is_killed(lab, hybrid):
+    """A prefill server that is killed before its KV was read gives an error in time, and leaves no block of decode in use."""
+    prompt = lab.prompt(700)
+    params, _ = lab.begin("pull", prompt, hybrid.prefill)
+    hybrid.prefill.kill()
+    answer = hybrid.decode.ask(prompt, max_tokens=4, kv_transfer_params=params, timeout_s=lab.deadline_s)
+    assert answer.status == 500
+    lab.assert_no_blocks_in_use(hybrid.decode)
+    assert hybrid.decode.ask(prompt, max_tokens=4).tokens == hybrid.reference.ask(prompt, max_tokens=4).tokens

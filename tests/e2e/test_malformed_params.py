@@ -3,242 +3,45 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import time
-from dataclasses import dataclass
 
 import pytest
 
+from tests.e2e.malformed import (
+    ANSWER_S,
+    DELETE,
+    FOREIGN,
+    LEASE_REPLACEMENTS,
+    NO_OBJECTS,
+    REPLACEMENTS,
+    TOLD_REPLACEMENTS,
+    Attempt,
+    assert_survives,
+    counts,
+    edited,
+    edited_lease,
+    from_a_producer,
+    short,
+)
 from tools.serve.client import post
-
-# Longest answer: longer than a refusal, and than waiting for a missing peer (see conftest).
-_ANSWER_S = 30.0
-
-DELETE = object()
-_HEX = "0123456789abcdef" * 2
-_DEEP = json.loads("[" * 200 + "]" * 200)
-
-# Keys of a producer's answer, and the values that replace each of them, one by one.
-REPLACEMENTS = {
-    "do_remote_prefill": ["yes", 1, [True], {}],
-    "do_remote_decode": [True, "true", 0],
-    "remote_block_ids": [
-        *(DELETE, None, [], [[]], "0,1,2", 7, {"0": [1]}, [1, 2, 3], [[1], [2]], [["1"]], [[-1]], [[2**31]], [[2**63]]),
-        *([[10**30]], [[1.5]], [[None]], [[True]], [[[1]]], [[1_999_999]], [[0] * 200_000], [[5] * 3], _DEEP),
-    ],
-    "remote_engine_id": [DELETE, None, 5, "", "another engine", ["a"], "x" * 1_000_000, "\ud800", "a\x00b"],
-    "remote_request_id": [DELETE, None, 5, "", "another request", {}],
-    "remote_host": [DELETE, None, 5, "", "no such host.invalid", "203.0.113.1", "../../etc", "\ud800"],
-    "remote_port": [DELETE, None, "5600", 0, -1, 1, 65_536, 10**30, 1.5, True, []],
-    "tp_size": [DELETE, None, 0, -1, 2, 10**9, "1", 1.0, True],
-    "pp_size": [0, 2, "1", None],
-    "dcp_size": [0, 2, "1", None],
-    "remote_num_tokens": [None, 0, -1, 1, 10**18, "70", 1.5],
-    "transfer_mode": ["push", "", 5, None],
-    "remote_blocks_expiry_time": ["soon", -1e308, []],
-    "kvxfer": [DELETE, None, "", "{}", 5, [], {}, _DEEP, {"v": 1}],
-}
-
-# The same for the fields of the lease.
-LEASE_REPLACEMENTS = {
-    "v": [DELETE, None, 0, 2, "1", 1.0, 10**30],
-    "token": [DELETE, None, "", "00", _HEX + "0", _HEX.upper(), "g" * 32, _HEX, 5, [_HEX], "\ud800" * 32],
-    "producer": [DELETE, None, "", "another engine", 5, "x" * 1_000_000],
-    "addresses": [
-        *(
-            DELETE,
-            None,
-            [],
-            [""],
-            [5],
-            "tcp://127.0.0.1:1",
-            {},
-            ["ipc:///tmp/x"],
-            ["inproc://x"],
-            ["http://127.0.0.1:1"],
-        ),
-        *(["tcp://"], ["tcp://127.0.0.1"], ["tcp://127.0.0.1:x"], ["tcp://127.0.0.1:99999"], ["tcp://127.0.0.1:1"]),
-        *(["tcp://no such host.invalid:1"], ["tcp://203.0.113.1:5600"], ["tcp://127.0.0.1:1"] * 5000, ["\ud800"]),
-    ],
-    "request": [DELETE, None, "", "another request", 5],
-    "num_tokens": [DELETE, None, 0, -1, 1, 10**18, "70", 1.5, True],
-    "digest": [DELETE, None, "", "0" * 32, 5, "\ud800"],
-    "rendezvous": [DELETE, True, None, 1, "yes", []],
-}
-
-# The same for the parameters of a decode request that is sent to both servers at once.
-TOLD_REPLACEMENTS = {
-    "do_remote_prefill": REPLACEMENTS["do_remote_prefill"],
-    "do_remote_decode": REPLACEMENTS["do_remote_decode"],
-    "remote_engine_id": REPLACEMENTS["remote_engine_id"],
-    "remote_host": REPLACEMENTS["remote_host"],
-    "remote_port": REPLACEMENTS["remote_port"],
-    "remote_block_ids": [[], [[1, 2, 3]], "0,1,2", _DEEP],
-    "tp_size": REPLACEMENTS["tp_size"],
-    "pp_size": REPLACEMENTS["pp_size"],
-    "dcp_size": REPLACEMENTS["dcp_size"],
-    "transfer_id": [
-        DELETE,
-        None,
-        5,
-        "",
-        "another",
-        ["a"],
-        {},
-        True,
-        "x" * 257,
-        "x" * 1_000_000,
-        "\ud800",
-        "a\x00b",
-        _DEEP,
-    ],
-    "kvxfer": ["", "{}", 5, [], {}, _DEEP, {"v": 1}],
-}
-
-# Parameters that no producer has made.
-FOREIGN = {
-    "empty": {},
-    "only the flag": {"do_remote_prefill": True},
-    "only the other flag": {"do_remote_decode": True},
-    "both flags": {"do_remote_prefill": True, "do_remote_decode": True},
-    "flag and nonsense": {"do_remote_prefill": True, "do_remote_decode": False, "remote_block_ids": "nonsense"},
-    "keys only": dict.fromkeys(("do_remote_prefill", "do_remote_decode", "remote_block_ids", "kvxfer")),
-    "of a push connector": {"do_remote_prefill": True, "transfer_id": "t", "remote_engine_id": "e", "remote_port": 1},
-    "ten thousand keys": {"do_remote_prefill": True} | {f"key {i}": i for i in range(10_000)},
-    "a megabyte": {"do_remote_prefill": True, "padding": "x" * 1_000_000},
-    "deeply nested": {"do_remote_prefill": True, "kvxfer": {"a": _DEEP}},
-    "odd keys": {"": 1, "\x00": 2, "__class__": {}, "do_remote_prefill": True, "kvxfer": {"": {}}},
-}
-
-# JSON without an object, and no JSON: vLLM itself may refuse these.
-NO_OBJECTS = [
-    "[]",
-    '"do_remote_prefill"',
-    "5",
-    "true",
-    "[{}]",
-    '{"do_remote_prefill": NaN}',
-    '{"do_remote_prefill": 1e999}',
-]
-
-
-# Replacements that are served: NixlConnector's keys that kvxfer does not need, and fields that may be left out.
-HARMLESS = {
-    "remote_block_ids": [[[1_999_999]], [[5] * 3]],
-    "remote_host": ["", "no such host.invalid", "203.0.113.1", "../../etc"],
-    "remote_port": [1],
-    "tp_size": [2],  # a lease may name the first rank only
-    "do_remote_decode": [0],
-    "pp_size": [None],
-    "dcp_size": [None],
-    "remote_num_tokens": [None],
-    "transfer_mode": [None],
-    "remote_blocks_expiry_time": REPLACEMENTS["remote_blocks_expiry_time"],
-    "v": [DELETE],
-    "rendezvous": [DELETE, True],
-}
-# Not part of the lease that both servers derive; kvxfer asks the prefill server.
-HARMLESS_AT_ONCE = {"tp_size": REPLACEMENTS["tp_size"], "pp_size": [None], "dcp_size": [None]}
-
-
-@dataclass
-class Attempt:
-    """One request with malformed parameters; ``counts``: the connector must count it."""
-
-    name: str
-    params: object
-    prompt: list
-    counts: bool = True
-
-
-def _edited(obj: dict, key: str, value) -> dict:
-    edited = copy.deepcopy(obj)
-    if value is DELETE:
-        edited.pop(key, None)
-    else:
-        edited[key] = value
-    return edited
-
-
-def _counts(key: str, value, harmless) -> bool:
-    # vLLM's front end cannot pass half a character to the engine and answers 500 itself.
-    return "\\ud800" not in ascii(value) and not any(
-        value is known or value == known for known in harmless.get(key, ())
-    )
-
-
-def _short(value) -> str:
-    text = "gone" if value is DELETE else ascii(value)
-    return text if len(text) < 40 else f"{text[:30]}...{len(text)}"
-
-
-def _from_a_producer(lab, key, values, edit, way: str = "pull") -> list:
-    """Make an attempt for each value, each from valid parameters of its own."""
-    harmless = HARMLESS_AT_ONCE if way == "push" else HARMLESS
-    prompts = [lab.prompt(70) for _ in values]
-    begun = lab.together(lambda prompt=prompt: lab.begin(way, prompt) for prompt in prompts)
-    return [
-        Attempt(f"{key}: {_short(value)}", edit(params, key, value), prompt, _counts(key, value, harmless))
-        for value, prompt, (params, _) in zip(values, prompts, begun, strict=True)
-    ]
-
-
-def counted(lab, server) -> float:
-    """Number of requests that this server has refused or failed."""
-    lab.refresh_metrics(server)
-    names = ("vllm:kvxfer_refused_params_total", "vllm:kvxfer_failed_transfers_total")
-    return sum(sample.value for sample in server.metrics() if sample.name in names)
-
-
-def assert_survives(lab, server, attempts) -> None:
-    """Check that each attempt is answered in time, rightly or by an error, and counted, and that the engine goes on."""
-    before = counted(lab, server)
-
-    def ask(attempt):
-        begin = time.monotonic()
-        answer = server.ask(attempt.prompt, max_tokens=6, kv_transfer_params=attempt.params, timeout_s=4 * _ANSWER_S)
-        return answer, time.monotonic() - begin
-
-    wrong, must_count = [], 0
-    for attempt, (answer, elapsed_s) in zip(
-        attempts, lab.together(lambda attempt=attempt: ask(attempt) for attempt in attempts), strict=True
-    ):
-        if elapsed_s > _ANSWER_S:
-            wrong.append((attempt.name, f"answered after {elapsed_s:.1f} s"))
-        if answer.ok and answer.tokens != lab.expect(attempt.prompt, 6):
-            wrong.append((attempt.name, "wrong tokens"))
-        if not answer.ok and not 400 <= answer.status < 600:
-            wrong.append((attempt.name, answer))
-        # What vLLM's own validation refuses never reaches the connector.
-        must_count += attempt.counts and not 400 <= answer.status < 500
-    assert wrong == []
-    assert server.alive
-    prompt = lab.prompt(10)
-    assert server.ask(prompt, max_tokens=4).tokens == lab.expect(prompt, 4)
-    assert counted(lab, server) - before >= must_count
 
 
 @pytest.mark.parametrize("key", REPLACEMENTS)
 def test_edited_params_at_decode(lab, key):
     """A producer's answer with one key replaced or removed is served, computed locally or refused."""
-    assert_survives(lab, lab.decode, _from_a_producer(lab, key, REPLACEMENTS[key], _edited))
+    assert_survives(lab, lab.decode, from_a_producer(lab, key, REPLACEMENTS[key], edited))
 
 
 @pytest.mark.parametrize("key", LEASE_REPLACEMENTS)
 def test_edited_lease_at_decode(lab, key):
     """A lease with one field replaced or removed ends in a local answer or an error, never in another request's KV."""
-
-    def edit(params, key, value):
-        return params | {"kvxfer": _edited(params["kvxfer"], key, value)}
-
-    assert_survives(lab, lab.decode, _from_a_producer(lab, key, LEASE_REPLACEMENTS[key], edit))
+    assert_survives(lab, lab.decode, from_a_producer(lab, key, LEASE_REPLACEMENTS[key], edited_lease))
 
 
 @pytest.mark.parametrize("key", TOLD_REPLACEMENTS)
 def test_edited_params_of_a_request_sent_to_both_at_once(lab, key):
     """Edited parameters of a request sent to both at once end in time, also if no prefill matches them."""
-    assert_survives(lab, lab.decode, _from_a_producer(lab, key, TOLD_REPLACEMENTS[key], _edited, way="push"))
+    assert_survives(lab, lab.decode, from_a_producer(lab, key, TOLD_REPLACEMENTS[key], edited, way="push"))
 
 
 def test_edited_transfer_id_at_prefill(lab):
@@ -249,7 +52,7 @@ def test_edited_transfer_id_at_prefill(lab):
         lab,
         lab.prefill,
         [
-            Attempt(_short(value), wish | {"transfer_id": value}, lab.prompt(70), _counts("", value, {}))
+            Attempt(short(value), wish | {"transfer_id": value}, lab.prompt(70), counts("", value, {}))
             for value in values
         ],
     )
@@ -268,9 +71,9 @@ def test_answers_of_a_producer_at_a_producer(lab):
     attempts = [
         attempt
         for key in ("remote_block_ids", "remote_engine_id", "remote_port", "kvxfer", "do_remote_decode")
-        for attempt in _from_a_producer(lab, key, REPLACEMENTS[key][:6], _edited)
+        for attempt in from_a_producer(lab, key, REPLACEMENTS[key][:6], edited)
     ]
-    attempts += _from_a_producer(lab, "transfer_id", [DELETE, "another"], _edited, way="push")
+    attempts += from_a_producer(lab, "transfer_id", [DELETE, "another"], edited, way="push")
     assert_survives(lab, lab.prefill, attempts)
 
 
@@ -280,7 +83,7 @@ def test_params_that_are_no_object(lab, role):
     server = getattr(lab, role)
     head = json.dumps({"model": "kvxfer", "prompt": lab.prompt(40), "max_tokens": 2})[:-1]
     for raw in NO_OBJECTS:
-        status, _ = post(server.url, "/v1/completions", f'{head}, "kv_transfer_params": {raw}}}'.encode(), _ANSWER_S)
+        status, _ = post(server.url, "/v1/completions", f'{head}, "kv_transfer_params": {raw}}}'.encode(), ANSWER_S)
         assert status in {200, 400, 422, 500}, raw
     prompt = lab.prompt(10)
     assert server.ask(prompt, max_tokens=4).tokens == lab.expect(prompt, 4)
