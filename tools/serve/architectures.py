@@ -50,7 +50,8 @@ _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
 #: By the name that a recipe gives.
 ARCHITECTURES = {
     "llama": Architecture("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": Architecture("MistralConfig", "MistralForCausalLM"),
+    # Llama with windows is how vLLM runs Mistral, whose own tokenizers want a package more.
+    "windows": Architecture("LlamaConfig", "LlamaForCausalLM", {"layer_types": ["sliding_attention"] * 4}),
     "gemma3": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 32}),
     "gemma4": Architecture(
         "Gemma4TextConfig",

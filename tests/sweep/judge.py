@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of a row, sent through a pair of servers, and what their answers say about the connector."""
+
+from __future__ import annotations
+
+import random
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tools.serve.client import Answer
+
+if TYPE_CHECKING:
+    from tests.sweep.rows import Row
+    from tools.serve.pair import VllmServer
+
+__all__ = ["Case", "Outcome", "Question", "cases_of", "draft_step", "judge", "reason"]
+
+Question = Callable[[str, Sequence[int]], "tuple[int, ...] | None"]
+"""Right tokens of a prompt in the case of this name; None: any."""
+
+_TIMEOUT_S = 150.0
+_SPECIAL_TOKENS = 5
+_BYTES = ("vllm:kvxfer_transfer_bytes_sum", "vllm:nixl_bytes_transferred_sum")
+_DEFECTS = ("vllm:kvxfer_internal_errors_total", "vllm:kvxfer_hook_errors_total")
+_DRAFTS = ("vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_drafts_total")
+_LONGEST = 1500
+# Chunks of Llama 4 are as long.
+_WINDOW = 128
+_MOST_WORDS = 40
+_MOST_WRONG = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts that are sent at once. ``held``: tokens of the prompt's beginning that decode has in its prefix cache."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    held: int = 0
+    alone: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a connector did with a row.
+
+    Attributes:
+        verdict: ``served``, ``refused``, ``wrong``, ``fails``, or ``unserved`` if a server without a connector fails, too.
+        why: one sentence, unless it was served.
+        answers, right: number of answers, and of those with the right tokens.
+        as_one_server: number of answers with the tokens of one server, where those do not decide.
+        nbytes: of the prompts that were sent one at a time.
+        growth_nbytes: for each further token of the longest prompt.
+        step_tokens: mean number of tokens that a step with drafts yields, of the pair and of one server.
+        preemptions: of the prefill server and the decode server.
+        left: blocks that were in use at the end.
+        wrong_cases: cases whose answers were not right, or moved nothing.
+        tokens: of each right answer, by case and prompt.
+    """
+
+    verdict: str = "served"
+    why: str = ""
+    answers: int = 0
+    right: int = 0
+    as_one_server: int = 0
+    nbytes: int = 0
+    growth_nbytes: float = 0.0
+    step_tokens: tuple[float, float] = (0.0, 0.0)
+    preemptions: tuple[int, int] = (0, 0)
+    left: float = 0.0
+    wrong_cases: list[str] = field(default_factory=list)
+    tokens: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Fields as JSON has them, without the tokens."""
+        return {name: value for name, value in asdict(self).items() if name != "tokens"}
+
+
+def cases_of(row: Row, *, quick: bool = False) -> list[Case]:
+    """Prompts around the borders of blocks and windows, a prefix that decode has, the same prompt again, and several at once."""
+    chooser = random.Random(row.recipe.name)
+
+    def prompt(num_tokens: int) -> tuple[int, ...]:
+        return tuple(chooser.randrange(_SPECIAL_TOKENS, row.recipe.vocabulary) for _ in range(num_tokens))
+
+    if row.crowd:
+        return [Case("crowd", tuple(prompt(200 + 17 * i) for i in range(row.crowd)), alone=False)]
+    window = row.recipe.window_tokens or _WINDOW
+    lengths = {window + 31} if quick else {1, 95, 96, 97, window - 1, window, window + 1, window + 31}
+    lengths |= {_several_windows(row), _LONGEST}
+    cases = [Case(f"{length} tokens", (prompt(length),)) for length in sorted(lengths)]
+    long = prompt(700)
+    cases.append(Case("prefix held by decode", (long,), held=300))
+    cases.append(Case("same prompt again", (long,), alone=False))
+    if not quick:
+        common = prompt(100)
+        several = tuple(
+            (common if i % 2 else ()) + prompt(length) for i, length in enumerate((5, 40, 130, 260, 410, 33))
+        )
+        cases.append(Case("six at once", several, alone=False))
+    return cases
+
+
+def _several_windows(row: Row) -> int:
+    return 5 * (row.recipe.window_tokens or _WINDOW) + 3
+
+
+def judge(
+    row: Row, cases: list[Case], prefill: VllmServer, decode: VllmServer, right: Question, *, push: bool
+) -> Outcome:
+    """Send the cases in each way that the connector has, and compare; the servers run."""
+    outcome = Outcome()
+    drafts = draft_step(decode)
+    preempted = [_total(server, "vllm:num_preemptions_total")[0] for server in (prefill, decode)]
+    grown: list[tuple[int, int]] = []
+    for way in ("pull", "push") if push else ("pull",):
+        for case in cases:
+            if len(outcome.wrong_cases) >= _MOST_WRONG and not outcome.right:
+                break
+            if case.alone:
+                prefill.reset_prefix_cache()
+                decode.reset_prefix_cache()
+            if case.held:
+                _check(decode.ask(case.prompts[0][: case.held], max_tokens=1, timeout_s=_TIMEOUT_S))
+            before = _moved(decode)
+            with ThreadPoolExecutor(len(case.prompts) + row.busy_prefill) as pool:
+                own = [
+                    pool.submit(prefill.ask, [*each[:150]], max_tokens=400) for each in case.prompts[: row.busy_prefill]
+                ]
+                answers = list(pool.map(partial(_send, row, way, prefill, decode), case.prompts))
+                for each in own:
+                    _check(each.result())
+            for prompt, answer in zip(case.prompts, answers, strict=True):
+                outcome.answers += 1
+                if answer.ok and right(case.name, prompt) in {None, answer.tokens}:
+                    outcome.right += 1
+                    outcome.tokens[case.name, prompt] = answer.tokens
+                else:
+                    got = "other tokens" if answer.ok else f"HTTP {answer.status}"
+                    outcome.wrong_cases.append(f"{way}, {case.name}: {got}")
+            moved = _moved(decode) - before
+            if case.alone and len(case.prompts[0]) > row.decode.block_tokens and not moved:
+                outcome.wrong_cases.append(f"{way}, {case.name}: nothing moved")
+            if case.alone and way == "pull":
+                outcome.nbytes += int(moved)
+                if not case.held:
+                    grown.append((len(case.prompts[0]), int(moved)))
+    outcome.growth_nbytes = _growth(grown)
+    outcome.step_tokens = (draft_step(decode, drafts)[0], 0.0)
+    now = [_total(server, "vllm:num_preemptions_total")[0] for server in (prefill, decode)]
+    outcome.preemptions = (int(now[0] - preempted[0]), int(now[1] - preempted[1]))
+    outcome.left = sum(server.wait_no_blocks_in_use(45.0) for server in (prefill, decode))
+    _conclude(row, outcome, sum(sum(_total(server, *_DEFECTS)) for server in (prefill, decode)))
+    return outcome
+
+
+def draft_step(server: VllmServer, since: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> tuple[float, float, float]:
+    """Mean number of tokens of a step with drafts, 0.0 if there was none; then drafts accepted, and steps, in all."""
+    accepted, made = _total(server, *_DRAFTS)
+    steps = made - since[2]
+    return (1 + (accepted - since[1]) / steps if steps else 0.0), accepted, made
+
+
+def _send(row: Row, way: str, prefill: VllmServer, decode: VllmServer, prompt: Sequence[int]) -> Answer:
+    """Send both requests of a prompt as a router does: one after the other (pull), or at once (push)."""
+    request: dict[str, Any] = {"timeout_s": _TIMEOUT_S, **dict(row.request)}
+    ask = partial(decode.ask, list(prompt), max_tokens=row.num_answer_tokens, **request)
+    try:
+        if way == "push":
+            key = uuid.uuid4().hex
+            with ThreadPoolExecutor(1) as pool:
+                prefilled = pool.submit(prefill.prefill, list(prompt), transfer_id=key, **request)
+                answer = ask(kv_transfer_params=prefill.rendezvous_params(key))
+                first = prefilled.result()
+            return answer if first.ok else first
+        first = prefill.prefill(list(prompt), **request)
+        return ask(kv_transfer_params=first.kv_transfer_params) if first.ok else first
+    except OSError as error:
+        return Answer(0, str(error), broken=True)
+
+
+def _conclude(row: Row, outcome: Outcome, defects: float) -> None:
+    if outcome.wrong_cases:
+        others = any("other tokens" in each for each in outcome.wrong_cases)
+        outcome.verdict = "wrong" if others else "fails"
+        outcome.why = "; ".join(outcome.wrong_cases[:3])
+    elif defects:
+        outcome.verdict, outcome.why = "fails", f"{defects:.0f} internal errors"
+    elif outcome.left:
+        outcome.verdict, outcome.why = "fails", f"{outcome.left:.0f} blocks stay in use"
+    elif row.growing_nbytes is not None and outcome.growth_nbytes > row.growing_nbytes + _slack_nbytes(row):
+        outcome.why = (
+            f"{outcome.growth_nbytes:.0f} bytes for each token of a long prompt instead of {row.growing_nbytes}"
+        )
+
+
+def _slack_nbytes(row: Row) -> float:
+    """Bytes that the border of a block may add to each of the tokens by which the two longest prompts differ."""
+    return row.decode.block_tokens * row.recipe.kv_nbytes_per_token / (_LONGEST - _several_windows(row))
+
+
+def _growth(grown: list[tuple[int, int]]) -> float:
+    """Bytes of each token between the two longest prompts."""
+    if len(grown) < 2:
+        return 0.0
+    (short, few), (long, many) = sorted(grown)[-2:]
+    return (many - few) / (long - short)
+
+
+def _check(answer: Answer) -> None:
+    if not answer.ok:
+        raise ConnectionError(answer.body)
+
+
+def _moved(decode: VllmServer) -> float:
+    # Counters of a connector appear with the next step.
+    _check(decode.ask([7, 8, 9], max_tokens=1, timeout_s=_TIMEOUT_S))
+    return sum(_total(decode, *_BYTES))
+
+
+def _total(server: VllmServer, *names: str) -> list[float]:
+    samples = server.metrics()
+    return [sum(sample.value for sample in samples if sample.name == name) for name in names]
+
+
+# The last lines of Python's tracebacks, behind the prefix of vLLM's log.
+_RAISED = re.compile(r"(?:\] |^) *(?:[\w.]*\.)?(\w*(?:Error|Exception)): (.+)$", re.MULTILINE)
+_LATER = re.compile(r"Engine core init|WorkerProc init|Failed core proc|EngineCore encountered|cancelled")
+_PLACES = re.compile(r"(?<![\w<])/[^\s'\",;)]+|0x[0-9a-f]+")
+
+
+def reason(log: str) -> str:
+    """First error of a server's log that is not the consequence of another one, as one sentence."""
+    told = [(kind, text) for kind, text in _RAISED.findall(log) if not _LATER.search(text)]
+    kind, text = told[0] if told else ("", (log.strip() or "nothing in its log").splitlines()[-1])
+    words = _PLACES.sub("...", text).strip().split()
+    short = " ".join(words[:_MOST_WORDS]) + (" ..." if len(words) > _MOST_WORDS else "")
+    first = re.split(r"(?<=[a-z0-9)])\. (?=[A-Z])", short)[0]
+    return (
+        first if not kind or kind.endswith(("ConfigError", "UnsupportedError", "LayoutError")) else f"{kind}: {first}"
+    )

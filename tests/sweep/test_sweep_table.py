@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of docs/vllm.md is the sweep's, with its rows."""
+
+from __future__ import annotations
+
+from tests.sweep.judge import cases_of, reason
+from tests.sweep.rows import ROWS
+from tests.sweep.table import BEGIN, DOCS, END, table
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Cells of a table's rows, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")][:2] for line in lines[2:]]
+
+
+def test_docs_have_a_row_for_each_row_of_the_sweep():
+    """The rows of the table in the docs are those of the sweep, in the same order."""
+    written = DOCS.read_text().split(BEGIN)[1].split(END)[0]
+    assert rows_of(written) == rows_of(table({}))
+    assert len(rows_of(written)) == len(ROWS)
+
+
+def test_names_of_rows_differ():
+    """A name finds one row."""
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_a_case_is_the_same_in_each_run():
+    """Prompts of a model's rows are the same ones, so that one server is asked once."""
+    first, second = (row for row in ROWS if row.name in {"llama/plain", "llama/tp2-tp1"})
+    assert cases_of(first) == cases_of(second)
+
+
+def test_the_reason_is_the_first_cause():
+    """Of a log the first error is told, not those that follow from it, and no path of this machine."""
+    log = (
+        "(Worker pid=7) ERROR 11-30 07:36:27 [x.py:1] ValueError: bad file /tmp/a/b.\n"
+        "(EngineCore pid=6) ERROR 11-30 07:36:28 [y.py:1] Exception: WorkerProc initialization failed due to it.\n"
+    )
+    assert reason(log) == "ValueError: bad file ..."
