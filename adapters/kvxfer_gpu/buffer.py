@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvxfer.buffers.base import DeviceBuffer
-from kvxfer.layout.dtypes import CASTABLE
+from kvxfer.layout.dtypes import CASTABLE_ON_DEVICES
 from kvxfer.memory.arrays import ArrayView, read_array, views_of_one
 from kvxfer.memory.spans import Memory, MemoryKind
 from kvxfer_gpu._streams import BufferWork, PackStreams, Pinned, pinned
@@ -100,7 +100,7 @@ class GpuBuffer(DeviceBuffer):
 
     def can_cast(self, source: str, target: str) -> bool:
         """Whether both are of bfloat16, float16, float32, float8_e4m3fn."""
-        return {source, target} <= CASTABLE
+        return {source, target} <= CASTABLE_ON_DEVICES
 
     @classmethod
     def prepare_staging(cls, memory: Bytes) -> Callable[[], object] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvxfer.buffers.background import Background
 from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.layout.dtypes import CASTABLE
+from kvxfer.layout.dtypes import CASTABLE_ON_DEVICES
 from kvxfer.memory.arrays import ArrayView
 from kvxfer_jax.arrays import ArrayPart, Arrays
 
@@ -91,7 +91,7 @@ class JaxBuffer(DeviceBuffer):
 
     def can_cast(self, source: str, target: str) -> bool:
         """Between bfloat16, float16, float32 and float8_e4m3fn."""
-        return source in CASTABLE and target in CASTABLE
+        return {source, target} <= CASTABLE_ON_DEVICES
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
         return _background.start(partial(_jobs().pack, [(self.part, copies)], out))

@@ -13,7 +13,7 @@ from kvxfer.buffers.base import DeviceBuffer
 from kvxfer.buffers.fair_lock import FairLock
 from kvxfer.buffers.index_gather import paged, stand_in
 from kvxfer.errors import UnsupportedBufferError
-from kvxfer.layout.dtypes import CASTABLE, DTYPE_NBYTES
+from kvxfer.layout.dtypes import CASTABLE_ON_DEVICES, DTYPE_NBYTES
 from kvxfer.memory.arrays import ArrayView
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class XlaBuffer(DeviceBuffer):
 
     def can_cast(self, source: str, target: str) -> bool:
         """Between bfloat16, float16, float32 and float8_e4m3fn."""
-        return source in CASTABLE and target in CASTABLE
+        return {source, target} <= CASTABLE_ON_DEVICES
 
     def _pack(self, copies: Sequence[Copy], out: Bytes) -> Completion:
         return _background.start(partial(_jobs().pack, [(self.facts, copies)], out, TURN))

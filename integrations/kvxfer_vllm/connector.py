@@ -29,6 +29,7 @@ from kvxfer.errors import ConfigError
 from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
+from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
 from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
 from kvxfer_vllm.rank_cache import cache_of_rank
@@ -116,7 +117,9 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
             raise ConfigError("KvxferConnector needs an engine_id")
         # Later vLLM adds layers to the groups that share the cache of another one; those are not transferred.
         layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
-        self._groups = layer_groups(kv_cache_config, self._options.parts(layer_names), local_layers(vllm_config))
+        self._groups = layer_groups(
+            kv_cache_config, self._options.parts(layer_names), local_layers(vllm_config), HeadCounts(vllm_config)
+        )
         self._scheduler: KvxferScheduler | None = None
         self._worker: KvxferWorker | None = None
         self._handshake: KvxferHandshake | None = None

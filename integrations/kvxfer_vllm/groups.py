@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs as UniformSpecs
 
+from kvxfer_vllm.heads import LayerHeads
+from kvxfer_vllm.kv_dtypes import packed_format
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+    from kvxfer_vllm.heads import HeadCounts
 
 NULL_BLOCK = 0
 """vLLM's block id for a block that was dropped, because no later token attends to its tokens (``BlockPool.null_block``)."""
@@ -128,6 +133,8 @@ class AttentionGroup:
         kind: one of `kvxfer.layout.spec.GROUP_KINDS`.
         block_tokens: tokens of a block of the block table.
         heads: KV heads of each layer on this rank.
+        heads_total: KV heads of each layer in the model.
+        packed: what vLLM calls the format of the cache, if it is one of its own (`kvxfer_vllm.kv_dtypes.is_packed`).
     """
 
     name: str
@@ -136,12 +143,15 @@ class AttentionGroup:
     kind: str
     block_tokens: int
     heads: int
+    heads_total: int
+    packed: str = ""
 
 
 def layer_groups(
     kv_cache_config: KVCacheConfig,
     parts: Sequence[Sequence[str]] = (),
     local: Mapping[str, str] | None = None,
+    counts: HeadCounts | None = None,
 ) -> list[AttentionGroup]:
     """Make kvxfer's groups of the cache, in the order in which their block tables are passed to the endpoint.
 
@@ -150,29 +160,42 @@ def layer_groups(
         parts: layers by the part in which they become complete, if one part does before the next.
         local: names of groups for layers with local attention (`local_layers`). Without vLLM's hybrid manager such layers
             are in a cache group of full attention: they keep all tokens, and have the kind ``full_attention`` here.
+        counts: of the KV heads of all ranks; by default this rank has all of them.
+
+    Raises:
+        ConfigError: see `HeadCounts.of`.
     """
     tables, local = tables_of(kv_cache_config), local or {}
     part_of = {name: number for number, names in enumerate(parts) for name in names}
-    layers = list(_layers(kv_cache_config))
-    several_sizes = len({_heads(spec) for _, _, spec in layers}) > 1
-    found: dict[tuple[str, str, int, int, int], list[str]] = {}
-    for number, layer, spec in layers:
-        table, heads = tables[number], _heads(spec)
+    found: dict[tuple[str, str, int, int, LayerHeads, str], list[str]] = {}
+    for number, layer, spec in _layers(kv_cache_config):
+        table = tables[number]
+        heads = counts.of(layer, spec) if counts is not None else _all_heads(spec)
         if isinstance(spec, MLAAttentionSpec):
             kind, name = "mla", "latent"
         elif table.is_local:
             kind, name = "sliding_window", _local_name(table.window_tokens, table.chunk_tokens)
         else:
             kind, name = "full_attention", local.get(layer, "full")
-        if several_sizes:
-            name += f"-{heads}"
-        found.setdefault((name, kind, number, part_of.get(layer, 0), heads), []).append(layer)
-    groups, counts = [], Counter[str]()
-    for (name, kind, number, _, heads), names in found.items():
+        if not heads.usual:
+            name += f"-{heads.total}"
+        key = (name, kind, number, part_of.get(layer, 0), heads, packed_format(spec))
+        found.setdefault(key, []).append(layer)
+    groups, parts_of = [], Counter[str]()
+    for (name, kind, number, _, heads, packed), names in found.items():
         groups.append(
-            AttentionGroup(f"{name}/{counts[name]}", number, tuple(names), kind, tables[number].block_tokens, heads)
+            AttentionGroup(
+                f"{name}/{parts_of[name]}",
+                number,
+                tuple(names),
+                kind,
+                tables[number].block_tokens,
+                heads.of_rank,
+                heads.total,
+                packed,
+            )
         )
-        counts[name] += 1
+        parts_of[name] += 1
     return groups
 
 
@@ -213,6 +236,11 @@ def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:
     return spec.kv_cache_specs.values() if isinstance(spec, UniformSpecs) else (spec,)
 
 
+def specs_by_layer(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
+    """Specs of all layers that have a cache of their own."""
+    return {name: spec for _, name, spec in _layers(kv_cache_config)}
+
+
 def _layers(kv_cache_config: KVCacheConfig) -> Iterable[tuple[int, str, KVCacheSpec]]:
     """(number of the cache group, name, spec) of each layer that has a cache of its own."""
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
@@ -221,8 +249,9 @@ def _layers(kv_cache_config: KVCacheConfig) -> Iterable[tuple[int, str, KVCacheS
             yield number, name, spec.kv_cache_specs[name] if isinstance(spec, UniformSpecs) else spec
 
 
-def _heads(spec: KVCacheSpec) -> int:
-    return 1 if isinstance(spec, MLAAttentionSpec) else int(getattr(spec, "num_kv_heads", 1))
+def _all_heads(spec: KVCacheSpec) -> LayerHeads:
+    heads = 1 if isinstance(spec, MLAAttentionSpec) else int(getattr(spec, "num_kv_heads", 1))
+    return LayerHeads(heads, heads)
 
 
 def _local_name(window_tokens: int, chunk_tokens: int) -> str:

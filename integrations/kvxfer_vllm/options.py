@@ -70,6 +70,8 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Whether a side channel that other machines reach may do without a secret."""
     verify: Boolean = False
     """Whether a decode server compares what arrived with what the prefill server has, before it uses it."""
+    convert: Boolean = False
+    """Consumer: whether the elements of a producer whose caches have another dtype are converted; else it is refused."""
     model_fingerprint: String = ""
     """Replaces the fingerprint that is made of the model's name and configuration. To be equal on servers that load the same
     weights from different paths."""

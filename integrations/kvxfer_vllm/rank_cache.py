@@ -13,7 +13,8 @@ from kvxfer import registry
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError
-from kvxfer_vllm.groups import is_mla, specs_of
+from kvxfer_vllm.groups import specs_by_layer
+from kvxfer_vllm.kv_dtypes import described, dtypes_of, scales_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ def describe_cache(
     *,
     tp_rank: int,
     fingerprint: str,
-    instruction_set: str = "",
+    instruction_sets: Mapping[str, str] | None = None,
     buffers: BufferMaker = HostBuffer,
 ) -> KVCache:
     """Describe the cache of one rank to kvxfer; nothing is copied.
@@ -43,12 +44,12 @@ def describe_cache(
         kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content. It may have
             more layers than ``groups``: vLLM adds those that share the cache of another one.
         groups: layers that have a cache of their own.
-        vllm_config: for the model's heads and the block size.
-        kv_cache_config: for the number of blocks and the kind of the cache.
+        vllm_config: for the number of ranks, and the layers' KV dtypes and scales.
+        kv_cache_config: for the number of blocks.
         tp_rank: of this worker.
-        fingerprint: from `model_fingerprint`.
-        instruction_set: of vLLM's CPU attention. If its order within a block is not known here, it becomes part of the
-            fingerprint, with the block size: then blocks are moved as they are, between two servers that have the same.
+        fingerprint: from `model_fingerprint`. What is moved as it is, because its order within a block is not known here, becomes
+            part of it, with the block size: then both servers must have the same.
+        instruction_sets: of vLLM's CPU attention, by name of the group.
         buffers: class of the buffers for the device of the caches.
 
     Raises:
@@ -65,22 +66,30 @@ def describe_cache(
                     f"{name} has {blocks} blocks of {tokens} tokens, the block table"
                     f" {kv_cache_config.num_blocks} of {group.block_tokens}"
                 )
-    arrays: Mapping[str, Any] = layers
-    components: tuple[str, ...] = ("kv",)
-    if instruction_set == "vec":
-        arrays = {name: _keys_and_values(tensor) for name, tensor in layers.items()}
-        components = ("k", "v")
-    elif instruction_set:
-        fingerprint += f" stored for {instruction_set} in blocks of {groups[0].block_tokens}"
-    heads = {group.heads for group in groups}
-    total: int | None = None
-    start = 0
-    if is_mla(kv_cache_config):
-        components, total = ("latent",), 1
-    elif len(heads) == 1:
-        total = vllm_config.model_config.get_total_num_kv_heads()
-        # Fewer heads than ranks: consecutive ranks hold copies of the same head.
-        start = tp_rank * total // vllm_config.parallel_config.tensor_parallel_size
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    arrays: dict[str, Any] = dict(layers)
+    components: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        if group.kind == "mla":
+            components[group.name] = ("latent",)
+        elif _in_halves((instruction_sets or {}).get(group.name, "")):
+            components[group.name] = ("k", "v")
+            arrays |= {name: _keys_and_values(layers[name]) for name in group.layers}
+        else:
+            components[group.name] = ("kv",)
+    dtypes = dtypes_of(layers, [name for group in groups if group.packed for name in group.layers], vllm_config)
+    dtype, *others = sorted(set(dtypes.values()))
+    if others and ("k", "v") in components.values():
+        raise ConfigError(
+            f"KvxferConnector does not support layers of different dtypes on CPUs yet ({dtype}, {', '.join(others)}); set one"
+            " dtype for all layers"
+        )
+    as_they_are = _as_they_are(groups, instruction_sets or {}, dtypes, ranks)
+    if others:
+        as_they_are.append(described(dtypes.values(), vllm_config))
+        dtype = "uint8"
+    if as_they_are:
+        fingerprint += f" stored as {', '.join(as_they_are)}"
     return KVCache.from_layers(
         arrays,
         block_tokens={group.name: group.block_tokens for group in groups},
@@ -88,13 +97,37 @@ def describe_cache(
         groups={group.name: group.layers for group in groups},
         kinds={group.name: group.kind for group in groups},
         name_layers=_can_be_named(list(layers)),
-        heads_total=total,
-        head_start=start,
+        heads_total={group.name: group.heads_total for group in groups},
+        # Fewer heads than ranks: consecutive ranks hold copies of the same head.
+        head_start={group.name: tp_rank * group.heads_total // ranks for group in groups},
+        scales=scales_of({name: components[group.name] for group in groups for name in group.layers}, vllm_config),
+        dtype=dtype,
         fingerprint=fingerprint,
         rank=tp_rank,
-        world=vllm_config.parallel_config.tensor_parallel_size,
+        world=ranks,
         buffers=buffers,
     )
+
+
+def _in_halves(instruction_set: str) -> bool:
+    """Whether vLLM's CPU attention with this instruction set has all keys of a block before its values, see `_keys_and_values`."""
+    return instruction_set in ("vec", "vec16")
+
+
+def _as_they_are(
+    groups: Sequence[AttentionGroup], instruction_sets: Mapping[str, str], dtypes: Mapping[str, str], ranks: int
+) -> list[str]:
+    """What is moved as it is, by group: the order of its bytes within a block is not known here."""
+    found = []
+    for group in groups:
+        form, instruction_set = group.packed, instruction_sets.get(group.name, "")
+        if form and group.kind != "mla":
+            form += f" by {ranks} ranks"
+        elif not form and instruction_set and not _in_halves(instruction_set):
+            form = f"{dtypes[group.layers[0]]} for {instruction_set}"
+        if form:
+            found.append(f"{form} in blocks of {group.block_tokens}")
+    return sorted(set(found))
 
 
 def _can_be_named(names: Sequence[str]) -> bool:
@@ -111,8 +144,8 @@ def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Views ``[block, head, token, element]`` of keys and of values as vLLM's CPU attention stores them.
 
     The tensor's shape, ``[block, head, token, K and V of one token]``, is not what vLLM's kernels write (vLLM 0.32, CPU_ATTN
-    with the instruction set ``vec``, found by writing single elements): in each block and head all keys come first, element
-    by element with the tokens inside, then all values, token by token.
+    with the instruction sets ``vec`` and ``vec16``, found by writing single elements, also of float8): in each block and head
+    all keys come first, element by element with the tokens inside, then all values, token by token.
     """
     blocks, heads, tokens, content = tensor.shape
     halves = tensor.view(blocks, heads, 2, tokens * (content // 2))
@@ -120,25 +153,33 @@ def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, halves[:, :, 1].view(blocks, heads, tokens, content // 2)
 
 
-def attention_instruction_set(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> str:
-    """Instruction set of vLLM's CPU attention, which decides the order of bytes in a block; empty for MLA and on GPUs.
+def attention_instruction_sets(
+    groups: Sequence[AttentionGroup], vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> dict[str, str]:
+    """Instruction set of vLLM's CPU attention by group, which decides the order of bytes in a block; none for latents and on GPUs.
+
+    It may differ between layers with other sizes of heads or blocks.
 
     Raises:
-        ConfigError: layers have different ones.
+        ConfigError: layers of one group have different ones.
     """
-    if is_mla(kv_cache_config) or vllm_config.device_config.device_type != "cpu":
-        return ""
+    if vllm_config.device_config.device_type != "cpu":
+        return {}
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: PLC0415 - it imports torch's kernels
 
-    dtype, cache_dtype = vllm_config.model_config.dtype, vllm_config.cache_config.cache_dtype
-    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
-    sizes = {(int(spec.block_size), int(spec.head_size)) for spec in specs}
-    found = sorted({str(_get_attn_isa(dtype, *size, cache_dtype)) for size in sizes})
-    if len(found) > 1:
-        raise ConfigError(
-            f"KvxferConnector does not support layers that vLLM stores in different ways: {', '.join(found)}"
-        )
-    return found[0]
+    dtype, specs = vllm_config.model_config.dtype, specs_by_layer(kv_cache_config)
+    found = {}
+    for group in groups:
+        if group.kind == "mla":
+            continue
+        sizes = {(group.block_tokens, int(specs[name].head_size)) for name in group.layers}
+        sets = sorted({str(_get_attn_isa(dtype, *size, vllm_config.cache_config.cache_dtype)) for size in sizes})
+        if len(sets) > 1 and not all(map(_in_halves, sets)):
+            raise ConfigError(
+                f"KvxferConnector does not support layers that vLLM stores in different ways: {', '.join(sets)}"
+            )
+        found[group.name] = sets[0]
+    return found
 
 
 def cache_of_rank(
@@ -162,7 +203,7 @@ def cache_of_rank(
         kv_cache_config,
         tp_rank=get_tensor_model_parallel_rank(),
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
-        instruction_set=attention_instruction_set(vllm_config, kv_cache_config),
+        instruction_sets=attention_instruction_sets(groups, vllm_config, kv_cache_config),
         buffers=cast("BufferMaker", registry.load(buffer_adapter(vllm_config), "buffers")),
     )
 
@@ -183,15 +224,15 @@ def buffer_adapter(vllm_config: VllmConfig) -> str:
 def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
     """Digest that is equal on two servers exactly if KV computed by one means the same to the other.
 
-    Layout, block size and parallelism are no part of it: they are in the cache's description and are compared there. Versions
-    of vLLM and kvxfer are no part of it either.
+    Layout, block size, parallelism and the elements' type and scales are no part of it: they are in the cache's description and
+    are compared there. Versions of vLLM and kvxfer are no part of it either.
 
     Args:
         vllm_config: of this server.
-        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the dtypes.
+        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the model's dtype.
     """
     model = vllm_config.model_config
-    facts: dict[str, Any] = {"dtype": str(model.dtype), "kv_cache_dtype": str(vllm_config.cache_config.cache_dtype)}
+    facts: dict[str, Any] = {"dtype": str(model.dtype)}
     if override:
         facts["model"] = override
     else:
@@ -220,6 +261,6 @@ def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:
             speculative.method,
             draft.model if draft is not None else "",
             draft.revision if draft is not None else "",
-            str(speculative.kv_cache_dtype or vllm_config.cache_config.cache_dtype),
+            str(speculative.kv_cache_dtype or ""),
         ]
     }

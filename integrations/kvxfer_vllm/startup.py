@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
+from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.secret import Secret
 from kvxfer_vllm.groups import is_mla, specs_of
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
@@ -88,12 +89,6 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         for spec in specs_of(group.kv_cache_spec):
             if type(spec) not in _SPECS:
                 yield f"layers with {type(spec).__name__} yet, only full, sliding-window, chunked and latent attention"
-    specs = [spec for group in groups for spec in specs_of(group.kv_cache_spec)]
-    if len({isinstance(spec, MLAAttentionSpec) for spec in specs}) > 1:
-        yield "models that mix latent attention with another kind yet"
-    heads = {getattr(spec, "num_kv_heads", 1) for spec in specs}
-    if len(heads) > 1 and parallel.tensor_parallel_size > 1:
-        yield f"layers with different numbers of KV heads ({sorted(heads)}) and tensor parallelism yet; set it to 1"
 
 
 def _without_layer_hook(vllm_config: VllmConfig) -> Iterable[str]:
@@ -121,6 +116,8 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
         ConfigError: the port is taken, or a setting has the wrong type or is out of range.
         KvxferError: the transfer engine is not available, or the caches cannot be used.
     """
+    if options.convert:
+        _refuse_to_convert(caches[0])
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
     settings = options.for_endpoint(os.environ)
     # The setting limits the process, so its ranks share it.
@@ -140,6 +137,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
                 settings=settings,
                 secret=secret,
                 allow_unauthenticated=options.allow_unauthenticated,
+                convert=options.convert,
                 verify=options.verify,
             )
             endpoints.append(endpoint)
@@ -160,6 +158,18 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
             raise ConfigError(f"{error}{_what_to_set(error)}") from error
         raise
     return endpoints
+
+
+def _refuse_to_convert(cache: KVCache) -> None:
+    """Refuse the option ``convert`` if the elements of this cache cannot be converted."""
+    own = cache.spec.dtype
+    if own not in CASTABLE:
+        raise ConfigError(
+            f"option 'convert' is not for caches of {own}, whose elements cannot be converted; leave it out"
+        )
+    others = CASTABLE - {own}
+    if not any(buffer.can_cast(own, other) for buffer in cache.buffers for other in others):
+        raise ConfigError(f"option 'convert' with caches of {own} needs ml_dtypes: pip install 'kvxfer[dtypes]'")
 
 
 def _what_to_set(error: ConfigError) -> str:

@@ -347,7 +347,7 @@ class HostBuffer(DeviceBuffer):
         return f"HostBuffer({self._memory})"
 
     def can_cast(self, source: str, target: str) -> bool:
-        """Whether both are of bfloat16, float16, float32, float8_e4m3fn. The first and the last need ``kvxfer[dtypes]``."""
+        """Whether both are castable (`kvxfer.layout.dtypes`). bfloat16 and float8 need ``kvxfer[dtypes]``."""
         return host_cast.can_cast(source, target)
 
     def _why_no_cast(self, source: str, target: str) -> str:

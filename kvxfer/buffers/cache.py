@@ -73,11 +73,11 @@ class KVCache:
         layers: Mapping[str, Any],
         *,
         block_tokens: int | Mapping[str, int] | None = None,
-        components: Sequence[str] | None = None,
+        components: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         kinds: Mapping[str, str] | None = None,
-        heads_total: int | None = None,
-        head_start: int = 0,
+        heads_total: int | Mapping[str, int] | None = None,
+        head_start: int | Mapping[str, int] = 0,
         layer_start: int = 0,
         layers_total: int | None = None,
         scales: Mapping[str, Mapping[str, Any]] | None = None,
@@ -101,11 +101,12 @@ class KVCache:
             block_tokens: tokens of a block of the block table, of all groups or of each by its name, if it differs from the
                 arrays' blocks: a multiple of them where a kernel's blocks are smaller, anything for the state of
                 state-space layers.
-            components: what the arrays of a layer hold; by default ``("kv",)`` for one and ``("k", "v")`` for two.
+            components: what the arrays of a layer hold, of all groups or of each by its name; by default ``("kv",)`` for one
+                array and ``("k", "v")`` for two.
             groups: names of the layers that share a block table, by name of the group; by default one group, ``"0"``.
             kinds: kinds of groups that are not ``full_attention``.
-            heads_total: KV heads of the model; by default no more than this rank holds.
-            head_start: the first KV head of this rank.
+            heads_total: KV heads of the model, of all groups or of each by its name; by default no more than this rank holds.
+            head_start: the first KV head of this rank, likewise.
             layer_start: the first layer of this rank, where names do not number themselves.
             layers_total: layers of the model; by default no more than this rank holds.
             scales: of quantised layers: for a layer's name and a component (``k`` and ``v`` also where an array holds
@@ -128,19 +129,25 @@ class KVCache:
                 raise LayoutError(f"the name of a layer is a string, not {name!r:.80}")
         if not layers:
             raise LayoutError("a cache has at least one layer")
-        if isinstance(block_tokens, Mapping):
-            block_tokens = {name: _whole(f"block_tokens of group {name!r}", n) for name, n in block_tokens.items()}
-        elif block_tokens is not None:
-            block_tokens = _whole("block_tokens", block_tokens)
-        heads_total = None if heads_total is None else _whole("heads_total", heads_total)
+        tokens_of = _ByGroup("block_tokens", block_tokens)
+        total_of = _ByGroup("heads_total", heads_total)
+        start_of = _ByGroup("head_start", head_start, optional=False)
         layers_total = None if layers_total is None else _whole("layers_total", layers_total)
-        head_start, layer_start = _whole("head_start", head_start), _whole("layer_start", layer_start)
+        layer_start = _whole("layer_start", layer_start)
         rank, world = _whole("rank", rank), _whole("world", world)
         kinds = {} if kinds is None else _mapping("kinds", kinds, "a kind for each group's name")
         scales = {} if scales is None else _mapping("scales", scales, "factors by component for each layer's name")
         for name, factors in scales.items():
             _mapping(f"the scales of layer {name!r}", factors, "factors for each component")
-        views = {name: _views_of(name, arrays, components, buffers) for name, arrays in layers.items()}
+        if groups is None:
+            groups = {"0": list(layers)}
+        groups = _mapping("groups", groups, "names of layers for each group's name")
+        if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
+            raise LayoutError("the groups do not name each layer once")
+        for each in (tokens_of, total_of, start_of):
+            each.check(groups)
+        components_of = _components_of(components, groups)
+        views = {name: _views_of(name, arrays, components_of.get(name), buffers) for name, arrays in layers.items()}
         flat = [view for parts in views.values() for view in parts.values()]
         numbers = _layer_numbers(list(layers), layer_start)
         placed = dict(zip(map(id, flat), allocations(flat), strict=True))
@@ -149,17 +156,9 @@ class KVCache:
             in_buffer.setdefault(placed[id(view)], []).append(view)
         made_buffers = [buffers(*in_buffer[number]) for number in sorted(in_buffer)]
         bases = [_base(made_buffers[number], in_buffer[number]) for number in sorted(in_buffer)]
-        if groups is None:
-            groups = {"0": list(layers)}
-        groups = _mapping("groups", groups, "names of layers for each group's name")
         if not kinds.keys() <= groups.keys():
             unknown = min(kinds.keys() - groups.keys(), key=str)
             raise LayoutError(f"there is no group {unknown!r} to be {kinds[unknown]!r}: there are {names_of(groups)}")
-        if isinstance(block_tokens, Mapping) and not block_tokens.keys() <= groups.keys():
-            unknown = min(block_tokens.keys() - groups.keys(), key=str)
-            raise LayoutError(f"there is no group {unknown!r} to have block_tokens: there are {names_of(groups)}")
-        if sorted(str(name) for names in groups.values() for name in names) != sorted(layers):
-            raise LayoutError("the groups do not name each layer once")
         made = []
         for group_name, names in groups.items():
             parts = [
@@ -171,9 +170,9 @@ class KVCache:
                 raise LayoutError(f"group {group_name!r} has no layers")
             extents = parts[0].extents
             kind = kinds.get(group_name, "mla" if parts[0].component == "latent" else "full_attention")
-            total = heads_total if heads_total is not None else head_start + extents.head
-            tokens = block_tokens.get(group_name) if isinstance(block_tokens, Mapping) else block_tokens
-            tokens = extents.token if tokens is None else tokens
+            start = start_of.get(group_name, 0)
+            stop = start + extents.head
+            tokens = tokens_of.get(group_name, extents.token)
             kernel_blocks = 1 if kind == "state" else max(1, tokens // extents.token)
             regions = tuple(regions_of(parts))
             refuse_overlaps(group_name, regions)
@@ -184,7 +183,7 @@ class KVCache:
                     kind=kind,
                     block_tokens=tokens,
                     num_blocks=extents.block // kernel_blocks,
-                    heads=Interval(head_start, head_start + extents.head, total),
+                    heads=Interval(start, stop, total_of.get(group_name, stop)),
                     regions=regions,
                     scales=tuple(_scales({n: numbers[n] for n in names if numbers[n] in present}, scales)),
                 )
@@ -261,6 +260,43 @@ def _whole(what: str, value: Any) -> int:
     except TypeError:
         pass
     raise LayoutError(f"{what} is no whole number: {value!r:.80}")
+
+
+class _ByGroup:
+    """A whole number for all groups, or for each by its name."""
+
+    def __init__(self, what: str, value: int | Mapping[str, int] | None, *, optional: bool = True) -> None:
+        self._what = what
+        self._all: int | None = None
+        self._each: dict[str, int] = {}
+        if isinstance(value, Mapping):
+            self._each = {name: _whole(f"{what} of group {name!r}", number) for name, number in value.items()}
+        elif value is not None or not optional:
+            self._all = _whole(what, value)
+
+    def check(self, groups: Mapping[str, object]) -> None:
+        """Raise LayoutError if a number is for a group that does not exist."""
+        if not self._each.keys() <= groups.keys():
+            unknown = min(self._each.keys() - groups.keys(), key=str)
+            raise LayoutError(f"there is no group {unknown!r} to have {self._what}: there are {names_of(groups)}")
+
+    def get(self, group: str, default: int) -> int:
+        """Number of a group, or the default if none was given for it."""
+        return self._each.get(group, default if self._all is None else self._all)
+
+
+def _components_of(
+    components: Sequence[str] | Mapping[str, Sequence[str]] | None, groups: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[str]]:
+    """Components by layer, where they were given."""
+    if components is None:
+        return {}
+    found = {}
+    for group, names in groups.items():
+        given = components.get(group) if isinstance(components, Mapping) else components
+        if given is not None:
+            found.update(dict.fromkeys(names, given))
+    return found
 
 
 def _mapping(what: str, value: Any, of: str) -> Any:

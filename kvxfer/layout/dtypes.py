@@ -25,8 +25,11 @@ DTYPE_NBYTES: Final[dict[str, int]] = {
 }
 """Bytes per element of every dtype that a cache may have. Names are those of PyTorch and ml_dtypes."""
 
-CASTABLE: Final = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn"})
+CASTABLE: Final = frozenset({"bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"})
 """Dtypes that can be converted into each other during a transfer, on request."""
 
-LARGEST: Final[dict[str, float]] = {"float16": 65504.0, "float8_e4m3fn": 448.0}
+CASTABLE_ON_DEVICES: Final = CASTABLE - {"float8_e5m2"}
+"""Those that the adapters for devices convert; of a pair with others, one side must be in host memory."""
+
+LARGEST: Final[dict[str, float]] = {"float16": 65504.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 """Largest finite number of the dtypes to which a cast saturates. The other castable dtypes have the range of float32."""

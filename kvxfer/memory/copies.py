@@ -44,9 +44,9 @@ class StridedLoop(msgspec.Struct, frozen=True):
 class Cast:
     """Conversion of elements: ``target = source * factor``, multiplied as float32, then rounded to the target's type.
 
-    Rounding is to nearest even. A product beyond the largest finite number of float8_e4m3fn (448) or float16 (65504), infinities
-    included, becomes that number with its sign. bfloat16 and float32 have the range of float32 and overflow to infinity. NaN
-    stays NaN, with any bits. A device may treat numbers below 2**-126 as 0.
+    Rounding is to nearest even. A product beyond the largest finite number of float8_e4m3fn (448), float8_e5m2 (57344) or float16
+    (65504), infinities included, becomes that number with its sign. bfloat16 and float32 have the range of float32 and overflow
+    to infinity. NaN stays NaN, with any bits. A device may treat numbers below 2**-126 as 0.
 
     Attributes:
         source, target: dtypes of `kvxfer.layout.dtypes.DTYPE_NBYTES`.

@@ -179,7 +179,7 @@ def kv_cache_config(
 def in_groups(parts: Sequence[Sequence[str]]) -> list[AttentionGroup]:
     """Groups of layers of full attention with one block table, one for each part."""
     return [
-        AttentionGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS)
+        AttentionGroup(f"full/{number}", 0, tuple(names), "full_attention", BLOCK_TOKENS, HEADS, HEADS)
         for number, names in enumerate(parts)
     ]
 
@@ -430,7 +430,7 @@ class Engine:
             used = tables[self._group_of[name]][skipped : -(-num_tokens // BLOCK_TOKENS)]
             stored = self._stored(name, used).transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM)
             attended = stored[:, first - skipped * BLOCK_TOKENS : num_tokens - skipped * BLOCK_TOKENS]
-            text += attended.contiguous().numpy().tobytes()
+            text += attended.contiguous().view(torch.uint8).numpy().tobytes()
         return zlib.crc32(text) % VOCAB
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from kvxfer.testing.oracle import noise, same_bytes
 if TYPE_CHECKING:
     from kvxfer.buffers.base import DeviceBuffer
 
-_FLOATS = ("bfloat16", "float16", "float32", "float8_e4m3fn")
+_FLOATS = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
 _sources = pytest.mark.parametrize("source", _FLOATS)
 _targets = pytest.mark.parametrize("target", _FLOATS)
 _NUMBER = 3000

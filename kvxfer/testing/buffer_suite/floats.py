@@ -45,10 +45,11 @@ FORMATS: Final = {
     "bfloat16": _Format(2, 8, 7, math.ldexp(255, 120), infinite=True),
     "float16": _Format(2, 5, 10, 65504.0, infinite=False),
     "float8_e4m3fn": _Format(1, 4, 3, 448.0, infinite=False),
+    "float8_e5m2": _Format(1, 5, 2, 57344.0, infinite=False),
 }
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=5)
 def _magnitudes(name: str) -> Doubles:
     """Values of all codes without sign that casts return."""
     form = FORMATS[name]
