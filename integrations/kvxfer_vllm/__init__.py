@@ -17,8 +17,11 @@ __all__ = ["KvxferConnector"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the connector class when it is first used."""
+    """Import the connector class when it is first used, with a version of vLLM that has what it imports."""
     if name == "KvxferConnector":
+        from kvxfer_vllm import versions  # noqa: PLC0415 - see the module's docstring
+
+        versions.check()
         from kvxfer_vllm.connector import KvxferConnector  # noqa: PLC0415 - see the module's docstring
 
         return KvxferConnector

@@ -24,10 +24,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvxfer import addresses
 from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import ConfigError
 from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
+from kvxfer_vllm import versions
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
@@ -85,15 +87,6 @@ def _guarded(answer: object = None) -> Callable[[_Hook], _Hook]:
     return guard
 
 
-def _hit_source() -> Any:
-    """Source of loaded tokens in vLLM's metrics; None before vLLM 0.32, which has no such metrics."""
-    try:
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415 - since 0.32
-    except ImportError:
-        return None
-    return CacheHitSource.P2P
-
-
 class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector over kvxfer.
 
@@ -106,7 +99,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         ConfigError: an option is wrong, or this configuration is not supported; the server does not start.
     """
 
-    _cache_hit_source = _hit_source()
+    _cache_hit_source = versions.hit_source()
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -122,6 +115,8 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self._scheduler: KvxferScheduler | None = None
         self._worker: KvxferWorker | None = None
+        self._caches: Sequence[KVCache] = ()
+        self._ports: Sequence[int] = ()
         self._handshake: KvxferHandshake | None = None
         if role is KVConnectorRole.SCHEDULER:
             host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
@@ -224,6 +219,17 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
         self._start([cache_of_rank(kv_caches, self._groups, self._vllm_config, self._kv_cache_config, self._options)])
 
+    def unregister_kv_caches(self) -> None:
+        """Close the endpoints before vLLM takes the memory of the caches away (vLLM 0.33). May be called again."""
+        if self._worker is not None and not self._worker.sleeps:
+            self._ports = [addresses.parse(endpoint.address)[1] for endpoint in self._worker.group.endpoints]
+            self._worker.sleep()
+
+    def restore_kv_caches(self) -> None:
+        """Start endpoints with the addresses they had, when the caches have memory again (vLLM 0.33). May be called again."""
+        if self._worker is not None and self._worker.sleeps:
+            self._worker.wake(start_endpoints(self._caches, self._vllm_config, self._options, self._ports))
+
     def register_runner(self, runner: Runner) -> None:
         """Start an endpoint for each device that a runner has its caches on. Raises KvxferError, which ends the server's start.
 
@@ -236,6 +242,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._start(lent.caches, lent)
 
     def _start(self, caches: Sequence[KVCache], turns: CacheTurns | None = None) -> None:
+        self._caches = caches
         self.use(start_endpoints(caches, self._vllm_config, self._options), caches[0].buffers[0].mark, turns)
 
     def use(
@@ -275,7 +282,9 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
-        """Do nothing, as nothing is saved."""
+        """See :meth:`KvxferWorker.step_computed`. With speculative decoding vLLM asks for results before this."""
+        if self._worker is not None:
+            self._worker.step_computed()
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from kvxfer.errors import KvxferError
+from kvxfer.errors import KvxferError, UnavailableError
 from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class EndpointGroup:
     """One or more endpoints of one engine. All methods run on the engine's thread.
 
     Args:
-        endpoints: of the ranks of this process. Closed by `close`.
+        endpoints: of the ranks of this process. Closed by `close`. None while the caches have no memory; then `publish` of
+            complete blocks and `read` raise UnavailableError.
     """
 
     def __init__(self, endpoints: Sequence[EndpointLike]) -> None:
@@ -173,6 +174,7 @@ class EndpointGroup:
         if not complete:
             self._each(lambda endpoint: endpoint.publish(ref, blocks, complete=False, after=after))
             return
+        self._refuse_without_endpoints()
         published: list[EndpointLike] = []
         for endpoint in self.endpoints:
             try:
@@ -195,6 +197,7 @@ class EndpointGroup:
         Raises the error of the first rank; then no rank reads. If a later rank raises, the transfer fails when the others
         have ended.
         """
+        self._refuse_without_endpoints()
         whole = GroupTransfer(ref)
         for endpoint in self.endpoints:
             try:
@@ -233,6 +236,10 @@ class EndpointGroup:
     def close(self) -> None:
         """Close every endpoint."""
         self._each(lambda endpoint: endpoint.close())
+
+    def _refuse_without_endpoints(self) -> None:
+        if not self.endpoints:
+            raise UnavailableError("the caches have no memory while the engine sleeps")
 
     def _happened(self, event: Event) -> None:
         if isinstance(event, (Done, Failed)):

@@ -10,7 +10,7 @@ The class keeps its own name. MultiConnector looks statistics up by the class na
 
 from __future__ import annotations
 
-from kvxfer_vllm.connector import KvxferConnector as NixlConnector
-from kvxfer_vllm.connector import KvxferConnector as NixlPullConnector
+from kvxfer_vllm import KvxferConnector as NixlConnector
+from kvxfer_vllm import KvxferConnector as NixlPullConnector
 
 __all__ = ["NixlConnector", "NixlPullConnector"]

@@ -14,4 +14,4 @@ def register() -> None:
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415 - vLLM calls us
 
     if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public query, and registering twice raises
-        KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm.connector", _NAME)
+        KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm", _NAME)

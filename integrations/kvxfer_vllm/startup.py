@@ -102,7 +102,9 @@ def _without_layer_hook(vllm_config: VllmConfig) -> Iterable[str]:
         yield "granularity 'layer' with micro-batches, which compute each layer several times in a step; use 'chunk'"
 
 
-def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options: ConnectorOptions) -> list[Endpoint]:
+def start_endpoints(
+    caches: Sequence[KVCache], vllm_config: VllmConfig, options: ConnectorOptions, ports: Sequence[int] = ()
+) -> list[Endpoint]:
     """Start an endpoint for each rank of this process.
 
     Rank 0 listens on the side channel's port, the other ranks on any free port.
@@ -111,6 +113,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
         caches: of this process's ranks: all ranks of the engine, or one.
         vllm_config: of this server.
         options: of the connector.
+        ports: to listen on; by default as above.
 
     Raises:
         ConfigError: the port is taken, or a setting has the wrong type or is out of range.
@@ -119,6 +122,7 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
     if options.convert:
         _refuse_to_convert(caches[0])
     host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+    ports = ports or [port if cache.spec.rank == 0 else 0 for cache in caches]
     settings = options.for_endpoint(os.environ)
     # The setting limits the process, so its ranks share it.
     settings = structs.replace(settings, staging_nbytes=settings.staging_nbytes // len(caches))
@@ -126,11 +130,11 @@ def start_endpoints(caches: Sequence[KVCache], vllm_config: VllmConfig, options:
     secret = Secret.resolve(file=options.secret_file)
     endpoints: list[Endpoint] = []
     try:
-        for cache in caches:
+        for cache, at in zip(caches, ports, strict=True):
             endpoint = Endpoint(
                 cache,
                 agent=options.agent,
-                bind=tcp_address(host, port if cache.spec.rank == 0 else 0),
+                bind=tcp_address(host, at),
                 name=engine_id,
                 agent_options=options.for_agent(),
                 advertise=advertised(host),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvxfer import registry
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError, UnavailableError
-from kvxfer_vllm.connector import KvxferConnector as TPUConnector
+from kvxfer_vllm import KvxferConnector as TPUConnector
 from kvxfer_vllm.groups import specs_of
 from kvxfer_vllm.rank_cache import model_fingerprint
 

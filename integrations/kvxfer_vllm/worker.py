@@ -176,6 +176,11 @@ class KvxferWorker:
         self.group.publish(order.lease, tables, after=[self._mark()], complete=False)
         self.stats.count("partial_publishes")
 
+    def step_computed(self) -> None:
+        """Publish the blocks that this step completes: the device was given all of it, draft layers included. Never raises."""
+        self._caches_to_kvxfer()
+        self._publish_computed()
+
     def _publish_computed(self) -> None:
         """Publish the blocks that the last step completes, behind a mark: the device was given all of the step."""
         orders, self._to_publish, self._to_compute = self._to_publish, (), []
@@ -244,7 +249,6 @@ class KvxferWorker:
         A failed load is in both sets of loads, as vLLM wants it.
         """
         self._caches_to_kvxfer()
-        self._publish_computed()
         results = KVConnectorTransferResults(
             finished_sending=self._sent_at_once,
             finished_recving=set(self._failed_at_once),
@@ -304,6 +308,10 @@ class KvxferWorker:
 
     def take_stats(self) -> KvxferStats | None:
         """Return the observations since the last call, the endpoints' own counters among them."""
+        self._count_forwarded()
+        return self.stats.take()
+
+    def _count_forwarded(self) -> None:
         counters = [metrics.counters() for metrics in self.group.metrics]
         for (series, label), name in _FORWARDED.items():
             totals: dict[str, float] = defaultdict(float)
@@ -313,7 +321,29 @@ class KvxferWorker:
                 new = total - self._forwarded.get((series, value), 0)
                 self._forwarded[series, value] = total
                 self.stats.count(name, int(new), label=value if label else None)
-        return self.stats.take()
+
+    # -------------------------------------------------------------------------------------------------- sleep and end
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether the endpoints are closed because the caches have no memory."""
+        return not self.group.endpoints
+
+    def sleep(self) -> None:
+        """Close the endpoints before the memory of the caches is taken away. Leases end, loads fail; each is reported."""
+        self._caches_to_kvxfer()
+        self._count_forwarded()
+        self.group.close()
+        self.group, self._forwarded = EndpointGroup(()), {}
+        self._sent_at_once.update(order.request_id for order in self._sending.values())
+        self._failed_at_once.update(self._loading)
+        for order in self._loading.values():
+            self._load_failed(order, LeaseError.__name__)
+        self._sending, self._loading, self._transfers, self._to_publish = {}, {}, {}, ()
+
+    def wake(self, endpoints: Sequence[EndpointLike]) -> None:
+        """Go on with new endpoints on the same caches."""
+        self.group = EndpointGroup(endpoints)
 
     def shutdown(self) -> None:
         """Close the endpoints; further calls do nothing."""
