@@ -131,6 +131,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                     max_groups=1 if alike else MAX_GROUPS,
                 ),
                 tp_size=vllm_config.parallel_config.tensor_parallel_size,
+                pp_size=vllm_config.parallel_config.pipeline_parallel_size,
                 tables=tables_of(kv_cache_config),
                 backoff_tokens=backoff,
                 host=advertised(host),
@@ -197,8 +198,15 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler_half.request_finished(request, block_ids)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """See :meth:`set_xfer_handshake_metadata_pp_aware`; for the workers of a single pipeline stage."""
+        self.set_xfer_handshake_metadata_pp_aware({(0, rank): told for rank, told in metadata.items()})
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
         """See :meth:`KvxferScheduler.set_addresses`. Called only if workers reported an address."""
-        self.scheduler_half.set_addresses(metadata)
+        size = self._vllm_config.parallel_config.tensor_parallel_size
+        self.scheduler_half.set_addresses({stage * size + rank: told for (stage, rank), told in metadata.items()})
 
     def get_finished_count(self) -> int | None:
         """Number of worker processes that report each request: on TPUs one, which drives all devices; None: all."""
@@ -259,10 +267,13 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         """Address of this worker, unless the scheduler's half knows it: that of a single rank with a fixed port.
 
         MultiConnector passes the payload of one connector on to all, so no payload is better than one that is not needed.
+        vLLM has one place for all ranks of prefill context parallelism, so only rank 0 reports, which knows the others.
         """
-        _, port = side_channel(os.environ, self._vllm_config.parallel_config.data_parallel_index)
-        known = port != 0 and self._vllm_config.parallel_config.tensor_parallel_size == 1
-        return None if known else self._handshake
+        parallel = self._vllm_config.parallel_config
+        _, port = side_channel(os.environ, parallel.data_parallel_index)
+        known = port != 0 and parallel.world_size == 1
+        without_place = parallel.prefill_context_parallel_size > 1 and parallel.rank > 0
+        return None if known or without_place else self._handshake
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Follow the orders at the beginning of a step, so that bytes move while the model computes."""

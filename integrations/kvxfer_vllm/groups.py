@@ -219,7 +219,8 @@ def backoff_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> i
     multi-token prediction, decode could not use the drafts of the last tokens. The number follows from the model and not
     from a server's cache groups, because both servers must use the same.
     """
-    specs = [spec for _, _, spec in _layers(kv_cache_config)]
+    # By group, as the scheduler is told the layers of the first pipeline stage only.
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
     local = any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs)
     lookahead = int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0) or 0)
     return max(1 if local else 0, lookahead - 1)

@@ -33,7 +33,7 @@ def describe_cache(
     vllm_config: VllmConfig,
     kv_cache_config: KVCacheConfig,
     *,
-    tp_rank: int,
+    rank: int,
     fingerprint: str,
     instruction_sets: Mapping[str, str] | None = None,
     buffers: BufferMaker = HostBuffer,
@@ -46,7 +46,7 @@ def describe_cache(
         groups: layers that have a cache of their own.
         vllm_config: for the number of ranks, and the layers' KV dtypes and scales.
         kv_cache_config: for the number of blocks.
-        tp_rank: of this worker.
+        rank: of this worker among those of its engine: pipeline stage after stage, and the tensor parallel ranks of each.
         fingerprint: from `model_fingerprint`. What is moved as it is, because its order within a block is not known here, becomes
             part of it, with the block size: then both servers must have the same.
         instruction_sets: of vLLM's CPU attention, by name of the group.
@@ -66,7 +66,8 @@ def describe_cache(
                     f"{name} has {blocks} blocks of {tokens} tokens, the block table"
                     f" {kv_cache_config.num_blocks} of {group.block_tokens}"
                 )
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
     arrays: dict[str, Any] = dict(layers)
     components: dict[str, tuple[str, ...]] = {}
     for group in groups:
@@ -96,15 +97,16 @@ def describe_cache(
         components=components,
         groups={group.name: group.layers for group in groups},
         kinds={group.name: group.kind for group in groups},
-        name_layers=_can_be_named(list(layers)),
+        name_layers=True,
+        layers_total=_layers_of_model(list(layers), vllm_config),
         heads_total={group.name: group.heads_total for group in groups},
         # Fewer heads than ranks: consecutive ranks hold copies of the same head.
-        head_start={group.name: tp_rank * group.heads_total // ranks for group in groups},
+        head_start={group.name: rank % ranks * group.heads_total // ranks for group in groups},
         scales=scales_of({name: components[group.name] for group in groups for name in group.layers}, vllm_config),
         dtype=dtype,
         fingerprint=fingerprint,
-        rank=tp_rank,
-        world=ranks,
+        rank=rank,
+        world=parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size * ranks,
         buffers=buffers,
     )
 
@@ -130,14 +132,13 @@ def _as_they_are(
     return sorted(set(found))
 
 
-def _can_be_named(names: Sequence[str]) -> bool:
-    """Whether layers can be matched by name. A draft model numbers its layers from 0 as the model does; names differ.
-
-    Where some layers share the cache of others, the numbers of the rest have gaps, and layers are matched by number.
-    """
-    numbers = [[int(part) for part in name.split(".") if part.isdecimal()] for name in names]
-    single = {found[0] for found in numbers if len(found) == 1}
-    return len(single) < len(names) or max(single) + 1 - min(single) == len(names)
+def _layers_of_model(names: Sequence[str], vllm_config: VllmConfig) -> int | None:
+    """Number of the model's layers, if a worker has some of them only; layers of a draft model may have larger numbers."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return None
+    total = int(vllm_config.model_config.get_total_num_hidden_layers())
+    numbers = (int(part) for name in names for part in name.split(".") if part.isdecimal())
+    return max(total, len(names), max(numbers, default=0) + 1)
 
 
 def _keys_and_values(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,14 +195,12 @@ def cache_of_rank(
     Raises:
         KvxferError: there is no adapter for the device, or the caches cannot be used.
     """
-    from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415 - needs process groups
-
     return describe_cache(
         kv_caches,
         groups,
         vllm_config,
         kv_cache_config,
-        tp_rank=get_tensor_model_parallel_rank(),
+        rank=vllm_config.parallel_config.rank,
         fingerprint=model_fingerprint(vllm_config, options.model_fingerprint),
         instruction_sets=attention_instruction_sets(groups, vllm_config, kv_cache_config),
         buffers=cast("BufferMaker", registry.load(buffer_adapter(vllm_config), "buffers")),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
@@ -66,6 +67,7 @@ class KvxferScheduler:
     Args:
         role: judges kv_transfer_params.
         tp_size: tensor parallel size of this server.
+        pp_size: number of its pipeline stages.
         tables: rules of the block tables, by cache group.
         backoff_tokens: last tokens of a prompt that prefill leaves to decode, see `kvxfer_vllm.groups.backoff_tokens`.
         host: of the side channel of rank 0, for NixlConnector's keys.
@@ -81,6 +83,7 @@ class KvxferScheduler:
         role: Role,
         *,
         tp_size: int,
+        pp_size: int = 1,
         tables: Sequence[GroupTable],
         backoff_tokens: int = 0,
         host: str,
@@ -92,7 +95,7 @@ class KvxferScheduler:
         self.stats = KvxferStats()
         self._role = role
         self._secret = secret
-        self._tp_size = tp_size
+        self._sizes = {"tp_size": tp_size, "pp_size": pp_size}
         self._tables = tables
         self._backoff_tokens = backoff_tokens
         self._host = host
@@ -122,7 +125,7 @@ class KvxferScheduler:
             ConfigError: rank 0 did not report its address, and it is not known beforehand.
         """
         found = {rank: told.address for rank, told in handshakes.items() if isinstance(told, KvxferHandshake)}
-        ranks = range(self._tp_size)
+        ranks = range(prod(self._sizes.values()))
         if 0 in found:
             self._listens_at(tuple(found[rank] for rank in (ranks if sorted(found) == list(ranks) else (0,))))
             self._port = int(self._addresses[0].rpartition(":")[2])
@@ -190,7 +193,7 @@ class KvxferScheduler:
             self._step.revoke.append(lease)
             return False, None
         ids = [blocks.ids for blocks in published]
-        answer = response(lease, ids, host=self._host, port=self._port, tp_size=self._tp_size)
+        answer = response(lease, ids, host=self._host, port=self._port, **self._sizes)
         self._step.publish.append(PublishOrder(request_id, lease, published))
         self._prefills.answered(request_id, answer)
         return True, answer

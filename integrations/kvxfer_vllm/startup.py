@@ -29,7 +29,7 @@ from kvxfer_vllm.options import advertised, side_channel, tcp_address
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer.buffers.cache import KVCache
@@ -64,14 +64,13 @@ def refuse_unsupported(
 
 def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterable[str]:
     parallel = vllm_config.parallel_config
-    for name, short in (
-        ("pipeline_parallel_size", "pipeline parallelism"),
-        ("decode_context_parallel_size", "decode context parallelism"),
-        ("prefill_context_parallel_size", "prefill context parallelism"),
-    ):
-        if getattr(parallel, name, 1) > 1:
-            yield f"{short} yet ({name} is {getattr(parallel, name)}); set it to 1"
     device, by_way_of = vllm_config.device_config.device_type, vllm_config.kv_transfer_config.kv_buffer_device
+    yield from _parallelism(
+        parallel,
+        device,
+        is_consumer=vllm_config.kv_transfer_config.is_kv_consumer,
+        has_layers=any(group.layer_names for group in kv_cache_config.kv_cache_groups),
+    )
     if device not in _DEVICES:
         yield f"KV caches on the device {device!r} yet, only on {', '.join(_DEVICES)}"
     elif by_way_of not in (device, "cpu"):
@@ -89,6 +88,27 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         for spec in specs_of(group.kv_cache_spec):
             if type(spec) not in _SPECS:
                 yield f"layers with {type(spec).__name__} yet, only full, sliding-window, chunked and latent attention"
+
+
+def _parallelism(parallel: ParallelConfig, device: str, *, is_consumer: bool, has_layers: bool) -> Iterable[str]:
+    """Reasons to refuse a division of the model or of its KV between workers; ``has_layers``: this worker has a KV cache."""
+    decode = parallel.decode_context_parallel_size
+    if decode > 1:
+        yield (
+            "decode context parallelism, which deals the tokens of a request out to the ranks"
+            f" (decode_context_parallel_size is {decode}); set it to 1"
+        )
+    # Without decode context parallelism each rank has the KV of all tokens, as vLLM's NixlConnector (0.32) assumes, too.
+    prefill = parallel.prefill_context_parallel_size
+    if prefill > 1 and is_consumer:
+        yield (
+            "prefill context parallelism on servers that decode"
+            f" (prefill_context_parallel_size is {prefill}); set it to 1, or kv_role to 'kv_producer'"
+        )
+    if parallel.pipeline_parallel_size > 1 and device == "tpu":
+        yield f"pipeline parallelism on TPUs yet (pipeline_parallel_size is {parallel.pipeline_parallel_size}); set it to 1"
+    if parallel.pipeline_parallel_size > 1 and not has_layers:
+        yield "pipeline stages without a KV cache; divide the layers otherwise (VLLM_PP_LAYER_PARTITION)"
 
 
 def _without_layer_hook(vllm_config: VllmConfig) -> Iterable[str]:
@@ -191,8 +211,12 @@ def _of_all_ranks(addresses: Sequence[str], world: int) -> Sequence[str]:
     if len(addresses) == world:
         return addresses
     from torch.distributed import all_gather_object  # noqa: PLC0415 - imports torch
-    from vllm.distributed import get_tp_group  # noqa: PLC0415 - needs process groups
+    from vllm.distributed import get_pcp_group, get_pp_group, get_tp_group  # noqa: PLC0415 - needs process groups
 
-    found: list[str] = [""] * world
-    all_gather_object(found, *addresses, group=get_tp_group().cpu_group)
+    # Not over all processes: those of the other data parallel ranks, which are engines of their own, may be among them.
+    found = list(addresses)
+    for group in (get_tp_group(), get_pcp_group(), get_pp_group()):
+        parts: list[list[str]] = [[]] * group.world_size
+        all_gather_object(parts, found, group=group.cpu_group)
+        found = [address for part in parts for address in part]
     return found

@@ -250,13 +250,13 @@ def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest 
     wrong = _check_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
-    size = params["tp_size"]
-    if not 0 < size <= MAX_RANKS or len(lease.addresses) not in (1, size):  # the first rank knows the others
-        ranks = f"tp_size is {size}, the lease names {len(lease.addresses)} ranks"
-        return RefusedParams(RefusalReason.CONTRADICTION, ranks)
     wrong = _check_sizes(params)
     if wrong is not None:
         return wrong
+    size = params["tp_size"] * params.get("pp_size", 1)
+    if not 0 < size <= MAX_RANKS or len(lease.addresses) not in (1, size):  # the first rank knows the others
+        ranks = f"tp_size and pp_size make {size} ranks, the lease names {len(lease.addresses)}"
+        return RefusedParams(RefusalReason.CONTRADICTION, ranks)
     if params.get("transfer_mode", "pull") != "pull":
         return RefusedParams(RefusalReason.OTHER_MODE, "transfer_mode is not 'pull'")
     if role.has_made(lease):
@@ -291,10 +291,12 @@ def _check_keys(params: Mapping[str, Any], names: Iterable[str]) -> RefusedParam
 
 
 def _check_sizes(params: Mapping[str, Any]) -> RefusedParams | None:
-    """Refuse a producer with parallelism that is not supported."""
-    for name in ("pp_size", "dcp_size"):
-        if params.get(name, 1) != 1:
-            return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is not 1")
+    """Refuse a producer with parallelism that is not supported, or that makes no sense."""
+    if params.get("dcp_size", 1) != 1:
+        return RefusedParams(RefusalReason.BAD_TYPE, "dcp_size is not 1")
+    stages = params.get("pp_size", 1)
+    if type(stages) is not int or not 0 < stages <= MAX_RANKS:
+        return RefusedParams(RefusalReason.BAD_TYPE, "pp_size is no number of pipeline stages")
     return None
 
 
@@ -317,7 +319,7 @@ def _check_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams |
 
 
 def response(
-    lease: LeaseRef, block_ids: Sequence[Sequence[int]], *, host: str, port: int, tp_size: int
+    lease: LeaseRef, block_ids: Sequence[Sequence[int]], *, host: str, port: int, tp_size: int, pp_size: int = 1
 ) -> dict[str, Any]:
     """Make the parameters that the producer answers with: all keys of NixlConnector's pull response, and the lease.
 
@@ -325,7 +327,7 @@ def response(
         lease: of the request.
         block_ids: by cache group.
         host, port: side channel of rank 0.
-        tp_size: tensor parallel size of this server.
+        tp_size, pp_size: tensor and pipeline parallel size of this server.
     """
     return {
         "do_remote_prefill": True,
@@ -337,7 +339,7 @@ def response(
         "remote_port": port,
         "tp_size": tp_size,
         "dcp_size": 1,
-        "pp_size": 1,
+        "pp_size": pp_size,
         "remote_num_tokens": lease.num_tokens,
         "remote_blocks_expiry_time": None,
         "transfer_mode": "pull",

@@ -228,6 +228,9 @@ class KvxferWorker:
         except BaseException as error:
             self._load_failed(order, type(error).__name__)
             self._failed_at_once.add(order.request_id)
+            self._try(
+                order.lease, self.group.release, "release"
+            )  # else it is renewed, as other workers may still read it
             if isinstance(error, KvxferError):
                 logger.warning("Request %s: cannot read its KV: %s", order.request_id, error)
                 return

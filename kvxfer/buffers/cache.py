@@ -97,7 +97,8 @@ class KVCache:
             layers: for each layer's name a writable array, seen as ``[block, head, token, content]``
                 whatever its strides, or several of them, one per component. A layer's number is the only number among
                 the dotted parts of its name (``model.layers.7.attn``) if all names have one and no two the same;
-                otherwise its position in the mapping after ``layer_start``.
+                otherwise, and where ``name_layers`` and a number between two of them is missing, its position in the
+                mapping after ``layer_start``.
             block_tokens: tokens of a block of the block table, of all groups or of each by its name, if it differs from the
                 arrays' blocks: a multiple of them where a kernel's blocks are smaller, anything for the state of
                 state-space layers.
@@ -112,7 +113,7 @@ class KVCache:
             scales: of quantised layers: for a layer's name and a component (``k`` and ``v`` also where an array holds
                 both, half each) one factor, or one for each head of this rank; see `Scale`.
             name_layers: the names of ``layers`` are those of the model, and a peer that has them too matches layers by
-                name, whatever their numbers. This rank's layers must follow each other without a gap.
+                name, whatever their numbers.
             fingerprint: of everything outside the layout that must be equal, see `CacheSpec`.
             rank: this rank.
             world: number of ranks.
@@ -149,7 +150,7 @@ class KVCache:
         components_of = _components_of(components, groups)
         views = {name: _views_of(name, arrays, components_of.get(name), buffers) for name, arrays in layers.items()}
         flat = [view for parts in views.values() for view in parts.values()]
-        numbers = _layer_numbers(list(layers), layer_start)
+        numbers = _layer_numbers(list(layers), layer_start, gaps=not name_layers)
         placed = dict(zip(map(id, flat), allocations(flat), strict=True))
         in_buffer: dict[int, list[ArrayView]] = {}
         for view in flat:
@@ -191,8 +192,6 @@ class KVCache:
         if not scales.keys() <= layers.keys():
             raise LayoutError(f"there is no layer {min(scales.keys() - layers.keys(), key=str)!r} to have a scale")
         first, last = min(numbers.values()), max(numbers.values())
-        if name_layers and last + 1 - first != len(layers):
-            raise LayoutError(f"{len(layers)} names cannot name all layers from {first} to {last}")
         spec = CacheSpec(
             groups=tuple(made),
             dtype=_one_dtype(flat) if dtype is None else dtype,
@@ -324,11 +323,13 @@ def _views_of(name: str, arrays: Any, components: Sequence[str] | None, buffers:
     return dict(zip(components, views, strict=True))
 
 
-def _layer_numbers(names: list[str], start: int) -> dict[str, int]:
+def _layer_numbers(names: list[str], start: int, *, gaps: bool) -> dict[str, int]:
+    """Number of each layer. Unless there may be ``gaps``, the numbers follow each other."""
     found = {name: [int(part) for part in name.split(".") if part.isdecimal()] for name in names}
     if all(len(numbers) == 1 for numbers in found.values()):
         single = {name: numbers[0] for name, numbers in found.items()}
-        if len(set(single.values())) == len(single):
+        distinct = set(single.values())
+        if len(distinct) == len(single) and (gaps or max(distinct) + 1 - min(distinct) == len(single)):
             return single
     return {name: start + position for position, name in enumerate(names)}
 

@@ -37,7 +37,6 @@ def engines(monkeypatch):
     """Makes engines, each with an endpoint on a free port, and closes them."""
     from tests.vllm.rig import Engine
 
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
     made = []

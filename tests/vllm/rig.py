@@ -332,7 +332,11 @@ class Engine:
     def step(self) -> int:
         """Schedule, compute and report; returns the number of tokens computed."""
         scheduled = self.scheduler.schedule()
-        sampled, reported = self._execute(scheduled)
+        self._report(scheduled, *self._execute(scheduled))
+        return scheduled.total_num_scheduled_tokens
+
+    def _report(self, scheduled: SchedulerOutput, sampled: dict[str, list[int]], reported: KVConnectorOutput) -> None:
+        """Pass a step's results to the scheduler and take the answers."""
         output = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
         if sampled:
             output = ModelRunnerOutput(
@@ -352,7 +356,6 @@ class Engine:
                 mine = self._connector_class.build_kv_connector_stats(self.stats)
                 new = self._connector_class.build_kv_connector_stats(outputs.scheduler_stats.kv_connector_stats)
                 self.stats = mine.aggregate(new).to_dict()
-        return scheduled.total_num_scheduled_tokens
 
     def _execute(self, scheduled: SchedulerOutput) -> tuple[dict[str, list[int]], KVConnectorOutput]:
         """Run a worker's part of a step: sampled tokens by request, and the connector's output."""

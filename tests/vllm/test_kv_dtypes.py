@@ -82,7 +82,6 @@ class TypedEngine(Engine):
 @pytest.fixture
 def typed(monkeypatch):
     """Makes a prefill and a decode engine with these KV dtypes, and closes them."""
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
     made = []
@@ -180,7 +179,7 @@ def described(specs, *, ranks=1, rank=0, tokens=BLOCK_TOKENS, instruction_sets=N
         groups,
         config,
         caches,
-        tp_rank=rank,
+        rank=rank,
         fingerprint="f",
         instruction_sets=instruction_sets and dict.fromkeys((group.name for group in groups), instruction_sets),
     ).spec
@@ -299,7 +298,7 @@ def test_heads_of_each_kind_of_layers(totals, ranks, found):
         caches.kv_cache_groups = [KVCacheGroupSpec(list(specs), next(iter(specs.values())))]
     tensors = {name: torch.zeros(8, spec.num_kv_heads, 32, 8) for name, spec in specs.items()}
     groups = layer_groups(caches, counts=HeadCounts(config))
-    cache = describe_cache(tensors, groups, config, caches, tp_rank=ranks - 1, fingerprint="")
+    cache = describe_cache(tensors, groups, config, caches, rank=ranks - 1, fingerprint="")
     assert [
         f"{group.name} {group.heads.start}-{group.heads.stop} of {group.heads.total}" for group in cache.spec.groups
     ] == found

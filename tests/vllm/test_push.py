@@ -30,7 +30,7 @@ def pair_of(engines, agent="inproc", *, producer=(), consumer=()):
 
 def where(producer):
     """NixlPushConnector's keys by which a router names a prefill server to the decode server."""
-    (address,) = producer.scheduler.connector.scheduler_half.addresses
+    address, *_ = producer.scheduler.connector.scheduler_half.addresses
     return {
         "do_remote_prefill": True,
         "do_remote_decode": False,

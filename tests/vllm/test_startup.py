@@ -34,8 +34,7 @@ from kvxfer_vllm.rank_cache import describe_cache, model_fingerprint
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.transfer_params import Role
-from tests.vllm.rig import Engine, in_groups, kv_cache_config, vllm_config
-from tests.vllm.scripted import ScriptedEndpoint
+from tests.vllm.rig import in_groups, kv_cache_config, vllm_config
 
 pytestmark = pytest.mark.vllm
 
@@ -195,9 +194,6 @@ def _with(config, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
-        ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
-        ("parallel_config.prefill_context_parallel_size", 2, "prefill context parallelism"),
         ("device_config.device_type", "xpu", "device 'xpu' yet, only on cpu, cuda, tpu"),
         ("kv_transfer_config.kv_buffer_device", "cuda", "kv_buffer_device 'cuda' with caches on 'cpu'"),
     ],
@@ -360,7 +356,7 @@ def test_cache_of_one_rank():
     layers, names = _caches(heads=1)
     config.parallel_config.tensor_parallel_size = 2
     layers["model.layers.7.shares"] = layers[names[0]]
-    cache = describe_cache(layers, in_groups([names]), config, kv_cache_config(8), tp_rank=1, fingerprint="f")
+    cache = describe_cache(layers, in_groups([names]), config, kv_cache_config(8), rank=1, fingerprint="f")
     (group,) = cache.spec.groups
     assert (group.heads.start, group.heads.stop, group.heads.total) == (1, 2, 2)
     assert (cache.spec.rank, cache.spec.world, cache.spec.fingerprint) == (1, 2, "f")
@@ -371,7 +367,7 @@ def test_cache_of_one_rank():
 def test_kernel_blocks_smaller_than_table_blocks():
     """A cache with smaller blocks than the block table is described as such; block ids are those of the block table."""
     layers, names = _caches(num_blocks=16, tokens=16)
-    cache = describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+    cache = describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), rank=0, fingerprint="")
     (group,) = cache.spec.groups
     assert (group.block_tokens, group.num_blocks) == (32, 8)
     assert {(region.extents.block, region.extents.token) for region in group.regions} == {(16, 16)}
@@ -382,7 +378,7 @@ def test_a_cache_that_is_not_the_block_tables(num_blocks, tokens):
     """A cache that holds more or fewer tokens than the block table is refused at start-up, with the numbers of both."""
     layers, names = _caches(num_blocks=num_blocks, tokens=tokens)
     with pytest.raises(ConfigError, match=f"{num_blocks} blocks of {tokens} tokens, the block table 8 of 32"):
-        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), rank=0, fingerprint="")
 
 
 def test_cache_not_in_host_memory():
@@ -390,7 +386,7 @@ def test_cache_not_in_host_memory():
     layers, names = _caches()
     layers = {name: tensor.to("meta") for name, tensor in layers.items()}
     with pytest.raises(KvxferError):
-        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), tp_rank=0, fingerprint="")
+        describe_cache(layers, in_groups([names]), vllm_config(), kv_cache_config(8), rank=0, fingerprint="")
 
 
 def test_fingerprint():
@@ -432,20 +428,18 @@ def test_fingerprint_of_a_server_that_drafts():
 
 
 def test_layers_of_a_draft_model_are_matched_by_name():
-    """Layers of a draft model, numbered from 0 as the model's, are matched by name; layers with a gap in the numbers are not."""
+    """Layers of a draft model, numbered from 0 as the model's, are matched by name; so are layers with gaps in the numbers."""
     layers, names = _caches()
     drafts = {f"draft_model.{name}": torch.zeros_like(tensor) for name, tensor in layers.items()}
     config = kv_cache_config(8)
 
     def described(tensors):
-        return describe_cache(
-            tensors, in_groups([list(tensors)]), vllm_config(), config, tp_rank=0, fingerprint=""
-        ).spec
+        return describe_cache(tensors, in_groups([list(tensors)]), vllm_config(), config, rank=0, fingerprint="").spec
 
     assert described(layers | drafts).layer_names == (*names, *drafts)
     assert described(layers).layer_names == tuple(names)
     gap = dict(zip([names[0], "model.layers.5.self_attn.attn"], layers.values(), strict=True))
-    assert described(gap).layer_names == () and described(gap).groups[0].layers == (0, 5)
+    assert described(gap).layer_names == tuple(gap)
 
 
 def _scheduler(tp_size=1, port=5600):
@@ -476,10 +470,3 @@ def test_rank_0_knows_the_others():
     scheduler = _scheduler(tp_size=2, port=0)
     scheduler.set_addresses({0: KvxferHandshake("tcp://h:70")})
     assert scheduler.addresses == ("tcp://h:70",)
-
-
-def test_pipeline_ranks_are_refused():
-    """Handshakes of a second pipeline stage are refused at start-up by vLLM's own check."""
-    engine = Engine(endpoint=ScriptedEndpoint())
-    with pytest.raises(ValueError, match="pp_rank"):
-        engine.scheduler.connector.set_xfer_handshake_metadata_pp_aware({(1, 0): KvxferHandshake("tcp://h:1")})

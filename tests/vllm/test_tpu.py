@@ -57,7 +57,6 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture
 def engines(monkeypatch):
     """Makes engines on a number of devices or in host memory, each with a port of its own, and closes them."""
-    monkeypatch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
     made = []
 

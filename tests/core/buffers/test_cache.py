@@ -210,6 +210,14 @@ def test_layers_can_be_known_by_name():
         assert KVCache.from_layers(layers).spec.layer_names == ()
 
 
+def test_layers_with_names_are_numbered_without_a_gap():
+    """Where names leave numbers out, layers that are known by name are numbered by their position, others by their names."""
+    layers = {name: np.zeros((6, 2, 4, 16), dtype=np.uint8) for name in ("l.0", "l.3", "l.1")}
+    named, plain = (KVCache.from_layers(layers, name_layers=by_name).spec for by_name in (True, False))
+    assert (named.layer_names, named.groups[0].layers) == (("l.0", "l.3", "l.1"), (0, 1, 2))
+    assert (plain.layer_names, plain.groups[0].layers) == ((), (0, 1, 3))
+
+
 def zeros(*shape, dtype=np.uint8):
     """An array of its own."""
     return np.zeros(shape, dtype=dtype)
@@ -236,7 +244,6 @@ def zeros(*shape, dtype=np.uint8):
         ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": "x"}}}, "'kv' of layer 'l.0' is no number"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": [1, [2]]}}}, "'kv' of layer 'l.0' is no number"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"scales": {"l.0": {"kv": [1, 2, 3]}}}, "3 scales are neither one nor one for"),
-        ({"l.0": zeros(6, 2, 4, 8), "l.2": zeros(6, 2, 4, 8)}, {"name_layers": True}, "2 names cannot name all"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"heads_total": 1}, "is no part of 1"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"layers_total": 0}, "is no part of 0"),
         ({"l.0": zeros(6, 2, 4, 8)}, {"groups": {"a": ["l.1"]}}, "each layer once"),
