@@ -30,13 +30,14 @@ from kvxfer.errors import ConfigError
 from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm import versions
-from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, tables_of
+from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, state_specs, tables_of
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
 from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
+from kvxfer_vllm.states import StateLayout
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
 from kvxfer_vllm.transfer_params import Role
 from kvxfer_vllm.worker import KvxferWorker
@@ -111,7 +112,11 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         # Later vLLM adds layers to the groups that share the cache of another one; those are not transferred.
         layer_names = [name for group in kv_cache_config.kv_cache_groups for name in group.layer_names]
         self._groups = layer_groups(
-            kv_cache_config, self._options.parts(layer_names), local_layers(vllm_config), HeadCounts(vllm_config)
+            kv_cache_config,
+            self._options.parts(layer_names),
+            local_layers(vllm_config),
+            HeadCounts(vllm_config),
+            StateLayout.of(vllm_config) if state_specs(kv_cache_config) else None,
         )
         self._scheduler: KvxferScheduler | None = None
         self._worker: KvxferWorker | None = None

@@ -3,7 +3,8 @@
 
 A model whose layers attend differently has several cache groups, each with block tables of its own. kvxfer matches layers,
 not groups, so the two servers may group differently. Layers of one kind are one group of kvxfer (``full``, ``window-128``),
-in as many parts (``full/0``, ``full/1``) as they have block tables.
+in as many parts (``full/0``, ``full/1``) as they have block tables. The states of state-space layers are divided further, see
+`kvxfer_vllm.states`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, MambaSpec, MLAAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs as UniformSpecs
 
 from kvxfer_vllm.heads import LayerHeads
 from kvxfer_vllm.kv_dtypes import packed_format
+from kvxfer_vllm.states import StateLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
     from kvxfer_vllm.heads import HeadCounts
+    from kvxfer_vllm.states import StatePart
 
 NULL_BLOCK = 0
 """vLLM's block id for a block that was dropped, because no later token attends to its tokens (``BlockPool.null_block``)."""
@@ -48,11 +51,13 @@ class GroupTable:
         block_tokens: tokens of a block.
         window_tokens: number of tokens that a token attends to, itself included; 0: all before it.
         chunk_tokens: a token attends to the tokens of its own chunk, of this length; 0: there are no chunks.
+        holds_states: a block holds no tokens but the state after the last token computed, if that is one of the block's.
     """
 
     block_tokens: int
     window_tokens: int = 0
     chunk_tokens: int = 0
+    holds_states: bool = False
 
     @classmethod
     def of(cls, spec: KVCacheSpec) -> GroupTable:
@@ -62,12 +67,13 @@ class GroupTable:
             int(spec.block_size),
             int(first.sliding_window) if isinstance(first, SlidingWindowSpec) else 0,
             int(first.attention_chunk_size) if isinstance(first, ChunkedLocalAttentionSpec) else 0,
+            isinstance(first, MambaSpec),
         )
 
     @property
     def is_local(self) -> bool:
         """Whether vLLM drops blocks of earlier tokens."""
-        return bool(self.window_tokens or self.chunk_tokens)
+        return bool(self.window_tokens or self.chunk_tokens or self.holds_states)
 
     def first_needed(self, num_tokens: int) -> int:
         """First token that the token after the first ``num_tokens`` attends to."""
@@ -80,7 +86,7 @@ class GroupTable:
         return -(-num_tokens // self.block_tokens)
 
     def blocks(self, table: Sequence[int], first_token: int, num_tokens: int) -> GroupBlocks | None:
-        """Find the blocks of tokens ``first_token`` to ``num_tokens``, without those that were dropped.
+        """Find the blocks of tokens ``first_token`` to ``num_tokens``, without those that were dropped; of states the last one.
 
         Args:
             table: block ids of the request, from its first token on; `NULL_BLOCK` where a block was dropped.
@@ -90,6 +96,10 @@ class GroupTable:
         Returns:
             None if a block is missing that holds a needed token.
         """
+        if self.holds_states:
+            number = self.num_blocks(num_tokens) - 1
+            state = list(table[number : number + 1])
+            return GroupBlocks(state) if state and state[0] != NULL_BLOCK else None
         first = first_token // self.block_tokens
         ids = list(table[first : self.num_blocks(num_tokens)])
         dropped = 0
@@ -132,9 +142,10 @@ class AttentionGroup:
         layers: their names.
         kind: one of `kvxfer.layout.spec.GROUP_KINDS`.
         block_tokens: tokens of a block of the block table.
-        heads: KV heads of each layer on this rank.
-        heads_total: KV heads of each layer in the model.
+        heads: KV heads of each layer on this rank; of states, rows of the part.
+        heads_total: the same in the model.
         packed: what vLLM calls the format of the cache, if it is one of its own (`kvxfer_vllm.kv_dtypes.is_packed`).
+        state: part of the layers' pages that this group has; None for attention.
     """
 
     name: str
@@ -145,6 +156,7 @@ class AttentionGroup:
     heads: int
     heads_total: int
     packed: str = ""
+    state: StatePart | None = None
 
 
 def layer_groups(
@@ -152,6 +164,7 @@ def layer_groups(
     parts: Sequence[Sequence[str]] = (),
     local: Mapping[str, str] | None = None,
     counts: HeadCounts | None = None,
+    states: StateLayout | None = None,
 ) -> list[AttentionGroup]:
     """Make kvxfer's groups of the cache, in the order in which their block tables are passed to the endpoint.
 
@@ -161,14 +174,21 @@ def layer_groups(
         local: names of groups for layers with local attention (`local_layers`). Without vLLM's hybrid manager such layers
             are in a cache group of full attention: they keep all tokens, and have the kind ``full_attention`` here.
         counts: of the KV heads of all ranks; by default this rank has all of them.
+        states: how this server stores states.
 
     Raises:
         ConfigError: see `HeadCounts.of`.
     """
-    tables, local = tables_of(kv_cache_config), local or {}
+    tables, local, states = tables_of(kv_cache_config), local or {}, states or StateLayout()
     part_of = {name: number for number, names in enumerate(parts) for name in names}
-    found: dict[tuple[str, str, int, int, LayerHeads, str], list[str]] = {}
+    found: dict[tuple[str, str, int, int, LayerHeads, str, StatePart | None], list[str]] = {}
     for number, layer, spec in _layers(kv_cache_config):
+        part = part_of.get(layer, 0)
+        if isinstance(spec, MambaSpec):
+            for state in states.parts(spec):
+                heads = LayerHeads(state.rows, state.rows_total)
+                found.setdefault((state.name, "state", number, part, heads, "", state), []).append(layer)
+            continue
         table = tables[number]
         heads = counts.of(layer, spec) if counts is not None else _all_heads(spec)
         if isinstance(spec, MLAAttentionSpec):
@@ -179,20 +199,20 @@ def layer_groups(
             kind, name = "full_attention", local.get(layer, "full")
         if not heads.usual:
             name += f"-{heads.total}"
-        key = (name, kind, number, part_of.get(layer, 0), heads, packed_format(spec))
-        found.setdefault(key, []).append(layer)
+        found.setdefault((name, kind, number, part, heads, packed_format(spec), None), []).append(layer)
     groups, parts_of = [], Counter[str]()
-    for (name, kind, number, _, heads, packed), names in found.items():
+    for (name, kind, number, _, heads, packed, of_state), names in found.items():
         groups.append(
             AttentionGroup(
                 f"{name}/{parts_of[name]}",
                 number,
                 tuple(names),
                 kind,
-                tables[number].block_tokens,
+                tables[number].block_tokens if of_state is None else 1,
                 heads.of_rank,
                 heads.total,
                 packed,
+                of_state,
             )
         )
         parts_of[name] += 1
@@ -215,21 +235,27 @@ def backoff_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> i
     """Number of last tokens of a prompt that prefill leaves to decode, if the prompt is longer than that.
 
     Decode computes the last token of a prompt itself, for its first output. In a layer with a window that token attends to
-    one token more than vLLM keeps for the token after it, so prefill stops one token short. With several modules of
-    multi-token prediction, decode could not use the drafts of the last tokens. The number follows from the model and not
-    from a server's cache groups, because both servers must use the same.
+    one token more than vLLM keeps for the token after it, and a state that has taken that token in cannot take it in again, so
+    prefill stops one token short. With several modules of multi-token prediction, decode could not use the drafts of the last
+    tokens. The number follows from the model and not from a server's cache groups, because both servers must use the same.
     """
     # By group, as the scheduler is told the layers of the first pipeline stage only.
     specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
     local = any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs)
     lookahead = int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0) or 0)
-    return max(1 if local else 0, lookahead - 1)
+    return max(1 if local or state_specs(kv_cache_config) else 0, lookahead - 1)
 
 
 def is_mla(kv_cache_config: KVCacheConfig) -> bool:
     """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
     groups = kv_cache_config.kv_cache_groups
     return all(isinstance(spec, MLAAttentionSpec) for group in groups for spec in specs_of(group.kv_cache_spec))
+
+
+def state_specs(kv_cache_config: KVCacheConfig) -> list[MambaSpec]:
+    """Specs of the layers with states; by group, as the scheduler is told the layers of the first pipeline stage only."""
+    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
+    return [spec for spec in specs if isinstance(spec, MambaSpec)]
 
 
 def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:

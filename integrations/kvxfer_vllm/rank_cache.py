@@ -41,7 +41,8 @@ def describe_cache(
     """Describe the cache of one rank to kvxfer; nothing is copied.
 
     Args:
-        kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content. It may have
+        kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content, or the pages of
+            its states. It may have
             more layers than ``groups``: vLLM adds those that share the cache of another one.
         groups: layers that have a cache of their own.
         vllm_config: for the number of ranks, and the layers' KV dtypes and scales.
@@ -56,22 +57,23 @@ def describe_cache(
         ConfigError: the tensors do not hold the blocks of the block table.
         KvxferError: the tensors are not on that device, or do not make a cache.
     """
-    layers = {name: kv_caches[name] for group in groups for name in group.layers}
-    for group in groups:
-        for name in group.layers:
-            # The blocks of an attention kernel may be smaller than those of the block table.
-            blocks, _, tokens, _ = layers[name].shape
-            if blocks * tokens != kv_cache_config.num_blocks * group.block_tokens:
-                raise ConfigError(
-                    f"{name} has {blocks} blocks of {tokens} tokens, the block table"
-                    f" {kv_cache_config.num_blocks} of {group.block_tokens}"
-                )
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
-    arrays: dict[str, Any] = dict(layers)
+    names = {group.name: [_name_in(group, layer) for layer in group.layers] for group in groups}
+    layers: dict[str, torch.Tensor] = {}
+    arrays: dict[str, Any] = {}
     components: dict[str, tuple[str, ...]] = {}
     for group in groups:
-        if group.kind == "mla":
+        for layer, name in zip(group.layers, names[group.name], strict=True):
+            arrays[name] = kv_caches[layer]
+            _check_blocks(layer, kv_caches[layer], group, kv_cache_config)
+            if group.state is None:
+                layers[name] = kv_caches[layer]
+            else:
+                arrays[name] = group.state.view(kv_caches[layer])
+        if group.state is not None:
+            components[group.name] = ("state",)
+        elif group.kind == "mla":
             components[group.name] = ("latent",)
         elif _in_halves((instruction_sets or {}).get(group.name, "")):
             components[group.name] = ("k", "v")
@@ -79,7 +81,7 @@ def describe_cache(
         else:
             components[group.name] = ("kv",)
     dtypes = dtypes_of(layers, [name for group in groups if group.packed for name in group.layers], vllm_config)
-    dtype, *others = sorted(set(dtypes.values()))
+    dtype, *others = sorted(set(dtypes.values())) or ["uint8"]
     if others and ("k", "v") in components.values():
         raise ConfigError(
             f"KvxferConnector does not support layers of different dtypes on CPUs yet ({dtype}, {', '.join(others)}); set one"
@@ -95,20 +97,48 @@ def describe_cache(
         arrays,
         block_tokens={group.name: group.block_tokens for group in groups},
         components=components,
-        groups={group.name: group.layers for group in groups},
+        groups=names,
         kinds={group.name: group.kind for group in groups},
         name_layers=True,
-        layers_total=_layers_of_model(list(layers), vllm_config),
+        layers_total=_layers_of_model(list(arrays), vllm_config),
         heads_total={group.name: group.heads_total for group in groups},
-        # Fewer heads than ranks: consecutive ranks hold copies of the same head.
-        head_start={group.name: rank % ranks * group.heads_total // ranks for group in groups},
-        scales=scales_of({name: components[group.name] for group in groups for name in group.layers}, vllm_config),
+        head_start={group.name: _first_head(group, rank % ranks, ranks) for group in groups},
+        scales=scales_of(
+            {name: components[group.name] for group in groups if group.state is None for name in group.layers},
+            vllm_config,
+        ),
         dtype=dtype,
         fingerprint=fingerprint,
         rank=rank,
         world=parallel.pipeline_parallel_size * parallel.prefill_context_parallel_size * ranks,
         buffers=buffers,
     )
+
+
+def _name_in(group: AttentionGroup, layer: str) -> str:
+    """Name of a layer in kvxfer's description: a layer with states is in several groups, which have parts of it."""
+    return layer if group.state is None else f"{layer}.{group.state.name}"
+
+
+def _first_head(group: AttentionGroup, tp_rank: int, ranks: int) -> int:
+    if group.state is not None and group.heads == group.heads_total:
+        return 0  # every rank has all of it
+    # Fewer heads than ranks: consecutive ranks hold copies of the same head.
+    return tp_rank * group.heads_total // ranks
+
+
+def _check_blocks(layer: str, tensor: torch.Tensor, group: AttentionGroup, kv_cache_config: KVCacheConfig) -> None:
+    """Raise ConfigError if a layer's tensor has not the blocks of the block table, or is not made of vLLM's pages of states."""
+    # The blocks of an attention kernel may be smaller than those of the block table.
+    blocks, _, tokens, nbytes = tensor.shape
+    if blocks * tokens != kv_cache_config.num_blocks * group.block_tokens:
+        raise ConfigError(
+            f"{layer} has {blocks} blocks of {tokens} tokens, the block table"
+            f" {kv_cache_config.num_blocks} of {group.block_tokens}"
+        )
+    state = group.state
+    if state is not None and (tensor.dtype != torch.int8 or tensor.stride(3) != 1 or nbytes < state.end):
+        raise ConfigError(f"{layer} has pages of {nbytes} elements of {tensor.dtype} that hold no {state.name}")
 
 
 def _in_halves(instruction_set: str) -> bool:
@@ -171,7 +201,7 @@ def attention_instruction_sets(
     dtype, specs = vllm_config.model_config.dtype, specs_by_layer(kv_cache_config)
     found = {}
     for group in groups:
-        if group.kind == "mla":
+        if group.kind in ("mla", "state"):
             continue
         sizes = {(group.block_tokens, int(specs[name].head_size)) for name in group.layers}
         sets = sorted({str(_get_attn_isa(dtype, *size, vllm_config.cache_config.cache_dtype)) for size in sizes})

@@ -189,7 +189,10 @@ class KvxferScheduler:
         if lease is None:
             return False, self._prefills.answer_of_sibling(request_id) if request.status in _SUCCEEDED else None
         published = blocks_in_each(self._tables, block_ids, 0, lease.num_tokens)
-        if request.status not in _SUCCEEDED or request.num_computed_tokens < lease.num_tokens or published is None:
+        computed = request.num_computed_tokens
+        # A state that has taken in more tokens than the lease names is no state of those.
+        beyond = computed > lease.num_tokens and any(table.holds_states for table in self._tables)
+        if request.status not in _SUCCEEDED or computed < lease.num_tokens or beyond or published is None:
             self._step.revoke.append(lease)
             return False, None
         ids = [blocks.ids for blocks in published]

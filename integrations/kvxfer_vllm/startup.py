@@ -15,6 +15,7 @@ from msgspec import structs
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -23,7 +24,7 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.secret import Secret
-from kvxfer_vllm.groups import is_mla, specs_of
+from kvxfer_vllm.groups import is_mla, specs_of, state_specs
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ logger = logging.getLogger(f"vllm.{__name__}")
 _DEVICES = ("cpu", "cuda", "tpu")
 """Device types by vLLM's names."""
 
-_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+_SPECS = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec, MambaSpec)
 
 
 def refuse_unsupported(
@@ -87,7 +88,25 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
             yield "KV cache groups that vLLM keeps out of transfers or on the host"
         for spec in specs_of(group.kv_cache_spec):
             if type(spec) not in _SPECS:
-                yield f"layers with {type(spec).__name__} yet, only full, sliding-window, chunked and latent attention"
+                yield (
+                    f"layers with {type(spec).__name__} yet, only full, sliding-window, chunked and latent attention,"
+                    " and states"
+                )
+    yield from _states(vllm_config, kv_cache_config)
+
+
+def _states(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterable[str]:
+    specs = state_specs(kv_cache_config)
+    if not specs:
+        return
+    if vllm_config.device_config.device_type == "tpu":
+        yield "layers with states on TPUs yet"
+    if getattr(vllm_config.cache_config, "use_replayssm", False):
+        yield "--use-replayssm, which keeps what a state lacks outside the cache; leave it out"
+    unknown = {spec.mamba_cache_mode for spec in specs} - {"none", "align"}
+    if unknown:
+        # Blocks of earlier states would be empty after a transfer, and vLLM would take them for a prefix that it has.
+        yield f"--mamba-cache-mode {min(unknown)}, whose blocks keep many states of a request; use align"
 
 
 def _parallelism(parallel: ParallelConfig, device: str, *, is_consumer: bool, has_layers: bool) -> Iterable[str]:

@@ -47,6 +47,7 @@ _ORDER = (
     "test_same_tokens",
     "test_unequal_pairs",
     "test_hybrid",
+    "test_states",
     "test_two_hosts",
     "test_malformed_params",
     "test_side_channel",

@@ -41,12 +41,12 @@ def engines(monkeypatch):
     monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
     made = []
 
-    def make(role, name, **options):
-        engine = Engine(role, name=name, **options)
+    def start(role, name, *, make=Engine, **options):
+        engine = make(role, name=name, **options)
         made.append(engine)
         engine.start()
         return engine
 
-    yield make
+    yield start
     for engine in made:
         engine.close()

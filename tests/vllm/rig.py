@@ -38,7 +38,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, KVConnectorOutput, ModelRunnerOutput
@@ -222,24 +222,22 @@ class Engine:
         self._adapt(self.config)
         self.config.cache_config.num_gpu_blocks = num_blocks
         self.config.scheduler_config.max_num_batched_tokens = chunk
-        self.cache_config = kv_cache_config(num_blocks, self.heads, windows, hybrid=hybrid)
+        self.cache_config = self._cache_config(num_blocks, windows, hybrid=hybrid)
         groups = self.cache_config.kv_cache_groups
         self._group_of = {name: number for number, group in enumerate(groups) for name in group.layer_names}
         layers = (group.layer_names for group in kv_cache_config(windows=windows).kv_cache_groups)
         self._window_of = {name: window for window, names in zip(windows, layers, strict=True) for name in names}
         attention = {layer: SimpleNamespace(sliding_window=window or None) for layer, window in self._window_of.items()}
         self.config.compilation_config.static_forward_context.update(attention)
-        self.kv = self._caches(groups[0].layer_names)
-        # As vLLM does: layers of other groups lie in the same memory, in other blocks of it.
-        for group in groups[1:]:
-            self.kv |= dict(zip(group.layer_names, list(self.kv.values())[:LAYERS], strict=True))
+        self.kv = self._all_caches()
+        block_tokens, hashed_tokens = resolve_kv_cache_block_sizes(self.cache_config, self.config)
         with set_current_vllm_config(self.config):
             self.scheduler = Scheduler(
                 self.config,
                 self.cache_config,
                 structured_output_manager=StructuredOutputManager(self.config),
-                block_size=BLOCK_TOKENS,
-                hash_block_size=BLOCK_TOKENS,
+                block_size=block_tokens,
+                hash_block_size=hashed_tokens,
                 log_stats=True,
             )
             self.worker = self._make_worker()
@@ -252,10 +250,21 @@ class Engine:
         self.after_layer: Callable[[str], object] = lambda _: None
         """Called after each layer, in each step that computes something."""
         self._connector_class = type(self.worker)
-        self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
+        self._hasher = get_request_block_hasher(hashed_tokens, sha256)
 
     def _adapt(self, config: VllmConfig) -> None:
         """Change the configuration; for engines on other devices."""
+
+    def _cache_config(self, num_blocks: int, windows: Sequence[int], *, hybrid: bool) -> KVCacheConfig:
+        return kv_cache_config(num_blocks, self.heads, windows, hybrid=hybrid)
+
+    def _all_caches(self) -> dict[str, torch.Tensor]:
+        groups = self.cache_config.kv_cache_groups
+        kv = self._caches(groups[0].layer_names)
+        # As vLLM does: layers of other groups lie in the same memory, in other blocks of it.
+        for group in groups[1:]:
+            kv |= dict(zip(group.layer_names, list(kv.values())[:LAYERS], strict=True))
+        return kv
 
     def _caches(self, layer_names: Sequence[str]) -> dict[str, torch.Tensor]:
         shape = (self.cache_config.num_blocks, HEADS, BLOCK_TOKENS, 2 * HEAD_DIM)
@@ -426,6 +435,9 @@ class Engine:
 
     def _sample(self, tables: Sequence[list[int]], num_tokens: int) -> int:
         """Make a token of all bytes that the last one attends to."""
+        return zlib.crc32(self._attended(tables, num_tokens)) % VOCAB
+
+    def _attended(self, tables: Sequence[list[int]], num_tokens: int) -> bytes:
         text = b""
         for name, window in self._window_of.items():
             first = max(0, num_tokens - window) if window else 0
@@ -434,7 +446,7 @@ class Engine:
             stored = self._stored(name, used).transpose(0, 1).reshape(HEADS, -1, 2 * HEAD_DIM)
             attended = stored[:, first - skipped * BLOCK_TOKENS : num_tokens - skipped * BLOCK_TOKENS]
             text += attended.contiguous().view(torch.uint8).numpy().tobytes()
-        return zlib.crc32(text) % VOCAB
+        return text
 
     def close(self) -> None:
         """Shut down as vLLM does, twice, because that can happen."""

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
+    CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
     MambaSpec,
@@ -249,6 +250,7 @@ _CHUNKS = ChunkedLocalAttentionSpec(
     block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32, attention_chunk_size=128
 )
 _LATENT = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)
+_STATES = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=32)
 
 
 @pytest.mark.parametrize(
@@ -259,11 +261,13 @@ _LATENT = MLAAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=tor
         [group_of(_FULL, "a"), group_of(_WINDOW, "b", "c"), group_of(_CHUNKS, "d")],
         [group_of(_FULL, "a"), group_of(_FULL, "b")],
         [group_of(_FULL, "a"), group_of(_LATENT, "b")],
+        [group_of(_STATES, "a")],
+        [group_of(_LATENT, "a"), group_of(_STATES, "b")],
     ],
-    ids=["window", "latent", "three kinds", "two of a kind", "latent and full"],
+    ids=["window", "latent", "three kinds", "two of a kind", "latent and full", "states", "latent and states"],
 )
 def test_supported_caches(groups):
-    """Full, sliding-window, chunked and latent attention is served, in one cache group or in several."""
+    """Full, sliding-window, chunked and latent attention and states are served, in one cache group or in several."""
     config = kv_cache_config()
     config.kv_cache_groups = groups
     refuse_unsupported(vllm_config(), config)
@@ -271,10 +275,10 @@ def test_supported_caches(groups):
 
 def test_unsupported_caches():
     """A cache that cannot be transferred correctly is refused at start-up, in a sentence that names it."""
-    states = MambaSpec(shapes=((4, 4),), dtypes=(torch.float32,), block_size=32)
+    crossed = CrossAttentionSpec(block_size=32, num_kv_heads=2, head_size=4, dtype=torch.float32)
     caches = kv_cache_config()
-    caches.kv_cache_groups = [group_of(_FULL, "a"), group_of(states, "b")]
-    with pytest.raises(ConfigError, match="MambaSpec"):
+    caches.kv_cache_groups = [group_of(_FULL, "a"), group_of(crossed, "b")]
+    with pytest.raises(ConfigError, match="CrossAttentionSpec"):
         refuse_unsupported(vllm_config(), caches)
 
 
