@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from tests.sweep.rows import Row
     from tools.serve.pair import VllmServer
 
-__all__ = ["Case", "Outcome", "Question", "cases_of", "draft_step", "judge", "reason"]
+__all__ = ["Case", "Outcome", "Question", "cases_of", "draft_step", "judge"]
 
 Question = Callable[[str, Sequence[int]], "tuple[int, ...] | None"]
 """Right tokens of a prompt in the case of this name; None: any."""
 
-_TIMEOUT_S = 150.0
+_TIMEOUT_S = 60.0
 _SPECIAL_TOKENS = 5
 _BYTES = ("vllm:kvxfer_transfer_bytes_sum", "vllm:nixl_bytes_transferred_sum")
 _DEFECTS = ("vllm:kvxfer_internal_errors_total", "vllm:kvxfer_hook_errors_total")
@@ -33,6 +32,7 @@ _LONGEST = 1500
 _WINDOW = 128
 _MOST_WORDS = 40
 _MOST_WRONG = 2
+_HANDSHAKES = 3
 
 
 @dataclass(frozen=True)
@@ -113,50 +113,90 @@ def _several_windows(row: Row) -> int:
 def judge(
     row: Row, cases: list[Case], prefill: VllmServer, decode: VllmServer, right: Question, *, push: bool
 ) -> Outcome:
-    """Send the cases in each way that the connector has, and compare; the servers run."""
+    """Send the cases in each way that the connector has, and compare; the servers run.
+
+    Stops at the first failures if no answer was right, and when a server has ended.
+    """
     outcome = Outcome()
-    drafts = draft_step(decode)
-    preempted = [_total(server, "vllm:num_preemptions_total")[0] for server in (prefill, decode)]
-    grown: list[tuple[int, int]] = []
-    for way in ("pull", "push") if push else ("pull",):
-        for case in cases:
+    trial = _Trial(row, prefill, decode, right, outcome)
+    try:
+        trial.warm_up(cases[0])
+        drafts = draft_step(decode)
+        preempted = trial.preemptions()
+        grown: list[tuple[int, int]] = []
+        for way, case in ((way, case) for way in (("pull", "push") if push else ("pull",)) for case in cases):
             if len(outcome.wrong_cases) >= _MOST_WRONG and not outcome.right:
                 break
-            if case.alone:
-                prefill.reset_prefix_cache()
-                decode.reset_prefix_cache()
-            if case.held:
-                _check(decode.ask(case.prompts[0][: case.held], max_tokens=1, timeout_s=_TIMEOUT_S))
-            before = _moved(decode)
-            with ThreadPoolExecutor(len(case.prompts) + row.busy_prefill) as pool:
-                own = [
-                    pool.submit(prefill.ask, [*each[:150]], max_tokens=400) for each in case.prompts[: row.busy_prefill]
-                ]
-                answers = list(pool.map(partial(_send, row, way, prefill, decode), case.prompts))
-                for each in own:
-                    _check(each.result())
-            for prompt, answer in zip(case.prompts, answers, strict=True):
-                outcome.answers += 1
-                if answer.ok and right(case.name, prompt) in {None, answer.tokens}:
-                    outcome.right += 1
-                    outcome.tokens[case.name, prompt] = answer.tokens
-                else:
-                    got = "other tokens" if answer.ok else f"HTTP {answer.status}"
-                    outcome.wrong_cases.append(f"{way}, {case.name}: {got}")
-            moved = _moved(decode) - before
-            if case.alone and len(case.prompts[0]) > row.decode.block_tokens and not moved:
-                outcome.wrong_cases.append(f"{way}, {case.name}: nothing moved")
+            moved = trial.run(way, case)
             if case.alone and way == "pull":
-                outcome.nbytes += int(moved)
+                outcome.nbytes += moved
                 if not case.held:
-                    grown.append((len(case.prompts[0]), int(moved)))
-    outcome.growth_nbytes = _growth(grown)
-    outcome.step_tokens = (draft_step(decode, drafts)[0], 0.0)
-    now = [_total(server, "vllm:num_preemptions_total")[0] for server in (prefill, decode)]
-    outcome.preemptions = (int(now[0] - preempted[0]), int(now[1] - preempted[1]))
-    outcome.left = sum(server.wait_no_blocks_in_use(45.0) for server in (prefill, decode))
-    _conclude(row, outcome, sum(sum(_total(server, *_DEFECTS)) for server in (prefill, decode)))
+                    grown.append((len(case.prompts[0]), moved))
+        outcome.growth_nbytes = _growth(grown)
+        outcome.step_tokens = (draft_step(decode, drafts)[0], 0.0)
+        before, now = preempted, trial.preemptions()
+        outcome.preemptions = (now[0] - before[0], now[1] - before[1])
+        outcome.left = sum(server.wait_no_blocks_in_use(45.0) for server in (prefill, decode))
+        defects = sum(sum(_total(server, *_DEFECTS)) for server in (prefill, decode))
+    except OSError as error:
+        outcome.wrong_cases.append(f"{trial.doing}: {' '.join(str(error).split()[:12])}")
+        defects = 0
+    _conclude(row, outcome, defects)
     return outcome
+
+
+class _Trial:
+    """Cases of a row, sent through one pair; ``doing`` says which one."""
+
+    def __init__(self, row: Row, prefill: VllmServer, decode: VllmServer, right: Question, outcome: Outcome) -> None:
+        self._row, self._prefill, self._decode = row, prefill, decode
+        self._right, self._outcome = right, outcome
+        self.doing = "the first request"
+
+    def warm_up(self, case: Case) -> None:
+        """Send one prompt until it is answered, because on a busy machine the first handshake may be late."""
+        for _ in range(_HANDSHAKES):
+            if _send(self._row, "pull", self._prefill, self._decode, case.prompts[0]).ok:
+                break
+
+    def run(self, way: str, case: Case) -> int:
+        """Send the prompts of a case; returns the bytes that were moved."""
+        self.doing = f"{way}, {case.name}"
+        prefill, decode, row = self._prefill, self._decode, self._row
+        if case.alone:
+            prefill.reset_prefix_cache()
+            decode.reset_prefix_cache()
+        if case.held:
+            _check(decode.ask(case.prompts[0][: case.held], max_tokens=1, timeout_s=_TIMEOUT_S))
+        before = _moved(decode)
+        busy = [[*prompt[:150]] for prompt in case.prompts[: row.busy_prefill]]
+        with ThreadPoolExecutor(len(case.prompts) + len(busy)) as pool:
+            own = [pool.submit(prefill.ask, prompt, max_tokens=400, timeout_s=_TIMEOUT_S) for prompt in busy]
+            answers = list(pool.map(partial(_send, row, way, prefill, decode), case.prompts))
+            for each in own:
+                _check(each.result())
+        for prompt, answer in zip(case.prompts, answers, strict=True):
+            self._compare(case, prompt, answer)
+        moved = int(_moved(decode) - before)
+        if case.alone and len(case.prompts[0]) > row.decode.block_tokens and not moved:
+            self._outcome.wrong_cases.append(f"{self.doing}: nothing moved")
+        return moved
+
+    def _compare(self, case: Case, prompt: tuple[int, ...], answer: Answer) -> None:
+        self._outcome.answers += 1
+        if answer.ok and self._right(case.name, prompt) in {None, answer.tokens}:
+            self._outcome.right += 1
+            self._outcome.tokens[case.name, prompt] = answer.tokens
+        else:
+            got = "other tokens" if answer.ok else f"HTTP {answer.status}"
+            if not answer.status:
+                raise TimeoutError(f"no answer in {_TIMEOUT_S:.0f} s")
+            self._outcome.wrong_cases.append(f"{self.doing}: {got}")
+
+    def preemptions(self) -> tuple[int, int]:
+        """Preemptions so far, of both servers."""
+        names = ("vllm:num_preemptions_total",)
+        return int(_total(self._prefill, *names)[0]), int(_total(self._decode, *names)[0])
 
 
 def draft_step(server: VllmServer, since: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> tuple[float, float, float]:
@@ -200,8 +240,9 @@ def _conclude(row: Row, outcome: Outcome, defects: float) -> None:
 
 
 def _slack_nbytes(row: Row) -> float:
-    """Bytes that the border of a block may add to each of the tokens by which the two longest prompts differ."""
-    return row.decode.block_tokens * row.recipe.kv_nbytes_per_token / (_LONGEST - _several_windows(row))
+    """Bytes that the border of a block or chunk may add to each of the tokens by which the two longest prompts differ."""
+    tokens = row.decode.block_tokens if row.recipe.window_tokens else _WINDOW
+    return tokens * row.recipe.kv_nbytes_per_token / (_LONGEST - _several_windows(row))
 
 
 def _growth(grown: list[tuple[int, int]]) -> float:
@@ -226,21 +267,3 @@ def _moved(decode: VllmServer) -> float:
 def _total(server: VllmServer, *names: str) -> list[float]:
     samples = server.metrics()
     return [sum(sample.value for sample in samples if sample.name == name) for name in names]
-
-
-# The last lines of Python's tracebacks, behind the prefix of vLLM's log.
-_RAISED = re.compile(r"(?:\] |^) *(?:[\w.]*\.)?(\w*(?:Error|Exception)): (.+)$", re.MULTILINE)
-_LATER = re.compile(r"Engine core init|WorkerProc init|Failed core proc|EngineCore encountered|cancelled")
-_PLACES = re.compile(r"(?<![\w<])/[^\s'\",;)]+|0x[0-9a-f]+")
-
-
-def reason(log: str) -> str:
-    """First error of a server's log that is not the consequence of another one, as one sentence."""
-    told = [(kind, text) for kind, text in _RAISED.findall(log) if not _LATER.search(text)]
-    kind, text = told[0] if told else ("", (log.strip() or "nothing in its log").splitlines()[-1])
-    words = _PLACES.sub("...", text).strip().split()
-    short = " ".join(words[:_MOST_WORDS]) + (" ..." if len(words) > _MOST_WORDS else "")
-    first = re.split(r"(?<=[a-z0-9)])\. (?=[A-Z])", short)[0]
-    return (
-        first if not kind or kind.endswith(("ConfigError", "UnsupportedError", "LayoutError")) else f"{kind}: {first}"
-    )

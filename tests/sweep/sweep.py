@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from kvxfer.errors import KvxferError
 from tests.sweep.drafts import make_eagle
 from tests.sweep.forked import ForkedServer, import_vllm
-from tests.sweep.judge import Case, Outcome, Question, cases_of, draft_step, judge, reason
+from tests.sweep.judge import Case, Outcome, Question, cases_of, draft_step, judge
+from tests.sweep.reason import reason
 from tests.sweep.rows import CONNECTORS, ROWS, Row, Side
 from tests.sweep.table import RESULTS, read_results, write_docs
 from tools.serve.model import make_model
@@ -181,14 +182,15 @@ class Sweep:
             prefill, decode = self.servers.get(producer, consumer)
         except ServerStartError as error:
             return Outcome("refused", why=reason(str(error)))
-        try:
-            outcome = judge(row, cases, prefill, decode, right, push=connector == CONNECTORS[0])
-        except OSError as error:
-            outcome = Outcome("fails", why=str(error))
-        if outcome.verdict != "served" and not outcome.right:
-            told = reason(decode.log_text())
+        outcome = judge(row, cases, prefill, decode, right, push=connector == CONNECTORS[0])
+        ended = [server for server in (decode, prefill) if not server.alive]
+        if ended:
+            outcome.verdict = "fails"
+            outcome.why = f"an engine dies ({outcome.why}): {reason(ended[0].log_text())}"
+        elif outcome.verdict != "served" and not outcome.right:
             refused = "IncompatibleError" in decode.log_text()
-            outcome.verdict, outcome.why = ("refused" if refused else outcome.verdict), told
+            outcome.verdict = "refused" if refused else outcome.verdict
+            outcome.why = reason(decode.log_text())
         if outcome.verdict != "served":
             self.servers.drop(prefill, decode)
         return outcome

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from tests.sweep.judge import cases_of, reason
+from tests.sweep.judge import cases_of
+from tests.sweep.reason import reason
 from tests.sweep.rows import ROWS
 from tests.sweep.table import BEGIN, DOCS, END, table
 
@@ -39,3 +40,19 @@ def test_the_reason_is_the_first_cause():
         "(EngineCore pid=6) ERROR 11-30 07:36:28 [y.py:1] Exception: WorkerProc initialization failed due to it.\n"
     )
     assert reason(log) == "ValueError: bad file ..."
+
+
+def test_the_reason_of_an_engine_that_died():
+    """The error that ended the engine is told, with the line that raised it if it has no text."""
+    prefix = "(EngineCore pid=6) ERROR 11-30 08:05:37 [core.py:1512] "
+    log = "".join(
+        f"{prefix}{line}\n"
+        for line in (
+            "KeyError: an earlier one, which it survived",
+            "EngineCore encountered a fatal error.",
+            "    assert len(local) == len(remote)",
+            "           ^^^^^^^^^^^^^^^^^^^^^^^^^",
+            "AssertionError",
+        )
+    )
+    assert reason(log) == "AssertionError: assert len(local) == len(remote)"
