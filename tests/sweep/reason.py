@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["reason"]
+__all__ = ["DIED", "reason"]
+
+#: What the log of a server says whose engine died.
+DIED = "EngineCore encountered a fatal error"
 
 _MOST_WORDS = 40
 # vLLM's log puts these before each line of a traceback: "(EngineCore pid=7) ERROR 11-30 08:05:37 [core.py:1512] ".
 _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _RAISED = re.compile(r"^\s*(?:[\w.]*\.)?(\w*(?:Error|Exception))(?:: (.+))?$")
 _LATER = re.compile(r"Engine core init|WorkerProc init|Failed core proc|EngineCore encountered an issue|cancelled")
-_FATAL = "EngineCore encountered a fatal error"
 _PLACES = re.compile(r"(?<![\w<])/[^\s'\",;)]+|0x[0-9a-f]+")
 _OURS = ("ConfigError", "UnsupportedError", "LayoutError")
 
@@ -23,7 +25,7 @@ def reason(log: str) -> str:
     If an engine died, the error of which it died. An error without a text is told with the line that raised it.
     """
     lines = [_PREFIX.sub("", line) for line in log.splitlines() if line.strip()]
-    fatal = next((i for i, line in enumerate(lines) if _FATAL in line), 0)
+    fatal = next((i for i, line in enumerate(lines) if DIED in line), 0)
     kind, text = "", lines[-1] if lines else "nothing in its log"
     for i, line in enumerate(lines[fatal:], fatal):
         found = _RAISED.match(line)

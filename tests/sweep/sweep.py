@@ -22,7 +22,7 @@ from kvxfer.errors import KvxferError
 from tests.sweep.drafts import make_eagle
 from tests.sweep.forked import ForkedServer, import_vllm
 from tests.sweep.judge import Case, Outcome, Question, cases_of, draft_step, judge
-from tests.sweep.reason import reason
+from tests.sweep.reason import DIED, reason
 from tests.sweep.rows import CONNECTORS, ROWS, Row, Side
 from tests.sweep.table import RESULTS, read_results, write_docs
 from tools.serve.model import make_model
@@ -183,10 +183,10 @@ class Sweep:
         except ServerStartError as error:
             return Outcome("refused", why=reason(str(error)))
         outcome = judge(row, cases, prefill, decode, right, push=connector == CONNECTORS[0])
-        ended = [server for server in (decode, prefill) if not server.alive]
-        if ended:
+        died = [server.log_text() for server in (decode, prefill) if DIED in server.log_text()]
+        if died:
             outcome.verdict = "fails"
-            outcome.why = f"an engine dies ({outcome.why}): {reason(ended[0].log_text())}"
+            outcome.why = f"an engine dies ({', '.join(outcome.wrong_cases[:1])}): {reason(died[0])}"
         elif outcome.verdict != "served" and not outcome.right:
             refused = "IncompatibleError" in decode.log_text()
             outcome.verdict = "refused" if refused else outcome.verdict

@@ -52,10 +52,10 @@ def _cell(row: Row, outcome: dict[str, Any] | None) -> str:
         return "not run"
     why = outcome["why"].replace("|", "\\|")
     if outcome["verdict"] == "unserved":
-        return f"vLLM on CPUs fails without a connector, too: {why}"
+        return f"unserved: {why}"
     if outcome["verdict"] != "served":
         return f"**{outcome['verdict']}**: {why}"
-    said = [f"served, {outcome['nbytes'] / 1e6:.1f} MB"]
+    said = ["served" if row.crowd else f"served, {outcome['nbytes'] / 1e6:.1f} MB"]
     if row.peer_decides:
         said.append(f"{outcome['as_one_server']} of {outcome['answers']} answers as one server's")
     if row.drafts:
