@@ -200,10 +200,10 @@ class _Trial:
 
 
 def draft_step(server: VllmServer, since: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> tuple[float, float, float]:
-    """Mean number of tokens of a step with drafts, 0.0 if there was none; then drafts accepted, and steps, in all."""
+    """Mean number of tokens of a step with drafts, 1.0 if there was none; then drafts accepted, and steps, in all."""
     accepted, made = _total(server, *_DRAFTS)
     steps = made - since[2]
-    return (1 + (accepted - since[1]) / steps if steps else 0.0), accepted, made
+    return 1 + (accepted - since[1]) / max(steps, 1.0), accepted, made
 
 
 def _send(row: Row, way: str, prefill: VllmServer, decode: VllmServer, prompt: Sequence[int]) -> Answer:

@@ -88,6 +88,8 @@ _ONE_MANAGER = Side(arguments=("--disable-hybrid-kv-cache-manager",))
 _NO_CACHE = ("--no-enable-prefix-caching",)
 _CHUNKS = ("--max-num-batched-tokens", "128", "--enable-chunked-prefill", "--max-num-seqs", "16")
 _NGRAM = _drafts(method="ngram", prompt_lookup_max=4, prompt_lookup_min=2)
+# Of random tokens no draft from earlier ones would ever be right.
+_FEW_TOKENS = (("allowed_token_ids", (10, 11, 12)),)
 _SUFFIX = _drafts(method="suffix")
 
 
@@ -132,6 +134,7 @@ def _options(model: str, name: str, recipe: ModelRecipe, few_blocks: int) -> lis
             decode=Side(arguments=_NGRAM),
             reference=_NGRAM,
             num_answer_tokens=some,
+            request=_FEW_TOKENS,
             drafts=True,
         ),
         replace(
@@ -160,7 +163,13 @@ ROWS: tuple[Row, ...] = (
         **_both(*_DRAFT_MODEL, num_answer_tokens=48, drafts=True),
     ),
     Row("llama/eagle", "Llama", "EAGLE on both", _LLAMA, **_both(*_EAGLE, num_answer_tokens=48, drafts=True)),
-    Row("llama/suffix", "Llama", "suffix drafts on both", _LLAMA, **_both(*_SUFFIX, num_answer_tokens=48, drafts=True)),
+    Row(
+        "llama/suffix",
+        "Llama",
+        "suffix drafts on both",
+        _LLAMA,
+        **_both(*_SUFFIX, num_answer_tokens=48, drafts=True, request=_FEW_TOKENS),
+    ),
     Row(
         "llama/pp2-pp1",
         "Llama",

@@ -107,7 +107,7 @@ class Sweep:
         """Try a row with each of these connectors."""
         try:
             return self._run(row, connectors)
-        except (KvxferError, OSError, ValueError) as error:  # one row must not end the others
+        except (KvxferError, OSError, ValueError, ArithmeticError) as error:  # one row must not end the others
             self.servers.stop()
             return dict.fromkeys(connectors, Outcome("fails", why=f"the sweep itself: {error}".splitlines()[0]))
 
@@ -202,12 +202,12 @@ class Sweep:
         for case in cases:
             for prompt in case.prompts:
                 server.reset_prefix_cache()
-                server.ask(list(prompt), max_tokens=row.num_answer_tokens)
+                server.ask(list(prompt), max_tokens=row.num_answer_tokens, **dict(row.request))
         alone = draft_step(server, before)[0]
         for outcome in outcomes.values():
             paired = outcome.step_tokens[0]
             outcome.step_tokens = (paired, alone)
-            if outcome.verdict == "served" and not abs(paired / alone - 1) <= _NEARLY:
+            if outcome.verdict == "served" and abs(paired / alone - 1) > _NEARLY:
                 outcome.verdict = "fails"
                 outcome.why = f"a step with drafts yields {paired:.2f} tokens, of one server {alone:.2f}"
 
