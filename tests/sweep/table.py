@@ -9,13 +9,15 @@ from typing import Any
 
 from tests.sweep.rows import CONNECTORS, ROWS, Row
 
-__all__ = ["BEGIN", "DOCS", "END", "RESULTS", "read_results", "table", "write_docs"]
+__all__ = ["RESULTS", "cells_of", "read_results", "table", "write_docs", "written_table"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / ".sweep" / "results.json"
 DOCS = _ROOT / "docs" / "vllm.md"
 BEGIN = "<!-- made by `make sweep`; do not edit -->"
 END = "<!-- end of what `make sweep` made -->"
+
+_NOT_RUN = "not run"
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """Outcomes by name of the row and connector."""
@@ -29,27 +31,41 @@ def read_results() -> Results:
     return found
 
 
-def table(results: Results) -> str:
-    """Markdown of all rows; a row without a result says that it was not run."""
+def table(results: Results, written: str = "") -> str:
+    """Markdown of all rows; one without a result is as in the table that was ``written`` before, if it has it."""
+    before = {tuple(cells[:2]): cells[2:] for cells in cells_of(written)}
     lines = ["| model | option | " + " | ".join(CONNECTORS) + " |", "|---" * (2 + len(CONNECTORS)) + "|"]
     for row in ROWS:
         found = results.get(row.name, {})
-        cells = [_cell(row, found.get(connector)) for connector in CONNECTORS]
-        lines.append(f"| {row.model} | {row.option or 'defaults'} | " + " | ".join(cells) + " |")
+        name = (row.model, row.option or "defaults")
+        known = before.get(name, [_NOT_RUN] * len(CONNECTORS))
+        cells = [
+            _cell(row, found[connector]) if connector in found else old
+            for connector, old in zip(CONNECTORS, known, strict=True)
+        ]
+        lines.append("| " + " | ".join((*name, *cells)) + " |")
     return "\n".join(lines)
 
 
+def cells_of(markdown: str) -> list[list[str]]:
+    """Cells of a table's rows, without its head."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def written_table() -> str:
+    """The table that docs/vllm.md has."""
+    return DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+
+
 def write_docs(results: Results) -> None:
-    """Replace the table of docs/vllm.md."""
+    """Replace the table of docs/vllm.md, except what these results say nothing about."""
     text = DOCS.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCS.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    old = written_table()
+    DOCS.write_text(text.replace(old, f"\n\n{table(results, old)}\n\n"), encoding="utf-8")
 
 
-def _cell(row: Row, outcome: dict[str, Any] | None) -> str:
-    if outcome is None:
-        return "not run"
+def _cell(row: Row, outcome: dict[str, Any]) -> str:
     why = outcome["why"].replace("|", "\\|")
     if outcome["verdict"] == "unserved":
         return f"unserved: {why}"

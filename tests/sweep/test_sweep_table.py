@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
-from tests.sweep.judge import cases_of
+from tests.sweep.judge import Outcome, cases_of
 from tests.sweep.reason import reason
-from tests.sweep.rows import ROWS
-from tests.sweep.table import BEGIN, DOCS, END, table
-
-
-def rows_of(text: str) -> list[list[str]]:
-    """Cells of a table's rows, without its head."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")][:2] for line in lines[2:]]
+from tests.sweep.rows import CONNECTORS, ROWS
+from tests.sweep.table import cells_of, table, written_table
 
 
 def test_docs_have_a_row_for_each_row_of_the_sweep():
     """The rows of the table in the docs are those of the sweep, in the same order."""
-    written = DOCS.read_text().split(BEGIN)[1].split(END)[0]
-    assert rows_of(written) == rows_of(table({}))
-    assert len(rows_of(written)) == len(ROWS)
+    names = [cells[:2] for cells in cells_of(written_table())]
+    assert names == [cells[:2] for cells in cells_of(table({}))]
+    assert len(names) == len(ROWS)
+
+
+def test_a_part_of_the_sweep_leaves_the_other_cells():
+    """Results of one row and one connector replace one cell of the table that was there before."""
+    before = table({})
+    row, connector = ROWS[1], CONNECTORS[0]
+    outcome = Outcome("refused", why="it does not").as_json()
+    after = cells_of(table({row.name: {connector: outcome}}, before))
+    expected = cells_of(before)
+    expected[1][2] = "**refused**: it does not"
+    assert after == expected
 
 
 def test_names_of_rows_differ():
