@@ -23,6 +23,7 @@ Question = Callable[[str, Sequence[int]], "tuple[int, ...] | None"]
 """Right tokens of a prompt in the case of this name; None: any."""
 
 _TIMEOUT_S = 60.0
+_FREE_S = 45.0
 _SPECIAL_TOKENS = 5
 _BYTES = ("vllm:kvxfer_transfer_bytes_sum", "vllm:nixl_bytes_transferred_sum")
 _DEFECTS = ("vllm:kvxfer_internal_errors_total", "vllm:kvxfer_hook_errors_total")
@@ -136,7 +137,7 @@ def judge(
         outcome.step_tokens = (draft_step(decode, drafts)[0], 0.0)
         before, now = preempted, trial.preemptions()
         outcome.preemptions = (now[0] - before[0], now[1] - before[1])
-        outcome.left = sum(server.wait_no_blocks_in_use(45.0) for server in (prefill, decode))
+        outcome.left = sum(server.wait_no_blocks_in_use(_FREE_S) for server in (prefill, decode))
         defects = sum(sum(_total(server, *_DEFECTS)) for server in (prefill, decode))
     except OSError as error:
         outcome.wrong_cases.append(f"{trial.doing}: {' '.join(str(error).split()[:12])}")
@@ -232,7 +233,7 @@ def _conclude(row: Row, outcome: Outcome, defects: float) -> None:
     elif defects:
         outcome.verdict, outcome.why = "fails", f"{defects:.0f} internal errors"
     elif outcome.left:
-        outcome.verdict, outcome.why = "fails", f"{outcome.left:.0f} blocks stay in use"
+        outcome.verdict, outcome.why = "fails", f"{outcome.left:.0f} blocks are still in use after {_FREE_S:.0f} s"
     elif row.growing_nbytes is not None and outcome.growth_nbytes > row.growing_nbytes + _slack_nbytes(row):
         outcome.why = (
             f"{outcome.growth_nbytes:.0f} bytes for each token of a long prompt instead of {row.growing_nbytes}"

@@ -15,6 +15,7 @@ _MOST_WORDS = 40
 _PREFIX = re.compile(r"^(?:\(\S+ pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?")
 _RAISED = re.compile(r"^\s*(?:[\w.]*\.)?(\w*(?:Error|Exception))(?:: (.+))?$")
 _LATER = re.compile(r"Engine core init|WorkerProc init|Failed core proc|EngineCore encountered an issue|cancelled")
+_FAILED_LOAD = re.compile(r"its KV could not be loaded: (.+)$", re.MULTILINE)
 _PLACES = re.compile(r"(?<![\w<])/[^\s'\",;)]+|0x[0-9a-f]+")
 _OURS = ("ConfigError", "UnsupportedError", "LayoutError")
 
@@ -24,6 +25,9 @@ def reason(log: str) -> str:
 
     If an engine died, the error of which it died. An error without a text is told with the line that raised it.
     """
+    failed_load = _FAILED_LOAD.search(log)
+    if failed_load and DIED not in log:
+        return failed_load[1]
     lines = [_PREFIX.sub("", line) for line in log.splitlines() if line.strip()]
     fatal = next((i for i, line in enumerate(lines) if DIED in line), 0)
     kind, text = "", lines[-1] if lines else "nothing in its log"

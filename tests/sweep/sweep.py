@@ -44,6 +44,7 @@ _PATIENCE = {
     "NixlConnector": {"kv_lease_duration": 300},
 }
 _MOST_SERVERS = 6
+_REFUSED_BY_NIXL = "compatibility hash mismatch"
 _NEARLY = 0.02
 _MOST_TOKENS = 2048
 
@@ -188,8 +189,9 @@ class Sweep:
             outcome.verdict = "fails"
             outcome.why = f"an engine dies ({', '.join(outcome.wrong_cases[:1])}): {reason(died[0])}"
         elif outcome.verdict != "served" and not outcome.right:
-            refused = "IncompatibleError" in decode.log_text()
-            outcome.verdict = "refused" if refused else outcome.verdict
+            refused = decode.metric("vllm:kvxfer_failed_transfers_total", reason="IncompatibleError")
+            if refused or _REFUSED_BY_NIXL in decode.log_text():
+                outcome.verdict = "refused"
             outcome.why = reason(decode.log_text())
         if outcome.verdict != "served":
             self.servers.drop(prefill, decode)
