@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from kvxfer import addresses
 from kvxfer.buffers.base import FINISHED
@@ -34,6 +35,7 @@ from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, state
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
 from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
+from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
@@ -144,6 +146,9 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 secret=Secret.resolve(file=self._options.secret_file),
                 share=bool(vllm_config.cache_config.enable_prefix_caching),
                 data_parallel=vllm_config.parallel_config.data_parallel_size > 1,
+                prompts=PromptIdentity.of(vllm_config),
+                # A state may be ahead of the answer by a token, and cannot be read as it was.
+                turns=not any(isinstance(group.kv_cache_spec, MambaSpec) for group in kv_cache_config.kv_cache_groups),
             )
 
     # -------------------------------------------------------------------------------------------- scheduler's half
@@ -201,6 +206,16 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """See :meth:`KvxferScheduler.request_finished`."""
         return self.scheduler_half.request_finished(request, block_ids)
+
+    def reset_cache(self) -> bool:
+        """See :meth:`KvxferScheduler.reset_cache`. True: the caches are reset."""
+        try:
+            self.scheduler_half.reset_cache()
+        except Exception:
+            self.scheduler_half.stats.count("hook_errors", label="reset_cache")
+            logger.exception("Defect in reset_cache of KvxferConnector")
+            return False
+        return True
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """See :meth:`set_xfer_handshake_metadata_pp_aware`; for the workers of a single pipeline stage."""

@@ -42,7 +42,7 @@ class LoadState(enum.Enum):
     FOLLOWING = enum.auto()
     """Another request loads the same lease."""
     LOST = enum.auto()
-    """The load that this request waited for has failed: vLLM is to treat it as a failed load of this one."""
+    """The load that this request waited for has failed, or it must not be computed: vLLM is told of a failed load."""
 
 
 @dataclass
@@ -105,6 +105,12 @@ class Loads:
             if acquire:
                 orders.acquire.append(lease)
 
+    def refuse(self, request_id: str, lease: LeaseRef, orders: KvxferMetadata) -> None:
+        """Add a request that must not be computed here: it is treated as a failed load."""
+        self._loads[request_id] = _Load(lease, LoadState.LOST)
+        if not self.knows(lease.token):
+            orders.release.append(lease)
+
     def missing(self, request_id: str, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those found locally, and whether that takes more than this step; None: ask later."""
         load = self._loads.get(request_id)
@@ -113,6 +119,8 @@ class Loads:
         if load.state is LoadState.FOLLOWING:
             return None, False
         missing = load.lease.num_tokens - num_computed_tokens
+        if load.state is LoadState.LOST:
+            return max(missing, 1), True
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(
@@ -135,7 +143,7 @@ class Loads:
             self._forget(request_id, orders, here=True)
             return
         if load.state is LoadState.LOST:
-            del self._loads[request_id]
+            self._forget(request_id, orders, here=False)
             orders.fail.append(request_id)
             return
         num_tokens = load.lease.num_tokens
@@ -157,6 +165,15 @@ class Loads:
             else:
                 load.state = LoadState.LOADED
                 self._used[load.lease.token] = True
+
+    def reset(self, orders: KvxferMetadata) -> None:
+        """Let requests that wait compute their prompts, and forget what came here: the engine drops its caches."""
+        waiting = [load for load in self._loads.values() if load.state is LoadState.WAITING]
+        orders.release += [load.lease for load in waiting]
+        for token in self._used:
+            self._used[token] = False
+        for load in waiting:
+            self._forget(self._leaders[load.lease.token], orders, here=True)
 
     def finish(self, request_id: str, orders: KvxferMetadata) -> None:
         """End a request: its load is cancelled, its lease released, unless another request takes it over."""
@@ -193,7 +210,7 @@ class Loads:
         load = self._loads.pop(request_id)
         leader = self._leaders.get(load.lease.token)
         if leader != request_id:
-            if leader is not None:
+            if leader is not None and load.state is LoadState.FOLLOWING:
                 self._loads[leader].followers.remove(request_id)
             return
         del self._leaders[load.lease.token]

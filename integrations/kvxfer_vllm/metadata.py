@@ -58,6 +58,7 @@ class KvxferMetadata(KVConnectorMetadata):
         announce: producer: leases whose tokens are about to be handed out.
         publish_partial: producer: blocks of running prefills that this step completes.
         publish: producer: finished prefills.
+        reset: the engine drops its caches, so all leases end and all loads fail that began before this step.
         revoke: producer: leases whose prefill ended without a result.
         acquire: consumer: leases to acquire and renew while their requests wait.
         read: consumer: loads to start.
@@ -70,6 +71,7 @@ class KvxferMetadata(KVConnectorMetadata):
     announce: list[LeaseRef] = field(default_factory=list)
     publish_partial: list[PartialPublishOrder] = field(default_factory=list)
     publish: list[PublishOrder] = field(default_factory=list)
+    reset: bool = False
     revoke: list[LeaseRef] = field(default_factory=list)
     acquire: list[LeaseRef] = field(default_factory=list)
     read: list[ReadOrder] = field(default_factory=list)

@@ -50,11 +50,13 @@ class _RunningPrefill:
         lease: under which its blocks are published.
         blocks: all that vLLM has allocated so far, by cache group.
         published: number of these that are published, by cache group.
+        answer: all of it is published at its end only, the answer included; until then its length is not known.
     """
 
     lease: LeaseRef
     blocks: list[list[int]]
     published: list[int]
+    answer: bool = False
 
 
 class Prefills:
@@ -101,10 +103,10 @@ class Prefills:
             if siblings is not None and siblings.first == request_id:
                 siblings.answer = None
 
-    def begin(self, request_id: str, lease: LeaseRef) -> None:
-        """Add a prefill that has no blocks yet."""
+    def begin(self, request_id: str, lease: LeaseRef, *, answer: bool = False) -> None:
+        """Add a prefill that has no blocks yet, or a request whose ``answer`` is published, too."""
         groups = range(len(self._tables))
-        self._running[request_id] = _RunningPrefill(lease, [[] for _ in groups], [0 for _ in groups])
+        self._running[request_id] = _RunningPrefill(lease, [[] for _ in groups], [0 for _ in groups], answer)
 
     def end(self, request_id: str) -> LeaseRef | None:
         """Remove a prefill and return its lease; None if there is no such prefill."""
@@ -133,7 +135,7 @@ class Prefills:
     def _restart(self, request_id: str, orders: KvxferMetadata) -> None:
         """Forget the blocks of a prefill that starts, or starts again after a preemption."""
         prefill = self._running.get(request_id)
-        if prefill is None:
+        if prefill is None or prefill.answer:
             return
         lease = prefill.lease
         if any(prefill.published):
@@ -152,7 +154,7 @@ class Prefills:
         orders: KvxferMetadata,
     ) -> None:
         prefill = self._running.get(request_id)
-        if prefill is None:
+        if prefill is None or prefill.answer:
             return
         for blocks, new in zip(prefill.blocks, new_blocks, strict=False):
             blocks.extend(new)

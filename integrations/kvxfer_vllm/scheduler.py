@@ -18,6 +18,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from msgspec import structs
 from vllm.v1.request import RequestStatus
 
 from kvxfer.errors import ConfigError
@@ -27,6 +28,7 @@ from kvxfer_vllm.loads import Loads
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PublishOrder
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.prefills import Prefills, sibling_of, with_new_token
+from kvxfer_vllm.prompts import PromptIdentity, TokenIdError, lacks_media
 from kvxfer_vllm.stats import KvxferStats
 from kvxfer_vllm.transfer_params import (
     ConsumerRequest,
@@ -35,9 +37,8 @@ from kvxfer_vllm.transfer_params import (
     RefusedParams,
     RendezvousRequest,
     Role,
-    TokenIdError,
+    TurnRequest,
     parse,
-    prompt_digest,
     rendezvous_key,
     response,
 )
@@ -76,6 +77,8 @@ class KvxferScheduler:
             servers were sent.
         share: the prefix cache is on, so requests with the same lease can share a load.
         data_parallel: vLLM may send siblings to several ranks, which do not share a prefix cache.
+        prompts: identities of this server's prompts.
+        turns: the KV of an answer can be read by the next turn's prefill.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class KvxferScheduler:
         secret: Secret | None = None,
         share: bool = False,
         data_parallel: bool = False,
+        prompts: PromptIdentity | None = None,
+        turns: bool = True,
     ) -> None:
         self.stats = KvxferStats()
         self._role = role
@@ -106,6 +111,8 @@ class KvxferScheduler:
         self._prefills = Prefills(tables)
         self._loads = Loads(tables, self.stats, share=share)
         self._data_parallel = data_parallel
+        self._prompts = prompts or PromptIdentity()
+        self._turns = turns
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
         self._warned_of_namesake = False
         self._step = KvxferMetadata()
@@ -141,12 +148,16 @@ class KvxferScheduler:
         """Judge a request's parameters, once; announce a producer's lease, acquire a consumer's."""
         asked = parse(request.kv_transfer_params, self._role, request.request_id)
         try:
+            if isinstance(asked, TurnRequest):
+                self._begin_turn(request, asked.producer)
+                asked = asked.consumer
             if asked is not None and not isinstance(asked, RefusedParams):
                 asked = self._judge_prompt(request, asked)
             if isinstance(asked, ProducerRequest):
                 self._begin_prefill(request, asked.key)
         except TokenIdError as error:
             asked = RefusedParams(RefusalReason.BAD_TOKEN_IDS, str(error))
+            self._end_prefill(request.request_id)
         if isinstance(asked, RefusedParams):
             self._refuse(request, asked)
         elif isinstance(asked, ConsumerRequest):
@@ -179,6 +190,11 @@ class KvxferScheduler:
         self._loads.ended(loaded, failed, self._step)
         self._prefills.leases_ended(sent)
 
+    def reset_cache(self) -> None:
+        """End leases and loads of KV that was computed so far, as after an update of the weights."""
+        self._loads.reset(self._step)
+        self._step.reset = True
+
     def request_finished(
         self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -188,6 +204,10 @@ class KvxferScheduler:
         lease = self._prefills.end(request_id)
         if lease is None:
             return False, self._prefills.answer_of_sibling(request_id) if request.status in _SUCCEEDED else None
+        if not lease.num_tokens:
+            # The last token of an answer is not computed; with asynchronous scheduling vLLM may count it nevertheless.
+            num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            lease = structs.replace(lease, num_tokens=num_tokens, digest=self._prompts.digest(request, num_tokens))
         published = blocks_in_each(self._tables, block_ids, 0, lease.num_tokens)
         computed = request.num_computed_tokens
         # A state that has taken in more tokens than the lease names is no state of those.
@@ -211,19 +231,34 @@ class KvxferScheduler:
         """
         self.stats.count("hook_errors", label=hook)
         self._loads.give_up(request_id, self._step, parked=parked)
-        lease = self._prefills.end(request_id)
-        if lease is not None:
-            self._step.revoke.append(lease)
+        self._end_prefill(request_id)
 
     # ------------------------------------------------------------------------------------------------------ leases
 
     def _begin_prefill(self, request: Request, key: str) -> None:
         """Begin a prefill: announce its lease, unless it is a sibling's."""
-        if not self._prefills.joins(request.request_id, _digest(request)):
+        if not self._prefills.joins(request.request_id, self._digest(request)):
             lease = self._new_lease(request, key)
             self._prefills.begin(request.request_id, lease)
             self._step.announce.append(lease)
         self._leave_to_decode(request)
+
+    def _end_prefill(self, request_id: str) -> None:
+        """End a prefill, or a turn, without a result."""
+        lease = self._prefills.end(request_id)
+        if lease is not None:
+            self._step.revoke.append(lease)
+
+    def _begin_turn(self, request: Request, asked: ProducerRequest) -> None:
+        """Begin a turn of a conversation: a prefill (of one token), or an answer whose KV the next turn's prefill reads."""
+        if request.resumable:
+            return
+        if request.max_tokens == 1:
+            self._begin_prefill(request, asked.key)
+        elif self._turns and request.prompt_embeds is None and sibling_of(request.request_id)[1] == request.request_id:
+            lease = LeaseRef.mint(producer=self._role.engine_id, addresses=self._addresses, request=request.request_id)
+            self._prefills.begin(request.request_id, lease, answer=True)
+            self._step.announce.append(lease)
 
     def _new_lease(self, request: Request, key: str) -> LeaseRef:
         """Make the lease of a request that is to be prefilled here."""
@@ -241,7 +276,7 @@ class KvxferScheduler:
             addresses=addresses,
             request=request.request_id,
             num_tokens=self._tokens_to_transfer(request.num_prompt_tokens),
-            digest=_digest(request),
+            digest=self._digest(request),
             secret=self._secret,
         )
 
@@ -255,8 +290,8 @@ class KvxferScheduler:
         self, request: Request, asked: ProducerRequest | ConsumerRequest | RendezvousRequest
     ) -> ProducerRequest | ConsumerRequest | RefusedParams:
         """Judge the parameters by the request's prompt and by the leases of other requests."""
-        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.resumable:
-            return RefusedParams(RefusalReason.NO_TOKEN_IDS, "the prompt is not a fixed list of token ids")
+        if request.resumable:
+            return RefusedParams(RefusalReason.NO_TOKEN_IDS, "the prompt can still grow")
         if isinstance(asked, ProducerRequest):
             return asked
         if isinstance(asked, RendezvousRequest):
@@ -269,26 +304,40 @@ class KvxferScheduler:
             # A lease belongs to the rank that acquires it first, and the first sibling is on another rank.
             return RefusedParams(RefusalReason.LEASE_USED, "a sibling of the request has the lease on another rank")
         # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
-        if not _aborted_already(request) and (
-            asked.lease.num_tokens != self._tokens_to_transfer(request.num_prompt_tokens)
-            or asked.lease.digest != _digest(request)
-        ):
+        return asked if _aborted_already(request) else self._judge_digest(request, asked)
+
+    def _judge_digest(self, request: Request, asked: ConsumerRequest) -> ConsumerRequest | RefusedParams:
+        """Judge whether a lease is for the request's prompt, or for the first tokens of it."""
+        lease = asked.lease
+        if not 0 < lease.num_tokens <= self._tokens_to_transfer(request.num_prompt_tokens):
             return RefusedParams(RefusalReason.OTHER_PROMPT, "the lease is for another prompt")
-        return asked
+        digest = self._prompts.digest(request, lease.num_tokens)
+        if lease.digest == digest:
+            return asked
+        if lacks_media(lease.digest, digest):
+            self._loads.refuse(request.request_id, lease, self._step)  # placeholders alone give wrong tokens
+            return RefusedParams(RefusalReason.NO_MEDIA, "the request lacks the images or other media of the prompt")
+        return RefusedParams(RefusalReason.OTHER_PROMPT, "the lease is for another prompt")
 
     def _refuse(self, request: Request, refused: RefusedParams) -> None:
         """Count and log parameters that are not followed."""
         if not _aborted_already(request):  # else vLLM has rejected the request and does not compute it
+            fails = refused.reason is RefusalReason.NO_MEDIA
             self.stats.count("refused_params", label=refused.reason.value)
             logger.warning(
-                "Request %s: kv_transfer_params refused (%s: %s); it is computed locally.",
+                "Request %s: kv_transfer_params refused (%s: %s); it %s.",
                 request.request_id,
                 refused.reason.value,
                 refused.detail,
+                "fails" if fails else "is computed locally",
             )
         if refused.reason is RefusalReason.NOT_AN_OBJECT:
             # vLLM 0.32 calls .get() on it right after this hook, which would end its engine.
             request.kv_transfer_params = None
+
+    def _digest(self, request: Request) -> str:
+        """Digest of the tokens of a prompt that prefill computes for decode."""
+        return self._prompts.digest(request, self._tokens_to_transfer(request.num_prompt_tokens))
 
     def _tokens_to_transfer(self, num_prompt_tokens: int) -> int:
         """Number of a prompt's tokens that prefill computes for decode."""
@@ -301,7 +350,10 @@ class KvxferScheduler:
         # A client that asked for the logprobs of the prompt gets all of them, and decode loads nothing.
         if not left or request.get_skip_reading_prefix_cache():
             return
-        del request.prompt_token_ids[-left:]
+        if request.prompt_token_ids is not None:
+            del request.prompt_token_ids[-left:]
+        if request.prompt_embeds is not None:
+            request.prompt_embeds = request.prompt_embeds[:-left]
         del request._all_token_ids[-left:]  # noqa: SLF001 - vLLM has no other way
         request.num_prompt_tokens -= left
         request.max_tokens = 1
@@ -326,12 +378,3 @@ def _remember(tokens: OrderedDict[str, None], token: str) -> None:
 
 def _aborted_already(request: Request) -> bool:
     return bool(getattr(request, "abort_immediately", False))
-
-
-def _digest(request: Request) -> str:
-    return prompt_digest(
-        request.prompt_token_ids or (),
-        mm_items=[(item.identifier, item.mm_position.offset) for item in request.mm_features],
-        lora=request.lora_request.lora_name if request.lora_request else None,
-        cache_salt=request.cache_salt,
-    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kv_transfer_params`` of a request, and the digest that ties a lease to its prompt. No vLLM, no I/O, no state.
+"""``kv_transfer_params`` of a request. No vLLM, no I/O, no state.
 
 Parameters come from clients, so malformed input becomes a `RefusedParams` with a named reason, never an exception. The keys
 are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and one of kvxfer, ``kvxfer``,
@@ -12,9 +12,7 @@ nevertheless, because they come from a broken or malicious client.
 
 from __future__ import annotations
 
-import array
 import enum
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class RefusalReason(str, enum.Enum):
     BAD_FLAG = "bad_flag"
     """``do_remote_prefill`` or ``do_remote_decode`` is neither a boolean nor null."""
     BOTH_FLAGS = "both_flags"
-    """Both flags are set: a request cannot be prefilled here for another server and by another server for this one."""
+    """Both flags are set on a server that is not both producer and consumer (``kv_both``), or without a lease."""
     NOT_A_PRODUCER = "not_a_producer"
     """``do_remote_decode`` on a server whose ``kv_role`` is ``kv_consumer``."""
     NOT_A_CONSUMER = "not_a_consumer"
@@ -81,8 +79,10 @@ class RefusalReason(str, enum.Enum):
     """The lease is for another prompt than the request's."""
     LEASE_USED = "lease_used"
     """Another request has, or had, the same lease, and its blocks are in no prefix cache of this server's."""
+    NO_MEDIA = "no_media"
+    """The lease is for the same tokens with images or other media, which this request lacks: it is not computed but fails."""
     NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
-    """The prompt has no token ids (embeddings), or it can still grow (streaming input)."""
+    """The prompt can still grow (streaming input)."""
     BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
     """A token id of the prompt is not a whole number of 32 bits."""
 
@@ -128,6 +128,19 @@ class RendezvousRequest:
 
 
 @dataclass(frozen=True)
+class TurnRequest:
+    """A request of a conversation: its prompt begins with KV that another server has, and another server goes on with it.
+
+    Attributes:
+        producer: what is to be done for the other server.
+        consumer: of the KV that comes here, or the reason for which it is computed.
+    """
+
+    producer: ProducerRequest
+    consumer: ConsumerRequest | RefusedParams
+
+
+@dataclass(frozen=True)
 class Role:
     """Facts about this server that parameters are judged by.
 
@@ -155,7 +168,7 @@ class Role:
 
 def parse(
     params: object, role: Role, request_id: str = ""
-) -> ProducerRequest | ConsumerRequest | RendezvousRequest | RefusedParams | None:
+) -> ProducerRequest | ConsumerRequest | RendezvousRequest | TurnRequest | RefusedParams | None:
     """Read a request's parameters; None if they ask for nothing. No input raises.
 
     ``request_id`` may name the prefill server if the parameters have a ``transfer_id`` and no ``remote_engine_id``.
@@ -169,6 +182,9 @@ def parse(
         if value is not None and not isinstance(value, bool):
             return RefusedParams(RefusalReason.BAD_FLAG, f"{name} is a {type(value).__name__}")
     prefill, decode = flags.values()
+    if decode and role.is_producer and role.is_consumer and params.get(LEASE_KEY) is not None:
+        made = _with_key(params, ProducerRequest)
+        return TurnRequest(made, _consumer_request(params, role)) if isinstance(made, ProducerRequest) else made
     if prefill and decode:
         return RefusedParams(RefusalReason.BOTH_FLAGS, "do_remote_prefill and do_remote_decode are both set")
     if decode:
@@ -348,41 +364,9 @@ def response(
     }
 
 
-class TokenIdError(ValueError):
-    """A token id of a prompt is not a whole number of 32 bits."""
-
-
 def rendezvous_key(request_id: str) -> str:
     """Name of a request that both servers know from its ``X-Request-Id``.
 
     vLLM adds eight random hex digits on each, and the number of a sibling (``n`` > 1) in front.
     """
     return _SIBLING_PREFIX.sub("", _RANDOM_SUFFIX.sub("", request_id))
-
-
-def prompt_digest(
-    token_ids: Sequence[int],
-    *,
-    mm_items: Sequence[tuple[str, int]] = (),
-    lora: str | None = None,
-    cache_salt: str | None = None,
-) -> str:
-    """Digest of a prompt in 32 hex digits, equal on both servers exactly if the KV of the two prompts means the same.
-
-    Args:
-        token_ids: of the whole prompt, each within 32 bits.
-        mm_items: content hash and position in the prompt of each image, sound, ...; their tokens are placeholders.
-        lora: name of the LoRA adapter.
-        cache_salt: keeps the prefix caches of tenants apart.
-
-    Raises:
-        TokenIdError: a token id is not a whole number of 32 bits.
-    """
-    # What is not tokens goes into one list, in a form in which different values look different.
-    context = repr((len(token_ids), list(mm_items), lora, cache_salt)).encode()
-    digest = hashlib.blake2b(context, digest_size=16)
-    try:
-        digest.update(array.array("i", token_ids).tobytes())
-    except (OverflowError, TypeError) as error:
-        raise TokenIdError(f"a token id of the prompt is no whole number of 32 bits: {error}") from error
-    return digest.hexdigest()

@@ -121,6 +121,8 @@ class KvxferWorker:
         self._step_mark = []
         self._each(step.announce, self.group.announce, "announce")
         self._each(step.publish, self._publish, "publish")
+        if step.reset:
+            self._try("the engine has dropped its caches", self._end_all, "reset")
         self._each(step.revoke, self.group.revoke, "revoke")
         self._each(step.acquire, self.group.acquire, "acquire")
         self._each(step.read, self._read, "read")
@@ -133,12 +135,15 @@ class KvxferWorker:
         """Begin the engine's turn. If it has replaced the caches, end all leases and loads of the old ones."""
         if self._turns.to_engine():
             return
-        logger.error(
-            "The caches were replaced: %d leases end and %d loads fail", len(self._sending), len(self._loading)
-        )
-        self._each([order.lease for order in self._sending.values()], self.group.revoke, "revoke")
+        self._end_all("the engine has replaced its caches")
+
+    def _end_all(self, why: str) -> None:
+        """Revoke all leases, and make all loads fail."""
+        leases = [order.lease for order in self._sending.values()]
+        logger.warning("%d leases end and %d loads fail: %s", len(leases), len(self._transfers), why)
+        self._each(leases, self.group.revoke, "revoke")
         for transfer in self._transfers:
-            transfer.fail(LeaseError("the caches were replaced while they were read into"))
+            transfer.fail(LeaseError(why))
 
     def _caches_to_kvxfer(self) -> None:
         """Begin kvxfer's turn: the device was given all work of the step, and later use of the caches comes after it."""

@@ -24,6 +24,7 @@ from vllm.config import (
     DeviceConfig,
     KVTransferConfig,
     ModelConfig,
+    MultiModalConfig,
     SchedulerConfig,
     VllmConfig,
     set_current_vllm_config,
@@ -212,10 +213,13 @@ class Engine:
         windows: Sequence[int] = (0,),
         hybrid: bool = True,
         prefix_caching: bool = True,
+        media_cache: bool = True,
         **extra: Any,
     ) -> None:
         self.config = vllm_config(role, engine_id=name, policy=policy, **extra)
         self.config.cache_config.enable_prefix_caching = prefix_caching
+        if not media_cache:
+            self.config.model_config.multimodal_config = MultiModalConfig(mm_processor_cache_gb=0)
         if multi:
             self.config.kv_transfer_config = inside_multi_connector(self.config.kv_transfer_config)
             self.config.scheduler_config.disable_hybrid_kv_cache_manager = True  # as vLLM does with MultiConnector
@@ -289,7 +293,7 @@ class Engine:
     def add(
         self,
         request_id: str,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | None,
         params: Any = None,
         *,
         max_tokens: int = 1,
@@ -301,7 +305,7 @@ class Engine:
         sampling.extra_args = None if params is None else {"kv_transfer_params": copy.deepcopy(params)}
         made = Request(
             request_id=request_id,
-            prompt_token_ids=list(prompt),
+            prompt_token_ids=None if prompt is None else list(prompt),
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=self._hasher,
@@ -492,12 +496,14 @@ def scripted(engine: Engine) -> ScriptedEndpoint:
     return endpoint
 
 
-def handed_over(producer: Engine, request_id: str, prompt: Sequence[int]) -> dict[str, Any]:
+def handed_over(
+    producer: Engine, request_id: str, prompt: Sequence[int] | None, params: Any = P_PARAMS, **request: Any
+) -> dict[str, Any]:
     """Prefill on ``producer`` and return the kv_transfer_params for the consumer."""
-    producer.add(request_id, prompt, P_PARAMS)
+    producer.add(request_id, prompt, params, **request)
     producer.run_until_answered(request_id)
     producer.step()  # publishes the blocks
-    params = producer.answers[request_id].kv_transfer_params
-    assert params is not None
+    answer = producer.answers[request_id].kv_transfer_params
+    assert answer is not None
     # Through JSON, as by way of a router.
-    return json.loads(json.dumps(params))
+    return json.loads(json.dumps(answer))
