@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import logging
+
 _NAME = "KvxferConnector"
 
 
 def register() -> None:
     """Register the connector under its class name, unless it is registered. vLLM calls this once per process.
 
-    The registered name equals the class name because vLLM's MultiConnector looks statistics up by the class name.
+    The registered name equals the class name because vLLM's MultiConnector looks statistics up by the class name. What kvxfer
+    logs goes where vLLM's own messages go, with time and process, unless the program has configured kvxfer's logger itself.
     """
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: PLC0415 - vLLM calls us
 
     if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public query, and registering twice raises
         KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm", _NAME)
+    ours, theirs = logging.getLogger("kvxfer"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.level)

@@ -110,7 +110,14 @@ class ControlChannel:
         self._wakeup: WakeUp | None = None
         self._poller = zmq.Poller()
         most = connection_limit(settings)
-        self._outgoing = Outgoing(self._dealer, self._push, self._poller, _weak_call(self.wake), max(8, most // 2))
+        self._outgoing = Outgoing(
+            self._dealer,
+            self._push,
+            self._poller,
+            _weak_call(self.wake),
+            most_unmet=max(8, most // 2),
+            silence_s=settings.peer_timeout_s / 3,
+        )
         self._identities: dict[int, set[bytes]] = {}
         """By file descriptor, ZeroMQ's identities of the connections that have sent a message."""
         self._descriptors: dict[bytes, int] = {}

@@ -21,6 +21,7 @@ import functools
 import importlib.util
 import os
 import random
+import re
 import threading
 import time
 import uuid
@@ -59,6 +60,8 @@ _ORDER = (
     "test_serve",
 )
 _TEST_TIMEOUT_S = 600
+_TELLING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|Error\b")
+"""Lines of a server's log that say why a test has failed."""
 
 # Below the defaults, so that tests of deadlines do not take minutes; all other options have their defaults.
 PEER_TIMEOUT_S = 12.0
@@ -94,6 +97,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here.sort(key=lambda item: _ORDER.index(item.path.stem) if item.path.stem in _ORDER else -1)
     rest = [item for item in items if item.path.parent != _HERE]
     items[:] = [*rest, *here]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Add to the report of a failed test what the servers have logged of transfers: the logs go with the machine."""
+    report = yield
+    lab = getattr(item, "funcargs", {}).get("started_lab")
+    if report.failed and lab is not None:
+        for log in sorted(lab.folder.glob("*.log")):
+            said = [line[:500] for line in log.read_text(errors="replace").splitlines() if _TELLING.search(line)]
+            report.sections.append((f"last warnings of {log.stem}", "\n".join(said[-20:])))
+    return report
 
 
 class Lab:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -90,6 +91,24 @@ def test_found_by_name_and_by_module():
         assert KVConnectorFactory.get_connector_class(config) is KvxferConnector
     # MultiConnector looks classes up by __name__ to rebuild statistics.
     assert KVConnectorFactory.get_connector_class_by_name(KvxferConnector.__name__) is KvxferConnector
+
+
+def test_log_of_kvxfer_goes_where_vllm_logs():
+    """What kvxfer logs has vLLM's prefix, with time and process; a program's own handler is left alone."""
+    code = (
+        "import logging, vllm.logger, kvxfer_vllm.plugin as plugin\n"
+        "{}\n"
+        "plugin.register()\n"
+        "logging.getLogger('kvxfer.channel').warning('a peer is gone')"
+    )
+    for own, prefix in (
+        ("", r"WARNING \S+ \S+ \[<string>:4\] "),
+        ("logging.getLogger('kvxfer').addHandler(logging.StreamHandler())", "^"),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(own)], check=True, timeout=580, capture_output=True, text=True
+        )
+        assert re.search(prefix + "a peer is gone$", run.stdout + run.stderr, re.MULTILINE)
 
 
 def test_unknown_name_in_the_package():
