@@ -8,6 +8,13 @@ import logging
 _NAME = "KvxferConnector"
 
 
+class _ToVllm(logging.Handler):
+    """Hands messages to vLLM's logger, which vLLM may configure later, and again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger("vllm").handle(record)
+
+
 def register() -> None:
     """Register the connector under its class name, unless it is registered. vLLM calls this once per process.
 
@@ -18,7 +25,7 @@ def register() -> None:
 
     if _NAME not in KVConnectorFactory._registry:  # noqa: SLF001 - vLLM has no public query, and registering twice raises
         KVConnectorFactory.register_connector(_NAME, "kvxfer_vllm", _NAME)
-    ours, theirs = logging.getLogger("kvxfer"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers, ours.propagate = list(theirs.handlers), False
-        ours.setLevel(theirs.level)
+    ours = logging.getLogger("kvxfer")
+    if not ours.handlers:
+        ours.addHandler(_ToVllm())
+        ours.propagate = False

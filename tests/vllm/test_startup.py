@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -97,18 +98,17 @@ def test_log_of_kvxfer_goes_where_vllm_logs():
     """What kvxfer logs has vLLM's prefix, with time and process; a program's own handler is left alone."""
     code = (
         "import logging, vllm.logger, kvxfer_vllm.plugin as plugin\n"
-        "{}\n"
-        "plugin.register()\n"
-        "logging.getLogger('kvxfer.channel').warning('a peer is gone')"
+        "log, own = logging.getLogger('kvxfer'), logging.StreamHandler()\n"
+        "log.addHandler(own), plugin.register(), log.warning('one')\n"
+        "log.removeHandler(own), plugin.register(), vllm.logger._configure_vllm_root_logger(), log.warning('two')\n"
     )
-    for own, prefix in (
-        ("", r"WARNING \S+ \S+ \[<string>:4\] "),
-        ("logging.getLogger('kvxfer').addHandler(logging.StreamHandler())", "^"),
-    ):
-        run = subprocess.run(
-            [sys.executable, "-c", code.format(own)], check=True, timeout=580, capture_output=True, text=True
-        )
-        assert re.search(prefix + "a peer is gone$", run.stdout + run.stderr, re.MULTILINE)
+    environment = {**os.environ, "VLLM_CONFIGURE_LOGGING": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=580, capture_output=True, text=True, env=environment
+    )
+    said = run.stdout + run.stderr
+    assert re.search("^one$", said, re.MULTILINE)
+    assert re.search(r"WARNING \S+ \S+ \[.*\] two$", said, re.MULTILINE)
 
 
 def test_unknown_name_in_the_package():
