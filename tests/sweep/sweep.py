@@ -193,6 +193,8 @@ class Sweep:
             if refused or _REFUSED_BY_NIXL in decode.log_text():
                 outcome.verdict = "refused"
             outcome.why = reason(decode.log_text())
+        elif outcome.wrong_cases and "could not be loaded" in decode.log_text():
+            outcome.why = f"{outcome.wrong_cases[0]}: {reason(decode.log_text())}"
         if outcome.verdict != "served":
             self.servers.drop(prefill, decode)
         return outcome
