@@ -123,7 +123,7 @@ def _options(model: str, name: str, recipe: ModelRecipe, few_blocks: int) -> lis
             plain,
             name=f"{name}/preempt-decode",
             option="preemption at decode",
-            decode=Side(num_blocks=few_blocks),
+            decode=Side(num_blocks=few_blocks, arguments=_CHUNKS),
             num_answer_tokens=some,
             crowd=10,
         ),
