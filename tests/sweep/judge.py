@@ -54,7 +54,7 @@ class Outcome:
         verdict: ``served``, ``refused``, ``wrong``, ``fails``, or ``unserved`` if a server without a connector fails, too.
         why: one sentence, unless it was served.
         answers, right: number of answers, and of those with the right tokens.
-        as_one_server: number of answers with the tokens of one server, where those do not decide.
+        as_one_server, compared: number of cases with the tokens of one server, where those do not decide, of so many.
         nbytes: of the prompts that were sent one at a time.
         growth_nbytes: for each further token of the longest prompt.
         step_tokens: mean number of tokens that a step with drafts yields, of the pair and of one server.
@@ -69,6 +69,7 @@ class Outcome:
     answers: int = 0
     right: int = 0
     as_one_server: int = 0
+    compared: int = 0
     nbytes: int = 0
     growth_nbytes: float = 0.0
     step_tokens: tuple[float, float] = (0.0, 0.0)

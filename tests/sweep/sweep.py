@@ -132,6 +132,7 @@ class Sweep:
                 right = functools.partial(_tokens_of_peer, peer)
             outcome = self._try_pair(row, connector, names, cases, right)
             if row.peer_decides:
+                outcome.compared = len(outcome.tokens)
                 outcome.as_one_server = sum(
                     tokens == one(name, prompt) for (name, prompt), tokens in outcome.tokens.items()
                 )

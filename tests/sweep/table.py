@@ -73,7 +73,7 @@ def _cell(row: Row, outcome: dict[str, Any]) -> str:
         return f"**{outcome['verdict']}**: {why}"
     said = ["served" if row.crowd else f"served, {outcome['nbytes'] / 1e6:.1f} MB"]
     if row.peer_decides:
-        said.append(f"{outcome['as_one_server']} of {outcome['answers']} answers as one server's")
+        said.append(f"{outcome['as_one_server']} of {outcome['compared']} cases as one server")
     if row.drafts:
         said.append("{:.2f} tokens a step, one server {:.2f}".format(*outcome["step_tokens"]))
     if row.crowd:
