@@ -40,6 +40,7 @@ class HeadCounts:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        self._of_all_devices = vllm_config.device_config.device_type == "tpu"
         self._ranks = vllm_config.parallel_config.tensor_parallel_size
         model, speculative = vllm_config.model_config, vllm_config.speculative_config
         draft = getattr(speculative, "draft_model_config", None)
@@ -65,7 +66,8 @@ class HeadCounts:
                     " each rank; set a smaller tensor_parallel_size"
                 )
             (total,) = possible
-        usual = total == self._of_model
+        # On TPUs vLLM counts the heads of all devices of a runner, copies included; their shares are made from its arrays.
+        usual = total == self._of_model or self._of_all_devices
         if packed_format(spec):
             # The axis of heads is not made of heads alone; then both servers divide it in the same way.
             heads = int(getattr(spec, "num_heads", heads))

@@ -92,6 +92,7 @@ def test_orders_wait_for_the_device():
     assert made == []
     worker.layer_computed("a")
     assert endpoint.after == [("publish part", [made[0]])]
+    worker.step_computed()
     worker.results()
     assert endpoint.after[1:] == [("publish part", [made[1]])] and len(made) == 2
     endpoint.after.clear()

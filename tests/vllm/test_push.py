@@ -144,6 +144,7 @@ def test_layers_in_any_order_and_again():
         for name in names:
             worker.layer_computed(name)
         parts = [blocks for _, _, blocks in endpoint.calls]
+        worker.step_computed()
         worker.results()
         assert endpoint.calls[-1] == ("publish part", lease.token, [[7, 8, 9]] * 2)
         endpoint.calls.clear()
