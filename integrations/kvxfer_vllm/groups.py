@@ -37,10 +37,11 @@ NULL_BLOCK = 0
 
 
 class GroupBlocks(NamedTuple):
-    """A request's blocks in one cache group, in token order; ``first_token`` is the first token of the first block."""
+    """A request's blocks in one cache group, in token order: the fields of `kvxfer.layout.block_table.BlockTable`."""
 
     ids: list[int]
     first_token: int = 0
+    needed_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,10 @@ class GroupTable:
         dropped = 0
         if self.is_local:
             dropped = next((i for i, block in enumerate(ids) if block != NULL_BLOCK), len(ids))
-        kept = GroupBlocks(ids[dropped:], (first + dropped) * self.block_tokens)
+        needed_from = self.first_needed(num_tokens)
+        kept = GroupBlocks(ids[dropped:], (first + dropped) * self.block_tokens, needed_from)
         reaches_the_end = len(ids) == max(0, self.num_blocks(num_tokens) - first)
-        begins_early_enough = kept.first_token <= max(first_token, self.first_needed(num_tokens))
+        begins_early_enough = kept.first_token <= max(first_token, needed_from)
         return kept if reaches_the_end and begins_early_enough and NULL_BLOCK not in kept.ids else None
 
 

@@ -45,10 +45,13 @@ class BlockTable:
         ids: block ids in token order; integers in a list or array.
         first_token: first token of the first block, a multiple of the group's ``block_tokens``. It is 0 unless the table lacks its
             beginning (a prefix that is elsewhere, a sliding window). It has no meaning for states, which have no tokens.
+        needed_from: of a sliding window's table to read into: first token that later tokens attend to. Where the producer's blocks
+            are smaller they may begin as late as this; the tokens before it are then left as they are.
     """
 
     ids: BlockIds | Sequence[int]
     first_token: int = 0
+    needed_from: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class CheckedTable:
     """Block table that was checked against its group.
 
     Attributes:
-        ids, first_token: see `BlockTable`.
+        ids, first_token, needed_from: see `BlockTable`.
         tokens: number of tokens of one entry.
         bound: upper bound of the ids, exclusive; 0 if it is not known.
     """
@@ -65,6 +68,7 @@ class CheckedTable:
     first_token: int
     tokens: int
     bound: int = 0
+    needed_from: int = 0
 
     @property
     def end_token(self) -> int:
@@ -114,13 +118,14 @@ def check_tables(
     made = []
     for given, group in zip(blocks, groups, strict=True):
         where = f" of group {group.name!r}" if several else ""
-        tokens = group.table_tokens
+        tokens, needed_from = group.table_tokens, 0
         if isinstance(given, BlockTable):
             table, first = given.ids, _first(given.first_token, group, where)
+            needed_from = _token(given.needed_from, "first needed token", where) if given.needed_from else 0
         else:
             table, first = given, _first(first_token // tokens * tokens, group, where) if first_token else 0
         ids = _ids(table, group.num_blocks, f"{whose} block".lstrip(), where)
-        checked = CheckedTable(ids, first, tokens, group.num_blocks)
+        checked = CheckedTable(ids, first, tokens, group.num_blocks, needed_from)
         if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
         made.append(checked)
@@ -173,13 +178,17 @@ def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 def _first(token: Any, group: CacheGroup, where: str) -> int:
     if group.kind == "state":
         return 0
-    try:
-        first = index(token)
-    except TypeError as error:
-        raise BlockError(f"the first token{where} is no whole number but {type(token).__name__}") from error
+    first = _token(token, "first token", where)
     if not 0 <= first < MAX_TOKENS or first % group.table_tokens:
         raise BlockError(f"no block of {group.table_tokens} tokens{where} begins with token {first}")
     return first
+
+
+def _token(token: Any, what: str, where: str) -> int:
+    try:
+        return index(token)
+    except TypeError as error:
+        raise BlockError(f"the {what}{where} is no whole number but {type(token).__name__}") from error
 
 
 def _is_list(value: Any) -> bool:

@@ -285,8 +285,12 @@ def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, toke
             raise BlockError(f"{len(source.ids)} states{where} cannot become {len(target.ids)}")
         return source.first_token, source.end_token
     asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
-    # The table of a sliding window begins later, and is complete nevertheless.
-    start = max(asked_start, target.first_token) if group.kind == "sliding_window" else asked_start
+    start = asked_start
+    if group.kind == "sliding_window":
+        # Its table begins later, and is complete nevertheless; and with smaller blocks the source's begins later still.
+        start = max(asked_start, target.first_token)
+        if start < source.first_token <= target.needed_from:
+            start = source.first_token
     stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
     if start < target.first_token or stop > target.end_token:
         raise BlockError(

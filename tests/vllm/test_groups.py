@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from kvxfer_vllm.groups import GroupBlocks, GroupTable
 from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, expected, handed_over, prompt_of
 from tests.vllm.test_push import where
 
@@ -89,6 +90,14 @@ def test_prefix_that_decode_has(engines, shared):
     drain(producer, consumer)
     assert consumer.answers["d"].tokens == expected(prompt, 4, HYBRID)
     assert 0 < consumer.stats["transfer_bytes"][0] < (-(-700 // BLOCK_TOKENS) + 2 * 5) * BLOCK_NBYTES
+
+
+def test_what_later_tokens_need_of_a_window():
+    """A table to read into tells the first token that the next one attends to, so that smaller blocks may begin there."""
+    window, chunk, full = GroupTable(64, window_tokens=128), GroupTable(64, chunk_tokens=100), GroupTable(64)
+    assert window.blocks([0] * 8 + [9, 10, 11], 512, 700) == GroupBlocks([9, 10, 11], 512, 573)
+    assert chunk.blocks([0] * 8 + [9, 10, 11], 512, 650) == GroupBlocks([9, 10, 11], 512, 600)
+    assert full.blocks(list(range(1, 12)), 512, 700) == GroupBlocks([9, 10, 11], 512, 0)
 
 
 def test_bytes_of_a_window_do_not_grow_with_the_prompt(engines):

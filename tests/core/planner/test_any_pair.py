@@ -502,6 +502,31 @@ def test_which_tokens_two_tables_can_move(kind, first, blocks, tokens, outcome):
             part.bind(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("kind", "needed_from", "outcome"),
+    [
+        ("sliding_window", 6, 6),
+        ("sliding_window", 7, 6),
+        ("sliding_window", 5, "tokens 4 to 12 are not in the source's blocks.*which hold 6 to 12"),
+        ("sliding_window", 0, "tokens 4 to 12 are not in the source's blocks"),
+        ("full_attention", 6, "tokens 4 to 12 are not in the source's blocks"),
+        ("sliding_window", 6.0, "the first needed token is no whole number but float"),
+    ],
+)
+def test_a_window_with_smaller_blocks_begins_later(kind, needed_from, outcome):
+    """A source with blocks of 2 has dropped tokens 4 and 5; a target with blocks of 4 takes the rest if it needs no more."""
+    source, target = (
+        KVCache.from_layers({"l.0": np.zeros((8, 1, tokens, 1), np.uint8)}, kinds={"0": kind}).spec for tokens in (2, 4)
+    )
+    arguments = BlockTable(range(3), 6), BlockTable([5, 6], 4, needed_from)
+    part = common(source, target)
+    if isinstance(outcome, int):
+        assert part.bind(*arguments).total_nbytes == outcome
+    else:
+        with pytest.raises(BlockError, match=outcome):
+            part.bind(*arguments)
+
+
 JUNK = st.recursive(
     st.none()
     | st.booleans()
