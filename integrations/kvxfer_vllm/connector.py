@@ -43,6 +43,7 @@ from kvxfer_vllm.states import StateLayout
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
 from kvxfer_vllm.transfer_params import Role
 from kvxfer_vllm.worker import KvxferWorker
+from kvxfer_vllm.zeroing import BlockZeroer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -245,7 +246,9 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Start this worker's endpoint on the caches. Raises KvxferError, which ends the server's start."""
-        self._start([cache_of_rank(kv_caches, self._groups, self._vllm_config, self._kv_cache_config, self._options)])
+        cache = cache_of_rank(kv_caches, self._groups, self._vllm_config, self._kv_cache_config, self._options)
+        zeroes = getattr(self._kv_cache_config, "needs_kv_cache_zeroing", False)
+        self._start([cache], zeroer=BlockZeroer(kv_caches, self._groups) if zeroes else None)
 
     def unregister_kv_caches(self) -> None:
         """Close the endpoints before vLLM takes the memory of the caches away (vLLM 0.33). May be called again."""
@@ -269,18 +272,21 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         lent = RunnerCaches(runner, self._groups, self._vllm_config, self._kv_cache_config, self._options)
         self._start(lent.caches, lent)
 
-    def _start(self, caches: Sequence[KVCache], turns: CacheTurns | None = None) -> None:
+    def _start(
+        self, caches: Sequence[KVCache], turns: CacheTurns | None = None, zeroer: BlockZeroer | None = None
+    ) -> None:
         self._caches = caches
-        self.use(start_endpoints(caches, self._vllm_config, self._options), caches[0].buffers[0].mark, turns)
+        self.use(start_endpoints(caches, self._vllm_config, self._options), caches[0].buffers[0].mark, turns, zeroer)
 
     def use(
         self,
         endpoints: Sequence[EndpointLike],
         mark: Callable[[], Completion] = lambda: FINISHED,
         turns: CacheTurns | None = None,
+        zeroer: BlockZeroer | None = None,
     ) -> None:
         """Make the worker's half on endpoints that run; it closes them. Arguments as of :class:`KvxferWorker`."""
-        self._worker = KvxferWorker(endpoints, self._groups, mark, turns)
+        self._worker = KvxferWorker(endpoints, self._groups, mark, turns, zeroer)
         self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

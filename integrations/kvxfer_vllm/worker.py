@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvxfer_vllm.endpoint_group import EndpointLike, LeaseEvent
     from kvxfer_vllm.groups import AttentionGroup, GroupBlocks
     from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder, PublishOrder, ReadOrder
+    from kvxfer_vllm.zeroing import BlockZeroer
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -77,6 +78,7 @@ class KvxferWorker:
         mark: makes a `Completion` that completes when the device has done all work that it was given so far. Kernels run long
             after the calls that started them, so blocks are complete, or free, only when such a mark is.
         turns: who uses the caches when; by default both at any time.
+        zeroer: zeroes blocks before they are read into, if stale bytes there could do harm.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class KvxferWorker:
         groups: Sequence[AttentionGroup] = (),
         mark: Callable[[], Completion] = lambda: FINISHED,
         turns: CacheTurns | None = None,
+        zeroer: BlockZeroer | None = None,
     ) -> None:
         self.group = EndpointGroup(endpoints)
         self.stats = KvxferStats()
         self._mark = mark
+        self.zeroer = zeroer
         self._turns: CacheTurns = turns if turns is not None else NoTurns()
         self._step_mark: list[Completion] = []
         """Mark of the beginning of this step, made when an order first needs it."""
@@ -224,11 +228,12 @@ class KvxferWorker:
     def _read(self, order: ReadOrder) -> None:
         try:
             # With asynchronous scheduling a step that still writes to these blocks may be under way when vLLM allocates them.
+            after = self._before_this_step()
+            if self.zeroer is not None:
+                self.zeroer.zero_ends(order.blocks, order.first_token)
+                after = [self._mark()]
             transfer = self.group.read(
-                order.lease,
-                self._tables(order.blocks),
-                tokens=(order.first_token, None),
-                after=self._before_this_step(),
+                order.lease, self._tables(order.blocks), tokens=(order.first_token, None), after=after
             )
         except BaseException as error:
             self._load_failed(order, type(error).__name__)
