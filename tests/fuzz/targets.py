@@ -194,6 +194,9 @@ def run_params(data: bytes) -> bool:
         vllm_params.Role("x", True, True, False),
     ):
         asked = vllm_params.parse(value.get("params"), role, request_id)
+        if isinstance(asked, vllm_params.TurnRequest):
+            assert isinstance(asked.producer, vllm_params.ProducerRequest)
+            asked = asked.consumer
         if isinstance(asked, vllm_params.ConsumerRequest):
             ref = asked.lease
             answer = vllm_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
@@ -226,7 +229,8 @@ def seeds_params() -> list[bytes]:
     }
     named = {"do_remote_prefill": True, "transfer_id": "t"}
     asked = [({"do_remote_decode": True, "transfer_id": "t"}, ""), (fetch, ""), (meet, "")]
-    asked += [(named, "x___prefill_addr_P@h:1___decode_addr_D@h:2_y"), ({}, "")]
+    turn = {**fetch, "do_remote_decode": True}
+    asked += [(named, "x___prefill_addr_P@h:1___decode_addr_D@h:2_y"), (turn, ""), ({}, "")]
     return _dumped(*({"params": params, "id": request_id} for params, request_id in asked))
 
 

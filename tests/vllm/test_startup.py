@@ -347,19 +347,19 @@ def test_groups_without_the_hybrid_manager():
 @pytest.mark.parametrize(
     ("table", "ids", "first", "tokens", "found"),
     [
-        (GroupTable(4), [5, 6, 7], 0, 10, ([5, 6, 7], 0)),
-        (GroupTable(4), [5, 6, 7, 8], 4, 10, ([6, 7], 4)),
+        (GroupTable(4), [5, 6, 7], 0, 10, ([5, 6, 7], 0, 0)),
+        (GroupTable(4), [5, 6, 7, 8], 4, 10, ([6, 7], 4, 0)),
         (GroupTable(4), [5, 6], 0, 10, None),
         (GroupTable(4), [0, 6, 7], 0, 10, None),
-        (GroupTable(4, window_tokens=6), [0, 6, 7], 0, 10, ([6, 7], 4)),
-        (GroupTable(4, window_tokens=6), [5, 6, 7], 0, 10, ([5, 6, 7], 0)),
+        (GroupTable(4, window_tokens=6), [0, 6, 7], 0, 10, ([6, 7], 4, 5)),
+        (GroupTable(4, window_tokens=6), [5, 6, 7], 0, 10, ([5, 6, 7], 0, 5)),
         (GroupTable(4, window_tokens=6), [0, 0, 7], 0, 10, None),
-        (GroupTable(4, window_tokens=6), [0, 0, 7], 8, 10, ([7], 8)),
-        (GroupTable(4, window_tokens=3), [0, 0, 7], 0, 10, ([7], 8)),
+        (GroupTable(4, window_tokens=6), [0, 0, 7], 8, 10, ([7], 8, 5)),
+        (GroupTable(4, window_tokens=3), [0, 0, 7], 0, 10, ([7], 8, 8)),
         (GroupTable(4, window_tokens=6), [0, 6, 0], 0, 10, None),
-        (GroupTable(4, chunk_tokens=8), [0, 0, 7], 0, 10, ([7], 8)),
+        (GroupTable(4, chunk_tokens=8), [0, 0, 7], 0, 10, ([7], 8, 8)),
         (GroupTable(4, chunk_tokens=8), [0, 6], 0, 7, None),
-        (GroupTable(4, chunk_tokens=8), [0, 0], 0, 8, ([], 8)),
+        (GroupTable(4, chunk_tokens=8), [0, 0], 0, 8, ([], 8, 8)),
     ],
 )
 def test_blocks_of_a_table(table, ids, first, tokens, found):
