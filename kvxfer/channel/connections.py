@@ -96,7 +96,7 @@ class Incoming:
                 return
             kind, connection = event["event"], event["value"]
             if kind & _HANDSHAKE_FAILED:
-                self._failures.append(self._failure(kind, connection))  # the disconnection comes next
+                self._failures.append(self._failure(connection))  # the disconnection comes next
             elif kind == zmq.Event.ACCEPT_FAILED:
                 self._count("no_descriptor")
             elif kind == zmq.Event.ACCEPTED:
@@ -152,10 +152,8 @@ class Incoming:
             self._warned.add(reason)
             _log.warning("%s: %s; further ones are only counted", self.address, what)
 
-    def _failure(self, kind: int, value: int) -> str:
-        if kind == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
-            return "no_message"  # the other end closed it: a look at the port, see `kvxfer.channel.port_watch`, or a scanner's
-        # With a secret, each other failed handshake counts as unauthenticated, whatever else is wrong with it.
+    def _failure(self, value: int) -> str:
+        # With a secret, each failed handshake counts as unauthenticated, whatever else is wrong with it.
         if not self._secret and value != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             return "not_zmtp"
         other = "has another secret, or none" if self._secret else "has a secret, and this side has none"

@@ -13,7 +13,6 @@ from kvxfer.addresses import parse
 from kvxfer.config import Settings
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.secret import Secret
-from kvxfer.testing import eventually
 from tests.core.engine import Engine
 
 SECRET = Secret(b"sixteen bytes at least, and here are more")
@@ -96,17 +95,3 @@ def test_reads_go_on_after_a_firewall_has_forgotten_a_connection(secret):
         sink.endpoint.close()
         source.endpoint.close()
         firewall.close()
-
-
-@pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "with a secret"])
-def test_a_look_at_the_port_is_no_wrong_secret(secret, caplog):
-    """A TCP connection that is closed without a word counts as no message, and nothing is logged of a wrong secret."""
-    engine = Engine(1, secret=secret)
-    try:
-        socket.create_connection(("127.0.0.1", parse(engine.endpoint.address)[1])).close()
-        refused = "kvxfer_refused_messages_total"
-        eventually(lambda: engine.endpoint.metrics.value(refused, reason="no_message") == 1)
-        assert engine.endpoint.metrics.value(refused) == 1
-        assert "secret" not in caplog.text
-    finally:
-        engine.endpoint.close()
