@@ -89,7 +89,7 @@ class Settings(Struct, frozen=True, eq=False):
     """Consumer: greatest size of a chunk, if a slot of either side's staging arena is not smaller. A block of one layer is
     never divided."""
     origin: Mapping[str, str] = field(default_factory=dict)
-    """By name, the source of each value that is not a default: ``"argument"`` or the variable. Two settings with equal values
+    """Source of each value that is not a default, by name: ``"argument"`` or the variable. Two settings with equal values
     are equal whatever their origins."""
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
-from vllm.v1.kv_cache_interface import MambaSpec
 
 from kvxfer import addresses
 from kvxfer.buffers.base import FINISHED
@@ -149,7 +148,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 data_parallel=vllm_config.parallel_config.data_parallel_size > 1,
                 prompts=PromptIdentity.of(vllm_config),
                 # A state may be ahead of the answer by a token, and cannot be read as it was.
-                turns=not any(isinstance(group.kv_cache_spec, MambaSpec) for group in kv_cache_config.kv_cache_groups),
+                turns=not state_specs(kv_cache_config),
             )
 
     # -------------------------------------------------------------------------------------------- scheduler's half

@@ -146,7 +146,7 @@ class AttentionGroup:
         block_tokens: tokens of a block of the block table.
         heads: KV heads of each layer on this rank; of states, rows of the part.
         heads_total: the same in the model.
-        packed: what vLLM calls the format of the cache, if it is one of its own (`kvxfer_vllm.kv_dtypes.is_packed`).
+        packed: what vLLM calls the format of the cache, if it is one of its own (`kvxfer_vllm.kv_dtypes.packed_format`).
         state: part of the layers' pages that this group has; None for attention.
     """
 
@@ -241,8 +241,7 @@ def backoff_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> i
     prefill stops one token short. With several modules of multi-token prediction, decode could not use the drafts of the last
     tokens. The number follows from the model and not from a server's cache groups, because both servers must use the same.
     """
-    # By group, as the scheduler is told the layers of the first pipeline stage only.
-    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
+    specs = all_specs(kv_cache_config)
     local = any(getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None) for spec in specs)
     lookahead = int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0) or 0)
     return max(1 if local or state_specs(kv_cache_config) else 0, lookahead - 1)
@@ -250,14 +249,17 @@ def backoff_tokens(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> i
 
 def is_mla(kv_cache_config: KVCacheConfig) -> bool:
     """Whether the cache holds latents, which every rank has in full, instead of keys and values of heads."""
-    groups = kv_cache_config.kv_cache_groups
-    return all(isinstance(spec, MLAAttentionSpec) for group in groups for spec in specs_of(group.kv_cache_spec))
+    return all(isinstance(spec, MLAAttentionSpec) for spec in all_specs(kv_cache_config))
 
 
 def state_specs(kv_cache_config: KVCacheConfig) -> list[MambaSpec]:
-    """Specs of the layers with states; by group, as the scheduler is told the layers of the first pipeline stage only."""
-    specs = [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
-    return [spec for spec in specs if isinstance(spec, MambaSpec)]
+    """Specs of the layers with states."""
+    return [spec for spec in all_specs(kv_cache_config) if isinstance(spec, MambaSpec)]
+
+
+def all_specs(kv_cache_config: KVCacheConfig) -> list[KVCacheSpec]:
+    """Specs of all cache groups; by group, as the scheduler is told the layers of the first pipeline stage only."""
+    return [spec for group in kv_cache_config.kv_cache_groups for spec in specs_of(group.kv_cache_spec)]
 
 
 def specs_of(spec: KVCacheSpec) -> Iterable[KVCacheSpec]:

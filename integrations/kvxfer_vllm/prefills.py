@@ -70,7 +70,7 @@ class Prefills:
         self._tables = tables
         self._running: dict[str, _RunningPrefill] = {}
         self._siblings: OrderedDict[str, _Siblings] = OrderedDict()
-        """By the id that they have in common; those of other requests are not here."""
+        """Siblings by the id that they have in common; requests without any are not here."""
 
     def joins(self, request_id: str, digest: str) -> bool:
         """Whether a sibling with the same prompt has a lease, or had one, so that this request needs none."""

@@ -131,14 +131,13 @@ def lacks_media(lease_digest: str, digest: str) -> bool:
 def _files_digest(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}".encode() if path.name != _ADAPTER_CONFIG else b"config")
         if path.name == _ADAPTER_CONFIG:
             # The same adapter may name its base model by another path on another server.
-            config = {
-                name: value for name, value in json.loads(path.read_text()).items() if name not in _NAMES_IN_CONFIG
-            }
-            digest.update(json.dumps(config, sort_keys=True).encode())
+            named = json.loads(path.read_text()).items()
+            config = {name: value for name, value in named if name not in _NAMES_IN_CONFIG}
+            digest.update(b"config" + json.dumps(config, sort_keys=True).encode())
             continue
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
             while piece := file.read(_PIECE_NBYTES):
                 digest.update(piece)

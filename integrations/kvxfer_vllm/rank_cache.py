@@ -42,8 +42,7 @@ def describe_cache(
 
     Args:
         kv_caches: vLLM's view of each layer, ``[block, head, token, content]``, K and V together in the content, or the pages of
-            its states. It may have
-            more layers than ``groups``: vLLM adds those that share the cache of another one.
+            its states. It may have more layers than ``groups``: vLLM adds those that share the cache of another one.
         groups: layers that have a cache of their own.
         vllm_config: for the number of ranks, and the layers' KV dtypes and scales.
         kv_cache_config: for the number of blocks.
@@ -149,7 +148,7 @@ def _in_halves(instruction_set: str) -> bool:
 def _as_they_are(
     groups: Sequence[AttentionGroup], instruction_sets: Mapping[str, str], dtypes: Mapping[str, str], ranks: int
 ) -> list[str]:
-    """What is moved as it is, by group: the order of its bytes within a block is not known here."""
+    """Formats of the layers that are moved as they are, because the order of their bytes within a block is not known here."""
     found = []
     for group in groups:
         form, instruction_set = group.packed, instruction_sets.get(group.name, "")

@@ -237,8 +237,9 @@ class KvxferScheduler:
 
     def _begin_prefill(self, request: Request, key: str) -> None:
         """Begin a prefill: announce its lease, unless it is a sibling's."""
-        if not self._prefills.joins(request.request_id, self._digest(request)):
-            lease = self._new_lease(request, key)
+        digest = self._digest(request)
+        if not self._prefills.joins(request.request_id, digest):
+            lease = self._new_lease(request, key, digest)
             self._prefills.begin(request.request_id, lease)
             self._step.announce.append(lease)
         self._leave_to_decode(request)
@@ -260,15 +261,17 @@ class KvxferScheduler:
             self._prefills.begin(request.request_id, lease, answer=True)
             self._step.announce.append(lease)
 
-    def _new_lease(self, request: Request, key: str) -> LeaseRef:
+    def _new_lease(self, request: Request, key: str, digest: str) -> LeaseRef:
         """Make the lease of a request that is to be prefilled here."""
-        lease = self._rendezvous(request, key, producer=self._role.engine_id, addresses=self._addresses)
+        lease = self._rendezvous(request, key, digest, producer=self._role.engine_id, addresses=self._addresses)
         if not self._role.push or lease.token in self._tokens_made:
             return with_new_token(lease)
         _remember(self._tokens_made, lease.token)
         return lease
 
-    def _rendezvous(self, request: Request, key: str, *, producer: str, addresses: Sequence[str]) -> LeaseRef:
+    def _rendezvous(
+        self, request: Request, key: str, digest: str, *, producer: str, addresses: Sequence[str]
+    ) -> LeaseRef:
         """Derive the lease of a request that both servers were sent; both derive the same."""
         return LeaseRef.for_rendezvous(
             key or rendezvous_key(request.request_id),
@@ -276,7 +279,7 @@ class KvxferScheduler:
             addresses=addresses,
             request=request.request_id,
             num_tokens=self._tokens_to_transfer(request.num_prompt_tokens),
-            digest=self._digest(request),
+            digest=digest,
             secret=self._secret,
         )
 
@@ -294,8 +297,10 @@ class KvxferScheduler:
             return RefusedParams(RefusalReason.NO_TOKEN_IDS, "the prompt can still grow")
         if isinstance(asked, ProducerRequest):
             return asked
+        derived = isinstance(asked, RendezvousRequest)  # from this very prompt, so the lease is for it
         if isinstance(asked, RendezvousRequest):
-            lease = self._rendezvous(request, asked.key, producer=asked.producer, addresses=[asked.address])
+            digest = self._digest(request)
+            lease = self._rendezvous(request, asked.key, digest, producer=asked.producer, addresses=[asked.address])
             asked = ConsumerRequest(lease)
         token = asked.lease.token
         if self._loads.knows(token) and (_aborted_already(request) or not self._loads.can_share(token)):
@@ -304,7 +309,7 @@ class KvxferScheduler:
             # A lease belongs to the rank that acquires it first, and the first sibling is on another rank.
             return RefusedParams(RefusalReason.LEASE_USED, "a sibling of the request has the lease on another rank")
         # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
-        return asked if _aborted_already(request) else self._judge_digest(request, asked)
+        return asked if derived or _aborted_already(request) else self._judge_digest(request, asked)
 
     def _judge_digest(self, request: Request, asked: ConsumerRequest) -> ConsumerRequest | RefusedParams:
         """Judge whether a lease is for the request's prompt, or for the first tokens of it."""

@@ -80,7 +80,7 @@ class ReplyBacklog:
         self._most = most
         self._acknowledged = acknowledged
         self._waiting: dict[int, tuple[int, int]] = {}
-        """By connection, unacknowledged bytes, and the bytes that were acknowledged when they were last counted."""
+        """Unacknowledged bytes by connection, and the bytes that were acknowledged when they were last counted."""
 
     def may_send(self, key: int, nbytes: int) -> bool:
         """Count a reply of so many bytes; False, and nothing is counted, if too many are unacknowledged."""

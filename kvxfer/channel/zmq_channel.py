@@ -106,7 +106,7 @@ class ControlChannel:
         _check_room(bind)
         self._context = zmq.Context()
         self._buckets = TokenBuckets(settings.max_messages_per_s)
-        """By file descriptor of an incoming connection, or address of a peer."""
+        """Buckets by file descriptor of an incoming connection, or address of a peer."""
         self._wakeup: WakeUp | None = None
         self._poller = zmq.Poller()
         most = connection_limit(settings)
@@ -119,7 +119,7 @@ class ControlChannel:
             silence_s=settings.peer_timeout_s / 3,
         )
         self._identities: dict[int, set[bytes]] = {}
-        """By file descriptor, ZeroMQ's identities of the connections that have sent a message."""
+        """ZeroMQ's identities of the connections that have sent a message, by file descriptor."""
         self._descriptors: dict[bytes, int] = {}
         """The reverse."""
         self._gone: list[bytes] = []
