@@ -485,6 +485,54 @@ def drain(*engines: Engine) -> None:
         assert engine.blocks_in_use == 0
 
 
+def where(producer: Engine) -> dict[str, Any]:
+    """NixlPushConnector's keys by which a router names a prefill server to the decode server."""
+    address, *_ = producer.scheduler.connector.scheduler_half.addresses
+    return {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_engine_id": "P",
+        "remote_host": "127.0.0.1",
+        "remote_port": int(address.rpartition(":")[2]),
+        "tp_size": 1,
+        "pp_size": 1,
+    }
+
+
+def sent_to_both(
+    producer: Engine,
+    consumer: Engine,
+    prompt: Sequence[int],
+    params: dict[str, Any],
+    *,
+    first: str = "D",
+    max_tokens: int = 4,
+) -> list[int]:
+    """Send a request to both engines at once, and run them step by step until both are idle; returns the consumer's tokens.
+
+    Args:
+        producer, consumer: both are empty afterwards.
+        prompt: of the request.
+        params: name the producer to the consumer.
+        first: the engine that takes its first step before the other has the request: "P" or "D".
+        max_tokens: of the consumer.
+    """
+    key = {"transfer_id": "t-1"}
+    for engine in (producer, consumer) if first == "P" else (consumer, producer):
+        if engine is producer:
+            producer.add("cmpl-p", prompt, P_PARAMS | key)
+        else:
+            consumer.add("cmpl-d", prompt, params | key, max_tokens=max_tokens)
+        engine.step()
+    while not producer.answers["cmpl-p"].finish_reason:
+        producer.step()
+        consumer.step()
+    producer.step()  # publishes the blocks
+    consumer.run()
+    drain(producer, consumer)
+    return consumer.answers["cmpl-d"].tokens
+
+
 def prompt_of(length: int, seed: int = 1) -> list[int]:
     """Token ids that depend on the seed."""
     return [(seed * 7 + i * i) % 90 for i in range(length)]

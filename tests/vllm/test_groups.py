@@ -8,8 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer_vllm.groups import GroupBlocks, GroupTable
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, expected, handed_over, prompt_of
-from tests.vllm.test_push import where
+from tests.vllm.rig import BLOCK_TOKENS, drain, expected, handed_over, prompt_of, sent_to_both, where
 
 pytestmark = pytest.mark.vllm
 
@@ -60,20 +59,8 @@ def test_tokens_equal_those_of_one_engine(engines, agent, model, length):
 def test_sent_to_both_at_once(engines, first, length):
     """A request that is sent to both servers at once has the tokens of one engine; blocks of windows are sent at the end."""
     producer, consumer = pair(engines, HYBRID, chunk=512)
-    prompt, key = prompt_of(length), {"transfer_id": "t-1"}
-    for engine in (producer, consumer) if first == "P" else (consumer, producer):
-        if engine is producer:
-            producer.add("cmpl-p", prompt, P_PARAMS | key)
-        else:
-            consumer.add("cmpl-d", prompt, where(producer) | key, max_tokens=4)
-        engine.step()
-    while not producer.answers["cmpl-p"].finish_reason:
-        producer.step()
-        consumer.step()
-    producer.step()
-    consumer.run()
-    drain(producer, consumer)
-    assert consumer.answers["cmpl-d"].tokens == expected(prompt, 4, HYBRID)
+    prompt = prompt_of(length)
+    assert sent_to_both(producer, consumer, prompt, where(producer), first=first) == expected(prompt, 4, HYBRID)
     assert producer.stats["released_leases"] == 1
 
 

@@ -14,7 +14,19 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, Engine, drain, expected, handed_over, in_groups, prompt_of, scripted
+from tests.vllm.rig import (
+    BLOCK_TOKENS,
+    P_PARAMS,
+    Engine,
+    drain,
+    expected,
+    handed_over,
+    in_groups,
+    prompt_of,
+    scripted,
+    sent_to_both,
+    where,
+)
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
@@ -26,20 +38,6 @@ def pair_of(engines, agent="inproc", *, producer=(), consumer=()):
         engines("kv_producer", "P", agent=agent, **{"chunk": 512, **dict(producer)}),
         engines("kv_consumer", "D", agent=agent, **dict(consumer)),
     )
-
-
-def where(producer):
-    """NixlPushConnector's keys by which a router names a prefill server to the decode server."""
-    address, *_ = producer.scheduler.connector.scheduler_half.addresses
-    return {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
-        "remote_engine_id": "P",
-        "remote_host": "127.0.0.1",
-        "remote_port": int(address.rpartition(":")[2]),
-        "tp_size": 1,
-        "pp_size": 1,
-    }
 
 
 def loaded(consumer):
@@ -64,20 +62,8 @@ def test_tokens_equal_those_of_one_engine(engines, agent, first, length, granula
         pytest.skip(registry.why_unavailable(agent))
     theirs, mine = ({"granularity": each} for each in granularity)
     producer, consumer = pair_of(engines, agent, producer=theirs, consumer=mine)
-    prompt, key = prompt_of(length), {"transfer_id": "t-1"}
-    for engine in (producer, consumer) if first == "P" else (consumer, producer):
-        if engine is producer:
-            producer.add("cmpl-p", prompt, P_PARAMS | key)
-        else:
-            consumer.add("cmpl-d", prompt, where(producer) | key, max_tokens=4)
-        engine.step()
-    while not producer.answers["cmpl-p"].finish_reason:
-        producer.step()
-        consumer.step()
-    producer.step()
-    consumer.run()
-    drain(producer, consumer)
-    assert consumer.answers["cmpl-d"].tokens == expected(prompt, 4)
+    prompt = prompt_of(length)
+    assert sent_to_both(producer, consumer, prompt, where(producer), first=first) == expected(prompt, 4)
     assert consumer.computed_tokens == 4 and producer.stats["released_leases"] == 1
     assert consumer.stats["transfer_bytes"] == [-(-length // BLOCK_TOKENS) * BLOCK_NBYTES]
 

@@ -13,16 +13,16 @@ from tests.vllm.rig import (
     BLOCK_TOKENS,
     HEAD_DIM,
     HEADS,
-    P_PARAMS,
     drain,
     expected,
     handed_over,
     kv_cache_config,
     prompt_of,
+    sent_to_both,
     vllm_config,
+    where,
 )
 from tests.vllm.staged import StagedEngine, patch_process_groups
-from tests.vllm.test_push import where
 
 pytestmark = pytest.mark.vllm
 
@@ -41,22 +41,10 @@ PAIRS = {
 
 
 @pytest.fixture
-def staged(monkeypatch):
+def staged(engines, monkeypatch):
     """Makes engines of several workers and closes them."""
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_HOST", "127.0.0.1")
-    monkeypatch.setenv("KVXFER_SIDE_CHANNEL_PORT", "0")
     patch_process_groups(monkeypatch)
-    made = []
-
-    def make(role, name, agent="inproc", **options):
-        engine = StagedEngine(role, name=name, agent=agent, **options)
-        made.append(engine)
-        engine.start()
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
+    return lambda role, name, agent="inproc", **options: engines(role, name, make=StagedEngine, agent=agent, **options)
 
 
 def assert_served(producer, consumer, prompt, windows, name="1"):
@@ -100,17 +88,8 @@ def test_sent_to_both_at_once(staged, granularity, windows):
     options = {"windows": windows, "granularity": granularity}
     producer = staged("kv_producer", "P", stages=(3, 3), chunk=128, **options)
     consumer = staged("kv_consumer", "D", stages=(2, 4), **options)
-    prompt, key = prompt_of(1000), {"transfer_id": "t-1"}
-    consumer.add("d", prompt, {**where(producer), "pp_size": 2, **key}, max_tokens=6)
-    consumer.step()
-    producer.add("p", prompt, P_PARAMS | key)
-    while not producer.answers["p"].finish_reason:
-        producer.step()
-        consumer.step()
-    producer.step()
-    consumer.run()
-    drain(producer, consumer)
-    assert consumer.answers["d"].tokens == expected(prompt, 6, windows)
+    prompt, params = prompt_of(1000), {**where(producer), "pp_size": 2}
+    assert sent_to_both(producer, consumer, prompt, params, max_tokens=6) == expected(prompt, 6, windows)
     assert producer.stats["released_leases"] == 2
     assert producer.stats["partial_publishes"] > 0
 

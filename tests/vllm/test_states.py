@@ -20,10 +20,9 @@ from kvxfer_vllm.groups import layer_groups
 from kvxfer_vllm.rank_cache import describe_cache
 from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.states import StateLayout
-from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, handed_over, prompt_of, vllm_config
+from tests.vllm.rig import BLOCK_TOKENS, P_PARAMS, drain, handed_over, prompt_of, sent_to_both, vllm_config, where
 from tests.vllm.scripted import ScriptedEndpoint
 from tests.vllm.state_rig import ATTENTION_PAGE_NBYTES, KINDS, STATE_LAYERS, StateEngine, StatesOfLayer
-from tests.vllm.test_push import where
 
 pytestmark = pytest.mark.vllm
 
@@ -92,20 +91,7 @@ def test_with_and_without_a_prefix_cache(pair, agent, align, length):
 def test_sent_to_both_at_once(pair, first, align):
     """A request that is sent to both servers at once has the tokens of one engine; states are sent at the end."""
     producer, consumer = pair(chunk=128, align=align)
-    key = {"transfer_id": "t-1"}
-    for engine in (producer, consumer) if first == "P" else (consumer, producer):
-        if engine is producer:
-            producer.add("cmpl-p", prompt_of(500), P_PARAMS | key)
-        else:
-            consumer.add("cmpl-d", prompt_of(500), where(producer) | key, max_tokens=4)
-        engine.step()
-    while not producer.answers["cmpl-p"].finish_reason:
-        producer.step()
-        consumer.step()
-    producer.step()
-    consumer.run()
-    drain(producer, consumer)
-    assert consumer.answers["cmpl-d"].tokens == alone(500, 4, align=align)
+    assert sent_to_both(producer, consumer, prompt_of(500), where(producer), first=first) == alone(500, 4, align=align)
     assert producer.stats["released_leases"] == 1
 
 

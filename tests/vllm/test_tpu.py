@@ -38,13 +38,13 @@ from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import (
     BLOCK_TOKENS,
-    P_PARAMS,
     Engine,
     drain,
     expected,
     handed_over,
     kv_cache_config,
     prompt_of,
+    sent_to_both,
     vllm_config,
 )
 from tests.vllm.tpu import TpuEngine, TpuRunner, on_tpu
@@ -105,20 +105,14 @@ def test_sent_to_both_at_once(engines, agent, first):
     """Blocks are read from all devices of a runner during its prefill, by a consumer that knows the address of rank 0 only."""
     producer = engines("kv_producer", "P", 2, agent, chunk=128)
     consumer = engines("kv_consumer", "D", 4, agent)
-    prompt, key = prompt_of(700), {"transfer_id": "t-1"}
-    where = {"remote_engine_id": "P", "remote_host": "127.0.0.1", "remote_port": producer.side_channel_port}
-    for engine in (producer, consumer) if first == "P" else (consumer, producer):
-        if engine is producer:
-            producer.add("p", prompt, P_PARAMS | key)
-        else:
-            consumer.add("d", prompt, {"do_remote_prefill": True} | where | key, max_tokens=4)
-        engine.step()
-    while not producer.answers["p"].finish_reason:
-        producer.step()
-        consumer.step()
-    producer.step()  # publishes the blocks
-    drain(consumer, producer)
-    assert consumer.answers["d"].tokens == expected(prompt, 4)
+    prompt = prompt_of(700)
+    where = {
+        "do_remote_prefill": True,
+        "remote_engine_id": "P",
+        "remote_host": "127.0.0.1",
+        "remote_port": producer.side_channel_port,
+    }
+    assert sent_to_both(producer, consumer, prompt, where, first=first) == expected(prompt, 4)
     assert consumer.computed_tokens == 4 and producer.stats["released_leases"] == 1
 
 
