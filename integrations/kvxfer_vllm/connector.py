@@ -145,7 +145,6 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 port=port,
                 secret=Secret.resolve(file=self._options.secret_file),
                 share=bool(vllm_config.cache_config.enable_prefix_caching),
-                data_parallel=vllm_config.parallel_config.data_parallel_size > 1,
                 prompts=PromptIdentity.of(vllm_config),
                 # A state may be ahead of the answer by a token, and cannot be read as it was.
                 turns=not state_specs(kv_cache_config),

@@ -76,7 +76,6 @@ class KvxferScheduler:
         secret: of all servers, if they have one. Without it no other process can derive the token of a request that both
             servers were sent.
         share: the prefix cache is on, so requests with the same lease can share a load.
-        data_parallel: vLLM may send siblings to several ranks, which do not share a prefix cache.
         prompts: identities of this server's prompts.
         turns: the KV of an answer can be read by the next turn's prefill.
     """
@@ -93,7 +92,6 @@ class KvxferScheduler:
         port: int,
         secret: Secret | None = None,
         share: bool = False,
-        data_parallel: bool = False,
         prompts: PromptIdentity | None = None,
         turns: bool = True,
     ) -> None:
@@ -110,7 +108,6 @@ class KvxferScheduler:
             self._listens_at((tcp_address(host, port),))
         self._prefills = Prefills(tables)
         self._loads = Loads(tables, self.stats, share=share)
-        self._data_parallel = data_parallel
         self._prompts = prompts or PromptIdentity()
         self._turns = turns
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
@@ -305,8 +302,10 @@ class KvxferScheduler:
         token = asked.lease.token
         if self._loads.knows(token) and (_aborted_already(request) or not self._loads.can_share(token)):
             return RefusedParams(RefusalReason.LEASE_USED, "another request on this server has, or had, the same lease")
-        if self._data_parallel and sibling_of(request.request_id)[0] > 0 and not self._loads.knows(token):
-            # A lease belongs to the rank that acquires it first, and the first sibling is on another rank.
+        if sibling_of(request.request_id)[0] > 0 and not self._loads.knows(token):
+            # vLLM sends the first sibling first, so it is on another data parallel rank. A lease belongs to the rank that
+            # acquires it first. (The configuration of a rank need not tell that there are others: vLLM hides them from dense
+            # models.)
             return RefusedParams(RefusalReason.LEASE_USED, "a sibling of the request has the lease on another rank")
         # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
         return asked if derived or _aborted_already(request) else self._judge_digest(request, asked)

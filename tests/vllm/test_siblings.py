@@ -24,13 +24,6 @@ def pair_of(**consumer):
     return producer, Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net), **consumer)
 
 
-class RankOfTwo(Engine):
-    """A data parallel rank that has another one beside it."""
-
-    def _adapt(self, config):
-        config.parallel_config.data_parallel_size = 2
-
-
 def add_siblings(engine, params, **options):
     """Queue a request for three answers as vLLM's front end does."""
     for name in SIBLINGS:
@@ -134,9 +127,12 @@ def test_without_a_prefix_cache_one_sibling_loads():
 
 
 def test_a_sibling_on_another_data_parallel_rank():
-    """A sibling computes its prompt where the first one is on another rank, which has the lease."""
+    """A sibling computes its prompt where the first one is on another rank, which has the lease.
+
+    The configuration of a rank of a dense model does not tell that there are others.
+    """
     producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint())
-    consumer = RankOfTwo("kv_consumer", name="D", endpoint=ScriptedEndpoint())
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint())
     params = handed_over(producer, "p", PROMPT)
     consumer.add(SIBLINGS[1], PROMPT, params, max_tokens=3)
     drain(consumer)
