@@ -61,7 +61,7 @@ hostile: full-env ## What hostile members of the fleet cost a live endpoint and 
 sweep: full-env ## Every model and option through real vLLM, beside its NixlConnector (make sweep ARGS="--only gemma3"; --write-docs: the table)
 	$(FULL) -m tests.sweep.sweep $(ARGS)
 
-versions: full-env ## The connector's tests with another version of vLLM, whose wheel is fetched (make versions ARGS="0.31.0 tests/vllm -n 0")
+versions: full-env ## The connector's tests with the other versions of vLLM, whose wheels are fetched (make versions ARGS="0.31.0 tests/vllm -n 0")
 	$(FULL) -m tests.vllm.other_version $(ARGS)
 
 nightly: full-env fuzz-env ## All of the long trials, four hours; ends with a table of what failed (make nightly ARGS="--share 0.1 --skip search")

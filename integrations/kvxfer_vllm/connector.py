@@ -153,6 +153,17 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     # -------------------------------------------------------------------------------------------- scheduler's half
 
     @property
+    def supports_divergent_local_hybrid_hits(self) -> bool:
+        """Whether a prefix of full attention can be longer than that of states: a load brings the state whatever its first token.
+
+        Not with windows beside states: a load brings no blocks of them from before its first token.
+        """
+        tables = tables_of(self._kv_cache_config)
+        return any(table.holds_states for table in tables) and not any(
+            table.is_local and not table.holds_states for table in tables
+        )
+
+    @property
     def scheduler_half(self) -> KvxferScheduler:
         """The half in vLLM's scheduler.
 

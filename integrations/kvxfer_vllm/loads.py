@@ -47,10 +47,14 @@ class LoadState(enum.Enum):
 
 @dataclass
 class _Load:
-    """A consumer's request; ``followers`` are the ids of those that wait for it, in order of arrival."""
+    """A consumer's request; ``followers`` are the ids of those that wait for it, in order of arrival.
+
+    ``told`` is the number of tokens that vLLM was told can be loaded.
+    """
 
     lease: LeaseRef
     state: LoadState = LoadState.WAITING
+    told: int = 0
     followers: list[str] = field(default_factory=list)
 
 
@@ -118,7 +122,7 @@ class Loads:
             return 0, False
         if load.state is LoadState.FOLLOWING:
             return None, False
-        missing = load.lease.num_tokens - num_computed_tokens
+        missing = load.told = load.lease.num_tokens - num_computed_tokens
         if load.state is LoadState.LOST:
             return max(missing, 1), True
         return (missing, True) if missing > 0 else (0, False)
@@ -129,7 +133,7 @@ class Loads:
         """Order a load, or release its lease, now that vLLM has allocated blocks.
 
         Raises:
-            RuntimeError: vLLM has allocated too few blocks.
+            RuntimeError: vLLM has allocated too few blocks, or does not want all tokens that it was told of.
         """
         load = self._loads.get(request_id)
         if load is None or load.state is LoadState.LOADING:
@@ -146,6 +150,8 @@ class Loads:
             self._forget(request_id, orders, here=False)
             orders.fail.append(request_id)
             return
+        if num_external_tokens != load.told:
+            raise RuntimeError(f"of {load.told} tokens vLLM wants {num_external_tokens}")
         num_tokens = load.lease.num_tokens
         first_token = num_tokens - num_external_tokens
         target = blocks_in_each(self._tables, block_ids, first_token, num_tokens)

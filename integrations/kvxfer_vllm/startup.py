@@ -24,6 +24,7 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.secret import Secret
+from kvxfer_vllm import versions
 from kvxfer_vllm.groups import is_mla, specs_of, state_specs
 from kvxfer_vllm.options import advertised, side_channel, tcp_address
 
@@ -80,6 +81,8 @@ def _reasons(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Iterabl
         yield "MLA on TPUs yet, whose caches are divided between blocks and not between heads"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         yield "KV scales computed at run time, which would differ between the two servers"
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False) and not versions.tells_of_sleep():
+        yield "sleep mode before vLLM 0.33, which does not say when the caches lose their memory; leave out --enable-sleep-mode"
     groups = kv_cache_config.kv_cache_groups
     if device == "tpu" and len(groups) != 1:
         yield f"models with {len(groups)} KV cache groups on TPUs yet; set --disable-hybrid-kv-cache-manager"

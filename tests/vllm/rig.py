@@ -229,8 +229,7 @@ class Engine:
         self.cache_config = self._cache_config(num_blocks, windows, hybrid=hybrid)
         groups = self.cache_config.kv_cache_groups
         self._group_of = {name: number for number, group in enumerate(groups) for name in group.layer_names}
-        layers = (group.layer_names for group in kv_cache_config(windows=windows).kv_cache_groups)
-        self._window_of = {name: window for window, names in zip(windows, layers, strict=True) for name in names}
+        self._window_of = self._attention_windows(windows)
         attention = {layer: SimpleNamespace(sliding_window=window or None) for layer, window in self._window_of.items()}
         self.config.compilation_config.static_forward_context.update(attention)
         self.kv = self._all_caches()
@@ -253,11 +252,18 @@ class Engine:
         self.computed_tokens = 0
         self.after_layer: Callable[[str], object] = lambda _: None
         """Called after each layer, in each step that computes something."""
+        self.after_step: Callable[[KVConnectorOutput], KVConnectorOutput] = lambda reported: reported
+        """Changes what the worker has reported of a step."""
         self._connector_class = type(self.worker)
         self._hasher = get_request_block_hasher(hashed_tokens, sha256)
 
     def _adapt(self, config: VllmConfig) -> None:
         """Change the configuration; for engines on other devices."""
+
+    def _attention_windows(self, windows: Sequence[int]) -> dict[str, int]:
+        """Windows by layer of attention; 0: full attention."""
+        layers = (group.layer_names for group in kv_cache_config(windows=windows).kv_cache_groups)
+        return {name: window for window, names in zip(windows, layers, strict=True) for name in names}
 
     def _cache_config(self, num_blocks: int, windows: Sequence[int], *, hybrid: bool) -> KVCacheConfig:
         return kv_cache_config(num_blocks, self.heads, windows, hybrid=hybrid)
@@ -345,7 +351,8 @@ class Engine:
     def step(self) -> int:
         """Schedule, compute and report; returns the number of tokens computed."""
         scheduled = self.scheduler.schedule()
-        self._report(scheduled, *self._execute(scheduled))
+        sampled, reported = self._execute(scheduled)
+        self._report(scheduled, sampled, self.after_step(reported))
         return scheduled.total_num_scheduled_tokens
 
     def _report(self, scheduled: SchedulerOutput, sampled: dict[str, list[int]], reported: KVConnectorOutput) -> None:

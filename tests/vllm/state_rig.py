@@ -16,11 +16,11 @@ import torch
 from vllm.config import CacheConfig
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from tests.vllm.names import get_kv_cache_config_from_groups, get_kv_cache_groups
 from tests.vllm.rig import BLOCK_TOKENS, HEAD_DIM, HEADS, LAYERS, Engine
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.outputs import KVConnectorOutput
 
 STATE_LAYERS = 3
@@ -116,9 +116,12 @@ class StateEngine(Engine):
         align: bool = True,
         attention: bool = True,
         state: dict[str, Any] | None = None,
+        match_unit: int | None = None,
+        block_tokens: int = BLOCK_TOKENS,
         **options: Any,
     ) -> None:
         self._kind, self._align, self._attention, self._state = KINDS[kind], align, attention, state or {}
+        self._match_unit, self._block_tokens = match_unit, block_tokens
         super().__init__(role, **options)
         self.spec_of = {
             name: group.kv_cache_spec
@@ -130,9 +133,10 @@ class StateEngine(Engine):
         self._window_of = self._window_of if attention else {}
 
     def _adapt(self, config: VllmConfig) -> None:
-        block_tokens = BLOCK_TOKENS if self._align else config.model_config.max_model_len
+        block_tokens = self._block_tokens if self._align else config.model_config.max_model_len
         config.cache_config = CacheConfig(
-            block_size=BLOCK_TOKENS,
+            block_size=self._block_tokens,
+            prefix_match_unit=self._match_unit,
             enable_prefix_caching=self._align,
             mamba_cache_mode="align" if self._align else "none",
             mamba_block_size=block_tokens,
@@ -140,6 +144,12 @@ class StateEngine(Engine):
         config.cache_config.kv_cache_layout = KVCacheLayout.LBHNC.name
 
     def _cache_config(self, num_blocks: int, windows: Sequence[int], *, hybrid: bool) -> KVCacheConfig:
+        self.config.cache_config.num_gpu_blocks_override = num_blocks
+        groups = get_kv_cache_groups(self.config, self._specs())
+        return get_kv_cache_config_from_groups(self.config, groups, 1 << 30)
+
+    def _specs(self) -> dict[str, KVCacheSpec]:
+        """Specs of the layers by name, as a model gives them to vLLM."""
         attention = FullAttentionSpec(
             block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.float32
         )
@@ -151,23 +161,25 @@ class StateEngine(Engine):
         )
         numbers = range(LAYERS) if self._attention else ()
         specs = {f"model.layers.{i}.self_attn.attn": attention for i in numbers}
-        specs |= {f"model.layers.{LAYERS + i}.mixer": states for i in range(STATE_LAYERS)}
-        self.config.cache_config.num_gpu_blocks_override = num_blocks
-        groups = get_kv_cache_groups(self.config, specs)
-        return get_kv_cache_config_from_groups(self.config, groups, 1 << 30)
+        return specs | {f"model.layers.{LAYERS + i}.mixer": states for i in range(STATE_LAYERS)}
 
     def _all_caches(self) -> dict[str, torch.Tensor]:
         return allocate_kv_cache(self.cache_config, torch.device("cpu"), KVCacheLayout.LBHNC)
 
     def _execute(self, scheduled: SchedulerOutput) -> tuple[dict[str, list[int]], KVConnectorOutput]:
         # As vLLM's model runner does at the beginning of a step.
-        attention = [self.kv[name] for name in self._window_of]
-        for tensor in attention:
-            tensor[scheduled.new_block_ids_to_zero or []] = 0
+        for name in self._window_of:
+            for block in scheduled.new_block_ids_to_zero or ():
+                self._page(name, block).zero_()
         for source, target, *_ in scheduled.kv_cache_block_copies or ():
-            for tensor in self.kv.values():
-                tensor[target] = tensor[source]
+            for name in self.kv:
+                self._page(name, target).copy_(self._page(name, source))
         return super()._execute(scheduled)
+
+    def _page(self, name: str, block: int) -> torch.Tensor:
+        """Part of a block that a layer has; the blocks of an attention kernel may be smaller than those of the block table."""
+        of_kernel = len(self.kv[name]) // self.cache_config.num_blocks
+        return self.kv[name][block * of_kernel : (block + 1) * of_kernel]
 
     def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
         kv = self.kv
@@ -193,7 +205,11 @@ class StateEngine(Engine):
         states.write(blocks[(stop - 1) // tokens], content)
 
     def _attended(self, tables: Sequence[list[int]], num_tokens: int) -> bytes:
-        text = super()._attended(tables, num_tokens)
+        return super()._attended(tables, num_tokens) + self._states_after(tables, num_tokens)
+
+    def _states_after(self, tables: Sequence[list[int]], num_tokens: int) -> bytes:
+        """States of all layers after so many tokens."""
+        text = b""
         for name, states in self._states.items():
             block = tables[self._group_of[name]][(num_tokens - 1) // self.spec_of[name].block_size]
             text += states.read(block).tobytes()

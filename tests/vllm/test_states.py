@@ -232,19 +232,25 @@ def test_states_that_are_stored_otherwise(pair, monkeypatch, state, says):
 
 
 class RankOfStates:
-    """One rank's cache of one layer with states, in memory of its own; ``states`` are vLLM's views, ``cache`` is what kvxfer sees."""
+    """One rank's cache of layers with states, in memory of its own; ``states`` are vLLM's views, ``cache`` is what kvxfer sees."""
 
-    def __init__(self, kind, tp_rank, tp_size, layout):
+    def __init__(self, kind, tp_rank, tp_size, layout, layers=(0,), stages=1):
         of_rank = KINDS[kind].of_rank(tp_size)
         spec = of_rank.spec(dim_first=layout.dim_first, block_size=32, page_size_padded=ATTENTION_PAGE_NBYTES)
-        self.memory = torch.full((4, 1, 1, ATTENTION_PAGE_NBYTES), -1, dtype=torch.int8)
-        pages = self.memory[..., : spec.state_content_size_bytes]
-        groups = KVCacheConfig(4, [], [KVCacheGroupSpec(["model.layers.0.mixer"], spec)])
+        self.layers = layers
+        self.memory = torch.full((len(layers), 4, 1, 1, ATTENTION_PAGE_NBYTES), -1, dtype=torch.int8)
+        names = [f"model.layers.{number}.mixer" for number in layers]
+        pages = dict(zip(names, self.memory[..., : spec.state_content_size_bytes], strict=True))
+        groups = KVCacheConfig(4, [], [KVCacheGroupSpec(names, spec)])
         config = vllm_config()
         config.parallel_config.tensor_parallel_size = tp_size
+        config.parallel_config.pipeline_parallel_size = stages
         made = layer_groups(groups, states=replace(layout, tp_size=tp_size))
-        self.cache = describe_cache({"model.layers.0.mixer": pages}, made, config, groups, rank=tp_rank, fingerprint="")
-        self.states = StatesOfLayer(spec, pages).kv_cache
+        # With two stages, the second one has the last layers.
+        rank = tp_rank + tp_size * (stages - 1 if layers[0] else 0)
+        self.cache = describe_cache(pages, made, config, groups, rank=rank, fingerprint="")
+        self.views = [StatesOfLayer(spec, each).kv_cache for each in pages.values()]
+        self.states = self.views[0]
         self.tp_rank, self.tp_size, self.sections = tp_rank, tp_size, KINDS[kind].sections
 
     def of(self, conv, heads):
@@ -274,7 +280,35 @@ def test_other_tensor_parallelism(kind, source_tp, target_tp):
                 ctypes.memmove(to, at, nbytes)
         for view, share in zip(target.states, target.of(conv, heads), strict=True):
             assert torch.equal(view[2], share)
-        assert bool((target.memory[[0, 1, 3]] == -1).all())
+        assert bool((target.memory[:, [0, 1, 3]] == -1).all())
+
+
+@pytest.mark.parametrize(("source_stages", "target_stages"), [([(0, 1)], [(0,), (1,)]), ([(0,), (1,)], [(0, 1)])])
+@pytest.mark.parametrize("target_tp", [1, 2])
+def test_pipeline_stages(source_stages, target_stages, target_tp):
+    """States of each layer come from the stage that has the layer, on servers with other stages and tensor parallelism."""
+    layout = StateLayout(dim_first=True)
+    sources = [RankOfStates("gdn", 0, 1, layout, layers, len(source_stages)) for layers in source_stages]
+    content = {}
+    for source in sources:
+        for layer, views in zip(source.layers, source.views, strict=True):
+            content[layer] = [torch.randn(view.shape[1:]).to(view.dtype) for view in views]
+            for view, values in zip(views, content[layer], strict=True):
+                view[1] = values
+    for layers in target_stages:
+        for rank in range(target_tp):
+            target = RankOfStates("gdn", rank, target_tp, layout, layers, len(target_stages))
+            made = plan([source.cache.spec for source in sources], target.cache.spec)
+            for part in made.rank_plans:
+                number = len(target.cache.spec.groups)
+                moved = part.bind([[1]] * number, [[2]] * number, None)
+                for to, at, nbytes in zip(
+                    moved.local.tolist(), moved.remote.tolist(), moved.nbytes.tolist(), strict=True
+                ):
+                    ctypes.memmove(to, at, nbytes)
+            for layer, views in zip(target.layers, target.views, strict=True):
+                for view, share in zip(views, target.of(*content[layer]), strict=True):
+                    assert torch.equal(view[2], share)
 
 
 @pytest.mark.parametrize("copies", [True, False])

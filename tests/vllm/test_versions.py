@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 import kvxfer_vllm
 from kvxfer.errors import ConfigError
@@ -17,8 +23,19 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm import versions
 from kvxfer_vllm.groups import GroupBlocks
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PartialPublishOrder, ReadOrder
+from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
-from tests.vllm.rig import Engine, drain, expected, handed_over, in_groups, prompt_of
+from tests.vllm.rig import (
+    Engine,
+    drain,
+    expected,
+    handed_over,
+    in_groups,
+    inside_multi_connector,
+    kv_cache_config,
+    prompt_of,
+    vllm_config,
+)
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +75,7 @@ def test_the_range_stands_in_the_docs():
 
 def test_vllm_without_sources_of_hits(monkeypatch):
     """vLLM 0.31 has no module that names the sources of loaded tokens; then there is no source."""
-    assert versions.hit_source() is not None
+    assert (versions.hit_source() is None) == (importlib.util.find_spec("vllm.v1.metrics.cache_hit_source") is None)
     monkeypatch.setitem(sys.modules, "vllm.v1.metrics.cache_hit_source", None)
     assert versions.hit_source() is None
 
@@ -114,6 +131,64 @@ def test_sleep_and_wake(engines):
     assert consumer.answers["d1"].tokens == expected(prompt_of(300, seed=2), 4)
     assert consumer.answers["d0"].finish_reason == "error"
     assert consumer.stats["failed_transfers"] == {"LeaseUnknownError": 1}
+
+
+@pytest.mark.skipif(not versions.tells_of_sleep(), reason="sleep mode is refused with this vLLM")
+@pytest.mark.parametrize("multi", [False, True])
+def test_sleep_mode_is_supported(multi):
+    """vLLM asks the class whether it can follow sleep mode, before any connector is made; it can, with any transfer engine."""
+    config = vllm_config(agent="inproc").kv_transfer_config
+    config = inside_multi_connector(config) if multi else config
+    assert KVConnectorFactory.get_connector_class(config).supports_sleep_mode(config)
+
+
+def test_sleep_mode_of_a_vllm_that_does_not_tell(monkeypatch):
+    """Before 0.33 vLLM does not say when the caches lose their memory: sleep mode is refused with a sentence."""
+    config = vllm_config()
+    config.model_config.enable_sleep_mode = True
+    for tells in (True, False):
+        monkeypatch.setattr(versions, "tells_of_sleep", lambda tells=tells: tells)
+        with nullcontext() if tells else pytest.raises(ConfigError, match=r"sleep mode before vLLM 0\.33, .*leave out"):
+            refuse_unsupported(config, kv_cache_config())
+
+
+@pytest.mark.skipif(
+    not hasattr(KVOutputAggregator, "ft_defer_kv_connector_outputs"), reason="vLLM before 0.33 loses them"
+)
+def test_outputs_that_are_salvaged(engines):
+    """If a step fails after its results were asked for, vLLM reports these with the next step; the request goes on, once."""
+    producer, consumer = (engines(f"kv_{role}", role[0], agent="inproc") for role in ("producer", "consumer"))
+    consumer.add("d", prompt_of(300), handed_over(producer, "p", prompt_of(300)), max_tokens=4)
+    aggregator, failed = KVOutputAggregator.from_connector(consumer.worker, 1), []
+
+    def salvaged(reported):
+        if reported.finished_recving and not failed:
+            failed.append(reported)
+            aggregator.ft_defer_kv_connector_outputs(failed)
+            return KVConnectorOutput()
+        joined = aggregator.aggregate([ModelRunnerOutput([], {}, kv_connector_output=reported)])
+        return joined.kv_connector_output or KVConnectorOutput()
+
+    consumer.after_step = salvaged
+    drain(consumer, producer)
+    assert failed and consumer.answers["d"].tokens == expected(prompt_of(300), 4)
+
+
+def test_vllm_wants_fewer_tokens_than_it_was_told_of(engines):
+    """If vLLM took only some of the tokens that it was told of, other ones would be loaded: the load fails."""
+    producer, consumer = (engines(f"kv_{role}", role[0], agent="inproc") for role in ("producer", "consumer"))
+    asked = consumer.scheduler.connector.get_num_new_matched_tokens
+
+    def fewer(*args):
+        found, later = asked(*args)
+        return (found - 32, True) if later else (found, later)
+
+    consumer.scheduler.connector.get_num_new_matched_tokens = fewer
+    consumer.add("d", prompt_of(300), handed_over(producer, "p", prompt_of(300)), max_tokens=4)
+    consumer.run()
+    drain(producer, consumer)
+    assert consumer.answers["d"].finish_reason == "error"
+    assert consumer.stats["hook_errors"] == {"update_state_after_alloc": 1}
 
 
 def test_sleep_while_kv_is_loaded():
