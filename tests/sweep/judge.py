@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tests.sweep.images import as_sent
 from tools.serve.client import Answer
 
 if TYPE_CHECKING:
     from tests.sweep.rows import Row
     from tools.serve.pair import VllmServer
 
-__all__ = ["Case", "Outcome", "Question", "cases_of", "draft_step", "judge"]
+__all__ = ["Case", "Outcome", "Question", "cases_of", "judge", "send", "total"]
 
 Question = Callable[[str, Sequence[int]], "tuple[int, ...] | None"]
 """Right tokens of a prompt in the case of this name; None: any."""
@@ -27,7 +28,6 @@ _FREE_S = 45.0
 _SPECIAL_TOKENS = 5
 _BYTES = ("vllm:kvxfer_transfer_bytes_sum", "vllm:nixl_bytes_transferred_sum")
 _DEFECTS = ("vllm:kvxfer_internal_errors_total", "vllm:kvxfer_hook_errors_total")
-_DRAFTS = ("vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_drafts_total")
 _LONGEST = 1500
 # Chunks of Llama 4 are as long.
 _WINDOW = 128
@@ -57,7 +57,7 @@ class Outcome:
         as_one_server, compared: number of cases with the tokens of one server, where those do not decide, of so many.
         nbytes: of the prompts that were sent one at a time.
         growth_nbytes: for each further token of the longest prompt.
-        step_tokens: mean number of tokens that a step with drafts yields, of the pair and of one server.
+        step_tokens: mean number of tokens that a step with a guess yields, of the pair and of one server.
         preemptions: of the prefill server and the decode server.
         left: blocks that were in use at the end.
         wrong_cases: cases whose answers were not right, or moved nothing.
@@ -91,7 +91,8 @@ def cases_of(row: Row, *, quick: bool = False) -> list[Case]:
         return tuple(chooser.randrange(_SPECIAL_TOKENS, row.recipe.vocabulary) for _ in range(num_tokens))
 
     if row.crowd:
-        return [Case("crowd", tuple(prompt(200 + 17 * i) for i in range(row.crowd)), alone=False)]
+        # Short beside their answers, so that those who were admitted together do not fit together at their ends.
+        return [Case("crowd", tuple(prompt(60 + 17 * i) for i in range(row.crowd)), alone=False)]
     window = row.recipe.window_tokens or _WINDOW
     lengths = {window + 31} if quick else {1, 95, 96, 97, window - 1, window, window + 1, window + 31}
     lengths |= {_several_windows(row), _LONGEST}
@@ -123,7 +124,6 @@ def judge(
     trial = _Trial(row, prefill, decode, right, outcome)
     try:
         trial.warm_up(cases[0])
-        drafts = draft_step(decode)
         preempted = trial.preemptions()
         grown: list[tuple[int, int]] = []
         for way, case in ((way, case) for way in (("pull", "push") if push else ("pull",)) for case in cases):
@@ -135,11 +135,10 @@ def judge(
                 if not case.held:
                     grown.append((len(case.prompts[0]), moved))
         outcome.growth_nbytes = _growth(grown)
-        outcome.step_tokens = (draft_step(decode, drafts)[0], 0.0)
         before, now = preempted, trial.preemptions()
         outcome.preemptions = (now[0] - before[0], now[1] - before[1])
         outcome.left = sum(server.wait_no_blocks_in_use(_FREE_S) for server in (prefill, decode))
-        defects = sum(sum(_total(server, *_DEFECTS)) for server in (prefill, decode))
+        defects = sum(sum(total(server, *_DEFECTS)) for server in (prefill, decode))
     except OSError as error:
         outcome.wrong_cases.append(f"{trial.doing}: {' '.join(str(error).split()[:12])}")
         defects = 0
@@ -158,7 +157,7 @@ class _Trial:
     def warm_up(self, case: Case) -> None:
         """Send one prompt until it is answered, because on a busy machine the first handshake may be late."""
         for _ in range(_HANDSHAKES):
-            if _send(self._row, "pull", self._prefill, self._decode, case.prompts[0]).ok:
+            if send(self._row, "pull", self._prefill, self._decode, case.prompts[0]).ok:
                 break
 
     def run(self, way: str, case: Case) -> int:
@@ -169,12 +168,12 @@ class _Trial:
             prefill.reset_prefix_cache()
             decode.reset_prefix_cache()
         if case.held:
-            _check(decode.ask(case.prompts[0][: case.held], max_tokens=1, timeout_s=_TIMEOUT_S))
+            _check(decode.ask(as_sent(row, case.prompts[0][: case.held]), max_tokens=1, timeout_s=_TIMEOUT_S))
         before = _moved(decode)
         busy = [[*prompt[:150]] for prompt in case.prompts[: row.busy_prefill]]
         with ThreadPoolExecutor(len(case.prompts) + len(busy)) as pool:
             own = [pool.submit(prefill.ask, prompt, max_tokens=400, timeout_s=_TIMEOUT_S) for prompt in busy]
-            answers = list(pool.map(partial(_send, row, way, prefill, decode), case.prompts))
+            answers = list(pool.map(partial(send, row, way, prefill, decode), case.prompts))
             for each in own:
                 _check(each.result())
         for prompt, answer in zip(case.prompts, answers, strict=True):
@@ -198,29 +197,28 @@ class _Trial:
     def preemptions(self) -> tuple[int, int]:
         """Preemptions so far, of both servers."""
         names = ("vllm:num_preemptions_total",)
-        return int(_total(self._prefill, *names)[0]), int(_total(self._decode, *names)[0])
+        return int(total(self._prefill, *names)[0]), int(total(self._decode, *names)[0])
 
 
-def draft_step(server: VllmServer, since: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> tuple[float, float, float]:
-    """Mean number of tokens of a step with drafts, 1.0 if there was none; then drafts accepted, and steps, in all."""
-    accepted, made = _total(server, *_DRAFTS)
-    steps = made - since[2]
-    return 1 + (accepted - since[1]) / max(steps, 1.0), accepted, made
+def send(
+    row: Row, way: str, prefill: VllmServer, decode: VllmServer, prompt: Sequence[int], num_tokens: int = 0
+) -> Answer:
+    """Send both requests of a prompt as a router does: one after the other (pull), or at once (push).
 
-
-def _send(row: Row, way: str, prefill: VllmServer, decode: VllmServer, prompt: Sequence[int]) -> Answer:
-    """Send both requests of a prompt as a router does: one after the other (pull), or at once (push)."""
+    ``num_tokens``: length of the answer, if it is not the row's.
+    """
     request: dict[str, Any] = {"timeout_s": _TIMEOUT_S, **dict(row.request)}
-    ask = partial(decode.ask, list(prompt), max_tokens=row.num_answer_tokens, **request)
+    sent = as_sent(row, prompt)
+    ask = partial(decode.ask, sent, max_tokens=num_tokens or row.num_answer_tokens, **request)
     try:
         if way == "push":
             key = uuid.uuid4().hex
             with ThreadPoolExecutor(1) as pool:
-                prefilled = pool.submit(prefill.prefill, list(prompt), transfer_id=key, **request)
+                prefilled = pool.submit(prefill.prefill, sent, transfer_id=key, **request)
                 answer = ask(kv_transfer_params=prefill.rendezvous_params(key))
                 first = prefilled.result()
             return answer if first.ok else first
-        first = prefill.prefill(list(prompt), **request)
+        first = prefill.prefill(sent, **request)
         return ask(kv_transfer_params=first.kv_transfer_params) if first.ok else first
     except OSError as error:
         return Answer(0, str(error), broken=True)
@@ -235,6 +233,8 @@ def _conclude(row: Row, outcome: Outcome, defects: float) -> None:
         outcome.verdict, outcome.why = "fails", f"{defects:.0f} internal errors"
     elif outcome.left:
         outcome.verdict, outcome.why = "fails", f"{outcome.left:.0f} blocks are still in use after {_FREE_S:.0f} s"
+    elif row.crowd and not outcome.preemptions[0 if row.busy_prefill else 1]:
+        outcome.verdict, outcome.why = "fails", "nothing was preempted"
     elif row.growing_nbytes is not None and outcome.growth_nbytes > row.growing_nbytes + _slack_nbytes(row):
         outcome.why = (
             f"{outcome.growth_nbytes:.0f} bytes for each token of a long prompt instead of {row.growing_nbytes}"
@@ -263,9 +263,10 @@ def _check(answer: Answer) -> None:
 def _moved(decode: VllmServer) -> float:
     # Counters of a connector appear with the next step.
     _check(decode.ask([7, 8, 9], max_tokens=1, timeout_s=_TIMEOUT_S))
-    return sum(_total(decode, *_BYTES))
+    return sum(total(decode, *_BYTES))
 
 
-def _total(server: VllmServer, *names: str) -> list[float]:
+def total(server: VllmServer, *names: str) -> list[float]:
+    """Sum of the samples of each of these metrics."""
     samples = server.metrics()
     return [sum(sample.value for sample in samples if sample.name == name) for name in names]

@@ -29,6 +29,7 @@ _GEMMA4_SHARED = replace(
 _LLAMA4 = replace(SMALL, name="kvxfer-llama4", architecture="llama4")
 _DEEPSEEK = replace(SMALL, name="kvxfer-deepseek", architecture="deepseek")
 _GRANITE4 = replace(SMALL, name="kvxfer-granite4", architecture="granite4")
+_BLIP2 = replace(SMALL, name="kvxfer-blip2", architecture="blip2")
 _JAMBA = replace(SMALL, name="kvxfer-jamba", architecture="jamba")
 
 
@@ -55,7 +56,8 @@ class Row:
         request: more options of each request.
         crowd: requests at once, with long answers, so that a server of few blocks preempts some; 0: one at a time.
         busy_prefill: prefill has long answers of its own to give meanwhile.
-        drafts: drafts are counted, and the mean number of tokens of a step compared.
+        drafts: the mean number of tokens of a step with a guess is measured and compared.
+        images: each request has an image.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Row:
     crowd: int = 0
     busy_prefill: int = 0
     drafts: bool = False
+    images: bool = False
 
 
 def _both(*arguments: str, **settings: Any) -> dict[str, Any]:
@@ -95,14 +98,15 @@ _ONE_MANAGER = Side(arguments=("--disable-hybrid-kv-cache-manager",))
 _NO_CACHE = ("--no-enable-prefix-caching",)
 _CHUNKS = ("--max-num-batched-tokens", "128", "--enable-chunked-prefill", "--max-num-seqs", "16")
 _NGRAM = _drafts(method="ngram", prompt_lookup_max=4, prompt_lookup_min=2)
-# Of random tokens no draft from earlier ones would ever be right.
+# What a model with random weights answers never repeats itself, so no guess from earlier tokens would ever be right: of 192
+# tokens none was accepted.
 _FEW_TOKENS = (("allowed_token_ids", (10, 11, 12)),)
 _SUFFIX = _drafts(method="suffix")
 
 
 def _options(model: str, name: str, recipe: ModelRecipe, few_blocks: int) -> list[Row]:
     """Rows of the options that a model with one kind of layers and one with several are both tried with."""
-    some = 48
+    some, many = 48, 128
     plain = Row(f"{name}/plain", model, "", recipe, num_answer_tokens=16)
     # Neighbours share servers: first those with the usual decode server, then those with the usual prefill server.
     return [
@@ -120,7 +124,7 @@ def _options(model: str, name: str, recipe: ModelRecipe, few_blocks: int) -> lis
             name=f"{name}/preempt-prefill",
             option="preemption at prefill",
             prefill=Side(num_blocks=few_blocks, arguments=_CHUNKS),
-            num_answer_tokens=some,
+            num_answer_tokens=many,
             crowd=10,
             busy_prefill=4,
         ),
@@ -131,13 +135,13 @@ def _options(model: str, name: str, recipe: ModelRecipe, few_blocks: int) -> lis
             name=f"{name}/preempt-decode",
             option="preemption at decode",
             decode=Side(num_blocks=few_blocks, arguments=_CHUNKS),
-            num_answer_tokens=some,
+            num_answer_tokens=many,
             crowd=10,
         ),
         replace(
             plain,
             name=f"{name}/ngram",
-            option="n-gram drafts at decode",
+            option="n-gram drafts at decode; answers of 3 token ids",
             decode=Side(arguments=_NGRAM),
             reference=_NGRAM,
             num_answer_tokens=some,
@@ -173,7 +177,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "llama/suffix",
         "Llama",
-        "suffix drafts on both",
+        "suffix drafts on both; answers of 3 token ids",
         _LLAMA,
         **_both(*_SUFFIX, num_answer_tokens=48, drafts=True, request=_FEW_TOKENS),
     ),
@@ -208,7 +212,7 @@ ROWS: tuple[Row, ...] = (
         HYBRID,
         decode=_ONE_MANAGER,
     ),
-    *_options("Gemma 3 (windows and full)", "gemma3", HYBRID, 250),
+    *_options("Gemma 3 (windows and full)", "gemma3", HYBRID, 130),
     Row("windows/plain", "Windows only (as Mistral 7B)", "", _WINDOWS, growing_nbytes=0),
     Row("gpt-oss/plain", "gpt-oss (windows, sinks, experts)", "", _GPT_OSS, growing_nbytes=2 * _TOKEN_NBYTES),
     Row("llama4/plain", "Llama 4 (chunks and full)", "", _LLAMA4, growing_nbytes=_TOKEN_NBYTES),
@@ -216,6 +220,7 @@ ROWS: tuple[Row, ...] = (
     Row("gemma4-shared/plain", "Gemma 4 with shared KV", "", _GEMMA4_SHARED, growing_nbytes=2 * _TOKEN_NBYTES),
     Row("deepseek/plain", "DeepSeek V3 (latent)", "", _DEEPSEEK, peer_decides=True),
     Row("qwen3-next/plain", "Qwen3-Next (states and full)", "", STATES, peer_decides=True),
+    Row("blip2/plain", "BLIP-2 (an image in each request)", "", _BLIP2, images=True),
     Row("granite4/plain", "Granite 4 (Mamba 2 and full)", "", _GRANITE4),
     Row("jamba/plain", "Jamba (Mamba 1 and full)", "", _JAMBA),
 )

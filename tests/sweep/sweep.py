@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import KvxferError
+from tests.sweep.acceptance import tokens_of_a_step, tokens_of_a_step_of_pair
 from tests.sweep.drafts import make_eagle
 from tests.sweep.forked import ForkedServer, import_vllm
-from tests.sweep.judge import Case, Outcome, Question, cases_of, draft_step, judge
+from tests.sweep.images import as_sent
+from tests.sweep.judge import Case, Outcome, Question, cases_of, judge
 from tests.sweep.reason import DIED, reason
 from tests.sweep.rows import CONNECTORS, ROWS, Row, Side
 from tests.sweep.table import RESULTS, read_results, write_docs
@@ -138,7 +140,7 @@ class Sweep:
                 )
             outcomes[connector] = outcome
         if row.drafts:
-            self._compare_drafts(row, plain, cases, outcomes)
+            self._compare_drafts(row, plain, outcomes)
         return outcomes
 
     def _make_models(self, row: Row) -> dict[str, str]:
@@ -170,7 +172,7 @@ class Sweep:
         if key not in self._right:
             (server,) = self.servers.get(plain)
             server.reset_prefix_cache()
-            answer = server.ask(list(prompt), max_tokens=row.num_answer_tokens, **dict(row.request))
+            answer = server.ask(as_sent(row, prompt), max_tokens=row.num_answer_tokens, **dict(row.request))
             if not answer.ok:
                 raise ConnectionError(reason(server.log_text()))
             self._right[key] = answer.tokens
@@ -186,6 +188,8 @@ class Sweep:
         except ServerStartError as error:
             return Outcome("refused", why=reason(str(error)))
         outcome = judge(row, cases, prefill, decode, right, push=connector == CONNECTORS[0])
+        if row.drafts and outcome.verdict == "served":
+            outcome.step_tokens = (tokens_of_a_step_of_pair(row, prefill, decode), 0.0)
         died = [server.log_text() for server in (decode, prefill) if DIED in server.log_text()]
         if died:
             outcome.verdict = "fails"
@@ -201,21 +205,16 @@ class Sweep:
             self.servers.drop(prefill, decode)
         return outcome
 
-    def _compare_drafts(self, row: Row, plain: ServerSettings, cases: list[Case], outcomes: dict[str, Outcome]) -> None:
-        """Compare the mean number of tokens of a step with that of one server, asked the same."""
+    def _compare_drafts(self, row: Row, plain: ServerSettings, outcomes: dict[str, Outcome]) -> None:
+        """Compare the mean number of tokens of a step with that of one server."""
         (server,) = self.servers.get(plain)
-        before = draft_step(server)
-        for case in cases:
-            for prompt in case.prompts:
-                server.reset_prefix_cache()
-                server.ask(list(prompt), max_tokens=row.num_answer_tokens, **dict(row.request))
-        alone = draft_step(server, before)[0]
+        alone = tokens_of_a_step(row, server)
         for outcome in outcomes.values():
             paired = outcome.step_tokens[0]
             outcome.step_tokens = (paired, alone)
             if outcome.verdict == "served" and abs(paired / alone - 1) > _NEARLY:
                 outcome.verdict = "fails"
-                outcome.why = f"a step with drafts yields {paired:.2f} tokens, of one server {alone:.2f}"
+                outcome.why = f"a step with a guess yields {paired:.2f} tokens, of one server {alone:.2f}"
 
 
 def _tokens_of_peer(peer: Outcome, name: str, prompt: Sequence[int]) -> tuple[int, ...] | None:

@@ -16,11 +16,18 @@ __all__ = ["ARCHITECTURES", "Architecture"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of transformers' two classes, and settings of the configuration; a recipe's own settings go over them."""
+    """Names of transformers' two classes, and settings of the configuration; a recipe's own settings go over them.
+
+    ``around`` is the configuration of a model that takes more than text: its class, and its settings beside the configuration of
+    the text model; its checkpoint has the ``special_tokens`` and JSON ``files`` as well.
+    """
 
     config: str
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    around: tuple[str, Mapping[str, Any]] | None = None
+    special_tokens: tuple[str, ...] = ()
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def make(self, recipe: ModelRecipe, **tokens: int) -> Any:
         """Make the model in the present random state; ``tokens`` are ids of special tokens."""
@@ -41,11 +48,23 @@ class Architecture:
         }
         make_config: Any = getattr(transformers, self.config)
         make_model: Any = getattr(transformers, self.model)
-        return make_model(make_config(**{**sizes, **tokens, **self.settings, **recipe.settings}))
+        config = make_config(**{**sizes, **tokens, **self.settings, **recipe.settings})
+        if self.around:
+            name, settings = self.around
+            config = getattr(transformers, name)(text_config=config, **settings)
+        return make_model(config)
 
 
 # All experts are used, so that no token depends on a close choice.
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
+
+_TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
 
 #: By the name that a recipe gives.
 ARCHITECTURES = {
@@ -96,6 +115,29 @@ ARCHITECTURES = {
             "linear_num_value_heads": 2,
             "linear_key_head_dim": 128,  # vLLM's kernels know no other on CPUs
             "linear_value_head_dim": 128,
+        },
+    ),
+    # Others that take images want torchvision.
+    "blip2": Architecture(
+        "LlamaConfig",
+        "Blip2ForConditionalGeneration",
+        around=(
+            "Blip2Config",
+            {
+                "vision_config": {**_TOWER, "image_size": 56, "patch_size": 14},
+                "qformer_config": {**_TOWER, "vocab_size": 32, "encoder_hidden_size": 64},
+                "num_query_tokens": 64,
+                "image_token_index": 5,
+                "tie_word_embeddings": False,
+            },
+        ),
+        special_tokens=("<image>",),
+        files={
+            "preprocessor_config.json": {
+                "image_processor_type": "BlipImageProcessor",
+                "size": {"height": 56, "width": 56},
+            },
+            "processor_config.json": {"processor_class": "Blip2Processor", "num_query_tokens": 64},
         },
     ),
     "jamba": Architecture(

@@ -29,7 +29,7 @@ PREFILL_PARAMS: dict[str, Any] = {
 }
 
 #: A completion's prompt (text or token ids), or the messages of a chat.
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, str]]"
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
 
 
 @dataclass(frozen=True)

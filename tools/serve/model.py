@@ -170,12 +170,13 @@ def make_model(recipe: ModelRecipe = SMALL, folder: Path | None = None) -> Path:
 def _write_tokenizer(recipe: ModelRecipe, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415 - heavy, and only here
 
+    architecture = ARCHITECTURES[recipe.architecture]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocabulary,
-        special_tokens=list(_SPECIAL_TOKENS),
+        special_tokens=[*_SPECIAL_TOKENS, *architecture.special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -193,6 +194,8 @@ def _write_tokenizer(recipe: ModelRecipe, folder: Path) -> None:
             "chat_template": _CHAT_TEMPLATE,
         },
     )
+    for name, content in architecture.files.items():
+        _write_json(folder / name, dict(content))
 
 
 def _write_weights(recipe: ModelRecipe, folder: Path) -> None:
