@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +24,11 @@ _OPEN_FILES = 1024
 def import_vllm() -> None:
     """Import what a server needs, with settings that are read only then. Starts no thread."""
     os.environ.update(SERVER_ENVIRONMENT)
+    if importlib.util.find_spec("pycountry") is None:
+        # transformers asks each processor of images whether its tokenizer is Mistral's, whose module wants this one's lists.
+        countries: Any = types.ModuleType("pycountry")
+        countries.languages = countries.language_families = []
+        sys.modules["pycountry"] = countries
     import vllm.entrypoints.launchers.api_server.entry
     import vllm.v1.engine.async_llm
     import vllm.v1.engine.core
