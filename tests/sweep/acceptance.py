@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["tokens_of_a_step", "tokens_of_a_step_of_pair"]
 
 _ACCEPTED_AND_STEPS = ("vllm:spec_decode_num_accepted_tokens_total", "vllm:spec_decode_num_drafts_total")
-_LENGTHS = (40, 130, 260, 410, 700, 1000)
+_LENGTHS = (130, 410, 1000)
 _ANSWER_TOKENS = 192
 _LEAST_TOKEN = 5
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.sweep.rows import Row
     from tools.serve.pair import VllmServer
 
-__all__ = ["Case", "Outcome", "Question", "cases_of", "judge", "send", "total"]
+__all__ = ["Case", "Outcome", "Question", "cases_of", "conclude", "judge", "send", "total"]
 
 Question = Callable[[str, Sequence[int]], "tuple[int, ...] | None"]
 """Right tokens of a prompt in the case of this name; None: any."""
@@ -142,7 +142,7 @@ def judge(
     except OSError as error:
         outcome.wrong_cases.append(f"{trial.doing}: {' '.join(str(error).split()[:12])}")
         defects = 0
-    _conclude(row, outcome, defects)
+    conclude(row, outcome, defects)
     return outcome
 
 
@@ -224,7 +224,8 @@ def send(
         return Answer(0, str(error), broken=True)
 
 
-def _conclude(row: Row, outcome: Outcome, defects: float) -> None:
+def conclude(row: Row, outcome: Outcome, defects: float) -> None:
+    """Give the verdict on what was counted."""
     if outcome.wrong_cases:
         others = any("other tokens" in each for each in outcome.wrong_cases)
         outcome.verdict = "wrong" if others else "fails"

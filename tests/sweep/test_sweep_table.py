@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from tests.sweep.judge import Outcome, cases_of
+from types import SimpleNamespace
+
+from tests.sweep.acceptance import tokens_of_a_step
+from tests.sweep.judge import Outcome, cases_of, conclude
 from tests.sweep.reason import reason
 from tests.sweep.rows import CONNECTORS, ROWS
 from tests.sweep.table import cells_of, table, written_table
+from tools.serve.client import Answer, MetricSample
 
 
 def test_docs_have_a_row_for_each_row_of_the_sweep():
@@ -61,3 +65,44 @@ def test_the_reason_of_an_engine_that_died():
         )
     )
     assert reason(log) == "AssertionError: assert len(local) == len(remote)"
+
+
+class Drafting:
+    """A server that accepts two of three guesses, and counts an empty guess in the first step of an answer."""
+
+    def __init__(self) -> None:
+        self.steps = self.accepted = 0
+
+    def ask(self, prompt, *, max_tokens, **_):
+        steps = (max_tokens - 1) // 3
+        self.steps += steps + (len(prompt) > 3)
+        self.accepted += 2 * steps
+        return Answer(200, "")
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def metrics(self):
+        counted = {"num_accepted_tokens": self.accepted, "num_drafts": self.steps}
+        return [MetricSample(f"vllm:spec_decode_{name}_total", {}, value) for name, value in counted.items()]
+
+
+def test_empty_guesses_after_a_load_are_no_guesses():
+    """A pair whose guesses are as good as one server's has its number of tokens of a step."""
+    row = SimpleNamespace(recipe=ROWS[0].recipe, request=())
+    assert tokens_of_a_step(row, Drafting()) == 3
+
+
+def test_a_row_with_preemption_fails_if_nothing_was_preempted():
+    """Each side is looked at where its row wants preemption."""
+    rows = {row.name: row for row in ROWS}
+    for name, preemptions, verdict in (
+        ("llama/preempt-prefill", (1, 0), "served"),
+        ("llama/preempt-prefill", (0, 1), "fails"),
+        ("llama/preempt-decode", (0, 1), "served"),
+        ("llama/preempt-decode", (1, 0), "fails"),
+        ("llama/plain", (0, 0), "served"),
+    ):
+        outcome = Outcome(preemptions=preemptions)
+        conclude(rows[name], outcome, 0)
+        assert outcome.verdict == verdict, name
