@@ -6,7 +6,8 @@
 .PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
-DEMO := .venv/demo/bin/python
+DEMO_ENV := $(if $(findstring mooncake,$(ARGS)),mooncake,demo)
+DEMO := .venv/$(DEMO_ENV)/bin/python
 FULL := .venv/full/bin/python
 FUZZ := .venv/fuzz/bin/python
 XLA := .venv/xla/bin/python
@@ -78,7 +79,7 @@ clean: ## Remove what was made here: environments, caches, builds
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 demo-env:
-	@$(BOOTSTRAP) demo
+	@$(BOOTSTRAP) $(DEMO_ENV)
 
 full-env:
 	@$(BOOTSTRAP) full

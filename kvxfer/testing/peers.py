@@ -104,6 +104,11 @@ class RemotePeer(ABC):
         """Call `Actor.close`; the peer itself goes on."""
         self.call("close")
 
+    def renew(self, name: str) -> None:
+        """Close the agent and make another one in the same thread; all memory is forgotten."""
+        self.call("renew", name)
+        self.name = name
+
     @abstractmethod
     def stall(self) -> None:
         """Stop all work until `resume`."""
@@ -229,11 +234,6 @@ class ProcessPeer(RemotePeer):
     def resume(self) -> None:
         """End of `stall` (SIGCONT)."""
         self._child.thaw()
-
-    def renew(self, name: str) -> None:
-        """Close the agent and make another one in the same process; all memory is forgotten."""
-        self.call("renew", name)
-        self.name = name
 
     def kill(self) -> None:
         """Kill the process (SIGKILL), also while it is stalled. Returns when it is dead."""

@@ -6,6 +6,7 @@ White-box: what is wrong is often what the base class keeps for itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -13,6 +14,8 @@ import threading
 import time
 from dataclasses import replace
 from typing import ClassVar
+
+import msgspec
 
 from kvxfer.agents.capabilities import Op, Reach
 from kvxfer.agents.inproc import InprocAgent
@@ -245,6 +248,71 @@ class FailsLongLists(InprocAgent):
         if len(spans) > 4096:
             raise _TooLongError("too many")
         super()._submit(op, peer, spans, local, remote)
+
+
+class JamsWhenItIsFlooded(_Delayed):
+    """Takes eight lists at a time, and after more of them nothing at all."""
+
+    delay_s = 0.2
+    running, jammed = 0, False
+
+    def _submit(self, op, peer, spans, local, remote):
+        self.running += 1
+        self.jammed = self.jammed or self.running > 8
+        if self.jammed:
+            raise _TooLongError("the queue has overflown")
+        return super()._submit(op, peer, spans, local, remote)
+
+    def _release(self, handle):
+        self.running -= 1
+
+
+class AppliesLongWritesLate(InprocAgent):
+    """Reports a long WRITE as done while it is on its way, so that a cell written after it gets there first."""
+
+    def _submit(self, op, peer, spans, local, remote):
+        if op is Op.READ or spans.total_nbytes < 4096:
+            super()._submit(op, peer, spans, local, remote)
+            return
+        submit = super()._submit
+        threading.Timer(0.2, submit, (op, peer, spans, local, remote)).start()
+
+
+class KnowsPeersByTheirThread(InprocAgent):
+    """Takes an agent for the one before it at the same address."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self._address, self._first = threading.get_ident(), {}
+
+    def _describe(self):
+        return f"{self.name} {self._address}".encode()
+
+    def _connect(self, name, native):
+        told, _, address = native.decode().partition(" ")
+        first = self._first.setdefault(address, told)
+        return super()._connect(first, first.encode())
+
+
+class WaitsForNewPeers(SocketAgent):
+    """Holds up everything until a new peer has answered."""
+
+    def _submit(self, op, peer, spans, local, remote):
+        met = self.__dict__.setdefault("met", set())
+        if peer.name not in met:
+            met.add(peer.name)
+            request = msgspec.msgpack.encode((peer.name, Op.READ, []))
+            with socket.create_connection((peer.host, peer.port)) as first, contextlib.suppress(TimeoutError):
+                first.settimeout(11.0)
+                first.sendall(len(request).to_bytes(4, "big") + request)
+                first.recv(1)
+        return super()._submit(op, peer, spans, local, remote)
+
+
+class ClosesWithTheInterpretersLock(InprocAgent):
+    def _close(self):
+        ctypes.PyDLL(None).usleep(400_000)
+        super()._close()
 
 
 class IsDoneBeforeTheWriteIsApplied(SocketAgent):

@@ -67,7 +67,7 @@ def test_control_on_loopback_means_fabric_on_loopback(started, agent):
     """An endpoint that listens on loopback, as by default, has no port open on any other address, however its agent is made."""
     found = started(agent=agent)
     assert found["fabric"], "UCX opens no port at all: the test sees nothing"
-    assert {address for address, _ in found["fabric"]} == {"127.0.0.1"}
+    assert {address for address, *_ in found["fabric"]} == {"127.0.0.1"}
     assert found["said"] == []
 
 
@@ -77,7 +77,7 @@ def test_what_is_open_to_others_is_told_once(started):
     found = started(**OPEN)
     (warning,) = found["said"]
     assert warning[:2] == ["kvxfer.nixl", "WARNING"]
-    ports = [number for address, number in found["fabric"] if address == other]
+    ports = [number for address, number, _ in found["fabric"] if address == other]
     assert ports
     assert all(f"{other}:{number}" in warning[2] for number in ports)
     assert "127.0.0.1" not in warning[2]
@@ -88,7 +88,7 @@ def test_an_agent_on_loopback_behind_an_open_control_address_is_told(started):
     """If other machines may ask for KV and cannot read it, because the agent is on loopback only, the start logs that."""
     _other_address()
     found = started(agent="by hand", **OPEN)
-    assert {address for address, _ in found["fabric"]} == {"127.0.0.1"}
+    assert {address for address, *_ in found["fabric"]} == {"127.0.0.1"}
     (warning,) = found["said"]
     assert "loopback_only" in warning[2]
 
@@ -97,9 +97,9 @@ def test_the_operator_is_obeyed(started):
     """Devices that are named by UCX_NET_DEVICES or engine_config are used, whatever the control address."""
     other = _other_address()
     config = {"agent_options": {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=all"}}}}
-    assert other in {address for address, _ in started(**config)["fabric"]}
+    assert other in {address for address, *_ in started(**config)["fabric"]}
     found = started({"UCX_NET_DEVICES": "lo"}, **OPEN)
-    assert {address for address, _ in found["fabric"]} == {"127.0.0.1"}
+    assert {address for address, *_ in found["fabric"]} == {"127.0.0.1"}
 
 
 def test_ports_can_be_fixed():
@@ -147,6 +147,6 @@ def test_open_ports_are_this_process_s():
         except OSError:
             pass  # no IPv6 here
         found = open_ports() - before
-        assert {tuple(port) for port in found} == expected
+        assert {(port.address, port.number) for port in found} == expected
         assert all(port.on_loopback for port in found)
     assert not open_ports() - before

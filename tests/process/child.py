@@ -52,7 +52,7 @@ class Engine:
         cache = KVCache.from_layers(self.layers, block_tokens=16)
         return Endpoint(
             cache,
-            "nixl",
+            self.options.get("agent", "nixl"),
             bind=bind,
             settings=settings,
             agent_options=options,

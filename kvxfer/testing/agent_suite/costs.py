@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from kvxfer.testing.agent_suite.testbed import Testbed
 
 _CYCLES = 10
+_CLOSES = 5
+_STILL_S = 0.25
 _IDLE_S = 1.0
 _IDLE_CORES = 0.25
 """Generous: an engine that spins takes 1.0."""
@@ -50,6 +53,13 @@ class CostTests:
         assert not others, f"declares loopback_only and listens on {', '.join(others)}"
 
     @final
+    def test_close_lets_other_threads_run(self, testbed: Testbed) -> None:
+        """The other threads of the process go on while an agent that has moved bytes is closed: a step of the engine waits for them."""
+        still = sorted(_stands_still_s(testbed) for _ in range(_CLOSES))
+        # The median: on a busy machine a thread waits for a core as well.
+        assert still[_CLOSES // 2] < _STILL_S, f"another thread stood still for {still} s while agents were closed"
+
+    @final
     def test_nothing_is_left_behind(self, testbed: Testbed) -> None:
         """Making, using and closing agents over and over leaves neither threads nor file descriptors behind."""
         if not Path("/proc/self/fd").is_dir():
@@ -73,6 +83,26 @@ class CostTests:
             what=f"threads and descriptors are back near {before} after {_CYCLES} agents (now {_threads()}, "
             f"{_descriptors()}; threads {[thread.name for thread in threading.enumerate()]})",
         )
+
+
+def _stands_still_s(testbed: Testbed) -> float:
+    """Longest time for which a thread does not run while an agent is closed."""
+    pair = testbed.pair("thread", 16 * KIB)
+    pair.move(testbed.any_op(), pair.whole())
+    gaps, over = [0.0], threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            begin = time.monotonic()
+            time.sleep(0.001)
+            gaps.append(time.monotonic() - begin)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    pair.actor.close()
+    over.set()
+    thread.join()
+    return max(gaps)
 
 
 def _cycle(testbed: Testbed) -> None:

@@ -33,6 +33,9 @@ _SHORT_S = 0.4
 _SLACK_S = 15.0
 """Time that is allowed after the deadline: the machine may be busy, and an engine may copy within `submit`."""
 
+_FIRST_S = 10.0
+"""Longest time that transfers with others may take beside a first contact; an engine that waits for it takes a minute."""
+
 _DEATH_S = 15.0
 """Longest time until an adapter with ``detects_death`` notices a dead process; the deadline is minutes away then."""
 
@@ -134,6 +137,26 @@ class FailureTests:
         second = pair.wait(pair.actor.start(op, name, spans, testbed.patience_s))
         assert second.state is FlightState.DONE, second.error
         same_bytes(pair.actor.content(pair.local)[: 64 * KIB], other.content(remote))
+
+    @final
+    def test_peer_freezes_at_first_contact(self, testbed: Testbed) -> None:
+        """A process that freezes before the first transfer with it holds up no transfer with another one, and works when it resumes."""
+        op = testbed.any_op()
+        pair, newcomer = testbed.pair("process", 64 * KIB), testbed.process()
+        pair.move(op, pair.spans((0, 0, 100)))
+        far, near = newcomer.allocate(64 * KIB, testbed.seed()), pair.actor.allocate(64 * KIB, testbed.seed())
+        name = pair.actor.connect(newcomer.describe())
+        newcomer.stall()
+        begin = time.monotonic()
+        stuck = pair.actor.start(op, name, [(near.address, far.address, 64 * KIB)], 5 * _SHORT_S)
+        for _ in range(5):
+            pair.move(op, pair.whole())
+        took = time.monotonic() - begin
+        assert took < _FIRST_S, f"six transfers took {took:.1f} s beside a newcomer that stands still"
+        pair.wait(stuck)
+        newcomer.resume()
+        again = pair.wait(pair.actor.start(op, name, [(near.address, far.address, 64 * KIB)], testbed.patience_s))
+        assert again.state is FlightState.DONE, again.error
 
     @final
     @_places

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _places = pytest.mark.parametrize("place", PLACES)
 
+_SUCCESSORS = 5
+
 
 def _with(info: bytes, **fields: object) -> bytes:
     """A description with some fields replaced: the envelope is the base class's, ``native`` the adapter's own."""
@@ -170,6 +172,22 @@ class PeerTests:
         pair.actor.fill(pair.local, noise(pair.local.nbytes, 1234))
         pair.refresh()
         pair.move(op, pair.whole())
+
+    @final
+    @_places
+    def test_successor_at_the_same_address(self, testbed: Testbed, place: str) -> None:
+        """Agents that follow each other at one address, each under a name of its own, are served as what they are."""
+        testbed.need_reach(place)
+        actor, peer, op = testbed.actor(), testbed.peer(place), testbed.any_op()
+        near = actor.allocate(16 * KIB, testbed.seed())
+        for _ in range(_SUCCESSORS):
+            far = peer.allocate(16 * KIB, testbed.seed())
+            # The one before stays connected: a consumer learns late that its producer has ended.
+            name = actor.connect(peer.describe())
+            flight = actor.start(op, name, [(near.address, far.address, 16 * KIB)], testbed.patience_s)
+            assert actor.log.wait(flight, timeout_s=2 * testbed.patience_s).state is FlightState.DONE, flight.error
+            same_bytes(actor.content(near), peer.content(far))
+            peer.renew(unique_name("peer"))
 
     @final
     def test_own_description(self, testbed: Testbed) -> None:

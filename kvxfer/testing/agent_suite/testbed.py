@@ -202,6 +202,10 @@ class ConnectedPair:
         """Submit a transfer."""
         return self.actor.start(op, self.peer_name, spans, self.testbed.patience_s if timeout_s is None else timeout_s)
 
+    def start_steps(self, op: Op, *steps: Spans) -> Flight:
+        """Submit a transfer of several steps, each of which begins when the one before is complete."""
+        return self.actor.start(op, self.peer_name, steps[0], self.testbed.patience_s, *steps[1:])
+
     def wait(self, flight: Flight) -> Flight:
         """Poll until the flight was returned; fail if that takes longer than every deadline."""
         return self.actor.log.wait(flight, timeout_s=2 * self.testbed.patience_s)

@@ -13,7 +13,7 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.memory.spans import MemoryKind
 from kvxfer.testing.agent_suite.testbed import PLACES, scattered
 from kvxfer.testing.conformance import KIB, MIB
-from kvxfer.testing.oracle import same_bytes
+from kvxfer.testing.oracle import noise, same_bytes
 from kvxfer.testing.peers import ProcessPeer
 from kvxfer.testing.waiting import eventually, tries
 
@@ -28,6 +28,12 @@ _LONG_NBYTES = 48 * MIB
 _LONGEST_NBYTES = 512 * MIB
 _MANY_SPANS = 5_000
 _MOST_SPANS = 200_000
+
+_FLOOD_SPANS = 1_024
+_FLOOD_LISTS = 16
+
+_CELL_NBYTES = 16
+_TURNS = 6
 
 _STILL_S = 0.4
 """Long enough for a transfer that needs nothing of the peer but its memory."""
@@ -213,6 +219,43 @@ class TransferTests:
             assert pair.wait(flight).state is FlightState.DONE
             pair.expect(op, spans)
         pair.check()
+
+    @final
+    @_places
+    def test_flood(self, testbed: Testbed, place: str) -> None:
+        """Many long lists at once all arrive, and afterwards the peer is served as before: no queue of the engine overflows."""
+        op = testbed.any_op()
+        count = min(testbed.capabilities().max_descriptors or _FLOOD_SPANS, _FLOOD_SPANS)
+        pair = testbed.pair(place, 16 * count + KIB)
+        spans = pair.spans(*((16 * i + 3, 16 * i + 5, 9) for i in range(count)))
+        flights = [pair.start(op, spans) for _ in range(_FLOOD_LISTS)]
+        for flight in flights:
+            assert pair.wait(flight).state is FlightState.DONE, flight.error
+        pair.expect(op, spans)
+        pair.move(op, pair.whole())
+
+    @final
+    @_places
+    def test_writes_then_the_cell(self, testbed: Testbed, place: str) -> None:
+        """An owner writes data and then a cell into a peer's memory: where the cell is in place the data is, and DONE means both."""
+        testbed.need_op(Op.WRITE)
+        pair = testbed.pair(place, 2 * MIB)
+        near, far = pair.actor.allocate(_CELL_NBYTES, testbed.seed()), pair.peer.allocate(_CELL_NBYTES, testbed.seed())
+        pair.actor.connect(pair.peer.describe())
+        step = 64 * KIB
+        data = pair.spans(*((at, at, step - 64) for at in range(0, 2 * MIB, step)))
+        for turn in range(1, _TURNS + 1):
+            pair.actor.fill(pair.local, noise(pair.local.nbytes, testbed.seed()))
+            pair.actor.fill(near, bytes([turn]) * _CELL_NBYTES)
+            pair.refresh()
+            pair.expect(Op.WRITE, data)
+            flight = pair.start_steps(Op.WRITE, data, [(near.address, far.address, _CELL_NBYTES)])
+            while not flight.finished and pair.peer.content(far) != pair.actor.content(near):
+                pair.actor.log.poll()
+            if flight.state is not FlightState.FAILED:
+                pair.check()
+                assert pair.peer.content(far) == pair.actor.content(near), f"done in turn {turn}, and no cell"
+            assert pair.wait(flight).state is FlightState.DONE, flight.error
 
     @final
     @_places

@@ -12,7 +12,7 @@ import pytest
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import FlightState
 from kvxfer.agents.inproc import InprocAgent
-from kvxfer.errors import DescriptorError, RegistrationError, TransferTimeoutError
+from kvxfer.errors import DescriptorError, PeerLostError, RegistrationError, TransferFailedError, TransferTimeoutError
 from kvxfer.memory.spans import Descriptors, Memory
 from kvxfer.testing import Actor
 from kvxfer.testing.actor import descriptors
@@ -148,3 +148,45 @@ def test_a_bad_step_starts_nothing(meet, steps):
         here.agent.submit(Op.READ, here.peer(peer), *lists, deadline=time.monotonic() + 10)
     assert not hasattr(here.agent, "pieces")
     assert here.agent.poll() == []
+
+
+class _QuietlyLostError(PeerLostError):
+    quiet = True
+
+
+@pytest.mark.parametrize(
+    ("ending", "state"),
+    [
+        (_QuietlyLostError("the last piece has failed"), FlightState.FAILED),
+        (TransferFailedError("a piece has failed"), FlightState.QUARANTINED),
+        (OSError("vendor error 19"), FlightState.QUARANTINED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value.value,
+)
+def test_an_error_ends_a_quarantine_if_it_says_that_memory_is_quiet(meet, ending, state):
+    """A quarantined flight that fails ends if the error is quiet; after any other error only close ends it."""
+
+    class Stuck(InprocAgent):
+        capabilities = replace(InprocAgent.capabilities, quiet_on_abandon=False)
+        ended = False
+
+        def _poll(self, handle):
+            if self.ended:
+                raise ending
+            return False
+
+        def _abandon(self, handle):
+            return False
+
+    here, peer, local, remote = meet(Stuck)
+    flight = here.start(Op.READ, peer, [(local.address, remote.address, 10)], 60.0)
+    here.agent.now = lambda: flight.deadline
+    here.log.poll()
+    assert flight.state is FlightState.QUARANTINED
+    assert here.agent.quarantine_may_end
+    here.agent.ended = True
+    here.log.poll()
+    assert flight.state is state
+    assert isinstance(flight.error, TransferTimeoutError)
+    assert not here.agent.quarantine_may_end
+    assert here.agent.quarantined is (state is FlightState.QUARANTINED)
