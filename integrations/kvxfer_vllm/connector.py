@@ -37,6 +37,7 @@ from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
 from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
+from kvxfer_vllm.seams import watch_weights
 from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
 from kvxfer_vllm.states import StateLayout
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
@@ -126,6 +127,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._ports: Sequence[int] = ()
         self._handshake: KvxferHandshake | None = None
         if role is KVConnectorRole.SCHEDULER:
+            watch_weights()
             host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
             backoff = backoff_tokens(vllm_config, kv_cache_config)
             alike = not backoff and len(kv_cache_config.kv_cache_groups) == 1
@@ -226,6 +228,14 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
             logger.exception("Defect in reset_cache of KvxferConnector")
             return False
         return True
+
+    def weights_updated(self, version: str) -> None:
+        """See :meth:`KvxferScheduler.weights_updated`; called by `kvxfer_vllm.seams.watch_weights`. Never raises."""
+        try:
+            self.scheduler_half.weights_updated(version)
+        except Exception:
+            self.scheduler_half.stats.count("hook_errors", label="weights_updated")
+            logger.exception("Defect in weights_updated of KvxferConnector")
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         """See :meth:`set_xfer_handshake_metadata_pp_aware`; for the workers of a single pipeline stage."""

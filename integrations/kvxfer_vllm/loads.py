@@ -42,7 +42,7 @@ class LoadState(enum.Enum):
     FOLLOWING = enum.auto()
     """Another request loads the same lease."""
     LOST = enum.auto()
-    """The load that this request waited for has failed, or it must not be computed: vLLM is told of a failed load."""
+    """The load that this request waited for has failed: vLLM is told so."""
 
 
 @dataclass
@@ -108,12 +108,6 @@ class Loads:
                 self._used.popitem(last=False)
             if acquire:
                 orders.acquire.append(lease)
-
-    def refuse(self, request_id: str, lease: LeaseRef, orders: KvxferMetadata) -> None:
-        """Add a request that must not be computed here: it is treated as a failed load."""
-        self._loads[request_id] = _Load(lease, LoadState.LOST)
-        if not self.knows(lease.token):
-            orders.release.append(lease)
 
     def missing(self, request_id: str, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens that can be loaded beyond those found locally, and whether that takes more than this step; None: ask later."""

@@ -7,13 +7,13 @@ back to the router. So the first one has the lease, and those that end later ans
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.metadata import PartialPublishOrder
+from kvxfer_vllm.request_ids import sibling_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,14 +23,7 @@ if TYPE_CHECKING:
     from kvxfer_vllm.groups import GroupTable
     from kvxfer_vllm.metadata import KvxferMetadata
 
-_SIBLING = re.compile(r"([0-9]+)_(.+)", re.DOTALL)  # see vllm.v1.engine.parallel_sampling
 _PARENTS_REMEMBERED = 4096
-
-
-def sibling_of(request_id: str) -> tuple[int, str]:
-    """Number of a request among its siblings, and the id that they have in common; (0, the id) if it has none."""
-    found = _SIBLING.fullmatch(request_id)
-    return (int(found[1]), found[2]) if found else (0, request_id)
 
 
 @dataclass
@@ -112,6 +105,12 @@ class Prefills:
         """Remove a prefill and return its lease; None if there is no such prefill."""
         prefill = self._running.pop(request_id, None)
         return prefill.lease if prefill is not None else None
+
+    def end_all(self) -> list[LeaseRef]:
+        """Remove all prefills and return their leases."""
+        leases = [prefill.lease for prefill in self._running.values()]
+        self._running.clear()
+        return leases
 
     def scheduled(self, output: SchedulerOutput, orders: KvxferMetadata) -> None:
         """Order the blocks to be published that a step completes, of each prefill in it.

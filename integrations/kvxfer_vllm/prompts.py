@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvxfer_vllm.transfer_params import RefusalReason
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -27,6 +29,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.*", "new_embeddings.*")
 _NAMES_IN_CONFIG = ("base_model_name_or_path", "revision", "inference_mode")
 _PIECE_NBYTES = 1 << 22
+_MEDIA, _WEIGHTS = ".", "@"
 
 
 class TokenIdError(ValueError):
@@ -38,9 +41,13 @@ class PromptIdentity:
 
     Args:
         media_by_content: vLLM names images and other media after the request, so their tensors are hashed instead.
+
+    Attributes:
+        weights: version of this server's weights, as their trainer names it; empty for those of the checkpoint.
     """
 
     def __init__(self, *, media_by_content: bool = False) -> None:
+        self.weights = ""
         self._media_by_content = media_by_content
         self._adapters: dict[str, tuple[object, str]] = {}
         """State of the files and digest of each LoRA adapter, by path."""
@@ -53,7 +60,9 @@ class PromptIdentity:
         return cls(media_by_content=no_caches and not vllm_config.cache_config.enable_prefix_caching)
 
     def digest(self, request: Request, num_tokens: int) -> str:
-        """Digest of a request's first ``num_tokens`` tokens; with media two, divided by a dot, the second without.
+        """Digest of a request's first ``num_tokens`` tokens, see `judge`.
+
+        With media their number follows, and the digest without them; last comes that of the version of the weights.
 
         Raises:
             TokenIdError: a token id is not a whole number of 32 bits.
@@ -70,7 +79,10 @@ class PromptIdentity:
         }
         media = [self._medium(item) for item in request.mm_features if item.mm_position.offset < num_tokens]
         digest = prompt_digest(tokens, **context)
-        return f"{prompt_digest(tokens, media=media, **context)}.{digest}" if media else digest
+        if media:
+            digest = _MEDIA.join((prompt_digest(tokens, media=media, **context), str(len(media)), digest))
+        weights = hashlib.blake2b(self.weights.encode(), digest_size=16).hexdigest() if self.weights else ""
+        return f"{digest}{_WEIGHTS}{weights}" if weights else digest
 
     def _medium(self, item: MultiModalFeatureSpec) -> tuple[str, int]:
         """(name of the content, first token) of an image, a sound, ..."""
@@ -123,9 +135,25 @@ def prompt_digest(
     return digest.hexdigest()
 
 
-def lacks_media(lease_digest: str, digest: str) -> bool:
-    """Whether a lease is for the same prompt as ``digest``, but with media."""
-    return lease_digest.partition(".")[2] == digest
+def judge(lease_digest: str, digest: str) -> RefusalReason | None:
+    """Judge whether a lease has the KV of the prompt with this digest; None if it has.
+
+    A client may have changed the lease's digest, so it may have any form.
+    """
+    if lease_digest == digest:
+        return None
+    (theirs, _, their_weights), (ours, _, our_weights) = (each.partition(_WEIGHTS) for each in (lease_digest, digest))
+    (their_media, their_rest), (our_media, our_rest) = map(_media_of, (theirs, ours))
+    if their_rest == our_rest and their_media > our_media:
+        return RefusalReason.NO_MEDIA
+    return RefusalReason.OTHER_PROMPT if their_weights == our_weights else RefusalReason.OTHER_WEIGHTS
+
+
+def _media_of(digest: str) -> tuple[int, str]:
+    """Number of media that a digest is of, and the digest without them."""
+    _, has_media, rest = digest.partition(_MEDIA)
+    number, _, without = rest.partition(_MEDIA)
+    return (int(number), without) if has_media and number.isdecimal() else (0, digest)
 
 
 def _files_digest(files: Iterable[Path]) -> str:

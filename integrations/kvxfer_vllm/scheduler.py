@@ -27,8 +27,10 @@ from kvxfer_vllm.groups import blocks_in_each
 from kvxfer_vllm.loads import Loads
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PublishOrder
 from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.prefills import Prefills, sibling_of, with_new_token
-from kvxfer_vllm.prompts import PromptIdentity, TokenIdError, lacks_media
+from kvxfer_vllm.prefills import Prefills, with_new_token
+from kvxfer_vllm.prompts import PromptIdentity, TokenIdError, judge
+from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
+from kvxfer_vllm.seams import fail_request
 from kvxfer_vllm.stats import KvxferStats
 from kvxfer_vllm.transfer_params import (
     ConsumerRequest,
@@ -39,7 +41,6 @@ from kvxfer_vllm.transfer_params import (
     Role,
     TurnRequest,
     parse,
-    rendezvous_key,
     response,
 )
 
@@ -56,6 +57,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _TOKENS_REMEMBERED = 65_536
+_WEIGHTS_OF_CHECKPOINT = "default"  # vLLM's name of them
+_WHY_OTHER = {
+    RefusalReason.OTHER_PROMPT: "the lease is for another prompt",
+    RefusalReason.OTHER_WEIGHTS: "the lease is for KV of other weights",
+    RefusalReason.NO_MEDIA: "the request lacks the images or other media of the prompt",
+}
 _SUCCEEDED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
@@ -192,6 +199,14 @@ class KvxferScheduler:
         self._loads.reset(self._step)
         self._step.reset = True
 
+    def weights_updated(self, version: str) -> None:
+        """Take the version of the weights from now on. Nothing crosses: leases and loads end, running prefills have none."""
+        version = "" if version == _WEIGHTS_OF_CHECKPOINT else version
+        if version != self._prompts.weights:
+            self._prompts.weights = version
+            self._step.revoke += self._prefills.end_all()
+            self.reset_cache()
+
     def request_finished(
         self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
@@ -299,7 +314,11 @@ class KvxferScheduler:
             digest = self._digest(request)
             lease = self._rendezvous(request, asked.key, digest, producer=asked.producer, addresses=[asked.address])
             asked = ConsumerRequest(lease)
-        token = asked.lease.token
+        # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
+        found = asked.lease if derived or _aborted_already(request) else self._lease_for(request, asked.lease)
+        if isinstance(found, RefusedParams):
+            return found
+        token = found.token
         if self._loads.knows(token) and (_aborted_already(request) or not self._loads.can_share(token)):
             return RefusedParams(RefusalReason.LEASE_USED, "another request on this server has, or had, the same lease")
         if sibling_of(request.request_id)[0] > 0 and not self._loads.knows(token):
@@ -307,26 +326,38 @@ class KvxferScheduler:
             # acquires it first. (The configuration of a rank need not tell that there are others: vLLM hides them from dense
             # models.)
             return RefusedParams(RefusalReason.LEASE_USED, "a sibling of the request has the lease on another rank")
-        # The prompt of a request that vLLM aborts at once is a stand-in; only its lease has to be released.
-        return asked if derived or _aborted_already(request) else self._judge_digest(request, asked)
+        return ConsumerRequest(found)
 
-    def _judge_digest(self, request: Request, asked: ConsumerRequest) -> ConsumerRequest | RefusedParams:
-        """Judge whether a lease is for the request's prompt, or for the first tokens of it."""
-        lease = asked.lease
-        if not 0 < lease.num_tokens <= self._tokens_to_transfer(request.num_prompt_tokens):
-            return RefusedParams(RefusalReason.OTHER_PROMPT, "the lease is for another prompt")
-        digest = self._prompts.digest(request, lease.num_tokens)
-        if lease.digest == digest:
-            return asked
-        if lacks_media(lease.digest, digest):
-            self._loads.refuse(request.request_id, lease, self._step)  # placeholders alone give wrong tokens
-            return RefusedParams(RefusalReason.NO_MEDIA, "the request lacks the images or other media of the prompt")
-        return RefusedParams(RefusalReason.OTHER_PROMPT, "the lease is for another prompt")
+    def _lease_for(self, request: Request, lease: LeaseRef) -> LeaseRef | RefusedParams:
+        """Return a lease if it is for a prompt or the first tokens of it, or the lease of this prompt that it leads to."""
+        reason: RefusalReason | None = RefusalReason.OTHER_PROMPT
+        if 0 < lease.num_tokens <= self._tokens_to_transfer(request.num_prompt_tokens):
+            reason = judge(lease.digest, self._prompts.digest(request, lease.num_tokens))
+        if reason is RefusalReason.NO_MEDIA and not self._loads.knows(lease.token):
+            self._step.release.append(lease)
+        if reason in (None, RefusalReason.OTHER_PROMPT):
+            lease, reason = self._of_other_prompt(request, lease) or (lease, reason)
+        return lease if reason is None else RefusedParams(reason, _WHY_OTHER[reason])
+
+    def _of_other_prompt(self, request: Request, first: LeaseRef) -> tuple[LeaseRef, None] | None:
+        """Derive the lease of a prompt from that of the first prompt of the client's request, if its producer derives leases."""
+        key = of_other_prompt(first.request, request.request_id)
+        if key is None:
+            return None
+        digest = self._digest(request)
+        place: dict[str, Any] = {"producer": first.producer, "addresses": first.addresses}
+        known: dict[str, Any] = {"num_tokens": first.num_tokens, "digest": first.digest, "secret": self._secret}
+        derives = LeaseRef.for_rendezvous(rendezvous_key(first.request), **place, **known).token == first.token
+        if not derives or judge(first.digest, digest) not in (None, RefusalReason.OTHER_PROMPT):
+            return None
+        return self._rendezvous(request, key, digest, **place), None
 
     def _refuse(self, request: Request, refused: RefusedParams) -> None:
         """Count and log parameters that are not followed."""
         if not _aborted_already(request):  # else vLLM has rejected the request and does not compute it
             fails = refused.reason is RefusalReason.NO_MEDIA
+            if fails:  # placeholders alone give wrong tokens
+                fail_request(request, refused.detail)
             self.stats.count("refused_params", label=refused.reason.value)
             logger.warning(
                 "Request %s: kv_transfer_params refused (%s: %s); it %s.",

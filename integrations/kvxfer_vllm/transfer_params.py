@@ -13,7 +13,6 @@ nevertheless, because they come from a broken or malicious client.
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +24,11 @@ from kvxfer.errors import LeaseRefError
 from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.options import tcp_address
+from kvxfer_vllm.request_ids import producer_named_in
 
 LEASE_KEY = "kvxfer"
 _MAX_BLOCK_ID = 2**31 - 1
 _MAX_KEY = 256
-_PREFILL, _DECODE = "___prefill_addr_", "___decode_addr_"  # vllm-router's marks in a request's id
-_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
-_SIBLING_PREFIX = re.compile(r"\A[0-9]+_")
 
 # NixlConnector's keys that a consumer must find beside the lease, and their types.
 _REQUIRED: dict[str, type] = {
@@ -77,6 +74,8 @@ class RefusalReason(str, enum.Enum):
     """The lease was made by this server, or the named prefill server is this server."""
     OTHER_PROMPT = "other_prompt"
     """The lease is for another prompt than the request's."""
+    OTHER_WEIGHTS = "other_weights"
+    """The lease is for the request's prompt, computed with another version of the weights."""
     LEASE_USED = "lease_used"
     """Another request has, or had, the same lease, and its blocks are in no prefix cache of this server's."""
     NO_MEDIA = "no_media"
@@ -196,7 +195,7 @@ def parse(
             return RefusedParams(RefusalReason.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
         no_lease = params.get(LEASE_KEY) is None
         if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
-            params = {**params, **_producer_named_in(request_id)}
+            params = {**params, **producer_named_in(request_id)}
         named = no_lease and params.get("remote_engine_id") is not None
         # A prefill server that has blocks to name would have sent a lease.
         if named and params.get("remote_block_ids") is None:
@@ -217,17 +216,6 @@ def _with_key(
             RefusalReason.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters"
         )
     return make(key)
-
-
-def _producer_named_in(request_id: str) -> dict[str, Any]:
-    """NixlConnector's keys for the ``engine-id@host:port`` that vllm-router writes into a request's id; empty without it."""
-    _, _, rest = request_id.partition(_PREFILL)
-    place, marked, _ = rest.partition(_DECODE)
-    producer, _, address = place.rpartition("@")
-    host, _, port = address.rpartition(":")
-    if not (marked and producer and host and re.fullmatch(r"[0-9]{1,5}", port)):
-        return {}
-    return {"remote_engine_id": producer, "remote_host": host, "remote_port": int(port)}
 
 
 def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerRequest | RendezvousRequest | RefusedParams:
@@ -362,11 +350,3 @@ def response(
         # A consumer that receives this need not wait for an announcement.
         LEASE_KEY: msgspec.structs.replace(lease, rendezvous=False).to_obj(),
     }
-
-
-def rendezvous_key(request_id: str) -> str:
-    """Name of a request that both servers know from its ``X-Request-Id``.
-
-    vLLM adds eight random hex digits on each, and the number of a sibling (``n`` > 1) in front.
-    """
-    return _SIBLING_PREFIX.sub("", _RANDOM_SUFFIX.sub("", request_id))

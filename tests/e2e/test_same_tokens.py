@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tools.serve.client import post
 from tools.serve.model import SMALL
 
 _BLOCK_NBYTES = 32 * SMALL.kv_nbytes_per_token
@@ -108,11 +109,40 @@ def test_several_answers_to_one_request(lab, front):
 
 
 def test_several_prompts_in_one_request(lab, front):
-    """One request with several prompts is answered as by the reference, although an answer of prefill has one lease."""
+    """One request with several prompts is answered as by the reference, and the KV of each is moved."""
     prompts = [lab.prompt(40), lab.prompt(70)]
+    moved = lab.decode.metric("vllm:kvxfer_transfer_seconds_count")
     answer = front.ask(prompts, max_tokens=8)
     assert answer.ok, answer.body
     assert answer.tokens == lab.reference.ask(prompts, max_tokens=8).tokens
+    assert lab.eventually(lambda: lab.decode.metric("vllm:kvxfer_transfer_seconds_count") == moved + 2)
+
+
+def test_weights_of_another_version(lab):
+    """While prefill has another version of the weights than decode, its KV is refused by name and nothing is moved."""
+    names = ("vllm:kvxfer_transfer_seconds_count", "vllm:kvxfer_refused_params_total")
+    for updated, expected in ((lab.prefill, [0, 1]), (lab.decode, [1, 0])):
+        assert post(updated.url, "/update_weight_version", b'{"new_version": "2"}')[0] == 200
+        before = [lab.decode.metric(name) for name in names]
+        prompt = lab.prompt(70)
+        assert lab.send("pull", prompt, max_tokens=8).tokens == lab.expect(prompt, 8)
+        lab.refresh_metrics(lab.decode)
+        assert [lab.decode.metric(name) - old for name, old in zip(names, before, strict=True)] == expected
+    for server in (lab.prefill, lab.decode):
+        assert post(server.url, "/update_weight_version", b'{"new_version": "default"}')[0] == 200
+
+
+def test_a_pause_of_prefill_ends_when_its_lease_is_read(lab):
+    """A pause of the prefill server waits for its lease, which can be read meanwhile, and prefill goes on after it."""
+    prompt = lab.prompt(70)
+    params, _ = lab.begin("pull", prompt)
+    pause = lab.threads.submit(post, lab.prefill.url, "/pause?mode=keep", timeout_s=60)
+    try:
+        assert lab.decode.ask(prompt, kv_transfer_params=params, max_tokens=8).tokens == lab.expect(prompt, 8)
+        assert pause.result()[0] == 200
+    finally:
+        assert post(lab.prefill.url, "/resume")[0] == 200
+    lab.assert_works()
 
 
 def test_a_prompt_that_leaves_no_room(lab, front):

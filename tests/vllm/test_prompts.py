@@ -109,11 +109,11 @@ def test_an_adapter_that_is_replaced(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- media
 
 
-def image(name: str, pixels: int) -> list[MultiModalFeatureSpec]:
-    """An image of one colour at tokens 10 to 20 of the prompt."""
+def image(name: str, pixels: int, offset: int = 10) -> list[MultiModalFeatureSpec]:
+    """An image of one colour at ten tokens of the prompt."""
     element = MultiModalFieldElem(data=torch.full((3, 4), pixels), field=MultiModalSharedField(batch_size=1))
     item = MultiModalKwargsItem({"pixel_values": element})
-    return [MultiModalFeatureSpec(item, "image", name, PlaceholderRange(offset=10, length=10))]
+    return [MultiModalFeatureSpec(item, "image", name, PlaceholderRange(offset=offset, length=10))]
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -127,15 +127,44 @@ def test_images_that_vllm_names_after_requests(same):
     assert consumer.stats.get("refused_params", {}) == ({} if same else {"other_prompt": 1})
 
 
-def test_a_request_without_its_image():
-    """A decode request that lacks the image of its prompt fails, and its lease is released: placeholders are not computed."""
-    producer, consumer = pair_of()
-    params = handed_over(producer, "p", prompt_of(100), mm_features=image("hash", 7))
-    consumer.add("d", prompt_of(100), params, max_tokens=2)
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_request_without_its_image(policy, left):
+    """A decode request that lacks an image of its prompt fails whatever the policy: placeholders are not computed."""
+    producer, consumer = pair_of(policy=policy)
+    params = handed_over(producer, "p", prompt_of(100), mm_features=[*image("hash", 7), *image("other", 8, offset=40)])
+    consumer.add("d", prompt_of(100), params, max_tokens=2, mm_features=image("hash", 7)[:left])
     drain(consumer, producer)
     assert consumer.answers["d"].finish_reason == "error" and consumer.computed_tokens == 0
     assert consumer.stats["refused_params"] == {"no_media": 1}
     assert producer.stats["unread_leases"] == 1
+    consumer.add("next", prompt_of(40), max_tokens=2)
+    drain(consumer)
+    assert consumer.answers["next"].tokens == expected(prompt_of(40), 2)
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_a_request_without_its_image_whose_lease_was_used(policy):
+    """A decode request that lacks its image fails, too, if another one has had its lease."""
+    producer, consumer = pair_of(policy=policy, prefix_caching=False, media_cache=False)
+    params = handed_over(producer, "p", prompt_of(100), mm_features=image("hash", 7))
+    consumer.add("d", prompt_of(100), params, max_tokens=2, mm_features=image("hash", 7))
+    consumer.add("again", prompt_of(100), params, max_tokens=2)
+    drain(consumer, producer)
+    assert consumer.answers["d"].tokens == expected(prompt_of(100), 2)
+    assert consumer.answers["again"].finish_reason == "error"
+
+
+@pytest.mark.parametrize("changed", ["", ".", ".1.", "x.9.y", "@", "x.²."])
+def test_a_digest_that_a_client_has_changed(changed):
+    """A lease with any digest but the prompt's is not used."""
+    producer, consumer = pair_of()
+    params = handed_over(producer, "p", prompt_of(100))
+    params["kvxfer"]["digest"] = changed
+    consumer.add("d", prompt_of(100), params, max_tokens=2)
+    drain(consumer)
+    assert consumer.answers["d"].tokens == expected(prompt_of(100), 2)
+    assert consumer.stats["refused_params"] == {"other_prompt": 1}
 
 
 # ------------------------------------------------------------------------------------- embeddings and longer prompts

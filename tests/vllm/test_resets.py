@@ -7,6 +7,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.v1.engine.core import EngineCore
+
+from kvxfer_vllm.plugin import register
 from tests.vllm.rig import Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -76,6 +79,90 @@ def test_a_reset_during_a_load(policy):
     drain(consumer, producer)
     assert consumer.answers["d"].tokens == ([] if policy == "fail" else expected(PROMPT, 3))
     assert consumer.stats["failed_transfers"] == {"LeaseError": 1}
+
+
+def update_weights(engine, version="2"):
+    """Name the version of new weights, as /update_weight_version does."""
+    core = object.__new__(EngineCore)
+    core.scheduler = engine.scheduler
+    core.set_weight_version(version)
+
+
+@pytest.mark.parametrize("multi", [False, True], ids=["alone", "in MultiConnector"])
+def test_kv_of_other_weights_is_not_used(multi):
+    """While one server of a pair has other weights, its KV is refused by name; it is used again when both have them."""
+    register()  # MultiConnector looks its children up by name
+    producer, consumer = pair_of(producer={"multi": multi})
+    refused = []
+    for number, updated in enumerate([[], [producer], [consumer], [producer, consumer]]):
+        for engine in updated:
+            update_weights(engine, str(number))
+        prompt = prompt_of(100, seed=number)
+        consumer.add(f"d{number}", prompt, handed_over(producer, f"p{number}", prompt), max_tokens=3)
+        consumer.run()
+        refused.append(consumer.stats.get("refused_params", {}).get("other_weights", 0))
+        assert consumer.answers[f"d{number}"].tokens == expected(prompt, 3)
+    assert refused == [0, 1, 2, 2]
+    for token in list(scripted(producer).published):
+        scripted(producer).end(token, read=False)
+    drain(producer, consumer)
+
+
+def test_an_update_that_names_the_weights_of_the_checkpoint():
+    """The version that vLLM begins with is that of a server whose weights nobody has named."""
+    producer, consumer = pair_of()
+    update_weights(producer, "default")
+    consumer.add("d", PROMPT, handed_over(producer, "p", PROMPT), max_tokens=3)
+    drain(consumer, producer)
+    assert scripted(consumer).names() == ["acquire", "read"]
+
+
+@pytest.mark.parametrize("chunk", [2048, 40])
+def test_an_update_during_a_prefill(chunk):
+    """A prefill that the weights change under ends without parameters, and what it has published is revoked."""
+    producer, _ = pair_of(producer={"chunk": chunk})
+    producer.add("p", PROMPT, {"do_remote_decode": True})
+    if chunk == 40:
+        producer.step()
+    update_weights(producer)
+    drain(producer)
+    assert producer.answers["p"].kv_transfer_params is None
+    assert scripted(producer).names()[-1] == "revoke" and not scripted(producer).published
+    handed_over(producer, "next", PROMPT)
+
+
+def test_an_update_ends_leases():
+    """A lease that stands when the weights change is revoked."""
+    producer, _ = pair_of()
+    handed_over(producer, "p", PROMPT)
+    update_weights(producer)
+    drain(producer)
+    assert producer.stats["revoked_leases"] == 1
+
+
+@pytest.mark.parametrize("policy", ["fail", "recompute"])
+def test_an_update_during_a_load(policy):
+    """KV that arrives while the weights change is not used."""
+    producer, consumer = pair_of(policy=policy)
+    scripted(consumer).automatic = False
+    params = handed_over(producer, "p", PROMPT)
+    consumer.add("d", PROMPT, params, max_tokens=3)
+    consumer.step()
+    update_weights(consumer)
+    consumer.step()
+    scripted(consumer).finish(params["kvxfer"]["token"])
+    drain(consumer, producer)
+    assert consumer.answers["d"].tokens == ([] if policy == "fail" else expected(PROMPT, 3))
+    assert consumer.stats["failed_transfers"] == {"LeaseError": 1}
+
+
+def test_a_defect_in_an_update_costs_no_engine(monkeypatch):
+    """If the connector cannot take a version of the weights, the engine goes on."""
+    producer, _ = pair_of()
+    monkeypatch.setattr(producer.scheduler.connector.scheduler_half, "weights_updated", None)
+    update_weights(producer)
+    handed_over(producer, "p", PROMPT)
+    assert producer.stats["hook_errors"] == {"weights_updated": 1}
 
 
 def test_a_defect_in_a_reset_costs_no_engine(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import LeaseEndedError
+from kvxfer_vllm.request_ids import of_other_prompt
 from tests.vllm.rig import P_PARAMS, Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -159,6 +160,76 @@ def test_siblings_of_a_prefill_have_one_lease(chunk):
     producer.add("3_cmpl-1-abcdef01", PROMPT, P_PARAMS)
     drain(producer)
     assert producer.answers["3_cmpl-1-abcdef01"].kv_transfer_params is None
+
+
+PROMPTS = {0: prompt_of(60), 1: prompt_of(100, seed=2), 2: prompt_of(140, seed=3), 3: prompt_of(60)}
+"""Prompts of one client's request. vLLM makes a request of each, and answers with the parameters of the first."""
+
+
+def ids_of_prompts(name: str) -> list[str]:
+    """Ids of these requests, as vLLM's front end makes them."""
+    return [f"cmpl-{name}-{number}-abcdef0{number}" for number in PROMPTS]
+
+
+def several_prompts(producer: Engine, consumer: Engine) -> dict[str, int]:
+    """Send a request with several prompts, and check the tokens; returns the refusals of the decode server."""
+    p_ids, d_ids = ids_of_prompts("p"), ids_of_prompts("d")
+    params = handed_over(producer, p_ids[0], PROMPTS[0])  # its answer may come before the others arrive
+    for number in (1, 2, 3):
+        handed_over(producer, p_ids[number], PROMPTS[number])
+    for name, prompt in zip(d_ids, PROMPTS.values(), strict=True):
+        consumer.add(name, prompt, params, max_tokens=3)
+    consumer.run()
+    assert [consumer.answers[name].tokens for name in d_ids] == [expected(prompt, 3) for prompt in PROMPTS.values()]
+    return consumer.stats.get("refused_params", {})
+
+
+@pytest.mark.parametrize(
+    ("first", "own", "key"),
+    [
+        ("cmpl-p-0-abcdef00", "cmpl-d-2-abcdef02", "cmpl-p-2"),
+        ("0_cmpl-p-0-abcdef00", "1_cmpl-d-12-abcdef02", "cmpl-p-12"),
+        ("cmpl-a-1-0-abcdef00", "cmpl-b-3", "cmpl-a-1-3"),
+        ("cmpl-p-0-abcdef00", "cmpl-d-0-abcdef02", None),
+        ("cmpl-p-1-abcdef00", "cmpl-d-1-abcdef02", None),
+        ("chatcmpl-p-abcdef00", "cmpl-d-1-abcdef02", None),
+        ("cmpl-p-0-abcdef00", "chatcmpl-d-1-abcdef02", None),
+        ("", "cmpl-d-1", None),
+    ],
+)
+def test_key_of_another_prompt(first, own, key):
+    """The id of a completion's first prompt leads to the key of the prompt with the same number as the decode request's."""
+    assert of_other_prompt(first, own) == key
+
+
+def test_several_prompts_in_one_request():
+    """The parameters of the first prompt lead to the leases of the others, and no lease is left; one prompt comes twice."""
+    producer, consumer = pair_of()
+    assert several_prompts(producer, consumer) == {}
+    drain(consumer, producer)
+    assert scripted(consumer).names().count("acquire") == 4
+    assert producer.stats["released_leases"] == scripted(consumer).names().count("read") >= 3
+
+
+@pytest.mark.parametrize("why", ["mode pull", "sent again"])
+def test_several_prompts_whose_leases_are_random(why):
+    """Prompts whose leases the decode server cannot derive are computed there at once."""
+    net = {}
+    mode = "pull" if why == "mode pull" else "auto"
+    producer = Engine("kv_producer", name="P", endpoint=ScriptedEndpoint(net), mode=mode)
+    consumer = Engine("kv_consumer", name="D", endpoint=ScriptedEndpoint(net))
+    if why == "sent again":
+        for number, prompt in PROMPTS.items():
+            handed_over(producer, f"cmpl-p-{number}-00000000", prompt)
+    assert several_prompts(producer, consumer) == {"other_prompt": 2}
+    assert scripted(consumer).names().count("read") == 1
+
+
+def test_several_prompts_of_other_weights():
+    """If prefill has other weights, none of several prompts is loaded."""
+    producer, consumer = pair_of()
+    producer.scheduler.connector.weights_updated("2")
+    assert several_prompts(producer, consumer) == {"other_weights": 4}
 
 
 def test_requests_that_only_look_like_siblings():
