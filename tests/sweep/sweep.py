@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every model and option through real vLLM servers on this machine, with KvxferConnector and with vLLM's own NixlConnector.
 
-``make sweep`` runs all rows, ``make sweep ARGS="--only gemma3"`` those whose name begins so. Results are kept in
-``.sweep/results.json``, row by row; ``--write-docs`` writes the table of docs/vllm.md from them at the end.
+``make sweep`` runs all rows, ``make sweep ARGS="--only gemma3"`` those whose name begins so, ``--not-run`` those that the table
+lacks. Results are kept in ``.sweep/results.json``, row by row; ``--write-docs`` writes the table of docs/vllm.md from them at the
+end.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.sweep.images import as_sent
 from tests.sweep.judge import Case, Outcome, Question, cases_of, judge
 from tests.sweep.reason import DIED, reason
 from tests.sweep.rows import CONNECTORS, ROWS, Row, Side
-from tests.sweep.table import RESULTS, read_results, write_docs
+from tests.sweep.table import RESULTS, not_run, read_results, write_docs, written_table
 from tools.serve.model import make_model
 from tools.serve.pair import ServerSettings, start_all
 from tools.serve.process import ServerStartError
@@ -226,23 +227,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", default=[], help="rows whose name begins so; may be given again")
     parser.add_argument("--connector", choices=CONNECTORS, action="append", help="default: both")
+    parser.add_argument("--not-run", action="store_true", help="only what the table of docs/vllm.md says is not run")
     parser.add_argument("--quick", action="store_true", help="a few prompts for each row; results are not kept")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the logs (default: a new temporary one)")
     parser.add_argument("--write-docs", action="store_true", help="write the table of docs/vllm.md from the results")
     options = parser.parse_args(arguments)
     rows = [row for row in ROWS if not options.only or row.name.startswith(tuple(options.only))]
     connectors = options.connector or list(CONNECTORS)
+    wanted = dict.fromkeys(rows, connectors)
+    if options.not_run:
+        written = written_table()
+        missing = {row: [name for name in not_run(row, written) if name in connectors] for row in rows}
+        wanted = {row: names for row, names in missing.items() if names}
     logs = options.logs or Path(tempfile.mkdtemp(prefix="kvxfer-sweep-"))
-    sys.stdout.write(f"{len(rows)} rows; logs: {logs}\n")
+    sys.stdout.write(f"{len(wanted)} rows; logs: {logs}\n")
     import_vllm()
     bad = []
     with tempfile.TemporaryDirectory(prefix="kvxfer-sweep-models-") as models:
         sweep = Sweep(Path(models), logs, quick=options.quick)
         with contextlib.ExitStack() as stack:
             stack.callback(sweep.servers.stop)
-            for row in rows:
+            for row, names in wanted.items():
                 begin = time.monotonic()
-                outcomes = sweep.run(row, connectors)
+                outcomes = sweep.run(row, names)
                 for connector, outcome in outcomes.items():
                     line = f"{row.name:26} {connector:16} {outcome.verdict:8} {outcome.right}/{outcome.answers}"
                     sys.stdout.write(f"{line} {outcome.nbytes / 1e6:.2f} MB  {outcome.why}\n")

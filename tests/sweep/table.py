@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.sweep.rows import CONNECTORS, ROWS, Row
 
-__all__ = ["RESULTS", "cells_of", "read_results", "table", "write_docs", "written_table"]
+__all__ = ["RESULTS", "cells_of", "not_run", "read_results", "table", "write_docs", "written_table"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / ".sweep" / "results.json"
@@ -18,6 +18,7 @@ BEGIN = "<!-- made by `make sweep`; do not edit -->"
 END = "<!-- end of what `make sweep` made -->"
 
 _NOT_RUN = "not run"
+_DEFAULTS = "defaults"
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """Outcomes by name of the row and connector."""
@@ -37,7 +38,7 @@ def table(results: Results, written: str = "") -> str:
     lines = ["| model | option | " + " | ".join(CONNECTORS) + " |", "|---" * (2 + len(CONNECTORS)) + "|"]
     for row in ROWS:
         found = results.get(row.name, {})
-        name = (row.model, row.option or "defaults")
+        name = (row.model, row.option or _DEFAULTS)
         known = before.get(name, [_NOT_RUN] * len(CONNECTORS))
         cells = [
             _cell(row, found[connector]) if connector in found else old
@@ -51,6 +52,13 @@ def cells_of(markdown: str) -> list[list[str]]:
     """Cells of a table's rows, without its head."""
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def not_run(row: Row, written: str) -> list[str]:
+    """Connectors that this table says nothing about for a row."""
+    before = {tuple(cells[:2]): cells[2:] for cells in cells_of(written)}
+    cells = before.get((row.model, row.option or _DEFAULTS), [_NOT_RUN] * len(CONNECTORS))
+    return [connector for connector, cell in zip(CONNECTORS, cells, strict=True) if cell == _NOT_RUN]
 
 
 def written_table() -> str:

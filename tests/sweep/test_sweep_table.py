@@ -9,7 +9,7 @@ from tests.sweep.acceptance import tokens_of_a_step
 from tests.sweep.judge import Outcome, cases_of, conclude
 from tests.sweep.reason import reason
 from tests.sweep.rows import CONNECTORS, ROWS
-from tests.sweep.table import cells_of, table, written_table
+from tests.sweep.table import cells_of, not_run, table, written_table
 from tools.serve.client import Answer, MetricSample
 
 
@@ -29,6 +29,14 @@ def test_a_part_of_the_sweep_leaves_the_other_cells():
     expected = cells_of(before)
     expected[1][2] = "**refused**: it does not"
     assert after == expected
+
+
+def test_cells_that_were_not_run_are_found():
+    """A row without a result lacks both connectors, one with a result of one of them the other one."""
+    row, connector = ROWS[1], CONNECTORS[0]
+    written = table({row.name: {connector: Outcome("refused", why="it does not").as_json()}})
+    assert not_run(row, written) == [CONNECTORS[1]]
+    assert not_run(ROWS[2], written) == list(CONNECTORS)
 
 
 def test_names_of_rows_differ():
