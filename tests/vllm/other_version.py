@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests with other versions of vLLM than the installed one: ``make versions``, or ``make versions ARGS="0.31.0 tests/vllm -n 0"``.
 
+``make versions ARGS="--pairs 0.31.0"`` tries pairs of servers, one of the version and one of the installed version.
+
 Its wheel is unpacked in front of the installed packages, whose PyTorch it shares. A version with no build for CPUs runs without
 its kernels: enough for vLLM's scheduler and connector classes with the stand-in for the model, not for servers.
 """
@@ -44,6 +46,10 @@ def unpacked(version: str, folder: Path = FOLDER) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Run pytest with each of the versions that the arguments begin with, by default `TRIED`, and with the other arguments."""
+    if arguments[:1] == ["--pairs"]:
+        from tests.sweep.version_pairs import try_pairs
+
+        return sum(try_pairs(version, unpacked(version)) for version in arguments[1:] or TRIED[:1])
     versions = list(itertools.takewhile(lambda argument: argument[:1].isdecimal(), arguments))
     given = arguments[len(versions) :] or ["tests/vllm", "-n", "2", "--dist", "worksteal"]
     return max(run(version, given) for version in versions or TRIED)

@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 import kvxfer_vllm
@@ -34,7 +35,9 @@ from tests.vllm.rig import (
     inside_multi_connector,
     kv_cache_config,
     prompt_of,
+    sent_to_both,
     vllm_config,
+    where,
 )
 from tests.vllm.scripted import ScriptedEndpoint
 
@@ -89,6 +92,26 @@ def test_results_are_asked_before_the_step_is_complete():
     assert endpoint.names() == []
     worker.step_computed()
     assert endpoint.names() == ["publish part"]
+
+
+@pytest.mark.parametrize("name", ["get_transfer_results", "get_finished"])
+def test_engines_that_ask_for_results_first(engines, name):
+    """If results are asked for before a step is complete, by either name of the hook, the tokens are those of one engine."""
+    pair = [engines(f"kv_{role}", role[0].upper(), agent="inproc", chunk=128) for role in ("producer", "consumer")]
+    for engine in pair:
+        complete, ask = engine.worker.wait_for_save, getattr(engine.worker, name)
+
+        def first(finished, complete=complete, ask=ask):
+            found = ask(finished)
+            complete()
+            if isinstance(found, KVConnectorTransferResults):
+                return found
+            return KVConnectorTransferResults(*(ended or set() for ended in found))
+
+        engine.worker.wait_for_save, engine.worker.get_transfer_results = lambda: None, first
+    producer, consumer = pair
+    assert sent_to_both(producer, consumer, prompt_of(700), where(producer)) == expected(prompt_of(700), 4)
+    assert producer.stats["released_leases"] == 1 and len(consumer.stats["transfer_bytes"]) == 1
 
 
 def test_a_step_that_is_never_said_to_be_complete():
