@@ -347,6 +347,7 @@ def response(
         "remote_num_tokens": lease.num_tokens,
         "remote_blocks_expiry_time": None,
         "transfer_mode": "pull",
+        "remote_registration_generation": 0,  # since vLLM 0.33
         # A consumer that receives this need not wait for an announcement.
         LEASE_KEY: msgspec.structs.replace(lease, rendezvous=False).to_obj(),
     }
