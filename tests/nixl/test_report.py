@@ -10,6 +10,7 @@ import os
 
 from kvxfer_nixl import _ibverbs, _module
 from kvxfer_nixl.__main__ import main
+from tests.nixl.conftest import ROOT
 
 
 def test_report_says_which_module_and_what_starts(capsys):
@@ -20,6 +21,17 @@ def test_report_says_which_module_and_what_starts(capsys):
     assert "yes UCX" in printed
     assert " no GDS" in printed
     assert all(name in printed for name in _module.NAMES)
+
+
+def test_every_plug_in_is_documented():
+    """The table in docs/nixl.md has a row for each plug-in that this NIXL lists."""
+    bindings = _module.find().bindings
+    listed = bindings.nixlAgent("documented", bindings.nixlAgentConfig()).getAvailPlugins()
+    table = (ROOT / "docs" / "nixl.md").read_text().partition("## Backends")[2]
+    rows = {
+        name for line in table.splitlines() if line.startswith("| ") for name in line.split("|")[1].strip().split(", ")
+    }
+    assert set(listed) <= rows
 
 
 def test_exit_crash_is_foreseen_and_avoided(monkeypatch, tmp_path, run_python):
