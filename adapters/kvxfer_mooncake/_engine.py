@@ -15,6 +15,7 @@ from kvxfer_mooncake._sockets import confine_to_loopback, prepare_end
 if TYPE_CHECKING:
     from kvxfer_mooncake._module import MooncakeModule
 
+_OWN_RANGE = (15_000, 17_000)
 _start_lock = threading.Lock()
 _contact_lock = threading.Lock()
 _contact_engines: list[MooncakeEngine] = []
@@ -52,15 +53,15 @@ class MooncakeEngine:
                     "the RDMA devices of this machine; MC_LOG_LEVEL=INFO tells more"
                 )
             self.rpc_port: int = self.native.get_rpc_port()
-            numbers = {port.number for port in open_ports() - before}
+            low, high = _range_of(module, self.rpc_port)
+            # Other threads may open ports meanwhile; those are elsewhere.
+            numbers = {port.number for port in open_ports() - before if low <= port.number <= high}
         self.loopback_only: bool = loopback_only and bool(numbers) and confine_to_loopback(numbers)
         self.ports: tuple[Port, ...] = tuple(sorted(port for port in open_ports() if port.number in numbers))
         self.session: str = f"[{host.strip('[]')}]:{self.rpc_port}" if ":" in host else f"{host}:{self.rpc_port}"
-        wanted = module.port_range
-        strange = [] if wanted is None else [n for n in numbers if not wanted[0] <= n <= wanted[1]]
-        if strange:
+        if module.port_range is not None and (low, high) != module.port_range:
             self.close()
-            raise ConfigError(f"Mooncake listens on {strange[0]}, outside port_range={wanted}")
+            raise ConfigError(f"Mooncake listens on {self.rpc_port}, outside port_range={module.port_range}")
 
     def close(self) -> None:
         """End the engine: its thread and its sockets. Afterwards none of its transfers writes anything."""
@@ -79,6 +80,14 @@ def engine_for_contacts(module: MooncakeModule) -> MooncakeEngine:
         if not _contact_engines:
             _contact_engines.append(MooncakeEngine(module, "127.0.0.1", loopback_only=True))
         return _contact_engines[0]
+
+
+def _range_of(module: MooncakeModule, port: int) -> tuple[int, int]:
+    """The range from which Mooncake took a port: what was asked for, or its own; all ports if it is from elsewhere."""
+    for low, high in (module.port_range or _OWN_RANGE, _OWN_RANGE):
+        if low <= port <= high:
+            return low, high
+    return 1, 65_535
 
 
 def moves_by_tcp() -> bool:
