@@ -40,6 +40,7 @@ class Side:
     block_tokens: int = 32
     num_blocks: int = 1000
     arguments: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,20 @@ _TWO_STAGES = Side(
         *("--no-enforce-eager", "--compilation-config", '{"mode":1,"backend":"eager"}'),
     )
 )
+
+
+def _stages(*layers: int, arguments: tuple[str, ...] = ()) -> Side:
+    """Pipeline stages of so many layers each."""
+    partition = ",".join(map(str, layers))
+    return replace(
+        _TWO_STAGES,
+        arguments=(*_TWO_STAGES.arguments, *arguments),
+        environment=(("VLLM_PP_LAYER_PARTITION", partition),),
+    )
+
+
+# What unequal tensor parallelism needs of states, and NixlConnector in any case.
+_CHANNELS_FIRST = (("VLLM_SSM_CONV_STATE_LAYOUT", "DS"),)
 _ONE_MANAGER = Side(arguments=("--disable-hybrid-kv-cache-manager",))
 _NO_CACHE = ("--no-enable-prefix-caching",)
 _CHUNKS = ("--max-num-batched-tokens", "128", "--enable-chunked-prefill", "--max-num-seqs", "16")
@@ -223,4 +238,53 @@ ROWS: tuple[Row, ...] = (
     Row("blip2/plain", "BLIP-2 (an image in each request)", "", _BLIP2, images=True),
     Row("granite4/plain", "Granite 4 (Mamba 2 and full)", "", _GRANITE4),
     Row("jamba/plain", "Jamba (Mamba 1 and full)", "", _JAMBA),
+    Row(
+        "llama/pp2-pp2",
+        "Llama",
+        "pipeline stages of 1 and 3 layers -> of 3 and 1",
+        _LLAMA,
+        prefill=_stages(1, 3),
+        decode=_stages(3, 1),
+    ),
+    Row(
+        "llama/pp2tp2-tp1",
+        "Llama",
+        "pipeline stages 2, tensor parallel 2 -> 1",
+        _LLAMA,
+        prefill=_stages(1, 3, arguments=("--tensor-parallel-size", "2")),
+    ),
+    Row(
+        "gemma3/pp2-pp2",
+        "Gemma 3 (windows and full)",
+        "pipeline stages of 2 and 4 layers -> of 3 and 3",
+        HYBRID,
+        prefill=_stages(2, 4),
+        decode=_stages(3, 3),
+    ),
+    Row(
+        "deepseek/tp2-tp1",
+        "DeepSeek V3 (latent)",
+        "tensor parallel 2 -> 1",
+        _DEEPSEEK,
+        prefill=_TWO_RANKS,
+        peer_decides=True,
+    ),
+    Row(
+        "qwen3-next/tp2-tp1",
+        "Qwen3-Next (states and full)",
+        "tensor parallel 2 -> 1",
+        STATES,
+        prefill=replace(_TWO_RANKS, environment=_CHANNELS_FIRST),
+        decode=Side(environment=_CHANNELS_FIRST),
+        peer_decides=True,
+    ),
+    Row(
+        "qwen3-next/tp1-tp2",
+        "Qwen3-Next (states and full)",
+        "tensor parallel 1 -> 2",
+        STATES,
+        prefill=Side(environment=_CHANNELS_FIRST),
+        decode=replace(_TWO_RANKS, environment=_CHANNELS_FIRST),
+        peer_decides=True,
+    ),
 )

@@ -164,6 +164,7 @@ class Sweep:
             block_tokens=side.block_tokens,
             max_model_tokens=_MOST_TOKENS,
             arguments=tuple(arguments),
+            environment=dict(side.environment),
             **role,
         )
 
