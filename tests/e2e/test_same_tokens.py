@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -121,15 +122,21 @@ def test_several_prompts_in_one_request(lab, front):
 def test_weights_of_another_version(lab):
     """While prefill has another version of the weights than decode, its KV is refused by name and nothing is moved."""
     names = ("vllm:kvxfer_transfer_seconds_count", "vllm:kvxfer_refused_params_total")
-    for updated, expected in ((lab.prefill, [0, 1]), (lab.decode, [1, 0])):
-        assert post(updated.url, "/update_weight_version", b'{"new_version": "2"}')[0] == 200
-        before = [lab.decode.metric(name) for name in names]
-        prompt = lab.prompt(70)
-        assert lab.send("pull", prompt, max_tokens=8).tokens == lab.expect(prompt, 8)
-        lab.refresh_metrics(lab.decode)
-        assert [lab.decode.metric(name) - old for name, old in zip(names, before, strict=True)] == expected
-    for server in (lab.prefill, lab.decode):
-        assert post(server.url, "/update_weight_version", b'{"new_version": "default"}')[0] == 200
+
+    def name_weights(server, version):
+        assert post(server.url, "/update_weight_version", json.dumps({"new_version": version}).encode())[0] == 200
+
+    try:
+        for updated, expected in ((lab.prefill, [0, 1]), (lab.decode, [1, 0])):
+            name_weights(updated, "2")
+            before = [lab.decode.metric(name) for name in names]
+            prompt = lab.prompt(70)
+            assert lab.send("pull", prompt, max_tokens=8).tokens == lab.expect(prompt, 8)
+            lab.refresh_metrics(lab.decode)
+            assert [lab.decode.metric(name) - old for name, old in zip(names, before, strict=True)] == expected
+    finally:
+        for server in (lab.prefill, lab.decode):
+            name_weights(server, "default")
 
 
 def test_a_pause_of_prefill_ends_when_its_lease_is_read(lab):
