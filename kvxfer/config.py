@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
+from enum import Enum
 from typing import Annotated, Any, Final, get_type_hints
 
 import msgspec
@@ -32,6 +33,18 @@ _reported: set[str] = set()
 
 MAX_S: Final = 366.0 * 86_400.0
 """Longest time that can be set: one year, so that no sum of times overflows."""
+
+
+class MoveBy(str, Enum):
+    """Choice of the process that moves the bytes of a read (`kvxfer.runtime.direction`)."""
+
+    AUTO = "auto"
+    """WRITE where a READ would tie the fates of both processes, READ elsewhere."""
+    READ = "read"
+    """A READ of the consumer, also where its end could take the producer along."""
+    WRITE = "write"
+    """A WRITE of the producer."""
+
 
 Seconds = Annotated[float, Meta(gt=0, le=MAX_S)]
 
@@ -88,6 +101,8 @@ class Settings(Struct, frozen=True, eq=False):
     max_chunk_nbytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 1 << 40
     """Consumer: greatest size of a chunk, if a slot of either side's staging arena is not smaller. A block of one layer is
     never divided."""
+    move_by: Annotated[MoveBy, Meta()] = MoveBy.READ
+    """Consumer: what moves the bytes of its reads, ``read``, ``write`` (by the producer, where that can be stopped) or ``auto``."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """Source of each value that is not a default, by name: ``"argument"`` or the variable. Two settings with equal values
     are equal whatever their origins."""
@@ -110,11 +125,11 @@ class Settings(Struct, frozen=True, eq=False):
     def __hash__(self) -> int:
         return hash(self._values())
 
-    def _values(self) -> tuple[float, ...]:
+    def _values(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in names())
 
     @classmethod
-    def resolve(cls, *, environ: Mapping[str, str] | None = None, **explicit: float | None) -> Settings:
+    def resolve(cls, *, environ: Mapping[str, str] | None = None, **explicit: float | str | None) -> Settings:
         """Take explicit values (None counts as not given) before ``KVXFER_<NAME>`` variables before defaults.
 
         Log a warning, once, for each ``KVXFER_*`` variable that kvxfer does not know.
@@ -139,8 +154,9 @@ class Settings(Struct, frozen=True, eq=False):
 
     def describe(self) -> str:
         """One line: the values that are not defaults, each with its origin, then the defaults."""
-        set_ = [f"{n}={getattr(self, n)} ({self.origin[n]})" for n in names() if n in self.origin]
-        rest = [f"{n}={getattr(self, n)}" for n in names() if n not in self.origin]
+        shown = {n: value.value if isinstance(value := getattr(self, n), Enum) else value for n in names()}
+        set_ = [f"{n}={shown[n]} ({self.origin[n]})" for n in names() if n in self.origin]
+        rest = [f"{n}={shown[n]}" for n in names() if n not in self.origin]
         return ", ".join([*set_, *rest])
 
 
@@ -156,6 +172,8 @@ def _allowed(name: str) -> str:
     """Values that a setting may have, in words."""
     kind = _TYPES[name]
     (meta,) = kind.__metadata__
+    if kind.__origin__ is MoveBy:
+        return f"one of {', '.join(each.value for each in MoveBy)}"
     if kind.__origin__ is int:
         return f"a whole number from {meta.ge} to {meta.le}"
     return f"a number of seconds above {meta.gt} and up to {meta.le:.0f}"

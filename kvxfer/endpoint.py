@@ -163,6 +163,7 @@ class Endpoint:
                 addressable,
                 data.arena.slot_nbytes,
                 casts(cache),
+                writes=data.writes,
             )
             table = LeaseTable(self.settings, board)
             routes = Routes(me, self.settings, costs, convert, only)
@@ -436,9 +437,10 @@ class Endpoint:
         Returns:
             as a producer: ``leases`` with their ``lease_cells`` on the board and ``lease_timers``, ``deferred_steps`` that wait
             for a device, ``chunks`` per consumer's rank, of which some are ``packing`` (or wait for a slot), some ``packed``,
-            for so many ``packed_consumers``;
+            for so many ``packed_consumers``, ``requested_writes`` of consumers, of which so many ``writes`` are under way, and
+            ``agents_written_to``;
             as a consumer: ``held_leases`` of other engines with their ``held_timers``, of which ``granted_leases`` could be read at
-            once, ``asked_chunks`` of producers, ``reads`` with the ``read_nbytes`` that they have moved so far, their
+            once, what is ``asked`` of producers, ``reads`` with the ``read_nbytes`` that they have moved so far, their
             ``flights`` of the transfer agent, ``copies`` of devices, ``scratch_cells`` and ``target_blocks``, ``waiters`` for a
             slot or a scratch cell, and ``contacts`` with agents from which nothing was read before;
             as both: ``slots`` of the arena and unpolled ``events``;

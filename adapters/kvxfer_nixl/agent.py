@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from kvxfer.agents.base import TransferAgent
-from kvxfer.agents.capabilities import Capabilities, Op, Reach
+from kvxfer.agents.capabilities import Capabilities, LinkFacts, Op, Reach
 from kvxfer.agents.ports import Port, open_ports
 from kvxfer.errors import ConfigError, PeerInfoError, TransferError, UnavailableError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
@@ -163,6 +163,14 @@ class NixlAgent(TransferAgent):
     def explain(self, peer: AgentPeer) -> str:
         """Module, version, backends and kind of link."""
         return f"{self.module.name} {self.module.version}, {'+'.join(self._backends)}, link {self.link(peer).value}"
+
+    def link_facts(self, peer: AgentPeer) -> LinkFacts:
+        """Facts about the link to ``peer``: a WRITE over TCP ends with the agent, whose process takes the bytes from the socket.
+
+        Between processes of one host the writer copies by itself, whatever became of the agent here. Of RDMA nothing was tried.
+        """
+        link = self.link(peer)
+        return LinkFacts(fate_shared=link.fate_shared, cut_off_by_close=link is Link.STREAM)
 
     # -- start ------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 import msgspec
 
+from kvxfer.agents.capabilities import LinkFacts
 from kvxfer.agents.description import AgentPeer, Description, read_description
 from kvxfer.agents.flights import Flight, Flights
 from kvxfer.agents.registrations import Registration, Registrations
@@ -128,12 +129,16 @@ class TransferAgent(ABC):
         """Free a finished handle. Raises nothing."""
 
     def _abandon(self, handle: object) -> bool:  # noqa: ARG002
-        """Give up on a transfer in flight; True only if nothing will be written any more. Raises nothing."""
+        """Give up on a transfer in flight; True only if nothing will be written any more, here or at the peer. Raises nothing."""
         return False
 
     def explain(self, peer: AgentPeer) -> str:  # noqa: ARG002
         """Transport between this agent and ``peer`` in a few words, for people only."""
         return self.adapter
+
+    def link_facts(self, peer: AgentPeer) -> LinkFacts:  # noqa: ARG002
+        """Facts about the connection to ``peer`` that decide who moves the bytes (`kvxfer.runtime.direction`)."""
+        return LinkFacts()
 
     def _progress(self) -> None:  # noqa: B027
         """Drive an engine that moves only when asked. Called by each `poll`. Raises nothing."""
@@ -247,6 +252,18 @@ class TransferAgent(ABC):
             flight.add_step(spans, self._registrations.table, self.capabilities)
         self._flights.start(flight)
         return flight
+
+    @final
+    def give_up(self, flight: Flight, error: KvxferError) -> None:
+        """Give up a flight as if its deadline had passed: parts that the engine does not have yet are dropped. `poll` tells its end."""
+        self._check()
+        self._flights.give_up_one(flight, error)
+
+    @final
+    def drop(self, flight: Flight) -> None:
+        """Tell no more of a WRITE that was given up. Memory that it reads stays in use only as far as the engine sees to that."""
+        self._check()
+        self._flights.drop(flight)
 
     @final
     def poll(self) -> list[Flight]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from kvxfer.memory.spans import MemoryKind
 
 
 class Op(str, Enum):
-    """Direction of a transfer, seen from the agent that submits it. The core submits READ only."""
+    """Direction of a transfer, seen from the agent that submits it."""
 
     READ = "read"
     WRITE = "write"
@@ -26,6 +26,19 @@ class Reach(str, Enum):
     NETWORK = "network"
 
 
+class LinkFacts(NamedTuple):
+    """Facts about the connection between this agent and one peer.
+
+    Attributes:
+        fate_shared: a process that ends during its READ may take down the process that it reads from.
+        cut_off_by_close: after `close` of this agent nothing that the peer's agent does lands in memory that this one had
+            registered. Without it a WRITE of the peer cannot be stopped from here.
+    """
+
+    fate_shared: bool = False
+    cut_off_by_close: bool = False
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """Declarations of an adapter about its engine. They must be true: the conformance suite tests every field.
@@ -34,7 +47,8 @@ class Capabilities:
     ``reach``. Nothing in the core reads the other fields: it is written for an engine that promises none of them.
 
     Attributes:
-        ops: operations that the engine carries out. The core needs READ; declare WRITE if the engine has it.
+        ops: operations that the engine carries out. The core needs READ or WRITE on each side of a read: declare both if the
+            engine has both.
         kinds: memory that the engine registers.
         reach: how far away a peer may be.
         quiet_on_abandon: after `TransferAgent._abandon` the engine writes nothing more to local memory.

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.errors import DescriptorError, KvxferError, TransferFailedError, TransferTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvxfer.agents.capabilities import Capabilities, Op
+    from kvxfer.agents.capabilities import Capabilities
     from kvxfer.agents.description import AgentPeer
     from kvxfer.memory.spans import Descriptors, Memory, RegionTable
 
@@ -53,6 +54,8 @@ class Flight:
     descriptors: int = 0
     state: FlightState = FlightState.PENDING
     error: KvxferError | None = None
+    landed: bool = False
+    """Every part that the engine was given is complete: it is in place, here or at the peer."""
     _reported: FlightState = FlightState.PENDING
     _parts: list[tuple[Descriptors, Memory, Memory]] = field(default_factory=list)
     _handle: Any = _NO_HANDLE
@@ -62,6 +65,11 @@ class Flight:
     def finished(self) -> bool:
         """DONE or FAILED: local memory is quiet and the flight will not change again."""
         return self.state in (FlightState.DONE, FlightState.FAILED)
+
+    @property
+    def lost(self) -> bool:
+        """QUARANTINED, and the engine says nothing more of it: what is on its way may land at any time."""
+        return self.state is FlightState.QUARANTINED and self._handle is _NO_HANDLE
 
     def add_step(self, spans: Descriptors, regions: RegionTable, capabilities: Capabilities) -> None:
         """Check spans against the regions of both sides, merge neighbours, and split the list at the engine's limits.
@@ -137,7 +145,8 @@ class Flights:
         changed = [f for f in self._all if f.state is not f._reported]
         for flight in changed:
             flight._reported = flight.state
-        self._all = [f for f in self._all if not f.finished]
+        # A WRITE that is lost writes to no memory of this agent.
+        self._all = [f for f in self._all if not (f.finished or (f.lost and f.op is Op.WRITE))]
         return changed
 
     def give_up(self, peer: AgentPeer, error: KvxferError) -> None:
@@ -145,6 +154,16 @@ class Flights:
         for flight in self._all:
             if flight.peer is peer and flight.state is FlightState.PENDING:
                 self._give_up(flight, error)
+
+    def give_up_one(self, flight: Flight, error: KvxferError) -> None:
+        """Give up one flight, if it is pending."""
+        if flight.state is FlightState.PENDING:
+            self._give_up(flight, error)
+
+    def drop(self, flight: Flight) -> None:
+        """Forget a quarantined WRITE: this agent's memory is quiet, whatever becomes of it."""
+        if flight.op is Op.WRITE and flight.state is FlightState.QUARANTINED:
+            self._all = [each for each in self._all if each is not flight]
 
     def end_all(self, error: KvxferError) -> list[Flight]:
         """Fail all flights that have not ended, after the engine was torn down; return all that were not returned yet."""
@@ -188,7 +207,7 @@ class Flights:
                     mover._release(flight._handle)
                     flight._handle = _NO_HANDLE
                 if not flight._parts:
-                    flight.state = FlightState.DONE
+                    flight.state, flight.landed = FlightState.DONE, True
                     return
                 if handed_over or not mover.now() < flight.deadline:
                     return
@@ -211,20 +230,21 @@ class Flights:
     def _give_up(self, flight: Flight, error: KvxferError) -> None:
         flight.error, flight._parts = error, []
         quiet = flight._handle is _NO_HANDLE or self._mover._abandon(flight._handle)
+        flight.landed = quiet
         if quiet:
             flight._handle = _NO_HANDLE
         flight.state = FlightState.FAILED if quiet else FlightState.QUARANTINED
 
     def _poll_quarantined(self, flight: Flight) -> None:
-        quiet = True
+        quiet = landed = True
         try:
             if not self._mover._poll(flight._handle):
                 return
         except Exception as error:  # noqa: BLE001 - the flight failed before; only whether its memory is quiet counts now
             # There is nothing left to poll. Unless the error itself says that nothing is written any more, only closing the
             # agent ends this quarantine.
-            quiet = isinstance(error, KvxferError) and error.quiet
+            quiet, landed = isinstance(error, KvxferError) and error.quiet, False
         self._mover._release(flight._handle)
-        flight._handle = _NO_HANDLE
+        flight._handle, flight.landed = _NO_HANDLE, landed
         if quiet:
             flight.state = FlightState.FAILED

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvxfer.agents.base import TransferAgent
-from kvxfer.agents.capabilities import Capabilities, Op, Reach
+from kvxfer.agents.capabilities import Capabilities, LinkFacts, Op, Reach
 from kvxfer.errors import PeerInfoError, PeerLostError, RegistrationError, TransferFailedError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
+
+if TYPE_CHECKING:
+    from kvxfer.agents.description import AgentPeer
 
 _lock = threading.Lock()
 _agents: dict[str, InprocAgent] = {}
@@ -40,6 +43,10 @@ class InprocAgent(TransferAgent):
             if name in _agents:
                 raise RegistrationError(f"an agent named {name!r} lives in this process already")
             _agents[name] = self
+
+    def link_facts(self, peer: AgentPeer) -> LinkFacts:  # noqa: ARG002
+        """Each copy looks whether the peer still has its memory registered."""
+        return LinkFacts(cut_off_by_close=True)
 
     def _register(self, memory: Memory) -> None:
         with _lock:

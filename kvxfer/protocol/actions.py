@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kvxfer.errors import KvxferError
     from kvxfer.layout.block_table import BlockTable, CheckedTable
     from kvxfer.layout.spec import CacheSpec
+    from kvxfer.memory.spans import Descriptors
+    from kvxfer.protocol.lease import ConsumerRank
     from kvxfer.protocol.messages import Message
     from kvxfer.protocol.transfer import Event, Transfer
 
@@ -52,6 +54,8 @@ class Source:
         tables: its block tables, one per cache group.
         cell: address of the lease's cell on its board; ``check`` what stands there while the lease does.
         complete: these are all blocks of the lease; else there will be more (`MoreGranted`).
+        epoch: of the process that has granted them.
+        writes: that process can move the bytes itself.
     """
 
     number: int
@@ -61,6 +65,8 @@ class Source:
     cell: int
     check: bytes
     complete: bool = True
+    epoch: str = ""
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,17 @@ class StopRead:
 
     transfer: Transfer
     error: KvxferError
+
+
+@dataclass(frozen=True)
+class WriteEnded:
+    """Tell a read that a write which it had asked a source for is over; ``error`` is empty if all is in place."""
+
+    transfer: Transfer
+    number: int
+    error: str = ""
+    quiet: bool = True
+    """Nothing of it will be written any more."""
 
 
 Packed = int | bytes
@@ -135,6 +152,31 @@ class EndPack:
     numbers: Sequence[int] = ()
 
 
+class WriteKey(NamedTuple):
+    """A write that a consumer has asked for."""
+
+    consumer: ConsumerRank
+    number: int
+
+
+@dataclass(frozen=True)
+class StartWrite:
+    """Write into a consumer's memory, step by step; ends in `Producer.written`. Local addresses are the producer's."""
+
+    key: WriteKey
+    token: str
+    agent_info: bytes
+    steps: Sequence[Descriptors]
+    within_s: float
+
+
+@dataclass(frozen=True)
+class EndWrite:
+    """Give a write up; what the engine has of it goes on, and ends in `Producer.written`."""
+
+    key: WriteKey
+
+
 @dataclass(frozen=True)
 class ForgetAgent:
     """Forget the agent with this description: it is gone for good."""
@@ -149,7 +191,18 @@ class Emit:
     event: Event
 
 
-DataAction = StartRead | MoreGranted | ChunkStaged | StopRead | StartPack | EndPack | ForgetAgent
+DataAction = (
+    StartRead
+    | MoreGranted
+    | ChunkStaged
+    | WriteEnded
+    | StopRead
+    | StartPack
+    | EndPack
+    | StartWrite
+    | EndWrite
+    | ForgetAgent
+)
 """Actions of the data thread."""
 
 Action = SendTo | Reply | Hangup | Emit | DataAction

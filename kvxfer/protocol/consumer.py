@@ -24,7 +24,7 @@ from kvxfer.errors import (
     printable,
     shown,
 )
-from kvxfer.protocol.actions import Action, ChunkStaged, SendTo, StartRead, StopRead
+from kvxfer.protocol.actions import Action, ChunkStaged, SendTo, StartRead, StopRead, WriteEnded
 from kvxfer.protocol.held_lease import HeldLease, HeldLeaseEvent, HeldLeaseState, RankLease
 from kvxfer.protocol.held_leases import HeldLeases
 from kvxfer.protocol.messages import (
@@ -38,7 +38,10 @@ from kvxfer.protocol.messages import (
     Renewed,
     Revoked,
     StageChunk,
+    StopWrite,
     Welcome,
+    Write,
+    Wrote,
 )
 from kvxfer.protocol.peer import Identity, Peer, PeerEvent
 from kvxfer.protocol.peers import Peers, Welcomed
@@ -157,7 +160,7 @@ class Consumer:
         """Ask one of a read's sources for a chunk, again and again until it is there."""
         held = self._held.read_by(transfer)
         if held is not None:
-            self._held.ask_chunk(held, source, message, now)
+            self._held.ask(held, source, message, now)
         else:
             # The lease was released, or read a second time, in the moment in which `claim` claimed it; or the read is over by now.
             self._out.append(StopRead(transfer, LeaseEndedError("the lease was released before it was read")))
@@ -168,8 +171,27 @@ class Consumer:
         if held is not None:
             peer = held.rank_leases[source].peer
             for number in numbers:
-                held.asked.pop((source, number), None)
+                held.asked.pop((source, "StageChunk", number), None)
             self._out.append(SendTo(peer.address, ReleaseChunks(to=peer.epoch, token=held.ref.token, numbers=numbers)))
+
+    def write(self, transfer: Transfer, source: int, message: Write | StopWrite, now: float) -> None:
+        """Have one of a read's sources write, or write no more of it; again and again until that is over."""
+        held = self._held.read_by(transfer)
+        if isinstance(message, StopWrite) and held is not None:
+            held.asked.pop((source, "Write", message.number), None)
+        if held is not None:
+            self._held.ask(held, source, message, now)
+        elif isinstance(message, Write):
+            # As in `stage`. The source was never asked.
+            self._out.append(WriteEnded(transfer, message.number, "the lease was released before it was read"))
+
+    def unwrite(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
+        """Ask no more for writes: nothing that a source writes lands here any more."""
+        held = self._held.read_by(transfer)
+        asked = held.asked if held is not None else {}
+        for number in numbers:
+            for kind in ("Write", "StopWrite"):
+                asked.pop((source, kind, number), None)
 
     def read_ended(self, transfer: Transfer, error: KvxferError | None, now: float) -> None:
         """Release the lease of a read that the data thread has ended, with its transfer."""
@@ -269,7 +291,7 @@ class Consumer:
                 self._lease_over(peer, token, LeaseEndedError("the producer says the lease has ended"), now)
         elif isinstance(message, Revoked):
             self._lease_over(peer, message.token, LeaseEndedError(printable(message.reason)), now)
-        elif isinstance(message, (Pending, Grant, ChunkReady, Released)):
+        elif isinstance(message, (Pending, Grant, ChunkReady, Wrote, Released)):
             found = self._held.at(peer, message.token)
             if found is not None:
                 self._answered(*found, message, now)
@@ -279,7 +301,11 @@ class Consumer:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _answered(
-        self, held: HeldLease, rank_lease: RankLease, message: Pending | Grant | ChunkReady | Released, now: float
+        self,
+        held: HeldLease,
+        rank_lease: RankLease,
+        message: Pending | Grant | ChunkReady | Wrote | Released,
+        now: float,
     ) -> None:
         if isinstance(message, Grant) and held.state in (HeldLeaseState.WAITING, HeldLeaseState.READING):
             if (
@@ -293,8 +319,11 @@ class Consumer:
                 self._granted(held, rank_lease, message, now)
         elif isinstance(message, ChunkReady) and held.state is HeldLeaseState.READING and held.transfer is not None:
             source = held.rank_leases.index(rank_lease)
-            if held.asked.pop((source, message.number), None) is not None:
+            if held.asked.pop((source, "StageChunk", message.number), None) is not None:
                 self._out.append(ChunkStaged(held.transfer, source, message.number, message.address, message.digest))
+        elif isinstance(message, Wrote) and held.state is HeldLeaseState.READING and held.transfer is not None:
+            self.unwrite(held.transfer, held.rank_leases.index(rank_lease), [message.number])
+            self._out.append(WriteEnded(held.transfer, message.number, printable(message.error), message.quiet))
         elif isinstance(message, Released) and held.is_over:
             self._held.released_by(held, rank_lease, now)
 

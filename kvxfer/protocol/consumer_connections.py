@@ -157,6 +157,7 @@ class ConsumerConnections:
                 slot_nbytes=me.slot_nbytes,
                 casts=sorted(me.casts),
                 addresses=list(me.addresses),
+                writes=me.writes,
             )
         return self._welcome_before
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kvxfer.layout.block_table import CheckedTable
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.messages import Grant, StageChunk
+    from kvxfer.protocol.messages import Grant, StageChunk, StopWrite, Write
     from kvxfer.protocol.peer import Peer
     from kvxfer.protocol.transfer import Transfer
 
@@ -155,12 +155,16 @@ class RankLease:
 
 
 @dataclass(eq=False)
-class AskedChunk:
-    """A chunk that was asked for and is not there yet."""
+class Asked:
+    """A chunk or a write that a read asked for, or the end of a write, and that is not there yet."""
 
-    message: StageChunk
+    message: StageChunk | Write | StopWrite
     since: float
     again_at: float
+
+
+AskedKey = tuple[int, str, int]
+"""Rank, name of the message, number."""
 
 
 @dataclass(eq=False)
@@ -170,7 +174,7 @@ class HeldLease:
     Attributes:
         rank_leases: one for each rank of the producer, in rank order; only the first until that rank was met.
         routes: how the part of each rank travels, once all ranks were met.
-        asked: chunks that the read waits for, by rank and number.
+        asked: what the read waits for, by rank, kind of the message, and number.
     """
 
     ref: LeaseRef
@@ -182,7 +186,7 @@ class HeldLease:
     transfer: Transfer | None = None
     error: KvxferError | None = None
     read: bool = False
-    asked: dict[tuple[int, int], AskedChunk] = field(default_factory=dict)
+    asked: dict[AskedKey, Asked] = field(default_factory=dict)
 
     def step(self, event: HeldLeaseEvent) -> bool:
         """Change the state as the table says; False, and nothing changes, if it has no transition for this."""
@@ -238,6 +242,10 @@ class HeldLease:
         """A read of the lease is under way, and waits for a grant or a chunk."""
         return self.state is HeldLeaseState.READING and (bool(self.asked) or not self.granted)
 
+    def asks_writes(self, number: int) -> bool:
+        """Whether the read waits for something that one rank writes."""
+        return any(source == number and kind != "StageChunk" for source, kind, _ in self.asked)
+
     def at_rank_of(self, peer: Peer) -> RankLease | None:
         """The share of the lease at one peer, if it has one there."""
         return next((rank_lease for rank_lease in self.rank_leases if rank_lease.peer is peer), None)
@@ -250,7 +258,7 @@ class HeldLease:
             since = {
                 i: self.transfer.started for i, rank_lease in enumerate(self.rank_leases) if not rank_lease.complete
             }
-            for (source, _), asked in self.asked.items():
+            for (source, _, _), asked in self.asked.items():
                 since.setdefault(source, asked.since)
             return [(self.rank_leases[source], at) for source, at in since.items()]
         waiting = self.state is HeldLeaseState.WAITING
@@ -287,5 +295,7 @@ class HeldLease:
         grant, route = rank_lease.grant, self.routes[number] if self.routes is not None else None
         if grant is None or route is None:
             return None
-        agent_info = rank_lease.peer.agent_info
-        return Source(number, agent_info, route, rank_lease.leased(), grant.cell, grant.check, grant.complete)
+        peer, tables = rank_lease.peer, rank_lease.leased()
+        return Source(
+            number, peer.agent_info, route, tables, grant.cell, grant.check, grant.complete, peer.epoch, peer.writes
+        )

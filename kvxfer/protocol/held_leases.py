@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvxfer.defects import Defects
     from kvxfer.errors import InternalError
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.messages import StageChunk
+    from kvxfer.protocol.messages import StageChunk, StopWrite, Write
     from kvxfer.protocol.peer import Peer
     from kvxfer.protocol.peers import Peers
     from kvxfer.protocol.transfer import Transfer
@@ -68,7 +68,7 @@ class HeldLeases:
             "held_leases": len(self.by_token),
             "granted_leases": len(self.granted),
             "held_timers": len(self._timers),
-            "asked_chunks": sum(len(held.asked) for held in list(self.by_token.values())),
+            "asked": sum(len(held.asked) for held in list(self.by_token.values())),
         }
 
     def acquire(self, ref: LeaseRef, now: float) -> HeldLease:
@@ -149,7 +149,9 @@ class HeldLeases:
                 held.routes = None  # they are of the memory of the process that is gone
             granted_before = rank_lease.grant is not None
             if held.state is HeldLeaseState.READING:
-                granted_before = not rank_lease.complete  # of bytes that are all on their way the lease check decides
+                # Of bytes that are all on their way the lease check decides, unless it is the one that is gone who moves them.
+                writes = held.asks_writes(held.rank_leases.index(rank_lease))
+                granted_before = writes or not rank_lease.complete
             if held.is_over or granted_before:
                 self.rank_failed(held, rank_lease, LeaseEndedError("the producer was restarted"), now)
 
@@ -171,9 +173,9 @@ class HeldLeases:
 
     # -- what happens to one lease ----------------------------------------------------------------------------------
 
-    def ask_chunk(self, held: HeldLease, source: int, message: StageChunk, now: float) -> None:
-        """Ask one of a read's sources for a chunk, again and again until it is there."""
-        self._requests.stage(held, source, message, now)
+    def ask(self, held: HeldLease, source: int, message: StageChunk | Write | StopWrite, now: float) -> None:
+        """Ask one of a read's sources for a chunk or a write, again and again until it is there."""
+        self._requests.ask(held, source, message, now)
         self.advance(held, now)
 
     def stop_read(self, held: HeldLease, error: KvxferError) -> None:
@@ -252,7 +254,7 @@ class HeldLeases:
         for rank_lease in list(held.rank_leases):
             if not rank_lease.released and held.ref.token in self.by_token:
                 self._advance_rank(held, rank_lease, now)
-        self._requests.repeat_chunks(held, now)
+        self._requests.repeat_asked(held, now)
         if held.ref.token in self.by_token and held.state is HeldLeaseState.WAITING:
             self._plan(held, now)
         if held.ref.token not in self.by_token:

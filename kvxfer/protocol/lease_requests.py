@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from kvxfer.protocol.actions import Action, SendTo
-from kvxfer.protocol.held_lease import AskedChunk
+from kvxfer.protocol.held_lease import Asked
 from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Acquire, Release, Renew
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvxfer.config import Settings
     from kvxfer.protocol.held_lease import HeldLease, RankLease
-    from kvxfer.protocol.messages import Message, StageChunk
+    from kvxfer.protocol.messages import Message, StageChunk, StopWrite, Write
     from kvxfer.protocol.peer import Peer
 
 
@@ -67,19 +67,23 @@ class LeaseRequests:
                 for i in range(0, len(tokens), MAX_TOKENS_PER_RENEW):
                     self.send(peer, Renew(to=peer.epoch, tokens=tokens[i : i + MAX_TOKENS_PER_RENEW]))
 
-    def stage(self, held: HeldLease, source: int, message: StageChunk, now: float) -> None:
-        """Ask a rank for a chunk; `repeat_chunks` asks again until it is there."""
-        peer = held.rank_leases[source].peer
-        held.asked[source, message.number] = AskedChunk(message, now, now + self._settings.retry_interval_s)
-        self.send(peer, msgspec.structs.replace(message, to=peer.epoch))
+    def ask(self, held: HeldLease, source: int, message: StageChunk | Write | StopWrite, now: float) -> None:
+        """Ask a rank for a chunk or a write; `repeat_asked` asks again until it is there."""
+        key = (source, type(message).__name__, message.number)
+        held.asked[key] = asked = Asked(message, now, now + self._settings.retry_interval_s)
+        self._send_asked(held.rank_leases[source].peer, asked)
 
-    def repeat_chunks(self, held: HeldLease, now: float) -> None:
-        """Ask again for chunks that are not there yet."""
-        for (source, _), asked in held.asked.items():
+    def repeat_asked(self, held: HeldLease, now: float) -> None:
+        """Ask again for what is not there yet."""
+        for (source, _, _), asked in held.asked.items():
             peer = held.rank_leases[source].peer
             if now >= asked.again_at and peer.is_met:
                 asked.again_at = now + self._settings.retry_interval_s
-                self.send(peer, msgspec.structs.replace(asked.message, to=peer.epoch))
+                self._send_asked(peer, asked)
+
+    def _send_asked(self, peer: Peer, asked: Asked) -> None:
+        # A write names the process that it was asked of. One that has taken its place would say, truly, that it writes nothing.
+        self.send(peer, asked.message if asked.message.to else msgspec.structs.replace(asked.message, to=peer.epoch))
 
     def send(self, peer: Peer, message: Message) -> None:
         """Send a message to a peer now."""

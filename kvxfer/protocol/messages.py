@@ -92,6 +92,8 @@ class Welcome(_Message, frozen=True, kw_only=True):
     """Dtypes that the cache's devices can turn into each other when they pack."""
     addresses: Annotated[list[Address], msgspec.Meta(max_length=MAX_RANKS)] = []
     """Control addresses of the producer's ranks, in rank order, if this rank was told of them."""
+    writes: bool = False
+    """The producer can move the bytes itself (`Write`)."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 32)]
@@ -150,6 +152,7 @@ class Renewed(_Message, frozen=True, kw_only=True):
     ended: Annotated[list[Token], msgspec.Meta(max_length=MAX_TOKENS_PER_RENEW)]
 
 
+WriteNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 _Numbers = Annotated[list[int], msgspec.Meta(max_length=1024)]
 
 
@@ -185,6 +188,44 @@ class ReleaseChunks(_Message, frozen=True, kw_only=True):
 
     token: Token
     numbers: _Numbers
+
+
+class Write(_Message, frozen=True, kw_only=True):
+    """Have the producer write part of a lease's KV into the consumer's memory. Begun once, and repeated until answered."""
+
+    token: Token
+    check: Annotated[bytes, msgspec.Meta(max_length=16)]
+    """Check of the grant: of blocks that were published anew under the token nothing is written."""
+    number: WriteNumber
+    """Number of the write among all that this consumer asks for; never used again for another."""
+    agent: Name
+    """The consumer's transfer agent. Another agent of the same consumer is another generation of its memory."""
+    agent_info: bytes = b""
+    """Description of that agent; empty where the producer was given it before."""
+    steps: Annotated[list[bytes], msgspec.Meta(min_length=1, max_length=8)]
+    """What to write, see `kvxfer.protocol.write_steps`; each step begins when the one before is in place."""
+    within_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
+    """Time after which the consumer does not want it any more."""
+    over_below: WriteNumber = 0
+    """Writes of this lease with smaller numbers are over for the consumer: they are never begun, nor asked for again."""
+
+
+class StopWrite(_Message, frozen=True, kw_only=True):
+    """Have no more written of a `Write` than is on its way. Idempotent, repeated until the write is answered."""
+
+    token: Token
+    number: WriteNumber
+
+
+class Wrote(_Message, frozen=True, kw_only=True):
+    """Answer `Write` and `StopWrite`: the write is over."""
+
+    token: Token
+    number: WriteNumber
+    error: Reason = ""
+    """Why not all was written; empty: all is in place."""
+    quiet: bool = True
+    """Nothing of it will be written any more."""
 
 
 class Release(_Message, frozen=True, kw_only=True):
@@ -230,9 +271,9 @@ class Refused(_Message, frozen=True, kw_only=True):
     """Rank of this producer, if another one was meant."""
 
 
-OF_CONSUMERS = (Hello, Acquire, Renew, StageChunk, ReleaseChunks, Release)
+OF_CONSUMERS = (Hello, Acquire, Renew, StageChunk, ReleaseChunks, Write, StopWrite, Release)
 """Messages that consumers send."""
-OF_PRODUCERS = (Welcome, Pending, Grant, Renewed, ChunkReady, Released, Revoked, Refused)
+OF_PRODUCERS = (Welcome, Pending, Grant, Renewed, ChunkReady, Wrote, Released, Revoked, Refused)
 """Messages that producers send."""
 
 Message = (
@@ -246,6 +287,9 @@ Message = (
     | StageChunk
     | ChunkReady
     | ReleaseChunks
+    | Write
+    | StopWrite
+    | Wrote
     | Release
     | Released
     | Revoked

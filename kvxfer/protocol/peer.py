@@ -33,6 +33,7 @@ class Identity:
         slot_nbytes: largest chunk that this side can stage; 0 if none.
         casts: dtypes that its devices can turn into each other.
         addresses: of all ranks of its engine, in rank order; empty until they are known.
+        writes: it can write into the memory of its consumers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Identity:
     slot_nbytes: int = 0
     casts: frozenset[str] = frozenset()
     addresses: tuple[str, ...] = ()
+    writes: bool = False
 
 
 class PeerState(str, Enum):
@@ -108,7 +110,7 @@ class Peer:
         agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
         confirmed: a lease expects an engine of this name there.
         spec: of its cache; None before.
-        addressable, slot_nbytes, casts, addresses: see `Identity`.
+        addressable, slot_nbytes, casts, addresses, writes: see `Identity`.
         error: why it cannot be used; None unless REFUSED.
         needed_by: engines that leases expect there, by the tokens of the leases, in the order in which they came.
         met_at, heard_at: when it introduced itself, and when it last said anything, on the caller's clock.
@@ -128,6 +130,7 @@ class Peer:
     slot_nbytes: int = 0
     casts: frozenset[str] = frozenset()
     addresses: tuple[str, ...] = ()
+    writes: bool = False
     error: HandshakeError | None = None
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
@@ -174,6 +177,7 @@ class Peer:
         self.name, self.epoch, self.met_at = message.name, message.epoch, now
         self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
         self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
+        self.writes = message.writes
         self.agent_info, self.agent_name = message.agent_info, ""
         self.error = self._check(me, message) or self._check_agent(message)
         if self.error is None:

@@ -32,7 +32,10 @@ from kvxfer.protocol.messages import (
     Renewed,
     Revoked,
     StageChunk,
+    StopWrite,
+    Write,
 )
+from kvxfer.protocol.requested_writes import RequestedWrites
 from kvxfer.protocol.transfer import LeaseExpired, LeaseReleased, LeaseRevoked
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from kvxfer.config import Settings
     from kvxfer.errors import InternalError, KvxferError
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import Packed
+    from kvxfer.protocol.actions import Packed, WriteKey
     from kvxfer.protocol.lease import ConsumerRank, Lease
     from kvxfer.protocol.lease_table import LeaseTable
     from kvxfer.protocol.peer import Identity
@@ -75,6 +78,7 @@ class Producer:
         self.identity: Identity = identity
         self._connections = ConsumerConnections(identity, metrics, out)
         self._chunks = ChunkStaging(table, self._connections, metrics, out, self.revoke)
+        self._writes = RequestedWrites(table, self._connections, metrics, out, settings.idle_peer_s)
         self._batch_nbytes = min(BATCH_NBYTES, settings.max_message_nbytes // 2)
         self._published: dict[str, object] = {}
         """Leases that the engine has published in full and whose end it was not told. Changed by the engine's threads, too."""
@@ -163,6 +167,7 @@ class Producer:
             "lease_timers": self._table.timers,
             "deferred_steps": self._deferred.steps,
             "chunks": len(self._chunks),
+            **self._writes.in_use(),
         }
 
     # -- the data thread --------------------------------------------------------------------------------------------
@@ -176,6 +181,10 @@ class Producer:
     ) -> None:
         """See `ChunkStaging.packed`."""
         self._chunks.packed(key, number, chunk, error, now)
+
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
+        """See `RequestedWrites.written`."""
+        self._writes.written(key, token, error, quiet=quiet)
 
     def short_of_slots(self, share: int, now: float) -> None:
         """See `ChunkStaging.short_of_slots`."""
@@ -191,6 +200,7 @@ class Producer:
         """End what has expired, and learn what devices have written."""
         self._deferred.tick(now)
         self._chunks.tick(now)
+        self._writes.tick(now)
         for lease in self._table.expire(now):
             if lease.state is LeaseState.REVOKED:
                 why = (
@@ -211,8 +221,8 @@ class Producer:
 
     def next_deadline(self) -> float | None:
         """Time at which `tick` has something to do next; None if never."""
-        deadlines = self._deferred.next_deadline(), self._table.next_deadline(), self._chunks.next_deadline()
-        return min((at for at in deadlines if at is not None), default=None)
+        parts = (self._deferred, self._table, self._chunks, self._writes)
+        return min((at for part in parts if (at := part.next_deadline()) is not None), default=None)
 
     # -- consumers --------------------------------------------------------------------------------------------------
 
@@ -230,7 +240,7 @@ class Producer:
         if isinstance(message, Hello):
             self._connections.hello(connection, message, now)
             return
-        if not isinstance(message, (Acquire, Renew, Release, StageChunk, ReleaseChunks)):
+        if not isinstance(message, (Acquire, Renew, Release, StageChunk, ReleaseChunks, Write, StopWrite)):
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
             return
         token = "" if isinstance(message, Renew) else message.token
@@ -251,6 +261,10 @@ class Producer:
             self._chunks.stage(connection, consumer, message)
         elif isinstance(message, ReleaseChunks):
             self._chunks.release(PackKey(message.token, consumer.rank), consumer, message.numbers)
+        elif isinstance(message, Write):
+            self._writes.write(connection, consumer, message, now)
+        elif isinstance(message, StopWrite):
+            self._writes.stop(connection, consumer, message)
         else:
             self._release(connection, consumer, message)
 
@@ -321,7 +335,8 @@ class Producer:
         was_live, lease = self._table.release(message.token, consumer, read=message.read)
         self._connections.reply(connection, Released(token=message.token, was_live=was_live))
         if was_live:
-            self._chunks.end(PackKey(message.token, consumer.rank))
+            for part in (self._chunks, self._writes):
+                part.end(PackKey(message.token, consumer.rank))
         if lease is not None and lease.end_awaited:
             self._released(lease, lease.read)
 
@@ -381,6 +396,7 @@ class Producer:
         """Tell the consumer that a lease has ended, and give back its slots."""
         self._connections.tell(lease.waiting(), Revoked(token=lease.token, reason=reason))
         self._chunks.end_lease(lease)
+        self._writes.end_lease(lease)
 
     def _end(self, event: LeaseReleased | LeaseExpired | LeaseRevoked, end: str) -> None:
         self._metrics.count("kvxfer_leases_total", end=end)

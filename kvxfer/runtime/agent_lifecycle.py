@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.defects import Defects
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class AgentLifecycle:
         self._replaced = replaced
         self.agent: TransferAgent | None = None
         """None before `first`, and after `close` until it is made again."""
-        self.proven: set[bytes] = set()
-        """Descriptions of the peers from which this agent has read something."""
+        self.proven: set[tuple[Op, bytes]] = set()
+        """Descriptions of the peers from which this agent has read something, or who have written something to it."""
         self.parting: set[bytes] = set()
         """Descriptions of peers to be forgotten once more."""
         self._peers: dict[bytes, AgentPeer] = {}
@@ -126,7 +127,7 @@ class AgentLifecycle:
             self.parting.add(agent_info)
         else:
             self.parting.discard(agent_info)
-        self.proven.discard(agent_info)
+        self.proven -= {(op, agent_info) for op in Op}
         peer = self._peers.pop(agent_info, None)
         if peer is not None and self.agent is not None and peer.connected:
             try:

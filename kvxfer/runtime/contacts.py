@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     from kvxfer.metrics import Metrics
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.read_task import Strand
+    from kvxfer.runtime.read_task import ReadTask, SourceRead, Strand
+    from kvxfer.runtime.remote_flights import RemoteFlight, RemoteFlights
+
+    Key = tuple[Op, bytes]
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +53,14 @@ class Contact:
     """A contact under way.
 
     Attributes:
-        info: the description of the peer's agent; ``name`` its name.
+        key: what moves the bytes, and the description of the peer's agent; ``name`` its name.
         waiting: strands that wait for the answer.
         silent: it has hung for too long.
         asked_at: when a read last asked for that peer, although it is silent.
     """
 
-    def __init__(self, info: bytes, name: str, since: float) -> None:
-        self.info = info
+    def __init__(self, key: Key, name: str, since: float) -> None:
+        self.key = key
         self.name = name
         self.since = since
         self.waiting: list[Strand] = []
@@ -70,25 +73,32 @@ class Contacts:
 
     Args:
         life: of the agent.
+        remote: contacts that peers carry out: they write the few bytes here.
         place: address of memory into which every contact reads, and whose content means nothing.
         contact_timeout_s: how long a contact may hang before its peer is silent.
         now: the clock.
     """
 
     def __init__(
-        self, life: AgentLifecycle, place: int, contact_timeout_s: float, metrics: Metrics, now: Callable[[], float]
+        self,
+        life: AgentLifecycle,
+        remote: RemoteFlights,
+        place: int,
+        contact_timeout_s: float,
+        metrics: Metrics,
+        now: Callable[[], float],
     ) -> None:
         self._life = life
+        self._remote = remote
         self._place = place
         self._contact_s = contact_timeout_s
         self._metrics = metrics
         self._now = now
-        self._by_flight: dict[Flight, bytes] = {}
-        """Descriptions of peers."""
-        self._strays: set[Flight] = set()
+        self._by_flight: dict[Flight | RemoteFlight, Key] = {}
+        self._strays: set[Flight | RemoteFlight] = set()
         """Flights of contacts that have failed, and may still land."""
-        self._contacts: dict[bytes, Contact] = {}
-        self._agents_tried: dict[bytes, int] = {}
+        self._contacts: dict[Key, Contact] = {}
+        self._agents_tried: dict[Key, int] = {}
         """Of peers for whose sake the agent was made anew, how often it was."""
         self._renewed_at = -math.inf
 
@@ -107,34 +117,44 @@ class Contacts:
         """Some read waits for a contact."""
         return any(strand.task.error is None for each in self._contacts.values() for strand in each.waiting)
 
-    def meet(self, strand: Strand, info: bytes, cell: int) -> None:
-        """Have a strand wait until an agent has answered once.
-
-        Args:
-            strand: that waits.
-            info: the description of the agent.
-            cell: address of a lease's cell there: a few bytes that may be read.
+    def meet(self, strand: Strand, source: SourceRead) -> None:
+        """Have a strand wait until the agent of its source has answered once: a lease's cell there is a few bytes that may be moved.
 
         Raises:
             KvxferError: the peer is silent, or cannot be asked.
         """
-        contact = self._contacts.get(info)
+        key = (source.op, source.granted.agent_info)
+        contact = self._contacts.get(key)
         if contact is None:
-            agent, peer = self._life.ensure(), self._life.peer(info)
-            contact = Contact(info, peer.name, self._now())
-            some = Descriptors.of(self._place, cell, CELL_NBYTES)
-            self._by_flight[agent.submit(Op.READ, peer, some, deadline=math.inf)] = info
-            self._contacts[info] = contact
+            agent, peer = self._life.ensure(), self._life.peer(source.granted.agent_info)
+            contact = Contact(key, peer.name, self._now())
+            some = Descriptors.of(self._place, source.granted.cell, CELL_NBYTES)
+            flight: Flight | RemoteFlight
+            if source.op is Op.WRITE:
+                flight = self._remote.submit(source, [some], math.inf)
+            else:
+                flight = agent.submit(Op.READ, peer, some, deadline=math.inf)
+            self._by_flight[flight] = key
+            self._contacts[key] = contact
         elif contact.silent:
             contact.asked_at = self._now()
             raise self._silence(contact)
         contact.waiting.append(strand)
 
-    def owns(self, flight: Flight) -> bool:
+    def left_by(self, task: ReadTask) -> list[Strand]:
+        """Forget the contacts that peers carry out for a read that is over; returns the strands of others that waited for them."""
+        left = [flight for flight in self._by_flight if not isinstance(flight, Flight) and flight.task is task]
+        waiting: list[Strand] = []
+        for flight in left:
+            waiting += self._contacts.pop(self._by_flight.pop(flight)).waiting
+            self._remote.discard(flight)
+        return [strand for strand in waiting if strand.task is not task]
+
+    def owns(self, flight: Flight | RemoteFlight) -> bool:
         """Tell whether a flight is that of a contact."""
         return flight in self._by_flight or flight in self._strays
 
-    def ended(self, flight: Flight) -> tuple[list[Strand], KvxferError | None]:
+    def ended(self, flight: Flight | RemoteFlight) -> tuple[list[Strand], KvxferError | None]:
         """Take the end of a contact's flight, which may be that its peer is forgotten.
 
         Returns:
@@ -143,15 +163,15 @@ class Contacts:
         self._strays.discard(flight)
         if not flight.finished:
             self._strays.add(flight)
-        info = self._by_flight.pop(flight, None)
-        if info is None:
+        key = self._by_flight.pop(flight, None)
+        if key is None:
             return [], None
-        contact = self._contacts.pop(info)
+        contact = self._contacts.pop(key)
         answered = flight.state is FlightState.DONE
         self._metrics.count("kvxfer_contacts_total", outcome="answered" if answered else "failed")
         if answered:
-            self._life.proven.add(info)
-            self._agents_tried.pop(info, None)
+            self._life.proven.add(key)
+            self._agents_tried.pop(key, None)
             if contact.silent:
                 _log.warning("the fabric of %s answers now", contact.name)
             return contact.waiting, None
@@ -162,18 +182,18 @@ class Contacts:
         now = self._now()
         return [
             contact
-            for info, contact in self._contacts.items()
+            for key, contact in self._contacts.items()
             if (
                 now < contact.asked_at + self._contact_s
                 if contact.silent
-                else now >= contact.since + self._contact_s * (_PATIENCE if info in self._agents_tried else 1.0)
+                else now >= contact.since + self._contact_s * (_PATIENCE if key in self._agents_tried else 1.0)
             )
         ]
 
     def may_renew(self, hanging: Sequence[Contact], *, busy: bool) -> bool:
         """Tell whether the agent may be made anew for the sake of these; ``busy`` if it has something else to do."""
         now = self._now()
-        tried = min(self._agents_tried.get(contact.info, 0) for contact in hanging)
+        tried = min(self._agents_tried.get(contact.key, 0) for contact in hanging)
         if now < self._renewed_at + self._contact_s * _PAUSES[min(tried, len(_PAUSES) - 1)]:
             return False
         return not busy or now >= min(contact.since for contact in hanging) + self._contact_s * _BUSY
@@ -185,7 +205,7 @@ class Contacts:
         if len(self._agents_tried) > _MOST_REMEMBERED:
             self._agents_tried.clear()
         for contact in hanging:
-            self._agents_tried[contact.info] = self._agents_tried.get(contact.info, 0) + 1
+            self._agents_tried[contact.key] = self._agents_tried.get(contact.key, 0) + 1
 
     def silence(self, contact: Contact) -> tuple[list[Strand], KvxferError]:
         """Take a peer for silent from now on; returns the strands that need not wait for it any longer, and what their reads end with."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kvxfer.channel.base import Unreachable
 from kvxfer.defects import Defects
 from kvxfer.errors import ConfigError, InternalError
-from kvxfer.protocol.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo
+from kvxfer.protocol.actions import Action, Emit, Hangup, Packed, PackKey, Reply, SendTo, WriteKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvxfer.errors import KvxferError
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.consumer import Consumer
-    from kvxfer.protocol.messages import StageChunk
+    from kvxfer.protocol.messages import StageChunk, StopWrite, Write
     from kvxfer.protocol.producer import Producer
     from kvxfer.protocol.transfer import Event, Transfer
     from kvxfer.runtime.data_loop import DataLoop
@@ -252,6 +252,18 @@ class _Reports:
 
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         self._tell(lambda _: self._driver.consumer.unstage(transfer, source, numbers))
+
+    def write(self, transfer: Transfer, source: int, message: Write | StopWrite) -> None:
+        self._tell(
+            lambda now: self._driver.consumer.write(transfer, source, message, now),
+            lambda error, now: self._driver.consumer.broken(transfer.ref.token, "", error, now),
+        )
+
+    def unwrite(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
+        self._tell(lambda _: self._driver.consumer.unwrite(transfer, source, numbers))
+
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
+        self._tell(lambda _: self._driver.producer.written(key, token, error, quiet=quiet))
 
     def flush(self) -> None:
         if self.untold:

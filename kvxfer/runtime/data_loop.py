@@ -11,13 +11,25 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError
-from kvxfer.protocol.actions import ChunkStaged, EndPack, MoreGranted, StartPack, StartRead, StopRead
+from kvxfer.protocol.actions import (
+    ChunkStaged,
+    EndPack,
+    EndWrite,
+    MoreGranted,
+    StartPack,
+    StartRead,
+    StartWrite,
+    StopRead,
+    WriteEnded,
+)
 from kvxfer.runtime.agent_lifecycle import REMAKE_EVERY_S, AgentLifecycle
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.read_executor import ReadExecutor
 from kvxfer.runtime.staging import StagingArena
+from kvxfer.runtime.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +87,10 @@ class DataLoop:
         memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
         reachable = [memory for memory in memories if memory is not None]
         self._life = AgentLifecycle(make_agent, reachable, metrics, reports.agent_replaced, environment.now)
-        self._reads = ReadExecutor(cache, board, self.arena, self._life, settings, metrics, reports, environment.now)
+        self._writer = Writer(self._life, reports, settings.idle_peer_s, environment.now)
+        self._reads = ReadExecutor(
+            cache, board, self.arena, self._life, self._writer, settings, metrics, reports, environment.now
+        )
         self._undo: list[Callable[[], object]] = []
         """How devices take back what they did to the arena."""
         self._shut_down = False
@@ -95,10 +110,18 @@ class DataLoop:
         if self._shut_down:
             self._refuse_jobs()
 
+    @property
+    def writes(self) -> bool:
+        """Whether the agent can write into the memory of consumers."""
+        return self._life.agent is not None and Op.WRITE in self._life.agent.capabilities.ops
+
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
         return (
-            self._reads.in_use() | self._packer.in_use() | {"slots": self.arena.in_use, "agent_peers": self._life.peers}
+            self._reads.in_use()
+            | self._packer.in_use()
+            | self._writer.in_use()
+            | {"slots": self.arena.in_use, "agent_peers": self._life.peers}
         )
 
     def close(self) -> None:
@@ -153,7 +176,7 @@ class DataLoop:
     def due_s(self) -> float | None:
         """See `kvxfer.runtime.environment.Loop`."""
         # What has ended may have given back what other reads wait for: only when nothing moves is there time to wait.
-        busy = len(self._reads) or not self._packer.idle
+        busy = len(self._reads) or len(self._writer) or not self._packer.idle
         if not self._jobs.empty() or (self._moved and busy):
             return 0.0
         waits = [_COURTESY_S] if self._reports.untold else []
@@ -178,12 +201,18 @@ class DataLoop:
             reads.granted(job)
         elif isinstance(job, ChunkStaged):
             reads.staged(job)
+        elif isinstance(job, WriteEnded):
+            reads.written(job)
         elif isinstance(job, StopRead):
             reads.stop(job.transfer, job.error)
         elif isinstance(job, StartPack):
             self._packer.start(job)
         elif isinstance(job, EndPack):
             self._packer.end(job.key, job.numbers)
+        elif isinstance(job, StartWrite):
+            self._writer.start(job)
+        elif isinstance(job, EndWrite):
+            self._writer.end(job.key)
         else:
             self._life.forget(job.agent_info, needed=reads.needs(job.agent_info))
 
@@ -198,6 +227,7 @@ class DataLoop:
         """Everything that goes on, part by part: a fault in one keeps no other from its turn."""
         guarded = self._defects.guarded
         moved = guarded(self._packer.turn)
+        guarded(self._writer.see_lost)
         guarded(self._reports.flush)
         if self._life.agent is None:
             guarded(self._life.remake)
@@ -206,10 +236,12 @@ class DataLoop:
     def _broken(self, job: DataAction | _Close | None, error: BaseException) -> None:
         """A fault of kvxfer: what the job is about ends by name."""
         named = self._defects.caught(error)
-        if isinstance(job, (StartRead, MoreGranted, ChunkStaged, StopRead)):
+        if isinstance(job, (StartRead, MoreGranted, ChunkStaged, WriteEnded, StopRead)):
             self._defects.guarded(partial(self._reads.broken, job.transfer, named))
         elif isinstance(job, StartPack):
             self._defects.guarded(partial(self._reports.packed, job.key, job.number, None, named))
+        elif isinstance(job, StartWrite):
+            self._defects.guarded(partial(self._reports.written, job.key, job.token, str(named), quiet=False))
 
     def _shut(self) -> None:
         for step in (self._life.close, self._packer.close, self._reads.shut, *self._undo):

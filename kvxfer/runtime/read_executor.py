@@ -16,12 +16,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
+from kvxfer.runtime.direction import choose
 from kvxfer.runtime.read import read
 from kvxfer.runtime.read_requests import ReadRequests
 from kvxfer.runtime.read_task import AwaitDevice, Connect, ReadTask, SourceRead, Strand, Tools
+from kvxfer.runtime.remote_flights import RemoteFlights
 from kvxfer.runtime.verify import verdict
 
 if TYPE_CHECKING:
@@ -30,12 +33,13 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import ChunkStaged, MoreGranted, StartRead
+    from kvxfer.protocol.actions import ChunkStaged, MoreGranted, StartRead, WriteEnded
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
     from kvxfer.runtime.reports import ReadReports
     from kvxfer.runtime.staging import StagingArena
+    from kvxfer.runtime.writer import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class ReadExecutor:
         board: lends the scratch cells of validation reads.
         arena: lends the slots that chunks land in.
         life: of the agent.
+        writer: what the agent writes for consumers.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class ReadExecutor:
         board: LeaseBoard,
         arena: StagingArena,
         life: AgentLifecycle,
+        writer: Writer,
         settings: Settings,
         metrics: Metrics,
         reports: ReadReports,
@@ -66,16 +72,21 @@ class ReadExecutor:
         self._life = life
         self._settings = settings
         self._metrics = metrics
+        self._writer = writer
         self._defects = Defects(metrics, "data")
         self._reports = reports
         self._tasks: dict[Transfer, ReadTask] = {}
-        self._contacts = Contacts(life, board.unread, settings.contact_timeout_s, metrics, now)
+        self._remote = RemoteFlights(life, reports, now, settings.max_message_nbytes)
+        self._contacts = Contacts(life, self._remote, board.unread, settings.contact_timeout_s, metrics, now)
         self._requests = ReadRequests(
             self._tools,
             life,
+            self._remote,
+            writer,
             self._contacts,
             reports,
             self._defects,
+            direct=self._direct,
             ended=self._ended,
             fail=self._fail,
             agent_broken=self._agent_broken,
@@ -98,7 +109,7 @@ class ReadExecutor:
 
     def due_s(self) -> float | None:
         """Seconds until the first deadline, or the next look at a peer that is silent; None if there is nothing to wait for."""
-        waits = [LOOK_EVERY_S] if self._contacts.pending else []
+        waits = [LOOK_EVERY_S] if self._contacts.pending or len(self._writer) else []
         if self._tasks:
             waits.append(max(0.0, min(task.deadline for task in self._tasks.values()) - self._now()))
         return min(waits, default=None)
@@ -126,15 +137,22 @@ class ReadExecutor:
         if source is not None:
             self._requests.staged(source, job)
 
+    def written(self, job: WriteEnded) -> None:
+        """Take what a source says of something that it was to write."""
+        self._requests.written(job)
+
     def stop(self, transfer: Transfer, error: KvxferError) -> None:
-        """Fail a read that waits for a source: that will grant and pack no more."""
+        """Fail a read that waits for a source: that will grant, pack and write no more."""
         task = self._tasks.get(transfer)
         if task is not None and task.waits:
+            self._requests.give_up_writes(task, error)
             self._fail(task, error)
 
     def needs(self, agent_info: bytes) -> bool:
-        """Tell whether a read has a source there."""
-        return any(source.granted.agent_info == agent_info for task in self._tasks.values() for source in task.sources)
+        """Tell whether a read has a source there, or something is written there."""
+        return self._writer.needs(agent_info) or any(
+            source.granted.agent_info == agent_info for task in self._tasks.values() for source in task.sources
+        )
 
     def broken(self, transfer: Transfer, error: KvxferError) -> None:
         """Fail a read that a fault of kvxfer has touched."""
@@ -151,6 +169,8 @@ class ReadExecutor:
         """
         under_way = len(self._tasks)
         moved = self._requests.turn()
+        if self._life.parting:
+            self._defects.guarded(self._part)
         if self._tasks:
             self._defects.guarded(self._give_up_late)
         if self._tasks or self._contacts.pending:
@@ -214,14 +234,34 @@ class ReadExecutor:
                 nbytes=task.nbytes,
                 partial_nbytes=task.partial_nbytes,
                 descriptors=task.descriptors,
-                via=self._life.explain(task.sources[-1].granted.agent_info) if task.sources else "",
+                via=self._via(task),
                 route=" and ".join(sorted(task.routes)),
             )
         else:
             transfer.end(error)
         self._reports.read_ended(transfer, error)
+
+    def _part(self) -> None:
+        """Forget the peers that are gone and that no read and no write needs any more."""
         for agent_info in [each for each in self._life.parting if not self.needs(each)]:
             self._life.forget(agent_info)
+
+    def _direct(self, source: SourceRead) -> Op:
+        """Choose what moves the bytes of a source. Raises IncompatibleError, see `kvxfer.runtime.direction`."""
+        agent, peer = self._life.ensure(), self._life.peer(source.granted.agent_info)
+        by, writes = self._settings.move_by, source.granted.writes
+        op, why = choose(by, agent.capabilities, agent.link_facts(peer), producer_writes=writes)
+        if (op, source.granted.agent_info) not in self._life.proven:
+            _log.info("bytes of %s are moved by a %s: %s", peer.name, op.value.upper(), why)
+        self._metrics.count("kvxfer_sources_total", by=op.value)
+        return op
+
+    def _via(self, task: ReadTask) -> str:
+        if not task.sources:
+            return ""
+        source = task.sources[-1]
+        told = self._life.explain(source.granted.agent_info)
+        return f"{told}, written by the producer" if source.op is Op.WRITE else told
 
     def _close(self, task: ReadTask) -> None:
         """Close the strands of a read of which nothing is in flight, and take back what it has borrowed."""
@@ -239,7 +279,8 @@ class ReadExecutor:
         since = [task.quarantined_at for task in self._tasks.values() if task.quarantined_at is not None]
         if not since or self._life.agent is None:
             return
-        if self._life.agent.quarantine_may_end and now < min(since) + self._settings.quarantine_s:
+        may_end = self._life.agent.quarantine_may_end or self._remote.quarantine_may_end
+        if may_end and now < min(since) + self._settings.quarantine_s:
             return
         _log.warning("resetting the transfer agent to stop %d abandoned read(s)", len(since))
         self._reset_agent()
@@ -250,7 +291,11 @@ class ReadExecutor:
         if not hanging:
             return False
         hung = {strand.task for contact in hanging for strand in contact.waiting}
-        busy = bool(self._requests.flying) or any(task not in hung for task in self._tasks.values())
+        busy = (
+            bool(self._requests.flying)
+            or bool(len(self._writer))
+            or any(task not in hung for task in self._tasks.values())
+        )
         if self._contacts.may_renew(hanging, busy=busy):
             _log.warning(
                 "the transfer agent is made anew: first contacts hang with %s",

@@ -4,7 +4,7 @@
 ==============================  ===============================================================
 request                         answered by
 ==============================  ===============================================================
-Move, Connect                   the transfer agent, when it is polled
+Move, Connect                   the transfer agent, when it is polled; or the source, which writes (`written`)
 AwaitCopies, AwaitDevice        devices, which are asked whether they are done
 BorrowSlot, BorrowScratch       a pool, when another read has given something back
 AskChunk, AwaitGrant            the source, through the control thread (`staged`, `granted`)
@@ -42,6 +42,7 @@ from kvxfer.runtime.read_task import (
     SourceRead,
     Strand,
 )
+from kvxfer.runtime.remote_flights import RemoteFlight
 from kvxfer.runtime.staging import Use
 from kvxfer.runtime.strands import Strands
 
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
     from kvxfer.buffers.base import Completion
     from kvxfer.defects import Defects
     from kvxfer.errors import KvxferError
-    from kvxfer.protocol.actions import ChunkStaged
+    from kvxfer.protocol.actions import ChunkStaged, WriteEnded
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
     from kvxfer.runtime.contacts import Contacts
     from kvxfer.runtime.read_task import Request, Tools
+    from kvxfer.runtime.remote_flights import RemoteFlights
     from kvxfer.runtime.reports import ReadReports
+    from kvxfer.runtime.writer import Writer
 
 
 @dataclass(eq=False)
@@ -70,7 +73,10 @@ class ReadRequests:
     Args:
         tools: lend the slots that chunks land in, and the scratch cells of validation reads.
         life: of the agent.
+        remote: moves that sources carry out.
+        writer: what the agent writes for consumers, which is polled here with all that it does.
         contacts: with agents from which nothing was read before.
+        direct: chooses what moves the bytes of a source.
         ended: called when all generators of a read have ended.
         fail: fails a read. It is over when nothing of it is in flight.
         agent_broken: called with what an agent raised that cannot be polled.
@@ -80,23 +86,29 @@ class ReadRequests:
         self,
         tools: Tools,
         life: AgentLifecycle,
+        remote: RemoteFlights,
+        writer: Writer,
         contacts: Contacts,
         reports: ReadReports,
         defects: Defects,
         *,
+        direct: Callable[[SourceRead], Op],
         ended: Callable[[ReadTask], object],
         fail: Callable[[ReadTask, KvxferError], object],
         agent_broken: Callable[[Exception], object],
     ) -> None:
         self._tools = tools
         self._life = life
+        self._remote = remote
+        self._writer = writer
         self._contacts = contacts
+        self._direct = direct
         self._reports = reports
         self._defects = defects
         self._fail = fail
         self._agent_broken = agent_broken
         self._strands = Strands(self._begin, ended, lambda task, error: fail(task, defects.named(error)))
-        self._flying: dict[Flight, Strand] = {}
+        self._flying: dict[Flight | RemoteFlight, Strand] = {}
         self._copying: list[_Copying] = []
         self._occupied: list[Strand] = []
         """Strands of reads whose blocks their own device still uses."""
@@ -121,7 +133,8 @@ class ReadRequests:
     @property
     def moving(self) -> bool:
         """Whether something is under way whose end has to be asked for."""
-        return bool(self._flying or self._copying or self._occupied or self._contacts.awaited)
+        here = len(self._flying) > len(self._remote) or self._contacts.awaited or self._remote.must_be_polled
+        return bool(here or self._copying or self._occupied or self._writer.moving)
 
     @property
     def flying(self) -> list[ReadTask]:
@@ -144,7 +157,8 @@ class ReadRequests:
     def turn(self) -> bool:
         """Answer all requests that can be answered; True if anything has ended. A fault in one part keeps no other from its turn."""
         guarded = self._defects.guarded
-        moved = (bool(self._flying) or self._contacts.pending) and guarded(self._poll)
+        flying = bool(self._flying or self._contacts.pending)
+        moved = (flying or bool(len(self._writer))) and guarded(self._poll)
         moved = (bool(self._copying) and guarded(self._see_copies)) or moved
         if self._occupied:
             guarded(self._see_devices)
@@ -165,15 +179,28 @@ class ReadRequests:
             self._strands.answer(strand, chunk)
             self.resume()
 
+    def written(self, job: WriteEnded) -> None:
+        """Take what a source says of something that it was to write; `turn` answers the strand."""
+        self._remote.over(job)
+
+    def give_up_writes(self, task: ReadTask, error: KvxferError) -> None:
+        """Wait no longer for what the sources of a read write: one of them may be gone."""
+        for flight in [each for each in self._flying if isinstance(each, RemoteFlight) and each.task is task]:
+            self._remote.give_up(flight, error)
+
     def stop_waiting(self, task: ReadTask) -> None:
-        """Forget what a read waits to borrow."""
+        """Forget what a read waits to borrow, and have no more written for it than is on its way."""
         for pool in self._pools:
             pool.stop_waiting(task)
+        for flight in [each for each in self._flying if isinstance(each, RemoteFlight) and each.task is task]:
+            self._remote.stop(flight)
 
     def release(self, task: ReadTask) -> None:
         """Take back all that a read has borrowed. Nothing of it may be in flight."""
         for pool in self._pools:
             pool.release(task)
+        for strand in self._contacts.left_by(task):
+            self._strands.begin(strand)
 
     def give_all_chunks_back(self, source: SourceRead) -> None:
         """Let a source have the slots of all chunks that a read has asked it for."""
@@ -192,9 +219,13 @@ class ReadRequests:
         """
         flying, self._flying = self._flying, {}
         meeting = self._contacts.torn_down()
+        self._remote.agent_closed()
+        self._writer.agent_closed()
         touched = dict.fromkeys(strand.task for strand in flying.values())
         for strand in flying.values():
             strand.task.pending -= 1
+        for source in [source for task in touched for source in task.sources]:
+            source.writing = 0
         for copying in [each for each in self._copying if each.strand.task in touched]:
             if wait_for_end(copying.copies):
                 self._copying.remove(copying)
@@ -214,6 +245,8 @@ class ReadRequests:
         """Forget all that is under way. The agent is closed already; slots into which a device still copies are kept."""
         if not wait_for_end([copy for each in self._copying for copy in each.copies]):
             self._tools.arena.keep()
+        self._remote.agent_closed()
+        self._writer.agent_closed()
         self._flying.clear()
         self._copying.clear()
 
@@ -243,8 +276,14 @@ class ReadRequests:
             self._await_device(strand, request)
 
     def _move(self, strand: Strand, request: Move) -> None:
-        agent, peer = self._life.ensure(), self._life.peer(request.source.granted.agent_info)
-        flight = agent.submit(Op.READ, peer, *request.steps, deadline=strand.task.deadline)
+        source, deadline = request.source, strand.task.deadline
+        agent, peer = self._life.ensure(), self._life.peer(source.granted.agent_info)
+        flight: Flight | RemoteFlight
+        if source.op is Op.WRITE:
+            flight = self._remote.submit(source, request.steps, deadline)
+            source.writing += 1
+        else:
+            flight = agent.submit(Op.READ, peer, *request.steps, deadline=deadline)
         self._flying[flight] = strand
         strand.task.pending += 1
 
@@ -285,15 +324,16 @@ class ReadRequests:
     def _give_chunks_back(self, source: SourceRead, numbers: list[int]) -> None:
         self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
 
-    def _proven(self, agent_info: bytes) -> bool:
-        """Tell whether something was read from that agent before."""
-        return agent_info in self._life.proven
+    def _proven(self, source: SourceRead) -> bool:
+        """Tell whether bytes of that source's agent have come here before, in the same way."""
+        return (source.op, source.granted.agent_info) in self._life.proven
 
     def _connect(self, strand: Strand, source: SourceRead) -> None:
-        if self._proven(source.granted.agent_info):
+        source.op = self._direct(source)
+        if self._proven(source):
             self._strands.answer(strand, False)
         else:
-            self._contacts.meet(strand, source.granted.agent_info, source.granted.cell)
+            self._contacts.meet(strand, source)
 
     def _await_device(self, strand: Strand, request: AwaitDevice) -> None:
         if all(each.done for each in request.after):
@@ -307,9 +347,9 @@ class ReadRequests:
 
     def _poll(self) -> bool:
         moved = False
-        while self._life.agent is not None and (self._flying or self._contacts.pending):
+        while self._life.agent is not None and (self._flying or self._contacts.pending or len(self._writer)):
             try:
-                changed = self._life.agent.poll()
+                changed: list[Flight | RemoteFlight] = [*self._life.agent.poll(), *self._remote.poll()]
             except Exception as error:  # noqa: BLE001 - an agent that cannot be polled keeps no deadline either
                 self._agent_broken(error)
                 break
@@ -326,12 +366,17 @@ class ReadRequests:
                 break
         return moved
 
-    def _changed(self, flight: Flight) -> None:
+    def _changed(self, flight: Flight | RemoteFlight) -> None:
+        if isinstance(flight, Flight) and flight.op is Op.WRITE:
+            self._writer.changed(flight)
+            return
         if self._contacts.owns(flight):
             waiting, failed = self._contacts.ended(flight)
             for strand in waiting:
                 if failed is None:
                     self._strands.answer(strand, True)
+                elif isinstance(flight, RemoteFlight) and flight.task is not strand.task:
+                    self._strands.begin(strand)  # by its own lease: that of the other read may have ended
                 else:
                     self._fail(strand.task, failed)
             return
@@ -342,6 +387,8 @@ class ReadRequests:
             task.error = task.error or flight.error
             return
         del self._flying[flight]
+        if isinstance(flight, RemoteFlight):
+            flight.source.writing -= 1
         task.pending -= 1
         if task.error is not None:
             self._fail(task, task.error)

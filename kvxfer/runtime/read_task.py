@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.errors import BlockError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ReadTask:
 
     @property
     def waits(self) -> bool:
-        """Whether the read waits for something that a source grants or packs."""
+        """Whether the read waits for something that a source grants, packs or writes."""
         return any(source.waits for source in self.sources)
 
     def now(self) -> float:
@@ -99,6 +100,8 @@ class SourceRead:
         taken: numbers of the chunks that are given back with the next request.
         awaits_grant: the strand that waits for more to be granted.
         moved: by target group, the token up to which all is here.
+        op: what moves its bytes: READ of this side, or WRITE of the source.
+        writing: moves that the source carries out and that are not over.
         sent_nbytes, here_nbytes: bytes that were asked for, and those of them that are in place.
     """
 
@@ -111,6 +114,8 @@ class SourceRead:
         self.taken: list[int] = []
         self.awaits_grant: Strand | None = None
         self.moved: dict[int, int] = {}
+        self.op: Op = Op.READ
+        self.writing: int = 0
         self.sent_nbytes: int = 0
         self.here_nbytes: int = 0
         self._next_number = 0
@@ -118,8 +123,13 @@ class SourceRead:
 
     @property
     def waits(self) -> bool:
-        """Whether the read waits for blocks that its source grants, or for chunks that it packs."""
-        return not self.granted.complete or bool(self.asked)
+        """Whether the read waits for its source: for blocks that it grants, chunks that it packs, or bytes that it writes."""
+        return not self.granted.complete or bool(self.asked) or bool(self.writing)
+
+    @property
+    def token(self) -> str:
+        """Token of the lease."""
+        return self.task.job.transfer.ref.token
 
     def grant(self, granted: Source) -> None:
         """Take what the source has granted by now. Raises BlockError, see `match`."""

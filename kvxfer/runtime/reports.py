@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from kvxfer.errors import KvxferError
-    from kvxfer.protocol.actions import Packed, PackKey
-    from kvxfer.protocol.messages import StageChunk
+    from kvxfer.protocol.actions import Packed, PackKey, WriteKey
+    from kvxfer.protocol.messages import StageChunk, StopWrite, Write
     from kvxfer.protocol.transfer import Transfer
 
 
@@ -27,6 +27,12 @@ class ReadReports(Protocol):
     def unstage(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
         """Report that a read has taken chunks."""
 
+    def write(self, transfer: Transfer, source: int, message: Write | StopWrite) -> object:
+        """Report that a read wants something written by one of its sources, or not any more."""
+
+    def unwrite(self, transfer: Transfer, source: int, numbers: list[int]) -> object:
+        """Report that nothing that a source writes lands here any more."""
+
     def flush(self) -> object:
         """Wake the control thread if something was reported."""
 
@@ -43,6 +49,9 @@ class DataReports(ReadReports, Protocol):
 
     def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
         """Report that a chunk was packed, or cannot be."""
+
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> object:
+        """Report that a write which a consumer had asked for is over; ``error`` is empty if all is in place."""
 
     def short_of_slots(self, share: int) -> object:
         """Report that chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""

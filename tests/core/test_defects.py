@@ -78,11 +78,11 @@ def test_a_fault_in_planning(pair, monkeypatch, held):
     assert sink.endpoint.read(source.endpoint.lease([2]), [8]).wait(20)
 
 
-@pytest.mark.parametrize("method", ["_advance_rank", "_plan", "_schedule", "_start", "_add_rank", "repeat_chunks"])
+@pytest.mark.parametrize("method", ["_advance_rank", "_plan", "_schedule", "_start", "_add_rank", "repeat_asked"])
 def test_a_fault_about_a_hold(pair, monkeypatch, method):
     """A fault in any step of an acquired lease ends the read by name long before its deadline, and the lease ends, too."""
     source, sink = pair
-    monkeypatch.setattr(LeaseRequests if method == "repeat_chunks" else HeldLeases, method, fault)
+    monkeypatch.setattr(LeaseRequests if method == "repeat_asked" else HeldLeases, method, fault)
     transfer = sink.endpoint.read(source.endpoint.lease([1]), [7], timeout_s=60)
     eventually(lambda: transfer.done, timeout_s=10)
     assert transfer.error is None or isinstance(transfer.error, InternalError)

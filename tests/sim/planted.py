@@ -501,15 +501,16 @@ def silent_peers_stop_all_reads(patch):
     """No read from another peer begins while one peer is silent."""
     meet = contacts.Contacts.meet
 
-    def one_after_the_other(self, strand, info, cell):
+    def one_after_the_other(self, strand, source):
+        info = (source.op, source.granted.agent_info)
         others = [contact for known, contact in self._contacts.items() if known != info]
         if any(contact.silent for contact in others):
             others[0].waiting.append(strand)
         else:
-            meet(self, strand, info, cell)
+            meet(self, strand, source)
 
     patch(contacts.Contacts, "meet", one_after_the_other)
-    patch(read_requests.ReadRequests, "_proven", lambda self, info: False)
+    patch(read_requests.ReadRequests, "_proven", lambda self, source: False)
 
 
 @bug

@@ -3,7 +3,7 @@
 
 It fails as real engines were seen to fail: a copy that was given up goes on, one that failed may land all the same,
 deregistered memory is read without an error, a producer dies with its consumer, an agent cannot be made again at the first
-try. Only the end of an agent stops the copies that it has begun.
+try. Only the end of an agent stops the copies into its memory; what it has written to others may still be on its way then.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from kvxfer.agents.base import TransferAgent
-from kvxfer.agents.capabilities import Capabilities, Op, Reach
+from kvxfer.agents.capabilities import Capabilities, LinkFacts, Op, Reach
 from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError, UnavailableError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 
 if TYPE_CHECKING:
+    from kvxfer.agents.description import AgentPeer
     from kvxfer.testing.sim.process import Process
 
 _AFTERWARDS_S = 0.3
@@ -30,10 +31,11 @@ _AT_ONCE_S = 0.1
 
 
 class _Copy:
-    __slots__ = ("done", "error", "left", "owner", "what")
+    __slots__ = ("done", "error", "left", "op", "owner", "what")
 
-    def __init__(self, what: str, owner: str) -> None:
+    def __init__(self, what: str, op: Op, owner: str) -> None:
         self.what = what
+        self.op = op
         self.owner = owner
         self.done = False
         self.error: Exception | None = None
@@ -59,7 +61,7 @@ class VirtualAgent(TransferAgent):
 
     adapter: ClassVar[str] = "virtual"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        ops=frozenset({Op.READ}),
+        ops=frozenset({Op.READ, Op.WRITE}),
         kinds=frozenset({MemoryKind.DRAM}),
         reach=Reach.NETWORK,
         quiet_on_abandon=False,
@@ -102,9 +104,14 @@ class VirtualAgent(TransferAgent):
     def _disconnect(self, peer: object) -> None:
         self.met.discard(str(peer))
 
+    def link_facts(self, peer: AgentPeer) -> LinkFacts:  # noqa: ARG002
+        """See `TransferAgent`: nothing is written into the memory of an agent that is closed."""
+        return LinkFacts(fate_shared=True, cut_off_by_close=True)
+
     def _submit(self, op: Op, peer: object, spans: Descriptors, local: Memory, remote: Memory) -> _Copy:  # noqa: ARG002
         world, profile, owner = self.process.world, self.process.world.profile, self._agents[str(peer)]
-        copy = _Copy(world.number(f"{self.process.label} copies from {owner.process.label}"), str(peer))
+        how = "copies from" if op is Op.READ else "writes to"
+        copy = _Copy(world.number(f"{self.process.label} {how} {owner.process.label}"), op, str(peer))
         chance = world.draw(copy.what)
         if world.strikes("copy refused", copy.what, profile.copy_refused, chance):
             world.say(f"{copy.what}: refused")
@@ -147,9 +154,12 @@ class VirtualAgent(TransferAgent):
         return False
 
     def _move(self, copy: _Copy, piece: list[tuple[int, int, int]]) -> None:
+        owner, world = self._agents[copy.owner], self.process.world
+        if copy.op is Op.WRITE:
+            self._write(copy, piece, owner)
+            return
         if not self.is_open or not self.process.alive:
             return
-        owner, world = self._agents[copy.owner], self.process.world
         if self.process.network.stalled(self.process.label, owner.process.label):
             world.after(_AGAIN_S, partial(self._move, copy, piece))
         elif not owner.process.alive:
@@ -160,11 +170,25 @@ class VirtualAgent(TransferAgent):
         else:
             for here, there, nbytes in piece:
                 ctypes.memmove(here, there, nbytes)
-            copy.left -= 1
-            if not copy.left:
-                copy.done = True
-                self._under_way.pop(copy, None)
-                self.process.wake()
+            self._moved(copy)
+
+    def _write(self, copy: _Copy, piece: list[tuple[int, int, int]], target: VirtualAgent) -> None:
+        """Move a piece of a WRITE. The end of this agent does not call back what is on its way, the end of the target's agent does."""
+        if not target.process.alive or not target.is_open:
+            self._break(copy, PeerLostError(f"{copy.owner!r} is gone"))
+        elif self.process.network.stalled(self.process.label, target.process.label):
+            self.process.world.after(_AGAIN_S, partial(self._move, copy, piece))
+        else:
+            for here, there, nbytes in piece:
+                ctypes.memmove(there, here, nbytes)
+            self._moved(copy)
+
+    def _moved(self, copy: _Copy) -> None:
+        copy.left -= 1
+        if not copy.left:
+            copy.done = True
+            self._under_way.pop(copy, None)
+            self.process.wake()
 
     def _break(self, copy: _Copy, error: Exception) -> None:
         if copy.error is None and self.is_open and self.process.alive:
@@ -190,6 +214,10 @@ class VirtualAgent(TransferAgent):
         world = self.process.world
         for copy in self._under_way:
             owner = self._agents[copy.owner].process
-            if owner.alive and world.strikes("owner dies with its reader", copy.what, world.profile.coupled):
+            if (
+                copy.op is Op.READ
+                and owner.alive
+                and world.strikes("owner dies with its reader", copy.what, world.profile.coupled)
+            ):
                 world.after(1e-3, owner.fatal)
         self._under_way.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvxfer.config import Settings
+from kvxfer.config import MoveBy, Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.layout.axes import KVLayout
 from kvxfer.planner.costs import Costs
@@ -235,7 +235,9 @@ class Engine:
         limits = {"max_leases": FEW_LEASES} if self.has_few_leases else {}
         if world.chooses(f"{who} remembers no lease that has ended", 0.3):
             limits["remembered_leases"] = 0
-        settings = Settings.resolve(environ={}, **(SETTINGS | limits))
+        written = world.chooses(f"{who} has its blocks written by their producers", world.profile.written)
+        by = MoveBy.WRITE if written else MoveBy.READ
+        settings = Settings.resolve(environ={}, **(SETTINGS | limits), move_by=by)
         costs = PACKED if world.chooses(f"{who} finds packing cheap", 0.6) else DIRECT
         self.free: list[int] = list(range(self.shape.blocks))
         self.serving: dict[str, Serving] = {}

@@ -8,7 +8,7 @@ import logging
 import traceback
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -68,6 +68,19 @@ PROFILES: dict[str, Profile] = {
         jumps=2,
     ),
 }
+PROFILES |= {
+    f"{name}-written": replace(PROFILES[name], written=share)
+    for name, share in (
+        ("calm", 1.0),
+        ("lossy", 1.0),
+        ("stuck", 1.0),
+        ("crashy", 0.7),
+        ("clocks", 1.0),
+        ("silent", 0.7),
+        ("all", 0.7),
+    )
+}
+"""With most engines' blocks written by their producers."""
 
 REQUESTS = 30
 BUSY_S = 40.0

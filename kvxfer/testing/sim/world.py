@@ -41,6 +41,7 @@ class Profile:
         silences: of the fabric between two engines, whose control channels go on.
         drift: by how much clocks run too fast or too slow, as a share.
         jumps: of clocks, forward.
+        written: engines whose blocks are written by their producers; the others read.
     """
 
     lost: float = 0.0
@@ -65,6 +66,7 @@ class Profile:
     silences: int = 0
     drift: float = 0.0
     jumps: int = 0
+    written: float = 0.0
 
 
 class World:

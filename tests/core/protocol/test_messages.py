@@ -56,6 +56,19 @@ MESSAGES = [
         addressable=False,
         slot_nbytes=1 << 40,
     ),
+    messages.Write(
+        to="e",
+        token=TOKEN,
+        check=bytes(16),
+        number=(1 << 62) - 1,
+        agent="n/0/e/1",
+        agent_info=b"\xff",
+        steps=[bytes(24), bytes(48)],
+        within_s=0.5,
+        over_below=7,
+    ),
+    messages.StopWrite(to="e", token=TOKEN, number=0),
+    messages.Wrote(token=TOKEN, number=0, error="because", quiet=False),
 ]
 
 

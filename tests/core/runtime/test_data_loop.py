@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvxfer.agents.capabilities import Op
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.config import Settings
@@ -155,7 +156,7 @@ class Rig:
             environment,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
-            self.path._life.proven.update(sender.agent.describe() for sender in self.senders)
+            self.path._life.proven.update((Op.READ, sender.agent.describe()) for sender in self.senders)
 
     def _make(self):
         if self.refuse_to_make is not None:

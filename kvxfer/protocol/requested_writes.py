@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes that consumers ask a producer for: which is begun, once, and what is answered. Pure, no I/O.
+
+A consumer's memory must not be written to when the consumer has given up, so a write is begun at most once, however often and late
+its `Write` arrives, and only while its lease stands:
+
+- its number was not used before by this consumer, and is not below those that the consumer says are over;
+- the lease is held by this rank of the consumer, and has the check that the consumer was granted;
+- it goes to the agent that the consumer introduced last: another agent is another generation of the consumer's memory.
+
+What is not begun is answered as quiet. What is begun is answered when the data thread says that it is over.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from typing import TYPE_CHECKING
+
+from kvxfer.agents.description import described_name
+from kvxfer.errors import PeerInfoError, WireError
+from kvxfer.protocol.actions import Action, EndWrite, ForgetAgent, PackKey, StartWrite, WriteKey
+from kvxfer.protocol.messages import Pending, Wrote
+from kvxfer.protocol.write_steps import from_wire
+
+if TYPE_CHECKING:
+    from kvxfer.memory.spans import Descriptors
+    from kvxfer.metrics import Metrics
+    from kvxfer.protocol.consumer_connections import ConsumerConnections
+    from kvxfer.protocol.lease import ConsumerRank, Lease
+    from kvxfer.protocol.lease_table import LeaseTable
+    from kvxfer.protocol.messages import StopWrite, Write
+
+MOST_WRITES = 64
+"""Most writes of one rank of a consumer under way at once; more have to be asked for again later."""
+_MOST_UNQUIET = 1 << 16
+_STOPPED = "the consumer does not want it any more"
+
+
+class RequestedWrites:
+    """Writes by consumer and number.
+
+    Args:
+        idle_s: time without a message after which the agent of a consumer is forgotten.
+    """
+
+    def __init__(
+        self, table: LeaseTable, connections: ConsumerConnections, metrics: Metrics, out: list[Action], idle_s: float
+    ) -> None:
+        self._table = table
+        self._connections = connections
+        self._metrics = metrics
+        self._out = out
+        self._idle_s = idle_s
+        self._look_at = 0.0
+        self._running: dict[WriteKey, PackKey] = {}
+        self._over: defaultdict[PackKey, dict[int, Wrote]] = defaultdict(dict)
+        """Answers, for leases that stand, until the consumer says that it has them."""
+        self._unquiet: OrderedDict[WriteKey, Wrote] = OrderedDict()
+        """Answers that were not quiet: never to be answered otherwise, also after the lease."""
+        self._below: dict[PackKey, int] = {}
+        self._agents: dict[ConsumerRank, tuple[str, bytes]] = {}
+        """Names and descriptions of the agents that consumers introduced last."""
+
+    def in_use(self) -> dict[str, int]:
+        """See `Endpoint.in_use`."""
+        return {
+            "requested_writes": len(self._running) + sum(map(len, list(self._over.values()))),
+            "agents_written_to": len(self._agents),
+        }
+
+    # -- consumers --------------------------------------------------------------------------------------------------
+
+    def write(self, connection: bytes, consumer: ConsumerRank, message: Write, now: float) -> None:
+        """Begin a write, or answer what became of it."""
+        key, share = WriteKey(consumer, message.number), PackKey(message.token, consumer.rank)
+        known = self._answer(key, share)
+        if known is not None:
+            self._connections.reply(connection, known)
+        if known is not None or key in self._running:
+            return
+        lease = self._table.readable_by(message.token, consumer)
+        why = self._why_not(lease, consumer, message)
+        steps: list[Descriptors] = []
+        try:
+            steps = [from_wire(step) for step in message.steps]
+        except WireError as error:
+            why = why or str(error)
+        if why:
+            self._metrics.count("kvxfer_writes_total", end="refused")
+            self._connections.reply(connection, Wrote(token=message.token, number=message.number, error=why[:1024]))
+            return
+        if message.number < self._below.get(share, 0):
+            return  # late: the consumer knows that it is over
+        self._note_over(share, message.over_below)
+        if sum(each.consumer == consumer for each in self._running) >= MOST_WRITES:
+            self._connections.reply(connection, Pending(token=message.token))  # the consumer asks again
+            return
+        if message.agent_info:
+            self._introduced(consumer, message.agent, message.agent_info, now)
+        self._running[key] = share
+        self._out.append(StartWrite(key, message.token, self._agents[consumer][1], steps, message.within_s))
+
+    def stop(self, connection: bytes, consumer: ConsumerRank, message: StopWrite) -> None:
+        """Have no more of a write begun; it is answered when it is over."""
+        key, share = WriteKey(consumer, message.number), PackKey(message.token, consumer.rank)
+        if key in self._running:
+            self._out.append(EndWrite(key))
+            return
+        answer = self._answer(key, share)
+        if answer is None:
+            answer = Wrote(token=message.token, number=message.number, error=_STOPPED)
+            if self._table.readable_by(message.token, consumer) is not None:
+                self._over[share][message.number] = answer  # its `Write` may be late
+        self._connections.reply(connection, answer)
+
+    # -- the data thread --------------------------------------------------------------------------------------------
+
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
+        """Take the end of a write, and tell the consumer."""
+        share = self._running.pop(key, None)
+        if share is None:
+            return
+        answer = Wrote(token=token, number=key.number, error=error[:1024], quiet=quiet)
+        self._metrics.count("kvxfer_writes_total", end="failed" if error else "done")
+        if not quiet:
+            self._unquiet[key] = answer
+            while len(self._unquiet) > _MOST_UNQUIET:
+                self._unquiet.popitem(last=False)
+        if self._table.readable_by(token, key.consumer) is not None:
+            self._over[share][key.number] = answer
+        self._connections.tell([key.consumer], answer)
+
+    # -- ends of leases ---------------------------------------------------------------------------------------------
+
+    def end(self, share: PackKey) -> None:
+        """End the writes of one rank of a lease's consumer: its lease has ended."""
+        self._over.pop(share, None)
+        self._below.pop(share, None)
+        self._out.extend(EndWrite(key) for key, of in self._running.items() if of == share)
+
+    def end_lease(self, lease: Lease) -> None:
+        """End all writes of a lease."""
+        for rank in lease.consumers:
+            self.end(PackKey(lease.token, rank))
+
+    # -- agents of consumers ----------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Forget the agents of consumers that have asked for nothing for long."""
+        if not self._agents or now < self._look_at:
+            return
+        self._look_at = now + self._idle_s / 4
+        busy = {key.consumer for key in self._running}
+        for consumer in [each for each in self._agents if each not in busy]:
+            if now >= self._connections.last_heard(consumer).heard_at + self._idle_s:
+                self._out.append(ForgetAgent(self._agents.pop(consumer)[1]))
+                for key in [key for key in self._unquiet if key.consumer == consumer]:
+                    del self._unquiet[key]
+
+    def next_deadline(self) -> float | None:
+        """Time at which `tick` has something to do next; None if never."""
+        return self._look_at if self._agents else None
+
+    def agent_of(self, consumer: ConsumerRank) -> str:
+        """Name of the agent that a consumer introduced last; empty if it has introduced none."""
+        return self._agents.get(consumer, ("", b""))[0]
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _why_not(self, lease: Lease | None, consumer: ConsumerRank, message: Write) -> str:
+        """Reason why a write is not begun, and never will be; empty if it may be."""
+        if lease is None:
+            return str(self._table.why_not_readable(message.token, consumer))
+        if lease.check != message.check:
+            return "the lease was published again"
+        if message.agent_info:
+            own = f"{consumer.name}/{consumer.rank}/{consumer.epoch}/"
+            try:
+                described = described_name(message.agent_info)
+            except PeerInfoError as error:
+                return str(error)
+            if described != message.agent or not described.startswith(own):
+                return f"{described!r} is no agent of {consumer.name!r}"
+        elif self.agent_of(consumer) != message.agent:
+            return f"the agent {message.agent!r} was not introduced"
+        return ""
+
+    def _answer(self, key: WriteKey, share: PackKey) -> Wrote | None:
+        """Answer that was given to a write; None if it is not over, or was never begun."""
+        known = self._over[share].get(key.number) if share in self._over else None
+        return known or self._unquiet.get(key)
+
+    def _note_over(self, share: PackKey, below: int) -> None:
+        """Forget the answers that a consumer has."""
+        if below > self._below.get(share, 0):
+            self._below[share] = below
+            over = self._over.get(share, {})
+            for number in [number for number in over if number < below]:
+                del over[number]
+
+    def _introduced(self, consumer: ConsumerRank, name: str, info: bytes, now: float) -> None:
+        before = self._agents.get(consumer)
+        if before is not None and before[1] != info:
+            self._out.append(ForgetAgent(before[1]))
+        if not self._agents:
+            self._look_at = now + self._idle_s / 4
+        self._agents[consumer] = (name, info)
