@@ -5,9 +5,18 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # derandomize: a red run on one machine is red on every machine; `HYPOTHESIS_PROFILE=search` looks for new examples.
 settings.register_profile("repeat", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -58,3 +67,23 @@ def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("KVXFER_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program in a fresh interpreter that finds this tree; its output comes back."""
+
+    def run(program: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        paths = [*environment.pop("PYTHONPATH", "").split(os.pathsep), str(ROOT), str(ROOT / "adapters")]
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

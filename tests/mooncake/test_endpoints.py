@@ -7,7 +7,7 @@ import pytest
 
 from kvxfer.registry import names
 from kvxfer.testing import eventually
-from tests.process.child import LARGE, EngineProcess
+from tests.process.child import LARGE, EngineProcess, serves
 
 SETTINGS = {"lease_s": 2.0, "peer_timeout_s": 3.0, "quarantine_s": 0.2}
 PATIENT = {**SETTINGS, "lease_s": 30.0}
@@ -33,13 +33,6 @@ def child():
         one.close()
 
 
-def serves(producer, consumer, target=20):
-    """A read goes through, and the bytes are the producer's."""
-    outcome, _ = consumer.read_and_wait(producer.lease([1, 2]), [target, target + 1], TIMEOUT_S)
-    assert outcome == "done"
-    assert consumer.holds_blocks_of(producer.seed, [1, 2], [target, target + 1])
-
-
 def test_two_consumers_one_producer(child):
     """Both get the right bytes, and the producer hears of each lease once."""
     producer, *consumers = (child(seed, settings=PATIENT) for seed in (1, 2, 3))
@@ -56,13 +49,13 @@ def test_two_consumers_one_producer(child):
 def test_producer_ends_in_the_middle(child, end):
     """A read from a producer that is killed or frozen fails in time, and the consumer reads from another one afterwards."""
     producer, other, consumer = child(1, LARGE, settings=PATIENT), child(2, LARGE, settings=PATIENT), child(3, LARGE)
-    serves(other, consumer)
+    assert serves(other, consumer)
     ref = producer.lease(list(range(128)))
     number = consumer.read(ref, list(range(128)), TIMEOUT_S)
     producer.kill() if end == "killed" else producer.freeze()
     outcome = consumer.outcome(number, 3 * TIMEOUT_S)
     assert outcome in FAILED | {"done"}
-    serves(other, consumer, target=200)
+    assert serves(other, consumer, target=200)
     if end == "frozen":
         producer.thaw()
 
@@ -70,7 +63,7 @@ def test_producer_ends_in_the_middle(child, end):
 def test_reader_is_killed_in_the_middle(child):
     """A reader that dies in the middle of a read takes no producer along: others read from it afterwards."""
     producer, reader, other = child(1, LARGE, settings=PATIENT), child(2, LARGE), child(3, LARGE)
-    serves(producer, reader)
+    assert serves(producer, reader)
     reader.read(producer.lease(list(range(128))), list(range(128)), TIMEOUT_S)
     reader.kill()
-    serves(producer, other)
+    assert serves(producer, other)

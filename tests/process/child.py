@@ -191,3 +191,9 @@ class EngineProcess(Child):
         self.freeze()
         time.sleep(seconds)
         self.thaw()
+
+
+def serves(producer: EngineProcess, consumer: EngineProcess, target: int = 20, timeout_s: float = 6.0) -> bool:
+    """Whether a read of two blocks goes through, with the producer's bytes."""
+    outcome, _ = consumer.read_and_wait(producer.lease([1, 2]), [target, target + 1], timeout_s)
+    return outcome == "done" and consumer.holds_blocks_of(producer.seed, [1, 2], [target, target + 1])

@@ -10,7 +10,7 @@ import pytest
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_nixl import NixlAgent
-from tests.process.child import LARGE, EngineProcess
+from tests.process.child import LARGE, EngineProcess, serves
 
 _reason = NixlAgent.why_unavailable()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
@@ -40,14 +40,6 @@ def child():
     yield make
     for one in children:
         one.close()
-
-
-def serves(producer, consumer, target=20):
-    """A read goes through, and the bytes are the producer's."""
-    outcome, _ = consumer.read_and_wait(producer.lease([1, 2]), [target, target + 1], TIMEOUT_S)
-    assert outcome == "done"
-    assert consumer.holds_blocks_of(producer.seed, [1, 2], [target, target + 1])
-    return True
 
 
 def ended_in_time(consumer, number, *, allowed=ENDS, timeout_s=TIMEOUT_S):
