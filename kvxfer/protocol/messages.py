@@ -198,10 +198,8 @@ class Write(_Message, frozen=True, kw_only=True):
     """Check of the grant: of blocks that were published anew under the token nothing is written."""
     number: WriteNumber
     """Number of the write among all that this consumer asks for; never used again for another."""
-    agent: Name
-    """The consumer's transfer agent. Another agent of the same consumer is another generation of its memory."""
-    agent_info: bytes = b""
-    """Description of that agent; empty where the producer was given it before."""
+    agent_info: bytes
+    """Description of the consumer's transfer agent. A newer agent of the same consumer is a newer generation of its memory."""
     steps: Annotated[list[bytes], msgspec.Meta(min_length=1, max_length=8)]
     """What to write, see `kvxfer.protocol.write_steps`; each step begins when the one before is in place."""
     within_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]

@@ -6,13 +6,14 @@ its `Write` arrives, and only while its lease stands:
 
 - its number was not used before by this consumer, and is not below those that the consumer says are over;
 - the lease is held by this rank of the consumer, and has the check that the consumer was granted;
-- it goes to the agent that the consumer introduced last: another agent is another generation of the consumer's memory.
+- it goes to the newest agent of the consumer that is known: each agent is a generation of the consumer's memory.
 
 What is not begun is answered as quiet. What is begun is answered when the data thread says that it is over.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, defaultdict
 from typing import TYPE_CHECKING
 
@@ -58,8 +59,8 @@ class RequestedWrites:
         self._unquiet: OrderedDict[WriteKey, Wrote] = OrderedDict()
         """Answers that were not quiet: never to be answered otherwise, also after the lease."""
         self._below: dict[PackKey, int] = {}
-        self._agents: dict[ConsumerRank, tuple[str, bytes]] = {}
-        """Names and descriptions of the agents that consumers introduced last."""
+        self._agents: dict[ConsumerRank, tuple[int, bytes]] = {}
+        """Number and description of each consumer's newest agent."""
 
     def in_use(self) -> dict[str, int]:
         """See `Endpoint.in_use`."""
@@ -78,12 +79,13 @@ class RequestedWrites:
             self._connections.reply(connection, known)
         if known is not None or key in self._running:
             return
-        lease = self._table.readable_by(message.token, consumer)
-        why = self._why_not(lease, consumer, message)
+        why = self._why_not(consumer, message)
         steps: list[Descriptors] = []
+        agent = 0
         try:
+            agent = self._number_of_agent(consumer, message.agent_info)
             steps = [from_wire(step) for step in message.steps]
-        except WireError as error:
+        except (PeerInfoError, WireError) as error:
             why = why or str(error)
         if why:
             self._metrics.count("kvxfer_writes_total", end="refused")
@@ -95,10 +97,9 @@ class RequestedWrites:
         if sum(each.consumer == consumer for each in self._running) >= MOST_WRITES:
             self._connections.reply(connection, Pending(token=message.token))  # the consumer asks again
             return
-        if message.agent_info:
-            self._introduced(consumer, message.agent, message.agent_info, now)
+        self._met(consumer, agent, message.agent_info, now)
         self._running[key] = share
-        self._out.append(StartWrite(key, message.token, self._agents[consumer][1], steps, message.within_s))
+        self._out.append(StartWrite(key, message.token, message.agent_info, steps, message.within_s))
 
     def stop(self, connection: bytes, consumer: ConsumerRank, message: StopWrite) -> None:
         """Have no more of a write begun; it is answered when it is over."""
@@ -161,29 +162,24 @@ class RequestedWrites:
         """Time at which `tick` has something to do next; None if never."""
         return self._look_at if self._agents else None
 
-    def agent_of(self, consumer: ConsumerRank) -> str:
-        """Name of the agent that a consumer introduced last; empty if it has introduced none."""
-        return self._agents.get(consumer, ("", b""))[0]
-
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _why_not(self, lease: Lease | None, consumer: ConsumerRank, message: Write) -> str:
-        """Reason why a write is not begun, and never will be; empty if it may be."""
+    def _why_not(self, consumer: ConsumerRank, message: Write) -> str:
+        """Reason why a write is not begun, and never will be, whatever agent it is meant for; empty if it may be."""
+        lease = self._table.readable_by(message.token, consumer)
         if lease is None:
             return str(self._table.why_not_readable(message.token, consumer))
-        if lease.check != message.check:
-            return "the lease was published again"
-        if message.agent_info:
-            own = f"{consumer.name}/{consumer.rank}/{consumer.epoch}/"
-            try:
-                described = described_name(message.agent_info)
-            except PeerInfoError as error:
-                return str(error)
-            if described != message.agent or not described.startswith(own):
-                return f"{described!r} is no agent of {consumer.name!r}"
-        elif self.agent_of(consumer) != message.agent:
-            return f"the agent {message.agent!r} was not introduced"
-        return ""
+        return "the lease was published again" if lease.check != message.check else ""
+
+    def _number_of_agent(self, consumer: ConsumerRank, info: bytes) -> int:
+        """Number of a consumer's agent among all that it has had. Raises PeerInfoError: it is another's, or there is a newer one."""
+        name, own = described_name(info), f"{consumer.name}/{consumer.rank}/{consumer.epoch}/"
+        number = name.removeprefix(own)
+        if not (name.startswith(own) and re.fullmatch("[0-9]{1,18}", number)):
+            raise PeerInfoError(f"{name!r} is no agent of {consumer.name!r}")
+        if int(number) < self._agents.get(consumer, (0, b""))[0]:
+            raise PeerInfoError(f"the consumer has closed its agent {name!r}")
+        return int(number)
 
     def _answer(self, key: WriteKey, share: PackKey) -> Wrote | None:
         """Answer that was given to a write; None if it is not over, or was never begun."""
@@ -198,10 +194,11 @@ class RequestedWrites:
             for number in [number for number in over if number < below]:
                 del over[number]
 
-    def _introduced(self, consumer: ConsumerRank, name: str, info: bytes, now: float) -> None:
+    def _met(self, consumer: ConsumerRank, number: int, info: bytes, now: float) -> None:
+        """Note a consumer's agent, and forget the one before it."""
         before = self._agents.get(consumer)
         if before is not None and before[1] != info:
             self._out.append(ForgetAgent(before[1]))
         if not self._agents:
             self._look_at = now + self._idle_s / 4
-        self._agents[consumer] = (name, info)
+        self._agents[consumer] = (number, info)

@@ -92,8 +92,8 @@ class RemoteFlights:
         self._numbers = itertools.count(1)
         self._all: dict[RemoteFlight, None] = {}
         self._by_number: dict[int, RemoteFlight] = {}
-        self._introduced: set[bytes] = set()
-        """Producers' agents that were told of this side's agent as it is now."""
+        self._description = b""
+        """Of this side's agent; it is always the same until the agent is closed."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -132,12 +132,9 @@ class RemoteFlights:
             return
         flight.under_way.discard(job.number)
         if job.error or not job.quiet:
-            self._introduced.discard(flight.source.granted.agent_info)
             flight.error = flight.error or TransferFailedError(f"not written by the producer: {job.error}")
             flight.lost = flight.lost or not job.quiet
             self.stop(flight)
-        else:
-            self._introduced.add(flight.source.granted.agent_info)
         self._ask(flight)
 
     def stop(self, flight: RemoteFlight) -> None:
@@ -179,7 +176,7 @@ class RemoteFlights:
 
     def agent_closed(self) -> None:
         """Forget all flights: nothing that a producer writes lands here any more."""
-        self._introduced.clear()
+        self._description = b""
         for flight in list(self._all):
             self.discard(flight)
 
@@ -205,9 +202,8 @@ class RemoteFlights:
             flight.state = FlightState.QUARANTINED if flight.lost else FlightState.FAILED
 
     def _write(self, flight: RemoteFlight, number: int, steps: list[bytes]) -> Write:
-        agent, source = self._life.ensure(), flight.source
-        granted = source.granted
-        info = b"" if granted.agent_info in self._introduced else agent.describe()
+        source, granted = flight.source, flight.source.granted
+        self._description = self._description or self._life.ensure().describe()
         oldest = min(
             (n for each in self._all if each.source.token == source.token for n in each.under_way), default=number
         )
@@ -216,8 +212,7 @@ class RemoteFlights:
             token=source.token,
             check=granted.check,
             number=number,
-            agent=agent.name,
-            agent_info=info,
+            agent_info=self._description,
             steps=steps,
             within_s=min(MAX_S, max(_SHORTEST_S, flight.task.deadline - self._now())),
             over_below=oldest,

@@ -38,12 +38,12 @@ def run(target: Target, data: bytes) -> bool:
 
 
 def bulk(target: Target, executions: int, seed: int = 0) -> tuple[int, int]:
-    """(executions, of these accepted)."""
+    """Run the good inputs of a target as they are, and then mutations of them: (mutations, of these accepted)."""
     pool = [path.read_bytes() for path in kept(target)] + target.seeds()
     random, accepted = Random(f"{target.name}-{seed}"), 0
     grown = list(pool)
-    for _ in range(executions):
-        data = mutated(random, random.choice(grown), target.form, [random.choice(pool)])
+    for number in range(-len(pool), executions):
+        data = pool[number] if number < 0 else mutated(random, random.choice(grown), target.form, [random.choice(pool)])
         try:
             good = run(target, data)
         except BaseException:
@@ -51,8 +51,8 @@ def bulk(target: Target, executions: int, seed: int = 0) -> tuple[int, int]:
             found.write_bytes(data)
             print(f"{target.name}: finding, kept in {found}", file=sys.stderr)
             raise
-        accepted += good
-        if good and len(data) < 4096 and len(grown) < 2000 and random.randrange(4) == 0:
+        accepted += good and number >= 0
+        if number >= 0 and good and len(data) < 4096 and len(grown) < 2000 and random.randrange(4) == 0:
             grown.append(data)
     return executions, accepted
 

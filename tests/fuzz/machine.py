@@ -4,8 +4,9 @@
 An input is a list of steps: ``["say", who, message]`` (``who`` is a connection of the producer, or ``"peer"`` for the consumer's
 producer), ``["wait", seconds]``, ``["announce" | "offer" | "seal" | "revoke", n]`` and ``["hold" | "read" | "take" | "drop", n]``, where
 ``n`` is the number of a lease (``seal`` publishes some blocks, ``offer`` all of them, ``hold`` acquires, ``take`` reads with a grant that is
-there, ``drop`` releases); ``["stage" | "unstage" | "done", n]`` are events of the data thread on the oldest read. In messages
-``$epoch`` stands for the epoch of the receiver, and ``$<n>`` for a lease's token.
+there, ``drop`` releases); ``["stage" | "unstage" | "write" | "stop" | "unwrite" | "done", n]`` are events of the data thread on the
+oldest read, and ``["wrote", n]`` ends what it writes for consumers. In messages ``$epoch`` stands for the epoch of the receiver, ``$<n>``
+for a lease's token, and ``$check<n>`` for its check.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.config import Settings
-from kvxfer.errors import TransferTimeoutError, WireError
+from kvxfer.errors import IncompatibleError, TransferTimeoutError, WireError
 from kvxfer.layout.block_table import check_tables
 from kvxfer.layout.spec import encode_spec
 from kvxfer.metrics import Metrics
@@ -26,7 +27,7 @@ from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Router
 from kvxfer.protocol import messages
-from kvxfer.protocol.actions import Emit, Reply, SendTo, StartPack, StartRead, StopRead
+from kvxfer.protocol.actions import Emit, EndWrite, Reply, SendTo, StartPack, StartRead, StartWrite, StopRead
 from kvxfer.protocol.consumer import Consumer
 from kvxfer.protocol.lease_board import LeaseBoard
 from kvxfer.protocol.lease_ref import LeaseRef
@@ -39,6 +40,9 @@ from tests.core.protocol.virtual import agent_info
 PEER = "tcp://peer:1"
 LEASES, STEPS = 8, 60
 EPOCH = "e" * 16
+INFO = agent_info("c", 0, "c" * 16)
+NOT_TO_BE_PACKED, NEVER_PACKED = 49, 50
+"""Numbers of a chunk that cannot be packed, and of those, with all above it, that wait for a slot for ever."""
 
 
 def cache() -> KVCache:
@@ -64,11 +68,12 @@ class Machine:
         self.out: list[Any] = []
         self.metrics = Metrics()
         settings = Settings()
-        table = LeaseTable(settings, LeaseBoard(4, 1))
+        self.table = table = LeaseTable(settings, LeaseBoard(4, 1))
         me = Identity("me", EPOCH, "inproc", b"me", SPEC, True, 1 << 16, frozenset({"bfloat16", "float16"}))
         self.producer = Producer(me, table, settings, self.metrics, self.out)
         self.consumer = Consumer(me, settings, self.metrics, self.out, self._routes)
         self.reading: list[StartRead] = []
+        self.writing: dict[Any, StartWrite] = {}
         self.ended: list[Transfer] = []
         self.transfers: list[Transfer] = []
         self.offered: list[str] = []
@@ -118,6 +123,9 @@ class Machine:
             self.consumer.acquire(ref, self.now)
         elif what == "drop":
             self.consumer.release(ref, self.now)
+        elif what == "wrote":
+            for key in list(self.writing):
+                self._written(key, "" if number % 2 else "broken", quiet=number % 3 > 0)
         elif what in ("read", "take"):
             into = check_tables(SPEC, [4, 5, 6], "target", distinct=True)
             transfer = Transfer(ref, into, None, self.now + 30.0, self.ended.append, lambda: self.now)
@@ -129,20 +137,34 @@ class Machine:
                 self.reading.append(job)
                 self.consumer.read(transfer, self.now, claimed=True)
         elif self.reading:
-            transfer = self.reading[0].transfer
+            transfer, number = self.reading[0].transfer, number % 99
             if what == "stage":
                 stage = messages.StageChunk(
-                    token=transfer.ref.token, number=number % 99, layout=encode_spec(SPEC), tokens=(0, 4)
+                    token=transfer.ref.token, number=number, layout=encode_spec(SPEC), tokens=(0, 4)
                 )
                 self.consumer.stage(transfer, 0, stage, self.now)
             elif what == "unstage":
-                self.consumer.unstage(transfer, 0, [number % 99])
+                self.consumer.unstage(transfer, 0, [number])
+            elif what == "write":
+                write = messages.Write(
+                    token=transfer.ref.token,
+                    check=bytes(16),
+                    number=number,
+                    agent_info=INFO,
+                    steps=[bytes(24)],
+                    within_s=5.0,
+                )
+                self.consumer.write(transfer, 0, write, self.now)
+            elif what == "stop":
+                self.consumer.write(transfer, 0, messages.StopWrite(token=transfer.ref.token, number=number), self.now)
+            elif what == "unwrite":
+                self.consumer.unwrite(transfer, 0, [number])
             elif what == "done":
                 self._end(transfer, None)
 
     def _say(self, who: Any, message: Any) -> None:
         try:
-            decoded = messages.decode(msgspec.msgpack.encode(_filled(message)))
+            decoded = messages.decode(msgspec.msgpack.encode(self._filled(message)))
         except (WireError, msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError):
             if who == "peer":
                 self.consumer.garbage(PEER, "no message", self.now)
@@ -160,8 +182,14 @@ class Machine:
             action = self.out.pop(0)
             if isinstance(action, (SendTo, Reply)):
                 assert messages.decode(messages.encode(action.message)) == action.message
-            elif isinstance(action, StartPack):
-                self.producer.packed(action.key, action.number, 4096, None)
+            elif isinstance(action, StartPack) and action.number < NEVER_PACKED:
+                error = IncompatibleError("chunk", "is not here") if action.number == NOT_TO_BE_PACKED else None
+                packed = b"digest" if action.digest else 4096
+                self.producer.packed(action.key, action.number, packed if error is None else None, error)
+            elif isinstance(action, StartWrite):
+                self.writing[action.key] = action
+            elif isinstance(action, EndWrite):
+                self._written(action.key, "given up", quiet=True)
             elif isinstance(action, StartRead):
                 self.reading.append(action)
             elif isinstance(action, StopRead):
@@ -169,10 +197,25 @@ class Machine:
             elif isinstance(action, Emit):
                 self.ends.append(action.event.token)
 
+    def _written(self, key: Any, error: str, *, quiet: bool) -> None:
+        job = self.writing.pop(key, None)
+        if job is not None:
+            self.producer.written(key, job.token, error, quiet=quiet)
+
     def _end(self, transfer: Transfer, error: Any) -> None:
         self.reading = [job for job in self.reading if job.transfer is not transfer]
         transfer.end(error)
         self.consumer.read_ended(transfer, error, self.now)
+
+    def _filled(self, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("$check"):
+            lease = self.table.get(f"{int(value[-1]) if value[-1].isdigit() else 0:032x}")
+            return lease.check if lease is not None else bytes(16)
+        if isinstance(value, str) and value.startswith("$"):
+            return EPOCH if value == "$epoch" else f"{int(value[1:2]) if value[1:2].isdigit() else 0:032x}"
+        if isinstance(value, list):
+            return [self._filled(each) for each in value]
+        return {key: self._filled(each) for key, each in value.items()} if isinstance(value, dict) else value
 
     def advance(self, seconds: float) -> None:
         """Let time pass, and all that is due happen."""
@@ -194,14 +237,6 @@ class Machine:
         else:
             raise AssertionError("timers spin")
         self.now = max(self.now, until)
-
-
-def _filled(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("$"):
-        return EPOCH if value == "$epoch" else f"{int(value[1:2]) if value[1:2].isdigit() else 0:032x}"
-    if isinstance(value, list):
-        return [_filled(each) for each in value]
-    return {key: _filled(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def run(steps: Any) -> bool:
@@ -241,6 +276,8 @@ def seeds() -> list[Any]:
             slot_nbytes=1 << 16,
         )
     )
+    write = {"type": "Write", "to": "$epoch", "token": "$1", "check": "$check1", "agent_info": INFO, "within_s": 5.0}
+    write["steps"] = [np.array([64, 128, 16], dtype="<u8").tobytes()]
     grant = {
         "type": "Grant",
         "token": "$2",
@@ -253,7 +290,8 @@ def seeds() -> list[Any]:
         ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$1"}], ["seal", 1], ["offer", 1],
         ["say", "a", {"type": "Renew", "to": "$epoch", "tokens": ["$1", "$2"]}],
         ["say", "a", {**said(stage), "to": "$epoch", "token": "$1"}],
-        ["say", "a", {"type": "ReleaseChunks", "to": "$epoch", "token": "$1", "numbers": [0]}], ["wait", 10.0],
+        ["say", "a", {"type": "ReleaseChunks", "to": "$epoch", "token": "$1", "numbers": [0]}],
+        ["say", "a", {**said(stage), "to": "$epoch", "token": "$1"}], ["wait", 10.0],
         ["say", "a", {"type": "Release", "to": "$epoch", "token": "$1", "read": True}],
     ]  # fmt: skip
     consuming = [
@@ -265,7 +303,10 @@ def seeds() -> list[Any]:
     pressed = [
         ["announce", 6], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$6"}], ["offer", 6],
         ["say", "a", {**said(stage), "to": "$epoch", "token": "$6"}],
-        ["say", "a", {**said(stage), "to": "$epoch", "token": "$6", "number": 3}],
+        *(["say", "a", {**said(stage), "to": "$epoch", "token": "$6", "number": number}] for number in (3, 4, 49)),
+        ["say", "a", {**said(stage), "to": "$epoch", "token": "$6", "number": 5, "digest": True}], ["announce", 5],
+        ["say", "b", {**hello, "name": "d"}], ["say", "b", {"type": "Acquire", "to": "$epoch", "token": "$5"}], ["offer", 5],
+        ["say", "b", {**said(stage), "to": "$epoch", "token": "$5", "number": 60}], ["short", 1], ["wait", 3.0],
         ["short", 1], ["still", 7], ["gone", 1], ["wait", 8.0], ["short", 0], ["announce", 8], ["seal", 8], ["other", 8], ["offer", 8],
         ["hold", 9], ["unreachable", 9], ["read", 9], ["still", 50], ["read", 3], ["unreachable", 3], ["wait", 20.0],
     ]  # fmt: skip
@@ -293,6 +334,22 @@ def seeds() -> list[Any]:
         ["stage", 0], ["wait", 0.6], ["say", "peer", {"type": "ChunkReady", "token": "$7", "number": 0, "address": 4096}], ["unstage", 0],
         ["stage", 1], ["say", "peer", {**grant, "token": "$7"}], ["unstage", 1], ["done", 1], ["stage", 2],
     ]  # fmt: skip
+    written = [
+        ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$1"}], ["offer", 1],
+        *(["say", "a", {**write, "number": number}] for number in (3, 4, 4)), ["wrote", 1], ["say", "a", {**write, "number": 4}],
+        ["say", "a", {**write, "number": 5, "over_below": 5}], ["say", "a", {"type": "StopWrite", "to": "$epoch", "token": "$1", "number": 5}],
+        ["wrote", 6], ["say", "a", {**write, "number": 5}], ["say", "a", {"type": "StopWrite", "to": "$epoch", "token": "$1", "number": 6}],
+        ["say", "a", {**write, "number": 7, "check": bytes(16)}], ["say", "a", {**write, "number": 8, "agent_info": b"x"}],
+        ["say", "a", {**write, "number": 9}], ["say", "a", {"type": "Release", "to": "$epoch", "token": "$1", "read": True}],
+        ["say", "a", {**write, "number": 10}],
+    ]  # fmt: skip
+    writing = [
+        ["read", 7], ["say", "peer", welcome], ["write", 9],
+        ["say", "peer", {**grant, "token": "$7", "blocks": [b"\1\0\0\0"], "more": True}], ["say", "peer", {**grant, "token": "$7"}], ["write", 1], ["write", 2], ["wait", 0.6],
+        ["say", "peer", {"type": "Wrote", "token": "$7", "number": 1}], ["stop", 2], ["wait", 0.6],
+        ["say", "peer", {"type": "Wrote", "token": "$7", "number": 2, "error": "stopped", "quiet": False}], ["write", 3], ["unwrite", 3],
+        ["done", 1], ["write", 4],
+    ]  # fmt: skip
     refusals = [
         step
         for code in ("rank", "agent", "protocol", "not_introduced", "unknown_lease", "taken_lease", "of the future")
@@ -316,6 +373,8 @@ def seeds() -> list[Any]:
         producing + consuming,
         restarted,
         staging,
+        written,
+        writing,
         refusals,
         strangers,
         pressed,

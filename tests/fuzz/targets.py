@@ -22,7 +22,7 @@ import numpy as np
 from kvxfer import secret as secrets_room
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.cli.planning.specs import read_side
-from kvxfer.cli.planning.words import Wrote, written
+from kvxfer.cli.planning.words import Written, written
 from kvxfer.config import Settings, names
 from kvxfer.errors import (
     BlockError,
@@ -134,7 +134,7 @@ def seeds_wire() -> list[bytes]:
             messages.ChunkReady(token=TOKEN, number=0, address=4096),
             messages.ReleaseChunks(to="e", token=TOKEN, numbers=[0, 7]),
             messages.Write(
-                to="e", token=TOKEN, check=bytes(16), number=9, agent="n/0/e/1", agent_info=b"\xff", steps=[bytes(24), bytes(48)],
+                to="e", token=TOKEN, check=bytes(16), number=9, agent_info=b"\xff", steps=[bytes(24), bytes(48)],
                 within_s=0.5, over_below=7,
             ),
             messages.StopWrite(to="e", token=TOKEN, number=9),
@@ -522,7 +522,7 @@ def run_words(data: bytes) -> bool:
             for key, value in asked.words.items()
             if key not in ("layers", "tp", "pp", "blocks") or len(value) < 3
         }
-        read_side(Wrote(asked.what, small), 64)
+        read_side(Written(asked.what, small), 64)
     except ConfigError:
         return False
     return True
@@ -537,11 +537,11 @@ def seeds_words() -> list[bytes]:
 
 def run_side_file(data: bytes) -> bool:
     try:
-        side = read_side(Wrote(_file("specs.json", data), {"window": "64"}), 64)
+        side = read_side(Written(_file("specs.json", data), {"window": "64"}), 64)
     except ConfigError:
         return False
     again = msgspec.json.encode(list(side.specs))
-    assert read_side(Wrote(_file("again.json", again), {}), 64).specs == side.specs
+    assert read_side(Written(_file("again.json", again), {}), 64).specs == side.specs
     return True
 
 
@@ -552,7 +552,7 @@ def seeds_side_file() -> list[bytes]:
 def run_model_file(data: bytes) -> bool:
     # Slow sizes are another matter, see `run_words`.
     try:
-        read_side(Wrote("vllm:" + _file("config.json", data), {"layers": "2", "blocks": "4"}), 64)
+        read_side(Written("vllm:" + _file("config.json", data), {"layers": "2", "blocks": "4"}), 64)
     except ConfigError:
         return False
     return True
@@ -617,7 +617,7 @@ TARGETS = [
     Target("wire", "msgpack", run_wire, seeds_wire, {"kvxfer/protocol/messages.py": 95}),
     Target("machine", "msgpack", run_machine, seeds_machine, {
         # Not more of the consumer: what it does after faults of kvxfer itself no message can reach.
-        "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/chunk_staging.py": 86, "kvxfer/protocol/consumer_connections.py": 90, "kvxfer/protocol/lease_requests.py": 90, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
+        "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/chunk_staging.py": 86, "kvxfer/protocol/requested_writes.py": 85, "kvxfer/protocol/consumer_connections.py": 90, "kvxfer/protocol/lease_requests.py": 90, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),

@@ -20,6 +20,7 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.errors import TransferError, TransferTimeoutError
 from kvxfer.testing import Actor, ProcessPeer, eventually, stays
 from kvxfer_mooncake import MooncakeAgent
+from tests.conftest import ROOT
 from tests.mooncake.agents import (
     KIB,
     MIB,
@@ -27,7 +28,6 @@ from tests.mooncake.agents import (
     mooncake_agent,
     shuffled,
 )
-from tests.mooncake.conftest import ROOT
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import os
 
 from kvxfer_nixl import _ibverbs, _module
 from kvxfer_nixl.__main__ import main
-from tests.nixl.conftest import ROOT
+from tests.conftest import ROOT
 
 
 def test_report_says_which_module_and_what_starts(capsys):

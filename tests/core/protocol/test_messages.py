@@ -61,7 +61,6 @@ MESSAGES = [
         token=TOKEN,
         check=bytes(16),
         number=(1 << 62) - 1,
-        agent="n/0/e/1",
         agent_info=b"\xff",
         steps=[bytes(24), bytes(48)],
         within_s=0.5,

@@ -13,7 +13,6 @@ from kvxfer.protocol.write_steps import from_wire, to_wire
 from tests.core.protocol.virtual import agent_info, block_bytes
 
 A = b"connection-a"
-AGENT = "c/0/ce/1"
 STEP = to_wire(Descriptors.of([0x2000, 0x3000], [0x100, 0x200], [16, 32]))
 
 
@@ -39,7 +38,7 @@ class Talk:
         return replies, [each for each in out if not isinstance(each, Reply)]
 
     def write(self, number, **changes):
-        fields = {"check": self.check, "agent": AGENT, "agent_info": agent_info("c", epoch="ce"), "steps": [STEP]}
+        fields = {"check": self.check, "agent_info": agent_info("c", epoch="ce"), "steps": [STEP]}
         message = messages.Write(
             to=self.node.epoch, token=self.token, number=number, within_s=5.0, **{**fields, **changes}
         )
@@ -94,9 +93,10 @@ def test_what_the_consumer_knows_to_be_over_is_never_begun(talk):
     ("changes", "why"),
     [
         ({"check": b"x" * 16}, "published again"),
-        ({"agent": "c/0/ce/2"}, "no agent of"),
-        ({"agent_info": b""}, "was not introduced"),
-        ({"agent": "d/0/ce/1", "agent_info": agent_info("d", epoch="ce")}, "no agent of"),
+        ({"agent_info": agent_info("c", epoch="cf")}, "no agent of"),
+        ({"agent_info": agent_info("c", epoch="ce", number="x")}, "no agent of"),
+        ({"agent_info": agent_info("c", epoch="ce", number="9" * 5000)}, "no agent of"),
+        ({"agent_info": agent_info("d", epoch="ce")}, "no agent of"),
         ({"agent_info": b"junk"}, "description"),
         ({"steps": [b"junk"]}, "no list of spans"),
     ],
@@ -108,14 +108,14 @@ def test_what_is_not_meant_like_this_is_refused_quietly(talk, changes, why):
 
 
 def test_an_agent_that_took_the_place_of_another(talk):
-    """It is introduced once, and what was meant for the one before is not written to it."""
+    """The one before is forgotten, and what was meant for it is not written any more; nor does it come back."""
     _, (first,) = talk.write(1)
     talk.over(first)
-    second = {"agent": "c/0/ce/2", "agent_info": agent_info("c", epoch="ce", number=2)}
-    assert [type(each) for each in talk.write(2, **second)[1]] == [ForgetAgent, StartWrite]
-    (answer,), begun = talk.write(3, agent_info=b"")
-    assert "was not introduced" in answer.error and not begun
-    assert talk.write(4, agent="c/0/ce/2", agent_info=b"")[1]
+    second = agent_info("c", epoch="ce", number=10)
+    assert [type(each) for each in talk.write(2, agent_info=second)[1]] == [ForgetAgent, StartWrite]
+    (answer,), begun = talk.write(3)
+    assert "has closed its agent" in answer.error and not begun
+    assert talk.write(4, agent_info=second)[1]
 
 
 def test_the_end_of_the_lease_ends_its_writes(talk):

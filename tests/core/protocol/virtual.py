@@ -62,7 +62,7 @@ def small_cache(
     return KVCache.from_layers(layers, block_tokens=tokens, fingerprint=fingerprint, **more)
 
 
-def agent_info(name: str, rank: int = 0, epoch: str = "e", number: int = 1) -> bytes:
+def agent_info(name: str, rank: int = 0, epoch: str = "e", number: object = 1) -> bytes:
     """Description of a transfer agent that no data thread will meet: its name is all there is to it."""
     return msgspec.msgpack.encode({"name": f"{name}/{rank}/{epoch}/{number}"})
 
