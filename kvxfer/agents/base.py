@@ -261,7 +261,7 @@ class TransferAgent(ABC):
 
     @final
     def drop(self, flight: Flight) -> None:
-        """Tell no more of a WRITE that was given up. Memory that it reads stays in use only as far as the engine sees to that."""
+        """End a quarantined WRITE, which `poll` then returns. Memory that it reads is in use only as far as the engine sees to that."""
         self._check()
         self._flights.drop(flight)
 

@@ -145,8 +145,7 @@ class Flights:
         changed = [f for f in self._all if f.state is not f._reported]
         for flight in changed:
             flight._reported = flight.state
-        # A WRITE that is lost writes to no memory of this agent.
-        self._all = [f for f in self._all if not (f.finished or (f.lost and f.op is Op.WRITE))]
+        self._all = [f for f in self._all if not f.finished]
         return changed
 
     def give_up(self, peer: AgentPeer, error: KvxferError) -> None:
@@ -161,9 +160,9 @@ class Flights:
             self._give_up(flight, error)
 
     def drop(self, flight: Flight) -> None:
-        """Forget a quarantined WRITE: this agent's memory is quiet, whatever becomes of it."""
+        """End a quarantined WRITE, which writes to no memory of this agent, whatever becomes of it."""
         if flight.op is Op.WRITE and flight.state is FlightState.QUARANTINED:
-            self._all = [each for each in self._all if each is not flight]
+            flight.state, flight._handle = FlightState.FAILED, _NO_HANDLE
 
     def end_all(self, error: KvxferError) -> list[Flight]:
         """Fail all flights that have not ended, after the engine was torn down; return all that were not returned yet."""

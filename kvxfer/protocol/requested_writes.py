@@ -176,7 +176,7 @@ class RequestedWrites:
         name, own = described_name(info), f"{consumer.name}/{consumer.rank}/{consumer.epoch}/"
         number = name.removeprefix(own)
         if not (name.startswith(own) and re.fullmatch("[0-9]{1,18}", number)):
-            raise PeerInfoError(f"{name!r} is no agent of {consumer.name!r}")
+            raise PeerInfoError(f"no agent of {consumer.name!r}: {name!r}")
         if int(number) < self._agents.get(consumer, (0, b""))[0]:
             raise PeerInfoError(f"the consumer has closed its agent {name!r}")
         return int(number)

@@ -84,10 +84,9 @@ class Writer:
         elif flight.state is FlightState.FAILED:
             # An engine that reports an error says at most that this side's memory is quiet.
             self._over(flight, str(flight.error), quiet=flight.landed)
-        elif flight.lost:
-            self._over(flight, str(flight.error), quiet=False)
         else:
             self._hangs_since[flight] = self._now()
+            self.see_lost()
 
     def see_lost(self) -> None:
         """Answer writes that were given up, and of which the engine knows nothing more, or has said nothing for long."""

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
+
+import msgspec
+
+from kvxfer.agents.description import described_name
+from kvxfer.agents.flights import FlightState
 from kvxfer.protocol import requested_writes
 from kvxfer.protocol.actions import PackKey, WriteKey
-from kvxfer.runtime import remote_flights
+from kvxfer.protocol.messages import Wrote
+from kvxfer.runtime import remote_flights, writer
 from tests.sim.planted import bug
 
 _Requested = requested_writes.RequestedWrites
@@ -26,12 +33,158 @@ def write_begun_twice(patch):
 
 
 @bug
+def late_write_begun(patch):
+    """A write that the consumer knows to be over is forgotten, and begun by a `Write` that is late."""
+
+    def forget(self, share, below):
+        over = self._over.get(share, {})
+        for number in [number for number in over if number < below]:
+            del over[number]
+
+    patch(_Requested, "_note_over", forget)
+
+
+@bug
+def late_write_of_a_stopped_one_begun(patch):
+    """A write that was stopped before its `Write` arrived is begun by it."""
+    stop = _Requested.stop
+
+    def forgetful(self, connection, consumer, message):
+        known = self._answer(WriteKey(consumer, message.number), PackKey(message.token, consumer.rank))
+        stop(self, connection, consumer, message)
+        if known is None:
+            self._over.get(PackKey(message.token, consumer.rank), {}).pop(message.number, None)
+
+    patch(_Requested, "stop", forgetful)
+
+
+@bug
+def check_of_a_write_ignored(patch):
+    """A `Write` for blocks of a lease that was published again since is begun."""
+    why_not = _Requested._why_not
+
+    def trusting(self, consumer, message):
+        lease = self._table.readable_by(message.token, consumer)
+        return why_not(self, consumer, message) if lease is None else ""
+
+    patch(_Requested, "_why_not", trusting)
+
+
+@bug
+def generation_of_a_write_ignored(patch):
+    """A `Write` for an agent that the consumer has closed since goes to the one that took its place."""
+    write = _Requested.write
+
+    def trusting(self, connection, consumer, message, now):
+        newest = self._agents.get(consumer)
+        late = newest is not None and int(described_name(message.agent_info).rpartition("/")[2]) < newest[0]
+        changed = msgspec.structs.replace(message, agent_info=newest[1]) if late else message
+        write(self, connection, consumer, changed, now)
+
+    patch(_Requested, "write", trusting)
+
+
+@bug
+def written_for_an_ended_lease(patch):
+    """A late `Write` for a lease that has ended is begun."""
+
+    def trusting(self, consumer, message):
+        return ""
+
+    patch(_Requested, "_why_not", trusting)
+
+
+@bug
+def stop_answered_while_it_runs(patch):
+    """A write that was stopped is said to be over while it is under way."""
+
+    def stop(self, connection, consumer, message):
+        answer = Wrote(token=message.token, number=message.number, error="stopped")
+        self._connections.reply(connection, answer)
+
+    patch(_Requested, "stop", stop)
+
+
+@bug
 def agents_of_consumers_never_forgotten(patch):
     """The agents of consumers that are gone are kept."""
     patch(_Requested, "tick", lambda self, now: setattr(self, "_look_at", now + 1))
 
 
 @bug
+def unquiet_taken_for_quiet(patch):
+    """A write that failed and may land yet is taken to be over."""
+    over = _Remote.over
+
+    def trusting(self, job):
+        over(self, type(job)(job.transfer, job.number, job.error, quiet=True))
+
+    patch(_Remote, "over", trusting)
+
+
+@bug
+def given_up_write_is_quiet(patch):
+    """A write for which nothing waits any more is taken to have stopped."""
+
+    def give_up(self, flight, error):
+        flight.error = flight.error or error
+        self.stop(flight)
+        flight.state = FlightState.FAILED
+
+    patch(_Remote, "give_up", give_up)
+
+
+@bug
+def first_answer_is_taken_for_all(patch):
+    """When one message of a move is answered, all are taken to be."""
+    over = _Remote.over
+
+    def hasty(self, job):
+        flight = self._by_number.get(job.number)
+        if flight is not None and not job.error:
+            for number in flight.under_way - {job.number}:
+                self._by_number.pop(number)
+            flight.under_way = {job.number}
+        over(self, job)
+
+    patch(_Remote, "over", hasty)
+
+
+@bug
+def numbers_of_writes_used_again(patch):
+    """After a reset of its agent a consumer numbers its writes from the beginning."""
+    agent_closed = _Remote.agent_closed
+
+    def closed(self):
+        agent_closed(self)
+        self._numbers = itertools.count(1)
+
+    patch(_Remote, "agent_closed", closed)
+
+
+@bug
 def writes_outlive_the_agent(patch):
     """What was asked for before a reset of the agent is waited for after it."""
     patch(_Remote, "agent_closed", lambda self: setattr(self, "_description", b""))
+
+
+@bug
+def cell_written_before_the_bytes(patch):
+    """The steps of a write are carried out in the wrong order."""
+    start = writer.Writer.start
+
+    def backwards(self, job):
+        start(self, type(job)(job.key, job.token, job.agent_info, list(reversed(job.steps)), job.within_s))
+
+    patch(writer.Writer, "start", backwards)
+
+
+@bug
+def failed_write_is_quiet(patch):
+    """A write that the engine says has failed is taken to have stopped."""
+    end = writer.Writer._over
+
+    def over(self, flight, error, *, quiet):
+        end(self, flight, error, quiet=True)
+
+    patch(writer.Writer, "_over", over)

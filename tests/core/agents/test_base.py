@@ -190,3 +190,24 @@ def test_an_error_ends_a_quarantine_if_it_says_that_memory_is_quiet(meet, ending
     assert isinstance(flight.error, TransferTimeoutError)
     assert not here.agent.quarantine_may_end
     assert here.agent.quarantined is (state is FlightState.QUARANTINED)
+
+
+@pytest.mark.parametrize("op", Op)
+def test_a_lost_flight_ends_with_its_agent_or_is_dropped(meet, op):
+    """A flight of which the engine says nothing more stays until close, which ends it; a WRITE can be dropped before that."""
+
+    class Broken(InprocAgent):
+        capabilities = replace(InprocAgent.capabilities, quiet_on_abandon=False)
+
+        def _poll(self, handle):
+            raise TransferFailedError("the connection broke")
+
+    here, peer, local, remote = meet(Broken)
+    flights = [here.start(op, peer, [(local.address, remote.address, 10)], 60.0) for _ in range(2)]
+    here.log.poll()
+    assert all(flight.lost and not flight.landed for flight in flights)
+    here.agent.drop(flights[0])
+    assert flights[0].finished is (op is Op.WRITE)
+    here.log.poll()
+    here.log.close()
+    assert all(flight.finished for flight in flights)
