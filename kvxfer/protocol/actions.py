@@ -111,6 +111,8 @@ class WriteEnded:
     transfer: Transfer
     number: int
     error: str = ""
+    ended: bool = False
+    """That is because the lease has ended."""
     quiet: bool = True
     """Nothing of it will be written any more."""
 

@@ -183,7 +183,7 @@ class Consumer:
             self._held.ask(held, source, message, now)
         elif isinstance(message, Write):
             # As in `stage`. The source was never asked.
-            self._out.append(WriteEnded(transfer, message.number, "the lease was released before it was read"))
+            self._out.append(WriteEnded(transfer, message.number, "it was released before it was read", ended=True))
 
     def unwrite(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         """Ask no more for writes: nothing that a source writes lands here any more."""
@@ -323,7 +323,9 @@ class Consumer:
                 self._out.append(ChunkStaged(held.transfer, source, message.number, message.address, message.digest))
         elif isinstance(message, Wrote) and held.state is HeldLeaseState.READING and held.transfer is not None:
             self.unwrite(held.transfer, held.rank_leases.index(rank_lease), [message.number])
-            self._out.append(WriteEnded(held.transfer, message.number, printable(message.error), message.quiet))
+            ended, quiet = message.ended, message.quiet
+            over = WriteEnded(held.transfer, message.number, printable(message.error), ended=ended, quiet=quiet)
+            self._out.append(over)
         elif isinstance(message, Released) and held.is_over:
             self._held.released_by(held, rank_lease, now)
 

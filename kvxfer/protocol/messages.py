@@ -222,6 +222,8 @@ class Wrote(_Message, frozen=True, kw_only=True):
     number: WriteNumber
     error: Reason = ""
     """Why not all was written; empty: all is in place."""
+    ended: bool = False
+    """The lease has ended: that is why."""
     quiet: bool = True
     """Nothing of it will be written any more."""
 

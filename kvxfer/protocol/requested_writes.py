@@ -79,7 +79,8 @@ class RequestedWrites:
             self._connections.reply(connection, known)
         if known is not None or key in self._running:
             return
-        why = self._why_not(consumer, message)
+        why = self._why_ended(consumer, message)
+        ended = bool(why)
         steps: list[Descriptors] = []
         agent = 0
         try:
@@ -89,7 +90,8 @@ class RequestedWrites:
             why = why or str(error)
         if why:
             self._metrics.count("kvxfer_writes_total", end="refused")
-            self._connections.reply(connection, Wrote(token=message.token, number=message.number, error=why[:1024]))
+            answer = Wrote(token=message.token, number=message.number, error=why[:1024], ended=ended)
+            self._connections.reply(connection, answer)
             return
         if message.number < self._below.get(share, 0):
             return  # late: the consumer knows that it is over
@@ -121,13 +123,15 @@ class RequestedWrites:
         share = self._running.pop(key, None)
         if share is None:
             return
-        answer = Wrote(token=token, number=key.number, error=error[:1024], quiet=quiet)
+        stands = self._table.readable_by(token, key.consumer) is not None
+        ended = bool(error) and not stands
+        answer = Wrote(token=token, number=key.number, error=error[:1024], ended=ended, quiet=quiet)
         self._metrics.count("kvxfer_writes_total", end="failed" if error else "done")
         if not quiet:
             self._unquiet[key] = answer
             while len(self._unquiet) > _MOST_UNQUIET:
                 self._unquiet.popitem(last=False)
-        if self._table.readable_by(token, key.consumer) is not None:
+        if stands:
             self._over[share][key.number] = answer
         self._connections.tell([key.consumer], answer)
 
@@ -164,8 +168,8 @@ class RequestedWrites:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _why_not(self, consumer: ConsumerRank, message: Write) -> str:
-        """Reason why a write is not begun, and never will be, whatever agent it is meant for; empty if it may be."""
+    def _why_ended(self, consumer: ConsumerRank, message: Write) -> str:
+        """Say how the lease of a write has ended, so that it will never be begun; empty if the lease stands."""
         lease = self._table.readable_by(message.token, consumer)
         if lease is None:
             return str(self._table.why_not_readable(message.token, consumer))

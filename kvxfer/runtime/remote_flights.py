@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.agents.flights import FlightState
 from kvxfer.config import MAX_S
-from kvxfer.errors import TransferFailedError, TransferTimeoutError
+from kvxfer.errors import LeaseEndedError, TransferFailedError, TransferTimeoutError
 from kvxfer.protocol.messages import StopWrite, Write
 from kvxfer.protocol.write_steps import SPAN_NBYTES, to_wire
 
@@ -132,7 +132,8 @@ class RemoteFlights:
             return
         flight.under_way.discard(job.number)
         if job.error or not job.quiet:
-            flight.error = flight.error or TransferFailedError(f"not written by the producer: {job.error}")
+            kind = LeaseEndedError if job.ended else TransferFailedError
+            flight.error = flight.error or kind(f"not written by the producer: {job.error}")
             flight.lost = flight.lost or not job.quiet
             self.stop(flight)
         self._ask(flight)

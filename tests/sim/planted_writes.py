@@ -61,13 +61,13 @@ def late_write_of_a_stopped_one_begun(patch):
 @bug
 def check_of_a_write_ignored(patch):
     """A `Write` for blocks of a lease that was published again since is begun."""
-    why_not = _Requested._why_not
+    why_ended = _Requested._why_ended
 
     def trusting(self, consumer, message):
         lease = self._table.readable_by(message.token, consumer)
-        return why_not(self, consumer, message) if lease is None else ""
+        return why_ended(self, consumer, message) if lease is None else ""
 
-    patch(_Requested, "_why_not", trusting)
+    patch(_Requested, "_why_ended", trusting)
 
 
 @bug
@@ -91,7 +91,7 @@ def written_for_an_ended_lease(patch):
     def trusting(self, consumer, message):
         return ""
 
-    patch(_Requested, "_why_not", trusting)
+    patch(_Requested, "_why_ended", trusting)
 
 
 @bug
@@ -117,7 +117,7 @@ def unquiet_taken_for_quiet(patch):
     over = _Remote.over
 
     def trusting(self, job):
-        over(self, type(job)(job.transfer, job.number, job.error, quiet=True))
+        over(self, type(job)(job.transfer, job.number, job.error, ended=job.ended, quiet=True))
 
     patch(_Remote, "over", trusting)
 

@@ -125,9 +125,9 @@ def test_the_end_of_the_lease_ends_its_writes(talk):
     assert EndWrite(begun.key) in talk.taken()[1]
     assert talk.write(1) == ([], []) and talk.stop(1) == ([], [EndWrite(begun.key)])
     (answer,), begun_later = talk.write(2)
-    assert "ended" in answer.error and answer.quiet and not begun_later
+    assert answer.ended and "ended" in answer.error and answer.quiet and not begun_later
     (answer,), _ = talk.over(begun, "given up")
-    assert answer.error == "given up" and answer.quiet
+    assert answer.ended and answer.error == "given up" and answer.quiet
 
 
 def test_what_may_land_yet_is_never_said_to_be_quiet(talk):
