@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import itertools
 
-import msgspec
-
-from kvxfer.agents.description import described_name
 from kvxfer.agents.flights import FlightState
 from kvxfer.protocol import requested_writes
 from kvxfer.protocol.actions import PackKey, WriteKey
@@ -42,56 +39,6 @@ def late_write_begun(patch):
             del over[number]
 
     patch(_Requested, "_note_over", forget)
-
-
-@bug
-def late_write_of_a_stopped_one_begun(patch):
-    """A write that was stopped before its `Write` arrived is begun by it."""
-    stop = _Requested.stop
-
-    def forgetful(self, connection, consumer, message):
-        known = self._answer(WriteKey(consumer, message.number), PackKey(message.token, consumer.rank))
-        stop(self, connection, consumer, message)
-        if known is None:
-            self._over.get(PackKey(message.token, consumer.rank), {}).pop(message.number, None)
-
-    patch(_Requested, "stop", forgetful)
-
-
-@bug
-def check_of_a_write_ignored(patch):
-    """A `Write` for blocks of a lease that was published again since is begun."""
-    why_ended = _Requested._why_ended
-
-    def trusting(self, consumer, message):
-        lease = self._table.readable_by(message.token, consumer)
-        return why_ended(self, consumer, message) if lease is None else ""
-
-    patch(_Requested, "_why_ended", trusting)
-
-
-@bug
-def generation_of_a_write_ignored(patch):
-    """A `Write` for an agent that the consumer has closed since goes to the one that took its place."""
-    write = _Requested.write
-
-    def trusting(self, connection, consumer, message, now):
-        newest = self._agents.get(consumer)
-        late = newest is not None and int(described_name(message.agent_info).rpartition("/")[2]) < newest[0]
-        changed = msgspec.structs.replace(message, agent_info=newest[1]) if late else message
-        write(self, connection, consumer, changed, now)
-
-    patch(_Requested, "write", trusting)
-
-
-@bug
-def written_for_an_ended_lease(patch):
-    """A late `Write` for a lease that has ended is begun."""
-
-    def trusting(self, consumer, message):
-        return ""
-
-    patch(_Requested, "_why_ended", trusting)
 
 
 @bug
@@ -166,17 +113,6 @@ def numbers_of_writes_used_again(patch):
 def writes_outlive_the_agent(patch):
     """What was asked for before a reset of the agent is waited for after it."""
     patch(_Remote, "agent_closed", lambda self: setattr(self, "_description", b""))
-
-
-@bug
-def cell_written_before_the_bytes(patch):
-    """The steps of a write are carried out in the wrong order."""
-    start = writer.Writer.start
-
-    def backwards(self, job):
-        start(self, type(job)(job.key, job.token, job.agent_info, list(reversed(job.steps)), job.within_s))
-
-    patch(writer.Writer, "start", backwards)
 
 
 @bug
