@@ -32,7 +32,7 @@ class Defects:
         self._metrics = metrics
         self._where = where
         self._kinds: dict[tuple[type, object, int], tuple[float, int]] = {}
-        """By kind, the time at which its trace may be logged again, and the number of faults since the last trace."""
+        """Time at which the trace of a kind may be logged again, and number of its faults since the last trace."""
 
     def caught(self, error: BaseException) -> InternalError:
         """Count and log a fault, and return the error for the transfers or leases that it affects."""

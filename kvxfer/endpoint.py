@@ -170,7 +170,7 @@ class Endpoint:
             self._producer = Producer(me, table, self.settings, self.metrics, driver.actions)
             self._consumer = Consumer(me, self.settings, self.metrics, driver.actions, routes)
             self.address: str = channel.address
-            """Where peers find this endpoint, for `LeaseRef.addresses`."""
+            """Addresses at which peers find this endpoint, for `LeaseRef.addresses`."""
             driver.drive(self._producer, self._consumer, data)
             self._running = environment.run("kvxfer-control", driver)
         except BaseException:

@@ -55,7 +55,7 @@ class Flight:
     state: FlightState = FlightState.PENDING
     error: KvxferError | None = None
     landed: bool = False
-    """Every part that the engine was given is complete: it is in place, here or at the peer."""
+    """Nothing of it is on its way any more, here or at the peer: what the engine was given is complete, or was stopped."""
     _reported: FlightState = FlightState.PENDING
     _parts: list[tuple[Descriptors, Memory, Memory]] = field(default_factory=list)
     _handle: Any = _NO_HANDLE

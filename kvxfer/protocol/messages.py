@@ -163,7 +163,7 @@ class StageChunk(_Message, frozen=True, kw_only=True):
     number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     """Number of the chunk among those of this lease and consumer; never used again for another."""
     layout: msgspec.Raw
-    """What the chunk looks like, a `CacheSpec`: a cache of one group in blocks 0, 1, ..., at addresses that count from the
+    """Layout of the chunk, a `CacheSpec`: a cache of one group in blocks 0, 1, ..., at addresses that count from the
     chunk's begin. Decoded by `layout_of`, once it is known that the consumer may ask for the chunk."""
     tokens: tuple[TokenIndex, TokenIndex]
     """First token, and first after the last; the chunk's first block is the one in which the first token lies."""
@@ -201,7 +201,7 @@ class Write(_Message, frozen=True, kw_only=True):
     agent_info: bytes
     """Description of the consumer's transfer agent. A newer agent of the same consumer is a newer generation of its memory."""
     steps: Annotated[list[bytes], msgspec.Meta(min_length=1, max_length=8)]
-    """What to write, see `kvxfer.protocol.write_steps`; each step begins when the one before is in place."""
+    """Spans to write, see `kvxfer.protocol.write_steps`; each step begins when the one before is in place."""
     within_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]
     """Time after which the consumer does not want it any more."""
     over_below: WriteNumber = 0

@@ -52,7 +52,7 @@ class AgentLifecycle:
         self._defects = Defects(metrics, "data")
         self._replaced = replaced
         self.agent: TransferAgent | None = None
-        """None before `first`, and after `close` until it is made again."""
+        """The agent; None before `first`, and after `close` until it is made again."""
         self.proven: set[tuple[Op, bytes]] = set()
         """Descriptions of the peers from which this agent has read something, or who have written something to it."""
         self.parting: set[bytes] = set()

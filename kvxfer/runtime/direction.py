@@ -42,12 +42,15 @@ def choose(move_by: MoveBy, capabilities: Capabilities, link: LinkFacts, *, prod
         obstacle = "the producer's transfer agent or version of kvxfer does not write"
     elif not link.cut_off_by_close:
         obstacle = "on this link a producer that was given up could not be stopped from writing"
-    reads = Op.READ in capabilities.ops
-    if move_by is MoveBy.WRITE or not reads:
-        if obstacle:
-            what = "move_by=write" if move_by is MoveBy.WRITE else "this side's transfer agent does not read"
-            raise IncompatibleError("move_by", f"{what}, and {obstacle}")
-        return Direction(Op.WRITE, "move_by=write" if move_by is MoveBy.WRITE else "this side's agent does not read")
+    forced = ""
+    if move_by is MoveBy.WRITE:
+        forced = "move_by=write"
+    elif Op.READ not in capabilities.ops:
+        forced = "this side's transfer agent does not read"
+    if forced and obstacle:
+        raise IncompatibleError("move_by", f"{forced}, and {obstacle}")
+    if forced:
+        return Direction(Op.WRITE, forced)
     if move_by is MoveBy.READ:
         return Direction(Op.READ, "move_by=read")
     if link.fate_shared and not obstacle:

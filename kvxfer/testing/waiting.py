@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -66,3 +67,23 @@ def stays(condition: Callable[[], object], *, for_s: float = 0.5, interval_s: fl
         if elapsed >= for_s:
             return
         time.sleep(interval_s)
+
+
+def longest_pause_s(action: Callable[[], object]) -> float:
+    """Longest time for which another thread does not run while ``action`` does: it holds the interpreter's lock."""
+    gaps, over = [0.0], threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            begin = time.monotonic()
+            time.sleep(0.001)
+            gaps.append(time.monotonic() - begin)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        action()
+    finally:
+        over.set()
+        thread.join()
+    return max(gaps)

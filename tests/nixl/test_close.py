@@ -12,7 +12,7 @@ import pytest
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import FlightState
 from kvxfer.errors import PeerLostError, TransferTimeoutError
-from kvxfer.testing import Actor, HostSpan, ProcessPeer, eventually, stays
+from kvxfer.testing import HostSpan, ProcessPeer, eventually, stays
 from tests.nixl.agents import (
     PagesThatGo,
     native_threads,
@@ -21,38 +21,20 @@ from tests.nixl.agents import (
     nixl_agent_over_tcp_in_one_go,
     nixl_agent_over_tcp_with_patience,
 )
+from tests.process.pairs import ReaderAndOwner
 
 MIB = 1 << 20
 
 
-class ReaderAndOwner:
-    """A reader here and the owner of memory in another process, connected."""
+class ConnectedPair(ReaderAndOwner):
+    """A pair whose first contact is over."""
 
-    def __init__(self, make_agent, nbytes: int, make_memory=HostSpan) -> None:
-        self.nbytes = nbytes
-        self.owner = ProcessPeer(make_agent, f"owner-{time.monotonic_ns()}", make_memory)
-        self.reader = Actor(make_agent, f"reader-{time.monotonic_ns()}")
-        self.remote = self.owner.allocate(nbytes, seed=1)
-        self.local = self.reader.allocate(nbytes, seed=2)
-        self.peer = self.reader.connect(self.owner.describe())
-        self.done(self.start(Op.READ, [(0, 4096)]))  # first contact
-
-    def start(self, op: Op, parts, *, timeout_s: float = 30.0):
-        spans = [(self.local.address + at, self.remote.address + at, nbytes) for at, nbytes in parts]
-        return self.reader.start(op, self.peer, spans, timeout_s)
-
-    def wait(self, flight):
-        return self.reader.log.wait(flight, timeout_s=60.0)
-
-    def done(self, flight) -> None:
-        assert self.wait(flight).state is FlightState.DONE, flight.error
+    def __init__(self, make_agent, nbytes: int, make_memory) -> None:
+        super().__init__(make_agent, nbytes, make_memory)
+        self.done(self.start(Op.READ, [(0, 4096)]))
 
     def local_bytes(self) -> bytes:
         return ctypes.string_at(self.local.address, self.local.nbytes)
-
-    def stop(self) -> None:
-        self.reader.agent.close()
-        self.owner.stop()
 
 
 @pytest.fixture
@@ -60,8 +42,8 @@ def pair_of():
     """Make pairs, and close them."""
     pairs = []
 
-    def make(make_agent, nbytes: int = 64 * MIB, make_memory=HostSpan) -> ReaderAndOwner:
-        pairs.append(ReaderAndOwner(make_agent, nbytes, make_memory))
+    def make(make_agent, nbytes: int = 64 * MIB, make_memory=HostSpan) -> ConnectedPair:
+        pairs.append(ConnectedPair(make_agent, nbytes, make_memory))
         return pairs[-1]
 
     yield make

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -16,7 +15,7 @@ from kvxfer.agents.capabilities import Reach
 from kvxfer.agents.flights import FlightState
 from kvxfer.agents.ports import open_ports
 from kvxfer.testing.conformance import KIB
-from kvxfer.testing.waiting import eventually
+from kvxfer.testing.waiting import eventually, longest_pause_s
 
 if TYPE_CHECKING:
     from kvxfer.testing.agent_suite.testbed import Testbed
@@ -89,20 +88,7 @@ def _stands_still_s(testbed: Testbed) -> float:
     """Longest time for which a thread does not run while an agent is closed."""
     pair = testbed.pair("thread", 16 * KIB)
     pair.move(testbed.any_op(), pair.whole())
-    gaps, over = [0.0], threading.Event()
-
-    def tick() -> None:
-        while not over.is_set():
-            begin = time.monotonic()
-            time.sleep(0.001)
-            gaps.append(time.monotonic() - begin)
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    pair.actor.close()
-    over.set()
-    thread.join()
-    return max(gaps)
+    return longest_pause_s(pair.actor.close)
 
 
 def _cycle(testbed: Testbed) -> None:
