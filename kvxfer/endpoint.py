@@ -40,7 +40,7 @@ from kvxfer.runtime.target_blocks import TargetBlocks
 from kvxfer.secret import Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from kvxfer.buffers.base import Completion
@@ -75,6 +75,8 @@ class Endpoint:
             from the environment, see `Secret.resolve`.
         allow_unauthenticated: without a secret, ``bind`` may be an address that other machines reach. By default if
             ``KVXFER_ALLOW_UNAUTHENTICATED`` is 1.
+        on_event: called after each event has come that `poll` would return, to wake an engine that sleeps, such as
+            `threading.Event.set`. On kvxfer's threads: it has to return at once.
         environment: clock, channel and threads; another one for simulators only.
 
     Raises:
@@ -99,6 +101,7 @@ class Endpoint:
         verify: bool = False,
         secret: Secret | None = None,
         allow_unauthenticated: bool | None = None,
+        on_event: Callable[[], object] | None = None,
         environment: Environment = REAL,
     ) -> None:
         if cache is None:
@@ -124,7 +127,9 @@ class Endpoint:
             raise ConfigError(f"name must be printable, for it stands in logs and messages: {self.name!r}")
         self.cache: KVCache = cache
         arguments.check_description(cache.spec, self.settings)
-        self._events = Events(self.metrics)
+        if on_event is not None and not callable(on_event):
+            raise ConfigError(f"on_event must be callable, not {on_event!r:.200}")
+        self._events = Events(self.metrics, on_event)
         self._targets = TargetBlocks(cache.spec)
         self._ended = TransferEnds(self.metrics, self._events, self._targets)
         self._verify = verify

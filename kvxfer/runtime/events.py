@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from kvxfer.protocol.transfer import Done, Event, Failed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.target_blocks import TargetBlocks
@@ -31,10 +33,15 @@ class Events:
     From the first poll on, everything is kept until it is polled. An engine that only waits for its transfers never polls: so
     before the first poll the ends of transfers, which the transfers tell too, are kept for the newest `MOST_UNPOLLED` only.
     Ends of leases are told nowhere else, and are always kept.
+
+    Args:
+        metrics: of the endpoint.
+        on_event: called after each event; an error of its is logged.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, on_event: Callable[[], object] | None = None) -> None:
         self._metrics = metrics
+        self._on_event = on_event
         self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._lock = threading.Lock()
         """No thread waits for it for long: a signal handler that interrupts the thread that has it may wait for one that needs it."""
@@ -55,9 +62,14 @@ class Events:
         """Add an event."""
         if self._unpolled is None:
             self._queue.put(event)
-            return
-        self._late.append(event)
-        self._sort_in(first_poll=False)
+        else:
+            self._late.append(event)
+            self._sort_in(first_poll=False)
+        if self._on_event is not None:
+            try:
+                self._on_event()
+            except Exception:  # noqa: BLE001 - the engine's; this thread has others to serve
+                _log.exception("on_event, which is to wake the engine, has raised")
 
     def _sort_in(self, *, first_poll: bool) -> None:
         """Put what came in where it belongs. What comes in meanwhile, and finds the lock taken, waits for the next one."""

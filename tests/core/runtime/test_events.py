@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -23,6 +24,7 @@ from kvxfer.protocol.transfer import Done, Failed, LeaseReleased, Transfer
 from kvxfer.runtime import events
 from kvxfer.runtime.events import Events
 from kvxfer.testing import eventually
+from tests.core.engine import Engine
 
 REF = LeaseRef.mint(producer="x", addresses=["tcp://x:1"])
 
@@ -142,3 +144,30 @@ def test_the_oldest_reads_of_a_real_endpoint(engines, monkeypatch):
         assert sink.endpoint.read(source.endpoint.lease([1]), [2]).wait(20)
     eventually(lambda: len([e for e in source.poll() if isinstance(e, LeaseReleased)]) == 12)
     assert len(sink.poll()) == 4
+
+
+def test_an_engine_that_sleeps_is_woken_by_each_event(metrics, caplog):
+    """``on_event`` is called when `poll` has the event already, before and after the first poll, and may raise."""
+    seen = []
+
+    def wake():
+        seen.append(woken.unpolled)
+        raise ValueError("no loop")
+
+    woken = Events(metrics, wake)
+    woken.put(LeaseReleased("0" * 32, "", read=True))
+    assert len(woken.poll(0)) == 1
+    woken.put(LeaseReleased("1" * 32, "", read=True))
+    assert seen == [1, 1]
+    assert "no loop" in caplog.text
+
+
+def test_an_endpoint_wakes_its_engine():
+    """Both ends of a read call the ``on_event`` of their endpoints."""
+    producer, consumer = threading.Event(), threading.Event()
+    with Engine(1, on_event=producer.set).endpoint as source, Engine(2, on_event=consumer.set).endpoint as target:
+        target.read(source.lease([3]), [4])
+        assert consumer.wait(20)
+        assert isinstance(target.poll()[0], Done)
+        assert producer.wait(20)
+        assert isinstance(source.poll()[0], LeaseReleased)
