@@ -150,7 +150,9 @@ def test_unauthenticated_peers_get_no_answer(lab, role, known):
     secret = Secret(b"a secret that these servers lack") if known == "another secret" else None
     with zmq.Context() as context, _dealer(context, server.side_channel_port, secret) as dealer:
         dealer.send(hello())
-        with contextlib.suppress(zmq.Again):  # ZeroMQ has closed the refused connection already, and it does not connect again
+        with contextlib.suppress(
+            zmq.Again
+        ):  # ZeroMQ has closed the refused connection already, and it does not connect again
             dealer.send(_ACQUIRE, zmq.NOBLOCK)
         assert lab.eventually(lambda: refused(lab, server)[UNAUTHENTICATED] > before[UNAUTHENTICATED])
         assert isinstance(shake_hands(lab, server.side_channel_port), messages.Welcome)
