@@ -179,11 +179,18 @@ def _allowed(name: str) -> str:
     return f"a number of seconds above {meta.gt} and up to {meta.le:.0f}"
 
 
-def _warn_of_unknown(environ: Mapping[str, str]) -> None:
+def unknown_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """``KVXFER_*`` variables that kvxfer does not know, each with a hint at what may be meant."""
     known = [*(f"KVXFER_{name.upper()}" for name in names()), *OTHER_VARIABLES]
-    unknown = [name for name in environ if name.startswith("KVXFER_") and name not in known and name not in _reported]
-    for name in sorted(unknown):
-        _reported.add(name)
+    found: list[tuple[str, str]] = []
+    for name in sorted(name for name in environ if name.startswith("KVXFER_") and name not in known):
         near = get_close_matches(name, known, n=1, cutoff=0.75)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-        _log.warning("the environment variable %.100r means nothing to kvxfer and is ignored%s", name, hint)
+        found.append((name, f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"))
+    return found
+
+
+def _warn_of_unknown(environ: Mapping[str, str]) -> None:
+    for name, hint in unknown_variables(environ):
+        if name not in _reported:
+            _reported.add(name)
+            _log.warning("the environment variable %.100r means nothing to kvxfer and is ignored%s", name, hint)

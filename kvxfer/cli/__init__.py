@@ -28,6 +28,7 @@ _COMMANDS = {
     "bench": "measure the constants of this machine by which routes are chosen",
     "sim": "run real endpoints in a simulated world with faults, and check that all guarantees hold",
     "soak": "run engines in real processes that are killed, frozen and restarted, and check every delivered byte",
+    "doctor": "look at this machine and at running endpoints for what keeps transfers from working, or slows them",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
 }
 
