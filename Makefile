@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep failures versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO_ENV := $(if $(findstring mooncake,$(ARGS)),mooncake,demo)
@@ -61,6 +61,9 @@ hostile: full-env ## What hostile members of the fleet cost a live endpoint and 
 
 sweep: full-env ## Every model and option through real vLLM, beside its NixlConnector (make sweep ARGS="--only gemma3"; --write-docs: the table)
 	$(FULL) -m tests.sweep.sweep $(ARGS)
+
+failures: full-env ## What clients get when servers fail, with KvxferConnector on Mooncake and with vLLM's own MooncakeConnector (make failures ARGS="--write-docs")
+	$(FULL) -m tests.failures.failures $(ARGS)
 
 versions: full-env ## The connector's tests with the other versions of vLLM, whose wheels are fetched (make versions ARGS="0.31.0 tests/vllm -n 0")
 	$(FULL) -m tests.vllm.other_version $(ARGS)

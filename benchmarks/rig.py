@@ -22,18 +22,20 @@ import psutil
 
 import kvxfer
 from benchmarks.calls import Calls
+from benchmarks.links import NIXL_CMA
 from benchmarks.paced import PacedBuffer
 from kvxfer import registry
 from kvxfer.layout.axes import Interval
 from kvxfer.layout.dtypes import DTYPE_NBYTES
+from kvxfer.memory.spans import Descriptors
 from kvxfer.testing.child import Child
 from kvxfer.testing.remote import call_all
-from kvxfer_nixl._module import _logging_left_alone, find
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvxfer.memory.spans import Descriptors
+    from benchmarks.links import EngineLink, RawMooncake
+    from benchmarks.raw_nixl import RawNixl
 
 
 @dataclass(frozen=True)
@@ -99,69 +101,17 @@ def _marks(geometry: Geometry, blocks: Any, dtype: Any) -> np.ndarray[Any, Any]:
     return (layers + np.asarray(blocks)[None, :]).astype(dtype)[:, :, None, None, None]
 
 
-class RawNixl:
-    """NIXL used directly, as somebody would who moves bytes without kvxfer: one agent over one cache.
-
-    Args:
-        name: of the agent.
-        memory: what it registers.
-        as_adapter: the backend options of kvxfer's adapter; else those of NIXL's own Python package, whose progress
-            thread takes a core.
-    """
-
-    def __init__(self, name: str, memory: kvxfer.Memory, *, as_adapter: bool) -> None:
-        found = find()
-        with _logging_left_alone():
-            api = importlib.import_module(f"{found.name}._api")
-        if as_adapter:
-            self.agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
-            config = found.bindings.nixlAgentConfig()
-            config.useProgThread, config.pthrDelay = True, 10_000
-            config.syncMode = found.bindings.NIXL_THREAD_SYNC_RW
-            self.agent.agent = found.bindings.nixlAgent(name, config)
-            self.agent.create_backend("UCX", {"ucx_error_handling_mode": "peer"})
-        else:
-            self.agent = api.nixl_agent(name)
-        self._regions = self.agent.register_memory([(memory.address, memory.nbytes, 0, "")], "DRAM")
-        self.metadata: bytes = self.agent.get_agent_metadata()
-        self._peer = b""
-
-    def meet(self, metadata: bytes) -> None:
-        """Load a peer's metadata; `read` reads from it."""
-        self._peer = self.agent.add_remote_agent(metadata)
-
-    def read(self, spans: Descriptors) -> float:
-        """Read all spans, and wait; returns the seconds that it took, making NIXL's descriptor lists included."""
-        agent = self.agent
-        begin = time.perf_counter()
-        zero = np.zeros(len(spans), np.uint64)
-        local = agent.get_xfer_descs(np.column_stack((spans.local, spans.nbytes, zero)), "DRAM")
-        remote = agent.get_xfer_descs(np.column_stack((spans.remote, spans.nbytes, zero)), "DRAM")
-        handle = agent.initialize_xfer("READ", local, remote, self._peer.decode())
-        state = agent.transfer(handle)
-        while state == "PROC":
-            state = agent.check_xfer_state(handle)
-        seconds = time.perf_counter() - begin
-        handle.release()
-        if state != "DONE":
-            raise RuntimeError(f"raw NIXL: {state}")
-        return seconds
-
-    def close(self) -> None:
-        """End the agent and its threads."""
-        self._regions = self.agent = None
-
-
 class Rank:
     """One rank of the producer, in a process of its own."""
 
-    def __init__(self, geometry: Geometry, name: str, rank: int, world: int) -> None:
+    def __init__(self, geometry: Geometry, name: str, rank: int, world: int, link: EngineLink) -> None:
         self.cache, self.arrays = geometry.allocate(0, rank, world)
         # So that a read can be checked by looking at a few bytes.
         for array in self.arrays:
             array[...] = _marks(geometry, np.arange(geometry.blocks), array.dtype)
-        self.endpoint = kvxfer.Endpoint(self.cache, "nixl", name=name)
-        self.raw: dict[str, RawNixl] = {}
+        self.link = link
+        self.endpoint = kvxfer.Endpoint(self.cache, name=name, **link.of_endpoint())
+        self.raw: dict[str, RawNixl | RawMooncake] = {}
         self.calls = Calls()
 
     def address(self) -> str:
@@ -210,8 +160,15 @@ class Rank:
     def open_raw(self, kind: str) -> bytes:
         memory = self.cache.buffers[0].memory
         assert memory is not None
-        self.raw[kind] = RawNixl(f"raw-producer-{kind}", memory, as_adapter=kind == "as adapter")
+        self.raw[kind] = self.link.raw(f"raw-producer-{kind}", memory, as_adapter=kind == "as adapter")
         return self.raw[kind].metadata
+
+    def meet_raw(self, kind: str, metadata: bytes) -> None:
+        self.raw[kind].meet(metadata)
+
+    def raw_write(self, kind: str, spans: Descriptors) -> float:
+        """Write these of the consumer's spans; seconds."""
+        return self.raw[kind].move("WRITE", Descriptors(spans.remote, spans.local, spans.nbytes))
 
     def close_raw(self, kind: str) -> None:
         self.raw.pop(kind).close()
@@ -239,19 +196,27 @@ class Pair:
         target: of the consumer; by default the same.
         ranks: of the producer, which share its heads.
         convert: elements may change their dtype.
+        link: over which the bytes go.
         more: for the consumer's endpoint.
     """
 
     def __init__(
-        self, geometry: Geometry, target: Geometry | None = None, *, ranks: int = 1, convert: bool = False, **more: Any
+        self,
+        geometry: Geometry,
+        target: Geometry | None = None,
+        *,
+        ranks: int = 1,
+        convert: bool = False,
+        link: EngineLink = NIXL_CMA,
+        **more: Any,
     ) -> None:
         self.geometry = target or geometry
-        self.source_geometry = geometry
+        self.source_geometry, self.link = geometry, link
         self.cache, self.arrays = self.geometry.allocate(0xEE)
         self.array = self.arrays[0]
         self.name = f"producer-{os.getpid()}-{id(self)}"
-        self._ranks = [Child(f"producer {rank}", Rank, geometry, self.name, rank, ranks) for rank in range(ranks)]
-        self._raw: dict[str, RawNixl] = {}
+        self._ranks = [Child(f"producer {rank}", Rank, geometry, self.name, rank, ranks, link) for rank in range(ranks)]
+        self._raw: dict[str, RawNixl | RawMooncake] = {}
         self.source_specs = self.call_all("spec")
         self.addresses = self.call_all("address")
         self._sinks: dict[str | None, kvxfer.Endpoint] = {}
@@ -261,7 +226,7 @@ class Pair:
     def sink(self, route: str | None = None, **more: Any) -> kvxfer.Endpoint:
         """The consumer's endpoint, or another one over the same cache that takes only one route."""
         if route not in self._sinks:
-            self._sinks[route] = kvxfer.Endpoint(self.cache, "nixl", route=route, **more)
+            self._sinks[route] = kvxfer.Endpoint(self.cache, route=route, **self.link.of_endpoint(), **more)
         return self._sinks[route]
 
     def call_all(self, method: str, *arguments: object) -> list[Any]:
@@ -272,23 +237,31 @@ class Pair:
         """Run a method of the producer's first process."""
         return self._ranks[0].call(method, *arguments)
 
-    def raw(self, kind: str = "as adapter") -> RawNixl:
-        """Raw NIXL of this process, which has met that of the producer's: ``as adapter`` or ``default``."""
+    def raw(self, kind: str = "as adapter") -> RawNixl | RawMooncake:
+        """The bare engine of this process, which has met that of the producer's: ``as adapter`` or ``default``."""
         if kind not in self._raw:
             memory = self.cache.buffers[0].memory
             assert memory is not None
-            agent = RawNixl(f"raw-consumer-{kind}", memory, as_adapter=kind == "as adapter")
+            agent = self.link.raw(f"raw-consumer-{kind}", memory, as_adapter=kind == "as adapter")
             agent.meet(self.call("open_raw", kind))
+            self.call("meet_raw", kind, agent.metadata)
             self._raw[kind] = agent
         return self._raw[kind]
+
+    def raw_s(self, spans: Descriptors) -> float:
+        """Seconds of the bare engine, from the end that moves the bytes of this link."""
+        agent = self.raw()
+        if self.link.move_by == "write":
+            return float(self.call("raw_write", "as adapter", spans))
+        return agent.move("READ", spans)
 
     def read_elsewhere(self, spans: Descriptors) -> float:
         """As `RawNixl.read`, on another thread: seconds from handing it over until this thread goes on."""
         if not hasattr(self, "_elsewhere"):
-            agent = self.raw()
+            self.raw()
             self._elsewhere, self._back = queue.SimpleQueue(), queue.SimpleQueue()
             threading.Thread(
-                target=lambda: [self._back.put(agent.read(each)) for each in iter(self._elsewhere.get, None)],
+                target=lambda: [self._back.put(self.raw_s(each)) for each in iter(self._elsewhere.get, None)],
                 daemon=True,
             ).start()
         begin = time.perf_counter()

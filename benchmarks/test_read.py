@@ -57,7 +57,6 @@ def _blocks(pair, nbytes: int, pattern: str) -> list[tuple[list[int], list[int]]
 def _side_by_side(benchmark, pair, requests, lease: str, rounds: int) -> _Medians:
     """Raw NIXL and kvxfer in turns. Where there are several requests each is as far from its last turn as can be."""
     spans = [pair.spans(*request) for request in requests]
-    agent = pair.raw()
     raw, elsewhere, ours, last = [], [], [], requests[0]
 
     def prepared(source):
@@ -66,7 +65,7 @@ def _side_by_side(benchmark, pair, requests, lease: str, rounds: int) -> _Median
 
     def setup():
         turn = len(ours) * 3
-        for i, (times, read) in enumerate(((raw, agent.read), (elsewhere, pair.read_elsewhere))):
+        for i, (times, read) in enumerate(((raw, pair.raw_s), (elsewhere, pair.read_elsewhere))):
             at = (turn + i) % len(requests)
             ref = prepared(requests[at][0])
             times.append(read(spans[at]))
@@ -143,7 +142,7 @@ def test_reads_in_flight(benchmark, pair, measuring, report, mib, pattern):
     """
     requests = _blocks(pair, mib * MIB, pattern)
     spans = [pair.spans(*request) for request in requests]
-    agent, endpoint, number = pair.raw(), pair.endpoint, min(8, len(requests))
+    endpoint, number = pair.endpoint, min(8, len(requests))
     depths = (1, 2, 4, 8)
     took: dict[int, list[float]] = {depth: [] for depth in (0, *depths)}
 
@@ -158,7 +157,7 @@ def test_reads_in_flight(benchmark, pair, measuring, report, mib, pattern):
 
     def turn():
         which = [(len(took[0]) * number + i) % len(requests) for i in range(number)]
-        took[0].append(sum(agent.read(spans[at]) for at in which))
+        took[0].append(sum(pair.raw_s(spans[at]) for at in which))
         for depth in depths:
             refs = [pair.held(requests[at][0]) for at in which]
             begin = time.perf_counter()
@@ -179,7 +178,6 @@ def test_reads_in_flight(benchmark, pair, measuring, report, mib, pattern):
 
 def test_what_merging_is_worth(benchmark, pair, measuring, report):
     """For information: raw NIXL with a descriptor for each block and layer, as connectors without a plan make them."""
-    agent = pair.raw()
     for mib in (16, 64, 256):
         source, target = _blocks(pair, mib * MIB, "contiguous")[0]
         merged = pair.spans(source, target)
@@ -187,7 +185,7 @@ def test_what_merging_is_worth(benchmark, pair, measuring, report):
         times = {len(spans): [] for spans in (merged, each)}
         for _ in range(15 if measuring else 1):
             for spans in (merged, each):
-                times[len(spans)].append(agent.read(spans))
+                times[len(spans)].append(pair.raw_s(spans))
         medians = {number: statistics.median(seconds) for number, seconds in times.items()}
         report(
             "For information: raw NIXL, contiguous blocks, merged and not",
@@ -197,7 +195,7 @@ def test_what_merging_is_worth(benchmark, pair, measuring, report):
             one_for_each_block_and_layer=f"{len(each):,}",
             unmerged=f"{merged.total_nbytes / medians[len(each)] / 1e9:.2f} GB/s",
         )
-    benchmark.pedantic(agent.read, args=(each,), rounds=5)
+    benchmark.pedantic(pair.raw_s, args=(each,), rounds=5)
 
 
 def test_nixl_with_its_own_defaults(benchmark, pair, measuring, report):
@@ -210,13 +208,13 @@ def test_nixl_with_its_own_defaults(benchmark, pair, measuring, report):
         for mib in (16, 64, 256):
             source, target = _blocks(pair, mib * MIB, "contiguous")[0]
             spans = pair.spans(source, target)
-            median_s = statistics.median([agent.read(spans) for _ in range(15 if measuring else 1)])
+            median_s = statistics.median([agent.move("READ", spans) for _ in range(15 if measuring else 1)])
             nbytes = spans.total_nbytes
             report(
                 "For information: raw NIXL with the defaults of its Python package",
                 size=f"{nbytes / MIB:.0f} MiB",
                 raw_NIXL=f"{nbytes / median_s / 1e9:.2f} GB/s",
             )
-        benchmark.pedantic(agent.read, args=(spans,), rounds=5)
+        benchmark.pedantic(agent.move, args=("READ", spans), rounds=5)
     finally:
         pair.close_raw("default")

@@ -49,6 +49,7 @@ _ORDER = (
     "test_unequal_pairs",
     "test_hybrid",
     "test_states",
+    "test_mooncake",
     "test_two_hosts",
     "test_malformed_params",
     "test_side_channel",

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.registry import why_unavailable
 from tools.serve.model import KV_HEAVY, SMALL, default_model_folder, make_model
 from tools.serve.pair import MODEL_NAME, ServerPair
 from tools.serve.process import ServerProcess, ServerStartError, free_port
@@ -62,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         _say(f"This needs {', '.join(missing)}.")
         return 2
+    obstacle = why_unavailable(options.agent) if options.agent else None
+    if obstacle is not None:
+        _say(obstacle)
+        return 2
     stop = threading.Event()
     _stop_on_signals(stop)
     recipe = _RECIPES[options.model]
@@ -74,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         logs,
         router_port=options.port or free_port(),
         connector=options.connector,
+        connector_options={"agent": options.agent} if options.agent else {},
         max_model_tokens=recipe.max_positions,
     )
     _say(f"Starting a prefill server and a decode server of real vLLM ({recipe.name}); about a minute on two cores.")
@@ -112,7 +118,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default="KvxferConnector",
         help="NixlConnector runs the same pair on vLLM's own connector, to compare",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--agent", choices=["nixl", "mooncake"], help="what moves the KV of KvxferConnector (default: nixl)"
+    )
+    options = parser.parse_args(arguments)
+    if options.agent and options.connector != "KvxferConnector":
+        parser.error(f"--agent is for KvxferConnector: {options.connector} has its own")
+    return options
 
 
 def _serve(pair: ServerPair, stop: threading.Event) -> int:
