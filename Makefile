@@ -33,13 +33,13 @@ unit: full-env ## Tests of every part, on real NIXL, without vLLM servers: minut
 	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 slow: full-env ## The unit tests that take longer: random pairs moved, soaks, races, hostile peers, every model type
-	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla -m slow $(SIDE_BY_SIDE) $(ARGS)
+	$(PYTEST) --ignore=tests/e2e --ignore=tests/xla -m slow $(SIDE_BY_SIDE) --durations 20 $(ARGS)
 
 test-xla: xla-env ## Tests of caches on XLA devices: torch_xla and JAX, on the CPU (make test-xla ARGS="-k jax")
 	@test ! -x $(XLA) || PJRT_DEVICE=CPU JAX_PLATFORMS=cpu $(XLA) -m pytest tests/xla tests/devices/test_cross_device.py $(SIDE_BY_SIDE) $(ARGS)
 
 e2e: full-env ## Tests through real vLLM servers and the router
-	$(PYTEST) tests/e2e $(ARGS)
+	$(PYTEST) tests/e2e --durations 20 $(ARGS)
 
 sim: full-env ## Real endpoints in a simulated world for hours, looking for a seed that fails (make sim ARGS="--profile all --seeds 20000")
 	$(dir $(FULL))kvxfer sim --seeds 2000 $(ARGS)
