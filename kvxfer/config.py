@@ -96,6 +96,9 @@ class Settings(Struct, frozen=True, eq=False):
     dropped; a connection far above it is closed."""
     staging_nbytes: Annotated[int, Meta(ge=1 << 15, le=1 << 40)] = 64 << 20
     """Host memory for chunks of packed transfers, for both directions together: a hard limit."""
+    max_write_spans: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 20
+    """Producer: most spans under way of what it writes for consumers, in equal shares. What exceeds a share waits for its turn;
+    one message of a consumer, which may have 16,384, is always written."""
     chunks_in_flight: Annotated[int, Meta(ge=1, le=64)] = 4
     """Consumer: number of chunks of one transfer from one source that are packed, moved or unpacked at a time."""
     max_chunk_nbytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 1 << 40

@@ -30,6 +30,7 @@ COUNTERS = {
     "kvxfer_agent_resets_total": "Times that the transfer agent was replaced to stop late writes.",
     "kvxfer_contacts_total": "First transfers from peers, by outcome (answered, failed, silent), and agents replaced because peers were silent (renewed).",
     "kvxfer_sources_total": "Sources of reads, by what moves their bytes (read: this side reads; write: the producer writes).",
+    "kvxfer_write_waits_total": "Writes that had to wait for their turn (setting max_write_spans).",
     "kvxfer_writes_total": "Writes that consumers asked this producer for, by end (done, failed, refused).",
     "kvxfer_events_dropped_total": "Done and Failed events dropped because poll() was never called.",
     "kvxfer_slot_revocations_total": "Leases revoked because their consumer kept staging slots that other consumers waited for.",

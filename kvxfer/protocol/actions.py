@@ -170,6 +170,9 @@ class StartWrite:
     agent_info: bytes
     steps: Sequence[Descriptors]
     within_s: float
+    blocks: Sequence[bytes]
+    """Ids of the leased blocks of each group, which the consumer may have."""
+    cell: int
 
 
 @dataclass(frozen=True)

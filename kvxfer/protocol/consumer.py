@@ -37,6 +37,7 @@ from kvxfer.protocol.messages import (
     Released,
     Renewed,
     Revoked,
+    SendWrite,
     StageChunk,
     StopWrite,
     Welcome,
@@ -291,7 +292,7 @@ class Consumer:
                 self._lease_over(peer, token, LeaseEndedError("the producer says the lease has ended"), now)
         elif isinstance(message, Revoked):
             self._lease_over(peer, message.token, LeaseEndedError(printable(message.reason)), now)
-        elif isinstance(message, (Pending, Grant, ChunkReady, Wrote, Released)):
+        elif isinstance(message, (Pending, Grant, ChunkReady, SendWrite, Wrote, Released)):
             found = self._held.at(peer, message.token)
             if found is not None:
                 self._answered(*found, message, now)
@@ -304,7 +305,7 @@ class Consumer:
         self,
         held: HeldLease,
         rank_lease: RankLease,
-        message: Pending | Grant | ChunkReady | Wrote | Released,
+        message: Pending | Grant | ChunkReady | SendWrite | Wrote | Released,
         now: float,
     ) -> None:
         if isinstance(message, Grant) and held.state in (HeldLeaseState.WAITING, HeldLeaseState.READING):
@@ -321,6 +322,8 @@ class Consumer:
             source = held.rank_leases.index(rank_lease)
             if held.asked.pop((source, "StageChunk", message.number), None) is not None:
                 self._out.append(ChunkStaged(held.transfer, source, message.number, message.address, message.digest))
+        elif isinstance(message, SendWrite) and held.state is HeldLeaseState.READING:
+            self._held.send_write(held, held.rank_leases.index(rank_lease), message.number, now)
         elif isinstance(message, Wrote) and held.state is HeldLeaseState.READING and held.transfer is not None:
             self.unwrite(held.transfer, held.rank_leases.index(rank_lease), [message.number])
             ended, quiet = message.ended, message.quiet

@@ -156,11 +156,17 @@ class RankLease:
 
 @dataclass(eq=False)
 class Asked:
-    """A chunk or a write that a read asked for, or the end of a write, and that is not there yet."""
+    """A chunk or a write that a read asked for, or the end of a write, and that is not there yet.
+
+    Attributes:
+        again_at: when to ask again.
+        sent_at: when the message itself was sent last.
+    """
 
     message: StageChunk | Write | StopWrite
     since: float
     again_at: float
+    sent_at: float
 
 
 AskedKey = tuple[int, str, int]

@@ -178,6 +178,10 @@ class HeldLeases:
         self._requests.ask(held, source, message, now)
         self.advance(held, now)
 
+    def send_write(self, held: HeldLease, source: int, number: int, now: float) -> None:
+        """Send a write in full once more to a source that asks for it."""
+        self._requests.send_write(held, source, number, now)
+
     def stop_read(self, held: HeldLease, error: KvxferError) -> None:
         """End a read that waits for a grant or a chunk, because none will come. Of bytes in flight the lease check decides."""
         if held.waits and held.transfer is not None:

@@ -9,15 +9,18 @@ import msgspec
 
 from kvxfer.protocol.actions import Action, SendTo
 from kvxfer.protocol.held_lease import Asked
-from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Acquire, Release, Renew
+from kvxfer.protocol.messages import MAX_TOKENS_PER_RENEW, Acquire, AskWrite, Release, Renew, StopWrite, Write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvxfer.config import Settings
     from kvxfer.protocol.held_lease import HeldLease, RankLease
-    from kvxfer.protocol.messages import Message, StageChunk, StopWrite, Write
+    from kvxfer.protocol.messages import Message, StageChunk
     from kvxfer.protocol.peer import Peer
+
+_SHORTEST_PAUSE_S = 0.01
+"""Between two times that a write is sent in full."""
 
 
 class LeaseRequests:
@@ -70,20 +73,34 @@ class LeaseRequests:
     def ask(self, held: HeldLease, source: int, message: StageChunk | Write | StopWrite, now: float) -> None:
         """Ask a rank for a chunk or a write; `repeat_asked` asks again until it is there."""
         key = (source, type(message).__name__, message.number)
-        held.asked[key] = asked = Asked(message, now, now + self._settings.retry_interval_s)
-        self._send_asked(held.rank_leases[source].peer, asked)
+        held.asked[key] = asked = Asked(message, now, now + self._settings.retry_interval_s, now)
+        self._send_asked(held.rank_leases[source].peer, asked.message)
 
     def repeat_asked(self, held: HeldLease, now: float) -> None:
-        """Ask again for what is not there yet."""
+        """Ask again for what is not there yet. Of a write, which may be long, only what became of it."""
         for (source, _, _), asked in held.asked.items():
             peer = held.rank_leases[source].peer
             if now >= asked.again_at and peer.is_met:
                 asked.again_at = now + self._settings.retry_interval_s
-                self._send_asked(peer, asked)
+                message = asked.message
+                if isinstance(message, Write):
+                    self._send_asked(peer, AskWrite(to=message.to, token=message.token, number=message.number))
+                else:
+                    self._send_asked(peer, message)
 
-    def _send_asked(self, peer: Peer, asked: Asked) -> None:
+    def send_write(self, held: HeldLease, source: int, number: int, now: float) -> None:
+        """Send a write in full once more, because its producer asks for it; or say that it is not wanted any more."""
+        peer = held.rank_leases[source].peer
+        asked = held.asked.get((source, "Write", number))
+        if asked is None:
+            self._send_asked(peer, StopWrite(token=held.ref.token, number=number))
+        elif now >= asked.sent_at + _SHORTEST_PAUSE_S:
+            asked.sent_at, asked.again_at = now, now + self._settings.retry_interval_s
+            self._send_asked(peer, asked.message)
+
+    def _send_asked(self, peer: Peer, message: StageChunk | Write | AskWrite | StopWrite) -> None:
         # A write names the process that it was asked of. One that has taken its place would say, truly, that it writes nothing.
-        self.send(peer, asked.message if asked.message.to else msgspec.structs.replace(asked.message, to=peer.epoch))
+        self.send(peer, message if message.to else msgspec.structs.replace(message, to=peer.epoch))
 
     def send(self, peer: Peer, message: Message) -> None:
         """Send a message to a peer now."""

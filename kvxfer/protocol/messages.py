@@ -191,7 +191,7 @@ class ReleaseChunks(_Message, frozen=True, kw_only=True):
 
 
 class Write(_Message, frozen=True, kw_only=True):
-    """Have the producer write part of a lease's KV into the consumer's memory. Begun once, and repeated until answered."""
+    """Have the producer write part of a lease's KV into the consumer's memory. Begun once; sent again if it is asked for."""
 
     token: Token
     check: Annotated[bytes, msgspec.Meta(max_length=16)]
@@ -206,6 +206,20 @@ class Write(_Message, frozen=True, kw_only=True):
     """Time after which the consumer does not want it any more."""
     over_below: WriteNumber = 0
     """Writes of this lease with smaller numbers are over for the consumer: they are never begun, nor asked for again."""
+
+
+class AskWrite(_Message, frozen=True, kw_only=True):
+    """Ask what became of a `Write`, without its spans. Begins nothing, and is repeated until the write is answered."""
+
+    token: Token
+    number: WriteNumber
+
+
+class SendWrite(_Message, frozen=True, kw_only=True):
+    """Ask for a `Write`: it did not arrive, or had to wait and its turn has come. Unasked, or the answer to `AskWrite`."""
+
+    token: Token
+    number: WriteNumber
 
 
 class StopWrite(_Message, frozen=True, kw_only=True):
@@ -271,9 +285,9 @@ class Refused(_Message, frozen=True, kw_only=True):
     """Rank of this producer, if another one was meant."""
 
 
-OF_CONSUMERS = (Hello, Acquire, Renew, StageChunk, ReleaseChunks, Write, StopWrite, Release)
+OF_CONSUMERS = (Hello, Acquire, Renew, StageChunk, ReleaseChunks, Write, AskWrite, StopWrite, Release)
 """Messages that consumers send."""
-OF_PRODUCERS = (Welcome, Pending, Grant, Renewed, ChunkReady, Wrote, Released, Revoked, Refused)
+OF_PRODUCERS = (Welcome, Pending, Grant, Renewed, ChunkReady, SendWrite, Wrote, Released, Revoked, Refused)
 """Messages that producers send."""
 
 Message = (
@@ -288,6 +302,8 @@ Message = (
     | ChunkReady
     | ReleaseChunks
     | Write
+    | AskWrite
+    | SendWrite
     | StopWrite
     | Wrote
     | Release

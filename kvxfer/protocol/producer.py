@@ -21,6 +21,7 @@ from kvxfer.protocol.grants import BATCH_NBYTES, next_batch
 from kvxfer.protocol.lease import ContradictionError, LeaseState
 from kvxfer.protocol.messages import (
     Acquire,
+    AskWrite,
     Grant,
     Hello,
     Message,
@@ -78,7 +79,7 @@ class Producer:
         self.identity: Identity = identity
         self._connections = ConsumerConnections(identity, metrics, out)
         self._chunks = ChunkStaging(table, self._connections, metrics, out, self.revoke)
-        self._writes = RequestedWrites(table, self._connections, metrics, out, settings.idle_peer_s)
+        self._writes = RequestedWrites(table, self._connections, metrics, out, settings)
         self._batch_nbytes = min(BATCH_NBYTES, settings.max_message_nbytes // 2)
         self._published: dict[str, object] = {}
         """Leases that the engine has published in full and whose end it was not told. Changed by the engine's threads, too."""
@@ -182,9 +183,9 @@ class Producer:
         """See `ChunkStaging.packed`."""
         self._chunks.packed(key, number, chunk, error, now)
 
-    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool, refused: bool = False) -> None:
         """See `RequestedWrites.written`."""
-        self._writes.written(key, token, error, quiet=quiet)
+        self._writes.written(key, token, error, quiet=quiet, refused=refused)
 
     def short_of_slots(self, share: int, now: float) -> None:
         """See `ChunkStaging.short_of_slots`."""
@@ -240,7 +241,7 @@ class Producer:
         if isinstance(message, Hello):
             self._connections.hello(connection, message, now)
             return
-        if not isinstance(message, (Acquire, Renew, Release, StageChunk, ReleaseChunks, Write, StopWrite)):
+        if not isinstance(message, (Acquire, Renew, Release, StageChunk, ReleaseChunks, Write, AskWrite, StopWrite)):
             self.garbage(connection, "unexpected", f"{type(message).__name__} is not for a producer")
             return
         token = "" if isinstance(message, Renew) else message.token
@@ -263,6 +264,8 @@ class Producer:
             self._chunks.release(PackKey(message.token, consumer.rank), consumer, message.numbers)
         elif isinstance(message, Write):
             self._writes.write(connection, consumer, message, now)
+        elif isinstance(message, AskWrite):
+            self._writes.ask(connection, consumer, message)
         elif isinstance(message, StopWrite):
             self._writes.stop(connection, consumer, message)
         else:

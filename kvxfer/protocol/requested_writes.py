@@ -8,7 +8,8 @@ its `Write` arrives, and only while its lease stands:
 - the lease is held by this rank of the consumer, and has the check that the consumer was granted;
 - it goes to the newest agent of the consumer that is known: each agent is a generation of the consumer's memory.
 
-What is not begun is answered as quiet. What is begun is answered when the data thread says that it is over.
+It begins when its turn has come (`kvxfer.protocol.write_turns`). What is not to be begun is answered as quiet; what is begun is answered
+when the data thread says that it is over. `AskWrite`, which has no spans, begins nothing.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from typing import TYPE_CHECKING
 from kvxfer.agents.description import described_name
 from kvxfer.errors import PeerInfoError, WireError
 from kvxfer.protocol.actions import Action, EndWrite, ForgetAgent, PackKey, StartWrite, WriteKey
-from kvxfer.protocol.messages import Pending, Wrote
-from kvxfer.protocol.write_steps import from_wire
+from kvxfer.protocol.messages import Pending, SendWrite, Wrote
+from kvxfer.protocol.write_steps import all_from_wire
+from kvxfer.protocol.write_turns import WriteTurns
 
 if TYPE_CHECKING:
+    from kvxfer.config import Settings
     from kvxfer.memory.spans import Descriptors
     from kvxfer.metrics import Metrics
     from kvxfer.protocol.consumer_connections import ConsumerConnections
     from kvxfer.protocol.lease import ConsumerRank, Lease
     from kvxfer.protocol.lease_table import LeaseTable
-    from kvxfer.protocol.messages import StopWrite, Write
+    from kvxfer.protocol.messages import AskWrite, StopWrite, Write
 
-MOST_WRITES = 64
-"""Most writes of one rank of a consumer under way at once; more have to be asked for again later."""
 _MOST_UNQUIET = 1 << 16
 _STOPPED = "the consumer does not want it any more"
 
@@ -41,17 +42,23 @@ class RequestedWrites:
     """Writes by consumer and number.
 
     Args:
-        idle_s: time without a message after which the agent of a consumer is forgotten.
+        settings: ``idle_peer_s`` is the time without a message after which the agent of a consumer is forgotten.
     """
 
     def __init__(
-        self, table: LeaseTable, connections: ConsumerConnections, metrics: Metrics, out: list[Action], idle_s: float
+        self,
+        table: LeaseTable,
+        connections: ConsumerConnections,
+        metrics: Metrics,
+        out: list[Action],
+        settings: Settings,
     ) -> None:
         self._table = table
         self._connections = connections
         self._metrics = metrics
         self._out = out
-        self._idle_s = idle_s
+        self._idle_s = settings.idle_peer_s
+        self._turns = WriteTurns(settings.max_write_spans)
         self._look_at = 0.0
         self._running: dict[WriteKey, PackKey] = {}
         self._over: defaultdict[PackKey, dict[int, Wrote]] = defaultdict(dict)
@@ -66,6 +73,7 @@ class RequestedWrites:
         """See `Endpoint.in_use`."""
         return {
             "requested_writes": len(self._running) + sum(map(len, list(self._over.values()))),
+            "waiting_writes": len(self._turns),
             "agents_written_to": len(self._agents),
         }
 
@@ -79,29 +87,47 @@ class RequestedWrites:
             self._connections.reply(connection, known)
         if known is not None or key in self._running:
             return
-        why = self._why_ended(consumer, message)
+        lease = self._table.readable_by(message.token, consumer)
+        why = self._why_ended(lease, consumer, message)
         ended = bool(why)
         steps: list[Descriptors] = []
         agent = 0
         try:
             agent = self._number_of_agent(consumer, message.agent_info)
-            steps = [from_wire(step) for step in message.steps]
+            steps = all_from_wire(message.steps)
         except (PeerInfoError, WireError) as error:
             why = why or str(error)
-        if why:
+        if why or lease is None or lease.cell is None:
             self._metrics.count("kvxfer_writes_total", end="refused")
             answer = Wrote(token=message.token, number=message.number, error=why[:1024], ended=ended)
             self._connections.reply(connection, answer)
+            self._forget(key)
             return
         if message.number < self._below.get(share, 0):
             return  # late: the consumer knows that it is over
         self._note_over(share, message.over_below)
-        if sum(each.consumer == consumer for each in self._running) >= MOST_WRITES:
-            self._connections.reply(connection, Pending(token=message.token))  # the consumer asks again
+        if not self._turns.take(key, share, sum(map(len, steps)), sum(spans.total_nbytes for spans in steps)):
+            self._metrics.count("kvxfer_write_waits_total")
+            self._connections.reply(connection, Pending(token=message.token))
             return
         self._met(consumer, agent, message.agent_info, now)
         self._running[key] = share
-        self._out.append(StartWrite(key, message.token, message.agent_info, steps, message.within_s))
+        self._out.append(
+            StartWrite(key, message.token, message.agent_info, steps, message.within_s, tuple(lease.blocks), lease.cell)
+        )
+
+    def ask(self, connection: bytes, consumer: ConsumerRank, message: AskWrite) -> None:
+        """Answer what became of a write, or ask for it if it did not arrive."""
+        key, share = WriteKey(consumer, message.number), PackKey(message.token, consumer.rank)
+        known = self._answer(key, share)
+        if known is not None:
+            self._connections.reply(connection, known)
+        elif key not in self._running:
+            # Of a lease that has ended nothing is noted: its `Write` is refused by that name.
+            if self._turns.is_wanted(key):
+                self._connections.reply(connection, SendWrite(token=message.token, number=message.number))
+            else:
+                self._call(again=consumer)
 
     def stop(self, connection: bytes, consumer: ConsumerRank, message: StopWrite) -> None:
         """Have no more of a write begun; it is answered when it is over."""
@@ -109,6 +135,7 @@ class RequestedWrites:
         if key in self._running:
             self._out.append(EndWrite(key))
             return
+        self._forget(key)
         answer = self._answer(key, share)
         if answer is None:
             answer = Wrote(token=message.token, number=message.number, error=_STOPPED)
@@ -118,15 +145,15 @@ class RequestedWrites:
 
     # -- the data thread --------------------------------------------------------------------------------------------
 
-    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
-        """Take the end of a write, and tell the consumer."""
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool, refused: bool = False) -> None:
+        """Take the end of a write, and tell the consumer. ``refused``: it was not begun, for the spans are not the lease's."""
         share = self._running.pop(key, None)
         if share is None:
             return
         stands = self._table.readable_by(token, key.consumer) is not None
         ended = bool(error) and not stands
         answer = Wrote(token=token, number=key.number, error=error[:1024], ended=ended, quiet=quiet)
-        self._metrics.count("kvxfer_writes_total", end="failed" if error else "done")
+        self._metrics.count("kvxfer_writes_total", end="refused" if refused else "failed" if error else "done")
         if not quiet:
             self._unquiet[key] = answer
             while len(self._unquiet) > _MOST_UNQUIET:
@@ -134,6 +161,7 @@ class RequestedWrites:
         if stands:
             self._over[share][key.number] = answer
         self._connections.tell([key.consumer], answer)
+        self._forget(key)
 
     # -- ends of leases ---------------------------------------------------------------------------------------------
 
@@ -141,6 +169,8 @@ class RequestedWrites:
         """End the writes of one rank of a lease's consumer: its lease has ended."""
         self._over.pop(share, None)
         self._below.pop(share, None)
+        self._turns.drop(share)
+        self._call()
         self._out.extend(EndWrite(key) for key, of in self._running.items() if of == share)
 
     def end_lease(self, lease: Lease) -> None:
@@ -168,9 +198,18 @@ class RequestedWrites:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _why_ended(self, consumer: ConsumerRank, message: Write) -> str:
+    def _forget(self, key: WriteKey) -> None:
+        """Note that a write is not under way and does not wait: others may have their turn."""
+        self._turns.over(key)
+        self._call()
+
+    def _call(self, *, again: ConsumerRank | None = None) -> None:
+        """Ask for the writes whose turn has come."""
+        for key, share in self._turns.calls(again=again):
+            self._connections.tell([key.consumer], SendWrite(token=share.token, number=key.number))
+
+    def _why_ended(self, lease: Lease | None, consumer: ConsumerRank, message: Write) -> str:
         """Say how the lease of a write has ended, so that it will never be begun; empty if the lease stands."""
-        lease = self._table.readable_by(message.token, consumer)
         if lease is None:
             return str(self._table.why_not_readable(message.token, consumer))
         return "the lease was published again" if lease.check != message.check else ""
@@ -194,6 +233,7 @@ class RequestedWrites:
         """Forget the answers that a consumer has."""
         if below > self._below.get(share, 0):
             self._below[share] = below
+            self._turns.drop(share, below)
             over = self._over.get(share, {})
             for number in [number for number in over if number < below]:
                 del over[number]

@@ -262,8 +262,8 @@ class _Reports:
     def unwrite(self, transfer: Transfer, source: int, numbers: list[int]) -> None:
         self._tell(lambda _: self._driver.consumer.unwrite(transfer, source, numbers))
 
-    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> None:
-        self._tell(lambda _: self._driver.producer.written(key, token, error, quiet=quiet))
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool, refused: bool = False) -> None:
+        self._tell(lambda _: self._driver.producer.written(key, token, error, quiet=quiet, refused=refused))
 
     def flush(self) -> None:
         if self.untold:

@@ -26,6 +26,7 @@ from kvxfer.protocol.actions import (
     WriteEnded,
 )
 from kvxfer.runtime.agent_lifecycle import REMAKE_EVERY_S, AgentLifecycle
+from kvxfer.runtime.leased_spans import LeasedSpans
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.read_executor import ReadExecutor
 from kvxfer.runtime.staging import StagingArena
@@ -87,7 +88,10 @@ class DataLoop:
         memories = [*(buffer.memory for buffer in cache.buffers), board.memory, self.arena.memory]
         reachable = [memory for memory in memories if memory is not None]
         self._life = AgentLifecycle(make_agent, reachable, metrics, reports.agent_replaced, environment.now)
-        self._writer = Writer(self._life, reports, settings.idle_peer_s, environment.now)
+        leased = LeasedSpans(
+            cache.spec, [number for number, buffer in enumerate(cache.buffers) if buffer.memory is not None]
+        )
+        self._writer = Writer(self._life, reports, leased, self._packer.chunks, settings.idle_peer_s, environment.now)
         self._reads = ReadExecutor(
             cache, board, self.arena, self._life, self._writer, settings, metrics, reports, environment.now
         )

@@ -9,7 +9,7 @@ a consumer that still reads from it then finds the lease's cell wiped, and throw
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,15 @@ if TYPE_CHECKING:
 
 _PLANS_REMEMBERED = 512
 _LEASES_REMEMBERED = 32
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A slot in use; ``nbytes`` of the chunk in it, once that is packed."""
+
+    address: int
+    consumer: Hashable
+    nbytes: int = 0
 
 
 class Packer:
@@ -78,8 +87,9 @@ class Packer:
         """Slots by consumer."""
         self._waiting: FairQueue[StartPack] = FairQueue()
         self._running: list[tuple[StartPack, int, list[Completion]]] = []
-        self._slots: dict[PackKey, dict[int, tuple[int, Hashable]]] = defaultdict(dict)
-        self._plans: OrderedDict[CacheSpec, RankPlan] = OrderedDict()
+        self._slots: dict[PackKey, dict[int, _Slot]] = defaultdict(dict)
+        self._plans: OrderedDict[CacheSpec, tuple[RankPlan, int]] = OrderedDict()
+        """Plan of a chunk's layout, and the size of the chunk."""
         self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
         """Block tables of a lease, checked, and what is known of them: for all chunks of a consumer."""
 
@@ -100,6 +110,10 @@ class Packer:
             "packed": sum(map(len, list(self._slots.values()))),
             "packed_consumers": len(self._kept),
         }
+
+    def chunks(self, key: PackKey) -> list[tuple[int, int]]:
+        """Address and length of each chunk that is packed for a share of a lease, and was not given back."""
+        return [(slot.address, slot.nbytes) for slot in self._slots.get(key, {}).values() if slot.nbytes]
 
     @property
     def plans(self) -> int:
@@ -151,7 +165,7 @@ class Packer:
         self._running.clear()
 
     def _pack(self, job: StartPack, slot: int) -> None:
-        self._slots[job.key][job.number] = slot, job.consumer
+        self._slots[job.key][job.number] = _Slot(slot, job.consumer)
         self._kept[job.consumer] += 1
         try:
             copies = self._start(job, self._arena.view(slot, self._arena.slot_nbytes))
@@ -165,7 +179,7 @@ class Packer:
 
     def _start(self, job: StartPack, out: Bytes) -> list[Completion]:
         layout = job.layout
-        part = self._part(layout, len(out))
+        part, _ = self._part(layout, len(out))
         start, stop = job.tokens
         group = layout.groups[0]
         if not start < stop <= (start // group.table_tokens + group.num_blocks) * group.table_tokens:
@@ -183,14 +197,15 @@ class Packer:
     def _read(self, blocks: tuple[BlockTable, ...]) -> tuple[Sequence[CheckedTable], AlignmentCache]:
         return check_tables(self._cache.spec, blocks, "leased"), AlignmentCache()
 
-    def _part(self, layout: CacheSpec, slot_nbytes: int) -> RankPlan:
+    def _part(self, layout: CacheSpec, slot_nbytes: int) -> tuple[RankPlan, int]:
         known = self._plans.get(layout)
         if known is not None:
             self._plans.move_to_end(layout)
             return known
         if len(layout.groups) != 1 or layout.fingerprint != self._cache.spec.fingerprint:
             raise IncompatibleError("layout", "a chunk is a cache of one group of this model")
-        if max(region.end for region in layout.regions) > slot_nbytes:
+        nbytes = max(region.end for region in layout.regions)
+        if nbytes > slot_nbytes:
             raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")
         if sum(len(region.layers) for region in layout.regions) > self._most_layers:
             raise IncompatibleError("layout", "the chunk has more layers than this cache")
@@ -205,10 +220,10 @@ class Packer:
         )
         if found != needed:
             raise IncompatibleError("layout", f"of {needed} bytes of each block of the chunk only {found} are here")
-        self._plans[layout] = part
+        self._plans[layout] = part, nbytes
         if len(self._plans) > _PLANS_REMEMBERED:
             self._plans.popitem(last=False)
-        return part
+        return part, nbytes
 
     def _finish(self, job: StartPack, slot: int, copies: Sequence[Completion]) -> None:
         told = None
@@ -224,19 +239,22 @@ class Packer:
             self._give(job.key, job.number)
             self._packed(job.key, job.number, told, None)
         else:
+            kept = self._slots.get(job.key, {}).get(job.number)
+            if kept is not None:
+                _, kept.nbytes = self._part(job.layout, self._arena.slot_nbytes)
             self._packed(job.key, job.number, slot, None)
 
     def _give(self, key: PackKey, number: int) -> None:
         """A slot into which nothing is packed any more is free again."""
         slots = self._slots.get(key, {})
-        slot, consumer = slots.pop(number, (None, None))
+        slot = slots.pop(number, None)
         if not slots:
             self._slots.pop(key, None)
         if slot is not None:
-            self._arena.give(slot)
-            self._kept[consumer] -= 1
-            if not self._kept[consumer]:
-                del self._kept[consumer]
+            self._arena.give(slot.address)
+            self._kept[slot.consumer] -= 1
+            if not self._kept[slot.consumer]:
+                del self._kept[slot.consumer]
 
     def _refuse(self, job: StartPack, error: Exception) -> None:
         self._give(job.key, job.number)

@@ -22,7 +22,7 @@ from kvxfer.agents.flights import FlightState
 from kvxfer.config import MAX_S
 from kvxfer.errors import LeaseEndedError, TransferFailedError, TransferTimeoutError
 from kvxfer.protocol.messages import StopWrite, Write
-from kvxfer.protocol.write_steps import SPAN_NBYTES, to_wire
+from kvxfer.protocol.write_steps import MOST_NBYTES, MOST_SPANS, SPAN_NBYTES, to_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 _WINDOW = 4
 """Writes of one flight that are asked for at a time."""
-_MOST_SPANS = 16_384
-"""In one message, which has at most 384 KiB with them; fewer where messages have to be shorter."""
 _SHORTEST_S = 1e-3
 
 
@@ -88,7 +86,7 @@ class RemoteFlights:
         self._life = life
         self._reports = reports
         self._now = now
-        self._most_spans = max(1, min(_MOST_SPANS, max_message_nbytes // 2 // SPAN_NBYTES))
+        self._most_spans = max(1, min(MOST_SPANS, max_message_nbytes // 2 // SPAN_NBYTES))
         self._numbers = itertools.count(1)
         self._all: dict[RemoteFlight, None] = {}
         self._by_number: dict[int, RemoteFlight] = {}
@@ -113,13 +111,16 @@ class RemoteFlights:
         # No more than an engine takes in one call: those of one adapter have one limit.
         most = min(self._most_spans, self._life.ensure().capabilities.max_descriptors or self._most_spans)
         rounds: deque[deque[list[bytes]]] = deque()
+        number = nbytes = 0  # of the last message
         for spans in steps:
-            parts = deque([to_wire(part)] for part in spans.split(most, None))
-            together = _spans(rounds[-1][0]) + len(spans) if rounds and len(rounds[-1]) == len(parts) == 1 else most + 1
-            if together <= most:
+            parts = deque([to_wire(part)] for part in spans.split(most, MOST_NBYTES))
+            number, nbytes = number + len(spans), nbytes + spans.total_nbytes
+            fits = number <= most and nbytes <= MOST_NBYTES
+            if rounds and len(rounds[-1]) == len(parts) == 1 and fits:
                 rounds[-1][0] += parts[0]  # one message, whose steps its source keeps apart
             else:
                 rounds.append(parts)
+                number, nbytes = len(spans), spans.total_nbytes
         flight = RemoteFlight(source, deadline, rounds)
         self._all[flight] = None
         self._ask(flight)
@@ -221,7 +222,3 @@ class RemoteFlights:
 
     def _tell(self, flight: RemoteFlight, message: Write | StopWrite) -> None:
         self._reports.write(flight.task.job.transfer, flight.source.granted.number, message)
-
-
-def _spans(steps: list[bytes]) -> int:
-    return sum(map(len, steps)) // SPAN_NBYTES

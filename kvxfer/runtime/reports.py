@@ -50,8 +50,12 @@ class DataReports(ReadReports, Protocol):
     def packed(self, key: PackKey, number: int, chunk: Packed | None, error: KvxferError | None) -> object:
         """Report that a chunk was packed, or cannot be."""
 
-    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool) -> object:
-        """Report that a write which a consumer had asked for is over; ``error`` is empty if all is in place."""
+    def written(self, key: WriteKey, token: str, error: str, *, quiet: bool, refused: bool = False) -> object:
+        """Report that a write which a consumer had asked for is over; ``error`` is empty if all is in place.
+
+        Args:
+            refused: it was not begun, because the consumer may not have it.
+        """
 
     def short_of_slots(self, share: int) -> object:
         """Report that chunks wait and no slot is free, of which each consumer's share is so many; 0: that is over."""

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import FlightState
-from kvxfer.errors import ClosedError, TransferTimeoutError
+from kvxfer.errors import ClosedError, DescriptorError, TransferTimeoutError
+from kvxfer.protocol.actions import PackKey
+from kvxfer.protocol.lease_board import CELL_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from kvxfer.agents.flights import Flight
     from kvxfer.protocol.actions import StartWrite, WriteKey
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
+    from kvxfer.runtime.leased_spans import LeasedSpans
     from kvxfer.runtime.reports import DataReports
 
 _GIVEN_UP = "given up by the producer: its lease has ended, or the consumer does not want it any more"
@@ -30,13 +33,25 @@ class Writer:
     Args:
         life: of the agent.
         reports: told when a write is over.
+        leased: tells what lies in the blocks of a lease.
+        chunks: tells address and length of each chunk that was packed for a share of a lease.
         idle_s: time after which a write that was given up, and still hangs, is forgotten.
         now: the clock.
     """
 
-    def __init__(self, life: AgentLifecycle, reports: DataReports, idle_s: float, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        life: AgentLifecycle,
+        reports: DataReports,
+        leased: LeasedSpans,
+        chunks: Callable[[PackKey], list[tuple[int, int]]],
+        idle_s: float,
+        now: Callable[[], float],
+    ) -> None:
         self._life = life
         self._reports = reports
+        self._leased = leased
+        self._chunks = chunks
         self._idle_s = idle_s
         self._now = now
         self._hangs_since: dict[Flight, float] = {}
@@ -60,7 +75,14 @@ class Writer:
         return any(job.agent_info == agent_info for job in list(self._jobs.values()))
 
     def start(self, job: StartWrite) -> None:
-        """Begin a write."""
+        """Begin a write of what its consumer has leased."""
+        try:
+            more = [(job.cell, CELL_NBYTES), *self._chunks(PackKey(job.token, job.key.consumer.rank))]
+            for spans in job.steps:
+                self._leased.check(spans, job.blocks, more)
+        except DescriptorError as error:
+            self._reports.written(job.key, job.token, str(error), quiet=True, refused=True)
+            return
         try:
             agent, peer = self._life.ensure(), self._life.peer(job.agent_info)
             flight = agent.submit(Op.WRITE, peer, *job.steps, deadline=self._now() + job.within_s)

@@ -137,6 +137,8 @@ def seeds_wire() -> list[bytes]:
                 to="e", token=TOKEN, check=bytes(16), number=9, agent_info=b"\xff", steps=[bytes(24), bytes(48)],
                 within_s=0.5, over_below=7,
             ),
+            messages.AskWrite(to="e", token=TOKEN, number=9),
+            messages.SendWrite(token=TOKEN, number=9),
             messages.StopWrite(to="e", token=TOKEN, number=9),
             messages.Wrote(token=TOKEN, number=9, error="because", quiet=False),
             messages.Release(to="e", token=TOKEN, read=True),

@@ -42,6 +42,7 @@ SETTINGS: dict[str, float] = {
     "staging_nbytes": 1 << 15,
 }
 FEW_LEASES = 4
+FEW_SPANS = 24
 _MOST_SLOTS = 7
 """Slots in use with which the arena, which has eight, counts as full."""
 
@@ -235,6 +236,8 @@ class Engine:
         limits = {"max_leases": FEW_LEASES} if self.has_few_leases else {}
         if world.chooses(f"{who} remembers no lease that has ended", 0.3):
             limits["remembered_leases"] = 0
+        if world.profile.written and world.chooses(f"{who} writes few spans at a time", 0.3):
+            limits["max_write_spans"] = FEW_SPANS
         written = world.chooses(f"{who} has its blocks written by their producers", world.profile.written)
         by = MoveBy.WRITE if written else MoveBy.READ
         settings = Settings.resolve(environ={}, **(SETTINGS | limits), move_by=by)

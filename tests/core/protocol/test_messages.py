@@ -66,6 +66,8 @@ MESSAGES = [
         within_s=0.5,
         over_below=7,
     ),
+    messages.AskWrite(to="e", token=TOKEN, number=0),
+    messages.SendWrite(token=TOKEN, number=(1 << 62) - 1),
     messages.StopWrite(to="e", token=TOKEN, number=0),
     messages.Wrote(token=TOKEN, number=0, error="because", quiet=False),
 ]

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvxfer.memory.spans import Descriptors
 from kvxfer.protocol import messages
-from kvxfer.protocol.actions import EndWrite, ForgetAgent, Reply, StartWrite
-from kvxfer.protocol.requested_writes import MOST_WRITES
-from kvxfer.protocol.write_steps import from_wire, to_wire
+from kvxfer.protocol.actions import EndWrite, ForgetAgent, PackKey, Reply, StartWrite, WriteKey
+from kvxfer.protocol.lease import ConsumerRank
+from kvxfer.protocol.write_steps import MOST_NBYTES, MOST_SPANS, from_wire, to_wire
+from kvxfer.protocol.write_turns import MOST_NBYTES as TURN_NBYTES
+from kvxfer.protocol.write_turns import MOST_WAITING, MOST_WRITES, WriteTurns
 from tests.core.protocol.virtual import agent_info, block_bytes
 
 A = b"connection-a"
@@ -43,6 +47,9 @@ class Talk:
             to=self.node.epoch, token=self.token, number=number, within_s=5.0, **{**fields, **changes}
         )
         return self.say(message)
+
+    def ask(self, number):
+        return self.say(messages.AskWrite(to=self.node.epoch, token=self.token, number=number))
 
     def stop(self, number):
         return self.say(messages.StopWrite(to=self.node.epoch, token=self.token, number=number))
@@ -99,6 +106,9 @@ def test_what_the_consumer_knows_to_be_over_is_never_begun(talk):
         ({"agent_info": agent_info("d", epoch="ce")}, "no agent of"),
         ({"agent_info": b"junk"}, "description"),
         ({"steps": [b"junk"]}, "no list of spans"),
+        ({"steps": [STEP] * (MOST_SPANS // 2 + 1)}, f"more than {MOST_SPANS}"),
+        ({"steps": [to_wire(Descriptors.of(*[[1, 9]] * 2, [8, MOST_NBYTES]))]}, "bytes, more than"),
+        ({"steps": [to_wire(Descriptors.of(*[[1, 9]] * 2, [(1 << 64) - 1] * 2))]}, "bytes, more than"),
     ],
 )
 def test_what_is_not_meant_like_this_is_refused_quietly(talk, changes, why):
@@ -148,13 +158,104 @@ def test_a_stopped_write_is_not_begun_by_its_late_message(talk):
     assert talk.write(3) == ([answer], [])
 
 
+def test_what_became_of_a_write(talk):
+    """`AskWrite` begins nothing: it is answered as `Write` is, and asks for one that never arrived."""
+    wanted = messages.SendWrite(token=talk.token, number=3)
+    assert talk.ask(3) == talk.ask(3) == ([wanted], [])
+    _, (begun,) = talk.write(3)
+    assert talk.ask(3) == ([], [])
+    answers, _ = talk.over(begun)
+    assert talk.ask(3) == (answers, [])
+    (answer,), _ = talk.stop(4)
+    assert talk.ask(4) == ([answer], [])
+
+
 def test_a_consumer_has_so_many_writes_at_a_time(talk):
-    """One more is not begun, and is begun when it is asked for again later."""
+    """One more is not begun: it waits, without its spans, and is asked for when one is over."""
     begun = [talk.write(number)[1][0] for number in range(MOST_WRITES)]
     (answer,), more = talk.write(MOST_WRITES)
-    assert isinstance(answer, messages.Pending) and not more
-    talk.over(begun[0])
-    assert talk.write(MOST_WRITES)[1]
+    assert isinstance(answer, messages.Pending) and not more and talk.ask(MOST_WRITES) == ([], [])
+    (_, call), _ = talk.over(begun[0])
+    assert call == messages.SendWrite(token=talk.token, number=MOST_WRITES) and talk.ask(MOST_WRITES) == ([call], [])
+    assert talk.write(MOST_WRITES)[1] and talk.ask(MOST_WRITES) == ([], [])
+
+
+@pytest.mark.parametrize("end", ["stop", "over_below", "revoke"])
+def test_what_waits_and_is_not_wanted_any_more(talk, end):
+    """It gives its place up to the next one, and never begins."""
+    begun = [talk.write(number)[1][0] for number in range(MOST_WRITES)]
+    first, second = MOST_WRITES, MOST_WRITES + 1
+    assert not talk.write(first)[1] and not talk.write(second)[1]
+    assert talk.node.producer.in_use()["waiting_writes"] == 2
+    if end == "stop":
+        talk.stop(first)
+    elif end == "over_below":
+        talk.write(second, over_below=second)
+    else:
+        talk.node.producer.revoke(talk.token, "aborted")
+        talk.taken()
+    assert talk.node.producer.in_use()["waiting_writes"] == (0 if end == "revoke" else 1)
+    answers, _ = talk.over(begun[0])
+    assert [each.number for each in answers if isinstance(each, messages.SendWrite)] == (
+        [] if end == "revoke" else [second]
+    )
+    assert not talk.write(first)[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_turns(data):
+    """Whatever is asked for and ends: consumers keep to their shares, begin in order, and all of it ends.
+
+    The limits are computed here from what was begun, not from what is kept of it.
+    """
+    most = 100
+    turns, running, sizes = WriteTurns(most), {}, {}
+    keys = [WriteKey(ConsumerRank(name, "e"), number) for name in "ab" for number in range(8)]
+    for key in keys:
+        sizes[key] = data.draw(st.integers(1, 120)), data.draw(st.sampled_from([1, TURN_NBYTES // 4, TURN_NBYTES]))
+    left = list(keys)
+
+    def ask(key):
+        if not turns.take(key, PackKey("t", 0), *sizes[key]):
+            return
+        mine = [other for other in running if other.consumer == key.consumer]
+        assert not [other for other in asked if other.consumer == key.consumer and other.number < key.number]
+        if mine:
+            assert sum(sizes[other][0] for other in [*mine, key]) <= most
+            assert sum(sizes[other][1] for other in [*mine, key]) <= TURN_NBYTES
+            others = {each.consumer for each in [*running, *asked]} - {key.consumer}
+            assert not others or sum(sizes[other][0] for other in [*mine, key]) <= most // 2
+        running[key] = None
+        asked.discard(key)
+
+    asked = set()
+    while left or asked or running:
+        choices = [("write", key) for key in [*left, *asked]] + [("over", key) for key in running]
+        what, key = data.draw(st.sampled_from(choices))
+        if what == "write":
+            asked.add(key)
+            left = [each for each in left if each != key]
+            ask(key)
+        else:
+            del running[key]
+            turns.over(key)
+        for called, _ in turns.calls():
+            ask(called)
+            assert called in running, "what is called for fits"
+    assert len(turns) == turns.spans == 0
+
+
+def test_no_more_wait_than_are_noted():
+    """A consumer that asks for any number of writes costs the producer a bounded list, and is not asked for the rest."""
+    turns, share = WriteTurns(1), PackKey("t", 0)
+    consumer = ConsumerRank("c", "e")
+    for number in range(2 * MOST_WAITING):
+        turns.take(WriteKey(consumer, number), share, 1, 1)
+    assert (turns.spans, len(turns)) == (1, MOST_WAITING) and not turns.is_wanted(WriteKey(consumer, 1 << 40))
+    turns.over(WriteKey(consumer, 0))
+    assert turns.calls() == [(WriteKey(consumer, 1), share)] and turns.calls() == []
+    assert turns.calls(again=consumer) == [(WriteKey(consumer, 1), share)]
 
 
 def test_nothing_is_kept_of_a_consumer_that_is_gone(talk):
@@ -168,3 +269,42 @@ def test_nothing_is_kept_of_a_consumer_that_is_gone(talk):
     producer.tick(talk.node.world.now + 2 * idle_s)
     assert any(isinstance(each, ForgetAgent) for each in talk.taken()[1])
     assert (producer.in_use()["agents_written_to"], producer.in_use()["requested_writes"]) == (0, 0)
+
+
+def test_a_consumer_sends_spans_once_and_when_they_are_asked_for(world, producer, consumer):
+    """What is not answered is asked for by its number; the spans go out again only if the producer wants them, and are still wanted."""
+    world.read_s = 100.0
+    ref = producer.lease(1, 2)
+    transfer = consumer.read(ref, 4, 5)
+    world.advance(0.1)
+    producer.dead = True
+
+    def say(*of_producer):
+        for message in of_producer:
+            consumer.consumer.received(producer.address, message, world.now)
+        consumer.perform()
+        said, consumer.sent[:] = [each for each in consumer.sent if hasattr(each, "number")], []
+        return said
+
+    write = messages.Write(
+        to=producer.epoch, token=ref.token, check=b"", number=7, agent_info=b"", steps=[STEP], within_s=5.0
+    )
+    consumer.consumer.write(transfer, 0, write, world.now)
+    assert say() == [write]
+    world.advance(1.3)
+    ask, send = (
+        messages.AskWrite(to=producer.epoch, token=ref.token, number=7),
+        messages.SendWrite(token=ref.token, number=7),
+    )
+    assert say() == [ask, ask]
+    assert say(send, send, send) == [write]  # no faster than a peer may have it
+    assert say(messages.SendWrite(token=ref.token, number=6)) == [
+        messages.StopWrite(to=producer.epoch, token=ref.token, number=6)
+    ]
+    world.advance(0.3)
+    assert say() == [] and say(send) == [write]
+    assert say(messages.Wrote(token=ref.token, number=7), send) == [
+        messages.StopWrite(to=producer.epoch, token=ref.token, number=7)
+    ]
+    world.advance(2)
+    assert say() == []

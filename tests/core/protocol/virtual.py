@@ -36,6 +36,7 @@ from kvxfer.protocol.actions import (
     StartPack,
     StartRead,
     StopRead,
+    WriteEnded,
 )
 from kvxfer.protocol.consumer import Consumer
 from kvxfer.protocol.lease_board import CELL_NBYTES, LeaseBoard
@@ -369,7 +370,7 @@ class Node:
                 self.stopped.append(action)
                 self.world.stop(action)
             else:
-                assert isinstance(action, Hangup)
+                assert isinstance(action, (Hangup, WriteEnded))
 
     def _post(self, to: str, message: Any, *, is_reply: bool) -> None:
         self.sent.append(message)

@@ -24,7 +24,7 @@ WRITTEN = structs.replace(SMALL, move_by=MoveBy.WRITE)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_route(sharded, pair, route, monkeypatch):
     """The bytes are the producer's by every route, in several messages, and the transfer says so. White-box: messages are short."""
-    monkeypatch.setattr(remote_flights, "_MOST_SPANS", 100)
+    monkeypatch.setattr(remote_flights, "MOST_SPANS", 100)
     ours, theirs = PAIRS[pair]
     source, target = sharded("P", **ours), sharded("D", **theirs, route=route, settings=WRITTEN)
     source.fill(1), target.fill(2)
@@ -43,6 +43,21 @@ def test_every_route(sharded, pair, route, monkeypatch):
             lambda rank=rank: rank.endpoint.in_use()["requested_writes"] == rank.endpoint.in_use()["writes"] == 0
         )
     assert all(rank.endpoint.metrics.value("kvxfer_sources_total", by="read") == 0 for rank in target.ranks)
+
+
+def test_writes_that_wait_for_their_turn(sharded, monkeypatch):
+    """Reads of more spans than a producer writes at a time end all, with the right bytes. White-box: messages are short."""
+    monkeypatch.setattr(remote_flights, "MOST_SPANS", 20)
+    few = structs.replace(SMALL, max_write_spans=30)
+    source = sharded("P", **PAIRS["ranks 4 -> 1"][0], settings=few)
+    target = sharded("D", **PAIRS["ranks 4 -> 1"][1], route="direct", settings=WRITTEN)
+    source.fill(1), target.fill(2)
+    blocks, into = source.blocks_for(301, 3), target.blocks_for(301, 4, 70)
+    ref, before = source.lease(blocks), target.logical.copy()
+    for transfer in [rank.endpoint.read(ref, into, tokens=(70, 301)) for rank in target.ranks]:
+        assert transfer.wait(20)
+    check(source, target, blocks, into, 70, 301, before)
+    assert sum(rank.endpoint.metrics.value("kvxfer_write_waits_total") for rank in source.ranks) > 1
 
 
 def test_while_prefill_goes_on(engines):
