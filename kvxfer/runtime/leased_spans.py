@@ -119,7 +119,6 @@ class LeasedSpans:
         intervals = self._intervals(blocks)
         first = np.searchsorted(self._starts, begin, side="right") - 1
         last = np.searchsorted(self._starts, end - 1, side="right") - 1
-        known = first >= 0
         first, last = np.maximum(first, 0), np.maximum(last, 0)
         reach = begin.copy()
         for look, of_look in enumerate(intervals):
@@ -136,7 +135,7 @@ class LeasedSpans:
             & (broken[np.minimum(first + 1, last)] == broken[last])
             & (end <= self._starts[last] + head[last])
         )
-        fits: npt.NDArray[np.bool_] = known & np.where(first == last, end <= reach, goes_on)
+        fits: npt.NDArray[np.bool_] = np.where(first == last, end <= reach, goes_on)
         return fits
 
     def _intervals_of(self, blocks: tuple[bytes, ...]) -> list[_Intervals]:
@@ -189,10 +188,9 @@ def _joined(frames: list[_Frame]) -> tuple[_Frame, ...]:
         alike[frame.stride, frame.group, frame.kernels].append(frame)
     joined = []
     for same in alike.values():
-        fits = same[0].stride and max(f.base + f.nbytes for f in same) - same[0].base <= same[0].stride
         made: list[_Frame] = []
         for frame in same:
-            if fits and made and frame.base <= made[-1].base + made[-1].nbytes:
+            if made and frame.base <= made[-1].base + made[-1].nbytes:
                 end = max(made[-1].base + made[-1].nbytes, frame.base + frame.nbytes)
                 made[-1] = made[-1]._replace(nbytes=end - made[-1].base)
             else:

@@ -30,18 +30,6 @@ def write_begun_twice(patch):
 
 
 @bug
-def late_write_begun(patch):
-    """A write that the consumer knows to be over is forgotten, and begun by a `Write` that is late."""
-
-    def forget(self, share, below):
-        over = self._over.get(share, {})
-        for number in [number for number in over if number < below]:
-            del over[number]
-
-    patch(_Requested, "_note_over", forget)
-
-
-@bug
 def stop_answered_while_it_runs(patch):
     """A write that was stopped is said to be over while it is under way."""
 

@@ -85,7 +85,7 @@ FOUND_BY = {
     "first_piece_is_the_whole_grant": ("calm", 0, "failed for nothing"),
     "slots_withdrawn_under_a_lease_that_stands": ("slow", 4, "wrong bytes"),
     "one_check_for_all": ("slow", 13, "wrong bytes"),
-    "write_begun_twice": ("lossy-written", 1, "free block written"),
+    "write_begun_twice": ("lossy-written", 6, "free block written"),
     "writes_outlive_the_agent": ("stuck-written", 0, "fault survived"),
     "agents_of_consumers_never_forgotten": ("calm-written", 0, "left behind"),
     "first_answer_is_taken_for_all": ("calm-written", 3, "wrong bytes"),
@@ -94,7 +94,6 @@ FOUND_BY = {
     "unquiet_taken_for_quiet": ("crashy-written", 1, "free block written"),
     "numbers_of_writes_used_again": ("stuck-written", 1, "failed for nothing"),
     "stop_answered_while_it_runs": ("stuck-written", 1, "free block written"),
-    "late_write_begun": ("lossy-written", 40, "free block written"),
 }
 """Profile and seed by which each planted bug is found, and as what."""
 PLANTED_IN = (planted.__file__, planted_writes.__file__)

@@ -187,7 +187,7 @@ def test_all_blocks_of_layers_that_touch(layers_apart):
     """A span may go on from the last block of a layer to the first one of the next, if both are leased and all between."""
     first_and_last = [np.array([0, 7], dtype="<u4").tobytes()]
     layers_apart.check(Descriptors.of(0x1000 + 7 * 64, 1, 128), first_and_last, [])
-    for nbytes in (129, 512 + 64):
+    for nbytes in (129, 512 + 128):
         with pytest.raises(DescriptorError):
             layers_apart.check(Descriptors.of(0x1000 + 7 * 64, 1, nbytes), first_and_last, [])
     layers_apart.check(Descriptors.of(0x1000, 1, 4 * 512), [np.arange(8, dtype="<u4").tobytes()], [])
@@ -211,3 +211,23 @@ def test_memory_without_addresses(layers_apart):
     )
     with pytest.raises(DescriptorError):
         LeasedSpans(spec, []).check(Descriptors.of(0, 1, 16), WIRE, [])
+
+
+def test_a_block_inside_another_groups():
+    """Groups may share memory: what lies in a leased block of either is leased."""
+    groups = [
+        CacheGroup(
+            name,
+            "full_attention",
+            4,
+            4,
+            Interval(0, 1, 1),
+            (CacheRegion("kv", (i,), 64, Axes(1, 4, 1, 4), Axes(0, n, 0, n // 4), n // 4),),
+        )
+        for i, (name, n) in enumerate([("big", 64), ("small", 16)])
+    ]
+    leased = LeasedSpans(CacheSpec(tuple(groups), "float16", Interval(0, 2, 2)), [0])
+    blocks = [np.array(ids, dtype="<u4").tobytes() for ids in ([0], [1])]
+    leased.check(Descriptors.of(64, 1, 64), blocks, [])
+    with pytest.raises(DescriptorError):
+        leased.check(Descriptors.of(64, 1, 65), blocks, [])
