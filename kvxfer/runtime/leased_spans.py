@@ -49,7 +49,7 @@ class _Intervals(NamedTuple):
     stops: IntArray
 
     def reach(self, at: IntArray) -> IntArray:
-        """For each address the end of the interval that it lies in; the address itself if it lies in none."""
+        """End of the interval in which each address lies; the address itself if that is none."""
         index = np.searchsorted(self.starts, at, side="right") - 1
         if not len(self.starts):
             return at
