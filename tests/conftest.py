@@ -49,6 +49,7 @@ SLOW = (
     "tests/process/",
     "tests/race/",
     "tests/soak/",
+    "tests/transformers/",
 )
 """Tests that `make unit` leaves to `make slow`: together they take two thirds of the time. Tests may also be marked one by one."""
 

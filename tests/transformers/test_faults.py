@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong between two engines of transformers: a named error or right tokens, and nothing left in use on either side."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from kvxfer.errors import ConfigError
+from kvxfer.testing import eventually
+from kvxfer_transformers import seams
+from kvxfer_transformers.batching import TransferOptions
+from tests.transformers.rig import NEW_TOKENS, QUICK, Engine, prompt
+
+TOKENS = prompt(50)
+
+
+@pytest.fixture(scope="module")
+def prefill():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module", params=["fail", "recompute"])
+def decode(request):
+    engine = Engine(kv_load_failure_policy=request.param)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def right(prefill):
+    return prefill.generate(TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_in_use(request):
+    """Each test leaves both engines idle."""
+    yield
+    for name in ("prefill", "decode"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name).check_idle()
+
+
+def check_failed_or_computed(decode, output, right, error):
+    """The request has ended as the engine's policy says."""
+    if decode.manager.transfer.kv_load_failure_policy == "fail":
+        assert output.status.name == "FAILED"
+        assert output.error.startswith(error)
+    else:
+        assert (output.error, output.generated_tokens) == (None, right)
+
+
+def test_a_lease_that_has_ended(prefill, decode, right):
+    """A lease that expired before its request came fails it by name, or its prompt is computed."""
+    params = prefill.prefill(TOKENS)
+    eventually(lambda: not prefill.manager.endpoint.in_use()["leases"])
+    output = decode.result(decode.add(TOKENS, params))
+    check_failed_or_computed(decode, output, right, "Lease")
+
+
+def test_a_producer_that_is_not_there(decode, right):
+    """A lease of an engine that has stopped fails its request by name, or its prompt is computed."""
+    gone = Engine()
+    params = gone.prefill(TOKENS)
+    gone.close()
+    output = decode.result(decode.add(TOKENS, params))
+    check_failed_or_computed(decode, output, right, "Peer")
+
+
+def test_a_prefill_that_is_aborted_while_it_is_read(prefill, decode, right):
+    """A consumer that has read the first blocks of a prefill that is then aborted ends as its policy says."""
+    # A key that no producer knows: the consumer waits for its announcement, in vain.
+    address = prefill.manager.endpoint.address.rpartition(":")[2]
+    there = {"remote_engine_id": prefill.manager.name, "remote_host": "127.0.0.1", "remote_port": int(address)}
+    asked = decode.add(TOKENS, {"do_remote_prefill": True, "transfer_id": "never", **there})
+    output = decode.result(asked)
+    check_failed_or_computed(decode, output, right, "Lease")
+
+
+def test_clients_that_go(prefill, decode):
+    """Requests that are aborted before, while and after they are read leave nothing; nor does a prefill that is aborted."""
+    address = prefill.manager.endpoint.address.rpartition(":")[2]
+    there = {"remote_engine_id": prefill.manager.name, "remote_host": "127.0.0.1", "remote_port": int(address)}
+    waits = decode.add(TOKENS, {"do_remote_prefill": True, "transfer_id": "gone", **there})
+    eventually(lambda: decode.manager.endpoint.in_use()["target_blocks"])
+    at_once = decode.add(TOKENS, prefill.prefill(TOKENS))
+    later = decode.add(TOKENS, prefill.prefill(TOKENS), max_new_tokens=1000)
+    for request in (waits, at_once, later):
+        decode.manager.cancel_request(request)
+    prefilled = prefill.add(prompt(1500), {"do_remote_decode": True})
+    prefill.manager.cancel_request(prefilled)
+    prefill.add(prompt(20), {"do_remote_decode": True})  # no client fetches its KV
+
+
+MALFORMED = {
+    "not_an_object": str,
+    "bad_lease": lambda p: p["kvxfer"].update(token="x") or p,
+    "no_lease": lambda p: p.pop("kvxfer") and p,
+    "contradiction": lambda p: p.update(remote_request_id="other") or p,
+    "bad_blocks": lambda p: p.update(remote_block_ids=[[-1]]) or p,
+    "missing_key": lambda p: p.pop("remote_host") and p,
+}
+
+
+@pytest.mark.parametrize("reason", MALFORMED)
+def test_malformed_references(prefill, decode, right, reason):
+    """Parameters that make no sense are counted by their reason, and the prompt is computed."""
+    before = decode.manager.refused_params[reason]
+    params = MALFORMED[reason](copy.deepcopy(prefill.prefill(TOKENS)))
+    assert decode.generate(TOKENS, params) == right
+    assert decode.manager.refused_params[reason] == before + 1
+
+
+def test_a_lease_of_another_prompt_or_of_another_request(prefill, decode, right):
+    """A lease is followed for its prompt only, and once."""
+    params = prefill.prefill(prompt(50, 3))
+    assert decode.generate(TOKENS, params) == right
+    assert decode.manager.refused_params["other_prompt"] == 1
+    params = prefill.prefill(TOKENS)
+    assert [decode.generate(TOKENS, params) for _ in range(2)] == [right, right]
+    assert decode.manager.refused_params["lease_used"] == 1
+
+
+def test_a_cache_full_of_leases():
+    """Where leases have all blocks, requests wait for their end; what is larger than the cache fails by name; the loop goes on."""
+    engine, decode = Engine(num_blocks=8), Engine(num_blocks=8)
+    params = [engine.prefill(prompt(40, seed)) for seed in range(2)]
+    waits = engine.add(prompt(40, 5))
+    assert engine.result(waits).error is None
+    output = engine.result(engine.add(prompt(200), {"do_remote_decode": True}))
+    assert "larger than the whole cache" in output.error
+    assert engine.manager.is_running()
+    # All at once into a cache that has room for two of them.
+    params = [engine.prefill(prompt(40, 9)), engine.prefill(prompt(40, 10))]
+    asked = [decode.add(prompt(40, seed), its) for seed, its in zip((9, 10), params, strict=True)]
+    assert [decode.result(each).error for each in asked] == [None, None]
+    for each in (engine, decode):
+        each.check_idle()
+        each.close()
+
+
+def test_a_stop_that_flushes_waits_for_leases(prefill):
+    """An engine that is told to stop lets others read what it has leased; then its endpoint is closed."""
+    engine = Engine(settings=QUICK)
+    params = engine.prefill(TOKENS)
+    endpoint = engine.manager.endpoint
+    engine.manager.stop(block=False, keep_for_next_session=True)
+    assert endpoint.in_use()["leases"] == 1
+    assert len(prefill.generate(TOKENS, params)) == NEW_TOKENS
+    eventually(lambda: not engine.manager.is_running())
+    assert engine.manager.endpoint is None
+
+
+@pytest.mark.parametrize("version", ["5.18.0", "5.20.1", "4.57.0", "unknown"])
+def test_other_versions_are_refused(version):
+    """A version of transformers that was not tried is refused by its name, before any model is loaded."""
+    with pytest.raises(ConfigError, match=f"transformers {version}"):
+        seams.check(version)
+
+
+def test_what_is_not_supported_is_refused_at_start_up(monkeypatch):
+    """Each configuration that is not served is refused with what to do instead; a missing name of transformers by that name."""
+    with pytest.raises(ConfigError, match="set page_size to a divisor"):
+        Engine("windows", page_size=48)
+    with pytest.raises(ConfigError, match="kv_load_failure_policy must be fail or recompute"):
+        TransferOptions(kv_load_failure_policy="retry")
+    monkeypatch.setitem(seams.CLASSES, "Scheduler", ("schedule_everything",))
+    with pytest.raises(ConfigError, match=r"relies on Scheduler\.schedule_everything"):
+        Engine()
