@@ -7,11 +7,12 @@ import copy
 
 import pytest
 
+from kvxfer import addresses
 from kvxfer.errors import ConfigError
 from kvxfer.testing import eventually
 from kvxfer_transformers import seams
 from kvxfer_transformers.batching import TransferOptions
-from tests.transformers.rig import NEW_TOKENS, QUICK, Engine, prompt
+from tests.transformers.rig import NEW_TOKENS, Engine, prompt
 
 TOKENS = prompt(50)
 
@@ -20,6 +21,7 @@ TOKENS = prompt(50)
 def prefill():
     engine = Engine()
     yield engine
+    engine.check_idle()
     engine.close()
 
 
@@ -27,6 +29,7 @@ def prefill():
 def decode(request):
     engine = Engine(kv_load_failure_policy=request.param)
     yield engine
+    engine.check_idle()
     engine.close()
 
 
@@ -35,20 +38,24 @@ def right(prefill):
     return prefill.generate(TOKENS)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_stays_in_use(request):
-    """Each test leaves both engines idle."""
-    yield
-    for name in ("prefill", "decode"):
-        if name in request.fixturenames:
-            request.getfixturevalue(name).check_idle()
+@pytest.fixture(scope="module")
+def params(prefill):
+    """Parameters that no engine follows."""
+    return prefill.prefill(TOKENS)
+
+
+def rendezvous(prefill, key):
+    """Parameters of a request that both engines are sent."""
+    host, port = addresses.parse(prefill.manager.endpoint.address)
+    there = {"remote_engine_id": prefill.manager.name, "remote_host": host, "remote_port": port}
+    return {"do_remote_prefill": True, "transfer_id": key, **there}
 
 
 def check_failed_or_computed(decode, output, right, error):
     """The request has ended as the engine's policy says."""
     if decode.manager.transfer.kv_load_failure_policy == "fail":
         assert output.status.name == "FAILED"
-        assert output.error.startswith(error)
+        assert output.error.startswith(error), output.error
     else:
         assert (output.error, output.generated_tokens) == (None, right)
 
@@ -70,21 +77,34 @@ def test_a_producer_that_is_not_there(decode, right):
     check_failed_or_computed(decode, output, right, "Peer")
 
 
-def test_a_prefill_that_is_aborted_while_it_is_read(prefill, decode, right):
+def test_a_prefill_that_is_aborted_while_it_is_read(prefill, decode):
     """A consumer that has read the first blocks of a prefill that is then aborted ends as its policy says."""
-    # A key that no producer knows: the consumer waits for its announcement, in vain.
-    address = prefill.manager.endpoint.address.rpartition(":")[2]
-    there = {"remote_engine_id": prefill.manager.name, "remote_host": "127.0.0.1", "remote_port": int(address)}
-    asked = decode.add(TOKENS, {"do_remote_prefill": True, "transfer_id": "never", **there})
-    output = decode.result(asked)
-    check_failed_or_computed(decode, output, right, "Lease")
+    tokens, key = prompt(1200), decode.manager.name
+    asked = decode.add(tokens, rendezvous(prefill, key))
+    prefilled = prefill.add(tokens, {"do_remote_decode": True, "transfer_id": key})
+    eventually(lambda: decode.manager.endpoint.in_use()["read_nbytes"])
+    prefill.manager.cancel_request(prefilled)
+    check_failed_or_computed(decode, decode.result(asked), prefill.generate(tokens), "Lease")
+
+
+def test_a_prefill_that_is_preempted_while_it_is_read():
+    """A prefill whose blocks transformers takes away ends its early read by name, and is finished later under a new lease."""
+    prefill, decode = Engine(num_blocks=12), Engine()
+    other = prefill.add(prompt(70, 4), max_new_tokens=40)
+    tokens = prompt(120, 5)
+    early = decode.add(tokens, rendezvous(prefill, "taken"))
+    params = prefill.prefill(tokens, transfer_id="taken")
+    assert decode.result(early).error.startswith("Lease")
+    assert decode.generate(tokens, params) == decode.generate(tokens)
+    assert len(prefill.result(other).generated_tokens) == 40
+    for engine in (prefill, decode):
+        engine.check_idle()
+        engine.close()
 
 
 def test_clients_that_go(prefill, decode):
     """Requests that are aborted before, while and after they are read leave nothing; nor does a prefill that is aborted."""
-    address = prefill.manager.endpoint.address.rpartition(":")[2]
-    there = {"remote_engine_id": prefill.manager.name, "remote_host": "127.0.0.1", "remote_port": int(address)}
-    waits = decode.add(TOKENS, {"do_remote_prefill": True, "transfer_id": "gone", **there})
+    waits = decode.add(TOKENS, rendezvous(prefill, f"{decode.manager.name} gone"))
     eventually(lambda: decode.manager.endpoint.in_use()["target_blocks"])
     at_once = decode.add(TOKENS, prefill.prefill(TOKENS))
     later = decode.add(TOKENS, prefill.prefill(TOKENS), max_new_tokens=1000)
@@ -106,12 +126,10 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("reason", MALFORMED)
-def test_malformed_references(prefill, decode, right, reason):
+def test_malformed_references(params, decode, right, reason):
     """Parameters that make no sense are counted by their reason, and the prompt is computed."""
-    before = decode.manager.refused_params[reason]
-    params = MALFORMED[reason](copy.deepcopy(prefill.prefill(TOKENS)))
-    assert decode.generate(TOKENS, params) == right
-    assert decode.manager.refused_params[reason] == before + 1
+    assert decode.generate(TOKENS, MALFORMED[reason](copy.deepcopy(params))) == right
+    assert decode.manager.refused_params[reason] == 1
 
 
 def test_a_lease_of_another_prompt_or_of_another_request(prefill, decode, right):
@@ -144,7 +162,7 @@ def test_a_cache_full_of_leases():
 
 def test_a_stop_that_flushes_waits_for_leases(prefill):
     """An engine that is told to stop lets others read what it has leased; then its endpoint is closed."""
-    engine = Engine(settings=QUICK)
+    engine = Engine()
     params = engine.prefill(TOKENS)
     endpoint = engine.manager.endpoint
     engine.manager.stop(block=False, keep_for_next_session=True)
