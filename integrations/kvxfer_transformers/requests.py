@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a request's ``kv_transfer_params`` ask of this engine. They are those of the vLLM connector, with the same refusals."""
+"""Transfers that a request's ``kv_transfer_params`` ask for. The parameters are those of the vLLM connector, with the same refusals."""
 
 from __future__ import annotations
 
