@@ -30,10 +30,11 @@ from kvxfer.errors import ConfigError
 from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_vllm import versions
+from kvxfer_vllm.bootstrap.launch import Published, publish_engine
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, state_specs, tables_of
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
-from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel
+from kvxfer_vllm.options import ConnectorOptions, advertised
 from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
@@ -108,7 +109,9 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
-        self._options = ConnectorOptions.parse(transfer.kv_connector_extra_config)
+        self._options = ConnectorOptions.parse(
+            transfer.kv_connector_extra_config, connector=transfer.kv_connector, environ=os.environ
+        )
         refuse_unsupported(vllm_config, kv_cache_config, layer_by_layer=self._options.granularity == "layer")
         if not transfer.engine_id:
             raise ConfigError("KvxferConnector needs an engine_id")
@@ -126,9 +129,10 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         self._caches: Sequence[KVCache] = ()
         self._ports: Sequence[int] = ()
         self._handshake: KvxferHandshake | None = None
+        self._published: Published | None = None
         if role is KVConnectorRole.SCHEDULER:
             watch_weights()
-            host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+            host, port = self._options.side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
             backoff = backoff_tokens(vllm_config, kv_cache_config)
             alike = not backoff and len(kv_cache_config.kv_cache_groups) == 1
             self._scheduler = KvxferScheduler(
@@ -151,8 +155,16 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 # A state may be ahead of the answer by a token, and cannot be read as it was.
                 turns=not state_specs(kv_cache_config),
             )
+            self._publish_engine()
 
     # -------------------------------------------------------------------------------------------- scheduler's half
+
+    def _publish_engine(self) -> None:
+        """Answer MooncakeConnector's routers, if asked to, as soon as the side channel is known."""
+        found = self.scheduler_half.addresses
+        if self._published is None and found:
+            host, _ = self._options.side_channel(os.environ, 0)
+            self._published = publish_engine(self._vllm_config, self._options, host, found)
 
     @property
     def supports_divergent_local_hybrid_hits(self) -> bool:
@@ -247,6 +259,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         """See :meth:`KvxferScheduler.set_addresses`. Called only if workers reported an address."""
         size = self._vllm_config.parallel_config.tensor_parallel_size
         self.scheduler_half.set_addresses({stage * size + rank: told for (stage, rank), told in metadata.items()})
+        self._publish_engine()
 
     def get_finished_count(self) -> int | None:
         """Number of worker processes that report each request: on TPUs one, which drives all devices; None: all."""
@@ -315,7 +328,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         vLLM has one place for all ranks of prefill context parallelism, so only rank 0 reports, which knows the others.
         """
         parallel = self._vllm_config.parallel_config
-        _, port = side_channel(os.environ, parallel.data_parallel_index)
+        _, port = self._options.side_channel(os.environ, parallel.data_parallel_index)
         known = port != 0 and parallel.world_size == 1
         without_place = parallel.prefill_context_parallel_size > 1 and parallel.rank > 0
         return None if known or without_place else self._handshake
@@ -367,9 +380,11 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         return self._worker.take_failed_blocks() if self._worker is not None else set()
 
     def shutdown(self) -> None:
-        """Close the endpoints; may be called again."""
+        """Close the endpoints, and what answers routers; may be called again."""
         if self._worker is not None:
             self._worker.shutdown()
+        if self._published is not None:
+            self._published.close()
 
     # --------------------------------------------------------------------------------------------------- statistics
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer_vllm.groups import GroupBlocks
 
+IDLE_WAIT_S = 0.005
+"""Longest wait of a step that computes nothing: it delays a request that arrives meanwhile by as much."""
+
 
 @dataclass(frozen=True)
 class ReadOrder:

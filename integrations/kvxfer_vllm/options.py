@@ -28,11 +28,25 @@ _FROM_NIXL = {
     "push_registration_timeout": "use rendezvous_timeout_seconds",
 }
 
+# Options of MooncakeConnector, likewise.
+_FROM_MOONCAKE = {
+    "bootstrap_server_address": "use bootstrap_port; each prefill server answers for itself",
+    "device_name": "use agent_options",
+    "mooncake_protocol": "use agent, and agent_options",
+    "num_workers": "transfers need no threads of their own",
+    "prefill_side_swa_replay": "prefill leaves out what decode computes by itself",
+}
+_MOONCAKE = "MooncakeConnector"
+_BOOTSTRAP_PORT = 8998
+"""Default of VLLM_MOONCAKE_BOOTSTRAP_PORT."""
+_SIDE_CHANNEL_PORT = 5600
+
 _MOST_PARTS = 8
 """Most parts of the layers: each part costs a message in each step of a prefill."""
 
 String = Annotated[str, Meta(description="a string")]
 Boolean = Annotated[bool, Meta(description="true or false")]
+Port = Annotated[int, Meta(ge=1, le=2**16 - 1, description="a port from 1 to 65535")]
 Seconds = Annotated[float, Meta(gt=0, le=MAX_S, description=f"a number of seconds above 0 and up to {MAX_S:.0f}")]
 
 
@@ -76,9 +90,21 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Replaces the fingerprint that is made of the model's name and configuration. To be equal on servers that load the same
     weights from different paths."""
 
+    bootstrap_port: Port | None = None
+    """Producer: port of ``GET /query``, which MooncakeConnector's routers ask (`kvxfer_vllm.bootstrap`); without it none. Set on
+    both servers it also means that the side channel's default is any free port, and that
+    ``VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT`` counts."""
+
     @classmethod
-    def parse(cls, extra: Mapping[str, Any]) -> ConnectorOptions:
+    def parse(
+        cls, extra: Mapping[str, Any], *, connector: str = "", environ: Mapping[str, str] | None = None
+    ) -> ConnectorOptions:
         """Check vLLM's ``kv_connector_extra_config`` and make options of it.
+
+        Args:
+            extra: the configuration.
+            connector: name under which this connector was chosen; that of MooncakeConnector has a ``bootstrap_port`` by default.
+            environ: has the default of that port.
 
         Raises:
             ConfigError: an option is unknown, of a wrong type or out of range. The message names the option and what is
@@ -87,9 +113,13 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
         for name in extra:
             if name in _FROM_NIXL:
                 raise _error(f"{name!r} is NixlConnector's option: {_FROM_NIXL[name]}")
+            if name in _FROM_MOONCAKE:
+                raise _error(f"{name!r} is MooncakeConnector's option: {_FROM_MOONCAKE[name]}")
             if name not in _TYPES:
                 raise _error(f"unknown option {name!r}; known are {', '.join(sorted(_TYPES))}")
         values = {name: _checked(name, value) for name, value in extra.items()}
+        if connector == _MOONCAKE and values.get("bootstrap_port") is None:
+            values["bootstrap_port"] = _port_of(environ or {}, "VLLM_MOONCAKE_BOOTSTRAP_PORT", 1) or _BOOTSTRAP_PORT
         options = cls(**values)
         if options.granularity == "layer" and options.mode == "pull":
             raise _error("granularity 'layer' is for mode 'auto' or 'push', not 'pull'")
@@ -108,9 +138,16 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     def for_endpoint(self, environ: Mapping[str, str]) -> Settings:
         """Settings of the endpoint: these options before ``KVXFER_*`` variables before kvxfer's defaults.
 
+        With a ``bootstrap_port`` MooncakeConnector's variable comes before the default of ``lease_s``.
+
         Raises:
             ConfigError: the value of a variable has the wrong type or is out of range.
         """
+        theirs = "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT"
+        if self.bootstrap_port is not None and environ.get(theirs):
+            if not environ[theirs].isdecimal() or not 0 < int(environ[theirs]) <= MAX_S:
+                raise ConfigError(f"{theirs} must be a whole number of seconds above 0, not {environ[theirs]!r}")
+            environ = {"KVXFER_LEASE_S": environ[theirs], **environ}
         return Settings.resolve(
             environ=environ,
             lease_s=self.lease_seconds,
@@ -120,6 +157,11 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
             peer_timeout_s=self.peer_timeout_seconds,
             unread_lease_s=self.unread_lease_seconds,
         )
+
+    def side_channel(self, environ: Mapping[str, str], data_parallel_index: int) -> tuple[str, int]:
+        """See `side_channel`. With a ``bootstrap_port`` peers ask for the port, so the default is any free one."""
+        port = _SIDE_CHANNEL_PORT if self.bootstrap_port is None else 0
+        return side_channel(environ, data_parallel_index, port)
 
 
 _TYPES: Final = get_type_hints(ConnectorOptions, include_extras=True)
@@ -145,28 +187,37 @@ def _error(reason: str) -> ConfigError:
     return ConfigError(f"kv_connector_extra_config: {reason}")
 
 
-def side_channel(environ: Mapping[str, str], data_parallel_index: int) -> tuple[str, int]:
-    """Host and port of rank 0: ``KVXFER_SIDE_CHANNEL_*``, else NixlConnector's variables, else localhost:5600.
+def side_channel(
+    environ: Mapping[str, str], data_parallel_index: int, port: int = _SIDE_CHANNEL_PORT
+) -> tuple[str, int]:
+    """Host and port of rank 0: ``KVXFER_SIDE_CHANNEL_*``, else NixlConnector's variables, else localhost and ``port``.
 
     The data parallel index is added to the port, as NixlConnector does; port 0 takes any free port.
 
     Raises:
         ConfigError: a port is not a number from 0 to 65535, or a host is not one.
     """
-    host, port = "localhost", 5600
+    host = "localhost"
     for name in ("VLLM_NIXL_SIDE_CHANNEL", "KVXFER_SIDE_CHANNEL"):
         given = environ.get(f"{name}_HOST")
         if given:
             host = given if given == addresses.ANY else addresses.checked_host(given, f"{name}_HOST={given}")
-        text = environ.get(f"{name}_PORT") or ""
-        if text:
-            if not text.isdecimal() or int(text) > 2**16 - 1:
-                raise ConfigError(f"{name}_PORT must be a number from 0 to 65535, not {text!r}")
-            port = int(text)
+        given_port = _port_of(environ, f"{name}_PORT", 0)
+        port = port if given_port is None else given_port
     port = port + data_parallel_index if port else 0
     if port > 2**16 - 1:
         raise ConfigError(f"the side channel's port plus the data parallel index is {port}, beyond 65535")
     return host, port
+
+
+def _port_of(environ: Mapping[str, str], name: str, least: int) -> int | None:
+    """Value of a variable that is a port; None if it is not set."""
+    text = environ.get(name) or ""
+    if not text:
+        return None
+    if not text.isdecimal() or not least <= int(text) < 2**16:
+        raise ConfigError(f"{name} must be a number from {least} to 65535, not {text!r}")
+    return int(text)
 
 
 def tcp_address(host: str, port: int) -> str:

@@ -23,9 +23,10 @@ from vllm.v1.request import RequestStatus
 
 from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer_vllm.bootstrap.lookup import BootstrapLookups
 from kvxfer_vllm.groups import blocks_in_each
 from kvxfer_vllm.loads import Loads
-from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata, PublishOrder
+from kvxfer_vllm.metadata import IDLE_WAIT_S, KvxferHandshake, KvxferMetadata, PublishOrder
 from kvxfer_vllm.options import tcp_address
 from kvxfer_vllm.prefills import Prefills, with_new_token
 from kvxfer_vllm.prompts import PromptIdentity, TokenIdError, judge
@@ -33,6 +34,7 @@ from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
 from kvxfer_vllm.seams import fail_request
 from kvxfer_vllm.stats import KvxferStats
 from kvxfer_vllm.transfer_params import (
+    BootstrapRequest,
     ConsumerRequest,
     ProducerRequest,
     RefusalReason,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
     from kvxfer.secret import Secret
     from kvxfer_vllm.groups import GroupTable
+    from kvxfer_vllm.transfer_params import Asked
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -115,6 +118,7 @@ class KvxferScheduler:
             self._listens_at((tcp_address(host, port),))
         self._prefills = Prefills(tables)
         self._loads = Loads(tables, self.stats, share=share)
+        self._lookups = BootstrapLookups()
         self._prompts = prompts or PromptIdentity()
         self._turns = turns
         self._tokens_made: OrderedDict[str, None] = OrderedDict()
@@ -150,7 +154,14 @@ class KvxferScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Judge a request's parameters, once; announce a producer's lease, acquire a consumer's."""
-        asked = parse(request.kv_transfer_params, self._role, request.request_id)
+        self._begin(request, parse(request.kv_transfer_params, self._role, request.request_id))
+
+    def _begin(self, request: Request, asked: Asked | None) -> None:
+        """Begin what a request's parameters ask for, or ask for the prefill server first."""
+        if isinstance(asked, BootstrapRequest):
+            if not _aborted_already(request):
+                self._lookups.begin(request, asked)
+            return
         try:
             if isinstance(asked, TurnRequest):
                 self._begin_turn(request, asked.producer)
@@ -168,8 +179,20 @@ class KvxferScheduler:
             self._warn_of_namesake(asked.lease)
             self._loads.begin(request.request_id, asked.lease, self._step, acquire=not _aborted_already(request))
 
+    def _take_lookups(self, wait_s: float = 0.0) -> None:
+        """Begin the requests whose prefill server has become known. Never raises."""
+        for request, found in self._lookups.answered(wait_s):
+            try:
+                self._begin(request, found if isinstance(found, RefusedParams) else parse(found, self._role))
+            except Exception:
+                logger.exception("Defect, met by request %s, whose prefill server was asked for", request.request_id)
+                self.survive("on_new_request", request.request_id, parked=False)
+
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See `Loads.missing`."""
+        """See `Loads.missing`; None also while the prefill server is being asked for."""
+        self._take_lookups()
+        if self._lookups.waits(request.request_id):
+            return None, False
         return self._loads.missing(request.request_id, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -185,8 +208,10 @@ class KvxferScheduler:
                 # An exception here would end the engine. The blocks are published when the prefill has finished.
                 self.stats.count("hook_errors", label="build_connector_meta")
                 logger.exception("Cannot tell which blocks of this step will be complete")
+        idle = scheduler_output.total_num_scheduled_tokens == 0
+        self._take_lookups(IDLE_WAIT_S if idle else 0.0)
         step, self._step = self._step, KvxferMetadata()
-        step.idle = scheduler_output.total_num_scheduled_tokens == 0
+        step.idle = idle
         return step
 
     def reported(self, loaded: Iterable[str], failed: Collection[str], sent: Iterable[str]) -> None:
@@ -196,6 +221,7 @@ class KvxferScheduler:
 
     def reset_cache(self) -> None:
         """End leases and loads of KV that was computed so far, as after an update of the weights."""
+        self._lookups.clear()
         self._loads.reset(self._step)
         self._step.reset = True
 
@@ -212,6 +238,7 @@ class KvxferScheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request. True: its blocks, by cache group, stay allocated until a worker reports it as sent."""
         request_id = request.request_id
+        self._lookups.forget(request_id)
         self._loads.finish(request_id, self._step)
         lease = self._prefills.end(request_id)
         if lease is None:
@@ -242,6 +269,7 @@ class KvxferScheduler:
             parked: vLLM now waits for a worker to report the load, so the load is reported as failed.
         """
         self.stats.count("hook_errors", label=hook)
+        self._lookups.forget(request_id)
         self._loads.give_up(request_id, self._step, parked=parked)
         self._end_prefill(request_id)
 

@@ -26,7 +26,7 @@ from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.secret import Secret
 from kvxfer_vllm import versions
 from kvxfer_vllm.groups import is_mla, specs_of, state_specs
-from kvxfer_vllm.options import advertised, side_channel, tcp_address
+from kvxfer_vllm.options import advertised, tcp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -163,7 +163,7 @@ def start_endpoints(
     """
     if options.convert:
         _refuse_to_convert(caches[0])
-    host, port = side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
+    host, port = options.side_channel(os.environ, vllm_config.parallel_config.data_parallel_index)
     ports = ports or [port if cache.spec.rank == 0 else 0 for cache in caches]
     settings = options.for_endpoint(os.environ)
     # The setting limits the process, so its ranks share it.

@@ -4,7 +4,8 @@
 Parameters come from clients, so malformed input becomes a `RefusedParams` with a named reason, never an exception. The keys
 are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and one of kvxfer, ``kvxfer``,
 which holds the lease as a JSON object. vllm-router sends a request to both servers at once in its MoRI-IO mode only; there it
-names the prefill server in the request's id, by what `kvxfer_vllm.router_registration` has registered.
+names the prefill server in the request's id, by what `kvxfer_vllm.router_registration` has registered. MooncakeConnector's routers
+name an HTTP address that knows the prefill server; its answer turns their keys into NixlConnector's (`named_by_bootstrap`).
 
 These parameters do not decide which bytes move: the producer's grant does. Parameters that contradict themselves are refused
 nevertheless, because they come from a broken or malicious client.
@@ -13,14 +14,14 @@ nevertheless, because they come from a broken or malicious client.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from kvxfer import addresses
-from kvxfer.errors import LeaseRefError
+from kvxfer.errors import ConfigError, LeaseRefError
 from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.options import tcp_address
@@ -30,14 +31,11 @@ LEASE_KEY = "kvxfer"
 _MAX_BLOCK_ID = 2**31 - 1
 _MAX_KEY = 256
 
-# NixlConnector's keys that a consumer must find beside the lease, and their types.
-_REQUIRED: dict[str, type] = {
-    "remote_engine_id": str,
-    "remote_request_id": str,
-    "remote_host": str,
-    "remote_port": int,
-    "tp_size": int,
-}
+# NixlConnector's keys that name a prefill server, and those that a consumer must find beside the lease, with their types.
+_PLACE: dict[str, type] = {"remote_engine_id": str, "remote_host": str, "remote_port": int}
+_REQUIRED: dict[str, type] = {**_PLACE, "remote_request_id": str, "tp_size": int}
+_OF_MOONCAKE: dict[str, type] = {"remote_bootstrap_addr": str, "remote_engine_id": str, "transfer_id": str}
+"""MooncakeConnector's keys on the decode side."""
 
 
 class RefusalReason(str, enum.Enum):
@@ -61,15 +59,17 @@ class RefusalReason(str, enum.Enum):
     BAD_LEASE = "bad_lease"
     """The value of ``kvxfer`` is not a lease."""
     MISSING_KEY = "missing_key"
-    """One of NixlConnector's keys is missing."""
+    """One of NixlConnector's or MooncakeConnector's keys is missing."""
     BAD_TYPE = "bad_type"
-    """The value of one of NixlConnector's keys has the wrong type or is out of range."""
+    """The value of one of these keys has the wrong type or is out of range."""
     BAD_BLOCKS = "bad_blocks"
     """``remote_block_ids`` is no list of block ids, or has more of them than the prompt has tokens."""
     CONTRADICTION = "contradiction"
     """The lease and NixlConnector's keys name different engines, requests, ranks or numbers of tokens."""
     OTHER_MODE = "other_mode"
     """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
+    NO_PRODUCER = "no_producer"
+    """``remote_bootstrap_addr`` leads to no prefill server that runs kvxfer, or not in time."""
     OWN_ENGINE = "own_engine"
     """The lease was made by this server, or the named prefill server is this server."""
     OTHER_PROMPT = "other_prompt"
@@ -127,6 +127,19 @@ class RendezvousRequest:
 
 
 @dataclass(frozen=True)
+class BootstrapRequest:
+    """A request whose prefill server must be asked for (`kvxfer_vllm.bootstrap`), as MooncakeConnector's routers send it.
+
+    Attributes:
+        url: ``http://host:port`` of the server to ask.
+        engine_id: of the prefill server, as the router learned it, maybe from a process that has ended.
+    """
+
+    url: str
+    engine_id: str
+
+
+@dataclass(frozen=True)
 class TurnRequest:
     """A request of a conversation: its prompt begins with KV that another server has, and another server goes on with it.
 
@@ -165,9 +178,12 @@ class Role:
         return not self.addresses or any(_same_place(a, own) for a in lease.addresses for own in self.addresses)
 
 
-def parse(
-    params: object, role: Role, request_id: str = ""
-) -> ProducerRequest | ConsumerRequest | RendezvousRequest | TurnRequest | RefusedParams | None:
+Asked: TypeAlias = (
+    ProducerRequest | ConsumerRequest | RendezvousRequest | BootstrapRequest | TurnRequest | RefusedParams
+)
+
+
+def parse(params: object, role: Role, request_id: str = "") -> Asked | None:
     """Read a request's parameters; None if they ask for nothing. No input raises.
 
     ``request_id`` may name the prefill server if the parameters have a ``transfer_id`` and no ``remote_engine_id``.
@@ -194,6 +210,8 @@ def parse(
         if not role.is_consumer:
             return RefusedParams(RefusalReason.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
         no_lease = params.get(LEASE_KEY) is None
+        if no_lease and params.get("remote_bootstrap_addr") is not None:
+            return _bootstrap_request(params, role)
         if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
             params = {**params, **producer_named_in(request_id)}
         named = no_lease and params.get("remote_engine_id") is not None
@@ -224,7 +242,7 @@ def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerReques
         return RefusedParams(
             RefusalReason.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here"
         )
-    wrong = _check_keys(params, ("remote_engine_id", "remote_host", "remote_port")) or _check_sizes(params)
+    wrong = _check_keys(params, _PLACE) or _check_sizes(params)
     if wrong is not None:
         return wrong
     producer, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
@@ -235,6 +253,39 @@ def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerReques
     if role.has_made(lease):
         return RefusedParams(RefusalReason.OWN_ENGINE, "the prefill server is this engine")
     return _with_key(params, lambda key: RendezvousRequest(producer, address, key))
+
+
+def _bootstrap_request(params: Mapping[str, Any], role: Role) -> BootstrapRequest | RefusedParams:
+    """Read MooncakeConnector's parameters, which name an HTTP server that knows the prefill server."""
+    if not role.push:
+        return RefusedParams(RefusalReason.OTHER_MODE, "MooncakeConnector's keys are not for mode 'pull'")
+    wrong = _check_keys(params, _OF_MOONCAKE)
+    if wrong is not None:
+        return wrong
+    scheme, _, place = params["remote_bootstrap_addr"].removesuffix("/").partition("://")
+    try:
+        host, port = addresses.parse(f"tcp://{place}")
+    except ConfigError:
+        scheme = ""
+    if scheme != "http":
+        return RefusedParams(RefusalReason.BAD_TYPE, "remote_bootstrap_addr is not http://host:port")
+    url = tcp_address(host, port).replace("tcp://", "http://")
+    asked = BootstrapRequest(url, params["remote_engine_id"])
+    checked = _with_key(params, ProducerRequest)
+    return checked if isinstance(checked, RefusedParams) else asked
+
+
+def named_by_bootstrap(params: Mapping[str, Any], engine_id: str, address: str) -> dict[str, Any]:
+    """Replace MooncakeConnector's keys by NixlConnector's, for `parse`, now that the prefill server is known.
+
+    Args:
+        params: of the request.
+        engine_id: of the prefill server that runs now.
+        address: of its side channel.
+    """
+    host, port = addresses.parse(address)
+    place = {"remote_engine_id": engine_id, "remote_host": host, "remote_port": port}
+    return {name: value for name, value in params.items() if name != "remote_bootstrap_addr"} | place
 
 
 def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedParams:
@@ -281,15 +332,15 @@ def _same_place(address: str, own: str) -> bool:
     return port == own_port and here
 
 
-def _check_keys(params: Mapping[str, Any], names: Iterable[str]) -> RefusedParams | None:
-    """Refuse parameters that lack one of these keys of NixlConnector, or have another type there, or no port."""
-    for name in names:
+def _check_keys(params: Mapping[str, Any], types: Mapping[str, type]) -> RefusedParams | None:
+    """Refuse parameters that lack one of these keys, or have another type there, or no port."""
+    for name, kind in types.items():
         value = params.get(name)
         if value is None:
             return RefusedParams(RefusalReason.MISSING_KEY, f"{name} is missing")
-        if not isinstance(value, _REQUIRED[name]) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool):
             return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    if not 0 < params["remote_port"] < 2**16:
+    if "remote_port" in types and not 0 < params["remote_port"] < 2**16:
         return RefusedParams(RefusalReason.BAD_TYPE, "remote_port is no port")
     return None
 

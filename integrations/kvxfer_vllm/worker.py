@@ -22,6 +22,7 @@ from kvxfer.errors import KvxferError, LeaseError
 from kvxfer.layout.block_table import BlockTable
 from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked
 from kvxfer_vllm.endpoint_group import EndpointGroup, GroupTransfer
+from kvxfer_vllm.metadata import IDLE_WAIT_S
 from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from kvxfer_vllm.zeroing import BlockZeroer
 
 logger = logging.getLogger(f"vllm.{__name__}")
-
-IDLE_WAIT_S = 0.005
-"""Longest wait of a step that computes nothing: it delays a request that arrives meanwhile by as much."""
 
 # Counters of the endpoint that are exported by vLLM: (name, label) there -> name here. The label keeps its name.
 _FORWARDED = {

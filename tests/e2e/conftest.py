@@ -41,6 +41,7 @@ if not _MISSING:
     from tools.serve.client import Answer  # noqa: TC001 - as its neighbours, only where vLLM is
     from tools.serve.model import SMALL, make_model
     from tools.serve.pair import PullRouter, PushProxy, ServerSettings, VllmServer, start_all
+    from tools.serve.process import free_port
 
 # Order: tests of a pair that has just started, then tests that kill and restart servers, then those with another producer.
 _ORDER = (
@@ -55,6 +56,7 @@ _ORDER = (
     "test_side_channel",
     "test_push",
     "test_routers",
+    "test_mooncake_routers",
     "test_clients_gone",
     "test_lost_peers",
     "test_late_read",
@@ -124,13 +126,15 @@ class Lab:
         secret_file.write_bytes(os.urandom(32).hex().encode())
         self.secret = Secret.resolve(file=str(secret_file))
         known = {"secret_file": str(secret_file)}
+        self.bootstrap_port = free_port()
+        waits = {"rendezvous_timeout_seconds": RENDEZVOUS_S, "lease_seconds": LEASE_S}
         self.reference = VllmServer(ServerSettings(name="reference", model=model, num_blocks=2000), folder)
         producer = ServerSettings(
             name="prefill",
             model=model,
             role="kv_producer",
             num_blocks=2000,
-            connector_options={**known, "rendezvous_timeout_seconds": RENDEZVOUS_S, "lease_seconds": LEASE_S},
+            connector_options={**known, **waits, "bootstrap_port": self.bootstrap_port},
             arguments=_CHUNKED,
         )
         patience = {**known, "peer_timeout_seconds": PEER_TIMEOUT_S, "read_timeout_seconds": READ_TIMEOUT_S}
@@ -149,6 +153,7 @@ class Lab:
         self.decode = VllmServer(consumer, folder)
         self.recompute = VllmServer(one_by_one, folder)
         self.fronts = {"router": PullRouter(self.prefill, self.decode, folder), **self._proxies()}
+        self._mooncake = PullRouter(self.prefill, self.decode, folder, bootstrap_port=self.bootstrap_port)
         self.threads = ThreadPoolExecutor(64)
         self.first_answer: Answer | None = None
         self.first_expected: Answer | None = None
@@ -183,6 +188,12 @@ class Lab:
         start_all(*down, timeout_s=480)
         start_all(*[front for front in self.fronts.values() if not front.alive])
 
+    def mooncake_router(self) -> PullRouter:
+        """vllm-router as for MooncakeConnector. It asks the producer for its engine id when it is first needed, and then never."""
+        if not self._mooncake.alive:
+            start_all(self._mooncake)
+        return self._mooncake
+
     def consumer(self, policy: str) -> VllmServer:
         """The consumer with this ``kv_load_failure_policy``, running."""
         server = {"fail": self.decode, "recompute": self.recompute}[policy]
@@ -215,7 +226,14 @@ class Lab:
 
     def stop(self) -> None:
         """Kill every server."""
-        for server in (*self.fronts.values(), self.decode, self.recompute, self.prefill, self.reference):
+        for server in (
+            *self.fronts.values(),
+            self._mooncake,
+            self.decode,
+            self.recompute,
+            self.prefill,
+            self.reference,
+        ):
             server.kill()
         self.threads.shutdown()
 

@@ -81,6 +81,7 @@ def assert_all_work(lab, timeout_s=60.0):
 def test_a_producer_killed_before_the_read_and_restarted(lab):
     """Requests of a killed producer end as the policy says; consumers that ran on use the restarted one on the same address."""
     begun, stale = Begun(lab, prefilled=True), Begun(lab, prefilled=True)
+    router = lab.mooncake_router()  # which asks the producer for its engine id once, now or before
     lab.prefill.kill()
     answers = begun.ask_all()
     assert not any(of("fail", answers))
@@ -92,6 +93,15 @@ def test_a_producer_killed_before_the_read_and_restarted(lab):
     assert not any(of("fail", answers))
     assert all(of("recompute", answers))
     assert_all_work(lab)
+    prompt, before = lab.prompt(100), transfers(lab)
+    assert lab.eventually(lambda: router.ask(prompt, max_tokens=8).tokens == lab.expect(prompt, 8))
+    assert transfers(lab) > before
+
+
+def transfers(lab) -> float:
+    """Number of transfers of the consumer behind the routers."""
+    lab.refresh_metrics(lab.decode)
+    return lab.decode.metric("vllm:kvxfer_transfer_seconds_count")
 
 
 def ask_while_the_producer_is_frozen(lab) -> tuple[float, dict]:

@@ -9,8 +9,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from kvxfer.errors import LeaseEndedError
 from kvxfer_vllm import scheduler
+from kvxfer_vllm.metadata import IDLE_WAIT_S
 from kvxfer_vllm.plugin import register
-from kvxfer_vllm.worker import IDLE_WAIT_S
 from tests.vllm.rig import (
     BLOCK_TOKENS,
     P_PARAMS,

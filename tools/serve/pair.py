@@ -235,20 +235,34 @@ class PushProxy(ServerProcess):
 
 
 class PullRouter(ServerProcess):
-    """vllm-router in front of one prefill and one decode server, configured for NixlConnector."""
+    """vllm-router in front of one prefill and one decode server, configured for NixlConnector.
 
-    def __init__(self, prefill: VllmServer, decode: VllmServer, folder: Path, *, port: int | None = None) -> None:
+    With a ``bootstrap_port`` of the prefill server it is configured for MooncakeConnector.
+    """
+
+    def __init__(
+        self,
+        prefill: VllmServer,
+        decode: VllmServer,
+        folder: Path,
+        *,
+        port: int | None = None,
+        bootstrap_port: int | None = None,
+    ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://{_HOST}:{self.port}"
+        connector, name, asked = "nixl", "router", []
+        if bootstrap_port is not None:
+            connector, name, asked = "mooncake", "mooncake-router", [str(bootstrap_port)]
         command = [
             *(sys.executable, "-m", "vllm_router.launch_router", "--host", _HOST, "--port", str(self.port)),
-            *("--vllm-pd-disaggregation", "--prefill", prefill.url, "--decode", decode.url),
-            *("--kv-connector", "nixl", "--policy", "round_robin", "--prometheus-port", str(free_port())),
+            *("--vllm-pd-disaggregation", "--prefill", prefill.url, *asked, "--decode", decode.url),
+            *("--kv-connector", connector, "--policy", "round_robin", "--prometheus-port", str(free_port())),
         ]
         super().__init__(
-            "router",
+            name,
             command,
-            log=folder / "router.log",
+            log=folder / f"{name}.log",
             healthy=lambda: get(self.url, "/health", timeout_s=2.0)[0] == 200,
         )
 
