@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 import json
+import urllib.request
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+HOST = "127.0.0.1"
 ROUTERS = ("vllm-router", "vllm-proxy", "llm-d")
 
 
@@ -32,3 +34,10 @@ def requests_of(router: str, bootstrap: str, engine_id: str, key: str) -> tuple[
         body["kv_transfer_params"]["transfer_id"] = key
     decode["kv_transfer_params"] |= {"remote_bootstrap_addr": bootstrap, "remote_engine_id": engine_id}
     return prefill, decode, recorded["at_once"]
+
+
+def query(port: int) -> dict[str, Any]:
+    """The answer of a bootstrap server, as a router reads it; it comes when the process that answers has started."""
+    with urllib.request.urlopen(f"http://{HOST}:{port}/query", timeout=30) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found

@@ -50,7 +50,7 @@ class BootstrapEntry(Struct, frozen=True):
         return cls(engine_id, workers, KvxferPlace(side_channels[0]))
 
 
-class Registration(Struct, frozen=True):
+class EngineRegistration(Struct, frozen=True):
     """Message by which an engine makes its entry known to the server of its data parallel group."""
 
     dp_rank: Annotated[int, Meta(ge=0, lt=MAX_RANKS)]

@@ -21,7 +21,7 @@ import msgspec
 from kvxfer import addresses
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
-from kvxfer_vllm.bootstrap.answer import BootstrapEntry, Registration
+from kvxfer_vllm.bootstrap.answer import BootstrapEntry, EngineRegistration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ def publish_engine(
     entry = BootstrapEntry.of(transfer.engine_id, side_channels, parallel.tensor_parallel_size)
     alone = parallel.local_engines_only
     rank = (parallel.data_parallel_rank_local or 0) if alone else parallel.data_parallel_index
-    registration = Registration(rank, entry)
+    registration = EngineRegistration(rank, entry)
     if rank == 0:
         return BootstrapServer(host, port, registration, secret_file=options.secret_file)
     first = addresses.advertised_host(host)
@@ -88,7 +88,7 @@ class BootstrapServer:
         ConfigError: the port is taken, or the host is none of this machine.
     """
 
-    def __init__(self, host: str, port: int, own: Registration, *, secret_file: str | None = None) -> None:
+    def __init__(self, host: str, port: int, own: EngineRegistration, *, secret_file: str | None = None) -> None:
         self._listener = _listen(host, port)
         self._start = {"fd": self._listener.fileno(), "own": own, "secret_file": secret_file}
         self._closed = threading.Event()
@@ -142,7 +142,7 @@ class BootstrapRegistrar:
         secret: signs the registration.
     """
 
-    def __init__(self, host: str, port: int, own: Registration, secret: Secret | None) -> None:
+    def __init__(self, host: str, port: int, own: EngineRegistration, secret: Secret | None) -> None:
         self._place = (host, port)
         self._own = own
         self._secret = secret

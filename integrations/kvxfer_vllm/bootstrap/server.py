@@ -24,7 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kvxfer import addresses
 from kvxfer.secret import Secret
-from kvxfer_vllm.bootstrap.answer import MAX_NBYTES, BootstrapEntry, Registration
+from kvxfer_vllm.bootstrap.answer import MAX_NBYTES, BootstrapEntry, EngineRegistration
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,7 +45,7 @@ class ServerStart(msgspec.Struct, frozen=True):
     """First line of the standard input: the listening socket, the entry of the engine that has started this process, the secret."""
 
     fd: int
-    own: Registration
+    own: EngineRegistration
     secret_file: str | None = None
 
 
@@ -54,7 +54,7 @@ def signature(secret: Secret | None, body: bytes) -> str:
     return secret.digest(b"kvxfer bootstrap registration\n" + body).hex() if secret is not None else ""
 
 
-def application(own: Registration, secret: Secret | None) -> Starlette:
+def application(own: EngineRegistration, secret: Secret | None) -> Starlette:
     """Make the application that answers for the engines that are registered, first of all ``own``."""
     entries: dict[str, BootstrapEntry] = {str(own.dp_rank): own.entry}
 
@@ -74,7 +74,7 @@ def application(own: Registration, secret: Secret | None) -> Starlette:
         if not hmac.compare_digest(request.headers.get(SIGNATURE, "").encode(), signature(secret, body).encode()):
             return PlainTextResponse("the registration was not signed with this server's secret\n", 403)
         try:
-            registration = msgspec.json.decode(body, type=Registration)
+            registration = msgspec.json.decode(body, type=EngineRegistration)
         except msgspec.DecodeError as error:
             return PlainTextResponse(f"{error}\n", 400)
         entries[str(registration.dp_rank)] = registration.entry
