@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from pydantic import TypeAdapter
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_utils import EngineEntry
 
+from kvxfer.testing import eventually
 from kvxfer_vllm.bootstrap import lookup
 from kvxfer_vllm.bootstrap.answer import BootstrapEntry, WrongAnswerError, engine_in
 from kvxfer_vllm.transfer_params import BootstrapRequest, RefusalReason, Role, named_by_bootstrap, parse
