@@ -10,6 +10,7 @@ from kvxfer import addresses
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer_vllm.prompts import TokenIdError, judge, prompt_digest
 from kvxfer_vllm.transfer_params import (
+    BootstrapRequest,
     ConsumerRequest,
     ProducerRequest,
     RefusalReason,
@@ -72,6 +73,9 @@ def wish_of(params: object, tokens: Sequence[int], role: Role, secret: Secret | 
     asked = parse(params, role)
     if asked is None:
         return None
+    if isinstance(asked, BootstrapRequest):
+        why = "MooncakeConnector's keys are for vLLM; name the other engine by remote_host and remote_port"
+        asked = RefusedParams(RefusalReason.OTHER_MODE, why)
     if isinstance(asked, RefusedParams):
         return TransferWish(refused=asked)
     try:

@@ -122,6 +122,7 @@ MALFORMED = {
     "contradiction": lambda p: p.update(remote_request_id="other") or p,
     "bad_blocks": lambda p: p.update(remote_block_ids=[[-1]]) or p,
     "missing_key": lambda p: p.pop("remote_host") and p,
+    "other_mode": lambda p: p.update(kvxfer=None, transfer_id="t", remote_bootstrap_addr="http://127.0.0.1:1") or p,
 }
 
 
