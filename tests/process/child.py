@@ -99,6 +99,29 @@ class Engine:
             for number, layer in enumerate(self.layers.values())
         )
 
+    def paint(self, blocks: list[int]) -> None:
+        """Fill these blocks with what no engine has."""
+        for layer in self.layers.values():
+            layer[blocks] = np.arange(layer.shape[-1], dtype=np.uint16)
+
+    def is_painted(self, blocks: list[int]) -> bool:
+        """Whether nothing was written into these blocks since they were painted."""
+        return all(bool((layer[blocks] == np.arange(layer.shape[-1])).all()) for layer in self.layers.values())
+
+    def arrives(self, number: int, blocks: list[int], delay_s: float) -> bool:
+        """Wait until the first bytes of a read are in these painted blocks, and so long; whether the read is still under way."""
+        last = next(iter(self.layers.values())).shape[-1] - 1
+        while not self.reads[number].done:
+            if any((layer[blocks, 0, 0, last] != last).any() for layer in self.layers.values()):
+                time.sleep(delay_s)
+                break
+            time.sleep(0.0005)
+        return not self.reads[number].done
+
+    def in_use(self, *names: str) -> dict[str, int]:
+        """What of this is in use, see `Endpoint.in_use`."""
+        return {name: number for name, number in self.endpoint.in_use().items() if number and name in names}
+
     def ends(self) -> list[str]:
         """Names of the end events of leases so far."""
         self.events += self.endpoint.poll()
