@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile sweep failures versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile tcp sweep failures versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO_ENV := $(if $(findstring mooncake,$(ARGS)),mooncake,demo)
@@ -58,6 +58,9 @@ race: full-env ## Leases of 0.1 to 1 s, engines stopped at random, control messa
 
 hostile: full-env ## What hostile members of the fleet cost a live endpoint and the honest reads beside it (make hostile ARGS="--only slots")
 	$(FULL) -m tests.hostile.hostile $(ARGS)
+
+tcp: full-env ## Engines killed, closed, stopped and cut off in mid-transfer over TCP, hundreds of times: an hour (make tcp ARGS="--how kill --trials 10")
+	$(FULL) -m tests.process.tcp $(ARGS)
 
 sweep: full-env ## Every model and option through real vLLM, beside its NixlConnector (make sweep ARGS="--only gemma3"; --write-docs: the table)
 	$(FULL) -m tests.sweep.sweep $(ARGS)

@@ -104,7 +104,7 @@ class Settings(Struct, frozen=True, eq=False):
     max_chunk_nbytes: Annotated[int, Meta(ge=1, le=1 << 40)] = 1 << 40
     """Consumer: greatest size of a chunk, if a slot of either side's staging arena is not smaller. A block of one layer is
     never divided."""
-    move_by: Annotated[MoveBy, Meta()] = MoveBy.READ
+    move_by: Annotated[MoveBy, Meta()] = MoveBy.AUTO
     """Consumer: what moves the bytes of its reads, ``read``, ``write`` (by the producer, where that can be stopped) or ``auto``."""
     origin: Mapping[str, str] = field(default_factory=dict)
     """Source of each value that is not a default, by name: ``"argument"`` or the variable. Two settings with equal values

@@ -61,6 +61,7 @@ TASKS = (
     Task("killed", ("-m", "tests.hostile.dead", "--trials", "{n}"), 200, number=20),
     Task("stopped", ("-m", "tests.hostile.dead", "--trials", "{n}", "--stop"), 300, number=20),
     Task("metadata", ("-m", "tests.nixl.mutated_metadata", "--mutations", "{n}", "--seed", "{seed}"), 200, number=600),
+    Task("tcp", ("-m", "tests.process.tcp", "--trials", "{n}", "--seed", "{seed}"), 900, number=8),
     Task("steady", ("-m", "tests.race.steady", "--transfers", "{n}"), 150, number=90_000),
     Task(
         "soak",

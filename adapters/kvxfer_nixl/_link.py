@@ -103,16 +103,14 @@ class LinkWatch:
         self._met = False
         self._waited = 0
 
-    def posted(self, op: Op, nbytes: int, *, inline: bool) -> bool:
-        """Learn from a transfer that was just posted, ``inline`` if it was complete at once; True if the kind of link changed."""
+    def posted(self, op: Op, nbytes: int, *, inline: bool) -> None:
+        """Learn from a transfer that was just posted, ``inline`` if it was complete at once."""
         # A short WRITE may be buffered, and before the first transfer has succeeded all of them wait.
         if self.link is not Link.MEMORY or not self._met or op is not Op.READ or nbytes < _TELLING_NBYTES:
-            return False
+            return
         self._waited = 0 if inline else self._waited + 1
-        if self._waited < _TELLING_TIMES:
-            return False
-        self.link = Link.STREAM
-        return True
+        if self._waited >= _TELLING_TIMES:
+            self.link = Link.STREAM
 
     def completed(self) -> None:
         """Note that a transfer has succeeded: the connection exists."""

@@ -31,10 +31,12 @@ class NixlDescription(msgspec.Struct, frozen=True):
 class NixlPeer:
     """A connected peer."""
 
-    __slots__ = ("forgotten", "name", "registered", "watch")
+    __slots__ = ("forgotten", "name", "registered", "warned", "watch")
 
     def __init__(self, name: str, registered: frozenset[int], watch: LinkWatch) -> None:
         self.name, self.registered, self.watch, self.forgotten = name, registered, watch, False
+        self.warned = False
+        """It was logged that a READ ties its fate to this process's."""
 
 
 class XferRequest:

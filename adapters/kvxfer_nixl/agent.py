@@ -262,10 +262,7 @@ class NixlAgent(TransferAgent):
         if known is not None:
             known.registered = registered
             return known
-        watch = LinkWatch(predict(self._surroundings, described.surroundings))
-        if watch.link.fate_shared:
-            self._warn_of_shared_fate(name)
-        return NixlPeer(name, registered, watch)
+        return NixlPeer(name, registered, LinkWatch(predict(self._surroundings, described.surroundings)))
 
     def _check_metadata(self, name: str, metadata: bytes) -> None:
         """Refuse metadata with a malformed frame, or of another agent than ``name``, before NIXL reads it. Raises PeerInfoError."""
@@ -304,9 +301,12 @@ class NixlAgent(TransferAgent):
         except Exception:  # noqa: BLE001 - NIXL has forgotten what is unknown or dead
             _log.debug("NIXL does not forget %r", name, exc_info=True)
 
-    def _warn_of_shared_fate(self, name: str) -> None:
-        _log.warning("fate-shared link: %s reaches %s over TCP, where a process that dies during a READ may abort the "
-                     "process that it reads from (UCX); a WRITE does not", self.name, name)  # fmt: skip
+    def _warn_of_shared_fate(self, op: Op, peer: NixlPeer) -> None:
+        """Warn of the first READ from a peer over TCP. A WRITE ties no fates."""
+        if op is Op.READ and peer.watch.link.fate_shared and not peer.warned:
+            peer.warned = True
+            _log.warning("fate-shared link: %s reads from %s over TCP, where a process that ends during its READ may abort the "
+                         "process that it reads from (UCX); a WRITE does not", self.name, peer.name)  # fmt: skip
 
     # -- transfers --------------------------------------------------------------------------------------------------
 
@@ -333,8 +333,8 @@ class NixlAgent(TransferAgent):
             transfer.broken = True
             raise _errors.transfer_error(error, peer.name) from error
         transfer.complete = status == bindings.NIXL_SUCCESS
-        if peer.watch.posted(op, spans.total_nbytes, inline=transfer.complete) and peer.watch.link.fate_shared:
-            self._warn_of_shared_fate(peer.name)
+        peer.watch.posted(op, spans.total_nbytes, inline=transfer.complete)
+        self._warn_of_shared_fate(op, peer)
         return transfer
 
     def _spans(self, memory: Memory, addresses: Any, nbytes: Any) -> Any:

@@ -252,7 +252,8 @@ class ReadExecutor:
         by, writes = self._settings.move_by, source.granted.writes
         op, why = choose(by, agent.capabilities, agent.link_facts(peer), producer_writes=writes)
         if (op, source.granted.agent_info) not in self._life.proven:
-            _log.info("bytes of %s are moved by a %s: %s", peer.name, op.value.upper(), why)
+            mover = "the producer's WRITE" if op is Op.WRITE else "this side's READ"
+            _log.info("bytes of %s are moved by %s: %s", peer.name, mover, why)
         self._metrics.count("kvxfer_sources_total", by=op.value)
         return op
 

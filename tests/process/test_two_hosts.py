@@ -6,12 +6,11 @@ The control channel has a secret, without which such addresses cannot be bound, 
 
 from __future__ import annotations
 
-import signal
 import time
 
 import pytest
 
-from kvxfer.testing import ChildGoneError, eventually
+from kvxfer.testing import eventually
 from kvxfer_nixl import NixlAgent
 from tests.process.child import LARGE, EngineProcess
 from tests.process.hosts import TwoHosts, why_not
@@ -101,12 +100,8 @@ def test_a_wire_that_is_too_slow(wire, pair):
 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])
-def test_a_wire_that_breaks(wire, pair, start, how):
-    """Reads under way end in time, by name, leases end, and once the wire is healed the pair works again.
-
-    Over TCP only, UCX sometimes aborts a producer when the agent of its consumer ends during a read (docs/nixl.md): here in one
-    run of fifteen. Then the consumer works with the process that replaces the producer.
-    """
+def test_a_wire_that_breaks(wire, pair, how):
+    """Reads under way end in time, by name, leases end, and once the wire is healed the pair works again."""
     producer, consumer = pair
     assert reads(producer, consumer, 100) == "done"
     wire.slow(20)
@@ -120,14 +115,9 @@ def test_a_wire_that_breaks(wire, pair, start, how):
     assert time.monotonic() - begin < TIMEOUT_S + MARGIN_S
     eventually(lambda: producer.ends().count("LeaseExpired") == 2, timeout_s=30.0)
     wire.heal()
-    try:
-        works_again(producer, consumer)
-    except ChildGoneError:
-        producer.join(10)
-        assert producer.exitcode == -signal.SIGABRT
-        works_again(start(0).ready(), consumer)
+    works_again(producer, consumer)
     outcome, _ = consumer.read_and_wait(held, BLOCKS, TIMEOUT_S)
-    assert outcome == "LeaseEndedError" or (outcome != "done" and not producer.alive)
+    assert outcome == "LeaseEndedError"
 
 
 @pytest.mark.parametrize("how", ["cut", "unplug"])

@@ -6,8 +6,13 @@ A few of the trials of `make tcp`, which makes hundreds.
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
 import pytest
 
+from kvxfer import Endpoint, KVCache
+from kvxfer.config import MoveBy, Settings
 from kvxfer_nixl import NixlAgent
 from tests.process.hosts import why_not
 from tests.process.tcp import ENDS, Fleet
@@ -26,3 +31,33 @@ def test_one_side_ends_in_mid_transfer(ends, hosts):
         for how in ("close", "freeze", "kill") if hosts == 1 else ("close", "cut", "kill"):
             tally = fleet.run(how, 1)
             assert not tally.deaths and not tally.wrong, (how, str(tally), tally.wrong)
+
+
+def endpoint(seed, tls, move_by):
+    layers = {"layer.0": np.full((8, 2, 4, 64), seed, np.uint16)}
+    options = {"backend_options": {"UCX": {"engine_config": tls}}} if tls else {}
+    settings = Settings(move_by=move_by)
+    return layers, Endpoint(
+        KVCache.from_layers(layers, block_tokens=4), "nixl", settings=settings, agent_options=options
+    )
+
+
+@pytest.mark.parametrize(
+    ("tls", "move_by", "by"),
+    [("TLS=tcp", Settings().move_by, "write"), ("", Settings().move_by, "read"), ("TLS=tcp", MoveBy.READ, "read")],
+    ids=["tcp", "memory", "tcp, where only reads are wanted"],
+)
+def test_the_choice_is_visible(caplog, tls, move_by, by):
+    """By default the producer writes over TCP and nowhere else; one line says so, and only a READ over TCP is warned of."""
+    _, producer = endpoint(1, tls, move_by)
+    layers, consumer = endpoint(2, tls, move_by)
+    with caplog.at_level(logging.INFO), producer, consumer:
+        for block in range(3):
+            transfer = consumer.read(producer.lease([1]), [block], timeout_s=20.0)
+            assert transfer.wait(30) and (layers["layer.0"][block] == 1).all()
+            assert transfer.via.endswith("written by the producer") is (by == "write")
+        assert consumer.metrics.value("kvxfer_sources_total", by=by) == 3
+    said = [record.message for record in caplog.records]
+    mover = "the producer's WRITE" if by == "write" else "this side's READ"
+    assert sum(f"are moved by {mover}" in line for line in said) == 1
+    assert sum("fate-shared link" in line for line in said) == (tls != "" and by == "read")

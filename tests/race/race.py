@@ -54,7 +54,6 @@ class Figures:
     did: Counter[str] = field(default_factory=Counter)
     nbytes: int = 0
     wrong: int = 0
-    died: int = 0
 
     def line(self) -> str:
         """All of it."""
@@ -65,7 +64,6 @@ class Figures:
             f"{self.seconds:.0f} s, {self.leases:,} leases ({ends}; tokens that came again {self.ways['came again']:,}), {self.decoded['done']:,} reads done "
             f"({self.nbytes >> 20:,} MiB), not done: {errors or 'none'}; {did}; "
             f"wrong elements {self.wrong:,}, late writes 0, ends missed or told twice 0, reads without end 0, in use 0"
-            + (f", producers ended by their lane {self.died}" if self.died else "")
         )
 
 
@@ -76,7 +74,6 @@ class Race:
         self._random = random.Random(seed)
         self.figures = Figures()
         self._begun = time.monotonic()
-        self._fatal_lane = lane == "tcp"
         sources, sinks = map(int, ranks.split("x"))
         tls = LANES[lane]
         name, only = f"producer-{seed}", "" if route == "chosen" else route
@@ -156,8 +153,8 @@ class Race:
             self._hear(member)
         for member in self._members:
             if not member.alive:
-                self._died(member)
-            elif member.stuck:
+                raise self._wrong(f"{member.label} died by itself, exit code {member.exitcode}:\n{member.last_words}")
+            if member.stuck:
                 raise self._wrong(f"{member.label} does not come up:\n{member.last_words}")
         while self._later and self._later[0][0] <= time.monotonic():
             heapq.heappop(self._later)[2]()
@@ -299,14 +296,6 @@ class Race:
         self._inquiry.answers[member.label] = (left,)
 
     # -- checks
-
-    def _died(self, member: RaceMember) -> None:
-        if not (self._fatal_lane and member in self._sources):
-            raise self._wrong(f"{member.label} died by itself, exit code {member.exitcode}:\n{member.last_words}")
-        self.figures.died += 1  # docs/nixl.md: over TCP a consumer that gives up a read may crash its producer
-        for key in [key for key in self._leases if key[0] == member.label]:
-            del self._leases[key]
-        member.kill()
 
     def _fail(self, what: str) -> NoReturn:
         raise self._wrong(what)
