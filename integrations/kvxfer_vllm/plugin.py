@@ -12,7 +12,9 @@ class _ToVllm(logging.Handler):
     """Hands messages to vLLM's logger, which vLLM may configure later, and again."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logging.getLogger("vllm").handle(record)
+        vllm = logging.getLogger("vllm")
+        if vllm.isEnabledFor(record.levelno):
+            vllm.handle(record)
 
 
 def register() -> None:
@@ -29,3 +31,5 @@ def register() -> None:
     if not ours.handlers:
         ours.addHandler(_ToVllm())
         ours.propagate = False
+        if ours.level == logging.NOTSET:
+            ours.setLevel(logging.INFO)  # else the root's level would hold, and vLLM's would not be asked

@@ -41,6 +41,11 @@ LABELLED = {
     "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", ()),
     "refused_messages": ("Messages on the side channel that were refused.", "reason", ()),
     "handshakes": ("Handshakes that this consumer asked for.", "outcome", ()),
+    "sources": (
+        "Producers' ranks that this consumer's reads took bytes from, by what moved them.",
+        "by",
+        ("read", "write"),
+    ),
     "hook_errors": ("Defects of this connector that it survived. Please report them.", "hook", ()),
 }
 

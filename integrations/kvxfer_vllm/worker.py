@@ -41,6 +41,7 @@ _FORWARDED = {
     ("kvxfer_refused_messages_total", "reason"): "refused_messages",
     ("kvxfer_handshakes_total", "outcome"): "handshakes",
     ("kvxfer_partial_bytes_total", ""): "partial_bytes",
+    ("kvxfer_sources_total", "by"): "sources",
     ("kvxfer_agent_resets_total", ""): "agent_resets",
     ("kvxfer_internal_errors_total", ""): "internal_errors",
 }

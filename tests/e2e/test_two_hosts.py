@@ -115,9 +115,11 @@ def far(started_lab):
 
 
 def test_tokens_are_those_of_one_server(far):
-    """Tokens are right from one host to the other, in each way."""
+    """Tokens are right from one host to the other, in each way, and the prefill server has written all of it."""
     assert far.works() and far.works(num_tokens=1500)
     far.assert_over()
+    by = {by: far.at(1, far.servers[1].metric, "vllm:kvxfer_sources_total", by=by).result() for by in ("read", "write")}
+    assert by["write"] >= 4 and not by["read"]
 
 
 def test_over_a_slow_wire(far):

@@ -86,6 +86,10 @@ class Engine:
         except KvxferError as error:
             return type(error).__name__
 
+    def why(self, number: int) -> str:
+        """Text of the error with which a read has ended."""
+        return str(self.reads[number].error)
+
     def read_and_wait(self, ref: str, into: list[int], timeout_s: float) -> tuple[str, float]:
         begin = time.monotonic()
         return self.outcome(self.read(ref, into, timeout_s), timeout_s + 30), time.monotonic() - begin

@@ -78,12 +78,12 @@ def test_one_on_loopback_and_one_on_all_addresses(child, ucx):
 
 @pytest.mark.parametrize("ucx", [{}, {"ucx": "TLS=tcp"}], ids=["any lane", "tcp"])
 def test_a_producer_whose_fabric_is_silent(child, ucx):
-    """Long reads from a healthy producer are all done while one is asked that answers on its control channel and nowhere else.
+    """Long READs from a healthy producer are all done while one is asked that answers on its control channel and nowhere else.
 
     The agent is made anew for its sake at most once in eight times ``contact_timeout_s``; otherwise its reads fail at once, by name.
     """
     contact_timeout_s = 0.4
-    settings = {**PATIENT, "contact_timeout_s": contact_timeout_s}
+    settings = {**PATIENT, "contact_timeout_s": contact_timeout_s, "move_by": "read"}
     good, silent, consumer = (child(seed, LARGE, settings=settings, **ucx) for seed in (1, 2, 3))
     silent.silence_fabric()
     blocks, refs = list(range(200)), [silent.lease([1]) for _ in range(40)]

@@ -21,6 +21,8 @@ _reason = NixlAgent.why_unavailable()
 pytestmark = pytest.mark.skipif(_reason is not None, reason=str(_reason))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_one_side_ends_in_mid_transfer(ends, hosts):
@@ -28,7 +30,7 @@ def test_one_side_ends_in_mid_transfer(ends, hosts):
     if hosts == 2 and (reason := why_not()) is not None:
         pytest.skip(reason)
     with Fleet(ends, "write", two=hosts == 2) as fleet:
-        for how in ("close", "freeze", "kill") if hosts == 1 else ("close", "cut", "kill"):
+        for how in ("close", "freeze", "kill") if hosts == 1 else ("cut",):
             tally = fleet.run(how, 1)
             assert not tally.deaths and not tally.wrong, (how, str(tally), tally.wrong)
 

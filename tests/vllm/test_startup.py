@@ -101,6 +101,7 @@ def test_log_of_kvxfer_goes_where_vllm_logs():
         "log, own = logging.getLogger('kvxfer'), logging.StreamHandler()\n"
         "log.addHandler(own), plugin.register(), log.warning('one')\n"
         "log.removeHandler(own), plugin.register(), vllm.logger._configure_vllm_root_logger(), log.warning('two')\n"
+        "logging.getLogger('kvxfer.runtime').info('three'), log.debug('four')\n"
     )
     environment = {**os.environ, "VLLM_CONFIGURE_LOGGING": "1"}
     run = subprocess.run(
@@ -109,6 +110,7 @@ def test_log_of_kvxfer_goes_where_vllm_logs():
     said = run.stdout + run.stderr
     assert re.search("^one$", said, re.MULTILINE)
     assert re.search(r"WARNING \S+ \S+ \[.*\] two$", said, re.MULTILINE)
+    assert re.search(r"INFO \S+ \S+ \[.*\] three$", said, re.MULTILINE) and "four" not in said
 
 
 def test_unknown_name_in_the_package():
