@@ -83,7 +83,8 @@ def test_real_transfers_agree_with_the_prediction(caplog, make_agent, op, link, 
                 flight = reader.start(op, name, [(local.address, remote.address, MIB)], 30.0)
                 assert reader.log.wait(flight, timeout_s=30.0).state is FlightState.DONE
         assert reader.agent.link(reader.peer(name)) is link
-        assert sum("fate-shared" in record.message for record in caplog.records) == warnings
+        # A record comes twice where vLLM's logger was configured by a test of this process.
+        assert len({id(record) for record in caplog.records if "fate-shared" in record.message}) == warnings
     finally:
         reader.agent.close()
         owner.agent.close()
