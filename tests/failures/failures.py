@@ -58,6 +58,7 @@ class Trial:
 
     def ask(self, prompt: Sequence[int], params: Any, server: VllmServer | None = None) -> str:
         """Ask the decode server, or another one; returns what a client gets."""
+        failed = self.pair.failed()
         begin = time.monotonic()
         try:
             answer = (server or self.pair.decode).ask(
@@ -70,7 +71,9 @@ class Trial:
             return f"**no answer in {BOUND_S:.0f} s**"
         took = f"in {time.monotonic() - begin:.1f} s"
         if not answer.ok:
-            return f"HTTP {answer.status} {took}"
+            now = self.pair.failed()
+            names = [name for name, number in now.items() if number > failed.get(name, 0)]
+            return f"HTTP {answer.status} {took}" + "".join(f" (`{name}`)" for name in names)
         expected = self.reference.ask(prompt, max_tokens=_ANSWER_TOKENS)
         if answer.tokens == expected.tokens:
             return f"right tokens {took}"

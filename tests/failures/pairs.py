@@ -52,6 +52,16 @@ class KvxferPair:
     def restart_router(self) -> None:
         """Ask the servers what a router asks them when it starts."""
 
+    def failed(self) -> dict[str, float]:
+        """Transfers that failed so far, by the name of their error, as far as the connector counts them."""
+        try:
+            samples = self.decode.metrics()
+        except OSError:  # it is gone
+            return {}
+        return {
+            each.labels["reason"]: each.value for each in samples if each.name == "vllm:kvxfer_failed_transfers_total"
+        }
+
     def stop(self) -> None:
         """Kill both."""
         for server in (self.decode, self.prefill):
