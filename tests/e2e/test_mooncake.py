@@ -11,6 +11,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from kvxfer.registry import why_unavailable
@@ -90,8 +91,15 @@ def assert_failures_are_named(pair):
     assert {reason for reason, number in failed.items() if number} <= NAMED
 
 
+def has_loaded_mooncake(server):
+    """Whether a process of a server has loaded Mooncake's engine."""
+    children = psutil.Process(server.pid).children(recursive=True)
+    return any("/mooncake/engine" in mapped.path for child in children for mapped in child.memory_maps())
+
+
 def test_tokens_over_mooncake(pair, over_mooncake, way):
     """Tokens are those of one server, for prompts of one token to many chunks, in both ways; all KV comes by a transfer."""
+    assert all(has_loaded_mooncake(server) for server in (pair.prefill, pair.decode))
     before = pair.decode.metric("vllm:kvxfer_transfer_seconds_count")
     for num_tokens in LENGTHS:
         prompt = pair.prompt(num_tokens)
