@@ -47,7 +47,8 @@ class TransferOptions:
     Attributes:
         kv_load_failure_policy: ``"fail"``: a request whose KV cannot be read fails by the error's name. ``"recompute"``: its prompt is
             computed here. As vLLM's option.
-        model_fingerprint: replaces what is computed of the model's configuration and weights.
+        model_fingerprint: replaces what is computed of the model's configuration and weights. A server of vLLM that is told the same
+            serves, and is served by, this engine, if no layer has a sliding window.
     """
 
     agent: AgentChoice = "nixl"
@@ -171,7 +172,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
         if self._exchange is None:
             view = PagedCacheView(processor.cache)
             options = self.transfer
-            fingerprint = model_fingerprint(self.model, options.model_fingerprint)
+            fingerprint = model_fingerprint(self.model, options.model_fingerprint, windows=view.has_windows)
             device = "rocm" if torch.version.hip is not None else self.model.device.type
             buffers = cast("BufferMaker", registry.load(_BUFFERS.get(device, device), "buffers"))
             endpoint = Endpoint(

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identity of a model: equal for two engines of transformers exactly if KV of one means the same to the other."""
+"""Identity of a model: equal for two engines exactly if KV of one means the same to the other.
+
+Two engines of transformers compute it of the configuration and the weights. An engine of another kind computes the same where both
+are told a name for the model. K is kept after rotation in either. Layers with sliding windows are excepted: transformers overwrites
+the oldest tokens of a window's first block, and vLLM would take that block for a prefix that it has.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +21,13 @@ _NO_PART: Final = ("_name_or_path", "architectures", "dtype", "torch_dtype", "tr
 """Entries of a configuration that KV does not depend on."""
 
 
-def model_fingerprint(model: Any, override: str = "") -> str:
+def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) -> str:
     """Digest of a model's configuration, dtype, and a sample of each of its weights; its name and path are no part of it.
 
     Args:
         model: of transformers.
         override: replaces the configuration and the weights, not the dtype.
+        windows: some layers have sliding windows.
     """
     facts: dict[str, Any] = {"dtype": str(model.dtype)}
     if override:
@@ -31,7 +37,8 @@ def model_fingerprint(model: Any, override: str = "") -> str:
         facts["config"] = {name: value for name, value in config.items() if name not in _NO_PART}
         facts["weights"] = _weights_digest(model)
     text = json.dumps(facts, sort_keys=True, default=str)
-    return f"transformers:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    kind = "model" if override and not windows else "transformers"
+    return f"{kind}:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def _weights_digest(model: Any) -> str:

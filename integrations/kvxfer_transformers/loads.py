@@ -95,7 +95,7 @@ class LeasedPrompts:
         )
 
     def claim(self, lease: LeaseRef) -> bool:
-        """Claim a lease for one request; False if another request has, or had, it. Any thread."""
+        """Claim a lease for one request; False if another request has, or had, it."""
         if lease.token in self._used:
             return False
         self._used[lease.token] = None

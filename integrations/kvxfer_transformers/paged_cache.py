@@ -69,6 +69,11 @@ class PagedCacheView:
         """Number of cache groups."""
         return len(self._groups)
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers have sliding windows."""
+        return any(allocator.layer_type == SLIDING for allocator in self._groups)
+
     def describe(self, fingerprint: str, buffers: BufferMaker) -> KVCache:
         """Describe the cache to kvxfer; nothing is copied.
 
@@ -78,15 +83,18 @@ class PagedCacheView:
         """
         layers: dict[str, list[torch.Tensor]] = {}
         groups: dict[str, list[str]] = {}
+        kinds: dict[str, str] = {}
         for allocator in self._groups:
-            names = groups[allocator.layer_type] = [f"layers.{number}" for number in allocator.layer_indices]
+            group = f"window-{allocator.sliding_window}" if allocator.layer_type == SLIDING else "full"  # as for vLLM
+            kinds[group] = _KINDS[allocator.layer_type]
+            names = groups[group] = [f"layers.{number}" for number in allocator.layer_indices]
             pages = self._pages(allocator)
             for i, name in enumerate(names):
                 layers[name] = [pages[:, i, part].transpose(1, 2) for part in (0, 1)]
         return KVCache.from_layers(
             layers,
             groups=groups,
-            kinds={name: _KINDS[name] for name in groups},
+            kinds=kinds,
             fingerprint=fingerprint,
             buffers=buffers,
         )

@@ -257,7 +257,8 @@ def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
 
     Args:
         vllm_config: of this server.
-        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the model's dtype.
+        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the model's dtype. Another engine
+            that is told the same computes the same.
     """
     model = vllm_config.model_config
     facts: dict[str, Any] = {"dtype": str(model.dtype)}
@@ -275,7 +276,7 @@ def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
         }
     facts |= _drafting(vllm_config)
     text = json.dumps(facts, sort_keys=True, default=str)
-    return f"vllm:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    return f"{'model' if override else 'vllm'}:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -60,6 +60,7 @@ _ORDER = (
     "test_clients_gone",
     "test_lost_peers",
     "test_late_read",
+    "test_two_engines",
     "test_serve",
 )
 _TEST_TIMEOUT_S = 600

@@ -39,17 +39,18 @@ SIZES = {
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 NEW_TOKENS = 6
-QUICK = Settings(
-    lease_s=2.0,
-    peer_timeout_s=3.0,
-    read_timeout_s=10.0,
+SOON = Settings(
+    lease_s=4.0,
+    peer_timeout_s=5.0,
+    read_timeout_s=20.0,
     rendezvous_timeout_s=4.0,
     retry_interval_s=0.1,
     quarantine_s=0.1,
 )
+"""For tests of deadlines. On a busy machine they are too short for others."""
 
 
-def model(kind="full"):
+def tiny_model(kind="full"):
     """A model with random weights, the same for each call: ``full``, ``windows`` or ``mixed`` attention."""
     torch.manual_seed(0)
     if kind == "full":
@@ -71,13 +72,24 @@ def prompt(length, seed=0):
 class Engine:
     """A manager and its results."""
 
-    def __init__(self, kind="full", *, page_size=16, num_blocks=128, max_batch_tokens=64, settings=QUICK, **options):
+    def __init__(
+        self,
+        kind="full",
+        *,
+        model=None,
+        page_size=16,
+        num_blocks=128,
+        max_batch_tokens=64,
+        new_tokens=NEW_TOKENS,
+        settings=None,
+        **options,
+    ):
         config = ContinuousBatchingConfig(
             page_size=page_size, num_blocks=num_blocks, max_batch_tokens=max_batch_tokens, max_requests_per_batch=16
         )
-        generation = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
+        generation = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1)
         transfer = TransferOptions(**{"agent": "inproc", "settings": settings, **options})
-        self.manager = KvxferBatchingManager(model(kind), generation, config, transfer=transfer)
+        self.manager = KvxferBatchingManager(model or tiny_model(kind), generation, config, transfer=transfer)
         self.manager.start()
         self.outputs = {}
 

@@ -12,14 +12,14 @@ from kvxfer.errors import ConfigError
 from kvxfer.testing import eventually
 from kvxfer_transformers import seams
 from kvxfer_transformers.batching import TransferOptions
-from tests.transformers.rig import NEW_TOKENS, Engine, prompt
+from tests.transformers.rig import NEW_TOKENS, SOON, Engine, prompt
 
 TOKENS = prompt(50)
 
 
 @pytest.fixture(scope="module")
 def prefill():
-    engine = Engine()
+    engine = Engine(settings=SOON)
     yield engine
     engine.check_idle()
     engine.close()
@@ -27,7 +27,7 @@ def prefill():
 
 @pytest.fixture(scope="module", params=["fail", "recompute"])
 def decode(request):
-    engine = Engine(kv_load_failure_policy=request.param)
+    engine = Engine(settings=SOON, kv_load_failure_policy=request.param)
     yield engine
     engine.check_idle()
     engine.close()
@@ -63,6 +63,7 @@ def check_failed_or_computed(decode, output, right, error):
 def test_a_lease_that_has_ended(prefill, decode, right):
     """A lease that expired before its request came fails it by name, or its prompt is computed."""
     params = prefill.prefill(TOKENS)
+    eventually(lambda: prefill.manager.endpoint.in_use()["leases"])
     eventually(lambda: not prefill.manager.endpoint.in_use()["leases"])
     output = decode.result(decode.add(TOKENS, params))
     check_failed_or_computed(decode, output, right, "Lease")
@@ -70,7 +71,7 @@ def test_a_lease_that_has_ended(prefill, decode, right):
 
 def test_a_producer_that_is_not_there(decode, right):
     """A lease of an engine that has stopped fails its request by name, or its prompt is computed."""
-    gone = Engine()
+    gone = Engine(settings=SOON)
     params = gone.prefill(TOKENS)
     gone.close()
     output = decode.result(decode.add(TOKENS, params))
@@ -79,7 +80,8 @@ def test_a_producer_that_is_not_there(decode, right):
 
 def test_a_prefill_that_is_aborted_while_it_is_read(prefill, decode):
     """A consumer that has read the first blocks of a prefill that is then aborted ends as its policy says."""
-    tokens, key = prompt(1200), decode.manager.name
+    key = decode.manager.name
+    tokens = prompt(1900, len(decode.manager.transfer.kv_load_failure_policy))  # not in any prefix cache
     asked = decode.add(tokens, rendezvous(prefill, key))
     prefilled = prefill.add(tokens, {"do_remote_decode": True, "transfer_id": key})
     eventually(lambda: decode.manager.endpoint.in_use()["read_nbytes"])
@@ -89,7 +91,7 @@ def test_a_prefill_that_is_aborted_while_it_is_read(prefill, decode):
 
 def test_a_prefill_that_is_preempted_while_it_is_read():
     """A prefill whose blocks transformers takes away ends its early read by name, and is finished later under a new lease."""
-    prefill, decode = Engine(num_blocks=12), Engine()
+    prefill, decode = Engine(num_blocks=12), Engine(settings=SOON)
     other = prefill.add(prompt(70, 4), max_new_tokens=40)
     tokens = prompt(120, 5)
     early = decode.add(tokens, rendezvous(prefill, "taken"))
@@ -145,7 +147,7 @@ def test_a_lease_of_another_prompt_or_of_another_request(prefill, decode, right)
 
 def test_a_cache_full_of_leases():
     """Where leases have all blocks, requests wait for their end; what is larger than the cache fails by name; the loop goes on."""
-    engine, decode = Engine(num_blocks=8), Engine(num_blocks=8)
+    engine, decode = Engine(num_blocks=8, settings=SOON), Engine(num_blocks=8)
     params = [engine.prefill(prompt(40, seed)) for seed in range(2)]
     waits = engine.add(prompt(40, 5))
     assert engine.result(waits).error is None
@@ -167,7 +169,7 @@ def test_a_stop_that_flushes_waits_for_leases(prefill):
     params = engine.prefill(TOKENS)
     endpoint = engine.manager.endpoint
     engine.manager.stop(block=False, keep_for_next_session=True)
-    assert endpoint.in_use()["leases"] == 1
+    eventually(lambda: endpoint.in_use()["leases"] == 1)
     assert len(prefill.generate(TOKENS, params)) == NEW_TOKENS
     eventually(lambda: not engine.manager.is_running())
     assert engine.manager.endpoint is None

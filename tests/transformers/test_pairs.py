@@ -10,14 +10,14 @@ import torch
 
 from kvxfer import addresses
 from kvxfer.testing import eventually
-from tests.transformers.rig import NEW_TOKENS, WINDOW, Engine, model, prompt
+from tests.transformers.rig import NEW_TOKENS, WINDOW, Engine, prompt, tiny_model
 
 LENGTHS = [1, 2, 16, 17, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 79, 80, 81, 100, 300]
 
 
 @lru_cache
 def reference(kind):
-    return model(kind)
+    return tiny_model(kind)
 
 
 def expected(kind, tokens):

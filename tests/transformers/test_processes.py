@@ -8,7 +8,7 @@ import multiprocessing as mp
 import pytest
 
 from tests.transformers import child
-from tests.transformers.rig import WINDOW, Engine, prompt
+from tests.transformers.rig import SOON, WINDOW, Engine, prompt
 
 pytest.importorskip("nixl_cu13", reason="NIXL is not installed")
 
@@ -27,7 +27,7 @@ def producer():
 def test_two_processes_and_the_death_of_one(producer):
     """Tokens of two processes are those of one engine. After the producer was killed, a request fails by name, and the engine goes on."""
     process, pipe = producer
-    decode = Engine("mixed", agent="nixl")
+    decode = Engine("mixed", agent="nixl", settings=SOON)
     assert pipe.recv() == "ready"
     prompts = [prompt(length, seed) for seed, length in enumerate((3, WINDOW + 9, 200))]
     for tokens in prompts:

@@ -69,6 +69,7 @@ _TOWER = {
 #: By the name that a recipe gives.
 ARCHITECTURES = {
     "llama": Architecture("LlamaConfig", "LlamaForCausalLM"),
+    "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM"),
     # Llama with windows is how vLLM runs Mistral, whose own tokenizers want a package more.
     "windows": Architecture("LlamaConfig", "LlamaForCausalLM", {"layer_types": ["sliding_attention"] * 4}),
     "gemma3": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 32}),

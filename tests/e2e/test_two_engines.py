@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two unlike engines in one pair: a server of vLLM, and an engine of transformers in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+
+import pytest
+
+ENGINE_NAME = {"model_fingerprint": "kvxfer-small"}
+MODELS = os.environ.get("TWO_ENGINES", "llama").split(",")
+"""Architectures; CI starts one server only. ``TWO_ENGINES=llama,qwen3`` tries both."""
+LENGTHS = (1, 17, 64, 333, 3000)
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engines(request, tmp_path_factory):
+    """A server of vLLM that is producer and consumer, and an engine of transformers on the same checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.transformers.rig import Engine
+    from tools.serve.model import SMALL, make_model
+    from tools.serve.pair import ServerSettings, VllmServer
+
+    other = (
+        {}
+        if request.param == SMALL.architecture
+        else {"name": f"kvxfer-{request.param}", "architecture": request.param}
+    )
+    recipe = dataclasses.replace(SMALL, **other)
+    folder, path = tmp_path_factory.mktemp("two"), make_model(recipe)
+    settings = ServerSettings(name="vllm", model=path, role="kv_both", num_blocks=600, connector_options=ENGINE_NAME)
+    server = VllmServer(settings, folder)
+    server.start()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+        cache = {"num_blocks": 600, "max_batch_tokens": 512}
+        engine = Engine(model=model, agent="nixl", new_tokens=NEW_TOKENS, **cache, **ENGINE_NAME)
+        server.wait_ready()
+        yield server, engine
+        engine.check_idle()
+        engine.close()
+        assert server.blocks_in_use() == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_tokens_of_two_engines_are_those_of_one(engines, length):
+    """Prefill in transformers and decode in vLLM, and the other way round: greedy tokens of each engine alone, over kvxfer."""
+    server, engine = engines
+    chance = random.Random(length)
+    there, here = ([chance.randrange(3, 512) for _ in range(length)] for _ in range(2))
+    answer = server.ask(there, max_tokens=NEW_TOKENS, kv_transfer_params=engine.prefill(there))
+    assert answer.ok, answer.body
+    assert list(answer.tokens) == engine.generate(there)
+    params = server.prefill(here).kv_transfer_params
+    tokens = engine.generate(here, params)
+    server.reset_prefix_cache()
+    assert tokens == list(server.ask(here, max_tokens=NEW_TOKENS).tokens)
+
+
+def test_both_directions_have_moved_bytes(engines):
+    """No prompt of more than one token was computed twice: each engine has read as many leases as the other has handed out."""
+    server, engine = engines
+    assert engine.metric("kvxfer_transfers_total", outcome="done") >= len(LENGTHS) - 1
+    assert not engine.manager.refused_params
+    assert server.metric("vllm:kvxfer_transfer_bytes_count") >= len(LENGTHS) - 1
