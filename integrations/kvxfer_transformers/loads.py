@@ -105,8 +105,8 @@ class LeasedPrompts:
 
     def begin(self, state: Any, lease: LeaseRef) -> None:
         """Add a request whose lease was claimed, and keep the lease alive until it is read."""
-        self._waiting[state.request_id] = LeasedPrompt(state, lease, f"kvxfer read {next(self._numbers)}")
         self._endpoint.acquire(lease)
+        self._waiting[state.request_id] = LeasedPrompt(state, lease, f"kvxfer read {next(self._numbers)}")
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. The blocks of a read that is under way are freed when it has ended."""
@@ -149,16 +149,20 @@ class LeasedPrompts:
         prompt.start = cache.search_prefix_match(state.request_id, tokens)
         prompt.stop = min(prompt.lease.num_tokens, len(tokens) - 1)  # a lease has no logits: the last token is computed
         state.position_offset = prompt.start
-        if (
-            prompt.start < prompt.stop
-            and cache.can_store_request_tokens(state, prompt.stop - prompt.start)
-            and (not self._view.needs_spare(prompt.stop) or cache.can_store_request_tokens(prompt.spare, 1))
-        ):
+        if prompt.start < prompt.stop and (self._store(prompt) or (self._view.evict() and self._store(prompt))):
             self._view.rename(state.request_id, prompt.owner)
             return True
         self._view.free(state.request_id)
         state.position_offset = 0
         return False
+
+    def _store(self, prompt: LeasedPrompt) -> bool:
+        """Allocate what a request lacks, if there is room."""
+        cache = self._view.cache
+        return bool(
+            cache.can_store_request_tokens(prompt.state, prompt.stop - prompt.start)
+            and (not self._view.needs_spare(prompt.stop) or cache.can_store_request_tokens(prompt.spare, 1))
+        )
 
     def _read(self, prompt: LeasedPrompt) -> list[LoadEnd]:
         start, stop = prompt.start, prompt.stop

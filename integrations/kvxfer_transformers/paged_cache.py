@@ -134,6 +134,12 @@ class PagedCacheView:
         """Give the blocks of an owner back to transformers, which may keep full ones in its prefix cache."""
         self.cache.free_blocks(owner)
 
+    def evict(self) -> bool:
+        """Empty the prefix cache; whether there was something in it. transformers does that for its own requests only."""
+        evicted = bool(self.cache.evict_cached_blocks())
+        self.cache.pool.try_to_free_sectors()
+        return evicted
+
     def source_tables(self, owner: str, num_tokens: int, *, complete: bool) -> list[BlockTable]:
         """Block tables of what an owner has of its first ``num_tokens`` tokens.
 

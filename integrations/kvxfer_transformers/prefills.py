@@ -63,7 +63,11 @@ class SharedPrefills:
         number = sum(len(table.ids) for table in tables)
         if number > prefill.published:
             prefill.published = number
-            self._endpoint.publish(prefill.lease, tables, complete=False)
+            try:
+                self._endpoint.publish(prefill.lease, tables, complete=False)
+            except KvxferError:
+                logger.exception("Request %s: its KV cannot be leased", state.request_id)
+                self.cancel(state.request_id)
 
     def finish(self, request_id: str, state: Any) -> LeaseRef | None:
         """Publish all blocks of a prefill that has ended, if it is for another engine, before transformers frees them.

@@ -158,6 +158,9 @@ def test_a_cache_full_of_leases():
     params = [engine.prefill(prompt(40, 9)), engine.prefill(prompt(40, 10))]
     asked = [decode.add(prompt(40, seed), its) for seed, its in zip((9, 10), params, strict=True)]
     assert [decode.result(each).error for each in asked] == [None, None]
+    # Half of the cache has prefixes that no request uses.
+    large = prompt(100, 11)
+    assert decode.generate(large, engine.prefill(large)) == engine.generate(large)
     for each in (engine, decode):
         each.check_idle()
         each.close()
