@@ -36,6 +36,7 @@ def engines(request, tmp_path_factory):
     settings = ServerSettings(name="vllm", model=path, role="kv_both", num_blocks=600, connector_options=ENGINE_NAME)
     server = VllmServer(settings, folder)
     server.start()
+    engine = None
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
         cache = {"num_blocks": 600, "max_batch_tokens": 512}
@@ -43,9 +44,10 @@ def engines(request, tmp_path_factory):
         server.wait_ready()
         yield server, engine
         engine.check_idle()
-        engine.close()
         assert server.blocks_in_use() == 0
     finally:
+        if engine is not None:
+            engine.close()
         server.stop()
 
 

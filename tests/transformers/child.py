@@ -9,12 +9,12 @@ from tests.transformers.rig import Engine
 
 
 def serve(pipe, kind):
-    """Prefill until the pipe ends."""
+    """Prefill until the process is killed. For an empty prompt, check that nothing is in use."""
     torch.set_num_threads(1)
     engine = Engine(kind, agent="nixl")
     pipe.send("ready")
-    while (tokens := pipe.recv()) is not None:
-        pipe.send(engine.prefill(tokens))
-    engine.check_idle()
-    pipe.send("idle")
-    engine.close()
+    while True:
+        tokens = pipe.recv()
+        if not tokens:
+            engine.check_idle()
+        pipe.send(engine.prefill(tokens) if tokens else "idle")

@@ -11,6 +11,16 @@ if importlib.util.find_spec("transformers") is None or importlib.util.find_spec(
     collect_ignore_glob = ["test_*.py"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_engine_stays():
+    """Engines of tests that have failed are closed, too."""
+    from tests.transformers import rig
+
+    yield
+    for engine in list(rig.RUNNING):
+        engine.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Tiny models are slower on several threads."""

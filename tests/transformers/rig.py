@@ -39,6 +39,8 @@ SIZES = {
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 NEW_TOKENS = 6
+RUNNING = []
+"""Engines that were not closed. Their threads would keep the process alive."""
 SOON = Settings(
     lease_s=4.0,
     peer_timeout_s=5.0,
@@ -92,6 +94,7 @@ class Engine:
         self.manager = KvxferBatchingManager(model or tiny_model(kind), generation, config, transfer=transfer)
         self.manager.start()
         self.outputs = {}
+        RUNNING.append(self)
 
     @property
     def cache(self):
@@ -131,4 +134,5 @@ class Engine:
             assert self.cache.compute_free_capacity() == 1.0
 
     def close(self):
+        RUNNING.remove(self)
         self.manager.stop(hard_stop=True, timeout=30)

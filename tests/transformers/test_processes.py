@@ -34,6 +34,8 @@ def test_two_processes_and_the_death_of_one(producer):
         pipe.send(tokens)
         assert decode.generate(tokens, pipe.recv()) == decode.generate(tokens)
     assert decode.metric("kvxfer_transfers_total", outcome="done") == 3
+    pipe.send([])
+    assert pipe.recv() == "idle"
     pipe.send(prompts[-1])
     params = pipe.recv()
     process.kill()
