@@ -48,6 +48,7 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.staging import StagingArena
 from kvxfer_vllm import transfer_params as vllm_params
+from kvxfer_vllm.bootstrap.answer import BootstrapEntry, WrongAnswerError, engine_in
 from kvxfer_vllm.options import ConnectorOptions
 from tests.fuzz import machine
 
@@ -202,6 +203,10 @@ def run_params(data: bytes) -> bool:
         vllm_params.Role("x", True, True, False),
     ):
         asked = vllm_params.parse(value.get("params"), role, request_id)
+        if isinstance(asked, vllm_params.BootstrapRequest):
+            found = vllm_params.named_by_bootstrap(value["params"], "P2", "tcp://h:5600")
+            asked = vllm_params.parse(found, role, request_id)
+            assert not isinstance(asked, vllm_params.BootstrapRequest)
         if isinstance(asked, vllm_params.TurnRequest):
             assert isinstance(asked.producer, vllm_params.ProducerRequest)
             asked = asked.consumer
@@ -236,17 +241,35 @@ def seeds_params() -> list[bytes]:
         "transfer_id": "t",
     }
     named = {"do_remote_prefill": True, "transfer_id": "t"}
+    mooncake = {**named, "remote_engine_id": "P2", "remote_bootstrap_addr": "http://h:8998"}
     asked = [({"do_remote_decode": True, "transfer_id": "t"}, ""), (fetch, ""), (meet, "")]
     turn = {**fetch, "do_remote_decode": True}
-    asked += [(named, "x___prefill_addr_P@h:1___decode_addr_D@h:2_y"), (turn, ""), ({}, "")]
+    asked += [(mooncake, ""), (named, "x___prefill_addr_P@h:1___decode_addr_D@h:2_y"), (turn, ""), ({}, "")]
     return _dumped(*({"params": params, "id": request_id} for params, request_id in asked))
+
+
+def run_bootstrap(data: bytes) -> bool:
+    try:
+        engine_id, address = engine_in(data, "P_dp1")
+    except WrongAnswerError:
+        return False
+    found = vllm_params.named_by_bootstrap({"do_remote_prefill": True, "transfer_id": "t"}, engine_id, address)
+    asked = vllm_params.parse(found, vllm_params.Role("D", False, True))
+    assert isinstance(asked, (vllm_params.RendezvousRequest, vllm_params.RefusedParams))
+    return True
+
+
+def seeds_bootstrap() -> list[bytes]:
+    entries = {str(rank): BootstrapEntry.of(f"P_dp{rank}", [f"tcp://h:{rank + 1}"], 1) for rank in range(2)}
+    old = {rank: {"engine_id": "Q", "kvxfer": {"address": "tcp://[::1]:5600", "v": 1}} for rank in ("0", "1")}
+    return [msgspec.json.encode(each) for each in (entries, old, {"0": {"engine_id": "Q", "worker_addr": {}}})]
 
 
 def run_options(data: bytes) -> bool:
     value = _value(data)
     try:
         options = ConnectorOptions.parse(value if isinstance(value, dict) else {})
-        options.for_endpoint({})
+        options.for_endpoint({"VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": "480"})
         options.parts(["a", "b", "c"])
         options.for_agent()
     except ConfigError:
@@ -271,6 +294,7 @@ def seeds_options() -> list[bytes]:
             "unread_lease_seconds": 2.5,
             "announce_timeout_seconds": 1,
         },
+        {"bootstrap_port": 8998, "num_workers": 10},
     )
 
 
@@ -623,6 +647,7 @@ TARGETS = [
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
     Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),
+    Target("bootstrap", "json", run_bootstrap, seeds_bootstrap, {"integrations/kvxfer_vllm/bootstrap/answer.py": 85}),
     Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_vllm/options.py": 60}),
     Target("settings", "json", run_settings, seeds_settings, {"kvxfer/config.py": 90}),
     Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout/spec.py": 85, "kvxfer/planner/chunks.py": 75}),

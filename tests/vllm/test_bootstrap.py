@@ -219,6 +219,7 @@ ANSWERS = {
     "a redirection": {"status": 302, "headers": [("Location", "http://127.0.0.1:1/")]},
     "no JSON": {"body": b"<html>"},
     "a list": {"body": b"[]"},
+    "no UTF-8": {"body": b'{"\xd6": {}}'},
     "no engine": {"body": b"{}"},
     "an engine id of a list": {"body": b'{"0": {"engine_id": ["a"]}}'},
     "MooncakeConnector": {"body": entry()},

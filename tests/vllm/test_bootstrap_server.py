@@ -74,9 +74,10 @@ def test_garbage():
                 with contextlib.suppress(OSError):
                     while connection.recv(4096):
                         pass
-        for method, path, status in (("GET", "/", 404), ("POST", "/query", 405), ("POST", "/register", 400)):
+        wrong = [("GET", "/", b"", 404), ("POST", "/query", b"", 405), ("POST", "/register", b"{", 400)]
+        for method, path, body, status in [*wrong, ("POST", "/register", b'{"\xd6": {}}', 400)]:
             with contextlib.closing(HTTPConnection(HOST, port, timeout=30)) as connection:
-                connection.request(method, path, b"{")
+                connection.request(method, path, body)
                 assert connection.getresponse().status == status
         assert query(port)["0"]["engine_id"] == "P_dp0"
 

@@ -72,7 +72,7 @@ def engine_in(body: bytes, engine_id: str) -> tuple[str, str]:
     """
     try:
         entries = msgspec.json.decode(body, type=dict[str, BootstrapEntry])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise WrongAnswerError(f"it does not answer as a bootstrap server: {error}") from error
     entry = _entry_of(entries, engine_id)
     if entry is None:

@@ -75,7 +75,7 @@ def application(own: EngineRegistration, secret: Secret | None) -> Starlette:
             return PlainTextResponse("the registration was not signed with this server's secret\n", 403)
         try:
             registration = msgspec.json.decode(body, type=EngineRegistration)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return PlainTextResponse(f"{error}\n", 400)
         entries[str(registration.dp_rank)] = registration.entry
         return PlainTextResponse("ok\n")
