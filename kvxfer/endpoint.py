@@ -156,7 +156,10 @@ class Endpoint:
                 f"{self.name}/{cache.spec.rank}/{self.epoch}",
                 loopback=channel.loopback,
             )
-            data = DataLoop(maker, cache, board, self.settings, self.metrics, driver.reports, environment)
+            gain = costs.write_gain
+            data = DataLoop(
+                maker, cache, board, self.settings, self.metrics, driver.reports, environment, write_gain=gain
+            )
             adapter, agent_info = data.start()
             addressable = all(buffer.memory is not None for buffer in cache.buffers)
             me = Identity(

@@ -15,9 +15,9 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.buffers.host_cast import can_cast
 from kvxfer.buffers.host_copy import effort_of
 from kvxfer.cli.checks import PROCESS_NBYTES
-from kvxfer.config import Settings
+from kvxfer.config import MoveBy, Settings
 from kvxfer.endpoint import Endpoint
-from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.errors import ConfigError, IncompatibleError, UnavailableError
 from kvxfer.planner.chunks import ChunkPlanner
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
@@ -101,11 +101,20 @@ class CalibrationProducer:
 
 
 class CalibrationConsumer:
-    """Consumer in this process: reads from a `CalibrationProducer` by one route."""
+    """Consumer in this process: reads from a `CalibrationProducer` by one route, with READ or by the producer's WRITE."""
 
-    def __init__(self, source: Child, agent: str, order: str, blocks: int, route: Route, staging_nbytes: int) -> None:
+    def __init__(
+        self,
+        source: Child,
+        agent: str,
+        order: str,
+        blocks: int,
+        route: Route,
+        staging_nbytes: int,
+        move_by: MoveBy = MoveBy.READ,
+    ) -> None:
         self._source = source
-        settings = structs.replace(Settings.resolve(), staging_nbytes=staging_nbytes)
+        settings = structs.replace(Settings.resolve(), staging_nbytes=staging_nbytes, move_by=move_by)
         self.endpoint: Endpoint = Endpoint(_cache(order, blocks), agent, settings=settings, costs=Costs(), route=route)
         self.rank_plan: RankPlan = plan(source.call("spec"), self.endpoint.cache.spec).rank_plans[0]
 
@@ -170,6 +179,8 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
             finally:
                 sink.endpoint.close()
         start_s, descriptor_s, wire = fit([(1, s.runs, s.nbytes) for s in samples], [s.seconds for s in samples])
+        with progress.step("long runs, written by the producer"):
+            gain = _write_gain(source, agent, blocks, samples, repeats)
         with progress.step("packing and unpacking"):
             run_s, pack = _copying(blocks, pack=True)
             _, unpack = _copying(blocks, pack=False)
@@ -179,6 +190,7 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
             run_s=run_s,
             pack_nbytes_per_s=1 / pack,
             unpack_nbytes_per_s=1 / unpack,
+            write_gain=gain,
         )
         with progress.step("copies of blocks anywhere, and conversions"):
             costs = _irregular(costs, blocks)
@@ -198,6 +210,21 @@ def calibrate(agent: str, progress: Progress, *, mib: int = 128, repeats: int = 
     busier_s = max(costs.wire_s(1, all_[1]), costs.pack_s(*all_))
     chunk_s = (times[Route.SOURCE_PACKED][1] - ask_s - busier_s) / chunks
     return replace(costs, land_s=max(land_s, 1e-6), ask_s=max(ask_s, 1e-5), chunk_s=max(chunk_s, 1e-6)), samples
+
+
+def _write_gain(source: Child, agent: str, blocks: int, samples: list[CostSample], repeats: int) -> float:
+    """See `Costs.write_gain`: of the longest reads in ``samples``, to which their writes are added. 1 where nothing can be written."""
+    many = list(range(blocks))
+    sink = CalibrationConsumer(source, agent, "HND", blocks, Route.DIRECT, 1 << 20, MoveBy.WRITE)
+    try:
+        written = sink.sample("one run a layer, written", many, many, repeats)
+    except IncompatibleError:
+        return 1.0
+    finally:
+        sink.endpoint.close()
+    read = next(sample for sample in samples if sample.what == "one run a layer")
+    samples.append(written)
+    return read.seconds / written.seconds
 
 
 def _copying(blocks: int, *, pack: bool) -> tuple[float, float]:

@@ -31,6 +31,8 @@ class Costs:
         ask_s: from the request for the first chunk until it is there, without the time to pack it.
         index_s: time for one more run that is found by an index, as for scattered blocks.
         second_pass_nbytes_per_s: rate of the second copy that is needed if the runs are in a row on neither side.
+        write_gain: how many times as fast the producer's WRITE moves the bytes of a read as the consumer's READ does. With
+            ``move_by=auto`` it decides between the two where both are safe (`kvxfer.runtime.direction`).
         lookup_s, convert_s: time for one more element that is converted, by a table (float8) and by arithmetic.
     """
 
@@ -46,6 +48,7 @@ class Costs:
     second_pass_nbytes_per_s: float = 6e9
     lookup_s: float = 0.9e-9
     convert_s: float = 2.2e-9
+    write_gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -180,6 +180,8 @@ class EndWrite:
     """Give a write up; what the engine has of it goes on, and ends in `Producer.written`."""
 
     key: WriteKey
+    cut_off: bool = False
+    """The agent that it writes to is closed, so that nothing of it arrives: it is over at once."""
 
 
 @dataclass(frozen=True)

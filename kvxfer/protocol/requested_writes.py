@@ -106,11 +106,11 @@ class RequestedWrites:
         if message.number < self._below.get(share, 0):
             return  # late: the consumer knows that it is over
         self._note_over(share, message.over_below)
+        self._met(consumer, agent, message.agent_info, now)
         if not self._turns.take(key, share, sum(map(len, steps)), sum(spans.total_nbytes for spans in steps)):
             self._metrics.count("kvxfer_write_waits_total")
             self._connections.reply(connection, Pending(token=message.token))
             return
-        self._met(consumer, agent, message.agent_info, now)
         self._running[key] = share
         self._out.append(
             StartWrite(key, message.token, message.agent_info, steps, message.within_s, tuple(lease.blocks), lease.cell)
@@ -239,9 +239,12 @@ class RequestedWrites:
                 del over[number]
 
     def _met(self, consumer: ConsumerRank, number: int, info: bytes, now: float) -> None:
-        """Note a consumer's agent, and forget the one before it."""
+        """Note a consumer's agent, and forget the one before it with what is written to it: that may hang, and arrives nowhere."""
         before = self._agents.get(consumer)
         if before is not None and before[1] != info:
+            for key in [key for key in self._running if key.consumer == consumer]:
+                self._turns.over(key)
+                self._out.append(EndWrite(key, cut_off=True))
             self._out.append(ForgetAgent(before[1]))
         if not self._agents:
             self._look_at = now + self._idle_s / 4

@@ -61,6 +61,7 @@ class DataLoop:
     Args:
         make_agent: called on the data thread, again after each reset; each agent has another name.
         cache: of this endpoint. Its memory and the board's are registered with every agent, and outlive the data loop.
+        write_gain: see `kvxfer.planner.costs.Costs`.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class DataLoop:
         metrics: Metrics,
         reports: DataReports,
         environment: Environment,
+        *,
+        write_gain: float = 1.0,
     ) -> None:
         self._environment = environment
         self._reports = reports
@@ -93,7 +96,16 @@ class DataLoop:
         )
         self._writer = Writer(self._life, reports, leased, self._packer.chunks, settings.idle_peer_s, environment.now)
         self._reads = ReadExecutor(
-            cache, board, self.arena, self._life, self._writer, settings, metrics, reports, environment.now
+            cache,
+            board,
+            self.arena,
+            self._life,
+            self._writer,
+            settings,
+            metrics,
+            reports,
+            environment.now,
+            write_gain=write_gain,
         )
         self._undo: list[Callable[[], object]] = []
         """How devices take back what they did to the arena."""
@@ -216,7 +228,7 @@ class DataLoop:
         elif isinstance(job, StartWrite):
             self._writer.start(job)
         elif isinstance(job, EndWrite):
-            self._writer.end(job.key)
+            self._writer.end(job.key, cut_off=job.cut_off)
         else:
             self._life.forget(job.agent_info, needed=reads.needs(job.agent_info))
 

@@ -53,6 +53,7 @@ class ReadExecutor:
         arena: lends the slots that chunks land in.
         life: of the agent.
         writer: what the agent writes for consumers.
+        write_gain: see `kvxfer.planner.costs.Costs`.
     """
 
     def __init__(
@@ -66,8 +67,11 @@ class ReadExecutor:
         metrics: Metrics,
         reports: ReadReports,
         now: Callable[[], float],
+        *,
+        write_gain: float = 1.0,
     ) -> None:
         self._now = now
+        self._write_gain = write_gain
         self._tools = Tools(cache, board, arena, now)
         self._life = life
         self._settings = settings
@@ -250,7 +254,8 @@ class ReadExecutor:
         """Choose what moves the bytes of a source. Raises IncompatibleError, see `kvxfer.runtime.direction`."""
         agent, peer = self._life.ensure(), self._life.peer(source.granted.agent_info)
         by, writes = self._settings.move_by, source.granted.writes
-        op, why = choose(by, agent.capabilities, agent.link_facts(peer), producer_writes=writes)
+        facts, gain = agent.link_facts(peer), self._write_gain
+        op, why = choose(by, agent.capabilities, facts, producer_writes=writes, write_gain=gain)
         if (op, source.granted.agent_info) not in self._life.proven:
             mover = "the producer's WRITE" if op is Op.WRITE else "this side's READ"
             _log.info("bytes of %s are moved by %s: %s", peer.name, mover, why)

@@ -91,11 +91,14 @@ class Writer:
             return
         self._jobs[flight], self._flights[job.key] = job, flight
 
-    def end(self, key: WriteKey) -> None:
-        """Give a write up."""
+    def end(self, key: WriteKey, *, cut_off: bool = False) -> None:
+        """Give a write up; ``cut_off``: the agent that it writes to is closed, so that it is over."""
         flight = self._flights.get(key)
         if flight is not None and self._life.agent is not None:
             self._life.agent.give_up(flight, TransferTimeoutError(_GIVEN_UP))
+            if cut_off:
+                self._life.agent.drop(flight)
+                self._over(flight, _GIVEN_UP, quiet=False)
 
     def changed(self, flight: Flight) -> None:
         """Take a flight that has changed, unless it was answered before."""

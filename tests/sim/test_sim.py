@@ -31,6 +31,7 @@ FOUND_HERE = {
     "a chunk whose question was overtaken was never packed": ("calm", 0),
     "an agent that was replaced while a read went on was never forgotten": ("all", 55),
     "a producer refused to write to an agent that it had forgotten": ("stuck-written", 193),
+    "writes that hung on an agent that was closed held up those to the next one": ("late-written", 1),
     "a read whose lease had ended failed by another name when its producer writes": ("calm-written", 109),
 }
 """Bugs that the simulator found in kvxfer, with a seed that did; docs/simulator.md describes each."""

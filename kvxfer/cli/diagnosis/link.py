@@ -23,6 +23,7 @@ from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
 from kvxfer.cli.table import size
 from kvxfer.errors import KvxferError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
+from kvxfer.planner.costs import Costs
 from kvxfer.runtime.direction import choose
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def link(met: Met, agent_name: str, *, loopback: bool, move_by: MoveBy, timeout_
 
 def _direction(met: Met, agent: TransferAgent, peer: AgentPeer, move_by: MoveBy) -> Iterator[Finding]:
     facts = agent.link_facts(peer)
-    chosen = choose(move_by, agent.capabilities, facts, producer_writes=met.welcome.writes)
+    chosen = choose(
+        move_by, agent.capabilities, facts, producer_writes=met.welcome.writes, write_gain=Costs.load().write_gain
+    )
     who = "the consumer reads" if chosen.op is Op.READ else "the producer writes"
     yield good("link", f"{agent.explain(peer)}; {who}: {chosen.why}")
     if facts.fate_shared and chosen.op is Op.READ:

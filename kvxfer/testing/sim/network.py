@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvxfer.testing.sim.world import World
 
 _AGAIN_S, _TRIES = 0.5, 20
+_LATE_S = 6.0
 
 
 class Network:
@@ -78,6 +79,8 @@ class Network:
         kept = _TRIES if chance.random() < 0.5 else 0
         for _ in range(2 if twice else 1):
             seconds = world.delay_s(chance, profile.delay_s)
+            if world.strikes("message late", what, profile.late, chance):
+                seconds = chance.uniform(_AGAIN_S, _LATE_S)
             world.say(f"{what}{_details(message)}: there in {seconds:.4f} s")
             world.after(seconds, lambda: self._arrive(deliver, data, kept))
 

@@ -81,6 +81,9 @@ PROFILES |= {
     )
 }
 """With most engines' blocks written by their producers."""
+PROFILES["late-written"] = Profile(
+    late=0.2, repeated=0.05, delay_s=0.02, copy_s=0.4, copy_lost=0.02, copy_late=0.06, written=1.0
+)
 
 REQUESTS = 30
 BUSY_S = 40.0

@@ -24,6 +24,7 @@ class Profile:
 
     Attributes:
         lost, repeated: messages.
+        late: messages that arrive seconds later than those after them, as from a connection that was given up.
         delay_s: longest delay of a message; each has its own, so that messages overtake each other.
         copy_s: longest time of a copy.
         copy_lost: copies that never end.
@@ -46,6 +47,7 @@ class Profile:
 
     lost: float = 0.0
     repeated: float = 0.0
+    late: float = 0.0
     delay_s: float = 0.002
     copy_s: float = 0.005
     copy_lost: float = 0.0

@@ -128,6 +128,15 @@ def test_an_agent_that_took_the_place_of_another(talk):
     assert talk.write(4, agent_info=second)[1]
 
 
+def test_what_hangs_on_an_agent_that_is_closed_holds_up_nothing(talk):
+    """When a newer agent of the consumer is met, what was written to the one before is over, and has no share any more."""
+    begun = [talk.write(number)[1][0] for number in range(MOST_WRITES)]
+    _, done = talk.write(MOST_WRITES, agent_info=agent_info("c", epoch="ce", number=2))
+    ended, (forgotten, started) = done[:MOST_WRITES], done[MOST_WRITES:]
+    assert ended == [EndWrite(each.key, cut_off=True) for each in begun]
+    assert isinstance(forgotten, ForgetAgent) and isinstance(started, StartWrite)
+
+
 def test_the_end_of_the_lease_ends_its_writes(talk):
     """What runs is given up and answered when it is over; what comes afterwards is not begun."""
     _, (begun,) = talk.write(1)

@@ -10,6 +10,8 @@ from kvxfer.agents.capabilities import Capabilities, LinkFacts, Op
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.config import MoveBy, Settings
 from kvxfer.errors import ConfigError, IncompatibleError, LeaseEndedError, TransferFailedError
+from kvxfer.memory.spans import Descriptors
+from kvxfer.planner.costs import Costs
 from kvxfer.runtime import remote_flights
 from kvxfer.runtime.direction import choose
 from kvxfer.testing import eventually
@@ -76,6 +78,30 @@ def test_verified(engines):
     source, target = engines(), engines(settings=structs.replace(QUICK, move_by=MoveBy.WRITE), verify=True)
     assert target.endpoint.read(source.endpoint.lease([1, 2]), [20, 21]).wait(20)
     assert target.blocks(20, 21) == source.blocks(1, 2)
+
+
+@pytest.mark.parametrize("route", ["direct", "source_packed"])
+def test_spans_of_others_are_refused(sharded, route, monkeypatch):
+    """A consumer that asks for bytes outside its lease, or its chunk, gets none of them. White-box: its spans are longer on the wire."""
+    to_wire = remote_flights.to_wire
+
+    def longer(spans):
+        cell = spans.total_nbytes == 16
+        return to_wire(spans if cell else Descriptors(spans.local, spans.remote, spans.nbytes + np.uint64(1)))
+
+    monkeypatch.setattr(remote_flights, "to_wire", longer)
+    source, target = sharded("P", order="HND"), sharded("D", order="NHD", route=route, settings=WRITTEN)
+    source.fill(1)
+    before = target.logical.copy()
+    ref = source.lease(source.blocks_for(100, 3))
+    with pytest.raises(TransferFailedError, match="is outside the leased blocks, the lease's cell and its chunks"):
+        target.ranks[0].endpoint.read(ref, target.blocks_for(100, 4)).wait(20)
+    np.testing.assert_array_equal(target.logical, before)
+    metrics = source.ranks[0].endpoint.metrics
+    assert metrics.value("kvxfer_writes_total", end="refused") >= 1 and not metrics.value(
+        "kvxfer_writes_total", end="failed"
+    )
+    assert target.ranks[0].endpoint.metrics.value("kvxfer_agent_resets_total") == 0
 
 
 class _BrokenWrites(InprocAgent):
@@ -151,6 +177,32 @@ def test_the_choice(move_by, ops, link, writes, op):
             choose(MoveBy(move_by), capabilities, link, producer_writes=writes)
     else:
         assert choose(MoveBy(move_by), capabilities, link, producer_writes=writes).op is op
+
+
+@pytest.mark.parametrize(
+    ("move_by", "gain", "link", "writes", "op"),
+    [
+        ("auto", 1.2, LinkFacts(False, True), True, Op.READ),
+        ("auto", 1.3, LinkFacts(False, True), True, Op.WRITE),
+        ("auto", 9.0, LinkFacts(False, False), True, Op.READ),
+        ("auto", 9.0, LinkFacts(False, True), False, Op.READ),
+        ("auto", 0.1, LinkFacts(True, True), True, Op.WRITE),
+        ("read", 9.0, LinkFacts(False, True), True, Op.READ),
+        ("write", 0.1, LinkFacts(False, True), True, Op.WRITE),
+    ],
+)
+def test_the_faster_one(move_by, gain, link, writes, op):
+    """With ``auto`` the producer writes where that was measured to be clearly faster, if it may; safety comes first, and so does force."""
+    chosen = choose(MoveBy(move_by), InprocAgent.capabilities, link, producer_writes=writes, write_gain=gain)
+    assert chosen.op is op and ("times as fast" in chosen.why) is (op is Op.WRITE and move_by == "auto" and gain > 1)
+
+
+def test_costs_that_were_measured(engines):
+    """An endpoint takes the gain from its costs."""
+    source = engines()
+    target = engines(costs=Costs(write_gain=2.0), settings=structs.replace(QUICK, move_by=MoveBy.AUTO))
+    assert target.endpoint.read(source.endpoint.lease([1]), [20]).wait(20)
+    assert target.endpoint.metrics.value("kvxfer_sources_total", by="write") == 1
 
 
 def test_the_setting():
