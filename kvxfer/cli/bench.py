@@ -74,6 +74,7 @@ def _text(costs: Costs, samples: list[CostSample]) -> str:
         ("land_s", f"{costs.land_s * 1e6:.0f} us", f"{default.land_s * 1e6:.0f} us", "one more chunk that the source does not pack"),
         ("chunk_s", f"{costs.chunk_s * 1e6:.0f} us", f"{default.chunk_s * 1e6:.0f} us", "one more chunk that the source packs"),
         ("ask_s", f"{costs.ask_s * 1e6:.0f} us", f"{default.ask_s * 1e6:.0f} us", "until the first chunk"),
+        ("write_gain", f"{costs.write_gain:.2f}", f"{default.write_gain:.2f}", "speed of the producer's WRITE, by that of a READ"),
     ]  # fmt: skip
     return f"{reads}\n\n{table(('constant', 'here', 'default', 'what'), rows)}"
 

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
-import msgspec
-
-from kvxfer.agents.description import described_name
 from kvxfer.agents.flights import FlightState
-from kvxfer.protocol import requested_writes, write_turns
+from kvxfer.protocol import requested_writes
 from kvxfer.protocol.actions import PackKey, WriteKey
 from kvxfer.protocol.messages import Wrote
-from kvxfer.runtime import leased_spans, remote_flights, writer
+from kvxfer.runtime import remote_flights, writer
 from tests.sim.planted import bug
 
 _Requested = requested_writes.RequestedWrites
@@ -38,79 +34,9 @@ def write_begun_twice(patch):
 
 
 @bug
-def late_write_begun(patch):
-    """A write that the consumer knows to be over is forgotten, and begun by a `Write` that is late."""
-
-    def forget(self, share, below):
-        over = self._over.get(share, {})
-        for number in [number for number in over if number < below]:
-            del over[number]
-
-    patch(_Requested, "_note_over", forget)
-
-
-@bug
-def late_write_of_a_stopped_one_begun(patch):
-    """A write that was stopped before its `Write` arrived is begun by it."""
-    stop = _Requested.stop
-
-    def forgetful(self, connection, consumer, message):
-        known = self._answer(WriteKey(consumer, message.number), PackKey(message.token, consumer.rank))
-        stop(self, connection, consumer, message)
-        if known is None:
-            self._over.get(PackKey(message.token, consumer.rank), {}).pop(message.number, None)
-
-    patch(_Requested, "stop", forgetful)
-
-
-@bug
-def write_of_another_publication_begun(patch):
-    """A `Write` for blocks of a lease that was published again since is begun, and its spans are not looked at."""
-    why_ended = _Requested._why_ended
-
-    def trusting(self, lease, consumer, message):
-        return why_ended(self, lease, consumer, message) if lease is None else ""
-
-    patch(_Requested, "_why_ended", trusting)
-    patch(leased_spans.LeasedSpans, "check", _nothing)
-
-
-@bug
-def generation_of_a_write_ignored(patch):
-    """A `Write` for an agent that the consumer has closed since goes to the one that took its place."""
-    write = _Requested.write
-
-    def trusting(self, connection, consumer, message, now):
-        newest = self._agents.get(consumer)
-        late = newest is not None and int(described_name(message.agent_info).rpartition("/")[2]) < newest[0]
-        changed = msgspec.structs.replace(message, agent_info=newest[1]) if late else message
-        write(self, connection, consumer, changed, now)
-
-    patch(_Requested, "write", trusting)
-
-
-@bug
-def cell_written_before_the_bytes(patch):
-    """The steps of a write are carried out in the wrong order, and the end of its lease does not end it."""
-    start = writer.Writer.start
-
-    def backwards(self, job):
-        start(self, replace(job, steps=list(reversed(job.steps))))
-
-    patch(writer.Writer, "start", backwards)
-    patch(writer.Writer, "end", _nothing)
-
-
-@bug
 def writes_never_called(patch):
     """A write that waits for its turn is not called when that has come, and not sent again unasked."""
     patch(_Requested, "_call", _nothing)
-
-
-@bug
-def waiting_writes_outlive_their_lease(patch):
-    """What waits for its turn is kept when its lease has ended."""
-    patch(write_turns.WriteTurns, "drop", _nothing)
 
 
 @bug
