@@ -26,7 +26,13 @@ READ_TIMEOUT_S = 10.0
 DEADLINE_S = READ_TIMEOUT_S + 20.0
 """Longest answer that waits for one of these, on a machine whose cores are all busy."""
 LEASE_S = 8.0
-NAMED = {"PeerLostError", "PeerTimeoutError", "TransferTimeoutError", "LeaseUnknownError", "LeaseEndedError"}
+NAMED = {
+    *("PeerLostError", "PeerTimeoutError", "TransferTimeoutError", "LeaseUnknownError", "LeaseEndedError"),
+    *(
+        "UnansweredError",
+        "QuietFailureError",
+    ),  # Mooncake's adapter: the peer does not answer; the engine reports a failure
+}
 """Reasons why these requests may fail."""
 
 
