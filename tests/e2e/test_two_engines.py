@@ -9,6 +9,9 @@ import random
 
 import pytest
 
+from kvxfer import LeaseRef, Settings
+from kvxfer.testing import eventually
+
 ENGINE_NAME = {"model_fingerprint": "kvxfer-small"}
 MODELS = os.environ.get("TWO_ENGINES", "llama").split(",")
 """Architectures; CI starts one server only. ``TWO_ENGINES=llama,qwen3`` tries both."""
@@ -39,12 +42,11 @@ def engines(request, tmp_path_factory):
     engine = None
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
-        cache = {"num_blocks": 600, "max_batch_tokens": 512}
+        cache = {"num_blocks": 600, "max_batch_tokens": 512, "settings": Settings(lease_s=10.0)}
         engine = Engine(model=model, agent="nixl", new_tokens=NEW_TOKENS, **cache, **ENGINE_NAME)
         server.wait_ready()
         yield server, engine
         engine.check_idle()
-        assert server.blocks_in_use() == 0
     finally:
         if engine is not None:
             engine.close()
@@ -72,3 +74,23 @@ def test_both_directions_have_moved_bytes(engines):
     assert engine.metric("kvxfer_transfers_total", outcome="done") >= len(LENGTHS) - 1
     assert not engine.manager.refused_params
     assert server.metric("vllm:kvxfer_transfer_bytes_count") >= len(LENGTHS) - 1
+    eventually(lambda: server.blocks_in_use() == 0)
+
+
+def test_ended_leases_other_prompts_and_an_engine_that_is_killed(engines):
+    """Each ends by name or is computed, on either side, and leaves no block in use."""
+    server, engine = engines
+    tokens, other = list(range(3, 90)), list(range(100, 190))
+    params = engine.prefill(tokens)
+    engine.manager.endpoint.revoke(LeaseRef.from_obj(params["kvxfer"]))
+    assert server.ask(tokens, kv_transfer_params=params).status == 500
+    assert list(server.ask(tokens, max_tokens=NEW_TOKENS, kv_transfer_params=engine.prefill(other)).tokens) == (
+        engine.generate(tokens)
+    )
+    assert engine.generate(other, server.prefill(tokens).kv_transfer_params) == engine.generate(other)
+    assert engine.manager.refused_params == {"other_prompt": 1}
+    params = server.prefill(tokens[1:]).kv_transfer_params
+    server.kill()
+    output = engine.result(engine.add(tokens[1:], params))
+    assert output.error.startswith("Peer")
+    assert engine.generate(tokens[2:])
