@@ -34,6 +34,18 @@ def write_begun_twice(patch):
 
 
 @bug
+def late_write_begun(patch):
+    """A write that the consumer knows to be over is forgotten, and begun by a `Write` that is late."""
+
+    def forget(self, share, below):
+        over = self._over.get(share, {})
+        for number in [number for number in over if number < below]:
+            del over[number]
+
+    patch(_Requested, "_note_over", forget)
+
+
+@bug
 def writes_never_called(patch):
     """A write that waits for its turn is not called when that has come, and not sent again unasked."""
     patch(_Requested, "_call", _nothing)

@@ -94,6 +94,7 @@ FOUND_BY = {
     "failed_write_is_quiet": ("crashy-written", 1, "free block written"),
     "unquiet_taken_for_quiet": ("crashy-written", 1, "free block written"),
     "numbers_of_writes_used_again": ("stuck-written", 1, "failed for nothing"),
+    "late_write_begun": ("late-written", 13, "free block written"),
     "writes_never_called": ("calm-written", 1, "failed for nothing"),
     "stop_answered_while_it_runs": ("stuck-written", 1, "free block written"),
 }
