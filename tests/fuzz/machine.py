@@ -337,6 +337,7 @@ def seeds() -> list[Any]:
     written = [
         ["announce", 1], ["say", "a", hello], ["say", "a", {"type": "Acquire", "to": "$epoch", "token": "$1"}], ["offer", 1],
         *(["say", "a", {**write, "number": number}] for number in (3, 4, 4)), ["wrote", 1], ["say", "a", {**write, "number": 4}],
+        *(["say", "a", {"type": "AskWrite", "to": "$epoch", "token": "$1", "number": number}] for number in (3, 4, 9)),
         ["say", "a", {**write, "number": 5, "over_below": 5}], ["say", "a", {"type": "StopWrite", "to": "$epoch", "token": "$1", "number": 5}],
         ["wrote", 6], ["say", "a", {**write, "number": 5}], ["say", "a", {"type": "StopWrite", "to": "$epoch", "token": "$1", "number": 6}],
         ["say", "a", {**write, "number": 7, "check": bytes(16)}], ["say", "a", {**write, "number": 8, "agent_info": b"x"}],
@@ -346,6 +347,7 @@ def seeds() -> list[Any]:
     writing = [
         ["read", 7], ["say", "peer", welcome], ["write", 9],
         ["say", "peer", {**grant, "token": "$7", "blocks": [b"\1\0\0\0"], "more": True}], ["say", "peer", {**grant, "token": "$7"}], ["write", 1], ["write", 2], ["wait", 0.6],
+        *(["say", "peer", {"type": "SendWrite", "token": "$7", "number": number}] for number in (2, 2, 5)),
         ["say", "peer", {"type": "Wrote", "token": "$7", "number": 1}], ["stop", 2], ["wait", 0.6],
         ["say", "peer", {"type": "Wrote", "token": "$7", "number": 2, "error": "stopped", "quiet": False}], ["write", 3], ["unwrite", 3],
         ["done", 1], ["write", 4],
