@@ -88,6 +88,7 @@ async def _generate(request: Request, engine: ServedEngine, *, chat: bool) -> An
             raise UnknownModelError(
                 f"the model {body.model[:200]!r} is not served, only {', '.join(engine.names)}", "model"
             )
+        body.check_min_tokens()
         asked = request.headers.get("x-request-id") or body.request_id or ""
         named = asked if _ID.fullmatch(asked) else secrets.token_hex(16)
         shape = AnswerShape(

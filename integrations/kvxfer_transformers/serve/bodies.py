@@ -63,6 +63,7 @@ class _Body(Struct, kw_only=True):
 
     model: str | None = None
     max_tokens: Count | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=_MOST_TOKENS)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -80,6 +81,12 @@ class _Body(Struct, kw_only=True):
         if "" in stops:
             raise BadRequestError("stop must not have an empty text", "stop")
         return stops
+
+    def check_min_tokens(self) -> None:
+        """Raise BadRequestError if ``min_tokens`` asks for more than each answer has. Routers set it to 1 for prefills."""
+        prefill = (self.kv_transfer_params or {}).get("do_remote_decode") is True
+        if self.min_tokens and not (self.ignore_eos and not self.stops) and not (prefill and self.min_tokens == 1):
+            raise BadRequestError("min_tokens is supported with ignore_eos and without stop only", "min_tokens")
 
 
 class CompletionBody(_Body, kw_only=True):
