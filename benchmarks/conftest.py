@@ -35,11 +35,12 @@ def measuring(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest):
-    """``report(title, **cells)`` adds a row to the table of that title, printed at the end of the run."""
+    """``report(title, **cells)`` adds a row to the table of that title, printed at the end of the run, and to the test's properties."""
     rows = request.config.stash.setdefault(_ROWS, {})
 
     def add(title: str, **cells: str) -> None:
         rows.setdefault(title, []).append(cells)
+        request.node.user_properties.append((title, cells))
 
     return add
 

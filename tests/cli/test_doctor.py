@@ -91,6 +91,45 @@ def test_vllm_without_the_plug_in(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("environ", "fix"),
+    [
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "unset PYTORCH_CUDA_ALLOC_CONF"),
+        ({"PYTORCH_ALLOC_CONF": " expandable_segments : True ,"}, "unset PYTORCH_ALLOC_CONF"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True", "PYTORCH_ALLOC_CONF": "x:1"},
+            "export PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64",
+        ),
+    ],
+)
+def test_cuda_memory_that_cuda_ipc_moves_slowly(environ, fix):
+    """Expandable segments of PyTorch are named, with a line that ends them and leaves the allocator's other options."""
+    state, text, advice = one(installed.cuda_memory(environ))
+    assert state is State.NOTE and "CUDA IPC" in text and next(iter(environ)) in text and advice == fix
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+    ],
+)
+def test_cuda_memory_that_asks_for_nothing(environ):
+    """Other options are no finding, nor is a variable that PyTorch does not read beside another one."""
+    assert not told(installed.cuda_memory(environ))
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_cuda_memory_matters_on_a_gpu_only(monkeypatch, usable):
+    """Without a GPU that PyTorch can use, its allocator is not looked at."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    why = None if usable else "no GPU"
+    monkeypatch.setattr(registry, "why_unavailable", lambda *_: why)
+    assert ("CUDA memory" in [each.subject for each in installed.installed()]) == usable
+
+
+@pytest.mark.parametrize(
     ("environ", "state", "says", "fix"),
     [
         ({"KVXFER_LEASE_S": "soon"}, State.PROBLEM, "lease_s must be", "unset KVXFER_LEASE_S"),

