@@ -77,6 +77,34 @@ def test_both_directions_have_moved_bytes(engines):
     eventually(lambda: server.blocks_in_use() == 0)
 
 
+def test_a_router_joins_two_engines(engines, tmp_path):
+    """vllm-router, unchanged, sends requests through both servers, either way, and the tokens are those of each one alone."""
+    from tools.serve.pair import PullRouter, VllmServer, start_all
+
+    server, engine = engines
+    chance = random.Random(5)
+    settings = dataclasses.replace(server.settings, name="transformers", block_tokens=16, engine="transformers")
+    other = VllmServer(settings, tmp_path)
+    routers = [PullRouter(*pair, tmp_path) for pair in ((server, other), (other, server))]
+    moved = [(other, "kvxfer_transfers_total"), (server, "vllm:kvxfer_transfer_bytes_count")]
+    try:
+        start_all(other)
+        for router, (reader, counter) in zip(routers, moved, strict=True):
+            start_all(router)
+            for length in (40, 700):
+                prompt = [chance.randrange(3, 512) for _ in range(length)]
+                before = reader.metric(counter)
+                answer = router.ask(prompt, max_tokens=NEW_TOKENS)
+                assert answer.ok, answer.body
+                assert list(answer.tokens) == engine.generate(prompt)
+                assert eventually(lambda reader=reader, counter=counter, before=before: reader.metric(counter) > before)
+            router.stop()
+        assert eventually(lambda: other.blocks_in_use() == server.blocks_in_use() == 0)
+    finally:
+        for each in (*routers, other):
+            each.kill()
+
+
 def test_ended_leases_other_prompts_and_an_engine_that_is_killed(engines):
     """Each ends by name or is computed, on either side, and leaves no block in use."""
     server, engine = engines

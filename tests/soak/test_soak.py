@@ -15,7 +15,7 @@ from kvxfer.testing.soak.memory import CONTENT, HEADS, LAYERS, Blocks, content
 from kvxfer.testing.soak.report import Usage
 from kvxfer_nixl import NixlAgent
 
-SECONDS = 300.0
+SECONDS = 150.0
 """Of churn; five calm moments come on top."""
 LOOPBACK = {"backend_options": {"UCX": {"engine_config": "NET_DEVICES=lo"}}}
 
