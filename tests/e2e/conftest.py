@@ -153,7 +153,7 @@ class Lab:
         self.prefill = VllmServer(producer, folder)
         self.decode = VllmServer(consumer, folder)
         self.recompute = VllmServer(one_by_one, folder)
-        self.fronts = {"router": PullRouter(self.prefill, self.decode, folder), **self._proxies()}
+        self.fronts = self._new_fronts()
         self._mooncake = PullRouter(self.prefill, self.decode, folder, bootstrap_port=self.bootstrap_port)
         self.threads = ThreadPoolExecutor(64)
         self.first_answer: Answer | None = None
@@ -172,8 +172,11 @@ class Lab:
 
     # ---------------------------------------------------------------------------------------------------- life
 
-    def _proxies(self) -> dict[str, PushProxy]:
-        return {order: PushProxy(PROXY, self.prefill, self.decode, self.folder, order=order) for order in PROXY_ORDERS}
+    def _new_fronts(self) -> dict[str, PullRouter | PushProxy]:
+        proxies = {
+            order: PushProxy(PROXY, self.prefill, self.decode, self.folder, order=order) for order in PROXY_ORDERS
+        }
+        return {"router": PullRouter(self.prefill, self.decode, self.folder), **proxies}
 
     def start(self) -> None:
         """Start the reference, one pair and its fronts, and send the first request through the cold pair."""
@@ -209,9 +212,10 @@ class Lab:
             settings, self.folder, port=self.prefill.port, side_channel_port=self.prefill.side_channel_port
         )
         start_all(self.prefill, timeout_s=480)
-        for order in PROXY_ORDERS:  # they name the producer
-            self.fronts[order].kill()
-        self.fronts |= self._proxies()
+        # Proxies name the producer, and the router may take it for ended for a while.
+        for front in self.fronts.values():
+            front.kill()
+        self.fronts = self._new_fronts()
         self.heal()
 
     @contextlib.contextmanager
