@@ -96,8 +96,15 @@ def resolve(host: str) -> list[str]:
         ConfigError: the name has no address, or the resolver failed.
     """
     known = known_ips(host)
-    if known is not None:
-        return known
+    return look_up(host) if known is None else known
+
+
+def look_up(host: str) -> list[str]:
+    """Ask the system's resolver for the IP addresses of any name, ``localhost`` too; else as `resolve`. Blocks.
+
+    Raises:
+        ConfigError: the name has no address, or the resolver failed.
+    """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from kvxfer.buffers.cache import KVCache
 from kvxfer.buffers.host_cast import can_cast
 from kvxfer.buffers.host_copy import effort_of
 from kvxfer.cli.checks import PROCESS_NBYTES
+from kvxfer.cli.timing import fastest_s
 from kvxfer.config import MoveBy, Settings
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError, IncompatibleError, UnavailableError
@@ -29,7 +30,7 @@ from kvxfer.testing.child import Child
 from kvxfer.testing.remote import ChildError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from kvxfer.buffers.host_copy import Effort
     from kvxfer.cli.table import Progress
@@ -295,17 +296,7 @@ def _copied(
 
     effort = effort_of(each.copy for some in copies for each in some)
     counted = [bound.runs() for bound in bounds]
-    return effort, _fastest_s(work), sum(runs for runs, _ in counted), sum(nbytes for _, nbytes in counted)
-
-
-def _fastest_s(step: Callable[[], None], repeats: int = 7) -> float:
-    """Seconds of the fastest of several copies, because other processes only make a copy slower."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+    return effort, fastest_s(work), sum(runs for runs, _ in counted), sum(nbytes for _, nbytes in counted)
 
 
 def fit(facts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

@@ -3,8 +3,8 @@
 
 A READ needs nothing of the producer's process, so it is what is taken where it does no harm. Where the link ties the fates of both
 (`LinkFacts.fate_shared`), or the engine has no READ, the producer writes. It may write only where the consumer's agent cuts it off when it
-is closed (`LinkFacts.cut_off_by_close`): a producer that was given up could otherwise write into blocks that belong to another request. Where both are safe, it writes if that
-was measured to be clearly faster.
+is closed (`LinkFacts.cut_off_by_close`): a producer that was given up could otherwise write into blocks that belong to another request.
+Where both are safe, it writes if that was measured to be clearly faster.
 """
 
 from __future__ import annotations

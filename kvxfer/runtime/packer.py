@@ -88,8 +88,7 @@ class Packer:
         self._waiting: FairQueue[StartPack] = FairQueue()
         self._running: list[tuple[StartPack, int, list[Completion]]] = []
         self._slots: dict[PackKey, dict[int, _Slot]] = defaultdict(dict)
-        self._plans: OrderedDict[CacheSpec, tuple[RankPlan, int]] = OrderedDict()
-        """Plan of a chunk's layout, and the size of the chunk."""
+        self._plans: OrderedDict[CacheSpec, RankPlan] = OrderedDict()
         self._leased = lru_cache(maxsize=_LEASES_REMEMBERED)(self._read)
         """Block tables of a lease, checked, and what is known of them: for all chunks of a consumer."""
 
@@ -179,7 +178,7 @@ class Packer:
 
     def _start(self, job: StartPack, out: Bytes) -> list[Completion]:
         layout = job.layout
-        part, _ = self._part(layout, len(out))
+        part = self._part(layout, len(out))
         start, stop = job.tokens
         group = layout.groups[0]
         if not start < stop <= (start // group.table_tokens + group.num_blocks) * group.table_tokens:
@@ -190,22 +189,21 @@ class Packer:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
         table = chunk_table(layout, job.tokens)
         if job.digest:
-            out[: max(region.end for region in layout.regions)] = 0
+            out[: _chunk_nbytes(layout)] = 0
         match = MatchedTables(sources, [table], [job.tokens], walks)
         return start_copies(self._cache, part.copies(match), out, pack=True)
 
     def _read(self, blocks: tuple[BlockTable, ...]) -> tuple[Sequence[CheckedTable], AlignmentCache]:
         return check_tables(self._cache.spec, blocks, "leased"), AlignmentCache()
 
-    def _part(self, layout: CacheSpec, slot_nbytes: int) -> tuple[RankPlan, int]:
+    def _part(self, layout: CacheSpec, slot_nbytes: int) -> RankPlan:
         known = self._plans.get(layout)
         if known is not None:
             self._plans.move_to_end(layout)
             return known
         if len(layout.groups) != 1 or layout.fingerprint != self._cache.spec.fingerprint:
             raise IncompatibleError("layout", "a chunk is a cache of one group of this model")
-        nbytes = max(region.end for region in layout.regions)
-        if nbytes > slot_nbytes:
+        if _chunk_nbytes(layout) > slot_nbytes:
             raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")
         if sum(len(region.layers) for region in layout.regions) > self._most_layers:
             raise IncompatibleError("layout", "the chunk has more layers than this cache")
@@ -220,10 +218,10 @@ class Packer:
         )
         if found != needed:
             raise IncompatibleError("layout", f"of {needed} bytes of each block of the chunk only {found} are here")
-        self._plans[layout] = part, nbytes
+        self._plans[layout] = part
         if len(self._plans) > _PLANS_REMEMBERED:
             self._plans.popitem(last=False)
-        return part, nbytes
+        return part
 
     def _finish(self, job: StartPack, slot: int, copies: Sequence[Completion]) -> None:
         told = None
@@ -231,7 +229,7 @@ class Packer:
             for copy in copies:
                 copy.wait(0)  # raises what made it fail
             if job.digest:
-                told = digest(self._arena.view(slot, max(region.end for region in job.layout.regions)))
+                told = digest(self._arena.view(slot, _chunk_nbytes(job.layout)))
         except Exception as error:  # noqa: BLE001 - the device failed this copy, and no other
             self._refuse(job, error)
             return
@@ -241,7 +239,7 @@ class Packer:
         else:
             kept = self._slots.get(job.key, {}).get(job.number)
             if kept is not None:
-                _, kept.nbytes = self._part(job.layout, self._arena.slot_nbytes)
+                kept.nbytes = _chunk_nbytes(job.layout)
             self._packed(job.key, job.number, slot, None)
 
     def _give(self, key: PackKey, number: int) -> None:
@@ -294,3 +292,8 @@ def start_copies(cache: KVCache, bound: Sequence[AllocationCopy], packed: Bytes,
 def _base(memory: Memory | None) -> int:
     """Addresses in the spec of a buffer that has none count from its beginning."""
     return memory.address if memory is not None else 0
+
+
+def _chunk_nbytes(layout: CacheSpec) -> int:
+    """Size of a chunk, from its layout."""
+    return max(region.end for region in layout.regions)

@@ -8,7 +8,6 @@ endpoint's peers are trusted with that (docs/security.md).
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from typing import TYPE_CHECKING
@@ -21,7 +20,8 @@ from kvxfer.agents.description import read_description
 from kvxfer.agents.flights import FlightState
 from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
 from kvxfer.cli.table import size
-from kvxfer.errors import KvxferError
+from kvxfer.cli.timing import fastest_s
+from kvxfer.errors import KvxferError, TransferTimeoutError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
 from kvxfer.planner.costs import Costs
 from kvxfer.runtime.direction import choose
@@ -87,8 +87,14 @@ def _speed(met: Met, agent: TransferAgent, peer: AgentPeer, scratch: np.ndarray,
     if not regions:
         yield note("speed", "not measured: the endpoint's memory is not in DRAM")
         return
-    latency_s = _fastest(agent, peer, scratch, regions[0].address, _FEW_NBYTES, deadline)
-    if latency_s is None:
+
+    def read_s(remote: int, nbytes: int) -> float:
+        spans = Descriptors.of(scratch.ctypes.data, remote, nbytes)
+        return fastest_s(lambda: _read(agent, peer, spans, deadline), _TIMES)
+
+    try:
+        latency_s = read_s(regions[0].address, _FEW_NBYTES)
+    except TransferTimeoutError:
         yield problem(
             "fabric", "the endpoint's fabric does not answer, though its control channel does", _port_fix(met)
         )
@@ -102,41 +108,24 @@ def _speed(met: Met, agent: TransferAgent, peer: AgentPeer, scratch: np.ndarray,
         )
         return
     nbytes = min(_BULK_NBYTES, regions[-1].nbytes)
-    seconds = _fastest(agent, peer, scratch, regions[-1].address, nbytes, deadline)
-    if seconds is None:
+    try:
+        seconds = read_s(regions[-1].address, nbytes)
+    except TransferTimeoutError:
         yield problem("speed", f"{size(nbytes)} did not arrive in time", _port_fix(met))
         return
-    share = _copy_s(scratch[:nbytes]) / seconds
+    other = np.empty_like(scratch[:nbytes])
+    share = fastest_s(lambda: np.copyto(other, scratch[:nbytes]), _TIMES) / seconds
     text = f"{size(nbytes)} at {nbytes / seconds / 1e9:.2f} GB/s, {share:.2f} of a plain copy on this host"
     yield good("speed", text) if share >= _LEAST_SHARE else note("speed", text)
 
 
-def _fastest(
-    agent: TransferAgent, peer: AgentPeer, scratch: np.ndarray, remote: int, nbytes: int, deadline: float
-) -> float | None:
-    """Shortest time of some READs in turn; None if one did not end in time. Raises KvxferError: one failed."""
-    shortest_s = math.inf
-    for _ in range(_TIMES):
-        begin = time.monotonic()
-        flight = agent.submit(Op.READ, peer, Descriptors.of(scratch.ctypes.data, remote, nbytes), deadline=deadline)
-        while flight.state is FlightState.PENDING:
-            agent.poll()
-        if flight.state is not FlightState.DONE:
-            if time.monotonic() >= deadline:
-                return None
-            raise flight.error or KvxferError("no reason given")
-        shortest_s = min(shortest_s, time.monotonic() - begin)
-    return shortest_s
-
-
-def _copy_s(data: np.ndarray) -> float:
-    """Shortest time of a plain copy of as many bytes."""
-    other, shortest_s = np.empty_like(data), math.inf
-    for _ in range(_TIMES):
-        begin = time.monotonic()
-        np.copyto(other, data)
-        shortest_s = min(shortest_s, time.monotonic() - begin)
-    return shortest_s
+def _read(agent: TransferAgent, peer: AgentPeer, spans: Descriptors, deadline: float) -> None:
+    """Read some bytes and wait for them. Raises TransferTimeoutError at the deadline, or what made it fail."""
+    flight = agent.submit(Op.READ, peer, spans, deadline=deadline)
+    while flight.state is FlightState.PENDING:
+        agent.poll()
+    if flight.state is not FlightState.DONE:
+        raise flight.error or KvxferError("no reason given")
 
 
 def _port_fix(met: Met) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,10 @@ if TYPE_CHECKING:
 
 def names() -> Iterator[Finding]:
     """All findings about names."""
-    yield from loopback(_looked_up("localhost"))
+    try:
+        yield from loopback(addresses.look_up("localhost"))
+    except ConfigError:
+        yield from loopback([])
     own = addresses.own_ip()
     yield from host_name(socket.gethostname(), addresses.resolve, own)
 
@@ -69,21 +71,3 @@ def host_name(name: str, resolve: Callable[[str], list[str]], own: str) -> Itera
         )
     else:
         yield good("host name", f"{name} means {', '.join(ips)}")
-
-
-def _looked_up(name: str) -> list[str]:
-    """Addresses by the system's resolver, which `kvxfer.addresses.resolve` does not ask about ``localhost``."""
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    ips = [str(sockaddr[0]) for _, _, _, _, sockaddr in found]
-    return list(dict.fromkeys(ip for ip in ips if _is_ip(ip)))
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return False
-    return True
