@@ -207,6 +207,8 @@ def test_the_pages_of_a_server(servers):
     assert get(servers.decode.url, "/health")[0] == 200
     entry = json.loads(get(servers.decode.url, "/v1/models")[1])["data"][0]
     assert (entry["id"], entry["max_model_len"]) == ("kvxfer", 4096)
+    prompt = list(range(200, 260))
+    assert servers.decode.ask(prompt, kv_transfer_params=servers.prefill.prefill(prompt).kv_transfer_params).ok
     names = {sample.name for sample in servers.decode.metrics()}
     assert {
         "kvxfer_transfer_seconds_bucket",

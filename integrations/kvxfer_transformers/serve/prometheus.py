@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page of metrics in Prometheus' text format: the endpoint's, and the engine's load by vLLM's names, which routers know."""
+"""Page of metrics for Prometheus: the endpoint's, and the engine's load by vLLM's names, which routers know."""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import generate_latest
 
 from kvxfer.metrics import COUNTERS, HISTOGRAMS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from kvxfer.metrics import Metrics
     from kvxfer_transformers.batching import KvxferBatchingManager
@@ -17,58 +20,56 @@ if TYPE_CHECKING:
 
 def page(manager: KvxferBatchingManager) -> str:
     """Make the page of an engine; after the engine's end it is short."""
-    lines = [*_refused(manager)]
-    endpoint, processor = manager.endpoint, manager.batch_processor
-    if endpoint is not None:
-        lines += _of_endpoint(endpoint.metrics)
-        lines += _series("kvxfer_in_use", "gauge", "What the endpoint has in use, see Endpoint.in_use.", [
-            (_label("what", name), number) for name, number in endpoint.in_use().items()
-        ])  # fmt: skip
-    if processor is not None:
-        scheduler, cache = processor.scheduler, processor.cache
-        page_tokens = manager.continuous_batching_config.page_size
-        info = f'{{block_size="{page_tokens}",num_gpu_blocks="{cache.num_blocks}"}}'
-        lines += _series(
-            "vllm:num_requests_running", "gauge", "Requests that run.", [("", len(scheduler.active_requests))]
+    text: str = generate_latest(_EngineMetrics(manager)).decode()
+    return text
+
+
+class _EngineMetrics:
+    """Metrics of one engine, as prometheus_client asks for them."""
+
+    def __init__(self, manager: KvxferBatchingManager) -> None:
+        self._manager = manager
+
+    def collect(self) -> Iterator[Any]:
+        """Yield all families."""
+        manager = self._manager
+        refused = CounterMetricFamily(
+            "kvxfer_refused_params_total",
+            "Requests whose kv_transfer_params were refused and whose prompt was computed.",
+            labels=["reason"],
         )
-        lines += _series(
-            "vllm:num_requests_waiting", "gauge", "Requests that wait.", [("", len(scheduler.waiting_requests))]
-        )
-        lines += _series("vllm:kv_cache_usage_perc", "gauge", "Share of the cache in use.", [("", manager.cache_use())])
-        lines += _series("vllm:cache_config_info", "gauge", "Configuration of the cache.", [(info, 1)])
-    return "\n".join([*lines, ""])
+        for reason, number in list(manager.refused_params.items()):
+            refused.add_metric([reason], number)
+        yield refused
+        endpoint, processor = manager.endpoint, manager.batch_processor
+        if endpoint is not None:
+            yield from _of_endpoint(endpoint.metrics)
+            in_use = GaugeMetricFamily(
+                "kvxfer_in_use", "What the endpoint has in use, see Endpoint.in_use.", labels=["what"]
+            )
+            for name, number in endpoint.in_use().items():
+                in_use.add_metric([name], number)
+            yield in_use
+        if processor is not None:
+            scheduler = processor.scheduler
+            yield GaugeMetricFamily("vllm:num_requests_running", "Requests that run.", len(scheduler.active_requests))
+            yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait.", len(scheduler.waiting_requests))
+            yield GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of the cache in use.", manager.cache_use())
+            info = GaugeMetricFamily(
+                "vllm:cache_config_info", "Configuration of the cache.", labels=["block_size", "num_gpu_blocks"]
+            )
+            page_tokens = manager.continuous_batching_config.page_size
+            info.add_metric([str(page_tokens), str(processor.cache.num_blocks)], 1)
+            yield info
 
 
-def _refused(manager: KvxferBatchingManager) -> Iterator[str]:
-    counted = [(_label("reason", reason), number) for reason, number in list(manager.refused_params.items())]
-    text = "Requests whose kv_transfer_params were refused and whose prompt was computed."
-    return _series("kvxfer_refused_params_total", "counter", text, counted)
-
-
-def _of_endpoint(metrics: Metrics) -> Iterator[str]:
+def _of_endpoint(metrics: Metrics) -> Iterator[Any]:
     for name, series in metrics.counters().items():
-        labelled = (("{" + ",".join(f'{key}="{_escaped(value)}"' for key, value in key_values) + "}" if key_values else "", total)
-                    for key_values, total in series.items())  # fmt: skip
-        yield from _series(name, "counter", COUNTERS[name], labelled)
+        family = CounterMetricFamily(name, COUNTERS[name])
+        for labels, total in series.items():
+            family.add_sample(name, dict(labels), total)
+        yield family
     for name, histogram in metrics.histograms().items():
-        yield f"# HELP {name} {HISTOGRAMS[name][0]}"
-        yield f"# TYPE {name} histogram"
-        for bound, number in zip([*histogram.buckets, "+Inf"], accumulate(histogram.counts), strict=True):
-            yield f'{name}_bucket{{le="{bound}"}} {number}'
-        yield f"{name}_sum {histogram.total}"
-        yield f"{name}_count {histogram.number}"
-
-
-def _series(name: str, kind: str, text: str, values: Iterable[tuple[str, float]]) -> Iterator[str]:
-    yield f"# HELP {name} {text}"
-    yield f"# TYPE {name} {kind}"
-    for labels, value in values:
-        yield f"{name}{labels} {value}"
-
-
-def _label(name: str, value: str) -> str:
-    return f'{{{name}="{_escaped(value)}"}}'
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        bounds = [*map(str, histogram.buckets), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        yield HistogramMetricFamily(name, HISTOGRAMS[name][0], buckets, histogram.total)
