@@ -27,7 +27,7 @@ BATCH_NBYTES = 32 << 10
 """Most bytes of ids in one message."""
 _ID_NBYTES, _RUN_NBYTES = 4, 8
 _SPARSE = 8
-"""From this many ids per run on, a long stretch of ids is searched for runs, and not only those that fit as they are."""
+"""Number of ids per run from which on a long stretch of ids is searched for runs, and not only those that fit as they are."""
 _STRETCH = 1 << 20
 _FEWEST_IDS = 1 << 22
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheSpec
 
 _AGENT_INFO_NBYTES = 16 << 10
-"""What a transfer agent says of itself is shorter."""
+"""Size that no description of a transfer agent reaches."""
 
 
 def instance_of(what: Any, kind: type, name: str) -> None:

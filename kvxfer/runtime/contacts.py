@@ -99,7 +99,7 @@ class Contacts:
         """Flights of contacts that have failed, and may still land."""
         self._contacts: dict[Key, Contact] = {}
         self._agents_tried: dict[Key, int] = {}
-        """Of peers for whose sake the agent was made anew, how often it was."""
+        """Number of times that the agent was made anew for the sake of a peer, by peer."""
         self._renewed_at = -math.inf
 
     @property

@@ -223,7 +223,7 @@ class ControlLoop:
 
 
 class _Reports:
-    """What the data thread tells, see `kvxfer.runtime.reports.DataReports`: each becomes a command of the control thread."""
+    """Reports of the data thread, see `kvxfer.runtime.reports.DataReports`: each becomes a command of the control thread."""
 
     def __init__(self, driver: ControlLoop) -> None:
         self._driver = driver

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _SHORTEST_NAP_S = 20e-6
 _LONGEST_NAP_S = 1e-3
 _COURTESY_S = 50e-6
-"""So much later than the end of a read the control thread is called: in the same moment it would be given the interpreter's lock
+"""Delay between the end of a read and the call of the control thread: in the same moment it would be given the interpreter's lock
 before the thread that waits for the read."""
 
 

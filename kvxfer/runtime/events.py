@@ -46,7 +46,7 @@ class Events:
         self._lock = threading.Lock()
         """No thread waits for it for long: a signal handler that interrupts the thread that has it may wait for one that needs it."""
         self._unpolled: dict[int, Event] | None = {}
-        """By number, what happened before the first poll; None after it."""
+        """Events before the first poll, by number; None after it."""
         self._late: deque[Event] = deque()
         self._ends: deque[int] = deque()
         """Numbers of the ends of transfers among them."""
