@@ -240,6 +240,11 @@ class LeaseEndedError(LeaseError):
     """The lease expired or was revoked; bytes read under it are discarded."""
 
 
+def names_of_errors(base: type[KvxferError] = KvxferError) -> tuple[str, ...]:
+    """Names of all errors of the tree, in its order."""
+    return tuple(name for kind in base.__subclasses__() for name in (kind.__name__, *names_of_errors(kind)))
+
+
 def fresh(error: KvxferError) -> KvxferError:
     """Copy an error without its traceback, which would grow each time the error is raised."""
     new = type(error).__new__(type(error))

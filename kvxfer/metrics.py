@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kvxfer.errors import names_of_errors
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -36,6 +38,48 @@ COUNTERS = {
     "kvxfer_slot_revocations_total": "Leases revoked because their consumer kept staging slots that other consumers waited for.",
     "kvxfer_internal_errors_total": "Faults of kvxfer itself that were caught; please report each as a bug.",
 }
+LABEL_VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "kvxfer_transfers_total": ("outcome", ("done", *names_of_errors())),
+    "kvxfer_leases_total": ("end", ("read", "unread", "expired", "revoked")),
+    "kvxfer_refused_messages_total": (
+        "reason",
+        (
+            *(
+                "unauthenticated",
+                "not_zmtp",
+                "connections",
+                "flood",
+                "oversized",
+                "rate",
+                "unsendable",
+                "unmet",
+                "garbage",
+            ),
+            *(
+                "unexpected",
+                "protocol",
+                "stale_epoch",
+                "not_introduced",
+                "rank",
+                "agent",
+                "unknown_lease",
+                "ended_lease",
+            ),
+            *("taken_lease", "staging"),
+        ),
+    ),
+    "kvxfer_handshakes_total": (
+        "outcome",
+        ("met", "incompatible", "identity", "agent", "protocol", "rank", "garbage", "address", "other"),
+    ),
+    "kvxfer_contacts_total": ("outcome", ("answered", "failed", "silent", "renewed")),
+    "kvxfer_sources_total": ("by", ("read", "write")),
+    "kvxfer_writes_total": ("end", ("done", "failed", "refused")),
+    "kvxfer_internal_errors_total": ("where", ("control", "data")),
+}
+"""Label of a counter, and its values that are exported as 0 before the first count: an alert sees an increase only between two
+samples of a series. Other values may come."""
+
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "kvxfer_transfer_seconds": (
         "Time from the call of read until the bytes are in place and the lease is checked.",
@@ -70,6 +114,12 @@ class Histogram:
 
 
 _LOCK_S = 0.5
+
+
+def zeros(name: str) -> dict[Labels, float]:
+    """Series of a counter that are exported from the start, all 0."""
+    label, values = LABEL_VALUES.get(name, ("", ()))
+    return {((label, value),): 0.0 for value in values} if label else {(): 0.0}
 
 
 class Metrics:

@@ -13,6 +13,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvxfer.errors import names_of_errors
+from kvxfer.metrics import LABEL_VALUES
 from kvxfer_vllm.transfer_params import RefusalReason
 
 _SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
@@ -26,6 +28,8 @@ COUNTERS = {
     "partial_bytes": "Bytes of finished reads that arrived before their prefill had ended.",
     "partial_publishes": "Publications of blocks while the step that computes them went on (granularity layer).",
     "agent_resets": "Resets of the transfer agent, which stop late writes.",
+    "slot_revocations": "Leases of this producer that it revoked because their consumer kept staging slots that others waited for.",
+    "write_waits": "Writes of this producer that had to wait for their turn (setting max_write_spans).",
     "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
     "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",
     "shared_loads": "Requests of this consumer that took what another request with the same lease had loaded.",
@@ -38,9 +42,16 @@ LABELLED = {
         "reason",
         tuple(reason.value for reason in RefusalReason),
     ),
-    "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", ()),
-    "refused_messages": ("Messages on the side channel that were refused.", "reason", ()),
-    "handshakes": ("Handshakes that this consumer asked for.", "outcome", ()),
+    "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", names_of_errors()),
+    "refused_messages": (
+        "Messages on the side channel that were refused.",
+        *LABEL_VALUES["kvxfer_refused_messages_total"],
+    ),
+    "handshakes": ("Handshakes that this consumer asked for.", *LABEL_VALUES["kvxfer_handshakes_total"]),
+    "contacts": (
+        "First transfers from prefill servers, and agents that were replaced because peers were silent.",
+        *LABEL_VALUES["kvxfer_contacts_total"],
+    ),
     "sources": (
         "Producers' ranks that this consumer's reads took bytes from, by what moved them.",
         "by",

@@ -42,7 +42,10 @@ _FORWARDED = {
     ("kvxfer_handshakes_total", "outcome"): "handshakes",
     ("kvxfer_partial_bytes_total", ""): "partial_bytes",
     ("kvxfer_sources_total", "by"): "sources",
+    ("kvxfer_contacts_total", "outcome"): "contacts",
     ("kvxfer_agent_resets_total", ""): "agent_resets",
+    ("kvxfer_slot_revocations_total", ""): "slot_revocations",
+    ("kvxfer_write_waits_total", ""): "write_waits",
     ("kvxfer_internal_errors_total", ""): "internal_errors",
 }
 

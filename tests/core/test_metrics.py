@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from kvxfer.metrics import COUNTERS, HISTOGRAMS, Metrics
+from kvxfer.metrics import COUNTERS, HISTOGRAMS, Metrics, zeros
 
 
 def test_counting():
@@ -58,6 +60,19 @@ def test_series_can_be_exported():
     for name, help_ in [*COUNTERS.items(), *((name, help_) for name, (help_, _) in HISTOGRAMS.items())]:
         assert re.fullmatch(r"kvxfer_[a-z_]+", name) and name.endswith("_total") == (name in COUNTERS)
         assert help_[0].isupper() and help_.endswith(".")
+
+
+def test_known_series_start_at_zero():
+    """Each value of a label that the code names is exported as 0 from the start, since an alert misses a series' first count."""
+    named = defaultdict(set)
+    for path in (Path(__file__).resolve().parents[2] / "kvxfer").rglob("*.py"):
+        for name, label, value in re.findall(r'count\("(kvxfer_\w+)", (\w+)="(\w+)"\)', path.read_text()):
+            named[name].add((label, value))
+    assert named["kvxfer_contacts_total"]
+    for name, pairs in named.items():
+        assert pairs <= {pair for ((pair),) in zeros(name)}, name
+    assert {(("outcome", "done"),), (("outcome", "PeerTimeoutError"),)} <= set(zeros("kvxfer_transfers_total"))
+    assert zeros("kvxfer_agent_resets_total") == {(): 0}
 
 
 def test_threads_lose_no_count():

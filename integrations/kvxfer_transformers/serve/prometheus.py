@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 
-from kvxfer.metrics import COUNTERS, HISTOGRAMS
+from kvxfer.metrics import COUNTERS, HISTOGRAMS, zeros
+from kvxfer_vllm.transfer_params import RefusalReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +39,8 @@ class _EngineMetrics:
             "Requests whose kv_transfer_params were refused and whose prompt was computed.",
             labels=["reason"],
         )
-        for reason, number in list(manager.refused_params.items()):
+        known = {reason.value: 0 for reason in RefusalReason}
+        for reason, number in {**known, **manager.refused_params}.items():
             refused.add_metric([reason], number)
         yield refused
         endpoint, processor = manager.endpoint, manager.batch_processor
@@ -66,7 +68,7 @@ class _EngineMetrics:
 def _of_endpoint(metrics: Metrics) -> Iterator[Any]:
     for name, series in metrics.counters().items():
         family = CounterMetricFamily(name, COUNTERS[name])
-        for labels, total in series.items():
+        for labels, total in {**zeros(name), **series}.items():
             family.add_sample(name, dict(labels), total)
         yield family
     for name, histogram in metrics.histograms().items():
