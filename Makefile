@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile tcp sweep failures versions nightly bench benchvllm clean demo-env full-env fuzz-env xla-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile tcp sweep failures versions nightly bench benchvllm clean docs demo-env full-env fuzz-env xla-env docs-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO_ENV := $(if $(findstring mooncake,$(ARGS)),mooncake,demo)
@@ -11,6 +11,7 @@ DEMO := .venv/$(DEMO_ENV)/bin/python
 FULL := .venv/full/bin/python
 FUZZ := .venv/fuzz/bin/python
 XLA := .venv/xla/bin/python
+DOCS := .venv/docs/bin/python
 
 PYTEST := $(FULL) -m pytest
 # A process of tests for each core that we have, up to eight: much of their time they wait. One at a time: make unit ARGS="-n 0"
@@ -25,7 +26,7 @@ demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte 
 serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them (make serve ENGINE=transformers)
 	@$(FULL) -m tools.serve $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
-test: check unit slow test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
+test: check docs unit slow test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM
 
 check: lint format types imports api ## Lint, format, types, direction of imports (make -k check: all complaints at once)
 
@@ -80,6 +81,10 @@ bench: full-env ## Measure: reads beside raw NIXL in one run, binding, handshake
 benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector in one run: minutes
 	$(PYTEST) benchmarks/test_vllm.py --benchmark-enable --benchmark-only $(ARGS)
 
+docs: docs-env ## The documentation as a site, in build/site/index.html; dead links, and pages outside its navigation, are errors
+	@NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build $(ARGS)
+	@echo build/site/index.html
+
 clean: ## Remove what was made here: environments, caches, builds
 	rm -rf .venv .fuzz .nightly .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -95,6 +100,9 @@ fuzz-env:
 
 xla-env:
 	@$(BOOTSTRAP) xla
+
+docs-env:
+	@$(BOOTSTRAP) docs
 
 # check-jsonschema has no wheels for Python 3.10.
 lint: full-env

