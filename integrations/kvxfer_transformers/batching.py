@@ -19,13 +19,13 @@ from kvxfer import registry
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
+from kvxfer_serving.transfer_params import Role
 from kvxfer_transformers import scheduler, seams
 from kvxfer_transformers.exchange import Exchange
 from kvxfer_transformers.fingerprint import model_fingerprint
 from kvxfer_transformers.outputs import LeaseOutputRouter
 from kvxfer_transformers.paged_cache import PagedCacheView
 from kvxfer_transformers.requests import wish_of
-from kvxfer_vllm.transfer_params import Role
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +86,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
         transfer: options of the transfers.
 
     Attributes:
-        refused_params: number of ``kv_transfer_params`` that were not followed, by the reasons of `kvxfer_vllm.transfer_params`.
+        refused_params: number of ``kv_transfer_params`` that were not followed, by the reasons of `kvxfer_serving.transfer_params`.
 
     Raises:
         ConfigError: a configuration that is not supported; the message says what, and what would be.

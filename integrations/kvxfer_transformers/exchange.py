@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.generation.continuous_batching.requests import RequestStatus
 
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
 from kvxfer_transformers.loads import LeasedPrompts
 from kvxfer_transformers.prefills import SharedPrefills
 from kvxfer_transformers.requests import answer
-from kvxfer_vllm.transfer_params import RefusalReason, RefusedParams
 
 if TYPE_CHECKING:
     from collections import Counter

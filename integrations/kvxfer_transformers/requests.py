@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers that a request's ``kv_transfer_params`` ask for. The parameters are those of the vLLM connector, with the same refusals."""
+"""Transfers that a request's ``kv_transfer_params`` ask for. The parameters are those of every engine, with the same refusals."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from kvxfer import addresses
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.prompts import TokenIdError, judge, prompt_digest
-from kvxfer_vllm.transfer_params import (
-    BootstrapRequest,
+from kvxfer_serving.mooncake_params import BootstrapRequest
+from kvxfer_serving.prompt_digests import TokenIdError, judge_lease, prompt_digest, refused
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
+from kvxfer_serving.transfer_params import (
     ConsumerRequest,
     ProducerRequest,
-    RefusalReason,
-    RefusedParams,
     RendezvousRequest,
     Role,
     TurnRequest,
@@ -102,11 +101,8 @@ def _read(
         return asked
     if isinstance(asked, ConsumerRequest):
         lease = asked.lease
-        if not 0 < lease.num_tokens <= len(tokens):
-            other = f"the lease is of {lease.num_tokens} tokens, the prompt of {len(tokens)}"
-            return RefusedParams(RefusalReason.OTHER_PROMPT, other)
-        reason = judge(lease.digest, prompt_digest(tokens[: lease.num_tokens]))
-        return lease if reason is None else RefusedParams(reason, "the lease is not of this prompt")
+        reason = judge_lease(lease, len(tokens), lambda num_tokens: prompt_digest(tokens[:num_tokens]))
+        return lease if reason is None else refused(reason)
     if isinstance(asked, RendezvousRequest):
         if not asked.key:
             return RefusedParams(

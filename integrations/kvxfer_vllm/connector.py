@@ -29,12 +29,13 @@ from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import ConfigError
 from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
+from kvxfer_serving.options import ConnectorOptions, advertised
+from kvxfer_serving.transfer_params import Role
 from kvxfer_vllm import versions
 from kvxfer_vllm.bootstrap.launch import Published, publish_engine
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, state_specs, tables_of
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
-from kvxfer_vllm.options import ConnectorOptions, advertised
 from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
@@ -42,7 +43,6 @@ from kvxfer_vllm.seams import watch_weights
 from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
 from kvxfer_vllm.states import StateLayout
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
-from kvxfer_vllm.transfer_params import Role
 from kvxfer_vllm.worker import KvxferWorker
 from kvxfer_vllm.zeroing import BlockZeroer
 

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identity of a prompt: a digest of all that the KV of its first tokens depends on, which ties a lease to its prompt.
+"""Identity of a prompt of vLLM, with its adapter, images and other media.
 
 The two servers may know adapters and images by different names, so their content counts, where vLLM has it.
 """
 
 from __future__ import annotations
 
-import array
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvxfer_vllm.transfer_params import RefusalReason
+from kvxfer_serving.prompt_digests import joined_digest, prompt_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,11 +28,6 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.*", "new_embeddings.*")
 _NAMES_IN_CONFIG = ("base_model_name_or_path", "revision", "inference_mode")
 _PIECE_NBYTES = 1 << 22
-_MEDIA, _WEIGHTS = ".", "@"
-
-
-class TokenIdError(ValueError):
-    """A token id of a prompt is not a whole number of 32 bits."""
 
 
 class PromptIdentity:
@@ -60,9 +54,7 @@ class PromptIdentity:
         return cls(media_by_content=no_caches and not vllm_config.cache_config.enable_prefix_caching)
 
     def digest(self, request: Request, num_tokens: int) -> str:
-        """Digest of a request's first ``num_tokens`` tokens, see `judge`.
-
-        With media their number follows, and the digest without them; last comes that of the version of the weights.
+        """Digest of a request's first ``num_tokens`` tokens, see `kvxfer_serving.prompt_digests`.
 
         Raises:
             TokenIdError: a token id is not a whole number of 32 bits.
@@ -79,10 +71,8 @@ class PromptIdentity:
         }
         media = [self._medium(item) for item in request.mm_features if item.mm_position.offset < num_tokens]
         digest = prompt_digest(tokens, **context)
-        if media:
-            digest = _MEDIA.join((prompt_digest(tokens, media=media, **context), str(len(media)), digest))
-        weights = hashlib.blake2b(self.weights.encode(), digest_size=16).hexdigest() if self.weights else ""
-        return f"{digest}{_WEIGHTS}{weights}" if weights else digest
+        with_media = prompt_digest(tokens, media=media, **context) if media else ""
+        return joined_digest(digest, with_media=with_media, num_media=len(media), weights=self.weights)
 
     def _medium(self, item: MultiModalFeatureSpec) -> tuple[str, int]:
         """(name of the content, first token) of an image, a sound, ..."""
@@ -103,57 +93,6 @@ class PromptIdentity:
         except (OSError, ValueError):
             return f"name {lora.lora_name}"
         return known[1]
-
-
-def prompt_digest(
-    token_ids: Sequence[int],
-    *,
-    media: Sequence[tuple[str, int]] = (),
-    adapter: str | None = None,
-    cache_salt: str | None = None,
-    embeds: str | None = None,
-) -> str:
-    """Digest in 32 hex digits, equal on both servers exactly if the KV of the two prompts means the same.
-
-    Args:
-        token_ids: each within 32 bits.
-        media: content and position in the prompt of each image, sound, ...; their tokens are placeholders.
-        adapter: identity of the LoRA adapter.
-        cache_salt: keeps the prefix caches of tenants apart.
-        embeds: digest of the embeddings that stand in the place of tokens.
-
-    Raises:
-        TokenIdError: a token id is not a whole number of 32 bits.
-    """
-    # What is not tokens goes into one list, in a form in which different values look different.
-    context = repr((len(token_ids), list(media), adapter, cache_salt, embeds)).encode()
-    digest = hashlib.blake2b(context, digest_size=16)
-    try:
-        digest.update(array.array("i", token_ids).tobytes())
-    except (OverflowError, TypeError) as error:
-        raise TokenIdError(f"a token id of the prompt is no whole number of 32 bits: {error}") from error
-    return digest.hexdigest()
-
-
-def judge(lease_digest: str, digest: str) -> RefusalReason | None:
-    """Judge whether a lease has the KV of the prompt with this digest; None if it has.
-
-    A client may have changed the lease's digest, so it may have any form.
-    """
-    if lease_digest == digest:
-        return None
-    (theirs, _, their_weights), (ours, _, our_weights) = (each.partition(_WEIGHTS) for each in (lease_digest, digest))
-    (their_media, their_rest), (our_media, our_rest) = map(_media_of, (theirs, ours))
-    if their_rest == our_rest and their_media > our_media:
-        return RefusalReason.NO_MEDIA
-    return RefusalReason.OTHER_PROMPT if their_weights == our_weights else RefusalReason.OTHER_WEIGHTS
-
-
-def _media_of(digest: str) -> tuple[int, str]:
-    """Number of media that a digest is of, and the digest without them."""
-    _, has_media, rest = digest.partition(_MEDIA)
-    number, _, without = rest.partition(_MEDIA)
-    return (int(number), without) if has_media and number.isdecimal() else (0, digest)
 
 
 def _files_digest(files: Iterable[Path]) -> str:

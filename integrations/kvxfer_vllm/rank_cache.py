@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer.buffers.cache import BufferMaker
+    from kvxfer_serving.options import ConnectorOptions
     from kvxfer_vllm.groups import AttentionGroup
-    from kvxfer_vllm.options import ConnectorOptions
 
 
 def describe_cache(

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids of requests: vLLM's front end writes the numbers of siblings and prompts into them, vllm-router the servers."""
+"""Ids of requests: vLLM's front end writes the numbers of siblings and prompts into them."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-_PREFILL, _DECODE = "___prefill_addr_", "___decode_addr_"  # vllm-router's marks
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z", re.IGNORECASE)
 _SIBLING = re.compile(r"([0-9]+)_(.+)", re.DOTALL)  # see vllm.v1.engine.parallel_sampling
 _PROMPT = re.compile(r"(cmpl-.+)-([0-9]{1,9})", re.DOTALL)  # see vllm.entrypoints.openai.completion.serving
@@ -41,14 +39,3 @@ def rendezvous_key(request_id: str) -> str:
     vLLM adds eight random hex digits on each, and the number of a sibling in front.
     """
     return sibling_of(_RANDOM_SUFFIX.sub("", request_id))[1]
-
-
-def producer_named_in(request_id: str) -> dict[str, Any]:
-    """NixlConnector's keys for the ``engine-id@host:port`` that vllm-router writes into a request's id; empty without it."""
-    _, _, rest = request_id.partition(_PREFILL)
-    place, marked, _ = rest.partition(_DECODE)
-    producer, _, address = place.rpartition("@")
-    host, _, port = address.rpartition(":")
-    if not (marked and producer and host and re.fullmatch(r"[0-9]{1,5}", port)):
-        return {}
-    return {"remote_engine_id": producer, "remote_host": host, "remote_port": int(port)}

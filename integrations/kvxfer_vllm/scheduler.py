@@ -23,28 +23,28 @@ from vllm.v1.request import RequestStatus
 
 from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.bootstrap.lookup import BootstrapLookups
-from kvxfer_vllm.groups import blocks_in_each
-from kvxfer_vllm.loads import Loads
-from kvxfer_vllm.metadata import IDLE_WAIT_S, KvxferHandshake, KvxferMetadata, PublishOrder
-from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.prefills import Prefills, with_new_token
-from kvxfer_vllm.prompts import PromptIdentity, TokenIdError, judge
-from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
-from kvxfer_vllm.seams import fail_request
-from kvxfer_vllm.stats import KvxferStats
-from kvxfer_vllm.transfer_params import (
-    BootstrapRequest,
+from kvxfer_serving.mooncake_params import BootstrapRequest
+from kvxfer_serving.options import tcp_address
+from kvxfer_serving.prompt_digests import TokenIdError, judge, judge_lease, refused
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
+from kvxfer_serving.transfer_params import (
     ConsumerRequest,
     ProducerRequest,
-    RefusalReason,
-    RefusedParams,
     RendezvousRequest,
     Role,
     TurnRequest,
     parse,
     response,
 )
+from kvxfer_vllm.bootstrap.lookup import BootstrapLookups
+from kvxfer_vllm.groups import blocks_in_each
+from kvxfer_vllm.loads import Loads
+from kvxfer_vllm.metadata import IDLE_WAIT_S, KvxferHandshake, KvxferMetadata, PublishOrder
+from kvxfer_vllm.prefills import Prefills, with_new_token
+from kvxfer_vllm.prompts import PromptIdentity
+from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
+from kvxfer_vllm.seams import fail_request
+from kvxfer_vllm.stats import KvxferStats
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -54,18 +54,13 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from kvxfer.secret import Secret
+    from kvxfer_serving.transfer_params import Asked
     from kvxfer_vllm.groups import GroupTable
-    from kvxfer_vllm.transfer_params import Asked
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 _TOKENS_REMEMBERED = 65_536
 _WEIGHTS_OF_CHECKPOINT = "default"  # vLLM's name of them
-_WHY_OTHER = {
-    RefusalReason.OTHER_PROMPT: "the lease is for another prompt",
-    RefusalReason.OTHER_WEIGHTS: "the lease is for KV of other weights",
-    RefusalReason.NO_MEDIA: "the request lacks the images or other media of the prompt",
-}
 _SUCCEEDED = (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
 
 
@@ -358,14 +353,13 @@ class KvxferScheduler:
 
     def _lease_for(self, request: Request, lease: LeaseRef) -> LeaseRef | RefusedParams:
         """Return a lease if it is for a prompt or the first tokens of it, or the lease of this prompt that it leads to."""
-        reason: RefusalReason | None = RefusalReason.OTHER_PROMPT
-        if 0 < lease.num_tokens <= self._tokens_to_transfer(request.num_prompt_tokens):
-            reason = judge(lease.digest, self._prompts.digest(request, lease.num_tokens))
+        most = self._tokens_to_transfer(request.num_prompt_tokens)
+        reason = judge_lease(lease, most, lambda num_tokens: self._prompts.digest(request, num_tokens))
         if reason is RefusalReason.NO_MEDIA and not self._loads.knows(lease.token):
             self._step.release.append(lease)
         if reason in (None, RefusalReason.OTHER_PROMPT):
             lease, reason = self._of_other_prompt(request, lease) or (lease, reason)
-        return lease if reason is None else RefusedParams(reason, _WHY_OTHER[reason])
+        return lease if reason is None else refused(reason)
 
     def _of_other_prompt(self, request: Request, first: LeaseRef) -> tuple[LeaseRef, None] | None:
         """Derive the lease of a prompt from that of the first prompt of the client's request, if its producer derives leases."""

@@ -24,9 +24,9 @@ from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
 from kvxfer.layout.dtypes import CASTABLE
 from kvxfer.secret import Secret
+from kvxfer_serving.options import advertised, tcp_address
 from kvxfer_vllm import versions
 from kvxfer_vllm.groups import is_mla, specs_of, state_specs
-from kvxfer_vllm.options import advertised, tcp_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from kvxfer.buffers.cache import KVCache
-    from kvxfer_vllm.options import ConnectorOptions
+    from kvxfer_serving.options import ConnectorOptions
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

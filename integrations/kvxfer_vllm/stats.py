@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from kvxfer.errors import names_of_errors
 from kvxfer.metrics import LABEL_VALUES
-from kvxfer_vllm.transfer_params import RefusalReason
+from kvxfer_serving.refusals import RefusalReason
 
 _SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+    from kvxfer_serving.options import ConnectorOptions
     from kvxfer_vllm.groups import AttentionGroup
-    from kvxfer_vllm.options import ConnectorOptions
 
 
 __all__ = ["Runner", "RunnerCaches", "TPUConnector"]

@@ -50,7 +50,7 @@ def one(name: str, seconds: int, seed: int) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(include=["kvxfer", "kvxfer_vllm"], enable_loader_override=False):
+    with atheris.instrument_imports(include=["kvxfer", "kvxfer_serving", "kvxfer_vllm"], enable_loader_override=False):
         from tests.fuzz.targets import BY_NAME
     import logging
 

@@ -47,9 +47,10 @@ from kvxfer.protocol.actions import PackKey, StartPack
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.runtime.packer import Packer
 from kvxfer.runtime.staging import StagingArena
-from kvxfer_vllm import transfer_params as vllm_params
+from kvxfer_serving import mooncake_params, transfer_params
+from kvxfer_serving.options import ConnectorOptions
+from kvxfer_serving.refusals import RefusedParams
 from kvxfer_vllm.bootstrap.answer import BootstrapEntry, WrongAnswerError, engine_in
-from kvxfer_vllm.options import ConnectorOptions
 from tests.fuzz import machine
 
 if TYPE_CHECKING:
@@ -198,41 +199,41 @@ def run_params(data: bytes) -> bool:
     request_id = value.get("id") if isinstance(value.get("id"), str) else ""
     accepted = False
     for role in (
-        vllm_params.Role("D", False, True),
-        vllm_params.Role("P", True, False),
-        vllm_params.Role("x", True, True, False),
+        transfer_params.Role("D", False, True),
+        transfer_params.Role("P", True, False),
+        transfer_params.Role("x", True, True, False),
     ):
-        asked = vllm_params.parse(value.get("params"), role, request_id)
-        if isinstance(asked, vllm_params.BootstrapRequest):
-            found = vllm_params.named_by_bootstrap(value["params"], "P2", "tcp://h:5600")
-            asked = vllm_params.parse(found, role, request_id)
-            assert not isinstance(asked, vllm_params.BootstrapRequest)
-        if isinstance(asked, vllm_params.TurnRequest):
-            assert isinstance(asked.producer, vllm_params.ProducerRequest)
+        asked = transfer_params.parse(value.get("params"), role, request_id)
+        if isinstance(asked, mooncake_params.BootstrapRequest):
+            found = mooncake_params.named_by_bootstrap(value["params"], "P2", "tcp://h:5600")
+            asked = transfer_params.parse(found, role, request_id)
+            assert not isinstance(asked, mooncake_params.BootstrapRequest)
+        if isinstance(asked, transfer_params.TurnRequest):
+            assert isinstance(asked.producer, transfer_params.ProducerRequest)
             asked = asked.consumer
-        if isinstance(asked, vllm_params.ConsumerRequest):
+        if isinstance(asked, transfer_params.ConsumerRequest):
             ref = asked.lease
-            answer = vllm_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
-            again = vllm_params.parse(json.loads(json.dumps(answer)), role)
+            answer = transfer_params.response(ref, [[1]], host="h", port=1, tp_size=len(ref.addresses))
+            again = transfer_params.parse(json.loads(json.dumps(answer)), role)
             assert (
-                again == vllm_params.ConsumerRequest(msgspec.structs.replace(ref, rendezvous=False))
+                again == transfer_params.ConsumerRequest(msgspec.structs.replace(ref, rendezvous=False))
                 or not ref.num_tokens
             )
         assert asked is None or isinstance(
             asked,
             (
-                vllm_params.ProducerRequest,
-                vllm_params.ConsumerRequest,
-                vllm_params.RendezvousRequest,
-                vllm_params.RefusedParams,
+                transfer_params.ProducerRequest,
+                transfer_params.ConsumerRequest,
+                transfer_params.RendezvousRequest,
+                RefusedParams,
             ),
         )
-        accepted = accepted or not isinstance(asked, (vllm_params.RefusedParams, type(None)))
+        accepted = accepted or not isinstance(asked, (RefusedParams, type(None)))
     return accepted
 
 
 def seeds_params() -> list[bytes]:
-    fetch = vllm_params.response(_lease(), [[1, 2]], host="h", port=5600, tp_size=1)
+    fetch = transfer_params.response(_lease(), [[1, 2]], host="h", port=5600, tp_size=1)
     meet = {
         "do_remote_prefill": True,
         "remote_engine_id": "P2",
@@ -253,9 +254,9 @@ def run_bootstrap(data: bytes) -> bool:
         engine_id, address = engine_in(data, "P_dp1")
     except WrongAnswerError:
         return False
-    found = vllm_params.named_by_bootstrap({"do_remote_prefill": True, "transfer_id": "t"}, engine_id, address)
-    asked = vllm_params.parse(found, vllm_params.Role("D", False, True))
-    assert isinstance(asked, (vllm_params.RendezvousRequest, vllm_params.RefusedParams))
+    found = mooncake_params.named_by_bootstrap({"do_remote_prefill": True, "transfer_id": "t"}, engine_id, address)
+    asked = transfer_params.parse(found, transfer_params.Role("D", False, True))
+    assert isinstance(asked, (transfer_params.RendezvousRequest, RefusedParams))
     return True
 
 
@@ -646,9 +647,15 @@ TARGETS = [
         "kvxfer/protocol/producer.py": 85, "kvxfer/protocol/chunk_staging.py": 86, "kvxfer/protocol/requested_writes.py": 85, "kvxfer/protocol/consumer_connections.py": 90, "kvxfer/protocol/lease_requests.py": 90, "kvxfer/protocol/consumer.py": 82, "kvxfer/protocol/held_leases.py": 80, "kvxfer/protocol/peers.py": 80, "kvxfer/protocol/lease_table.py": 70,
     }),
     Target("lease", "json", run_lease, seeds_lease, {}),
-    Target("params", "json", run_params, seeds_params, {"integrations/kvxfer_vllm/transfer_params.py": 85}),
+    Target(
+        "params",
+        "json",
+        run_params,
+        seeds_params,
+        {f"integrations/kvxfer_serving/{name}.py": 85 for name in ("transfer_params", "key_checks", "mooncake_params")},
+    ),
     Target("bootstrap", "json", run_bootstrap, seeds_bootstrap, {"integrations/kvxfer_vllm/bootstrap/answer.py": 85}),
-    Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_vllm/options.py": 60}),
+    Target("options", "json", run_options, seeds_options, {"integrations/kvxfer_serving/options.py": 60}),
     Target("settings", "json", run_settings, seeds_settings, {"kvxfer/config.py": 90}),
     Target("spec", "json", run_spec, seeds_spec, {"kvxfer/layout/spec.py": 85, "kvxfer/planner/chunks.py": 75}),
     Target("layout", "msgpack", run_layout, seeds_layout, {"kvxfer/runtime/packer.py": 70}),

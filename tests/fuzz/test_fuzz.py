@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("kvxfer_vllm.transfer_params")
+pytest.importorskip("kvxfer_serving.transfer_params")
 
 from kvxfer.protocol import messages
 from tests.core.test_endpoint import Engine

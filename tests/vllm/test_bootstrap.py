@@ -18,9 +18,11 @@ from pydantic import TypeAdapter
 from vllm.distributed.kv_transfer.kv_connector.v1.mooncake.mooncake_utils import EngineEntry
 
 from kvxfer.testing import eventually
+from kvxfer_serving.mooncake_params import BootstrapRequest, named_by_bootstrap
+from kvxfer_serving.refusals import RefusalReason
+from kvxfer_serving.transfer_params import Role, parse
 from kvxfer_vllm.bootstrap import lookup
 from kvxfer_vllm.bootstrap.answer import BootstrapEntry, WrongAnswerError, engine_in
-from kvxfer_vllm.transfer_params import BootstrapRequest, RefusalReason, Role, named_by_bootstrap, parse
 from tests.vllm.mooncake_routers import HOST, ROUTERS, query, requests_of
 from tests.vllm.rig import drain, expected, prompt_of
 from tools.serve.process import free_port

@@ -25,10 +25,10 @@ import kvxfer_vllm
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
 from kvxfer.testing import eventually
+from kvxfer_serving.options import ConnectorOptions
 from kvxfer_vllm.bootstrap import server
 from kvxfer_vllm.bootstrap.answer import BootstrapEntry, EngineRegistration
 from kvxfer_vllm.bootstrap.launch import BootstrapRegistrar, BootstrapServer
-from kvxfer_vllm.options import ConnectorOptions
 from tests.vllm.mooncake_routers import HOST, query
 from tools.serve.process import free_port
 

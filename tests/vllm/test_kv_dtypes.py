@@ -315,7 +315,7 @@ def test_copies_that_cannot_be_told_apart():
 def test_convert_needs_elements(spec):
     """The option ``convert`` with a packed cache ends the start with a sentence."""
     from kvxfer.buffers.cache import KVCache
-    from kvxfer_vllm.options import ConnectorOptions
+    from kvxfer_serving.options import ConnectorOptions
     from kvxfer_vllm.startup import start_endpoints
 
     cache = KVCache.from_layers({"l.0": torch.zeros(4, 1, 4, 8, dtype=spec.dtype)})

@@ -20,7 +20,7 @@ from vllm.multimodal.inputs import (
 )
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 
-from kvxfer_vllm.prompts import prompt_digest
+from kvxfer_serving.prompt_digests import prompt_digest
 from tests.vllm.rig import Engine, drain, expected, handed_over, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 

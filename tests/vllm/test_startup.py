@@ -28,15 +28,15 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvxfer.errors import ConfigError, KvxferError
+from kvxfer_serving.options import ConnectorOptions, advertised, side_channel, tcp_address
+from kvxfer_serving.transfer_params import Role
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.groups import GroupTable, backoff_tokens, layer_groups
 from kvxfer_vllm.metadata import KvxferHandshake
-from kvxfer_vllm.options import ConnectorOptions, advertised, side_channel, tcp_address
 from kvxfer_vllm.plugin import register
 from kvxfer_vllm.rank_cache import describe_cache, model_fingerprint
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.startup import refuse_unsupported
-from kvxfer_vllm.transfer_params import Role
 from tests.vllm.rig import in_groups, kv_cache_config, vllm_config
 
 pytestmark = pytest.mark.vllm
@@ -57,7 +57,7 @@ assert dict(os.environ) == before
     [
         ("kvxfer_vllm", ", 'torch', 'vllm', 'zmq'"),
         ("kvxfer_vllm.plugin", ", 'torch', 'vllm', 'zmq'"),
-        ("kvxfer_vllm.transfer_params", ", 'torch', 'vllm'"),
+        ("kvxfer_serving.transfer_params", ", 'torch', 'vllm'"),
     ],
 )
 def test_importing_is_cheap(module, more):

@@ -15,10 +15,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import LeaseReleased
+from kvxfer_serving.refusals import RefusalReason
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder
 from kvxfer_vllm.stats import COUNTERS, LABELLED, KvxferStats
-from kvxfer_vllm.transfer_params import RefusalReason
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import Engine, drain, handed_over, prompt_of, scripted, vllm_config
 from tests.vllm.scripted import ScriptedEndpoint

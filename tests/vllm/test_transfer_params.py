@@ -14,16 +14,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.request import RequestStatus
 
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.transfer_params import (
-    ConsumerRequest,
-    ProducerRequest,
-    RefusalReason,
-    RefusedParams,
-    RendezvousRequest,
-    Role,
-    parse,
-    response,
-)
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
+from kvxfer_serving.transfer_params import ConsumerRequest, ProducerRequest, RendezvousRequest, Role, parse, response
 from tests.vllm.rig import P_PARAMS, Engine, drain, expected, prompt_of, scripted
 from tests.vllm.scripted import ScriptedEndpoint
 

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from kvxfer_vllm.transfer_params import ConsumerRequest, RefusalReason, RefusedParams, Role, TurnRequest, parse
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
+from kvxfer_serving.transfer_params import ConsumerRequest, Role, TurnRequest, parse
 from tests.vllm.rig import BLOCK_TOKENS, drain, expected, handed_over, prompt_of
 
 pytestmark = pytest.mark.vllm

@@ -12,7 +12,7 @@ import msgspec
 
 from kvxfer.errors import ConfigError
 from kvxfer.secret import Secret
-from kvxfer_vllm.options import ConnectorOptions, advertised, tcp_address
+from kvxfer_serving.options import ConnectorOptions, advertised, tcp_address
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
-    from kvxfer_vllm.options import ConnectorOptions
+    from kvxfer_serving.options import ConnectorOptions
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

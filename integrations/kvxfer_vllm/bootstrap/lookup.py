@@ -14,8 +14,9 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Any
 
+from kvxfer_serving.mooncake_params import BootstrapRequest, named_by_bootstrap
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
 from kvxfer_vllm.bootstrap.answer import MAX_NBYTES, WrongAnswerError, engine_in
-from kvxfer_vllm.transfer_params import BootstrapRequest, RefusalReason, RefusedParams, named_by_bootstrap
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kv_transfer_params`` of a request. No vLLM, no I/O, no state.
+"""``kv_transfer_params`` of a request. No engine, no I/O, no state.
 
 Parameters come from clients, so malformed input becomes a `RefusedParams` with a named reason, never an exception. The keys
 are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and one of kvxfer, ``kvxfer``,
 which holds the lease as a JSON object. vllm-router sends a request to both servers at once in its MoRI-IO mode only; there it
-names the prefill server in the request's id, by what `kvxfer_vllm.router_registration` has registered. MooncakeConnector's routers
-name an HTTP address that knows the prefill server; its answer turns their keys into NixlConnector's (`named_by_bootstrap`).
+names the prefill server in the request's id (`kvxfer_serving.router_marks`). MooncakeConnector's routers name an HTTP address that knows the
+prefill server; its answer turns their keys into NixlConnector's (`kvxfer_serving.mooncake_params`).
 
 These parameters do not decide which bytes move: the producer's grant does. Parameters that contradict themselves are refused
 nevertheless, because they come from a broken or malicious client.
@@ -13,7 +13,6 @@ nevertheless, because they come from a broken or malicious client.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,77 +20,20 @@ from typing import Any, TypeAlias
 import msgspec
 
 from kvxfer import addresses
-from kvxfer.errors import ConfigError, LeaseRefError
+from kvxfer.errors import LeaseRefError
 from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer_vllm.options import tcp_address
-from kvxfer_vllm.request_ids import producer_named_in
+from kvxfer_serving.key_checks import check_blocks, check_keys, check_sizes, check_transfer_id
+from kvxfer_serving.mooncake_params import BootstrapRequest, bootstrap_request
+from kvxfer_serving.options import tcp_address
+from kvxfer_serving.refusals import RefusalReason, RefusedParams
+from kvxfer_serving.router_marks import producer_named_in
 
 LEASE_KEY = "kvxfer"
-_MAX_BLOCK_ID = 2**31 - 1
-_MAX_KEY = 256
 
 # NixlConnector's keys that name a prefill server, and those that a consumer must find beside the lease, with their types.
 _PLACE: dict[str, type] = {"remote_engine_id": str, "remote_host": str, "remote_port": int}
 _REQUIRED: dict[str, type] = {**_PLACE, "remote_request_id": str, "tp_size": int}
-_OF_MOONCAKE: dict[str, type] = {"remote_bootstrap_addr": str, "remote_engine_id": str, "transfer_id": str}
-"""MooncakeConnector's keys on the decode side."""
-
-
-class RefusalReason(str, enum.Enum):
-    """Reason for which parameters were not followed: the label ``reason`` of ``vllm:kvxfer_refused_params``.
-
-    The request is computed locally, as if it had come without parameters.
-    """
-
-    NOT_AN_OBJECT = "not_an_object"
-    """``kv_transfer_params`` is not a JSON object."""
-    BAD_FLAG = "bad_flag"
-    """``do_remote_prefill`` or ``do_remote_decode`` is neither a boolean nor null."""
-    BOTH_FLAGS = "both_flags"
-    """Both flags are set on a server that is not both producer and consumer (``kv_both``), or without a lease."""
-    NOT_A_PRODUCER = "not_a_producer"
-    """``do_remote_decode`` on a server whose ``kv_role`` is ``kv_consumer``."""
-    NOT_A_CONSUMER = "not_a_consumer"
-    """``do_remote_prefill`` on a server whose ``kv_role`` is ``kv_producer``."""
-    NO_LEASE = "no_lease"
-    """The key ``kvxfer`` is missing: the prefill server did not run kvxfer, or a client invented the parameters."""
-    BAD_LEASE = "bad_lease"
-    """The value of ``kvxfer`` is not a lease."""
-    MISSING_KEY = "missing_key"
-    """One of NixlConnector's or MooncakeConnector's keys is missing."""
-    BAD_TYPE = "bad_type"
-    """The value of one of these keys has the wrong type or is out of range."""
-    BAD_BLOCKS = "bad_blocks"
-    """``remote_block_ids`` is no list of block ids, or has more of them than the prompt has tokens."""
-    CONTRADICTION = "contradiction"
-    """The lease and NixlConnector's keys name different engines, requests, ranks or numbers of tokens."""
-    OTHER_MODE = "other_mode"
-    """The request was sent to both servers at once, or its producer pushes, and this server has ``"mode": "pull"``."""
-    NO_PRODUCER = "no_producer"
-    """``remote_bootstrap_addr`` leads to no prefill server that runs kvxfer, or not in time."""
-    OWN_ENGINE = "own_engine"
-    """The lease was made by this server, or the named prefill server is this server."""
-    OTHER_PROMPT = "other_prompt"
-    """The lease is for another prompt than the request's."""
-    OTHER_WEIGHTS = "other_weights"
-    """The lease is for the request's prompt, computed with another version of the weights."""
-    LEASE_USED = "lease_used"
-    """Another request has, or had, the same lease, and its blocks are in no prefix cache of this server's."""
-    NO_MEDIA = "no_media"
-    """The lease is for the same tokens with images or other media, which this request lacks: it is not computed but fails."""
-    NO_TOKEN_IDS = "no_token_ids"  # noqa: S105 - no password
-    """The prompt can still grow (streaming input)."""
-    BAD_TOKEN_IDS = "bad_token_ids"  # noqa: S105 - no password
-    """A token id of the prompt is not a whole number of 32 bits."""
-
-
-@dataclass(frozen=True)
-class RefusedParams:
-    """Parameters that are not followed; ``detail`` is a sentence for the log, without any part of the prompt."""
-
-    reason: RefusalReason
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -127,19 +69,6 @@ class RendezvousRequest:
 
 
 @dataclass(frozen=True)
-class BootstrapRequest:
-    """A request whose prefill server must be asked for (`kvxfer_vllm.bootstrap`), as MooncakeConnector's routers send it.
-
-    Attributes:
-        url: ``http://host:port`` of the server to ask.
-        engine_id: of the prefill server, as the router learned it, maybe from a process that has ended.
-    """
-
-    url: str
-    engine_id: str
-
-
-@dataclass(frozen=True)
 class TurnRequest:
     """A request of a conversation: its prompt begins with KV that another server has, and another server goes on with it.
 
@@ -158,7 +87,7 @@ class Role:
 
     Attributes:
         engine_id: of this server.
-        is_producer, is_consumer: from vLLM's ``kv_role``.
+        is_producer, is_consumer: from its ``kv_role``.
         push: whether requests may be sent to both servers at once.
         max_groups: most cache groups that a prefill server of this model may have: one where all layers are alike.
         addresses: side channels of this server that are known so far.
@@ -211,7 +140,7 @@ def parse(params: object, role: Role, request_id: str = "") -> Asked | None:
             return RefusedParams(RefusalReason.NOT_A_CONSUMER, "do_remote_prefill was sent to a producer")
         no_lease = params.get(LEASE_KEY) is None
         if no_lease and params.get("remote_bootstrap_addr") is not None:
-            return _bootstrap_request(params, role)
+            return bootstrap_request(params, push=role.push)
         if no_lease and params.get("transfer_id") is not None and params.get("remote_engine_id") is None:
             params = {**params, **producer_named_in(request_id)}
         named = no_lease and params.get("remote_engine_id") is not None
@@ -226,14 +155,7 @@ def _with_key(
     params: Mapping[str, Any], make: Callable[[str], ProducerRequest | RendezvousRequest]
 ) -> ProducerRequest | RendezvousRequest | RefusedParams:
     """Make a request with the ``transfer_id`` of the parameters as its key."""
-    key = params.get("transfer_id")
-    if key is None:
-        return make("")
-    if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY or not key.isprintable():
-        return RefusedParams(
-            RefusalReason.BAD_TYPE, f"transfer_id is no string of 1 to {_MAX_KEY} printable characters"
-        )
-    return make(key)
+    return check_transfer_id(params) or make(params.get("transfer_id") or "")
 
 
 def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerRequest | RendezvousRequest | RefusedParams:
@@ -242,7 +164,7 @@ def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerReques
         return RefusedParams(
             RefusalReason.OTHER_MODE, "the request was sent to both servers at once; mode is 'pull' here"
         )
-    wrong = _check_keys(params, _PLACE) or _check_sizes(params)
+    wrong = check_keys(params, _PLACE) or check_sizes(params)
     if wrong is not None:
         return wrong
     producer, address = params["remote_engine_id"], tcp_address(params["remote_host"], params["remote_port"])
@@ -253,39 +175,6 @@ def _rendezvous_request(params: Mapping[str, Any], role: Role) -> ProducerReques
     if role.has_made(lease):
         return RefusedParams(RefusalReason.OWN_ENGINE, "the prefill server is this engine")
     return _with_key(params, lambda key: RendezvousRequest(producer, address, key))
-
-
-def _bootstrap_request(params: Mapping[str, Any], role: Role) -> BootstrapRequest | RefusedParams:
-    """Read MooncakeConnector's parameters, which name an HTTP server that knows the prefill server."""
-    if not role.push:
-        return RefusedParams(RefusalReason.OTHER_MODE, "MooncakeConnector's keys are not for mode 'pull'")
-    wrong = _check_keys(params, _OF_MOONCAKE)
-    if wrong is not None:
-        return wrong
-    scheme, _, place = params["remote_bootstrap_addr"].removesuffix("/").partition("://")
-    try:
-        host, port = addresses.parse(f"tcp://{place}")
-    except ConfigError:
-        scheme = ""
-    if scheme != "http":
-        return RefusedParams(RefusalReason.BAD_TYPE, "remote_bootstrap_addr is not http://host:port")
-    url = tcp_address(host, port).replace("tcp://", "http://")
-    asked = BootstrapRequest(url, params["remote_engine_id"])
-    checked = _with_key(params, ProducerRequest)
-    return checked if isinstance(checked, RefusedParams) else asked
-
-
-def named_by_bootstrap(params: Mapping[str, Any], engine_id: str, address: str) -> dict[str, Any]:
-    """Replace MooncakeConnector's keys by NixlConnector's, for `parse`, now that the prefill server is known.
-
-    Args:
-        params: of the request.
-        engine_id: of the prefill server that runs now.
-        address: of its side channel.
-    """
-    host, port = addresses.parse(address)
-    place = {"remote_engine_id": engine_id, "remote_host": host, "remote_port": port}
-    return {name: value for name, value in params.items() if name != "remote_bootstrap_addr"} | place
 
 
 def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest | RefusedParams:
@@ -302,10 +191,10 @@ def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest 
         return RefusedParams(RefusalReason.BAD_LEASE, "the lease has no version")
     if not all(address.startswith("tcp://") for address in lease.addresses):
         return RefusedParams(RefusalReason.BAD_LEASE, "an address of the lease is not tcp://")
-    wrong = _check_keys(params, _REQUIRED)
+    wrong = check_keys(params, _REQUIRED)
     if wrong is not None:
         return wrong
-    wrong = _check_sizes(params)
+    wrong = check_sizes(params)
     if wrong is not None:
         return wrong
     size = params["tp_size"] * params.get("pp_size", 1)
@@ -320,7 +209,7 @@ def _consumer_request(params: Mapping[str, Any], role: Role) -> ConsumerRequest 
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_engine_id or remote_request_id is not the lease's")
     if params.get("remote_num_tokens", lease.num_tokens) != lease.num_tokens:
         return RefusedParams(RefusalReason.CONTRADICTION, "remote_num_tokens is not the lease's")
-    return _check_blocks(params.get("remote_block_ids"), lease, role.max_groups) or ConsumerRequest(lease)
+    return check_blocks(params.get("remote_block_ids"), lease, role.max_groups) or ConsumerRequest(lease)
 
 
 def _same_place(address: str, own: str) -> bool:
@@ -330,47 +219,6 @@ def _same_place(address: str, own: str) -> bool:
     numbers, own_numbers = addresses.known_ips(host) or [], addresses.known_ips(own_host) or []
     here = host == own_host or any(number in own_numbers or addresses.is_loopback(number) for number in numbers)
     return port == own_port and here
-
-
-def _check_keys(params: Mapping[str, Any], types: Mapping[str, type]) -> RefusedParams | None:
-    """Refuse parameters that lack one of these keys, or have another type there, or no port."""
-    for name, kind in types.items():
-        value = params.get(name)
-        if value is None:
-            return RefusedParams(RefusalReason.MISSING_KEY, f"{name} is missing")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return RefusedParams(RefusalReason.BAD_TYPE, f"{name} is a {type(value).__name__}")
-    if "remote_port" in types and not 0 < params["remote_port"] < 2**16:
-        return RefusedParams(RefusalReason.BAD_TYPE, "remote_port is no port")
-    return None
-
-
-def _check_sizes(params: Mapping[str, Any]) -> RefusedParams | None:
-    """Refuse a producer with parallelism that is not supported, or that makes no sense."""
-    if params.get("dcp_size", 1) != 1:
-        return RefusedParams(RefusalReason.BAD_TYPE, "dcp_size is not 1")
-    stages = params.get("pp_size", 1)
-    if type(stages) is not int or not 0 < stages <= MAX_RANKS:
-        return RefusedParams(RefusalReason.BAD_TYPE, "pp_size is no number of pipeline stages")
-    return None
-
-
-def _check_blocks(groups: object, lease: LeaseRef, most: int) -> RefusedParams | None:
-    """Refuse what is no list of block ids. A block has at least one token, which bounds the work for lists of any length."""
-    if not isinstance(groups, (list, tuple)) or not 0 < len(groups) <= most:
-        return RefusedParams(
-            RefusalReason.BAD_BLOCKS, f"remote_block_ids is not a list of block ids for each of 1 to {most} groups"
-        )
-    if not any(groups):
-        return RefusedParams(RefusalReason.BAD_BLOCKS, "remote_block_ids names no block")
-    for blocks in groups:
-        if not isinstance(blocks, (list, tuple)):
-            return RefusedParams(RefusalReason.BAD_BLOCKS, "a group of remote_block_ids is no list of block ids")
-        if len(blocks) > lease.num_tokens:
-            return RefusedParams(RefusalReason.BAD_BLOCKS, f"{len(blocks)} block ids for {lease.num_tokens} tokens")
-        if not all(type(block) is int and 0 <= block <= _MAX_BLOCK_ID for block in blocks):
-            return RefusedParams(RefusalReason.BAD_BLOCKS, "remote_block_ids holds something that is no block id")
-    return None
 
 
 def response(
