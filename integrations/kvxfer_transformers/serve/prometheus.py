@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import generate_latest
 
 from kvxfer.metrics import COUNTERS, HISTOGRAMS, zeros
-from kvxfer_vllm.transfer_params import RefusalReason
+from kvxfer_serving.refusals import RefusalReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
