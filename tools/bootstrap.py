@@ -62,8 +62,8 @@ MOONCAKE_LIBRARIES = [
     ]
 ]  # fmt: skip
 
-# Commands that tests with two hosts need: (command, Debian package).
-FULL_TOOLS = [("ip", "iproute2"), ("tc", "iproute2")]
+# Commands that tests with two hosts and tests of alerts need: (command, Debian package).
+FULL_TOOLS = [("ip", "iproute2"), ("tc", "iproute2"), ("promtool", "prometheus")]
 
 # torch_xla 2.9.0 is built for exactly torch 2.9.0, of which PyPI has the CUDA build only, and its wheel requires 4 GB of NVIDIA's
 # libraries. On a CPU nothing calls them, but the loader wants each to exist: an empty library of torch's own stands for those that
@@ -141,7 +141,8 @@ def apt_install(packages: list, why: str) -> None:
     if os.geteuid() != 0:
         raise SetUpError("%s: please run as root: %s" % (why, line))
     say("%s: %s" % (why, line))
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    # SYSTEMD_OFFLINE: a package that is a service, such as prometheus, is not started.
+    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive", SYSTEMD_OFFLINE="1")
     # Without recommends: libibverbs would bring ibverbs-providers, beside which NIXL 1.5.1 dies of SIGSEGV at exit.
     install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends"] + packages
     if subprocess.call(install, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:
@@ -179,7 +180,7 @@ def ensure_tools(wanted: list) -> None:
     if not missing or os.geteuid() != 0 or not shutil.which("apt-get"):
         return
     try:
-        apt_install(missing, "for tests with two hosts")
+        apt_install(missing, "for tests with two hosts and tests of alerts")
     except SetUpError as error:
         say("left out: %s" % error)
 
