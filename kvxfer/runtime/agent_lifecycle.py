@@ -53,8 +53,8 @@ class AgentLifecycle:
         self._replaced = replaced
         self.agent: TransferAgent | None = None
         """The agent; None before `first`, and after `close` until it is made again."""
-        self.proven: set[tuple[Op, bytes]] = set()
-        """Descriptions of the peers from which this agent has read something, or who have written something to it."""
+        self.proven: dict[tuple[Op, bytes], float] = {}
+        """Descriptions of the peers from which this agent has read something, or who have written something to it: since when."""
         self.parting: set[bytes] = set()
         """Descriptions of peers to be forgotten once more."""
         self._peers: dict[bytes, AgentPeer] = {}
@@ -127,7 +127,8 @@ class AgentLifecycle:
             self.parting.add(agent_info)
         else:
             self.parting.discard(agent_info)
-        self.proven -= {(op, agent_info) for op in Op}
+        for op in Op:
+            self.proven.pop((op, agent_info), None)
         peer = self._peers.pop(agent_info, None)
         if peer is not None and self.agent is not None and peer.connected:
             try:

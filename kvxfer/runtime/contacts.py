@@ -10,13 +10,18 @@ it fail at once, by name and retryably, until the contact ends; other peers are 
 A new agent helps only against a connection that the transfer engine has lost, and it has a price: reads under way begin again, and
 reads from this endpoint fail once. So the agent is made anew for a silent peer only if some read asks for that peer,
 preferably while nothing else is under way, and each time after a longer pause.
+
+UCX loses a connection while it is being made, which may be a moment after the contact went through: both ends connect, and one of
+the two connections is given up. So what a read moves within ``contact_timeout_s`` after the contact is *early*. An early move that
+hangs, for longer than a slow wire needs for its bytes, costs a new agent too: its read begins again, instead of waiting for its deadline.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
@@ -46,6 +51,10 @@ _BUSY = 8.0
 _PAUSES = (8.0, 8.0, 24.0)
 """Times ``contact_timeout_s``, between one new agent for the sake of silent peers and the next: by how many agents such a peer has not
 answered before this one; the last one from then on."""
+_EARLY_PAUSE = 1.0
+"""Times ``contact_timeout_s``, between one new agent and the next for the sake of early moves: the contact before each went through."""
+SLOWEST_BYTES_PER_S = 2e6
+"""A wire that is slower than this is taken for a lost connection, if the connection is new."""
 _MOST_REMEMBERED = 1024
 
 
@@ -66,6 +75,23 @@ class Contact:
         self.waiting: list[Strand] = []
         self.silent = False
         self.asked_at: float = -math.inf
+
+
+class EarlyMove(NamedTuple):
+    """A move over a connection that was made a moment ago.
+
+    Attributes:
+        key, name: see `Contact`.
+        strand: the one that waits for it.
+        since: when it began.
+        nbytes: its size.
+    """
+
+    key: Key
+    name: str
+    strand: Strand
+    since: float
+    nbytes: int
 
 
 class Contacts:
@@ -98,14 +124,15 @@ class Contacts:
         self._strays: set[Flight | RemoteFlight] = set()
         """Flights of contacts that have failed, and may still land."""
         self._contacts: dict[Key, Contact] = {}
+        self._early: dict[Flight | RemoteFlight, EarlyMove] = {}
         self._agents_tried: dict[Key, int] = {}
         """Number of times that the agent was made anew for the sake of a peer, by peer."""
         self._renewed_at = -math.inf
 
     @property
     def pending(self) -> bool:
-        """Some contact has not ended."""
-        return bool(self._by_flight)
+        """Some contact or early move has not ended."""
+        return bool(self._by_flight or self._early)
 
     @property
     def under_way(self) -> int:
@@ -170,7 +197,7 @@ class Contacts:
         answered = flight.state is FlightState.DONE
         self._metrics.count("kvxfer_contacts_total", outcome="answered" if answered else "failed")
         if answered:
-            self._life.proven.add(key)
+            self._life.proven[key] = self._now()
             self._agents_tried.pop(key, None)
             if contact.silent:
                 _log.warning("the fabric of %s answers now", contact.name)
@@ -190,22 +217,51 @@ class Contacts:
             )
         ]
 
-    def may_renew(self, hanging: Sequence[Contact], *, busy: bool) -> bool:
-        """Tell whether the agent may be made anew for the sake of these; ``busy`` if it has something else to do."""
-        now = self._now()
-        tried = min(self._agents_tried.get(contact.key, 0) for contact in hanging)
-        if now < self._renewed_at + self._contact_s * _PAUSES[min(tried, len(_PAUSES) - 1)]:
-            return False
-        return not busy or now >= min(contact.since for contact in hanging) + self._contact_s * _BUSY
+    def moves(self, flight: Flight | RemoteFlight, strand: Strand, source: SourceRead, name: str, nbytes: int) -> None:
+        """Note that a strand moves something from a source; it is watched if the connection is new."""
+        key, now = (source.op, source.granted.agent_info), self._now()
+        if now < self._life.proven.get(key, -math.inf) + self._contact_s:
+            self._early[flight] = EarlyMove(key, name, strand, now, nbytes)
 
-    def renewed(self, hanging: Sequence[Contact]) -> None:
-        """Note that the agent is made anew for the sake of these."""
-        self._metrics.count("kvxfer_contacts_total", outcome="renewed")
+    def moved(self, flight: Flight | RemoteFlight) -> None:
+        """Note that a move has ended, or was given up."""
+        self._early.pop(flight, None)
+
+    def hanging_early(self) -> list[EarlyMove]:
+        """Early moves over connections on which all of them together should have ended by now."""
+        if not self._early:
+            return []
+        now = self._now()
+        nbytes: Counter[Key] = Counter()
+        for move in self._early.values():
+            nbytes[move.key] += move.nbytes
+        return [
+            move
+            for move in self._early.values()
+            if now >= move.since + self._contact_s + nbytes[move.key] / SLOWEST_BYTES_PER_S
+        ]
+
+    def may_renew(self, hanging: Sequence[Contact | EarlyMove], *, busy: bool) -> bool:
+        """Tell whether the agent may be made anew for the sake of these, all of one kind; ``busy`` if it has something else to do."""
+        now, pause = self._now(), min(self._pause(each) for each in hanging)
+        if now < self._renewed_at + self._contact_s * pause:
+            return False
+        return not busy or now >= min(each.since for each in hanging) + self._contact_s * _BUSY
+
+    def _pause(self, hanging: Contact | EarlyMove) -> float:
+        if isinstance(hanging, EarlyMove):
+            return _EARLY_PAUSE
+        return _PAUSES[min(self._agents_tried.get(hanging.key, 0), len(_PAUSES) - 1)]
+
+    def renewed(self, hanging: Sequence[Contact | EarlyMove]) -> None:
+        """Note that the agent is made anew for the sake of these, see `may_renew`."""
+        silent = any(isinstance(each, Contact) for each in hanging)
+        self._metrics.count("kvxfer_contacts_total", outcome="renewed" if silent else "lost")
         self._renewed_at = self._now()
         if len(self._agents_tried) > _MOST_REMEMBERED:
             self._agents_tried.clear()
-        for contact in hanging:
-            self._agents_tried[contact.key] = self._agents_tried.get(contact.key, 0) + 1
+        for key in {each.key for each in hanging}:
+            self._agents_tried[key] = self._agents_tried.get(key, 0) + 1
 
     def silence(self, contact: Contact) -> tuple[list[Strand], KvxferError]:
         """Take a peer for silent from now on; returns the strands that need not wait for it any longer, and what their reads end with."""
@@ -225,6 +281,7 @@ class Contacts:
         waiting = [each for contact in self._contacts.values() for each in contact.waiting]
         self._contacts.clear()
         self._by_flight.clear()
+        self._early.clear()
         self._strays.clear()
         return waiting
 

@@ -28,7 +28,7 @@ from kvxfer.runtime.remote_flights import RemoteFlights
 from kvxfer.runtime.verify import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
+    from kvxfer.runtime.contacts import Contact, EarlyMove
     from kvxfer.runtime.reports import ReadReports
     from kvxfer.runtime.staging import StagingArena
     from kvxfer.runtime.writer import Writer
@@ -293,24 +294,24 @@ class ReadExecutor:
 
     def _meet_the_silent(self) -> bool:
         """Give up on contacts that hang; True if the agent was reset, because some of those may go through on another one."""
-        hanging = self._contacts.hanging()
+        silent, early = self._contacts.hanging(), self._contacts.hanging_early()
+        hung = {strand.task for contact in silent for strand in contact.waiting} | {move.strand.task for move in early}
+        hanging: list[Sequence[Contact | EarlyMove]] = [each for each in (silent, early) if each]
         if not hanging:
             return False
-        hung = {strand.task for contact in hanging for strand in contact.waiting}
         busy = (
-            bool(self._requests.flying)
+            len(self._requests.flying) > len(early)
             or bool(len(self._writer))
             or any(task not in hung for task in self._tasks.values())
         )
-        if self._contacts.may_renew(hanging, busy=busy):
-            _log.warning(
-                "the transfer agent is made anew: first contacts hang with %s",
-                ", ".join(contact.name for contact in hanging),
-            )
-            self._contacts.renewed(hanging)
-            self._reset_agent()
-            return True
-        for contact in hanging:
+        for lost in hanging:
+            if self._contacts.may_renew(lost, busy=busy):
+                names = ", ".join(sorted({each.name for each in lost}))
+                _log.warning("the transfer agent is made anew: new connections hang with %s", names)
+                self._contacts.renewed(lost)
+                self._reset_agent()
+                return True
+        for contact in silent:
             strands, error = self._contacts.silence(contact)
             for strand in strands:
                 self._fail(strand.task, error)

@@ -285,6 +285,8 @@ class ReadRequests:
         else:
             flight = agent.submit(Op.READ, peer, *request.steps, deadline=deadline)
         self._flying[flight] = strand
+        nbytes = sum(spans.total_nbytes for spans in request.steps)
+        self._contacts.moves(flight, strand, source, peer.name, nbytes)
         strand.task.pending += 1
 
     def _copy(self, strand: Strand, request: AwaitCopies) -> None:
@@ -380,6 +382,7 @@ class ReadRequests:
                 else:
                     self._fail(strand.task, failed)
             return
+        self._contacts.moved(flight)
         strand = self._flying[flight]
         task = strand.task
         if flight.state is FlightState.QUARANTINED:

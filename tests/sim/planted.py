@@ -497,6 +497,12 @@ def agent_renewed_for_each_silent_contact(patch):
 
 
 @bug
+def agent_renewed_for_all_that_is_early(patch):
+    """An early move is taken for lost as soon as it is under way."""
+    patch(contacts.Contacts, "hanging_early", lambda self: list(self._early.values()))
+
+
+@bug
 def silent_peers_stop_all_reads(patch):
     """No read from another peer begins while one peer is silent."""
     meet = contacts.Contacts.meet

@@ -9,6 +9,7 @@ try. Only the end of an agent stops the copies into its memory; what it has writ
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +17,7 @@ from kvxfer.agents.base import TransferAgent
 from kvxfer.agents.capabilities import Capabilities, LinkFacts, Op, Reach
 from kvxfer.errors import PeerInfoError, PeerLostError, TransferFailedError, UnavailableError
 from kvxfer.memory.spans import Descriptors, Memory, MemoryKind
+from kvxfer.testing.sim.network import FIRST_COPIES
 
 if TYPE_CHECKING:
     from kvxfer.agents.description import AgentPeer
@@ -79,7 +81,7 @@ class VirtualAgent(TransferAgent):
         self.process: Process = process
         self.at_once: bool = world.chooses(f"{process.name} copies at once", 0.3)
         self.met: set[str] = set()
-        self._asked: set[str] = set()
+        self._asked: Counter[str] = Counter()
         self._agents = agents
         self.is_open: bool = True
         self._under_way: dict[_Copy, None] = {}
@@ -143,15 +145,17 @@ class VirtualAgent(TransferAgent):
         return copy
 
     def _loses_first(self, owner: Process) -> bool:
-        """Whether the first copy from another process, which also connects to it, is lost."""
-        pair, lost = (self.process.name, owner.name), self.process.network.lost_first
-        if owner.name in self._asked or pair in lost:
+        """Whether this copy from another process, the first one, which also connects to it, or the second one, is lost."""
+        number = self._asked[owner.name]
+        self._asked[owner.name] += 1
+        if number >= len(FIRST_COPIES):
             return False
-        self._asked.add(owner.name)
-        if self.process.world.strikes("first copy lost", " from ".join(pair), self.process.world.profile.first_lost):
-            lost.add(pair)
-            return True
-        return False
+        pair, kind, world = (self.process.name, owner.name), FIRST_COPIES[number], self.process.world
+        lost = self.process.network.lost_first[kind]
+        if pair in lost or not world.strikes(kind, " from ".join(pair), world.profile.first_lost):
+            return False
+        lost.add(pair)
+        return True
 
     def _move(self, copy: _Copy, piece: list[tuple[int, int, int]]) -> None:
         owner, world = self._agents[copy.owner], self.process.world

@@ -57,7 +57,7 @@ OVERDUE_S = 3.0
 """Longest time for which a read may go on after its deadline, while its process runs: ``quarantine_s``, the cost of polling,
 and the time of an agent that cannot be made again at once."""
 
-_RENEWAL_PAUSE = 8.0
+_RENEWAL_PAUSES = {"renewed": 8.0, "lost": 1.0}
 """Shortest time between two resets of an agent for silent peers, in units of ``contact_timeout_s``."""
 
 
@@ -160,12 +160,13 @@ class Rank:
         self._hoards = {consumer: self._hoards.get(consumer, 0.0) + passed_s for consumer in hoarders}
         if max(self._hoards.values(), default=0.0) > HOARD_S:
             self.engine.story.fail("slots kept", f"consumers keep slots of {self.process.name} for which others wait")
-        renewed = self.endpoint.metrics.value("kvxfer_contacts_total", outcome="renewed")
-        if renewed > 1 + (self.process.now() - self._began) / (_RENEWAL_PAUSE * SETTINGS["contact_timeout_s"]):
-            self.engine.story.fail(
-                "torn down too often",
-                f"{self.process.name} made its agent anew {renewed:g} times for peers that are silent",
-            )
+        for outcome, pause in _RENEWAL_PAUSES.items():
+            renewed = self.endpoint.metrics.value("kvxfer_contacts_total", outcome=outcome)
+            if renewed > 1 + (self.process.now() - self._began) / (pause * SETTINGS["contact_timeout_s"]):
+                self.engine.story.fail(
+                    "torn down too often",
+                    f"{self.process.name} made its agent anew {renewed:g} times for connections that are {outcome}",
+                )
         for transfer, read in self.reads.items():
             read.seconds += passed_s if self.process.now() > transfer.deadline else 0.0
             if read.seconds > OVERDUE_S:

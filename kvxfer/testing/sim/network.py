@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _AGAIN_S, _TRIES = 0.5, 20
 _LATE_S = 6.0
+FIRST_COPIES = ("first copy lost", "second copy lost")
+"""Faults of new connections: a copy between two agents, the first of which also connects them, never ends."""
 
 
 class Network:
@@ -32,7 +34,7 @@ class Network:
         channels: by address.
         cut: links that carry nothing, as (engine, engine): in that direction.
         silent: links that carry no bytes of KV at this moment; ``silenced``: those that were silent at any time.
-        lost_first: pairs of processes, by name, the first copy between which was lost.
+        lost_first: by kind of copy, the first or the second one, pairs of processes, by name, between which it was lost.
     """
 
     def __init__(self, world: World) -> None:
@@ -41,7 +43,7 @@ class Network:
         self.cut: set[tuple[str, str]] = set()
         self.silent: set[tuple[str, str]] = set()
         self.silenced: set[tuple[str, str]] = set()
-        self.lost_first: set[tuple[str, str]] = set()
+        self.lost_first: dict[str, set[tuple[str, str]]] = {kind: set() for kind in FIRST_COPIES}
 
     @staticmethod
     def address(label: str) -> str:

@@ -12,6 +12,7 @@ from kvxfer.errors import LeaseError, PeerTimeoutError, TransferTimeoutError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing.sim.cache import Work
 from kvxfer.testing.sim.engine import SETTINGS, Fetching, Overdue, Serving
+from kvxfer.testing.sim.network import FIRST_COPIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,14 +72,11 @@ class SimulatedRequest:
         """Whether all that went wrong so far is a silent fabric between other engines."""
         network = self.story.network
         ways = {frozenset(way) for way in network.silenced}
-        ways |= {frozenset((here[0], there[0])) for here, there in network.lost_first}
+        ways |= {frozenset((here[0], there[0])) for lost in network.lost_first.values() for here, there in lost}
         own = {frozenset((self._source.name, sink.name)) for sink in self._sinks}
         quick = self._world.profile.silences > 0
         return (
-            quick
-            and self._blameless
-            and set(self._world.faults) <= {"silence", "first copy lost"}
-            and ways.isdisjoint(own)
+            quick and self._blameless and set(self._world.faults) <= {"silence", *FIRST_COPIES} and ways.isdisjoint(own)
         )
 
     def expired(self, who: str) -> None:

@@ -38,7 +38,8 @@ class Profile:
         device_s: longest time of such work.
         crashes, closes, freezes: of processes.
         cuts, reconnects: of the link between two engines, in both directions or in one; connections that are made anew.
-        first_lost: first copies between two agents, which also connect them, that never end; once for each pair of processes.
+        first_lost: first and second copies between two agents, the first of which also connects them, that never end; once each for
+            a pair of processes.
         silences: of the fabric between two engines, whose control channels go on.
         drift: by how much clocks run too fast or too slow, as a share.
         jumps: of clocks, forward.

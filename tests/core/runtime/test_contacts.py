@@ -13,6 +13,7 @@ from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Router
 from kvxfer.protocol.actions import ForgetAgent
+from kvxfer.runtime import contacts
 from kvxfer.testing import eventually
 from tests.core.protocol.virtual import small_cache
 from tests.core.runtime.test_data_loop import Rig, Sender
@@ -72,12 +73,49 @@ class Two(Rig):
         return self.path.in_use()["contacts"]
 
 
+def passes(seconds):
+    """Wait until that time is over."""
+    until = time.monotonic() + seconds
+    eventually(lambda: time.monotonic() > until)
+
+
+class Losing(Patient):
+    """After ``left`` transfers with other agents the connections are lost: what is asked for then never ends."""
+
+    def __init__(self, name, silent, left):
+        super().__init__(name, silent)
+        self.left = left
+
+    def _submit(self, op, peer, spans, local, remote):
+        self.left -= 1
+        if self.left >= 0:
+            return super()._submit(op, peer, spans, local, remote)
+        return [None, False]
+
+    def _poll(self, handle):
+        return handle[0] is not None and super()._poll(handle)
+
+
+class Lost(Two):
+    """A data path whose first agents lose their connections: each after a number of transfers. All peers answer."""
+
+    def __init__(self, contact_timeout_s, lives):
+        self.lives = list(lives)
+        super().__init__(contact_timeout_s)
+        self.silent.clear()
+
+    def _make(self):
+        left = self.lives.pop(0) if self.lives else 1 << 30
+        self.agents.append(Losing(f"sink-{id(self)}-{len(self.agents)}", self.silent, left))
+        return self.agents[-1]
+
+
 @pytest.fixture
 def two():
     made = []
 
-    def make(contact_timeout_s=0.2):
-        made.append(Two(contact_timeout_s))
+    def make(contact_timeout_s=0.2, lives=None):
+        made.append(Two(contact_timeout_s) if lives is None else Lost(contact_timeout_s, lives))
         return made[-1]
 
     yield make
@@ -109,6 +147,7 @@ def test_a_read_under_way_is_not_disturbed(two):
     """A long read from another peer goes on while contacts with a silent one are given up: its agent is not torn down under it."""
     rig = two(contact_timeout_s=0.5)
     assert rig.works()
+    passes(0.5)  # its connection is no longer new
     slow = rig.senders[0].agent.name
     rig.silent.add(slow)  # from now on a transfer from there takes as long as the test wants
     transfer = rig.read(6, 6)
@@ -190,3 +229,41 @@ def test_new_agents_for_the_silent_are_rare(two):
         rig.ask(cell=cell)
         assert isinstance(rig.end()[1], PeerTimeoutError)
     assert 1 <= rig.fences() <= 6  # at 1, 9, 33, 57 and 81 times contact_timeout_s
+
+
+@pytest.mark.parametrize("left", range(5), ids=["contact", "check", "bytes", "last check", "next read"])
+def test_a_connection_that_is_lost_when_it_was_made(two, left):
+    """A read over a new connection that is lost, at the contact or after it, is done on a new agent."""
+    rig = two(contact_timeout_s=0.5, lives=[left])
+    transfers = [rig.read(each, each) for each in (4, 5)]
+    assert all(transfer.wait(30) for transfer in transfers)
+    assert [rig.block(each) for each in (4, 5)] == [rig.block(each, rig.source_cache) for each in (4, 5)]
+    assert rig.fences() == 1
+
+
+def test_connections_that_are_lost_one_after_the_other(two):
+    """A read is done although the contact was lost on the first agent, and the check of its lease on the second."""
+    rig = two(contact_timeout_s=0.2, lives=[0, 1])
+    assert rig.works()
+    assert rig.fences() == 2
+
+
+def test_a_connection_that_is_lost_later(two):
+    """Over a connection that has long been there a read that hangs ends at its deadline: its producer may be slow, or frozen."""
+    rig = two(contact_timeout_s=0.05, lives=[4])
+    assert rig.works()
+    passes(0.05)
+    rig.read(6, 6, timeout_s=1.0)
+    assert isinstance(rig.end()[1], TransferTimeoutError)
+
+
+def test_a_slow_wire_is_no_lost_one(two, monkeypatch):
+    """Moves over a new connection have as long as a slow wire needs for all of them: only then a new agent is tried."""
+    rig = two(contact_timeout_s=0.3, lives=[2])
+    nbytes = rig.cache.spec.groups[0].block_nbytes
+    monkeypatch.setattr(contacts, "SLOWEST_BYTES_PER_S", 2 * nbytes / 0.9)
+    begin = time.monotonic()
+    transfers = [rig.read(each, each) for each in (4, 5)]
+    assert all(transfer.wait(30) for transfer in transfers)
+    assert rig.fences() == 1
+    assert time.monotonic() - begin > 0.3 + 0.9

@@ -156,7 +156,8 @@ class Rig:
             environment,
         )
         if met:  # the first flight of a read is then that of its data, which most tests want to disturb
-            self.path._life.proven.update((Op.READ, sender.agent.describe()) for sender in self.senders)
+            long_ago = -float("inf")
+            self.path._life.proven.update({(Op.READ, each.agent.describe()): long_ago for each in self.senders})
 
     def _make(self):
         if self.refuse_to_make is not None:
