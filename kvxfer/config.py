@@ -17,16 +17,17 @@ from kvxfer.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
-OTHER_VARIABLES: Final = (
-    "KVXFER_ALLOW_UNAUTHENTICATED",
-    "KVXFER_COSTS",
-    "KVXFER_MODEL_FOLDER",
-    "KVXFER_SECRET",
-    "KVXFER_SECRET_FILE",
-    "KVXFER_SIDE_CHANNEL_HOST",
-    "KVXFER_SIDE_CHANNEL_PORT",
-)
-"""Environment variables of kvxfer and its integrations that are not settings."""
+OTHER_VARIABLES: Final = {
+    "KVXFER_ALLOW_UNAUTHENTICATED": "``1``: a control channel that other machines reach may do without a secret.",
+    "KVXFER_COSTS": "File with this machine's costs, which ``kvxfer bench calibrate`` wrote.",
+    "KVXFER_MODEL_FOLDER": "Folder for the models that ``make serve`` makes.",
+    "KVXFER_SECRET": "The secret of all servers: random text, as ``openssl rand -base64 32`` makes it.",
+    "KVXFER_SECRET_FILE": "File with the secret of all servers; comes before ``KVXFER_SECRET``.",
+    "KVXFER_SIDE_CHANNEL_HOST": "Host of an inference server's side channel: a name, an address, or ``*`` for all interfaces.",
+    "KVXFER_SIDE_CHANNEL_PORT": "Port of an inference server's side channel, to which the data parallel index is added; 0 takes "
+    "any free port.",
+}
+"""Environment variables of kvxfer and its integrations that are not settings, each with its meaning."""
 
 _reported: set[str] = set()
 """Unknown variables that were logged."""
@@ -119,7 +120,7 @@ class Settings(Struct, frozen=True, eq=False):
                 # Values of the environment are text.
                 value = msgspec.convert(value, _TYPES[name], strict=origin in (None, "argument"))
             except msgspec.ValidationError:
-                raise ConfigError(f"{name} must be {_allowed(name)}, not {value!r} ({origin or 'argument'})") from None
+                raise ConfigError(f"{name} must be {allowed(name)}, not {value!r} ({origin or 'argument'})") from None
             msgspec.structs.force_setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
@@ -171,7 +172,7 @@ def names() -> tuple[str, ...]:
 _TYPES: Final = get_type_hints(Settings, include_extras=True)
 
 
-def _allowed(name: str) -> str:
+def allowed(name: str) -> str:
     """Values that a setting may have, in words."""
     kind = _TYPES[name]
     (meta,) = kind.__metadata__

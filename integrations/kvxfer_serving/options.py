@@ -16,17 +16,34 @@ from kvxfer.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Options of NixlConnector that a configuration may bring along, and what to say instead here.
-_FROM_NIXL = {
-    "bidirectional_kv_xfer": "transfers back to the prefill server are not supported",
-    "decoder_kv_blocks_ttl": "transfers back to the prefill server are not supported",
-    "enforce_handshake_compat": "caches are compared when two servers meet, whatever their versions",
-    "engine_ttl": "peers are forgotten and met again without a setting",
-    "kv_lease_duration": "use lease_seconds",
-    "kv_recompute_threshold": "transfers back to the prefill server are not supported",
-    "num_threads": "use agent_options",
-    "push_registration_timeout": "use rendezvous_timeout_seconds",
+# Options of NixlConnector with the same meaning here, by the name that they have here.
+_RENAMED_FROM_NIXL = {"kv_lease_duration": "lease_seconds", "engine_ttl": "idle_peer_seconds"}
+
+# Options of NixlConnector for which one value says what is the case here anyhow, and what to do instead of giving another.
+_CONSTANT_FROM_NIXL = {
+    "bidirectional_kv_xfer": (
+        False,
+        "give both servers kv_role kv_both, and send the decode request with do_remote_decode, too (docs/vllm.md, Several turns)",
+    ),
+    "enable_cross_layers_blocks": (False, "leave it out: caches are taken in any layout, and two servers may differ"),
+    "enforce_handshake_compat": (
+        True,
+        "leave it out: versions of vLLM may differ, and caches that do not fit are never used (convert takes other dtypes)",
+    ),
 }
+
+# Other options of NixlConnector that a configuration may bring along, and what to say instead here.
+_REFUSED_FROM_NIXL = {
+    "decoder_kv_blocks_ttl": "use lease_seconds on the decode server, with kv_role kv_both",
+    "kv_recompute_threshold": "leave it out: a lease is read whatever its length",
+    "push_registration_timeout": (
+        "use rendezvous_timeout_seconds on the prefill server, and read_timeout_seconds on the decode server"
+    ),
+}
+NIXL_OPTIONS: Final = frozenset(
+    {"backends", "num_threads", *_RENAMED_FROM_NIXL, *_CONSTANT_FROM_NIXL, *_REFUSED_FROM_NIXL}
+)
+"""Options of NixlConnector in vLLM 0.31 to 0.33: each is taken with its meaning, or refused with what to write instead."""
 
 # Options of MooncakeConnector, likewise.
 _FROM_MOONCAKE = {
@@ -39,6 +56,17 @@ _FROM_MOONCAKE = {
 _MOONCAKE = "MooncakeConnector"
 _BOOTSTRAP_PORT = 8998
 """Default of VLLM_MOONCAKE_BOOTSTRAP_PORT."""
+
+VARIABLES: Final = {
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "As ``KVXFER_SIDE_CHANNEL_HOST``, which comes before it.",
+    "VLLM_NIXL_SIDE_CHANNEL_PORT": "As ``KVXFER_SIDE_CHANNEL_PORT``, which comes before it.",
+    "VLLM_NIXL_ABORT_REQUEST_TIMEOUT": "As ``KVXFER_LEASE_S``, which comes before it: an older NixlConnector's time for which "
+    "blocks wait for a decode server.",
+    "VLLM_MOONCAKE_BOOTSTRAP_PORT": "Default of ``bootstrap_port`` under the name ``MooncakeConnector``.",
+    "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT": "With a ``bootstrap_port``: as ``KVXFER_LEASE_S``, which comes before it.",
+}
+"""Environment variables of NixlConnector and MooncakeConnector that count here, each with its meaning."""
+
 _SIDE_CHANNEL_PORT = 5600
 
 _MOST_PARTS = 8
@@ -78,6 +106,8 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Consumer: longest silence of a peer that a read waits for."""
     unread_lease_seconds: Seconds | None = None
     """Consumer: longest time that a waiting request renews its lease."""
+    idle_peer_seconds: Seconds | None = None
+    """Time without a request to a server after which it is forgotten; it is met again when it is needed."""
     secret_file: String | None = None
     """File with the secret of all servers, see `kvxfer.Secret`; by default the environment names it."""
     allow_unauthenticated: Boolean | None = None
@@ -110,14 +140,13 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
             ConfigError: an option is unknown, of a wrong type or out of range. The message names the option and what is
                 allowed.
         """
-        for name in extra:
-            if name in _FROM_NIXL:
-                raise _error(f"{name!r} is NixlConnector's option: {_FROM_NIXL[name]}")
+        given = _without_nixl_names(extra)
+        for name in given:
             if name in _FROM_MOONCAKE:
                 raise _error(f"{name!r} is MooncakeConnector's option: {_FROM_MOONCAKE[name]}")
             if name not in _TYPES:
                 raise _error(f"unknown option {name!r}; known are {', '.join(sorted(_TYPES))}")
-        values = {name: _checked(name, value) for name, value in extra.items()}
+        values = {name: _checked(name, value) for name, value in given.items()}
         if connector == _MOONCAKE and values.get("bootstrap_port") is None:
             values["bootstrap_port"] = _port_of(environ or {}, "VLLM_MOONCAKE_BOOTSTRAP_PORT", 1) or _BOOTSTRAP_PORT
         options = cls(**values)
@@ -138,16 +167,17 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     def for_endpoint(self, environ: Mapping[str, str]) -> Settings:
         """Settings of the endpoint: these options before ``KVXFER_*`` variables before kvxfer's defaults.
 
-        With a ``bootstrap_port`` MooncakeConnector's variable comes before the default of ``lease_s``.
+        NixlConnector's variable, and with a ``bootstrap_port`` MooncakeConnector's, come before the default of ``lease_s``.
 
         Raises:
             ConfigError: the value of a variable has the wrong type or is out of range.
         """
-        theirs = "VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT"
-        if self.bootstrap_port is not None and environ.get(theirs):
-            if not environ[theirs].isdecimal() or not 0 < int(environ[theirs]) <= MAX_S:
-                raise ConfigError(f"{theirs} must be a whole number of seconds above 0, not {environ[theirs]!r}")
-            environ = {"KVXFER_LEASE_S": environ[theirs], **environ}
+        mooncake = ("VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT",) if self.bootstrap_port is not None else ()
+        for name in (*mooncake, "VLLM_NIXL_ABORT_REQUEST_TIMEOUT"):
+            if environ.get(name):
+                if not environ[name].isdecimal() or not 0 < int(environ[name]) <= MAX_S:
+                    raise ConfigError(f"{name} must be a whole number of seconds above 0, not {environ[name]!r}")
+                environ = {**environ, "KVXFER_LEASE_S": environ.get("KVXFER_LEASE_S") or environ[name]}
         return Settings.resolve(
             environ=environ,
             lease_s=self.lease_seconds,
@@ -156,6 +186,7 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
             read_timeout_s=self.read_timeout_seconds,
             peer_timeout_s=self.peer_timeout_seconds,
             unread_lease_s=self.unread_lease_seconds,
+            idle_peer_s=self.idle_peer_seconds,
         )
 
     def side_channel(self, environ: Mapping[str, str], data_parallel_index: int) -> tuple[str, int]:
@@ -167,17 +198,63 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
 _TYPES: Final = get_type_hints(ConnectorOptions, include_extras=True)
 
 
-def _checked(name: str, value: object) -> Any:
-    """Convert one option's value to its type, or say what is allowed."""
-    kind = _TYPES[name]
+def _without_nixl_names(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace NixlConnector's options by what they mean here.
+
+    Raises:
+        ConfigError: such an option has no meaning here, or contradicts another one; the message says what to write instead.
+    """
+    given: dict[str, Any] = {}
+    for name, value in extra.items():
+        if name in _REFUSED_FROM_NIXL:
+            raise _error(f"{name!r} is NixlConnector's option: {_REFUSED_FROM_NIXL[name]}")
+        if name in _CONSTANT_FROM_NIXL:
+            only, instead = _CONSTANT_FROM_NIXL[name]
+            if value is not only:
+                raise _error(f"{name!r} is NixlConnector's option, and can only be {str(only).lower()} here: {instead}")
+        elif name in _RENAMED_FROM_NIXL:
+            ours = _RENAMED_FROM_NIXL[name]
+            given[ours] = _checked(ours, value, name)
+            if extra.get(ours, value) != value:
+                raise _error(f"{name!r} is NixlConnector's name of {ours!r}: give one of them")
+        elif name != "num_threads":
+            given[name] = value
+    if "num_threads" in extra:
+        given["agent_options"] = _with_threads(extra)
+    return given
+
+
+def _with_threads(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the adapter, with NixlConnector's ``num_threads`` where NixlConnector hands it on to: UCX."""
+    number, options = extra["num_threads"], _checked("agent_options", extra.get("agent_options", {}))
+    if type(number) is not int or number < 0:
+        raise _error(f"num_threads must be a whole number from 0, not {number!r}")
+    if extra.get("agent", "nixl") != "nixl" or "UCX" not in (
+        _checked("backends", extra.get("backends", [])) or ["UCX"]
+    ):
+        raise _error("num_threads is for NIXL's backend UCX: use agent_options for another one")
+    backends = options.get("backend_options", {})
+    ucx = backends.get("UCX", {}) if isinstance(backends, dict) else None
+    if not isinstance(ucx, dict):
+        return options  # the adapter says what is wrong
+    if ucx.get("num_threads", str(number)) != str(number):
+        raise _error(
+            "num_threads is NixlConnector's name of agent_options.backend_options.UCX.num_threads: give one of them"
+        )
+    return {**options, "backend_options": {**backends, "UCX": {**ucx, "num_threads": str(number)}}}
+
+
+def _checked(option: str, value: object, name: str = "") -> Any:
+    """Convert an option's value to its type, or say what is allowed, under the name by which it was given."""
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, _TYPES[option])
     except msgspec.ValidationError:
-        raise _error(f"{name} must be {_allowed(kind)}, not {value!r}") from None
+        raise _error(f"{name or option} must be {allowed(option)}, not {value!r}") from None
 
 
-def _allowed(kind: Any) -> str:
-    """Values of a type, in words: the description of the type, or of the alternative that has one."""
+def allowed(option: str) -> str:
+    """Values of an option, in words: the description of its type, or of the alternative that has one."""
+    kind = _TYPES[option]
     alternatives = getattr(kind, "__args__", ()) if not hasattr(kind, "__metadata__") else ()
     (described,) = [each for each in (kind, *alternatives) if hasattr(each, "__metadata__")]
     return str(described.__metadata__[0].description)

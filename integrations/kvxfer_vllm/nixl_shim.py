@@ -12,5 +12,6 @@ from __future__ import annotations
 
 from kvxfer_vllm import KvxferConnector as NixlConnector
 from kvxfer_vllm import KvxferConnector as NixlPullConnector
+from kvxfer_vllm import KvxferConnector as NixlPushConnector
 
-__all__ = ["NixlConnector", "NixlPullConnector"]
+__all__ = ["NixlConnector", "NixlPullConnector", "NixlPushConnector"]

@@ -86,6 +86,7 @@ def test_found_by_name_and_by_module():
         ("KvxferConnector", "kvxfer_vllm"),
         ("NixlConnector", "kvxfer_vllm.nixl_shim"),
         ("NixlPullConnector", "kvxfer_vllm.nixl_shim"),
+        ("NixlPushConnector", "kvxfer_vllm.nixl_shim"),
         ("TPUConnector", "kvxfer_vllm.tpu"),
     ):
         config = KVTransferConfig(kv_connector=name, kv_connector_module_path=module, kv_role="kv_both")
@@ -125,7 +126,6 @@ def test_unknown_name_in_the_package():
     ("extra", "message"),
     [
         ({"agnet": "nixl"}, "unknown option 'agnet'; known are agent, agent_options, "),
-        ({"kv_lease_duration": 30}, "NixlConnector's option: use lease_seconds"),
         ({"mode": "shove"}, "mode must be one of auto, push, pull, not 'shove'"),
         ({"granularity": "token"}, "granularity must be one of chunk, layer, not 'token'"),
         ({"granularity": "layer", "mode": "pull"}, "granularity 'layer' is for mode 'auto' or 'push'"),
@@ -136,7 +136,6 @@ def test_unknown_name_in_the_package():
         ({"convert": "fp8"}, "convert must be true or false"),
         ({"verify": None}, "verify must be true or false"),
         ({"allow_unauthenticated": "yes"}, "allow_unauthenticated must be true or false"),
-        ({"push_registration_timeout": 480}, "NixlConnector's option: use rendezvous_timeout_seconds"),
         ({"mode": None}, "mode must be one of auto, push, pull, not None"),
         ({"agent": 1}, "agent must be a string"),
         ({"backends": "UCX"}, "backends must be a list of strings"),
