@@ -23,9 +23,10 @@ OTHER_VARIABLES: Final = {
     "KVXFER_MODEL_FOLDER": "Folder for the models that ``make serve`` makes.",
     "KVXFER_SECRET": "The secret of all servers: random text, as ``openssl rand -base64 32`` makes it.",
     "KVXFER_SECRET_FILE": "File with the secret of all servers; comes before ``KVXFER_SECRET``.",
-    "KVXFER_SIDE_CHANNEL_HOST": "Host of an inference server's side channel: a name, an address, or ``*`` for all interfaces.",
+    "KVXFER_SIDE_CHANNEL_HOST": "Host of an inference server's side channel: a name, an address, or ``*`` for all interfaces "
+    "(default: ``localhost``).",
     "KVXFER_SIDE_CHANNEL_PORT": "Port of an inference server's side channel, to which the data parallel index is added; 0 takes "
-    "any free port.",
+    "any free port (default: 5600).",
 }
 """Environment variables of kvxfer and its integrations that are not settings, each with its meaning."""
 

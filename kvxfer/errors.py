@@ -62,31 +62,56 @@ class KvxferError(Exception):
 
 
 class ConfigError(KvxferError, ValueError):
-    """A setting is unknown or out of range."""
+    """A setting is unknown or out of range.
+
+    Cure: The message names the setting, its value, where that came from, and what is allowed: correct it and start
+    again.
+    """
 
 
 class UnavailableError(KvxferError):
-    """An adapter cannot run here; the message says what to install."""
+    """An adapter cannot run here; the message says what to install.
+
+    Cure: Do what the message says; ``kvxfer agents`` and ``kvxfer doctor`` list what can be used here, and why the
+    rest cannot.
+    """
 
 
 class UnsupportedError(KvxferError):
-    """The adapter did not declare the capability that the call needs."""
+    """The adapter did not declare the capability that the call needs.
+
+    Cure: Use an adapter that declares it (``kvxfer agents``), or leave the call out; a refused ``convert`` names
+    the dtypes.
+    """
 
 
 class ClosedError(KvxferError):
-    """The object was closed before or during the call."""
+    """The object was closed before or during the call.
+
+    Cure: Expected while a server ends. Else find what closed the endpoint: the log has its reason.
+    """
 
 
 class InternalError(KvxferError):
-    """A fault of kvxfer itself, named in the message and counted in ``kvxfer_internal_errors_total``. Please report it."""
+    """A fault of kvxfer itself, named in the message and counted in ``kvxfer_internal_errors_total``. Please report it.
+
+    Cure: Report it with the trace in the log. The transfer concerned has ended; to try again does not help.
+    """
 
 
 class LayoutError(KvxferError, ValueError):
-    """A cache description contradicts itself."""
+    """A cache description contradicts itself.
+
+    Cure: Correct the description, as the message says: names, shapes and strides of the layers.
+    """
 
 
 class IncompatibleError(KvxferError):
     """Two caches cannot serve each other.
+
+    Cure: Compare the two servers on the axis that the message names, with both values. ``convert`` serves other
+    dtypes and scales; ``model_fingerprint`` joins servers that load the same weights from different paths; ``kvxfer
+    plan`` compares caches beforehand.
 
     Attributes:
         axis: the axis or property on which they differ, e.g. ``"dtype"`` or ``"heads"``.
@@ -98,64 +123,105 @@ class IncompatibleError(KvxferError):
 
 
 class BlockError(KvxferError, ValueError):
-    """Block ids are out of range, repeated in a target, or of unequal count."""
+    """Block ids are out of range, repeated in a target, or of unequal count.
+
+    Cure: A fault of the calling engine: give each block once, as many as the tokens fill, and none that another
+    read still has.
+    """
 
 
 class UnsupportedBufferError(KvxferError, TypeError):
-    """Memory that cannot be used as a cache buffer, with the reason in one sentence."""
+    """Memory that cannot be used as a cache buffer, with the reason in one sentence.
+
+    Cure: Use a device and an array that the message names; ``kvxfer agents`` lists the devices that can be used.
+    """
 
 
 class RegistrationError(KvxferError):
-    """The transfer engine refused a memory region."""
+    """The transfer engine refused a memory region.
+
+    Cure: Raise ``ulimit -l`` where an RDMA device pins memory, or leave the cache in memory that the transfer
+    engine takes.
+    """
 
 
 class DescriptorError(KvxferError, ValueError):
-    """A descriptor is malformed or lies outside what both sides registered."""
+    """A descriptor is malformed or lies outside what both sides registered.
+
+    Cure: A fault of the adapter or of a peer: report it with the message.
+    """
 
 
 class PeerInfoError(KvxferError, ValueError):
-    """A peer's description is malformed or was made by another adapter."""
+    """A peer's description is malformed or was made by another adapter.
+
+    Cure: Run the same version of kvxfer, and the same transfer engine, on both servers.
+    """
 
 
 class PeerConflictError(KvxferError):
-    """Another agent already goes by this name."""
+    """Another agent already goes by this name.
+
+    Cure: Give each engine a name of its own (vLLM: ``engine_id``). After a restart the old one is forgotten, and
+    the next try goes through.
+    """
 
     retryable = True
 
 
 class OwnPeerError(PeerConflictError):
-    """The peer is this agent itself: an endpoint was asked to read a lease of its own."""
+    """The peer is this agent itself: an endpoint was asked to read a lease of its own.
+
+    Cure: Correct the router: it sends the decode request to the server that prefilled it.
+    """
 
     retryable = False
 
 
 class PeerUnknownError(KvxferError):
-    """The peer was disconnected or never connected."""
+    """The peer was disconnected or never connected.
+
+    Cure: Try again: the peer is met again at the next read.
+    """
 
     retryable = True
 
 
 class TransferError(KvxferError):
-    """Bytes did not arrive."""
+    """Bytes did not arrive.
+
+    Cure: Try again, or let the engine compute the prompt (vLLM: ``kv_load_failure_policy``).
+    """
 
     retryable = True
 
 
 class PeerLostError(TransferError):
-    """The peer died or its connection broke."""
+    """The peer died or its connection broke.
+
+    Cure: Look at the peer's log: it ended, or the network between the two broke. Try again when it is back.
+    """
 
     # A broken connection is no proof that the engine dropped every write it had accepted.
     quiet = False
 
 
 class TransferTimeoutError(TransferError):
-    """The deadline passed. No known transfer engine stops writing then: late bytes may still arrive."""
+    """The deadline passed. No known transfer engine stops writing then: late bytes may still arrive.
+
+    Cure: Measure the pair with ``kvxfer doctor --peer``; look for a frozen peer or a lost network; raise
+    ``read_timeout_s`` for long reads on slow links.
+    """
 
     quiet = False
 
 
 class TransferFailedError(TransferError):
-    """The transfer engine reported a failure."""
+    """The transfer engine reported a failure.
+
+    Cure: Read the transfer engine's own log, which has the reason; ``kvxfer doctor --peer`` tries the link by
+    itself.
+    """
 
     quiet = False
 
@@ -188,6 +254,9 @@ class Difference(NamedTuple):
 class IntegrityError(TransferError):
     """The bytes that arrived differ from those of the producer. Only reads with ``verify`` find this.
 
+    Cure: The message names layers and blocks. Look for faulty memory or network hardware, and for an engine that
+    changes leased blocks.
+
     Attributes:
         differences: the differences that were found.
         more: there may be more: the search ended at a limit.
@@ -203,11 +272,18 @@ class IntegrityError(TransferError):
 
 
 class WireError(KvxferError, ValueError):
-    """A message cannot be decoded, is too large, or has another protocol version."""
+    """A message cannot be decoded, is too large, or has another protocol version.
+
+    Cure: Run the same version of kvxfer on both sides, and let nothing else use the side channel's port.
+    """
 
 
 class HandshakeError(KvxferError):
     """The peer refused the handshake, or is not the one that was expected.
+
+    Cure: ``code`` is the reason: ``incompatible``, another cache; ``protocol``, another version of kvxfer;
+    ``agent``, another transfer engine; ``identity`` and ``rank``, another process at that address than the lease
+    says.
 
     Attributes:
         code: the reason as a short word that is stable between versions, e.g. ``"incompatible"``.
@@ -219,25 +295,43 @@ class HandshakeError(KvxferError):
 
 
 class PeerTimeoutError(KvxferError):
-    """The peer's control channel did not answer in time."""
+    """The peer's control channel did not answer in time.
+
+    Cure: Reach the peer's side channel from here (``kvxfer doctor --peer HOST:PORT``): host, port, firewall, and
+    the same secret on both.
+    """
 
     retryable = True
 
 
 class LeaseError(KvxferError):
-    """A lease cannot be used."""
+    """A lease cannot be used.
+
+    Cure: See the errors below it.
+    """
 
 
 class LeaseRefError(LeaseError, ValueError):
-    """The lease that came with a request is malformed."""
+    """The lease that came with a request is malformed.
+
+    Cure: Correct the proxy, which changed or invented the parameters; clients must not send any.
+    """
 
 
 class LeaseUnknownError(LeaseError):
-    """The producer knows no such lease."""
+    """The producer knows no such lease.
+
+    Cure: The producer was restarted, or the lease ended long ago, or another prompt was sent to it: send the
+    request again.
+    """
 
 
 class LeaseEndedError(LeaseError):
-    """The lease expired or was revoked; bytes read under it are discarded."""
+    """The lease expired or was revoked; bytes read under it are discarded.
+
+    Cure: Raise ``lease_s`` (vLLM: ``lease_seconds``) if requests wait longer than that before the consumer sees
+    them; a producer that aborts or preempts the request revokes its lease, too.
+    """
 
 
 def names_of_errors(base: type[KvxferError] = KvxferError) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from kvxfer.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_ALLOWED: Final = {
+ALLOWED: Final = {
     "host": "the address by which peers reach this machine, without a port",
     "window": "an integer from 1 to 512",
     "piece_nbytes": "an integer from 65536 to 1073741824",
@@ -100,9 +100,9 @@ class MooncakeOptions(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigError: names the variable.
         """
-        for name, values, why in _REFUSED:
+        for name, values, why in REFUSED:
             value = os.environ.get(name, "").strip()
-            if value.lower() in values or (values == _ANY and value):
+            if value.lower() in values or (values == ANY and value):
                 raise ConfigError(f"{name}={value}: {why}; unset it")
         queued = os.environ.get("MC_TCP_MAX_QUEUED_TRANSFERS_PER_PEER", "").strip()
         if queued.isdigit() and int(queued) < self.window:
@@ -118,17 +118,17 @@ class MooncakeOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-_ANY: Final = frozenset({"any"})
-_REFUSED: Final = (
+ANY: Final = frozenset({"any"})
+REFUSED: Final = (
     (
         "MC_TCP_PROTO",
         frozenset({"1", "v1"}),
         "Mooncake's first TCP protocol reports a WRITE as done before it is applied",
     ),
     ("MC_TCP_ENABLE_CONNECTION_POOL", frozenset({"0", "false"}), "each descriptor would open a connection of its own"),
-    ("MC_SLICE_TIMEOUT", _ANY, "Mooncake would report an end while it may still write"),
-    ("MC_USE_TENT", _ANY, "this adapter was proven with Mooncake's classic engine only"),
-    ("MC_USE_TEV1", _ANY, "this adapter was proven with Mooncake's classic engine only"),
+    ("MC_SLICE_TIMEOUT", ANY, "Mooncake would report an end while it may still write"),
+    ("MC_USE_TENT", ANY, "this adapter was proven with Mooncake's classic engine only"),
+    ("MC_USE_TEV1", ANY, "this adapter was proven with Mooncake's classic engine only"),
 )
 
 
@@ -140,4 +140,4 @@ def _is_loopback(host: str) -> bool:
 
 
 def _refused(name: str, value: object) -> ConfigError:
-    return ConfigError(f"{name}={value!r:.200} must be {_ALLOWED[name]}")
+    return ConfigError(f"{name}={value!r:.200} must be {ALLOWED[name]}")

@@ -20,7 +20,7 @@ UCX_OPTIONS: Final = frozenset({
 })  # fmt: skip
 """Options that NIXL 1.5's UCX backend reads. It advertises only some of them, and ignores options that it does not know."""
 
-_ALLOWED: Final = {
+ALLOWED: Final = {
     "backends": 'a list of names of backends, each once, such as ["UCX"]',
     "backend_options": "a mapping from names of backends to their options, which map strings to strings",
     "module": "a string",
@@ -130,4 +130,4 @@ class NixlOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _refused(name: str, value: object, why: str = "") -> ConfigError:
-    return ConfigError(f"{name}={value!r:.200} must be {_ALLOWED[name]}{why and f' ({why})'}")
+    return ConfigError(f"{name}={value!r:.200} must be {ALLOWED[name]}{why and f' ({why})'}")

@@ -82,18 +82,19 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Options of the connector. None leaves ``KVXFER_*`` variables and kvxfer's defaults in force."""
 
     agent: String = "nixl"
-    """Name of the transfer engine's adapter."""
+    """Name of the transfer engine's adapter; ``kvxfer agents`` lists the installed ones."""
     backends: Annotated[tuple[str, ...], Meta(description="a list of strings")] = ()
-    """The adapter's option of that name, such as ``["UCX"]``."""
+    """Backends of NIXL; by default its adapter's, ``["UCX"]``."""
     agent_options: Annotated[dict[str, Any], Meta(description="an object")] = {}
-    """Further options of the adapter."""
+    """Further options of the adapter, see below."""
     mode: Annotated[Literal["auto", "push", "pull"], Meta(description="one of auto, push, pull")] = "auto"
     """``"auto"`` serves each request as it is sent: to one server after the other, or to both at once; then its blocks leave
     while prefill runs. ``"push"`` means the same. ``"pull"`` serves the first kind only."""
     granularity: Annotated[Literal["chunk", "layer"], Meta(description="one of chunk, layer")] = "chunk"
     """Unit of publishing while prefill runs: ``"chunk"``, the blocks that one engine step completes; ``"layer"``, an
     eighth of the layers of these blocks after the other, while the step runs. To be set on both servers: a decode server with
-    ``"chunk"`` reads blocks that all layers have filled."""
+    ``"chunk"`` reads blocks that all layers have filled. Refused with full CUDA graphs and micro-batches, which call no hook for
+    each layer."""
     lease_seconds: Seconds | None = None
     """Producer: time that finished blocks wait for a consumer that does not renew the lease."""
     announce_timeout_seconds: Seconds | None = None
@@ -101,7 +102,8 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     rendezvous_timeout_seconds: Seconds | None = None
     """Producer: time that a decode request which arrives first waits for its prefill request."""
     read_timeout_seconds: Seconds | None = None
-    """Consumer: longest read, from its start to its end."""
+    """Consumer: longest read, from its start to its end; a request that is sent to both servers at once has the two times above
+    in addition."""
     peer_timeout_seconds: Seconds | None = None
     """Consumer: longest silence of a peer that a read waits for."""
     unread_lease_seconds: Seconds | None = None
@@ -109,13 +111,16 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     idle_peer_seconds: Seconds | None = None
     """Time without a request to a server after which it is forgotten; it is met again when it is needed."""
     secret_file: String | None = None
-    """File with the secret of all servers, see `kvxfer.Secret`; by default the environment names it."""
+    """File with the secret of all servers, which authenticates and encrypts the side channel; by default that of
+    ``KVXFER_SECRET_FILE``, else the text in ``KVXFER_SECRET``."""
     allow_unauthenticated: Boolean | None = None
-    """Whether a side channel that other machines reach may do without a secret."""
+    """Whether a side channel that other machines reach may do without a secret; by default it may if
+    ``KVXFER_ALLOW_UNAUTHENTICATED`` is 1."""
     verify: Boolean = False
     """Whether a decode server compares what arrived with what the prefill server has, before it uses it."""
     convert: Boolean = False
-    """Consumer: whether the elements of a producer whose caches have another dtype are converted; else it is refused."""
+    """Consumer: whether the elements of a producer whose caches have another dtype, or other scales, are converted; else it is
+    refused."""
     model_fingerprint: String = ""
     """Replaces the fingerprint that is made of the model's name and configuration. To be equal on servers that load the same
     weights from different paths."""
@@ -226,7 +231,8 @@ def _without_nixl_names(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_threads(extra: Mapping[str, Any]) -> dict[str, Any]:
     """Options of the adapter, with NixlConnector's ``num_threads`` where NixlConnector hands it on to: UCX."""
-    number, options = extra["num_threads"], _checked("agent_options", extra.get("agent_options", {}))
+    number = extra["num_threads"]
+    options: dict[str, Any] = _checked("agent_options", extra.get("agent_options", {}))
     if type(number) is not int or number < 0:
         raise _error(f"num_threads must be a whole number from 0, not {number!r}")
     if extra.get("agent", "nixl") != "nixl" or "UCX" not in (

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class ContradictionError(LeaseError):
-    """The published blocks do not begin with those published before, which a consumer may have read since."""
+    """The published blocks do not begin with those published before, which a consumer may have read since.
+
+    Cure: A fault of the calling engine: each publication of a lease has all blocks of the one before, in their order.
+    """
 
 
 class LeaseState(str, Enum):

@@ -78,8 +78,11 @@ class LeaseRef(msgspec.Struct, frozen=True, kw_only=True):
         Args:
             key: what only these two were told of the request, such as a router's transfer id. Without a secret, any peer that
                 knows it and all of the following may read the request's KV.
-            producer, num_tokens, digest: as both know them; those of another prompt are another lease.
-            addresses, request: see `LeaseRef`; the two sides may differ in them.
+            producer: name of the producer, as both know it.
+            addresses: see `LeaseRef`; the two sides may differ in them.
+            request: see `LeaseRef`; the two sides may differ in it.
+            num_tokens: number of tokens, as both know it.
+            digest: of the prompt, as both know it; that of another prompt is another lease.
             secret: of both sides; who has it can make the token, and no other can.
 
         Raises:

@@ -81,6 +81,13 @@ def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> None:
         _log.warning("%s loads from elsewhere: %s", page.file.src_uri, tag)
 
 
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Put the pages beside their HTML as they are in the repository, for the readers of llms.txt."""
+    for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / name for name in AT_THE_TOP)]:
+        target = Path(config.site_dir) / (path.name if path.parent == ROOT else path.relative_to(ROOT / "docs"))
+        target.write_text(path.read_text())
+
+
 def _in_repository(target: str, page: str) -> Path:
     """The file to which a link of a page leads on GitHub."""
     folder = ROOT if page in AT_THE_TOP else (ROOT / "docs" / page).parent

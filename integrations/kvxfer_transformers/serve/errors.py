@@ -9,6 +9,8 @@ from kvxfer.errors import KvxferError
 class RequestError(KvxferError):
     """Request that has no answer.
 
+    Cure: See the errors below it.
+
     Attributes:
         status: of HTTP.
         kind: ``type`` in the answer, as vLLM names it.
@@ -29,22 +31,34 @@ class RequestError(KvxferError):
 
 
 class BadRequestError(RequestError):
-    """Request that is wrong, or asks for what is not supported."""
+    """Request that is wrong, or asks for what is not supported.
+
+    Cure: Correct the request: the answer names the field.
+    """
 
     status, kind = 400, "BadRequestError"
 
 
 class UnknownModelError(RequestError):
-    """Request for a model that is not served."""
+    """Request for a model that is not served.
+
+    Cure: Ask for a name that ``GET /v1/models`` lists.
+    """
 
     status, kind = 404, "NotFoundError"
 
 
 class GenerationFailedError(RequestError):
-    """Request that the engine has failed, such as one whose KV could not be read."""
+    """Request that the engine has failed, such as one whose KV could not be read.
+
+    Cure: The server's log names the error of the transfer; ``kv_load_failure_policy`` recompute computes the prompt.
+    """
 
 
 class EngineEndedError(RequestError):
-    """Engine that has ended, or is about to."""
+    """Engine that has ended, or is about to.
+
+    Cure: Send the request to another server, and restart this one.
+    """
 
     status, kind = 503, "ServiceUnavailableError"

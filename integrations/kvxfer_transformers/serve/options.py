@@ -64,7 +64,7 @@ class ServeOptions:
         Raises:
             ConfigError: ``--kv-transfer-config`` or a variable is wrong; the message says what is allowed.
         """
-        parser = _parser()
+        parser = command_line()
         given = parser.parse_args(arguments)
         if (given.positional is None) == (given.model is None):
             parser.error("one model is needed: MODEL or --model MODEL")
@@ -149,7 +149,8 @@ def _number(least: int) -> Any:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the command line, which has each argument's meaning."""
     parser = argparse.ArgumentParser(
         prog="python -m kvxfer_transformers.serve",
         description="OpenAI-compatible server on transformers' continuous batching, which prefills and decodes for others.",
