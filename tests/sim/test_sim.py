@@ -79,7 +79,7 @@ FOUND_BY = {
     "closed_without_a_word": ("crashy", 0, "left behind"),
     "overtaken_chunk_taken_for_an_old_one": ("calm", 0, "failed for nothing"),
     "agent_renewed_for_each_silent_contact": ("silent", 1, "torn down too often"),
-    "agent_renewed_for_all_that_is_early": ("silent", 0, "torn down too often"),
+    "agent_renewed_for_all_that_is_early": ("calm", 0, "torn down too often"),
     "silent_peers_stop_all_reads": ("silent", 59, "failed for nothing"),
     "part_in_flight_not_waited_for": ("calm", 1, "wrong bytes"),
     "cell_not_wiped": ("all", 6, "wrong bytes"),

@@ -8,7 +8,7 @@ It carries encoded messages, as TCP would. Authentication and encryption belong 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from kvxfer.channel.base import Inbound
@@ -107,6 +107,8 @@ class VirtualChannel:
         self.made: dict[str, bytes] = {}
         self._inbox: deque[Inbound] = deque()
         self._numbers = itertools.count()
+        self._closed: Counter[str] = Counter()
+        """Times that the connection to an address was closed."""
         process.network.channels[self.address] = self
         process.deaths.append(self._ended)
 
@@ -118,11 +120,15 @@ class VirtualChannel:
         """See `Channel`."""
         if not address.startswith("tcp://"):
             raise ConfigError(f"cannot connect to {address!r}")
-        network = self.process.network
+        network, closed, kept = self.process.network, self._closed[address], False
 
         def deliver(data: bytes) -> bool:
+            nonlocal kept
+            if kept and self._closed[address] > closed:
+                return True  # a socket that is closed keeps nothing
             target = network.channels.get(address)
             if target is None or not target.process.alive:
+                kept = True
                 return not self.process.alive
             connection = self.made.setdefault(address, f"{self.process.name}#{next(self._numbers)}".encode())
             target.callers[connection] = self
@@ -146,6 +152,7 @@ class VirtualChannel:
 
     def disconnect(self, address: str) -> None:
         """See `Channel`."""
+        self._closed[address] += 1
         connection = self.made.pop(address, None)
         target = self.process.network.channels.get(address)
         if connection is not None and target is not None and target.process.alive:
