@@ -172,6 +172,7 @@ class Endpoint:
                 data.arena.slot_nbytes,
                 casts(cache),
                 writes=data.writes,
+                spoken=environment.spoken,
             )
             table = LeaseTable(self.settings, board)
             routes = Routes(me, self.settings, costs, convert, only)

@@ -2,8 +2,8 @@
 """``kv_transfer_params`` of a request. No engine, no I/O, no state.
 
 Parameters come from clients, so malformed input becomes a `RefusedParams` with a named reason, never an exception. The keys
-are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and one of kvxfer, ``kvxfer``,
-which holds the lease as a JSON object. vllm-router sends a request to both servers at once in its MoRI-IO mode only; there it
+are those of NixlConnector (pull and push), so that its routers and proxies work unchanged, and two of kvxfer: ``kvxfer``
+holds the lease as a JSON object, ``kvxfer_versions`` is for routers. vllm-router sends a request to both servers at once in its MoRI-IO mode only; there it
 names the prefill server in the request's id (`kvxfer_serving.router_marks`). MooncakeConnector's routers name an HTTP address that knows the
 prefill server; its answer turns their keys into NixlConnector's (`kvxfer_serving.mooncake_params`).
 
@@ -23,6 +23,7 @@ from kvxfer import addresses
 from kvxfer.errors import LeaseRefError
 from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.protocol.lease_ref import LeaseRef
+from kvxfer.protocol.versions import SPOKEN
 from kvxfer_serving.key_checks import check_blocks, check_keys, check_sizes, check_transfer_id
 from kvxfer_serving.mooncake_params import BootstrapRequest, bootstrap_request
 from kvxfer_serving.options import tcp_address
@@ -30,6 +31,8 @@ from kvxfer_serving.refusals import RefusalReason, RefusedParams
 from kvxfer_serving.router_marks import producer_named_in
 
 LEASE_KEY = "kvxfer"
+VERSIONS_KEY = "kvxfer_versions"
+"""Versions of the protocol that the prefill server speaks, in one word for routers: see `ProtocolVersions.label`."""
 
 # NixlConnector's keys that name a prefill server, and those that a consumer must find beside the lease, with their types.
 _PLACE: dict[str, type] = {"remote_engine_id": str, "remote_host": str, "remote_port": int}
@@ -224,7 +227,7 @@ def _same_place(address: str, own: str) -> bool:
 def response(
     lease: LeaseRef, block_ids: Sequence[Sequence[int]], *, host: str, port: int, tp_size: int, pp_size: int = 1
 ) -> dict[str, Any]:
-    """Make the parameters that the producer answers with: all keys of NixlConnector's pull response, and the lease.
+    """Make the parameters that the producer answers with: all keys of NixlConnector's pull response, and kvxfer's own.
 
     Args:
         lease: of the request.
@@ -249,4 +252,5 @@ def response(
         "remote_registration_generation": 0,  # since vLLM 0.33
         # A consumer that receives this need not wait for an announcement.
         LEASE_KEY: msgspec.structs.replace(lease, rendezvous=False).to_obj(),
+        VERSIONS_KEY: SPOKEN.label,
     }

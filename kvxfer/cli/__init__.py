@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
+from kvxfer.protocol.versions import SPOKEN
 from kvxfer.testing.remote import ChildError
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvxfer", description="Moves the KV cache of requests between LLM engines.")
-    parser.add_argument("--version", action="version", version=f"kvxfer {own_version()}")
+    version = f"kvxfer {own_version()}, protocol {SPOKEN} ({SPOKEN.label})"
+    parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_ in _COMMANDS.items():
         sub = subparsers.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")

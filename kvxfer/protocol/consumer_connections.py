@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.protocol.actions import Action, Reply
 from kvxfer.protocol.lease import ConsumerRank
-from kvxfer.protocol.messages import PROTOCOL, Hello, Message, Refused, Welcome
+from kvxfer.protocol.messages import Hello, Message, Refused, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -44,15 +44,21 @@ class ConsumerConnections:
         """The one that was heard last at the end."""
         self._connections: dict[ConsumerRank, bytes] = {}
         self._last_heard: dict[ConsumerRank, LastHeard] = {}
-        self._welcome_before: Welcome | None = None
+        self._protocols: dict[bytes, int] = {}
+        """Versions of the protocol that were agreed, by connection."""
+        self._welcomes: dict[int, Welcome] = {}
+        """Introductions of this endpoint as it is now, by version of the protocol: each is encoded once."""
 
     # -- consumers -------------------------------------------------------------------------------------------------
 
     def hello(self, connection: bytes, hello: Hello, now: float) -> None:
         """Answer an introduction: by a Welcome, or by the reason why this producer is not the one that was meant."""
         me = self._me
-        if hello.protocol != PROTOCOL:
-            why = f"protocol {hello.protocol} is not spoken here, {PROTOCOL} is"
+        protocol = me.spoken.agreed(hello.spoken)
+        if protocol is None:
+            why = (
+                f"this producer speaks protocol {me.spoken}, the consumer {hello.spoken}: no version is common to both"
+            )
             self.refuse(connection, "protocol", why, counted=True)
         elif hello.rank != me.spec.rank:
             why = f"this is rank {me.spec.rank} of {me.spec.world}, not rank {hello.rank}"
@@ -65,8 +71,8 @@ class ConsumerConnections:
             self.refuse(connection, "agent", why, counted=True)
         else:
             consumer = ConsumerRank(hello.name, hello.epoch, hello.consumer_rank, hello.consumer_world)
-            self._introduce(connection, consumer, now)
-            self.reply(connection, self._welcome())
+            self._introduce(connection, consumer, protocol, now)
+            self.reply(connection, self._welcome(connection))
 
     def heard(self, connection: bytes, now: float) -> ConsumerRank | None:
         """The consumer that says something over a connection; None if it has not introduced itself."""
@@ -103,13 +109,15 @@ class ConsumerConnections:
 
     def agent_replaced(self, agent_info: bytes) -> None:
         """Tell all consumers of another transfer agent of this endpoint, before they read from the old one."""
-        self._me.agent_info, self._welcome_before = agent_info, None
+        self._me.agent_info = agent_info
+        self._welcomes.clear()
         for connection in self._connections.values():
-            self.reply(connection, self._welcome())
+            self.reply(connection, self._welcome(connection))
 
     def joined(self, addresses: Sequence[str]) -> None:
         """Note where the ranks of this engine listen."""
-        self._me.addresses, self._welcome_before = tuple(addresses), None
+        self._me.addresses = tuple(addresses)
+        self._welcomes.clear()
 
     # -- what is sent -----------------------------------------------------------------------------------------------
 
@@ -141,12 +149,12 @@ class ConsumerConnections:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _welcome(self) -> Welcome:
+    def _welcome(self, connection: bytes) -> Welcome:
         """The same object as long as it says the same, so that it is encoded once."""
-        me = self._me
-        if self._welcome_before is None:
-            self._welcome_before = Welcome(
-                protocol=PROTOCOL,
+        me, protocol = self._me, self._protocols[connection]
+        if protocol not in self._welcomes:
+            self._welcomes[protocol] = Welcome(
+                protocol=protocol,
                 name=me.name,
                 epoch=me.epoch,
                 rank=me.spec.rank,
@@ -159,19 +167,20 @@ class ConsumerConnections:
                 addresses=list(me.addresses),
                 writes=me.writes,
             )
-        return self._welcome_before
+        return self._welcomes[protocol]
 
-    def _introduce(self, connection: bytes, consumer: ConsumerRank, now: float) -> None:
+    def _introduce(self, connection: bytes, consumer: ConsumerRank, protocol: int, now: float) -> None:
         before = self._consumers.get(connection)
         if before is not None:
             self._forget(connection, before)
-        self._consumers[connection] = consumer
+        self._consumers[connection], self._protocols[connection] = consumer, protocol
         self._consumers.move_to_end(connection)
         self._connections[consumer], self._last_heard[consumer] = connection, LastHeard(now, None)
         while len(self._consumers) > MOST_CONNECTIONS:
             self._forget(*self._consumers.popitem(last=False))
 
     def _forget(self, connection: bytes, consumer: ConsumerRank) -> None:
+        self._protocols.pop(connection, None)
         if self._connections.get(consumer, connection) == connection:  # it has not come by another one since
             self._connections.pop(consumer, None)
             self._last_heard.pop(consumer, None)

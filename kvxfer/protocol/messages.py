@@ -2,8 +2,8 @@
 """Every message that two endpoints exchange: msgspec structs, one msgpack map per message. docs/protocol.md has them as a table.
 
 A message names the epoch of the process it is meant for in ``to`` (empty in `Hello`, by which epochs are learnt), so one meant
-for a process that has been restarted since is refused by name. Unknown fields are ignored and new ones have defaults: two
-versions of kvxfer that share `PROTOCOL` can talk. Bytes of KV never travel here.
+for a process that has been restarted since is refused by name. Unknown fields are ignored and new ones have defaults. What
+changes the meaning of a message raises the version (`kvxfer.protocol.versions`). Bytes of KV never travel here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from kvxfer.errors import WireError, shown
 from kvxfer.layout.block_table import MAX_TOKENS
 from kvxfer.layout.checks import MAX_RANKS
 from kvxfer.layout.spec import CacheSpec
+from kvxfer.protocol.versions import SPOKEN, ProtocolVersions
 
-PROTOCOL = 2
-"""Number of the protocol, raised when a message changes its meaning. A peer with another one is refused at the handshake."""
+PROTOCOL = SPOKEN.highest
+"""Highest version of the protocol that is spoken here."""
 
 MAX_TOKENS_PER_RENEW = 4096
 
@@ -62,6 +63,7 @@ class Hello(_Message, frozen=True, kw_only=True):
     """Introduce a consumer; first on every connection, and again after a refusal."""
 
     protocol: int
+    """Lowest version of the protocol that the consumer speaks."""
     name: Name
     epoch: Epoch
     rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 20)]
@@ -72,12 +74,20 @@ class Hello(_Message, frozen=True, kw_only=True):
     """Rank of the consumer. All ranks of an engine have one name."""
     consumer_world: Annotated[int, msgspec.Meta(gt=0, le=MAX_RANKS)] = 1
     """Number of ranks of the consumer. Each of them releases a lease for itself."""
+    highest: int = 0
+    """Highest version of the protocol that the consumer speaks; 0, as before version 3: no other than ``protocol``."""
+
+    @property
+    def spoken(self) -> ProtocolVersions:
+        """Versions that the consumer speaks."""
+        return ProtocolVersions(self.protocol, self.highest or self.protocol)
 
 
 class Welcome(_Message, frozen=True, kw_only=True):
     """Answer `Hello`: introduce the producer, its cache, and how its transfer agent is reached."""
 
     protocol: int
+    """Version of the protocol that both sides speak from now on: the highest that both know."""
     name: Name
     epoch: Epoch
     rank: int

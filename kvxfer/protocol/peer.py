@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from kvxfer.agents.description import described_name
 from kvxfer.errors import HandshakeError, PeerInfoError
-from kvxfer.protocol.messages import PROTOCOL, Hello, Welcome
+from kvxfer.protocol.messages import Hello, Welcome
 from kvxfer.protocol.pacer import Pacer
 from kvxfer.protocol.transitions import Transition, TransitionTable
+from kvxfer.protocol.versions import SPOKEN, ProtocolVersions
 
 if TYPE_CHECKING:
     from kvxfer.layout.spec import CacheSpec
@@ -34,6 +35,7 @@ class Identity:
         casts: dtypes that its devices can turn into each other.
         addresses: of all ranks of its engine, in rank order; empty until they are known.
         writes: it can write into the memory of its consumers.
+        spoken: versions of the protocol.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Identity:
     casts: frozenset[str] = frozenset()
     addresses: tuple[str, ...] = ()
     writes: bool = False
+    spoken: ProtocolVersions = SPOKEN
 
 
 class PeerState(str, Enum):
@@ -111,6 +114,7 @@ class Peer:
         confirmed: a lease expects an engine of this name there.
         spec: of its cache; None before.
         addressable, slot_nbytes, casts, addresses, writes: see `Identity`.
+        protocol: version that both sides speak since they met; 0 before.
         error: why it cannot be used; None unless REFUSED.
         needed_by: engines that leases expect there, by the tokens of the leases, in the order in which they came.
         met_at, heard_at: when it introduced itself, and when it last said anything, on the caller's clock.
@@ -131,6 +135,7 @@ class Peer:
     casts: frozenset[str] = frozenset()
     addresses: tuple[str, ...] = ()
     writes: bool = False
+    protocol: int = 0
     error: HandshakeError | None = None
     met_at: float = float("-inf")
     heard_at: float = float("-inf")
@@ -156,7 +161,8 @@ class Peer:
         self.step(PeerEvent.GREET)
         self.greeted_at = now
         return Hello(
-            protocol=PROTOCOL,
+            protocol=me.spoken.lowest,
+            highest=me.spoken.highest,
             name=me.name,
             epoch=me.epoch,
             rank=self.rank,
@@ -177,7 +183,7 @@ class Peer:
         self.name, self.epoch, self.met_at = message.name, message.epoch, now
         self.spec, self.addressable, self.slot_nbytes = message.spec, message.addressable, message.slot_nbytes
         self.casts, self.addresses = frozenset(message.casts), tuple(message.addresses)
-        self.writes = message.writes
+        self.writes, self.protocol = message.writes, message.protocol
         self.agent_info, self.agent_name = message.agent_info, ""
         self.error = self._check(me, message) or self._check_agent(message)
         if self.error is None:
@@ -225,8 +231,9 @@ class Peer:
         name = message.name
         if not name.isprintable():
             return HandshakeError("identity", f"the name of the engine there is not printable: {name!r}")
-        if message.protocol != PROTOCOL:
-            return HandshakeError("protocol", f"{name!r} speaks protocol {message.protocol}, this side {PROTOCOL}")
+        if message.protocol not in me.spoken:
+            why = f"{name!r} answers by protocol {message.protocol}, this side speaks {me.spoken}"
+            return HandshakeError("protocol", why)
         if message.agent != me.agent:
             return HandshakeError("agent", f"{name!r} moves bytes by {message.agent!r}, this side by {me.agent!r}")
         if (message.rank, message.spec.rank) != (self.rank, self.rank):

@@ -143,6 +143,9 @@ class Peers:
             _log.log(peer.complaint(now), what, peer.name, peer.address, peer.epoch, gone)
             self._forget_routes(peer)
             return Welcomed.LOST
+        if peer.is_met and not repeated and peer.protocol < self._me.spoken.highest:
+            what = "%r at %s speaks protocol %d with this side, which speaks %s"
+            _log.info(what, peer.name, peer.address, peer.protocol, self._me.spoken)
         # A busy producer answers each Hello of a long wait. That must not multiply all questions.
         return Welcomed.NOTHING if repeated and peer.is_met else Welcomed.MET
 
@@ -158,14 +161,18 @@ class Peers:
             # Some lease names the peer for another rank than its own. Leases that name it rightly ask again when they are due.
             if peer.state is PeerState.GREETED:
                 peer.rank = message.rank
-        elif peer.reject(
-            HandshakeError(printable(code), f"{peer.address} refused: {printable(message.reason)}"), PeerEvent.REFUSE
-        ):
+        elif peer.reject(self._refusal(peer, message), PeerEvent.REFUSE):
             self._metrics.count("kvxfer_handshakes_total", outcome=code if code in REFUSAL_CODES else "other")
             return True
         else:
             _log.log(peer.complaint(now), "%s refused a message: %r: %r", peer.address, code, message.reason)
         return False
+
+    def _refusal(self, peer: Peer, message: Refused) -> HandshakeError:
+        code, why = printable(message.code), f"{peer.address} refused: {printable(message.reason)}"
+        if code == "protocol":
+            why += f" (this side speaks protocol {self._me.spoken})"  # an older producer names its own version only
+        return HandshakeError(code, why)
 
     # -- what they have ---------------------------------------------------------------------------------------------
 

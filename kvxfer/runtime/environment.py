@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvxfer.channel.zmq_channel import ControlChannel
 from kvxfer.errors import ConfigError
 from kvxfer.protocol.transfer import Latch
+from kvxfer.protocol.versions import SPOKEN, ProtocolVersions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +56,9 @@ class Running(Protocol):
 
 
 class Environment(Protocol):
-    """Clock, channel and threads of an endpoint."""
+    """Clock, channel and threads of an endpoint, and the versions of the protocol that its process speaks."""
+
+    spoken: ProtocolVersions
 
     def now(self) -> float:
         """Seconds on a clock that never goes back. Any thread."""
@@ -128,6 +131,7 @@ def _exit() -> None:
 
 
 class _Real:
+    spoken: ProtocolVersions = SPOKEN
     now: Callable[[], float] = staticmethod(time.monotonic)
 
     def channel(self, bind: str, **options: Any) -> Channel:

@@ -361,10 +361,10 @@ def seeds() -> list[Any]:
         )
     ]  # fmt: skip
     strangers = [
-        ["read", 1], ["say", "peer", {**welcome, "name": "another"}], ["wait", 1.0], ["read", 2], ["say", "peer", {**welcome, "protocol": 2}],
+        ["read", 1], ["say", "peer", {**welcome, "name": "another"}], ["wait", 1.0], ["read", 2], ["say", "peer", {**welcome, "protocol": 1}],
         ["read", 3], ["say", "peer", {**welcome, "agent": "nixl"}], ["wait", 1.0], ["say", "peer", {**welcome, "rank": 1}], ["read", 4],
         ["say", "a", {"type": "Acquire", "to": "x", "token": "$1"}], ["say", "a", {"type": "Released", "token": "$1", "stood": True}],
-        ["say", "a", {**hello, "protocol": 3}], ["say", "a", {**hello, "rank": 4}], ["say", "a", {**hello, "agent": "x"}],
+        ["say", "a", {**hello, "protocol": 9}], ["say", "a", {**hello, "protocol": 2, "highest": 4}], ["say", "a", {**hello, "rank": 4}], ["say", "a", {**hello, "agent": "x"}],
         ["say", "a", {**hello, "reader": 3}], ["say", "peer", hello], ["wait", 20.0], ["say", "peer", {**welcome, "spec": None}],
     ]  # fmt: skip
     return [

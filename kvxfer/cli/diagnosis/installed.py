@@ -14,6 +14,7 @@ from kvxfer.agents.capabilities import Reach
 from kvxfer.cli import own_version
 from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
 from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.protocol.versions import SPOKEN
 from kvxfer.secret import Secret
 
 if TYPE_CHECKING:
@@ -30,9 +31,8 @@ _VLLM_PLUGINS = "vllm.general_plugins"
 
 def installed() -> Iterator[Finding]:
     """Findings about Python, agents, device buffers and engines."""
-    yield good(
-        "kvxfer", f"{own_version()}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
+    here = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield good("kvxfer", f"{own_version()}, protocol {SPOKEN} ({SPOKEN.label}), {here}")
     yield from agents(registry.names("agents"), _load)
     for name in registry.names("buffers"):
         why = registry.why_unavailable(name, "buffers")

@@ -20,7 +20,8 @@ from kvxfer.config import Settings
 from kvxfer.errors import ConfigError, IncompatibleError
 from kvxfer.metrics import Metrics
 from kvxfer.planner.plan import plan
-from kvxfer.protocol.messages import PROTOCOL, Hello, Refused, Welcome
+from kvxfer.protocol.messages import Hello, Refused, Welcome
+from kvxfer.protocol.versions import SPOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -121,7 +122,8 @@ def greet(address: str, secret: Secret | None, agent: str, timeout_s: float) -> 
     channel = ControlChannel("tcp://127.0.0.1:0", Settings(), Metrics(), secret=secret)
     try:
         for _ in range(_LEAST_GREETINGS):
-            hello = Hello(protocol=PROTOCOL, name=f"doctor-{epoch[:4]}", epoch=epoch, rank=rank, agent=agent)
+            name, (lowest, highest) = f"doctor-{epoch[:4]}", SPOKEN
+            hello = Hello(protocol=lowest, highest=highest, name=name, epoch=epoch, rank=rank, agent=agent)
             begin = time.monotonic()
             channel.send(address, hello)
             heard = _answer(channel, address, begin + timeout_s)
@@ -166,17 +168,20 @@ def _introduced(
         return None
     if isinstance(answer, Refused):
         fix = {
-            "protocol": "install the same version of kvxfer on both sides",
+            "protocol": "replace the older kvxfer by the release after it: two that follow each other can form a pair",
             "agent": "kvxfer doctor --peer ... --agent NAME",
         }
-        yield problem("handshake", f"refused ({answer.code}): {answer.reason}", fix.get(answer.code, ""))
+        ours = f"; this side speaks protocol {SPOKEN}" if answer.code == "protocol" else ""
+        yield problem("handshake", f"refused ({answer.code}): {answer.reason}{ours}", fix.get(answer.code, ""))
         return None
-    if answer.protocol != PROTOCOL:
-        text = f"the endpoint speaks protocol {answer.protocol}, this side {PROTOCOL}"
+    if answer.protocol not in SPOKEN:
+        text = f"the endpoint answers by protocol {answer.protocol}, this side speaks {SPOKEN}"
         yield problem("version", text, "install the same version of kvxfer on both sides")
         return None
     yield good(
-        "handshake", f"{answer.name}, rank {answer.rank} of {answer.spec.world}, answers in {latency_s * 1e3:.1f} ms"
+        "handshake",
+        f"{answer.name}, rank {answer.rank} of {answer.spec.world}, answers in {latency_s * 1e3:.1f} ms, "
+        f"by protocol {answer.protocol}",
     )
     if answer.agent != agent:
         yield problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvxfer.protocol.versions import SPOKEN, ProtocolVersions
 from kvxfer.testing.sim.network import VirtualChannel
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class Process:
         self._since = world.now
         self._stands = False
         self._slice_s = 10 ** chance.uniform(-2.5, -1.3)
+        # A fleet in the middle of an update: some processes are of this version, others of the one before or the one after.
+        others = (
+            ProtocolVersions(SPOKEN.lowest, SPOKEN.highest - 1),
+            ProtocolVersions(SPOKEN.highest, SPOKEN.highest + 1),
+        )
+        other = world.draw("versions").choice(others)
+        self.spoken: ProtocolVersions = world.draw(f"version of {self.name}").choice((SPOKEN, other))
         self._loops: list[Loop] = []
         self._turning: Loop | None = None
         self._busy_until: dict[Loop, float] = {}

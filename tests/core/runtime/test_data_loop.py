@@ -534,6 +534,7 @@ class ByHand:
     """An environment that gives no turns: the test does, until it closes the loop."""
 
     now = staticmethod(time.monotonic)
+    spoken = REAL.spoken
 
     def run(self, name, loop):
         self.loop = loop
