@@ -26,7 +26,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "demo": "move the KV cache of requests between two processes, check every byte, and print a table of speeds",
     "plan": "report what a transfer between two caches does: bytes, descriptors, route and time; needs no device",
-    "bench": "measure the constants of this machine by which routes are chosen",
+    "bench": "measure the constants by which routes are chosen, or the transfers between two machines",
     "sim": "run real endpoints in a simulated world with faults, and check that all guarantees hold",
     "soak": "run engines in real processes that are killed, frozen and restarted, and check every delivered byte",
     "doctor": "look at this machine and at running endpoints for what keeps transfers from working, or slows them",

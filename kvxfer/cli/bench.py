@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kvxfer bench``: measure this machine. ``kvxfer bench calibrate`` measures the constants of the cost model."""
+"""``kvxfer bench``: measure this machine (``calibrate``, the constants of the cost model), or two machines (``pair``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvxfer.cli.calibrate import CostSample, calibrate, needed_nbytes
 from kvxfer.cli.checks import check_agent, check_memory, check_writable
+from kvxfer.cli.pairing import command as pair
 from kvxfer.cli.table import Progress, add_format, size, table
 from kvxfer.errors import ConfigError
 from kvxfer.planner.costs import Costs
@@ -31,10 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--out", default=_OUT, help="file to write (default: %(default)s); '-': no file")
     add_format(sub)
+    pair.add_arguments(
+        what.add_parser("pair", help="measure transfers between two machines: one end listens, the other one connects")
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure the constants, print them and write them to a file."""
+    """Measure what is asked for, and print it; returns 0."""
+    return pair.run(options) if options.what == "pair" else _calibrate(options)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
     if options.mib < 1 or options.repeats < 1:
         raise ConfigError("--mib and --repeats must be at least 1")
     check_agent(options.agent, "a calibration")
