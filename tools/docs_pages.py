@@ -26,9 +26,9 @@ from kvxfer_mooncake import _options as of_mooncake
 from kvxfer_mooncake.agent import MooncakeAgent
 from kvxfer_nixl import _options as of_nixl
 from kvxfer_nixl.agent import NixlAgent
+from kvxfer_serving import options as of_vllm
+from kvxfer_serving.refusals import RefusalReason
 from kvxfer_transformers.serve import options as of_serve
-from kvxfer_vllm import options as of_vllm
-from kvxfer_vllm.transfer_params import RefusalReason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

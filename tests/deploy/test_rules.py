@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvxfer.metrics import COUNTERS, LABEL_VALUES
-from kvxfer_vllm.transfer_params import RefusalReason
+from kvxfer_serving.refusals import RefusalReason
 from tests.deploy import metric_names
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")

@@ -11,7 +11,7 @@ from vllm import envs
 from vllm.distributed.kv_transfer.kv_connector.v1 import nixl
 
 from kvxfer.errors import ConfigError
-from kvxfer_vllm.options import NIXL_OPTIONS, VARIABLES, ConnectorOptions
+from kvxfer_serving.options import NIXL_OPTIONS, VARIABLES, ConnectorOptions
 
 SOURCES = sorted(Path(nixl.__file__).parent.glob("*.py"))
 READ_BY_VLLM = {
