@@ -340,7 +340,7 @@ class ReadExecutor:
                 continue
             self._close(task)
             for source in task.sources:
-                self._requests.give_all_chunks_back(source)
+                self._requests.chunks.give_all_back(source)
             again.append(task.restarted())
         self._life.remake()
         for task in again:

@@ -25,7 +25,7 @@ from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
 from kvxfer.buffers.base import wait_for_end
 from kvxfer.errors import TransferFailedError
-from kvxfer.protocol.messages import StageChunk
+from kvxfer.runtime.asked_chunks import AskedChunks
 from kvxfer.runtime.pool import Pool
 from kvxfer.runtime.read_task import (
     AskChunk,
@@ -112,8 +112,8 @@ class ReadRequests:
         self._copying: list[_Copying] = []
         self._occupied: list[Strand] = []
         """Strands of reads whose blocks their own device still uses."""
-        self._with_taken: dict[SourceRead, None] = {}
-        """Sources that may have chunks to be given back."""
+        self.chunks: AskedChunks = AskedChunks(reports)
+        """Chunks that sources were asked for."""
         self._scratches = Pool(tools.board.take_scratch, tools.board.give_scratch)
         self._slots = Pool(lambda: tools.arena.take(Use.LANDING), tools.arena.give)
         self._pools = (self._scratches, self._slots)
@@ -148,11 +148,7 @@ class ReadRequests:
     def resume(self) -> None:
         """Resume all strands that were answered; then tell sources which chunks were taken."""
         self._strands.run(self._serve_waiting)
-        sources, self._with_taken = self._with_taken, {}
-        for source in sources:
-            if source.taken and source.task.error is None:
-                self._give_chunks_back(source, source.taken)
-            source.taken = []
+        self.chunks.tell_taken()
 
     def turn(self) -> bool:
         """Answer all requests that can be answered; True if anything has ended. A fault in one part keeps no other from its turn."""
@@ -201,13 +197,6 @@ class ReadRequests:
             pool.release(task)
         for strand in self._contacts.left_by(task):
             self._strands.begin(strand)
-
-    def give_all_chunks_back(self, source: SourceRead) -> None:
-        """Let a source have the slots of all chunks that a read has asked it for."""
-        unreleased = sorted([*source.unreleased, *source.taken])
-        source.taken = []
-        if unreleased:
-            self._give_chunks_back(source, unreleased)
 
     def agent_closed(self) -> tuple[list[ReadTask], list[Strand]]:
         """Forget all that the agent was asked for: it is closed.
@@ -263,9 +252,10 @@ class ReadRequests:
         elif isinstance(request, BorrowScratch):
             self._scratches.ask(strand)
         elif isinstance(request, AskChunk):
-            self._ask_chunk(strand, request)
+            self.chunks.ask(strand, request)
         elif isinstance(request, ChunkTaken):
-            self._chunk_taken(strand, request)
+            self.chunks.taken(request)
+            self._strands.answer(strand)
         elif isinstance(request, AwaitGrant):
             request.source.awaits_grant = strand
         elif isinstance(request, Connect):
@@ -296,35 +286,6 @@ class ReadRequests:
             self._copied(each)
         else:
             self._copying.append(each)
-
-    def _ask_chunk(self, strand: Strand, request: AskChunk) -> None:
-        source, number = request.source, request.source.next_number()
-        source.asked[number] = strand
-        source.unreleased.add(number)
-        released, source.taken = source.taken, []
-        transfer = strand.task.job.transfer
-        message = StageChunk(
-            token=transfer.ref.token,
-            number=number,
-            layout=request.layout,
-            tokens=request.tokens,
-            released=released,
-            digest=request.digest,
-        )
-        self._reports.stage(transfer, source.granted.number, message)
-
-    def _chunk_taken(self, strand: Strand, request: ChunkTaken) -> None:
-        source = request.source
-        source.unreleased.discard(request.number)
-        if request.at_once:
-            self._give_chunks_back(source, [request.number])
-        else:
-            source.taken.append(request.number)
-            self._with_taken[source] = None
-        self._strands.answer(strand)
-
-    def _give_chunks_back(self, source: SourceRead, numbers: list[int]) -> None:
-        self._reports.unstage(source.task.job.transfer, source.granted.number, numbers)
 
     def _proven(self, source: SourceRead) -> bool:
         """Tell whether bytes of that source's agent have come here before, in the same way."""
