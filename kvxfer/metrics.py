@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters and histograms of one endpoint, for the engine to export."""
+"""Counters, gauges and histograms of one endpoint, for the engine to export."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ COUNTERS = {
     "kvxfer_agent_resets_total": "Times that the transfer agent was replaced to stop late writes.",
     "kvxfer_contacts_total": "First transfers from peers, by outcome (answered, failed, silent), and agents replaced because peers were silent (renewed) or a connection was lost right after it was made (lost).",
     "kvxfer_sources_total": "Sources of reads, by what moves their bytes (read: this side reads; write: the producer writes).",
+    "kvxfer_link_bytes_total": "KV bytes read into this cache, by peer (control address of its engine), link, what moves them (read or write) and route.",
     "kvxfer_write_waits_total": "Writes that had to wait for their turn (setting max_write_spans).",
     "kvxfer_writes_total": "Writes that consumers asked this producer for, by end (done, failed, refused).",
     "kvxfer_events_dropped_total": "Done and Failed events dropped because poll() was never called.",
@@ -74,12 +75,16 @@ LABEL_VALUES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "kvxfer_contacts_total": ("outcome", ("answered", "failed", "silent", "renewed", "lost")),
     "kvxfer_sources_total": ("by", ("read", "write")),
+    "kvxfer_link_bytes_total": ("peer", ()),
     "kvxfer_writes_total": ("end", ("done", "failed", "refused")),
     "kvxfer_internal_errors_total": ("where", ("control", "data")),
 }
-"""Label of a counter, and its values that are exported as 0 before the first count: an alert sees an increase only between two
+"""A label of a counter, and its values that are exported as 0 before the first count: an alert sees an increase only between two
 samples of a series. Other values may come."""
 
+GAUGES = {
+    "kvxfer_link_info": "Link, mover of the bytes (read or write) and route of the last transfer from a peer, as labels of the value 1.",
+}
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "kvxfer_transfer_seconds": (
         "Time from the call of read until the bytes are in place and the lease is checked.",
@@ -123,7 +128,7 @@ def zeros(name: str) -> dict[Labels, float]:
 
 
 class Metrics:
-    """Counters and histograms of one endpoint since it was made. Any thread, and signal handlers, may call any method.
+    """Counters, gauges and histograms of one endpoint since it was made. Any thread, and signal handlers, may call any method.
 
     A signal handler may interrupt the thread that has the lock, and wait for another thread that counts. So a thread waits for
     the lock for a limited time; a count that misses it is added by the next call that reads.
@@ -133,6 +138,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._late: deque[Callable[[], None]] = deque()
         self._counters: dict[str, dict[Labels, float]] = {name: {} for name in COUNTERS}
+        self._gauges: dict[str, dict[Labels, float]] = {name: {} for name in GAUGES}
         self._histograms = {
             name: Histogram(buckets, [0] * (len(buckets) + 1)) for name, (_, buckets) in HISTOGRAMS.items()
         }
@@ -151,6 +157,24 @@ class Metrics:
     def _add(self, name: str, key: Labels, amount: float) -> None:
         series = self._counters[name]
         series[key] = series.get(key, 0) + amount
+
+    def gauge(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge of `GAUGES`; one of value 0 is forgotten. One thread sets a gauge."""
+        key = tuple(sorted(labels.items()))
+        if self._lock.acquire(timeout=_LOCK_S):
+            try:
+                self._set(name, key, value)
+            finally:
+                self._lock.release()
+        else:
+            self._late.append(lambda: self._set(name, key, value))
+
+    def _set(self, name: str, key: Labels, value: float) -> None:
+        series = self._gauges[name]
+        if value:
+            series[key] = value
+        else:
+            series.pop(key, None)
 
     def observe(self, name: str, value: float) -> None:
         """Add to a histogram of `HISTOGRAMS`."""
@@ -177,6 +201,11 @@ class Metrics:
         """Copy of all counters: series name -> labels -> value."""
         with self._reading():
             return {name: dict(series) for name, series in self._counters.items()}
+
+    def gauges(self) -> dict[str, dict[Labels, float]]:
+        """Copy of all gauges: series name -> labels -> value."""
+        with self._reading():
+            return {name: dict(series) for name, series in self._gauges.items()}
 
     def value(self, name: str, **labels: str) -> float:
         """Sum of a counter over all series with these labels."""

@@ -20,7 +20,9 @@ FOREIGN = frozenset(
         "_KV_CONNECTOR_AGENT",  # vLLM
         "_TRANSFER_MODE",  # vLLM
         "_XLAC",  # torch_xla
+        "_asdict",  # named tuples
         "_exit",  # os
+        "_fields",  # named tuples
         "_from_config",  # transformers
         "_replace",  # named tuples
         "_sleep",  # torch.cuda

@@ -146,6 +146,10 @@ class MooncakeAgent(TransferAgent):
         """Version of Mooncake, and the transport that it takes."""
         return f"mooncake {self.module.version}, {'TCP' if self._by_tcp else 'RDMA'}"
 
+    def link_kind(self, peer: AgentPeer) -> str:  # noqa: ARG002
+        """The transport that Mooncake takes, to all peers alike."""
+        return "tcp" if self._by_tcp else "rdma"
+
     @property
     def outstanding(self) -> int:
         """Pieces of all peers that are with the engine."""

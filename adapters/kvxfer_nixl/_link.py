@@ -28,7 +28,7 @@ class Link(str, Enum):
     """Same host: one process copies from the other's memory (CMA). Once connected, the other side takes no part."""
     RDMA = "rdma"
     """A device reads and writes the other side's memory."""
-    STREAM = "stream"
+    STREAM = "tcp"
     """TCP. The peer's process takes part in each transfer, and a READ ties the fates of both (UCX 1.23): if the reader
     dies, or closes its agent, before the read has ended, UCX may abort the process that is read from. A WRITE does not."""
     UNKNOWN = "unknown"

@@ -164,6 +164,10 @@ class NixlAgent(TransferAgent):
         """Module, version, backends and kind of link."""
         return f"{self.module.name} {self.module.version}, {'+'.join(self._backends)}, link {self.link(peer).value}"
 
+    def link_kind(self, peer: AgentPeer) -> str:
+        """See `link`."""
+        return self.link(peer).value
+
     def link_facts(self, peer: AgentPeer) -> LinkFacts:
         """Facts about the link to ``peer``: a WRITE over TCP ends with the agent, whose process takes the bytes from the socket.
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvxfer.errors import names_of_errors
 from kvxfer.metrics import LABEL_VALUES
+from kvxfer.runtime.links import LinkUse
 from kvxfer_serving.refusals import RefusalReason
 
-_SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
 
 # Name -> help; exported as vllm:kvxfer_<name>. With tensor parallelism each rank counts its own part of a request.
 COUNTERS = {
@@ -60,24 +64,43 @@ LABELLED = {
     "hook_errors": ("Defects of this connector that it survived. Please report them.", "hook", ()),
 }
 
+# The same with the labels of `kvxfer.runtime.links.LinkUse`.
+LINK: Final = "|".join(LinkUse._fields)
+LINK_COUNTERS = {
+    "link_bytes": "Bytes of finished reads, by peer (side channel of its rank 0), link, what moved them and route.",
+}
+# Gauges that are 1 or 0, with these labels. Workers tell those that have changed.
+LINK_GAUGES = {
+    "link_info": "1 for the link, mover and route of the last read from a peer (side channel of its rank 0), else 0.",
+}
+
+
+def link_label(labels: Mapping[str, str]) -> str:
+    """Labels of a link as one text, as `KvxferStats.count` takes them."""
+    return "|".join(labels[name] for name in LinkUse._fields)
+
+
+def _of_link(label: str) -> list[str]:
+    return label.rsplit("|", len(LinkUse._fields) - 1)
+
 
 @dataclass
 class KvxferStats(KVConnectorStats):
     """Observations since the last `take`.
 
     ``data`` is plain JSON, because vLLM sends it to another process: lists of numbers under the names of the series, integers
-    under the names of the counters, and ``{label: integer}`` under the names of the counters with a label.
+    under the names of the counters, and ``{label: integer}`` under the names of those with labels.
     """
 
     data: dict[str, Any] = field(default_factory=dict)
 
     def record_transfer(self, *, seconds: float, nbytes: int, descriptors: int) -> None:
         """Add one finished transfer of this worker."""
-        for name, value in zip(_SERIES, (seconds, nbytes, descriptors), strict=True):
+        for name, value in zip(SERIES, (seconds, nbytes, descriptors), strict=True):
             self.data.setdefault(name, []).append(value)
 
     def count(self, name: str, amount: int = 1, *, label: str | None = None) -> None:
-        """Add to a counter, with a label for those in :data:`LABELLED`."""
+        """Add to a counter, with a label for those in :data:`LABELLED` and :data:`LINK_COUNTERS`."""
         if amount == 0:
             return
         if label is None:
@@ -85,6 +108,10 @@ class KvxferStats(KVConnectorStats):
         else:
             by_label = self.data.setdefault(name, {})
             by_label[label] = by_label.get(label, 0) + amount
+
+    def tell(self, name: str, value: int, *, label: str) -> None:
+        """Set a gauge of :data:`LINK_GAUGES`."""
+        self.data.setdefault(name, {})[label] = value
 
     def take(self) -> KvxferStats | None:
         """Return the observations and forget them; None if there are none."""
@@ -106,7 +133,7 @@ class KvxferStats(KVConnectorStats):
         """Add the observations of another worker, or of a later step."""
         merged = dict(self.data)
         for name, value in other.data.items():
-            if name in _SERIES:
+            if name in SERIES:
                 merged[name] = [*merged.get(name, ()), *value]
             elif isinstance(value, dict):
                 mine = merged.get(name, {})
@@ -168,6 +195,17 @@ class KvxferPromMetrics(KVConnectorPromMetrics):
             name: self._counter_cls(name=f"vllm:kvxfer_{name}", documentation=text, labelnames=[*labelnames, label])
             for name, (text, label, _) in LABELLED.items()
         }
+        of_links = [*labelnames, *LinkUse._fields]
+        self._link_counters = {
+            name: self._counter_cls(name=f"vllm:kvxfer_{name}", documentation=text, labelnames=of_links)
+            for name, text in LINK_COUNTERS.items()
+        }
+        self._link_gauges = {
+            name: self._gauge_cls(
+                name=f"vllm:kvxfer_{name}", documentation=text, multiprocess_mode="mostrecent", labelnames=of_links
+            )
+            for name, text in LINK_GAUGES.items()
+        }
         for values in per_engine_labelvalues.values():
             for metric in (*self._series.values(), *self._counters.values()):
                 metric.labels(*values)
@@ -188,3 +226,9 @@ class KvxferPromMetrics(KVConnectorPromMetrics):
         for name, counter in self._labelled.items():
             for label, amount in transfer_stats_data.get(name, {}).items():
                 counter.labels(*values, label).inc(amount)
+        for name, counter in self._link_counters.items():
+            for label, amount in transfer_stats_data.get(name, {}).items():
+                counter.labels(*values, *_of_link(label)).inc(amount)
+        for name, gauge in self._link_gauges.items():
+            for label, workers in transfer_stats_data.get(name, {}).items():
+                gauge.labels(*values, *_of_link(label)).set(int(workers > 0))

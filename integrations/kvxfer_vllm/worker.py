@@ -12,7 +12,6 @@ one transfer that was started for it ends, a producer's when the one lease that 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -20,10 +19,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from kvxfer.buffers.base import FINISHED
 from kvxfer.errors import KvxferError, LeaseError
 from kvxfer.layout.block_table import BlockTable
+from kvxfer.metrics import GAUGES
 from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked
 from kvxfer_vllm.endpoint_group import EndpointGroup, GroupTransfer
 from kvxfer_vllm.metadata import IDLE_WAIT_S
-from kvxfer_vllm.stats import KvxferStats
+from kvxfer_vllm.stats import LINK, KvxferStats, link_label
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-# Counters of the endpoint that are exported by vLLM: (name, label) there -> name here. The label keeps its name.
+# Series of the endpoint that are exported by vLLM: (name, label) there -> name here. The label keeps its name.
 _FORWARDED = {
     ("kvxfer_refused_messages_total", "reason"): "refused_messages",
     ("kvxfer_handshakes_total", "outcome"): "handshakes",
@@ -47,6 +47,8 @@ _FORWARDED = {
     ("kvxfer_slot_revocations_total", ""): "slot_revocations",
     ("kvxfer_write_waits_total", ""): "write_waits",
     ("kvxfer_internal_errors_total", ""): "internal_errors",
+    ("kvxfer_link_bytes_total", LINK): "link_bytes",
+    ("kvxfer_link_info", LINK): "link_info",
 }
 
 
@@ -327,15 +329,19 @@ class KvxferWorker:
         return self.stats.take()
 
     def _count_forwarded(self) -> None:
-        counters = [metrics.counters() for metrics in self.group.metrics]
+        """Count by how much each series of the endpoints has grown, and tell the gauges that have changed."""
+        found = [metrics.counters() | metrics.gauges() for metrics in self.group.metrics]
         for (series, label), name in _FORWARDED.items():
-            totals: dict[str, float] = defaultdict(float)
-            for labels, amount in (item for each in counters for item in each.get(series, {}).items()):
-                totals[dict(labels).get(label, "")] += amount
+            totals = dict.fromkeys((value for known, value in self._forwarded if known == series), 0.0)
+            for labels, amount in (item for each in found for item in each.get(series, {}).items()):
+                value = link_label(dict(labels)) if label == LINK else dict(labels).get(label, "")
+                totals[value] = totals.get(value, 0.0) + amount
             for value, total in totals.items():
-                new = total - self._forwarded.get((series, value), 0)
-                self._forwarded[series, value] = total
-                self.stats.count(name, int(new), label=value if label else None)
+                before, self._forwarded[series, value] = self._forwarded.get((series, value), 0), total
+                if series not in GAUGES:
+                    self.stats.count(name, int(total - before), label=value if label else None)
+                elif total != before:
+                    self.stats.tell(name, int(total > 0), label=value)
 
     # -------------------------------------------------------------------------------------------------- sleep and end
 
@@ -349,7 +355,8 @@ class KvxferWorker:
         self._caches_to_kvxfer()
         self._count_forwarded()
         self.group.close()
-        self.group, self._forwarded = EndpointGroup(()), {}
+        gauges = {key: total for key, total in self._forwarded.items() if key[0] in GAUGES}
+        self.group, self._forwarded = EndpointGroup(()), gauges  # the next call tells that they are 0
         self._sent_at_once.update(order.request_id for order in self._sending.values())
         self._failed_at_once.update(self._loading)
         for order in self._loading.values():

@@ -136,6 +136,10 @@ class TransferAgent(ABC):
         """Transport between this agent and ``peer`` in a few words, for people only."""
         return self.adapter
 
+    def link_kind(self, peer: AgentPeer) -> str:  # noqa: ARG002
+        """Kind of the connection to ``peer`` in one word, such as memory, tcp or rdma, for logs and metrics."""
+        return self.adapter
+
     def link_facts(self, peer: AgentPeer) -> LinkFacts:  # noqa: ARG002
         """Facts about the connection to ``peer`` that decide who moves the bytes (`kvxfer.runtime.direction`)."""
         return LinkFacts()

@@ -44,6 +44,10 @@ class InprocAgent(TransferAgent):
                 raise RegistrationError(f"an agent named {name!r} lives in this process already")
             _agents[name] = self
 
+    def link_kind(self, peer: AgentPeer) -> str:  # noqa: ARG002
+        """Kind of a copy within one process."""
+        return "memory"
+
     def link_facts(self, peer: AgentPeer) -> LinkFacts:  # noqa: ARG002
         """Each copy looks whether the peer still has its memory registered."""
         return LinkFacts(cut_off_by_close=True)

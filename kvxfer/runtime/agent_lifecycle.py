@@ -105,16 +105,16 @@ class AgentLifecycle:
             peer = self._peers[agent_info] = agent.connect(agent_info)
         return peer
 
-    def explain(self, agent_info: bytes) -> str:
-        """Transport from a peer, for people; empty if the peer was not met."""
+    def explain(self, agent_info: bytes) -> tuple[str, str]:
+        """Transport from a peer, for people, and the kind of the link in one word; empty if the peer was not met."""
         peer = self._peers.get(agent_info)
         if self.agent is None or peer is None:
-            return ""
+            return "", ""
         try:
-            return str(self.agent.explain(peer))
+            return str(self.agent.explain(peer)), str(self.agent.link_kind(peer))
         except Exception:  # noqa: BLE001 - a vendor's; no read fails for want of words
             _log.debug("the transfer agent cannot explain how it reaches %r", peer.name, exc_info=True)
-            return ""
+            return "", ""
 
     def forget(self, agent_info: bytes, *, needed: bool = False) -> None:
         """The peer of this description is gone for good.

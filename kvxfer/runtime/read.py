@@ -107,7 +107,7 @@ def move(source: SourceRead, tables: MatchedTables) -> Generator[Request, None, 
     """
     task = source.task
     choice = source.router.choose(tables)
-    task.routes.add(choice.route.value)
+    source.routes.add(choice.route.value)
     last: list[Descriptors] = []
     if choice.chunk_planner is not None:
         yield from move_packed(source, tables, choice.route, choice.chunk_planner)

@@ -21,6 +21,7 @@ from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
 from kvxfer.runtime.direction import choose
+from kvxfer.runtime.links import Links, LinkUse
 from kvxfer.runtime.read import read
 from kvxfer.runtime.read_requests import ReadRequests
 from kvxfer.runtime.read_task import AwaitDevice, Connect, ReadTask, SourceRead, Strand, Tools
@@ -78,6 +79,7 @@ class ReadExecutor:
         self._settings = settings
         self._metrics = metrics
         self._writer = writer
+        self._links = Links(metrics)
         self._defects = Defects(metrics, "data")
         self._reports = reports
         self._tasks: dict[Transfer, ReadTask] = {}
@@ -234,13 +236,15 @@ class ReadExecutor:
         del self._tasks[transfer]
         self._close(task)
         if error is None:
+            via = self._via(task)
+            self._defects.guarded(lambda: self._tell_links(task))
             transfer.end(
                 None,
                 nbytes=task.nbytes,
                 partial_nbytes=task.partial_nbytes,
                 descriptors=task.descriptors,
-                via=self._via(task),
-                route=" and ".join(sorted(task.routes)),
+                via=via,
+                route=" and ".join(task.routes),
             )
         else:
             transfer.end(error)
@@ -267,8 +271,18 @@ class ReadExecutor:
         if not task.sources:
             return ""
         source = task.sources[-1]
-        told = self._life.explain(source.granted.agent_info)
+        told, _ = self._life.explain(source.granted.agent_info)
         return f"{told}, written by the producer" if source.op is Op.WRITE else told
+
+    def _tell_links(self, task: ReadTask) -> None:
+        """Tell the link of each source that has moved bytes."""
+        ref, seconds = task.job.transfer.ref, self._now() - task.job.transfer.started
+        for source in task.sources:
+            if source.sent_nbytes:
+                via, link = self._life.explain(source.granted.agent_info)
+                route = "+".join(sorted(source.routes))
+                use = LinkUse(ref.addresses[0].removeprefix("tcp://"), link or "unknown", source.op.value, route)
+                self._links.used(use, producer=ref.producer, via=via, nbytes=source.sent_nbytes, seconds=seconds)
 
     def _close(self, task: ReadTask) -> None:
         """Close the strands of a read of which nothing is in flight, and take back what it has borrowed."""

@@ -46,7 +46,6 @@ class ReadTask:
         pending: flights and copies that have to end before its blocks are quiet.
         error: why it failed; set once, and nothing new is started from then on.
         nbytes, descriptors: what went over the wire so far.
-        routes: which it took so far.
         partial_nbytes: what was here when the last source had granted all.
         differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
@@ -63,10 +62,14 @@ class ReadTask:
         self.nbytes = 0
         self.partial_nbytes = 0
         self.descriptors = 0
-        self.routes: set[str] = set()
         self.differences: list[Difference] = []
         self.quarantined_at: float | None = None
         self.spans: dict[int, Span] = {}
+
+    @property
+    def routes(self) -> list[str]:
+        """Routes that it took so far."""
+        return sorted(set().union(*(source.routes for source in self.sources)))
 
     @property
     def deadline(self) -> float:
@@ -102,6 +105,7 @@ class SourceRead:
         moved: by target group, the token up to which all is here.
         op: what moves its bytes: READ of this side, or WRITE of the source.
         writing: moves that the source carries out and that are not over.
+        routes: which its bytes took so far.
         sent_nbytes, here_nbytes: bytes that were asked for, and those of them that are in place.
     """
 
@@ -115,6 +119,7 @@ class SourceRead:
         self.awaits_grant: Strand | None = None
         self.moved: dict[int, int] = {}
         self.op: Op = Op.READ
+        self.routes: set[str] = set()
         self.writing: int = 0
         self.sent_nbytes: int = 0
         self.here_nbytes: int = 0

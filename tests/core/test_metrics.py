@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvxfer.metrics import COUNTERS, HISTOGRAMS, Metrics, zeros
+from kvxfer.metrics import COUNTERS, GAUGES, HISTOGRAMS, Metrics, zeros
 
 
 def test_counting():
@@ -55,9 +55,23 @@ def test_histograms():
     assert metrics.histograms()["kvxfer_transfer_seconds"].number == 5
 
 
+def test_gauges():
+    """A gauge has the value that was set last, and is gone when that is 0."""
+    metrics = Metrics()
+    metrics.gauge("kvxfer_link_info", 1, peer="a")
+    metrics.gauge("kvxfer_link_info", 1, peer="b")
+    metrics.gauge("kvxfer_link_info", 2, peer="b")
+    metrics.gauge("kvxfer_link_info", 0, peer="a")
+    assert metrics.gauges() == {"kvxfer_link_info": {(("peer", "b"),): 2}}
+
+
 def test_series_can_be_exported():
     """Every name is one that Prometheus takes, counters end as its counters do, and each series has a sentence of help."""
-    for name, help_ in [*COUNTERS.items(), *((name, help_) for name, (help_, _) in HISTOGRAMS.items())]:
+    for name, help_ in [
+        *COUNTERS.items(),
+        *GAUGES.items(),
+        *((name, help_) for name, (help_, _) in HISTOGRAMS.items()),
+    ]:
         assert re.fullmatch(r"kvxfer_[a-z_]+", name) and name.endswith("_total") == (name in COUNTERS)
         assert help_[0].isupper() and help_.endswith(".")
 
@@ -73,6 +87,7 @@ def test_known_series_start_at_zero():
         assert pairs <= {pair for ((pair),) in zeros(name)}, name
     assert {(("outcome", "done"),), (("outcome", "PeerTimeoutError"),)} <= set(zeros("kvxfer_transfers_total"))
     assert zeros("kvxfer_agent_resets_total") == {(): 0}
+    assert zeros("kvxfer_link_bytes_total") == {}, "peers are not known from the start"
 
 
 def test_threads_lose_no_count():

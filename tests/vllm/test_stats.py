@@ -12,9 +12,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import LeaseReleased
+from kvxfer.runtime.links import Links, LinkUse
 from kvxfer_serving.refusals import RefusalReason
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder
@@ -24,6 +26,14 @@ from tests.vllm.rig import Engine, drain, handed_over, prompt_of, scripted, vllm
 from tests.vllm.scripted import ScriptedEndpoint
 
 pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture
+def prometheus():
+    """Make vLLM's metrics of a connector in the default registry, for engines with these labels; they leave it after the test."""
+    unregister_vllm_metrics()
+    yield lambda labels, per_engine, **extra: KVConnectorProm(vllm_config(**extra), list(labels), per_engine)
+    unregister_vllm_metrics()
 
 
 def _stats(**counts):
@@ -79,10 +89,10 @@ def test_vllms_log_line():
         assert part in line
 
 
-def test_prometheus():
+def test_prometheus(prometheus):
     """Every number arrives under vllm:kvxfer_* with the engine's labels; known reasons are there as 0 from the start."""
     labels = {"model_name": "m", "engine": "1"}
-    prom = KVConnectorProm(vllm_config(), list(labels), {0: ["m", "0"], 1: ["m", "1"]})
+    prom = prometheus(labels, {0: ["m", "0"], 1: ["m", "1"]})
     for reason in RefusalReason:
         value = REGISTRY.get_sample_value("vllm:kvxfer_refused_params_total", labels | {"reason": reason.value})
         assert value == 0, reason
@@ -115,6 +125,32 @@ def test_endpoint_counters_are_forwarded_as_differences():
     endpoint.metrics.count("kvxfer_internal_errors_total", where="control")
     endpoint.metrics.count("kvxfer_internal_errors_total", where="data")
     assert worker.take_stats().data == {"refused_messages": {"garbage": 1}, "internal_errors": 2}
+    assert worker.take_stats() is None
+
+
+def test_links_are_forwarded(prometheus):
+    """The last link of a peer is 1 in Prometheus, the one before it 0, and both when the endpoints are gone; bytes add up by link."""
+    endpoint = ScriptedEndpoint()
+    worker = KvxferWorker([endpoint])
+    links = Links(endpoint.metrics)
+    engine = {"model_name": "links", "engine": "0"}
+    prom = prometheus(engine, {0: list(engine.values())})
+    memory = LinkUse("[fd00::1]:5600", "memory", "read", "direct")
+    tcp = memory._replace(link="tcp", by="write")
+
+    def told(use):
+        info = REGISTRY.get_sample_value("vllm:kvxfer_link_info", engine | use._asdict())
+        return info, REGISTRY.get_sample_value("vllm:kvxfer_link_bytes_total", engine | use._asdict())
+
+    for use, after in ((memory, [(1, 10), (None, None)]), (memory, [(1, 20), (None, None)]), (tcp, [(0, 20), (1, 10)])):
+        links.used(use, producer="P", via="", nbytes=10, seconds=0.1)
+        stats = worker.take_stats()
+        prom.observe(stats.to_dict())
+        assert [told(memory), told(tcp)] == after
+    assert not any("link" in name for name in stats.reduce())
+    worker.sleep()
+    prom.observe(worker.take_stats().to_dict())
+    assert [told(memory), told(tcp)] == [(0, 20), (0, 10)]
     assert worker.take_stats() is None
 
 

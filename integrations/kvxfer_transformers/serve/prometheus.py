@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 
-from kvxfer.metrics import COUNTERS, HISTOGRAMS, zeros
+from kvxfer.metrics import COUNTERS, GAUGES, HISTOGRAMS, zeros
 from kvxfer_serving.refusals import RefusalReason
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def _of_endpoint(metrics: Metrics) -> Iterator[Any]:
         for labels, total in {**zeros(name), **series}.items():
             family.add_sample(name, dict(labels), total)
         yield family
+    for name, series in metrics.gauges().items():
+        gauge = GaugeMetricFamily(name, GAUGES[name])
+        for labels, value in series.items():
+            gauge.add_sample(name, dict(labels), value)
+        yield gauge
     for name, histogram in metrics.histograms().items():
         bounds = [*map(str, histogram.buckets), "+Inf"]
         buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
