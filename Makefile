@@ -3,7 +3,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile tcp sweep failures versions nightly bench benchvllm clean docs demo-env full-env fuzz-env xla-env docs-env lint format types imports api
+.PHONY: help demo serve test check unit slow test-xla e2e sim soak search fuzz race hostile tcp sweep failures alerts versions nightly bench benchvllm clean docs demo-env full-env fuzz-env xla-env docs-env lint format types imports api
 
 BOOTSTRAP := $(if $(PYTHON),PYTHON=$(PYTHON) $(PYTHON),python3) tools/bootstrap.py
 DEMO_ENV := $(if $(findstring mooncake,$(ARGS)),mooncake,demo)
@@ -68,6 +68,9 @@ sweep: full-env ## Every model and option through real vLLM, beside its NixlConn
 
 failures: full-env ## What clients get when servers fail, with KvxferConnector on Mooncake and with vLLM's own MooncakeConnector (make failures ARGS="--write-docs")
 	$(FULL) -m tests.failures.failures $(ARGS)
+
+alerts: full-env ## A pair under load for ten minutes and a real Prometheus: no alert may fire (make alerts ARGS="--minutes 3 --draw docs/dashboard.png")
+	$(FULL) -m tools.monitor $(ARGS)
 
 versions: full-env ## The connector's tests with the other versions of vLLM, whose wheels are fetched (make versions ARGS="0.31.0 tests/vllm -n 0")
 	$(FULL) -m tests.vllm.other_version $(ARGS)

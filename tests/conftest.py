@@ -37,6 +37,7 @@ SLOW = (
     "tests/cli/test_model_types.py",
     "tests/conformance/test_suite_catches.py",
     "tests/core/runtime/test_any_pair_moved.py",
+    "tests/deploy/test_alerts.py",
     "tests/devices/test_cross_device.py",
     "tests/devices/test_gpu.py::TestKernel",
     "tests/hostile/",
