@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the findings, problems last and each with its fix; returns 1 if there is a problem, else 0.
+    """Print the findings, each with its fix, and the first cause last; returns 1 if there is a problem, else 0.
 
     Raises:
         ConfigError: an option is invalid, or the secret cannot be read.
@@ -59,13 +59,12 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--timeout is above 0 and up to 600 seconds")
     secret = Secret.resolve(file=options.secret_file) if options.peer else None
     found = {"installed": list(installed.installed()), "settings": list(installed.settings(os.environ))}
-    found |= {"host": list(host.host()), "names": list(names.names())}
+    found |= {"names": list(names.names()), "host": list(host.host())}
     met: list[Met] = []
     for address in options.peer:
         found[f"peer {address}"] = list(_peer(address, secret, options, met))
     if len(met) == len(options.peer) == 2:
         found["pair"] = list(peer.pair(*met))
-    problems = [each for findings in found.values() for each in findings if each.state is State.PROBLEM]
     if options.format == "json":
         print(json.dumps({part: [asdict(each) for each in findings] for part, findings in found.items()}, indent=2))
     else:
@@ -73,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
             print(part)
             for each in findings:
                 print(_line(each))
-        print(_summary(problems))
-    return 1 if problems else 0
+        print(_summary(found))
+    return int(any(each.state is State.PROBLEM for findings in found.values() for each in findings))
 
 
 def _peer(address: str, secret: Secret | None, options: argparse.Namespace, met: list[Met]) -> Iterator[Finding]:
@@ -83,12 +82,9 @@ def _peer(address: str, secret: Secret | None, options: argparse.Namespace, met:
         return
     met.append(reached)
     host_there, _ = addresses.parse(reached.address)
-    loopback = all(map(addresses.is_loopback, addresses.resolve(host_there)))
     try:
-        settings = Settings.resolve()
-        yield from link.link(
-            reached, options.agent, loopback=loopback, move_by=settings.move_by, timeout_s=options.timeout
-        )
+        ip, move_by = addresses.resolve(host_there)[0], Settings.resolve().move_by
+        yield from link.link(reached, options.agent, ip, move_by=move_by, timeout_s=options.timeout)
     except KvxferError as error:
         yield problem("agent", f"{type(error).__name__}: {error}")
 
@@ -98,8 +94,15 @@ def _line(finding: Finding) -> str:
     return f"{line}\n{'':27}do: {finding.fix}" if finding.fix else line
 
 
-def _summary(problems: list[Finding]) -> str:
-    if not problems:
-        return "no problem found"
-    first = problems[0]
-    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; the first cause: {first.subject}: {first.text}"
+def _summary(found: dict[str, list[Finding]]) -> str:
+    """Last line: the first problem, else the first advice about a peer, else what there is advice about."""
+    every = [each for findings in found.values() for each in findings]
+    problems = [each for each in every if each.state is State.PROBLEM]
+    if problems:
+        number, first = len(problems), problems[0]
+        return f"{number} problem{'s' if number > 1 else ''}; the first cause: {first.subject}: {first.text}"
+    of_peers = [each for part, findings in found.items() if part.startswith("peer ") for each in findings if each.fix]
+    if of_peers:
+        return f"no problem found; the first advice: {of_peers[0].subject}: {of_peers[0].text}"
+    advice = ", ".join(each.subject for each in every if each.fix)
+    return f"no problem found; advice about {advice}" if advice else "no problem found"

@@ -16,10 +16,10 @@ import pytest
 from kvxfer import registry
 from kvxfer.cli import main
 from kvxfer.cli.pairing import command, messages
-from kvxfer.cli.pairing.conversation import Host
+from kvxfer.cli.pairing.conversation import Caller, Host
 from kvxfer.cli.pairing.ends import BlockShape
-from kvxfer.cli.pairing.source import SourceRun
-from kvxfer.errors import ConfigError, KvxferError
+from kvxfer.cli.pairing.source import SourceRun, check_same
+from kvxfer.errors import ConfigError, HandshakeError, KvxferError
 from kvxfer.secret import Secret
 from tests.core.engine import Engine
 
@@ -145,15 +145,19 @@ def test_another_program(capsys):
     assert code == 1 and "no kvxfer bench pair" in said
 
 
-def test_another_version(monkeypatch, capsys):
+def test_another_version():
     """Ends of two versions refuse each other, and both say so."""
-    answer = messages.Declined(code="version", reason="the other end is kvxfer 9")
+    newer = messages.Introduction(pairing=99, version="9.0", agent="nixl", dialed="127.0.0.1")
     with listening_thread() as (address, thread, found):
-        monkeypatch.setattr("kvxfer.cli.pairing.measure.PROTOCOL", 99)
-        code, said = connect(address, capsys)
+        port = int(address.rpartition(":")[2])
+        with contextlib.closing(Caller("127.0.0.1", port, None, 20.0)) as caller, pytest.raises(HandshakeError) as told:
+            caller.ask(newer, messages.Introduced)
         thread.join(20)
-    assert code == 1 and "install the same version on both machines" in said and "protocol 99" in said
-    assert "protocol 99" in str(found[0]) and found[0].code == answer.code
+    for error in (told.value, found[0]):
+        assert error.code == "version" and "kvxfer 9.0" in str(error) and "install the same version" in str(error)
+    with pytest.raises(HandshakeError, match=r"kvxfer 0\.0"):
+        check_same(0, "0.0")
+    check_same(messages.PAIRING, "any")
 
 
 def test_another_agent(capsys):

@@ -19,7 +19,6 @@ from kvxfer.cli.pairing.source import SEED, check_same, host_facts
 from kvxfer.cli.table import size
 from kvxfer.errors import HandshakeError, InternalError, KvxferError, PeerLostError, PeerTimeoutError
 from kvxfer.protocol.lease_ref import LeaseRef
-from kvxfer.protocol.messages import PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,7 +124,7 @@ class SinkRun:
         conditions = self._conditions
         with self._progress.step(f"meeting {self._ip}"):
             there = self._meet()
-            check_same(there.pairing, there.protocol, there.version)
+            check_same(there.pairing, there.version)
             clock = self._clock()
             here = host_facts(self._own_ip)
         cases = [case for block_nbytes in conditions.blocks for case in self._of_block(block_nbytes)]
@@ -135,7 +134,6 @@ class SinkRun:
     def _meet(self) -> messages.Introduced:
         introduction = messages.Introduction(
             pairing=messages.PAIRING,
-            protocol=PROTOCOL,
             version=own_version(),
             agent=self._conditions.agent,
             dialed=self._ip,

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PAIRING = 1
-"""Number of these messages, raised when one changes its meaning. Both ends need the same."""
+"""Number of these messages, raised when one changes its meaning. Both ends need the same; their
+endpoints agree on a version of the protocol by themselves."""
 
 
 class _PairMessage(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -41,7 +42,6 @@ class Introduction(_PairMessage, frozen=True, kw_only=True):
     """Begin a run. ``dialed`` is the IP address by which the listening end was reached."""
 
     pairing: int
-    protocol: int
     version: str
     agent: str
     dialed: str
@@ -51,7 +51,6 @@ class Introduced(_PairMessage, frozen=True, kw_only=True):
     """Answer `Introduction`."""
 
     pairing: int
-    protocol: int
     version: str
     host: HostFacts
 

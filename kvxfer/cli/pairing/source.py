@@ -16,7 +16,6 @@ from kvxfer.cli.checks import PROCESS_NBYTES, check_memory
 from kvxfer.cli.pairing import messages
 from kvxfer.cli.pairing.ends import PairedEnd
 from kvxfer.errors import HandshakeError, KvxferError
-from kvxfer.protocol.messages import PROTOCOL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,14 +102,12 @@ class SourceRun:
         return messages.BareWritten(seconds=end.bare_s(Op.WRITE, asked.blocks, asked.into, self._timeout_s))
 
     def _introduce(self, asked: messages.Introduction) -> messages.Introduced:
-        check_same(asked.pairing, asked.protocol, asked.version)
+        check_same(asked.pairing, asked.version)
         if asked.agent != self._agent:
             raise HandshakeError("agent", f"one end has --agent {self._agent}, the other one --agent {asked.agent}")
         self._ip = asked.dialed
         self._met(asked.dialed)
-        return messages.Introduced(
-            pairing=messages.PAIRING, protocol=PROTOCOL, version=own_version(), host=host_facts(asked.dialed)
-        )
+        return messages.Introduced(pairing=messages.PAIRING, version=own_version(), host=host_facts(asked.dialed))
 
     def _make(self, asked: messages.MakeSource) -> messages.SourceMade:
         if self._end is not None:
@@ -125,11 +122,11 @@ class SourceRun:
         return messages.SourceMade(port=end.port, base=end.base, agent_info=end.agent_info)
 
 
-def check_same(pairing: int, protocol: int, version: str) -> None:
+def check_same(pairing: int, version: str) -> None:
     """Refuse an end of another version. Raises HandshakeError."""
-    if (pairing, protocol) != (messages.PAIRING, PROTOCOL):
+    if pairing != messages.PAIRING:
         raise HandshakeError(
             "version",
-            f"the other end is kvxfer {version} (bench pair {pairing}, protocol {protocol}), this one {own_version()} "
-            f"(bench pair {messages.PAIRING}, protocol {PROTOCOL}): install the same version on both machines",
+            f"the other end is kvxfer {version}, whose bench pair has number {pairing}, and this one {own_version()}, whose bench pair "
+            f"has number {messages.PAIRING}: install the same version on both machines",
         )
