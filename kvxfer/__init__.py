@@ -19,6 +19,8 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Event, Failed, LeaseExpired, LeaseReleased, LeaseRevoked, Transfer
 from kvxfer.secret import Secret
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Axes",
     "BlockTable",

@@ -14,6 +14,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import kvxfer
 from kvxfer.errors import ConfigError, KvxferError, UnavailableError
 from kvxfer.protocol.versions import SPOKEN
 from kvxfer.testing.remote import ChildError
@@ -89,13 +90,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def own_version() -> str:
-    """Version of the installed package."""
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow, and rarely wanted
-
-    try:
-        return version("kvxfer")
-    except PackageNotFoundError:
-        return "(source tree)"
+    """Version of the package that runs, installed or not."""
+    return kvxfer.__version__
 
 
 def _flush() -> None:
