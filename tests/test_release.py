@@ -188,7 +188,7 @@ def test_the_extra_test(fresh):
     """With what tests need: a conformance suite can be imported, and a soak asks for an engine only."""
     venv = fresh("test")
     venv.runs("from kvxfer.testing import AgentSuite")
-    refused = venv.kvxfer("soak", "--minutes", "0.05", ok=(2,)).stderr  # it needs an engine, which this extra does not bring
+    refused = venv.kvxfer("soak", "--minutes", "0.05", ok=(2,)).stderr
     assert "kvxfer[nixl]" in refused and "Traceback" not in refused
 
 

@@ -20,9 +20,11 @@ UNINVITED = {
     "torchvision",
     "torchaudio",
     "torchcodec",
+    "keyring",
     *(f"nvidia-{name}-cu12" for name in ("cublas", "cuda-nvrtc", "cudnn", "cufft", "cufile", "curand", "cusolver")),
     *(f"nvidia-{name}-cu12" for name in ("cusparse", "cusparselt", "nccl", "nvjitlink", "nvshmem", "nvtx")),
-}  # CUDA builds, and what a CUDA build of torch does without on a CPU; the first three break `import transformers` beside a CPU torch
+}  # CUDA builds, and what a CUDA build of torch does without on a CPU; the first three break `import transformers` beside a CPU torch.
+# keyring: twine asks no index for anything here.
 # Their metadata: torch and nixl-cu12; aiohttp and requests, which Mooncake's engine does not import.
 NO_DEPENDENCIES = {"nixl", "nixl-cu13", "mooncake-transfer-engine-non-cuda"}
 
@@ -50,7 +52,11 @@ FILES = {
             "pyright[nodejs]",
             "import-linter",
             "check-jsonschema",
+            "check-wheel-contents",
             "matplotlib",
+            "rich",
+            "shtab",
+            "twine",
             "ml_dtypes",
         ],
     ),
