@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the sweep in docs/vllm.md, made from the results that the sweep kept."""
+"""The table of the sweep in docs/compatibility.md, made from the results that the sweep kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RESULTS", "cells_of", "not_run", "read_results", "table", "write_doc
 
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / ".sweep" / "results.json"
-DOCS = _ROOT / "docs" / "vllm.md"
+DOCS = _ROOT / "docs" / "compatibility.md"
 BEGIN = "<!-- made by `make sweep`; do not edit -->"
 END = "<!-- end of what `make sweep` made -->"
 
@@ -62,12 +62,12 @@ def not_run(row: Row, written: str) -> list[str]:
 
 
 def written_table() -> str:
-    """The table that docs/vllm.md has."""
+    """The table that docs/compatibility.md has."""
     return DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
 
 
 def write_docs(results: Results) -> None:
-    """Replace the table of docs/vllm.md, except what these results say nothing about."""
+    """Replace the table of docs/compatibility.md, except what these results say nothing about."""
     text = DOCS.read_text(encoding="utf-8")
     old = written_table()
     DOCS.write_text(text.replace(old, f"\n\n{table(results, old)}\n\n"), encoding="utf-8")

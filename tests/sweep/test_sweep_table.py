@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of docs/vllm.md is the sweep's, with its rows."""
+"""The table of docs/compatibility.md is the sweep's, with its rows."""
 
 from __future__ import annotations
 
