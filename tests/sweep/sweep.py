@@ -228,10 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", default=[], help="rows whose name begins so; may be given again")
     parser.add_argument("--connector", choices=CONNECTORS, action="append", help="default: both")
-    parser.add_argument("--not-run", action="store_true", help="only what the table of docs/compatibility.md says is not run")
+    parser.add_argument(
+        "--not-run", action="store_true", help="only what the table of docs/compatibility.md says is not run"
+    )
     parser.add_argument("--quick", action="store_true", help="a few prompts for each row; results are not kept")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the logs (default: a new temporary one)")
-    parser.add_argument("--write-docs", action="store_true", help="write the table of docs/compatibility.md from the results")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="write the table of docs/compatibility.md from the results"
+    )
     options = parser.parse_args(arguments)
     rows = [row for row in ROWS if not options.only or row.name.startswith(tuple(options.only))]
     connectors = options.connector or list(CONNECTORS)
