@@ -154,6 +154,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 prompts=PromptIdentity.of(vllm_config),
                 # A state may be ahead of the answer by a token, and cannot be read as it was.
                 turns=not state_specs(kv_cache_config),
+                recomputes=transfer.kv_load_failure_policy == "recompute",
             )
             self._publish_engine()
 

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvxfer_vllm.arrivals import CACHES_DROPPED
 from kvxfer_vllm.groups import blocks_in_each
 from kvxfer_vllm.metadata import ReadOrder
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from kvxfer.protocol.lease_ref import LeaseRef
+    from kvxfer_vllm.arrivals import Arrivals
     from kvxfer_vllm.groups import GroupTable
     from kvxfer_vllm.metadata import KvxferMetadata
     from kvxfer_vllm.stats import KvxferStats
@@ -64,12 +66,14 @@ class Loads:
     Args:
         tables: rules of the block tables, by cache group.
         stats: counts requests that needed no load.
+        arrivals: are told of loads that end.
         share: the prefix cache is on. Without it each lease serves one request.
     """
 
-    def __init__(self, tables: Sequence[GroupTable], stats: KvxferStats, *, share: bool) -> None:
+    def __init__(self, tables: Sequence[GroupTable], stats: KvxferStats, arrivals: Arrivals, *, share: bool) -> None:
         self._tables = tables
         self._stats = stats
+        self._arrivals = arrivals
         self._share = share
         self._loads: dict[str, _Load] = {}
         self._leaders: dict[str, str] = {}
@@ -138,11 +142,13 @@ class Loads:
                 orders.release.append(load.lease)
                 self._used[load.lease.token] = True
                 self._stats.count("local_hits")
+                self._arrivals.served()
             self._forget(request_id, orders, here=True)
             return
         if load.state is LoadState.LOST:
             self._forget(request_id, orders, here=False)
             orders.fail.append(request_id)
+            self._arrivals.transfer_failed()
             return
         if num_external_tokens != load.told:
             raise RuntimeError(f"of {load.told} tokens vLLM wants {num_external_tokens}")
@@ -162,8 +168,10 @@ class Loads:
                 continue
             if request_id in failed:
                 self._forget(request_id, orders, here=False)
+                self._arrivals.transfer_failed()
             else:
                 load.state = LoadState.LOADED
+                self._arrivals.served()
                 self._used[load.lease.token] = True
 
     def reset(self, orders: KvxferMetadata) -> None:
@@ -173,6 +181,7 @@ class Loads:
         for token in self._used:
             self._used[token] = False
         for load in waiting:
+            self._arrivals.local(CACHES_DROPPED)
             self._forget(self._leaders[load.lease.token], orders, here=True)
 
     def finish(self, request_id: str, orders: KvxferMetadata) -> None:

@@ -36,6 +36,7 @@ from kvxfer_serving.transfer_params import (
     parse,
     response,
 )
+from kvxfer_vllm.arrivals import Arrivals
 from kvxfer_vllm.bootstrap.lookup import BootstrapLookups
 from kvxfer_vllm.groups import blocks_in_each
 from kvxfer_vllm.loads import Loads
@@ -83,6 +84,7 @@ class KvxferScheduler:
         share: the prefix cache is on, so requests with the same lease can share a load.
         prompts: identities of this server's prompts.
         turns: the KV of an answer can be read by the next turn's prefill.
+        recomputes: a request whose load has failed is computed here, see `Arrivals`.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class KvxferScheduler:
         share: bool = False,
         prompts: PromptIdentity | None = None,
         turns: bool = True,
+        recomputes: bool = False,
     ) -> None:
         self.stats = KvxferStats()
+        self._arrivals = Arrivals(self.stats, role, recomputes=recomputes)
         self._role = role
         self._secret = secret
         self._sizes = {"tp_size": tp_size, "pp_size": pp_size}
@@ -112,7 +116,7 @@ class KvxferScheduler:
         if port:
             self._listens_at((tcp_address(host, port),))
         self._prefills = Prefills(tables)
-        self._loads = Loads(tables, self.stats, share=share)
+        self._loads = Loads(tables, self.stats, self._arrivals, share=share)
         self._lookups = BootstrapLookups()
         self._prompts = prompts or PromptIdentity()
         self._turns = turns
@@ -149,7 +153,12 @@ class KvxferScheduler:
 
     def on_new_request(self, request: Request) -> None:
         """Judge a request's parameters, once; announce a producer's lease, acquire a consumer's."""
-        self._begin(request, parse(request.kv_transfer_params, self._role, request.request_id))
+        asked = parse(request.kv_transfer_params, self._role, request.request_id)
+        if asked is not None:
+            self._arrivals.asked()
+        elif not _aborted_already(request):
+            self._arrivals.plain()
+        self._begin(request, asked)
 
     def _begin(self, request: Request, asked: Asked | None) -> None:
         """Begin what a request's parameters ask for, or ask for the prefill server first."""
@@ -273,6 +282,7 @@ class KvxferScheduler:
     def _begin_prefill(self, request: Request, key: str) -> None:
         """Begin a prefill: announce its lease, unless it is a sibling's."""
         digest = self._digest(request)
+        self._arrivals.served()
         if not self._prefills.joins(request.request_id, digest):
             lease = self._new_lease(request, key, digest)
             self._prefills.begin(request.request_id, lease)
@@ -381,6 +391,8 @@ class KvxferScheduler:
             if fails:  # placeholders alone give wrong tokens
                 fail_request(request, refused.detail)
             self.stats.count("refused_params", label=refused.reason.value)
+            if not fails:
+                self._arrivals.local(refused.reason.value)
             logger.warning(
                 "Request %s: kv_transfer_params refused (%s: %s); it %s.",
                 request.request_id,

@@ -17,6 +17,7 @@ from kvxfer.errors import names_of_errors
 from kvxfer.metrics import LABEL_VALUES
 from kvxfer.runtime.links import LinkUse
 from kvxfer_serving.refusals import RefusalReason
+from kvxfer_vllm.arrivals import LOCAL_REASONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ COUNTERS = {
     "write_waits": "Writes of this producer that had to wait for their turn (setting max_write_spans).",
     "internal_errors": "Faults of kvxfer itself that it survived. Please report them.",
     "local_hits": "Requests of this consumer whose whole prompt was already in its own prefix cache.",
+    "plain_requests": "Requests that came without kv_transfer_params that ask for a transfer.",
     "shared_loads": "Requests of this consumer that took what another request with the same lease had loaded.",
 }
 
@@ -45,6 +47,11 @@ LABELLED = {
         "Requests whose kv_transfer_params were refused and whose prompt was therefore computed locally.",
         "reason",
         tuple(reason.value for reason in RefusalReason),
+    ),
+    "local_requests": (
+        "Requests that asked for a transfer and were computed locally.",
+        "reason",
+        LOCAL_REASONS,
     ),
     "failed_transfers": ("Transfers that failed, by the name of the error.", "reason", names_of_errors()),
     "refused_messages": (
