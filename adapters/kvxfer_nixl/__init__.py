@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NIXL, and its twins `nixl_rocm` and RIXL, as a transfer agent. Importing this imports no vendor module.
 
-``python -m kvxfer_nixl`` reports which module is used here and why, which backends start, and what to watch for.
+``kvxfer doctor`` tells which module is used here and why, which backends start, and what to watch for.
 """
 
 from kvxfer_nixl._link import Link

@@ -41,7 +41,7 @@ def backend_error(error: Exception, backend: str) -> KvxferError:
         case _:
             why = f"{type(error).__name__}: {error}"
     return UnavailableError(
-        f"NIXL backend {backend} does not start here: {why} (NIXL_LOG_LEVEL=DEBUG tells more; python -m kvxfer_nixl tries all)"
+        f"NIXL backend {backend} does not start here: {why} (NIXL_LOG_LEVEL=DEBUG tells more)"
     )
 
 

@@ -38,9 +38,10 @@ from kvxfer_nixl._records import NixlDescription, NixlPeer, XferRequest
 from kvxfer_nixl._ucx import warn_of_open_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kvxfer.agents.description import AgentPeer
+    from kvxfer.agents.finding import Finding
 
 _log = logging.getLogger("kvxfer.nixl")
 
@@ -95,6 +96,13 @@ class NixlAgent(TransferAgent):
         except UnavailableError as error:
             return str(error)
         return None
+
+    @classmethod
+    def examine(cls) -> Iterator[Finding]:
+        """Findings about NIXL on this machine. Its backends are started, in processes of their own."""
+        from kvxfer_nixl._examination import examine  # noqa: PLC0415 - it imports this module
+
+        return examine()
 
     def __init__(
         self,

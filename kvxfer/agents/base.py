@@ -34,9 +34,10 @@ from kvxfer.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kvxfer.agents.capabilities import Capabilities, Op
+    from kvxfer.agents.finding import Finding
     from kvxfer.memory.spans import Descriptors, Memory
 
 
@@ -74,6 +75,11 @@ class TransferAgent(ABC):
     def why_unavailable(cls) -> str | None:
         """Sentence that says what to install or set for this adapter to run here; None if it can run."""
         return None
+
+    @classmethod
+    def examine(cls) -> Iterator[Finding]:
+        """Findings about the engine on this machine, for ``kvxfer doctor``. It may take seconds. Raises KvxferError."""
+        return iter(())
 
     # -- what an adapter implements ---------------------------------------------------------------------------------
 

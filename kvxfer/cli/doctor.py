@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from kvxfer import addresses
+from kvxfer.agents.finding import State, problem
 from kvxfer.cli.diagnosis import host, installed, link, names, peer
-from kvxfer.cli.diagnosis.finding import State, problem
 from kvxfer.cli.table import add_format
 from kvxfer.config import Settings
 from kvxfer.errors import ConfigError, KvxferError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from kvxfer.cli.diagnosis.finding import Finding
+    from kvxfer.agents.finding import Finding
     from kvxfer.cli.diagnosis.peer import Met
 
 _MARKS = {State.GOOD: "  ok  ", State.NOTE: " note ", State.PROBLEM: "PROBLEM"}

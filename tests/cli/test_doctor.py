@@ -16,10 +16,10 @@ import pytest
 import zmq
 
 from kvxfer import registry
+from kvxfer.agents.finding import State
 from kvxfer.agents.inproc import InprocAgent
 from kvxfer.cli import main
 from kvxfer.cli.diagnosis import host, installed, names, peer
-from kvxfer.cli.diagnosis.finding import State
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.protocol import messages
 from kvxfer.secret import Secret

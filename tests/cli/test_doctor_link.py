@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kvxfer.agents.finding import State
 from kvxfer.cli import rates
 from kvxfer.cli.diagnosis import host
-from kvxfer.cli.diagnosis.finding import State
 from kvxfer.cli.diagnosis.link import Wire, on_one_host, speed
 from kvxfer.cli.interrupts import signals_held_back
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m kvxfer_nixl`, and the crash that only shows when a process ends.
+"""NIXL in `kvxfer doctor`, and the crash that only shows when a process ends.
 
 White-box: private modules of the adapter say which names there are and whether there is InfiniBand.
 """
@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import os
 
-from kvxfer_nixl import _ibverbs, _module
-from kvxfer_nixl.__main__ import main
+from kvxfer.agents.finding import State
+from kvxfer_nixl import NixlAgent, _examination, _ibverbs, _module, _trial
 from tests.conftest import ROOT
 
 
-def test_report_says_which_module_and_what_starts(capsys):
-    """The report names the module, every other candidate with its reason, and every backend with its outcome."""
-    assert main([]) == 0
-    printed = capsys.readouterr().out
-    assert "-> " in printed
-    assert "yes UCX" in printed
-    assert " no GDS" in printed
-    assert all(name in printed for name in _module.NAMES)
+def test_the_doctor_says_which_module_and_what_starts():
+    """It names the module, every candidate with its reason, each backend that reaches another agent, and UCX's ports."""
+    found = list(NixlAgent.examine())
+    told = {each.subject: each for each in found}
+    assert all(name in told["NIXL module"].text for name in _module.NAMES)
+    assert told["NIXL UCX"].state is State.GOOD and "dram" in told["NIXL UCX"].text
+    assert told["NIXL LIBFABRIC"].text and "NIXL POSIX" not in told and told["NIXL link"].text
+    near, far = (each.text for each in found if each.subject == "NIXL ports")
+    assert "control address on loopback UCX listens on 127.0.0.1:" in near and "other machines reach it" not in near
+    assert "control address elsewhere" in far
+
+
+def test_a_backend_that_does_not_start_or_crashes():
+    """Without UCX nothing moves, which is a problem; another backend is a note, as is one whose process ends by a signal."""
+    (found,) = _examination.started("UCX", _trial.BackendTrial(error="no device"))
+    assert found.state is State.PROBLEM and found.text == "no device"
+    (found,) = _examination.started("LIBFABRIC", _trial.BackendTrial(error="no library"))
+    assert found.state is State.NOTE
+    (found,) = _examination.started("UCX", _trial.BackendTrial(kinds=("dram",), status=-11))
+    assert found.state is State.NOTE and "signal 11" in found.text
+
+
+def test_a_host_on_which_ucx_is_told_to_take_tcp(monkeypatch):
+    """UCX_TLS=tcp ties two fates on one host, and the advice is to unset it."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    (found,) = _examination.link_on_host(_examination.Surroundings.here({"UCX": {}}))
+    assert found.state is State.NOTE and found.fix == "unset UCX_TLS"
 
 
 def test_every_plug_in_is_documented():

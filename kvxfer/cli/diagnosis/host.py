@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvxfer.agents.finding import Finding, good, note, problem
 from kvxfer.cli.checks import available_nbytes
-from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
 from kvxfer.cli.table import size
 
 if TYPE_CHECKING:

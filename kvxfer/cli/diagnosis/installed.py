@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from kvxfer import config, registry
 from kvxfer.agents.base import TransferAgent
 from kvxfer.agents.capabilities import Reach
+from kvxfer.agents.finding import Finding, good, note, problem
 from kvxfer.cli import own_version
-from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
-from kvxfer.errors import ConfigError, UnavailableError
+from kvxfer.errors import ConfigError, KvxferError, UnavailableError
 from kvxfer.protocol.versions import SPOKEN
 from kvxfer.secret import Secret
 
@@ -60,6 +60,11 @@ def agents(names: list[str], load: Callable[[str], type]) -> Iterator[Finding]:
         reach = adapter.capabilities.reach if issubclass(adapter, TransferAgent) else Reach.PROCESS
         reached = reached or reach is not Reach.PROCESS
         yield good(subject, "usable" if reach is not Reach.PROCESS else "usable, inside one process only")
+        if issubclass(adapter, TransferAgent):
+            try:
+                yield from adapter.examine()
+            except KvxferError as error:
+                yield note(subject, f"{type(error).__name__}: {error}")
     if not reached:
         yield problem("agents", "no transfer agent here reaches another process: nothing can be transferred", _INSTALL)
 

@@ -21,9 +21,9 @@ import numpy as np
 from kvxfer import addresses, registry
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.description import read_description
+from kvxfer.agents.finding import Finding, State, good, note, problem
 from kvxfer.agents.flights import FlightState
 from kvxfer.cli.diagnosis import host
-from kvxfer.cli.diagnosis.finding import Finding, State, good, note, problem
 from kvxfer.cli.interrupts import signals_held_back
 from kvxfer.cli.rates import copy_nbytes_per_s, device_nbytes_per_s, device_of, own_ip_towards
 from kvxfer.cli.table import size
@@ -197,4 +197,4 @@ def _read(agent: TransferAgent, peer: AgentPeer, spans: Descriptors, deadline: f
 
 
 def _port_fix(met: Met) -> str:
-    return f"a firewall between here and {met.address}: admit the fabric's ports (option port_range; python -m kvxfer_nixl shows them)"
+    return f"a firewall between here and {met.address}: admit the fabric's ports (option port_range; kvxfer doctor shows them)"

@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from kvxfer import addresses
-from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
+from kvxfer.agents.finding import Finding, good, note, problem
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:

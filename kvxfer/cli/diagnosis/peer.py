@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvxfer import addresses
+from kvxfer.agents.finding import Finding, good, note, problem
 from kvxfer.channel.base import Inbound
 from kvxfer.channel.zmq_channel import ControlChannel
-from kvxfer.cli.diagnosis.finding import Finding, good, note, problem
 from kvxfer.cli.diagnosis.greeting import Listener, listen_to
 from kvxfer.config import Settings
 from kvxfer.errors import ConfigError, IncompatibleError
