@@ -40,9 +40,7 @@ def backend_error(error: Exception, backend: str) -> KvxferError:
             why = "it found no device or transport that it can use, or its options do not fit"
         case _:
             why = f"{type(error).__name__}: {error}"
-    return UnavailableError(
-        f"NIXL backend {backend} does not start here: {why} (NIXL_LOG_LEVEL=DEBUG tells more)"
-    )
+    return UnavailableError(f"NIXL backend {backend} does not start here: {why} (NIXL_LOG_LEVEL=DEBUG tells more)")
 
 
 def registration_error(error: Exception, what: str) -> RegistrationError:

@@ -37,9 +37,8 @@ class BackendTrial(msgspec.Struct, frozen=True):
 def begin(backend: str, module: str) -> subprocess.Popen[str]:
     """Start a trial."""
     command = [sys.executable, "-m", "kvxfer_nixl._trial", backend, module]
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )  # noqa: S603
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.Popen(command, stdin=none, stdout=pipe, stderr=none, text=True)  # noqa: S603
 
 
 def end(trial: subprocess.Popen[str], timeout_s: float) -> BackendTrial:
