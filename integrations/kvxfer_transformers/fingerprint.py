@@ -1,48 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Identity of a model: equal for two engines exactly if KV of one means the same to the other.
+"""Fingerprint of a model of transformers, which servers of other engines compute alike.
 
-Two engines of transformers compute it of the configuration and the weights. An engine of another kind computes the same where both
-are told a name for the model. K is kept after rotation in either. Layers with sliding windows are excepted: transformers overwrites
-the oldest tokens of a window's first block, and vLLM would take that block for a prefix that it has.
+A model is taken for the checkpoint that it was loaded from if a sample of its weights is that of the checkpoint. One that was changed
+since then, or that was made here, is known by a sample of its weights in memory: to engines of transformers only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import Any, Final
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from huggingface_hub import snapshot_download
+
+from kvxfer_serving.checkpoint import Checkpoint
+from kvxfer_serving.model_identity import ServedModel, fingerprint_of
+
+if TYPE_CHECKING:
+    from kvxfer_serving.checkpoint import StoredTensor
 
 _SAMPLED: Final = 64
-"""Elements of each weight that the identity depends on, at equal distances: all of a checkpoint would take minutes."""
-
-_NO_PART: Final = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
-"""Entries of a configuration that KV does not depend on."""
+"""Elements of each weight that are looked at."""
+_DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes that are compared with the checkpoint, by the names of safetensors."""
 
 
 def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) -> str:
-    """Digest of a model's configuration, dtype, and a sample of each of its weights; its name and path are no part of it.
+    """Fingerprint of a model: the path that it was loaded from is no part of it.
 
     Args:
         model: of transformers.
-        override: replaces the configuration and the weights, not the dtype.
-        windows: some layers have sliding windows.
+        override: replaces what is computed, except for the dtype.
+        windows: some layers have sliding windows, whose ring no other engine has.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read.
     """
-    facts: dict[str, Any] = {"dtype": str(model.dtype)}
-    if override:
-        facts["model"] = override
-    else:
-        config = model.config.get_text_config().to_dict()
-        facts["config"] = {name: value for name, value in config.items() if name not in _NO_PART}
-        facts["weights"] = _weights_digest(model)
-    text = json.dumps(facts, sort_keys=True, default=str)
-    kind = "model" if override and not windows else "transformers"
-    return f"{kind}:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    config = model.config
+    name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
+    place = _place(name) if not override else None
+    checkpoint = Checkpoint.of(place) if place is not None else None
+    if checkpoint is None or not _is_of(model, checkpoint):
+        place = None
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return fingerprint_of(
+        ServedModel(
+            engine="transformers",
+            name=name or type(model).__name__,
+            place=place,
+            unread=f"memory {_memory_digest(model)}" if place is None and not override else "",
+            config=config.to_dict(),
+            text_config=config.get_text_config().to_dict(),
+            dtype=str(model.dtype),
+            quantization=str(getattr(method, "value", method) or ""),
+            facts={"ring": "transformers"} if windows else {},
+        ),
+        override,
+    )
 
 
-def _weights_digest(model: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _place(name: str) -> Path | None:
+    """Folder of a checkpoint: its path, or where it was downloaded to."""
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # the errors of huggingface_hub, without its network
+        return None
+
+
+def _is_of(model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the weights of a model that have their names in the checkpoint, of which there are some, are those of the checkpoint."""
+    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    compared = 0
+    for name, weight in model.state_dict().items():
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != tuple(weight.shape) or tensor.dtype not in _DTYPES or not weight.numel():
+            continue
+        if not weight.is_floating_point() or not weight.is_contiguous() or weight.device.type == "meta":
+            continue
+        at = max(0, (weight.numel() - _SAMPLED) // 2)
+        here = weight.detach().view(-1)[at : at + _SAMPLED].cpu()
+        if not torch.equal(_read(tensor, at, here.numel()).to(here.dtype), here):
+            return False
+        compared += 1
+    return compared > 0
+
+
+def _read(tensor: StoredTensor, at: int, count: int) -> torch.Tensor:
+    """Elements of a stored tensor from ``at`` on."""
+    dtype = _DTYPES[tensor.dtype]
+    with tensor.path.open("rb") as file:
+        data = os.pread(file.fileno(), count * dtype.itemsize, tensor.offset + at * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype)
+
+
+def _memory_digest(model: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous()

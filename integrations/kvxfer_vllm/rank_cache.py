@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of one rank of vLLM, described to kvxfer: its tensors, the buffers for its device, the fingerprint of its model."""
+"""The cache of one rank of vLLM, described to kvxfer: its tensors, and the buffers for its device."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,6 +11,8 @@ from kvxfer import registry
 from kvxfer.buffers.base import HostBuffer
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError
+from kvxfer.layout.fingerprints import with_fact
+from kvxfer_vllm.fingerprint import model_fingerprint
 from kvxfer_vllm.groups import specs_by_layer
 from kvxfer_vllm.kv_dtypes import described, dtypes_of, scales_of
 
@@ -47,7 +47,7 @@ def describe_cache(
         vllm_config: for the number of ranks, and the layers' KV dtypes and scales.
         kv_cache_config: for the number of blocks.
         rank: of this worker among those of its engine: pipeline stage after stage, and the tensor parallel ranks of each.
-        fingerprint: from `model_fingerprint`. What is moved as it is, because its order within a block is not known here, becomes
+        fingerprint: of the model. What is moved as it is, because its order within a block is not known here, becomes
             part of it, with the block size: then both servers must have the same.
         instruction_sets: of vLLM's CPU attention, by name of the group.
         buffers: class of the buffers for the device of the caches.
@@ -91,7 +91,7 @@ def describe_cache(
         as_they_are.append(described(dtypes.values(), vllm_config))
         dtype = "uint8"
     if as_they_are:
-        fingerprint += f" stored as {', '.join(as_they_are)}"
+        fingerprint = with_fact(fingerprint, "stored as", ", ".join(as_they_are))
     return KVCache.from_layers(
         arrays,
         block_tokens={group.name: group.block_tokens for group in groups},
@@ -247,49 +247,3 @@ def buffer_adapter(vllm_config: VllmConfig) -> str:
     if torch.version.hip is not None:  # vLLM and PyTorch call AMD's GPUs cuda, too
         device = "rocm"
     return f"{device}-staged" if vllm_config.kv_transfer_config.kv_buffer_device == "cpu" else device
-
-
-def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
-    """Digest that is equal on two servers exactly if KV computed by one means the same to the other.
-
-    Layout, block size, parallelism and the elements' type and scales are no part of it: they are in the cache's description and
-    are compared there. Versions of vLLM and kvxfer are no part of it either.
-
-    Args:
-        vllm_config: of this server.
-        override: option ``model_fingerprint``; replaces the model's name and its configuration, not the model's dtype. Another engine
-            that is told the same computes the same.
-    """
-    model = vllm_config.model_config
-    facts: dict[str, Any] = {"dtype": str(model.dtype)}
-    if override:
-        facts["model"] = override
-    else:
-        config = model.hf_config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "architectures"):
-            config.pop(name, None)
-        facts |= {
-            "model": model.model,
-            "revision": model.revision,
-            "quantization": str(model.quantization),
-            "config": config,
-        }
-    facts |= _drafting(vllm_config)
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return f"{'model' if override else 'vllm'}:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
-
-
-def _drafting(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Facts that the KV of draft layers depends on which read the model's hidden states (EAGLE, MTP); other drafts have none."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or not speculative.use_eagle():
-        return {}
-    draft = speculative.draft_model_config
-    return {
-        "draft": [
-            speculative.method,
-            draft.model if draft is not None else "",
-            draft.revision if draft is not None else "",
-            str(speculative.kv_cache_dtype or ""),
-        ]
-    }

@@ -23,8 +23,8 @@ from kvxfer import registry
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer_vllm import KvxferConnector as TPUConnector
+from kvxfer_vllm.fingerprint import model_fingerprint
 from kvxfer_vllm.groups import specs_of
-from kvxfer_vllm.rank_cache import model_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -294,7 +294,7 @@ class CacheSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         dtype: of the elements, one of `kvxfer.layout.dtypes.DTYPE_NBYTES`.
         layers: the model's layers that this rank holds (pipeline stages divide them).
         fingerprint: text for everything outside the layout that must be equal for KV to mean the same: model, revision,
-            quantisation, rope. It is compared and not interpreted.
+            quantisation, rope. It is compared; one of `kvxfer.layout.fingerprints` tells in what a pair differs.
         rank, world: number of this rank, and number of ranks of the engine. The caches of all its ranks are one cache.
         layer_names: name of each layer in ``layers``, if the engine has names. If both sides have, layers match by name.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvxfer.errors import IncompatibleError, LayoutError
 from kvxfer.layout.dtypes import CASTABLE
+from kvxfer.layout.fingerprints import compared, differences
 from kvxfer.layout.spec import CacheSpec
 from kvxfer.planner.intersect import Box, Overlap, Span, boxes, overlap, stretches
 from kvxfer.planner.rank_plan import RankPlan
@@ -290,11 +291,11 @@ def _shares(
 def _looks(spec: CacheSpec) -> tuple[object, ...]:
     """Values of a spec that `_refuse_unlike` compares."""
     groups = tuple((group.whole, group.kind, group.heads.total) for group in spec.groups)
-    return spec.fingerprint, spec.dtype, spec.layers.total, groups
+    return compared(spec.fingerprint), spec.dtype, spec.layers.total, groups
 
 
 def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_name: bool) -> None:
-    _require_equal("fingerprint", repr(source.fingerprint), repr(target.fingerprint))
+    _refuse_other_model(source.fingerprint, target.fingerprint)
     if not convert:
         _require_equal("dtype", source.dtype, target.dtype)
     elif source.dtype != target.dtype and not {source.dtype, target.dtype} <= CASTABLE:
@@ -309,6 +310,13 @@ def _refuse_unlike(source: CacheSpec, target: CacheSpec, *, convert: bool, by_na
         if (a.kind, b.kind) != ("full_attention", "sliding_window"):
             _require_equal("kind", a.kind, b.kind, where)
         _require_equal("heads", f"{a.heads.total} in the model", f"{b.heads.total} in the model", where)
+
+
+def _refuse_other_model(source: str, target: str) -> None:
+    found = differences(source, target)
+    if found:
+        told = "; ".join(_must_be_equal(axis, here, there) for axis, here, there in found)
+        raise IncompatibleError(found[0][0], told)
 
 
 def _refuse_other_content(contents: list[list[Box]], there: list[Box], what: str) -> None:
@@ -340,7 +348,11 @@ def _refuse_other_scales(source: CacheSpec, target: CacheSpec, overlaps: Sequenc
 
 def _require_equal(axis: str, source: str, target: str, where: str = "") -> None:
     if source != target:
-        raise IncompatibleError(axis, f"{axis}{where} must be equal: the source has {source}, the target has {target}")
+        raise IncompatibleError(axis, _must_be_equal(f"{axis}{where}", source, target))
+
+
+def _must_be_equal(what: str, source: str, target: str) -> str:
+    return f"{what} must be equal: the source has {source}, the target has {target}"
 
 
 def _of(spec: CacheSpec, group: CacheGroup) -> str:

@@ -18,6 +18,7 @@ from kvxfer.buffers.completions import watched
 from kvxfer.defects import Defects
 from kvxfer.errors import BlockError, IncompatibleError, KvxferError
 from kvxfer.layout.block_table import check_tables
+from kvxfer.layout.fingerprints import compared
 from kvxfer.metrics import Metrics
 from kvxfer.planner.block_pairs import AlignmentCache
 from kvxfer.planner.chunk_layout import chunk_table, digest
@@ -201,7 +202,7 @@ class Packer:
         if known is not None:
             self._plans.move_to_end(layout)
             return known
-        if len(layout.groups) != 1 or layout.fingerprint != self._cache.spec.fingerprint:
+        if len(layout.groups) != 1 or compared(layout.fingerprint) != compared(self._cache.spec.fingerprint):
             raise IncompatibleError("layout", "a chunk is a cache of one group of this model")
         if _chunk_nbytes(layout) > slot_nbytes:
             raise IncompatibleError("staging", f"the chunk does not fit into a slot of {slot_nbytes} bytes")

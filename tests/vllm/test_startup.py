@@ -31,10 +31,11 @@ from kvxfer.errors import ConfigError, KvxferError
 from kvxfer_serving.options import ConnectorOptions, advertised, side_channel, tcp_address
 from kvxfer_serving.transfer_params import Role
 from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.fingerprint import model_fingerprint
 from kvxfer_vllm.groups import GroupTable, backoff_tokens, layer_groups
 from kvxfer_vllm.metadata import KvxferHandshake
 from kvxfer_vllm.plugin import register
-from kvxfer_vllm.rank_cache import describe_cache, model_fingerprint
+from kvxfer_vllm.rank_cache import describe_cache
 from kvxfer_vllm.scheduler import KvxferScheduler
 from kvxfer_vllm.startup import refuse_unsupported
 from tests.vllm.rig import in_groups, kv_cache_config, vllm_config
@@ -424,8 +425,8 @@ def test_fingerprint():
     other.model_config.dtype = torch.bfloat16
     assert model_fingerprint(other) != base
     rope = vllm_config()
-    rope.model_config.hf_config.rope_theta = 7.0
-    assert model_fingerprint(rope) != base
+    rope.model_config.hf_text_config.rope_parameters["rope_theta"] = 7.0
+    assert "rope theta=7;" in model_fingerprint(rope)
     moved = vllm_config()
     moved.model_config.model = "/elsewhere"
     assert model_fingerprint(moved) != base

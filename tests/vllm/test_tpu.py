@@ -31,9 +31,10 @@ from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.testing import eventually
 from kvxfer_jax import Arrays, _jobs
 from kvxfer_vllm.connector import KvxferConnector
+from kvxfer_vllm.fingerprint import model_fingerprint
 from kvxfer_vllm.groups import GroupBlocks, layer_groups
 from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder, ReadOrder
-from kvxfer_vllm.rank_cache import attention_instruction_sets, model_fingerprint
+from kvxfer_vllm.rank_cache import attention_instruction_sets
 from kvxfer_vllm.startup import refuse_unsupported
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import (
