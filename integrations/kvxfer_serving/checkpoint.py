@@ -50,12 +50,10 @@ class Checkpoint:
     """Files of a model's weights.
 
     Attributes:
-        config: content of ``config.json``, empty if there is none.
         tensors: of the safetensors files; empty for other files.
         others: files of another format, if there are no safetensors.
     """
 
-    config: dict[str, Any]
     tensors: tuple[StoredTensor, ...]
     others: tuple[Path, ...] = ()
 
@@ -66,16 +64,14 @@ class Checkpoint:
         Raises:
             ConfigError: a file is not what its name says.
         """
-        folder = place if place.is_dir() else place.parent
-        config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if place.is_file():
-            return cls(config, (), (place,))
-        files, names = _safetensors_of(folder)
+            return cls((), (place,))
+        files, names = _safetensors_of(place)
         if not all(path.is_file() for path in files):
             return None
         tensors = tuple(each for path in files for each in _header(path) if names is None or each.name in names)
-        others = tuple(path for glob in _OTHER_WEIGHTS for path in folder.glob(glob)) if not tensors else ()
-        return cls(config, tensors, others) if tensors or others else None
+        others = tuple(path for glob in _OTHER_WEIGHTS for path in place.glob(glob)) if not tensors else ()
+        return cls(tensors, others) if tensors or others else None
 
     def digest(self) -> str:
         """Digest in 16 hex digits, with the kind of the files in front. Reads samples of all tensors.
@@ -105,6 +101,12 @@ class Checkpoint:
         for each in sorted(found):
             whole.update(each)
         return f"{kind} {whole.hexdigest()}"
+
+
+def stored_config(place: Path) -> dict[str, Any]:
+    """Content of ``config.json`` in a folder, or beside a file; empty if there is none. Raises ConfigError: it is no JSON object."""
+    path = (place if place.is_dir() else place.parent) / "config.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def _safetensors_of(folder: Path) -> tuple[list[Path], frozenset[str] | None]:

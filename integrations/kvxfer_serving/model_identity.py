@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.layout import fingerprints
-from kvxfer_serving.checkpoint import Checkpoint
+from kvxfer_serving.checkpoint import Checkpoint, stored_config
 from kvxfer_serving.model_facts import SAME_K_IN_ANY_ENGINE, rotation_facts, settings_digest, window_facts
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class ServedModel:
     Attributes:
         engine: name of the kind of engine.
         name: name or path that it was loaded from.
-        place: folder or file that it was loaded from; None if it is on no disk, or was not loaded from there.
+        place: folder or file that it was loaded from; None if it is on no disk.
         unread: what stands for the weights where they are no files that can be read.
+        is_stored: the weights are those in ``place``, if there are any.
         config: the configuration that the engine uses.
         text_config: of its language model; the same for most models.
         changed: entries of the configuration that options have set.
@@ -43,6 +44,7 @@ class ServedModel:
     name: str
     place: Path | None
     unread: str
+    is_stored: bool = True
     config: Mapping[str, Any]
     text_config: Mapping[str, Any]
     changed: frozenset[str] = frozenset()
@@ -64,7 +66,8 @@ def fingerprint_of(model: ServedModel, override: str = "") -> str:
     dtype = {"dtype": model.dtype.removeprefix("torch.")}
     if override:
         return fingerprints.of_facts({"model": override, **dtype, **model.facts})
-    checkpoint = Checkpoint.of(model.place) if model.place is not None else None
+    checkpoint = Checkpoint.of(model.place) if model.place is not None and model.is_stored else None
+    stored = stored_config(model.place) if model.place is not None else {}
     if checkpoint is not None:
         weights = checkpoint.digest()
     else:
@@ -77,7 +80,7 @@ def fingerprint_of(model: ServedModel, override: str = "") -> str:
         )
     facts = {
         "weights": weights,
-        "settings": settings_digest(model.config, checkpoint.config if checkpoint else {}, model.changed),
+        "settings": settings_digest(model.config, stored, model.changed),
         **dtype,
         **rotation_facts(model.text_config),
         **window_facts(model.text_config),

@@ -42,8 +42,7 @@ def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) 
     name = str(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or "")
     place = _place(name) if not override else None
     checkpoint = Checkpoint.of(place) if place is not None else None
-    if checkpoint is None or not _is_of(model, checkpoint):
-        place = None
+    is_stored = checkpoint is not None and _is_of(model, checkpoint)
     stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     return fingerprint_of(
@@ -51,7 +50,8 @@ def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) 
             engine="transformers",
             name=name or type(model).__name__,
             place=place,
-            unread=f"memory {_memory_digest(model)}" if place is None and not override else "",
+            unread="" if is_stored or override else f"memory {_memory_digest(model)}",
+            is_stored=is_stored,
             config=config.to_dict(),
             text_config=config.get_text_config().to_dict(),
             dtype=str(model.dtype),

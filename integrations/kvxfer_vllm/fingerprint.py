@@ -41,8 +41,9 @@ def _served(vllm_config: VllmConfig) -> ServedModel:
     return ServedModel(
         engine="vLLM",
         name=model.model,
-        place=None if load_format in _MADE_UP else _place(model.model, model.revision, load.download_dir),
+        place=_place(model.model, model.revision, load.download_dir),
         unread=f"{load_format} {digest_of(model.model, model.revision)}",
+        is_stored=load_format not in _MADE_UP,
         config=model.hf_config.to_dict(),
         text_config=model.hf_text_config.to_dict(),
         changed=frozenset(map(str, changed)),

@@ -12,7 +12,6 @@ import pytest
 from kvxfer import LeaseRef, Settings
 from kvxfer.testing import eventually
 
-ENGINE_NAME = {"model_fingerprint": "kvxfer-small"}
 MODELS = os.environ.get("TWO_ENGINES", "llama").split(",")
 """Architectures; CI starts one server only. ``TWO_ENGINES=llama,qwen3`` tries both."""
 LENGTHS = (1, 17, 64, 333, 3000)
@@ -36,14 +35,14 @@ def engines(request, tmp_path_factory):
     )
     recipe = dataclasses.replace(SMALL, **other)
     folder, path = tmp_path_factory.mktemp("two"), make_model(recipe)
-    settings = ServerSettings(name="vllm", model=path, role="kv_both", num_blocks=600, connector_options=ENGINE_NAME)
+    settings = ServerSettings(name="vllm", model=path, role="kv_both", num_blocks=600)
     server = VllmServer(settings, folder)
     server.start()
     engine = None
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
         cache = {"num_blocks": 600, "max_batch_tokens": 512, "settings": Settings(lease_s=10.0)}
-        engine = Engine(model=model, agent="nixl", new_tokens=NEW_TOKENS, **cache, **ENGINE_NAME)
+        engine = Engine(model=model, agent="nixl", new_tokens=NEW_TOKENS, **cache)
         server.wait_ready()
         yield server, engine
         engine.check_idle()
@@ -103,6 +102,26 @@ def test_a_router_joins_two_engines(engines, tmp_path):
     finally:
         for each in (*routers, other):
             each.kill()
+
+
+def test_an_engine_whose_rotation_differs_is_refused_by_that_name(engines):
+    """The same checkpoint with another base of the rotation: the read ends by an error that names it, with both values."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tests.transformers.rig import Engine
+
+    server, _ = engines
+    config = AutoConfig.from_pretrained(server.settings.model)
+    config.rope_parameters["rope_theta"] = 20_000.0
+    model = AutoModelForCausalLM.from_pretrained(server.settings.model, config=config, dtype=torch.float32)
+    other = Engine(model=model, agent="nixl")
+    try:
+        output = other.result(other.add(list(range(3, 60)), server.prefill(list(range(3, 60))).kv_transfer_params))
+        assert output.error.startswith("IncompatibleError")
+        assert "rope theta must be equal: the source has 10000 (" in output.error and "20000" in output.error
+    finally:
+        other.close()
 
 
 def test_ended_leases_other_prompts_and_an_engine_that_is_killed(engines):
