@@ -110,8 +110,8 @@ class IncompatibleError(KvxferError):
     """Two caches cannot serve each other.
 
     Cure: Compare the two servers on the axis that the message names, with both values. ``convert`` serves other
-    dtypes and scales; ``model_fingerprint`` joins servers that load the same weights from different paths; ``kvxfer
-    plan`` compares caches beforehand.
+    dtypes and scales; ``model_fingerprint`` joins servers whose models are equal and look different; ``kvxfer plan``
+    compares caches beforehand.
 
     Attributes:
         axis: the axis or property on which they differ, e.g. ``"dtype"`` or ``"heads"``.

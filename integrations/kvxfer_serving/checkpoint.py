@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvxfer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -88,13 +89,15 @@ class Checkpoint:
         by_file: dict[Path, list[StoredTensor]] = {}
         for part in parts:
             by_file.setdefault(part.path, []).append(part)
-        found: list[bytes] = []
+        # Several at a time: from a disk or over a network, waiting takes longer than computing.
+        pieces = [(path, own[i::_READERS]) for path, own in by_file.items() for i in range(_READERS)]
         try:
             with ThreadPoolExecutor(_READERS) as readers:
-                for path, inside in by_file.items():
-                    with path.open("rb") as file:
-                        descriptor = file.fileno()
-                        found += readers.map(lambda part, at=descriptor: _digest(part, at, samples), inside)
+                found = [
+                    each
+                    for some in readers.map(lambda piece: _digests(piece[0], piece[1], samples), pieces)
+                    for each in some
+                ]
         except OSError as error:
             raise ConfigError(f"cannot read the weights of the model: {error}") from error
         whole = hashlib.blake2b(digest_size=8)
@@ -159,11 +162,16 @@ def sample_offsets(nbytes: int, samples: int) -> list[tuple[int, int]]:
     return [(room * (2 * i + 1) // (2 * samples), _SAMPLE_NBYTES) for i in range(samples)]
 
 
-def _digest(part: StoredTensor, descriptor: int, samples: int) -> bytes:
-    digest = hashlib.blake2b(repr((part.name, part.dtype, part.shape, part.nbytes)).encode(), digest_size=16)
-    for begin, length in sample_offsets(part.nbytes, samples):
-        piece = os.pread(descriptor, length, part.offset + begin)
-        if len(piece) != length:
-            raise OSError(f"{part.path} ends within {part.name or 'its weights'}")
-        digest.update(piece)
-    return digest.digest()
+def _digests(path: Path, parts: Sequence[StoredTensor], samples: int) -> list[bytes]:
+    """Digest of each of these tensors of a file."""
+    found = []
+    with path.open("rb") as file:
+        for part in parts:
+            digest = hashlib.blake2b(repr((part.name, part.dtype, part.shape, part.nbytes)).encode(), digest_size=16)
+            for begin, length in sample_offsets(part.nbytes, samples):
+                piece = os.pread(file.fileno(), length, part.offset + begin)
+                if len(piece) != length:
+                    raise OSError(f"{part.path} ends within {part.name or 'its weights'}")
+                digest.update(piece)
+            found.append(digest.digest())
+    return found

@@ -122,8 +122,8 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Consumer: whether the elements of a producer whose caches have another dtype, or other scales, are converted; else it is
     refused."""
     model_fingerprint: String = ""
-    """Replaces the fingerprint that is made of the model's name and configuration. To be equal on servers that load the same
-    weights from different paths."""
+    """Replaces the fingerprint that is made of the model's checkpoint and configuration, except for the dtype. To be equal on servers
+    whose models are equal and look different, such as two formats of one checkpoint."""
 
     bootstrap_port: Port | None = None
     """Producer: port of ``GET /query``, which MooncakeConnector's routers ask (`kvxfer_vllm.bootstrap`); without it none. Set on
