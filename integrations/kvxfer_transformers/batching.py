@@ -48,8 +48,7 @@ class TransferOptions:
         role: ``kv_producer`` follows no lease, ``kv_consumer`` makes none. As vLLM's ``kv_role``.
         kv_load_failure_policy: ``"fail"``: a request whose KV cannot be read fails by the error's name. ``"recompute"``: its prompt is
             computed here. As vLLM's option.
-        model_fingerprint: replaces what is computed of the model's configuration and weights. A server of vLLM that is told the same
-            serves, and is served by, this engine, if no layer has a sliding window.
+        model_fingerprint: replaces what is computed of the model's configuration and weights, for engines that are told the same.
     """
 
     agent: AgentChoice = "nixl"
