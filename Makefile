@@ -107,10 +107,13 @@ xla-env:
 docs-env:
 	@$(BOOTSTRAP) docs
 
-# check-jsonschema has no wheels for Python 3.10.
+# check-jsonschema has no wheels for Python 3.10. What kustomize makes of the patches is for tests/deploy/test_manifests.py.
+MANIFESTS := $(addprefix deploy/kubernetes/,base/prefill.yaml base/decode.yaml base/network-policy.yaml vllm-router/namespace.yaml vllm-router/router.yaml)
 lint: full-env
 	$(FULL) -m ruff check .
 	@! test -x $(dir $(FULL))check-jsonschema || $(dir $(FULL))check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@! test -x $(dir $(FULL))check-jsonschema || $(dir $(FULL))check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	$(FULL) -m kubernetes_validate --strict --quiet -k 1.37 $(MANIFESTS)
 
 format: full-env
 	$(FULL) -m ruff format --check .

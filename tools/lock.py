@@ -53,6 +53,8 @@ FILES = {
             "import-linter",
             "check-jsonschema",
             "check-wheel-contents",
+            "kubernetes-validate",
+            "pyyaml",
             "matplotlib",
             "rich",
             "shtab",

@@ -169,7 +169,7 @@ def test_options_of_vllm_exist():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about itself
         from vllm.config import KVTransferConfig
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         parser = make_arg_parser(FlexibleArgumentParser())
