@@ -486,7 +486,7 @@ class Endpoint:
         number, most = sum(len(table.ids) for table in given), most_ids(self.cache.spec)
         if number > most:
             raise BlockError(f"{number} block ids are more than one lease may have with a cache of this size: {most}")
-        return [ids_to_wire(table.ids) for table in given], [table.first_token for table in given]
+        return [ids_to_wire(table.ids) for table in given], [table.begins_at for table in given]
 
 
 def _forgotten(driver: ControlLoop, running: Running) -> None:

@@ -18,13 +18,14 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from kvxfer import registry
 from kvxfer.endpoint import Endpoint
 from kvxfer.errors import ConfigError
+from kvxfer.layout.checks import MAX_GROUPS
 from kvxfer.secret import Secret
 from kvxfer_serving.transfer_params import Role
 from kvxfer_transformers import scheduler, seams
 from kvxfer_transformers.exchange import Exchange
 from kvxfer_transformers.fingerprint import model_fingerprint
 from kvxfer_transformers.outputs import LeaseOutputRouter
-from kvxfer_transformers.paged_cache import PagedCacheView
+from kvxfer_transformers.paged_cache import PagedCacheView, left_to_decode
 from kvxfer_transformers.requests import wish_of
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
             raise ConfigError(
                 "kvxfer_transformers does not support tensor parallelism yet: use one process for each model"
             )
+        self._left_to_decode = left_to_decode(model)
         self.batch_processor: Any
         self.output_router = LeaseOutputRouter()
         seams.check_made(self.output_router, "OutputRouter")
@@ -164,10 +166,10 @@ class KvxferBatchingManager(ContinuousBatchingManager):
             self.name,
             is_producer=self.transfer.role != "kv_consumer",
             is_consumer=self.transfer.role != "kv_producer",
-            max_groups=2,
+            max_groups=MAX_GROUPS,
             addresses=self._addresses(),
         )
-        wish = wish_of(kv_transfer_params, input_ids, role, self._secret)
+        wish = wish_of(kv_transfer_params, input_ids, role, self._secret, left_to_decode=self._left_to_decode)
         if wish is not None:
             request_id = request_id if request_id is not None else f"kvxfer-{secrets.token_hex(8)}"
             if wish.shares and self.num_return_sequences > 1:
@@ -189,7 +191,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
         if self._exchange is None:
             view = self._view = PagedCacheView(processor.cache)
             options = self.transfer
-            fingerprint = model_fingerprint(self.model, options.model_fingerprint, windows=view.has_windows)
+            fingerprint = model_fingerprint(self.model, options.model_fingerprint)
             device = "rocm" if torch.version.hip is not None else self.model.device.type
             buffers = cast("BufferMaker", registry.load(_BUFFERS.get(device, device), "buffers"))
             endpoint = Endpoint(

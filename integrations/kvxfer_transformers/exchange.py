@@ -87,7 +87,7 @@ class Exchange:
                 refused.detail,
             )
         if wish.shares:
-            lease = wish.lease(request_id, len(tokens), self.endpoint.name, self.endpoint.address, self._secret)
+            lease = wish.lease(request_id, self.endpoint.name, self.endpoint.address, self._secret)
             self.prefills.begin(request_id, lease)
         if wish.read is None or refused is not None:
             return False
@@ -111,9 +111,10 @@ class Exchange:
             self._share(request_id, state)
 
     def _share(self, request_id: str, state: Any) -> None:
-        lease = self.prefills.finish(request_id, state)
-        if lease is not None:
-            self._outputs.answers[request_id] = answer(lease, self.prefills.block_ids(lease))
+        shared = self.prefills.finish(request_id, state)
+        if shared is not None:
+            lease, tables = shared
+            self._outputs.answers[request_id] = answer(lease, [list(table.ids) for table in tables])
 
     def fail(self, state: Any, error: KvxferError) -> None:
         """Have a request fail by a named error."""

@@ -27,13 +27,12 @@ _DTYPES: Final = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float
 """Dtypes that are compared with the checkpoint, by the names of safetensors."""
 
 
-def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) -> str:
+def model_fingerprint(model: Any, override: str = "") -> str:
     """Fingerprint of a model: the path that it was loaded from is no part of it.
 
     Args:
         model: of transformers.
         override: replaces what is computed, except for the dtype.
-        windows: some layers have sliding windows, whose ring no other engine has.
 
     Raises:
         ConfigError: the checkpoint cannot be read.
@@ -56,7 +55,6 @@ def model_fingerprint(model: Any, override: str = "", *, windows: bool = False) 
             text_config=config.get_text_config().to_dict(),
             dtype=str(model.dtype),
             quantization=str(getattr(method, "value", method) or ""),
-            facts={"ring": "transformers"} if windows else {},
         ),
         override,
     )

@@ -7,13 +7,16 @@ the tensor, so that each block has one place in it.
 
 A sliding group keeps the last ``sliding_window`` tokens of a request in a ring of blocks: token ``t`` has the place
 ``t % sliding_window``. Where the window is a whole number of pages, the ring is a block table whose entries repeat. The oldest
-and the newest tokens may then share a block, which is one entry more for a source, and a block apart for a target.
+and the newest tokens may then share a block, which is one entry more for a source, and a block apart for a target. What a source's
+first block held before the window is overwritten, so its table begins inside that block.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 from kvxfer.buffers.cache import KVCache
 from kvxfer.errors import ConfigError
@@ -68,11 +71,6 @@ class PagedCacheView:
     def num_groups(self) -> int:
         """Number of cache groups."""
         return len(self._groups)
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether some layers have sliding windows."""
-        return any(allocator.layer_type == SLIDING for allocator in self._groups)
 
     def describe(self, fingerprint: str, buffers: BufferMaker) -> KVCache:
         """Describe the cache to kvxfer; nothing is copied.
@@ -148,12 +146,13 @@ class PagedCacheView:
         self.cache.pool.try_to_free_sectors()
         return evicted
 
-    def source_tables(self, owner: str, num_tokens: int, *, complete: bool) -> list[BlockTable]:
+    def source_tables(self, owner: str, num_tokens: int, computed: int, *, complete: bool) -> list[BlockTable]:
         """Block tables of what an owner has of its first ``num_tokens`` tokens.
 
         Args:
             owner: of the blocks.
-            num_tokens: tokens in the cache.
+            num_tokens: tokens to share.
+            computed: tokens in the cache.
             complete: these are all. Else only blocks that are full, and none of sliding windows, which change until the end.
         """
         tables = []
@@ -164,8 +163,8 @@ class PagedCacheView:
             elif not complete:
                 tables.append(BlockTable([]))
             else:
-                first = max(0, num_tokens - allocator.sliding_window) // page
-                tables.append(BlockTable(_ring(allocator, ids, first, num_tokens), first * page))
+                kept_from = max(0, computed - allocator.sliding_window)
+                tables.append(BlockTable(_ring(allocator, ids, kept_from // page, num_tokens), kept_from))
         return tables
 
     def needs_spare(self, stop: int) -> bool:
@@ -202,6 +201,20 @@ class PagedCacheView:
                 needed = _first_needed(allocator, stop)
                 pages, place = self._pages(allocator), _ring(allocator, ids, needed // page, stop)[0]
                 pages[place, :, :, needed % page :] = pages[allocator.block_table[spare][0], :, :, needed % page :]
+
+
+def left_to_decode(model: Any) -> int:
+    """Number of last tokens of a prompt that a lease does not have, if the prompt is longer than that. All engines of a model agree on it.
+
+    The last token is computed by both engines. In a layer with a window it attends to one token more than the one after it.
+
+    Raises:
+        ConfigError: layers of the model attend in a way that is not supported.
+    """
+    try:
+        return int(SLIDING in group_layers_by_attn_type(model.config.get_text_config()))
+    except ValueError as error:
+        raise ConfigError(f"kvxfer_transformers supports layers of full and of sliding attention only: {error}") from error
 
 
 def _first_needed(allocator: Any, num_tokens: int) -> int:

@@ -12,6 +12,7 @@ from kvxfer.protocol.lease_ref import LeaseRef
 
 if TYPE_CHECKING:
     from kvxfer.endpoint import Endpoint
+    from kvxfer.layout.block_table import BlockTable
     from kvxfer_transformers.paged_cache import PagedCacheView
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class SharedPrefills:
         prefill = self._running.get(state.request_id)
         if prefill is None or not self._view.has(state.request_id):
             return
-        tables = self._view.source_tables(state.request_id, state.position_offset, complete=False)
+        computed = state.current_len()
+        tables = self._view.source_tables(state.request_id, computed, computed, complete=False)
         number = sum(len(table.ids) for table in tables)
         if number > prefill.published:
             prefill.published = number
@@ -69,29 +71,24 @@ class SharedPrefills:
                 logger.exception("Request %s: its KV cannot be leased", state.request_id)
                 self.cancel(state.request_id)
 
-    def finish(self, request_id: str, state: Any) -> LeaseRef | None:
+    def finish(self, request_id: str, state: Any) -> tuple[LeaseRef, list[BlockTable]] | None:
         """Publish all blocks of a prefill that has ended, if it is for another engine, before transformers frees them.
 
         Returns:
-            the lease for the other engine.
+            the lease for the other engine, and its block tables by cache group.
         """
         prefill = self._running.pop(request_id)
         owner = f"kvxfer lease {prefill.lease.token}"
         self._view.rename(request_id, owner)
         self._leased[prefill.lease.token] = owner
         try:
-            tables = self._view.source_tables(owner, prefill.lease.num_tokens, complete=True)
+            tables = self._view.source_tables(owner, prefill.lease.num_tokens, state.current_len(), complete=True)
             self._endpoint.publish(prefill.lease, tables)
         except KvxferError:
             logger.exception("Request %s: its KV cannot be leased", state.request_id)
             self.lease_ended(prefill.lease.token)
             return None
-        return prefill.lease
-
-    def block_ids(self, lease: LeaseRef) -> list[list[int]]:
-        """Ids of the blocks of a complete lease, by cache group."""
-        tables = self._view.source_tables(self._leased[lease.token], lease.num_tokens, complete=True)
-        return [list(table.ids) for table in tables]
+        return prefill.lease, tables
 
     def preempted(self, request_id: str) -> None:
         """Take note that transformers has freed the blocks of a prefill, which will be computed or restored later."""

@@ -36,31 +36,34 @@ class TransferWish:
         refused: reason for which there is no ``read`` although the parameters name one.
         shares: the KV is for another engine.
         key: what both engines were told of the request, if they were told at once.
-        digest: of the prompt.
+        num_tokens: of the prompt, without those that a lease does not have.
+        digest: of these.
     """
 
     read: LeaseRef | None = None
     refused: RefusedParams | None = None
     shares: bool = False
     key: str = ""
+    num_tokens: int = 0
     digest: str = ""
 
-    def lease(self, request_id: str, num_tokens: int, name: str, address: str, secret: Secret | None) -> LeaseRef:
+    def lease(self, request_id: str, name: str, address: str, secret: Secret | None) -> LeaseRef:
         """Make the lease under which the KV of this request is shared.
 
         Args:
             request_id: of the request.
-            num_tokens: of its prompt.
             name, address: of this engine's endpoint.
             secret: of all engines.
         """
-        known: dict[str, Any] = {"request": request_id, "num_tokens": num_tokens, "digest": self.digest}
+        known: dict[str, Any] = {"request": request_id, "num_tokens": self.num_tokens, "digest": self.digest}
         if self.key:
             return LeaseRef.for_rendezvous(self.key, producer=name, addresses=[address], secret=secret, **known)
         return LeaseRef.mint(producer=name, addresses=[address], **known)
 
 
-def wish_of(params: object, tokens: Sequence[int], role: Role, secret: Secret | None) -> TransferWish | None:
+def wish_of(
+    params: object, tokens: Sequence[int], role: Role, secret: Secret | None, *, left_to_decode: int = 0
+) -> TransferWish | None:
     """Read the parameters of a request; None if they ask for nothing. No input raises.
 
     Args:
@@ -68,6 +71,7 @@ def wish_of(params: object, tokens: Sequence[int], role: Role, secret: Secret | 
         tokens: of the prompt.
         role: of this engine.
         secret: of all engines.
+        left_to_decode: see `kvxfer_transformers.paged_cache.left_to_decode`.
     """
     asked = parse(params, role)
     if asked is None:
@@ -78,21 +82,23 @@ def wish_of(params: object, tokens: Sequence[int], role: Role, secret: Secret | 
     if isinstance(asked, RefusedParams):
         return TransferWish(refused=asked)
     try:
-        digest = prompt_digest(tokens)
+        num_tokens = len(tokens) - left_to_decode if len(tokens) > left_to_decode else len(tokens)
+        digest = prompt_digest(tokens[:num_tokens])
         part = asked.consumer if isinstance(asked, TurnRequest) else asked
-        read = _read(part, tokens, digest, secret)
+        read = _read(part, tokens, num_tokens, digest, secret)
     except TokenIdError as error:
         return TransferWish(refused=RefusedParams(RefusalReason.BAD_TOKEN_IDS, str(error)))
     lease, refused = (read, None) if isinstance(read, LeaseRef) else (None, read)
     producer = asked.producer if isinstance(asked, TurnRequest) else asked
     if isinstance(producer, ProducerRequest):
-        return TransferWish(lease, refused, shares=True, key=producer.key, digest=digest)
+        return TransferWish(lease, refused, shares=True, key=producer.key, num_tokens=num_tokens, digest=digest)
     return TransferWish(lease, refused)
 
 
 def _read(
     asked: ProducerRequest | ConsumerRequest | RendezvousRequest | RefusedParams,
     tokens: Sequence[int],
+    num_tokens: int,
     digest: str,
     secret: Secret | None,
 ) -> LeaseRef | RefusedParams | None:
@@ -112,7 +118,7 @@ def _read(
             asked.key,
             producer=asked.producer,
             addresses=[asked.address],
-            num_tokens=len(tokens),
+            num_tokens=num_tokens,
             digest=digest,
             secret=secret,
         )

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer_vllm.endpoint_group import EndpointLike
     from kvxfer_vllm.tpu import Runner
+    from kvxfer_vllm.windows import LoadReport
     from kvxfer_vllm.worker import CacheTurns
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -155,6 +156,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
                 # A state may be ahead of the answer by a token, and cannot be read as it was.
                 turns=not state_specs(kv_cache_config),
                 recomputes=transfer.kv_load_failure_policy == "recompute",
+                workers_report=vllm_config.device_config.device_type != "tpu",
             )
             self._publish_engine()
 
@@ -208,6 +210,11 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         """See :meth:`KvxferScheduler.update_state_after_alloc`."""
         self.scheduler_half.update_state_after_alloc(request, blocks, num_external_tokens)
 
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take vLLM's cache manager, see :mod:`kvxfer_vllm.windows`."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.scheduler_half.windows.bind(kv_cache_manager)
+
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See :meth:`KvxferScheduler.build_connector_meta`."""
         return self.scheduler_half.build_connector_meta(scheduler_output)
@@ -218,6 +225,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
             connector_output.finished_recving or (),
             connector_output.failed_recving or (),
             connector_output.finished_sending or (),
+            getattr(connector_output, "kv_connector_worker_meta", None),
         )
 
     @_guarded((False, None))
@@ -375,6 +383,10 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
             return None, None
         results = self._worker.results()
         return results.finished_sending or None, results.finished_recving or None
+
+    def build_connector_worker_meta(self) -> LoadReport | None:
+        """What the scheduler has to know of the loads of this step's results."""
+        return self._worker.take_load_report() if self._worker is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks of failed loads; empty unless :meth:`get_finished` was used: vLLM 0.32 learns of failures by request."""

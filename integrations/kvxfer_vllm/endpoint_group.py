@@ -101,6 +101,11 @@ class GroupTransfer:
         """Descriptors of all ranks."""
         return sum(transfer.descriptors for transfer in self.transfers)
 
+    @property
+    def begins(self) -> list[int]:
+        """First token that was read, by group of the cache; the last one of those of the ranks."""
+        return [max(tokens) for tokens in zip(*(transfer.begins for transfer in self.transfers), strict=True)]
+
     def end_one(self, event: Done | Failed) -> bool:
         """End the transfer of one rank; True if it was the last one. A failure also ends those that still wait."""
         self._ended.add(event.transfer)

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer_vllm.arrivals import Arrivals
-    from kvxfer_vllm.groups import GroupTable
+    from kvxfer_vllm.groups import GroupBlocks, GroupTable
     from kvxfer_vllm.metadata import KvxferMetadata
     from kvxfer_vllm.stats import KvxferStats
+    from kvxfer_vllm.windows import PartialWindows
 
 _TOKENS_REMEMBERED = 65_536
 
@@ -67,13 +68,23 @@ class Loads:
         tables: rules of the block tables, by cache group.
         stats: counts requests that needed no load.
         arrivals: are told of loads that end.
+        windows: says how much of the blocks a load must fill.
         share: the prefix cache is on. Without it each lease serves one request.
     """
 
-    def __init__(self, tables: Sequence[GroupTable], stats: KvxferStats, arrivals: Arrivals, *, share: bool) -> None:
+    def __init__(
+        self,
+        tables: Sequence[GroupTable],
+        stats: KvxferStats,
+        arrivals: Arrivals,
+        windows: PartialWindows,
+        *,
+        share: bool,
+    ) -> None:
         self._tables = tables
         self._stats = stats
         self._arrivals = arrivals
+        self._windows = windows
         self._share = share
         self._loads: dict[str, _Load] = {}
         self._leaders: dict[str, str] = {}
@@ -127,15 +138,18 @@ class Loads:
 
     def allocated(
         self, request_id: str, block_ids: Sequence[Sequence[int]], num_external_tokens: int, orders: KvxferMetadata
-    ) -> None:
+    ) -> Sequence[GroupBlocks] | None:
         """Order a load, or release its lease, now that vLLM has allocated blocks.
+
+        Returns:
+            the blocks of the load, by cache group; None if there is none.
 
         Raises:
             RuntimeError: vLLM has allocated too few blocks, or does not want all tokens that it was told of.
         """
         load = self._loads.get(request_id)
         if load is None or load.state is LoadState.LOADING:
-            return
+            return None
         if num_external_tokens == 0:
             # The whole prompt is here already, or vLLM computes it, or another connector of a MultiConnector loads it.
             if load.state is LoadState.WAITING:
@@ -144,12 +158,12 @@ class Loads:
                 self._stats.count("local_hits")
                 self._arrivals.served()
             self._forget(request_id, orders, here=True)
-            return
+            return None
         if load.state is LoadState.LOST:
             self._forget(request_id, orders, here=False)
             orders.fail.append(request_id)
             self._arrivals.transfer_failed()
-            return
+            return None
         if num_external_tokens != load.told:
             raise RuntimeError(f"of {load.told} tokens vLLM wants {num_external_tokens}")
         num_tokens = load.lease.num_tokens
@@ -157,8 +171,10 @@ class Loads:
         target = blocks_in_each(self._tables, block_ids, first_token, num_tokens)
         if target is None:
             raise RuntimeError(f"too few blocks were allocated for {num_tokens} tokens")
+        target = self._windows.targets(target)
         orders.read.append(ReadOrder(request_id, load.lease, target, first_token))
         load.state = LoadState.LOADING
+        return target
 
     def ended(self, request_ids: Iterable[str], failed: Collection[str], orders: KvxferMetadata) -> None:
         """Take the reports of workers: loads that ended, and those of them that failed."""

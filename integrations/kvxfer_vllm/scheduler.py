@@ -46,6 +46,7 @@ from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
 from kvxfer_vllm.seams import fail_request
 from kvxfer_vllm.stats import KvxferStats
+from kvxfer_vllm.windows import LoadReport, PartialWindows
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -85,6 +86,7 @@ class KvxferScheduler:
         prompts: identities of this server's prompts.
         turns: the KV of an answer can be read by the next turn's prefill.
         recomputes: a request whose load has failed is computed here, see `Arrivals`.
+        workers_report: workers tell where the windows of loads begin (`kvxfer_vllm.windows`).
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class KvxferScheduler:
         prompts: PromptIdentity | None = None,
         turns: bool = True,
         recomputes: bool = False,
+        workers_report: bool = True,
     ) -> None:
         self.stats = KvxferStats()
         self._arrivals = Arrivals(self.stats, role, recomputes=recomputes)
@@ -116,7 +119,8 @@ class KvxferScheduler:
         if port:
             self._listens_at((tcp_address(host, port),))
         self._prefills = Prefills(tables)
-        self._loads = Loads(tables, self.stats, self._arrivals, share=share)
+        self.windows = PartialWindows(tables, share=share, told=workers_report)
+        self._loads = Loads(tables, self.stats, self._arrivals, self.windows, share=share)
         self._lookups = BootstrapLookups()
         self._prompts = prompts or PromptIdentity()
         self._turns = turns
@@ -201,7 +205,9 @@ class KvxferScheduler:
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """See `Loads.allocated`."""
-        self._loads.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens, self._step)
+        loaded = self._loads.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens, self._step)
+        if loaded is not None:
+            self.windows.begin(request, loaded)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvxferMetadata:
         """Return this step's orders and begin to collect those of the next one."""
@@ -218,8 +224,14 @@ class KvxferScheduler:
         step.idle = idle
         return step
 
-    def reported(self, loaded: Iterable[str], failed: Collection[str], sent: Iterable[str]) -> None:
+    def reported(
+        self, loaded: Collection[str], failed: Collection[str], sent: Iterable[str], report: object = None
+    ) -> None:
         """Take the reports of the workers: loads that ended, those of them that failed, and prefills whose lease has ended."""
+        if isinstance(report, LoadReport):
+            self.windows.report(report.begins)
+        for request_id in loaded:
+            self.windows.ended(request_id, failed=request_id in failed)
         self._loads.ended(loaded, failed, self._step)
         self._prefills.leases_ended(sent)
 
@@ -241,6 +253,12 @@ class KvxferScheduler:
         self, request: Request, block_ids: Sequence[Sequence[int]]
     ) -> tuple[bool, dict[str, Any] | None]:
         """End a request. True: its blocks, by cache group, stay allocated until a worker reports it as sent."""
+        try:
+            return self._finish(request, block_ids)
+        finally:
+            self.windows.forget(request.request_id)
+
+    def _finish(self, request: Request, block_ids: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         request_id = request.request_id
         self._lookups.forget(request_id)
         self._loads.finish(request_id, self._step)
@@ -252,6 +270,8 @@ class KvxferScheduler:
             num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
             lease = structs.replace(lease, num_tokens=num_tokens, digest=self._prompts.digest(request, num_tokens))
         published = blocks_in_each(self._tables, block_ids, 0, lease.num_tokens)
+        if published is not None:
+            published = self.windows.published(request_id, published)
         computed = request.num_computed_tokens
         # A state that has taken in more tokens than the lease names is no state of those.
         beyond = computed > lease.num_tokens and any(table.holds_states for table in self._tables)

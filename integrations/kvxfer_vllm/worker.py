@@ -24,6 +24,7 @@ from kvxfer.protocol.transfer import LeaseExpired, LeaseRevoked
 from kvxfer_vllm.endpoint_group import EndpointGroup, GroupTransfer
 from kvxfer_vllm.metadata import IDLE_WAIT_S
 from kvxfer_vllm.stats import LINK, KvxferStats, link_label
+from kvxfer_vllm.windows import LoadReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -114,6 +115,7 @@ class KvxferWorker:
         self._failed_at_once: set[str] = set()
         self._sent_at_once: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._load_report = LoadReport()
         self._forwarded: dict[tuple[str, str], float] = {}
         self._closed = False
 
@@ -295,6 +297,7 @@ class KvxferWorker:
         order = self._loading.pop(request_id)
         results.finished_recving.add(request_id)
         if transfer.error is None:
+            self._report_begins(order, transfer.begins)
             self.stats.record_transfer(
                 seconds=transfer.seconds, nbytes=transfer.nbytes, descriptors=transfer.descriptors
             )
@@ -317,6 +320,19 @@ class KvxferWorker:
     def _load_failed(self, order: ReadOrder, reason: str) -> None:
         self.stats.count("failed_transfers", label=reason)
         self._failed_blocks.update(block for blocks in order.blocks for block in blocks.ids)
+
+    def _report_begins(self, order: ReadOrder, begins: Sequence[int]) -> None:
+        """Report the windows that begin inside a block, see `kvxfer_vllm.windows`."""
+        for group, token in enumerate(begins):
+            table = self._table_of[group]
+            if token > max(order.first_token, order.blocks[table].first_token):
+                mine = self._load_report.begins.setdefault(order.request_id, {})
+                mine[table] = max(token, mine.get(table, 0))
+
+    def take_load_report(self) -> LoadReport | None:
+        """Return what the scheduler has to know of the loads that ended since the last call."""
+        report, self._load_report = self._load_report, LoadReport()
+        return report if report.begins else None
 
     def take_failed_blocks(self) -> set[int]:
         """Return the target blocks of loads that failed since the last call, for a vLLM that asks for blocks."""

@@ -44,7 +44,8 @@ class BlockTable:
     Attributes:
         ids: block ids in token order; integers in a list or array.
         first_token: first token of the first block, a multiple of the group's ``block_tokens``. It is 0 unless the table lacks its
-            beginning (a prefix that is elsewhere, a sliding window). It has no meaning for states, which have no tokens.
+            beginning (a prefix that is elsewhere, a sliding window). A sliding window may begin inside its first block; what that
+            holds before is not to be read. It has no meaning for states, which have no tokens.
         needed_from: of a sliding window's table to read into: first token that later tokens attend to. Where the producer's blocks
             are smaller they may begin as late as this; the tokens before it are then left as they are.
     """
@@ -59,9 +60,11 @@ class CheckedTable:
     """Block table that was checked against its group.
 
     Attributes:
-        ids, first_token, needed_from: see `BlockTable`.
+        ids, needed_from: see `BlockTable`.
+        first_token: first token of the first block, a multiple of ``tokens``.
         tokens: number of tokens of one entry.
         bound: upper bound of the ids, exclusive; 0 if it is not known.
+        lacking: tokens at the beginning of the first block that are not the request's.
     """
 
     ids: BlockIds
@@ -69,6 +72,12 @@ class CheckedTable:
     tokens: int
     bound: int = 0
     needed_from: int = 0
+    lacking: int = 0
+
+    @property
+    def begins_at(self) -> int:
+        """First token of the request that the blocks hold."""
+        return self.first_token + self.lacking
 
     @property
     def end_token(self) -> int:
@@ -118,14 +127,14 @@ def check_tables(
     made = []
     for given, group in zip(blocks, groups, strict=True):
         where = f" of group {group.name!r}" if several else ""
-        tokens, needed_from = group.table_tokens, 0
+        tokens, needed_from, lacking = group.table_tokens, 0, 0
         if isinstance(given, BlockTable):
-            table, first = given.ids, _first(given.first_token, group, where)
+            table, first, lacking = given.ids, *_first(given.first_token, group, where)
             needed_from = _token(given.needed_from, "first needed token", where) if given.needed_from else 0
         else:
-            table, first = given, _first(first_token // tokens * tokens, group, where) if first_token else 0
+            table, first = given, _first(first_token // tokens * tokens, group, where)[0] if first_token else 0
         ids = _ids(table, group.num_blocks, f"{whose} block".lstrip(), where)
-        checked = CheckedTable(ids, first, tokens, group.num_blocks, needed_from)
+        checked = CheckedTable(ids, first, tokens, group.num_blocks, needed_from, lacking)
         if distinct and checked.repeats:
             raise BlockError(f"a {whose} block{where} is given twice".replace("  ", " "))
         made.append(checked)
@@ -175,13 +184,15 @@ def _cast(ids: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return cast
 
 
-def _first(token: Any, group: CacheGroup, where: str) -> int:
+def _first(token: Any, group: CacheGroup, where: str) -> tuple[int, int]:
+    """(first token of the first block, number of its tokens that are not the request's)."""
     if group.kind == "state":
-        return 0
+        return 0, 0
     first = _token(token, "first token", where)
-    if not 0 <= first < MAX_TOKENS or first % group.table_tokens:
+    lacking = first % group.table_tokens
+    if not 0 <= first < MAX_TOKENS or (lacking and group.kind != "sliding_window"):
         raise BlockError(f"no block of {group.table_tokens} tokens{where} begins with token {first}")
-    return first
+    return first - lacking, lacking
 
 
 def _token(token: Any, what: str, where: str) -> int:

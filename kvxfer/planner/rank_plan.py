@@ -287,10 +287,10 @@ def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, toke
     asked_start, asked_stop = tokens if tokens is not None else (target.first_token, None)
     start = asked_start
     if group.kind == "sliding_window":
-        # Its table begins later, and is complete nevertheless; and with smaller blocks the source's begins later still.
+        # Its table begins later, and is complete nevertheless; and the source's, with smaller blocks or inside one, later still.
         start = max(asked_start, target.first_token)
-        if start < source.first_token <= target.needed_from:
-            start = source.first_token
+        if start < source.begins_at <= target.needed_from:
+            start = source.begins_at
     stop = min(source.end_token, target.end_token) if asked_stop is None else asked_stop
     if start < target.first_token or stop > target.end_token:
         raise BlockError(
@@ -298,10 +298,10 @@ def interval(group: CacheGroup, source: CheckedTable, target: CheckedTable, toke
             f" which hold {target.first_token} to {target.end_token}"
         )
     empty = start >= stop
-    if start < source.first_token or stop > source.end_token or (empty and asked_stop is None):
+    if start < source.begins_at or stop > source.end_token or (empty and asked_stop is None):
         raise BlockError(
             f"tokens {start} to {max(stop, target.end_token) if empty else stop} are not in the source's blocks{where},"
-            f" which hold {source.first_token} to {source.end_token}"
+            f" which hold {source.begins_at} to {source.end_token}"
         )
     if not empty and (stop <= target.end_token - target.tokens or start >= target.first_token + target.tokens):
         number = -(-(stop - target.first_token) // target.tokens) - (start - target.first_token) // target.tokens

@@ -67,6 +67,8 @@ class Transfer:
         after: work of the target's devices with ``into`` that has to end before anything is written there.
         nbytes, descriptors: bytes moved over the wire, and in how many pieces; 0 until done.
         partial_nbytes: bytes of these that were here before the last block was complete at its producer.
+        begins: by cache group, the first token that was read; empty until done. In a sliding window that may be later than asked,
+            see `kvxfer.layout.block_table.BlockTable.needed_from`. What the blocks hold of the tokens before it is not theirs.
         seconds: from the read call to the end; 0.0 until done.
         via: how the bytes travelled, in the words of the transfer agent; empty until done.
         route: where the bytes were packed, in the words of `kvxfer.planner.router.Route` (``direct``, ``source_packed``, ...); several joined
@@ -97,6 +99,7 @@ class Transfer:
         self.nbytes: int = 0
         self.partial_nbytes: int = 0
         self.descriptors: int = 0
+        self.begins: Sequence[int] = ()
         self.via: str = ""
         self.route: str = ""
         self._on_end = on_end
@@ -168,6 +171,7 @@ class Transfer:
         nbytes: int = 0,
         partial_nbytes: int = 0,
         descriptors: int = 0,
+        begins: Sequence[int] = (),
         via: str = "",
         route: str = "",
     ) -> bool:
@@ -178,7 +182,7 @@ class Transfer:
         if error is not None:
             release_frames(error)
         self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
-        self.nbytes, self.partial_nbytes = nbytes, partial_nbytes
+        self.nbytes, self.partial_nbytes, self.begins = nbytes, partial_nbytes, begins
         self.seconds = self._now() - self.started
         # The event is queued before waiters wake, so that they find it in poll().
         try:

@@ -186,7 +186,7 @@ class Packer:
             raise BlockError(f"tokens {start} to {stop} are not in the {group.num_blocks} blocks of the chunk")
         sources, walks = self._leased(tuple(job.blocks))
         for number in {each.source_group for each in part.overlaps}:
-            if not sources[number].first_token <= start < stop <= sources[number].end_token:
+            if not sources[number].begins_at <= start < stop <= sources[number].end_token:
                 raise BlockError(f"tokens {start} to {stop} are not in the leased blocks")
         table = chunk_table(layout, job.tokens)
         if job.digest:

@@ -243,6 +243,7 @@ class ReadExecutor:
                 nbytes=task.nbytes,
                 partial_nbytes=task.partial_nbytes,
                 descriptors=task.descriptors,
+                begins=task.begins(),
                 via=via,
                 route=" and ".join(task.routes),
             )

@@ -85,6 +85,12 @@ class ReadTask:
         """Read the clock."""
         return self.tools.now()
 
+    def begins(self) -> list[int]:
+        """By target group, the first token that was read; of a group without any, where its blocks begin."""
+        into = self.job.transfer.into
+        spans = [self.spans.get(group, (0, 0)) for group in range(len(into))]
+        return [start if start < stop else table.begins_at for table, (start, stop) in zip(into, spans, strict=True)]
+
     def restarted(self) -> ReadTask:
         """The same read, to be started on a new agent."""
         again = ReadTask(self.job, self.tools)

@@ -31,6 +31,7 @@ class ScriptedTransfer:
     def __init__(self, ref: LeaseRef, into: list[int], tokens: tuple[int, int | None]) -> None:
         self.ref, self.into, self.tokens = ref, into, tokens
         self.seconds, self.nbytes, self.descriptors = 0.25, 4096 * len(into), len(into)
+        self.begins: list[int] = []
 
 
 class ScriptedEndpoint:

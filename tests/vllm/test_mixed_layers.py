@@ -28,7 +28,7 @@ def attention(kind=FullAttentionSpec, block=32, heads=2, width=4, **options):
 
 
 def window(**options):
-    return attention(SlidingWindowSpec, sliding_window=WINDOW, **options)
+    return attention(SlidingWindowSpec, **{"sliding_window": WINDOW, **options})
 
 
 def states(kind, block, page):
@@ -71,6 +71,11 @@ def states_and_attention(block=64):
 MODELS = {
     model.__name__: model for model in (other_block_sizes, latents_and_states, padded_pages, states_and_attention)
 }
+
+
+def whole_windows(block=32):
+    """Full attention and a window of a whole number of blocks."""
+    return named(attention(block=block), window(block=block, sliding_window=128))
 LENGTHS = [1, 2, 32, 33, 64, 65, 66, WINDOW + 1, 129, 300]
 
 
@@ -90,7 +95,7 @@ def pair(engines):
 
 def of(model, **options):
     """Options of an engine for a model."""
-    layers = MODELS[model](**options)
+    layers = {**MODELS, "whole_windows": whole_windows}[model](**options)
     return {"make": MixedEngine, "layers": layers, "block_tokens": next(iter(layers.values())).block_size}
 
 
@@ -227,3 +232,16 @@ def test_a_hit_within_a_block_that_is_as_long_as_the_lease(pair):
         consumer.run()
     assert served(producer, consumer, 97, max_tokens=4) == _alone("states_and_attention", 97, 4)
     assert consumer.stats["local_hits"] == 1 and "transfer_bytes" not in consumer.stats
+
+
+@pytest.mark.parametrize("after", [1, 20])
+@pytest.mark.parametrize("length", [229, 300])
+def test_the_next_request_after_a_load_from_smaller_blocks(pair, length, after):
+    """A request whose prefix was loaded from smaller blocks, whose windows begin within a block of this server, has right tokens."""
+    model = "whole_windows"
+    producer, consumer = pair(model, producer=of(model, block=32), consumer=of(model, block=64))
+    served(producer, consumer, length, max_tokens=4)
+    length = length // 64 * 64 + after
+    consumer.add("next", prompt_of(length), max_tokens=4)
+    consumer.run()
+    assert consumer.answers["next"].tokens == _alone(model, length, 4)
