@@ -214,7 +214,9 @@ def left_to_decode(model: Any) -> int:
     try:
         return int(SLIDING in group_layers_by_attn_type(model.config.get_text_config()))
     except ValueError as error:
-        raise ConfigError(f"kvxfer_transformers supports layers of full and of sliding attention only: {error}") from error
+        raise ConfigError(
+            f"kvxfer_transformers supports layers of full and of sliding attention only: {error}"
+        ) from error
 
 
 def _first_needed(allocator: Any, num_tokens: int) -> int:

@@ -76,6 +76,8 @@ MODELS = {
 def whole_windows(block=32):
     """Full attention and a window of a whole number of blocks."""
     return named(attention(block=block), window(block=block, sliding_window=128))
+
+
 LENGTHS = [1, 2, 32, 33, 64, 65, 66, WINDOW + 1, 129, 300]
 
 
