@@ -385,7 +385,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         return results.finished_sending or None, results.finished_recving or None
 
     def build_connector_worker_meta(self) -> LoadReport | None:
-        """What the scheduler has to know of the loads of this step's results."""
+        """Return what the scheduler has to know of the loads of this step's results."""
         return self._worker.take_load_report() if self._worker is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:

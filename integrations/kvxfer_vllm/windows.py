@@ -29,7 +29,7 @@ Begins = dict[int, int]
 
 @dataclass
 class LoadReport(KVConnectorWorkerMetadata):
-    """What a worker tells the scheduler of loads that went well, by request."""
+    """Report of a worker to the scheduler on loads that went well, by request."""
 
     begins: dict[str, Begins] = field(default_factory=dict)
 

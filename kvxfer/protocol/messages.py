@@ -138,7 +138,7 @@ class Grant(_Message, frozen=True, kw_only=True):
     check: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     """Content of the cell as long as these blocks are leased. No other lease has it, even one with the same token."""
     first_tokens: Annotated[list[TokenIndex], msgspec.Meta(max_length=1024)] = []
-    """Token with which the first block begins, per cache group; empty where all begin with the first token."""
+    """First token that the first block holds for the request, per cache group; empty where all begin with the first token."""
     complete: bool = True
     """These are all blocks of the lease. Otherwise further grants follow, each of which repeats what came before."""
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_S)]

@@ -86,7 +86,7 @@ class ReadTask:
         return self.tools.now()
 
     def begins(self) -> list[int]:
-        """By target group, the first token that was read; of a group without any, where its blocks begin."""
+        """First tokens that were read, by target group; of a group without any, where its blocks begin."""
         into = self.job.transfer.into
         spans = [self.spans.get(group, (0, 0)) for group in range(len(into))]
         return [start if start < stop else table.begins_at for table, (start, stop) in zip(into, spans, strict=True)]

@@ -33,6 +33,7 @@ from kvxfer.errors import (
     TransferTimeoutError,
     UnavailableError,
 )
+from kvxfer.layout.block_table import BlockTable
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import Done, Failed, LeaseExpired, LeaseReleased, LeaseRevoked
 from kvxfer.testing import eventually, same_bytes
@@ -57,6 +58,21 @@ def test_blocks_arrive(pair):
     assert source.end(ref) == LeaseReleased(ref.token, "r", read=True)
     assert sink.endpoint.metrics.value("kvxfer_bytes_total") == transfer.nbytes == 2 * 2 * 2 * 4 * 16 * 2
     assert sink.endpoint.poll() == [] and len(source.events) == 1
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_window_that_begins_inside_its_first_block(verify):
+    """What lies before it there stays behind, and the transfer says with which token it began."""
+    memory = [np.random.default_rng(i).integers(0, 256, (8, 2, 4, 16)).astype(np.uint16) for i in range(2)]
+    before = memory[1].copy()
+    caches = [KVCache.from_layers({"l.0": each}, block_tokens=4, kinds={"0": "sliding_window"}) for each in memory]
+    source, sink = (Endpoint(cache, "inproc", settings=QUICK, verify=verify) for cache in caches)
+    with source, sink:
+        ref = source.lease([BlockTable([1, 2, 3], 6)])
+        transfer = sink.read(ref, [BlockTable([7, 5, 6], 4, needed_from=6)])
+        assert transfer.wait(30) and transfer.begins == [6]
+    assert (memory[1][[5, 6]] == memory[0][[2, 3]]).all() and (memory[1][7, :, 2:] == memory[0][1, :, 2:]).all()
+    assert (memory[1][7, :, :2] == before[7, :, :2]).all()
 
 
 def test_announced_then_offered(pair):

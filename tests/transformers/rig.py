@@ -126,7 +126,7 @@ class Engine:
 
     def check_idle(self):
         """Nothing is in use: neither in kvxfer nor in the cache, whose prefixes may be evicted."""
-        kept = {"peers", "peer_timers", "agent_peers"}
+        kept = {"peers", "peer_timers", "agent_peers", "agents_written_to"}
         eventually(lambda: not any(n for name, n in self.manager.endpoint.in_use().items() if name not in kept))
         eventually(lambda: not any(a.block_table for a in self.cache.cache_allocators.values()))
         with self.manager.pause():

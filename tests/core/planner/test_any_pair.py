@@ -527,6 +527,22 @@ def test_a_window_with_smaller_blocks_begins_later(kind, needed_from, outcome):
             part.bind(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("begins_at", "needed_from", "outcome"),
+    [(6, 6, 6), (7, 7, 5), (7, 6, "tokens 4 to 12 are not in the source's blocks.*which hold 7 to 12"), (4, 4, 8)],
+)
+def test_a_window_that_begins_inside_its_first_block(begins_at, needed_from, outcome):
+    """What a source's first block holds before its window, which may be another token's, is moved to no target."""
+    spec = KVCache.from_layers({"l.0": np.zeros((8, 1, 4, 1), np.uint8)}, kinds={"0": "sliding_window"}).spec
+    arguments = BlockTable([2, 3], begins_at), BlockTable([5, 6], 4, needed_from)
+    part = common(spec, spec)
+    if isinstance(outcome, int):
+        assert part.bind(*arguments).total_nbytes == outcome
+    else:
+        with pytest.raises(BlockError, match=outcome):
+            part.bind(*arguments)
+
+
 JUNK = st.recursive(
     st.none()
     | st.booleans()
