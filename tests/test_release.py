@@ -184,6 +184,14 @@ def test_the_extra_mooncake(fresh):
     assert json.loads(report)["good"]
 
 
+def test_the_extra_cli(fresh):
+    """With what the command line shows more with: the script for a shell, and a picture of a plan."""
+    venv = fresh("cli")
+    assert "complete" in venv.kvxfer("completion", "bash").stdout
+    venv.kvxfer("plan", "--model", "llama-3-8b", "--picture", "plan.svg")
+    assert (venv.folder / "plan.svg").stat().st_size
+
+
 def test_the_extra_test(fresh):
     """With what tests need: a conformance suite can be imported, and a soak asks for an engine only."""
     venv = fresh("test")

@@ -32,6 +32,7 @@ _COMMANDS = {
     "soak": "run engines in real processes that are killed, frozen and restarted, and check every delivered byte",
     "doctor": "look at this machine and at running endpoints for what keeps transfers from working, or slows them",
     "agents": "list the transfer agents that are installed, and why one cannot be used here",
+    "completion": "print a script by which a shell completes commands and options",
 }
 
 EXIT_FAILED = 1
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     who = "kvxfer"
     try:
         with _ended_by_signals():
-            options = _parser(arguments).parse_args(arguments)
+            options = parser(arguments[:1]).parse_args(arguments)
             who = f"kvxfer {options.command}"
             code = int(importlib.import_module(f"kvxfer.cli.{options.command}").run(options))
             _flush()  # a full disk is an error here, not when the interpreter ends
@@ -77,16 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _told(f"{who}: not enough memory{f': {error}' if str(error) else ''}", EXIT_FAILED)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvxfer", description="Moves the KV cache of requests between LLM engines.")
+def parser(commands: Sequence[str] = tuple(_COMMANDS)) -> argparse.ArgumentParser:
+    """Parser of the command line; it knows the options of these commands only, which are imported for that."""
+    made = argparse.ArgumentParser(prog="kvxfer", description="Moves the KV cache of requests between LLM engines.")
     version = f"kvxfer {own_version()}, protocol {SPOKEN} ({SPOKEN.label})"
-    parser.add_argument("--version", action="version", version=version)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made.add_argument("--version", action="version", version=version)
+    subparsers = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_ in _COMMANDS.items():
         sub = subparsers.add_parser(name, help=help_, description=help_[0].upper() + help_[1:] + ".")
-        if name in arguments[:1]:
+        if name in commands:
             importlib.import_module(f"kvxfer.cli.{name}").add_arguments(sub)
-    return parser
+    return made
 
 
 def own_version() -> str:

@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.calibrate import CostSample, calibrate, needed_nbytes
+from kvxfer.cli.calibrate import STEPS, CostSample, calibrate, needed_nbytes
 from kvxfer.cli.checks import check_agent, check_memory, check_writable
 from kvxfer.cli.pairing import command as pair
-from kvxfer.cli.table import Progress, add_format, size, table
+from kvxfer.cli.table import add_format, size, table
+from kvxfer.cli.terminal import Progress
 from kvxfer.errors import ConfigError
 from kvxfer.planner.costs import Costs
 
@@ -50,7 +51,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     if options.out != "-":
         check_writable(options.out)
     costs, samples = calibrate(
-        options.agent, Progress(quiet=options.format == "json"), mib=options.mib, repeats=options.repeats
+        options.agent, Progress(quiet=options.format == "json", steps=STEPS), mib=options.mib, repeats=options.repeats
     )
     if options.format == "json":
         print(json.dumps({"costs": asdict(costs), "samples": [asdict(sample) for sample in samples]}, indent=2))

@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.buffers.host_copy import Effort
-    from kvxfer.cli.table import Progress
+    from kvxfer.cli.terminal import Progress
     from kvxfer.layout.spec import CacheSpec
     from kvxfer.planner.rank_plan import MatchedTables, RankPlan
 
 _LAYERS, _HEADS, _BLOCK_TOKENS, _HEAD_DIM = 4, 8, 16, 128
 """A layer of a block has 64 KiB and a token of a head 512 bytes: the longest and the shortest runs of common models."""
+
+STEPS = 6
+"""Steps that `calibrate` tells its progress."""
 
 _GRANTED_TIMEOUT_S = 10.0
 _SMALL_ARENA_NBYTES = 2 << 20

@@ -16,7 +16,8 @@ import numpy as np
 from kvxfer.cli import own_version
 from kvxfer.cli.checks import PROCESS_NBYTES, check_agent, check_memory
 from kvxfer.cli.parties import DemoConsumer, DemoProducer, Geometry, Outcome
-from kvxfer.cli.table import Progress, add_format, size, table
+from kvxfer.cli.table import add_format, size, table
+from kvxfer.cli.terminal import Progress, paint
 from kvxfer.errors import ConfigError, UnavailableError
 from kvxfer.testing.child import Child
 
@@ -95,7 +96,8 @@ def run(options: argparse.Namespace) -> int:
     blocks = wanted + max(4, wanted // 4)
     needed = (2 * blocks + wanted) * geometry.block_nbytes + 2 * PROCESS_NBYTES
     check_memory(needed, "take fewer --tokens")
-    progress = Progress()
+    requests = _requests(wanted, blocks)
+    progress = Progress(steps=3 + len(requests) * options.rounds)
     with ExitStack() as stack:
         with progress.step(f"two processes fill a cache of {size(blocks * geometry.block_nbytes)} each"):
             raises = (ConfigError, UnavailableError)  # errors of the question, not of the process
@@ -111,7 +113,6 @@ def run(options: argparse.Namespace) -> int:
         demo = _Demo(producer, consumer, progress)
         with progress.step("the processes meet"):
             warm = demo.move(DemoRequest("first contact", [0], [0]))[0]
-        requests = _requests(wanted, blocks)
         rows = [demo.rounds(request, options.rounds, options.tokens, geometry) for request in requests]
         with progress.step("a read after its lease has ended"):
             late, ended = demo.move_late(requests[0])
@@ -268,8 +269,8 @@ def _readable(found: dict[str, Any], rows: list[Row]) -> str:
         "  Then the consumer was frozen, its lease was ended and the blocks were given to another request; and it went on",
         f"  reading all the same. What it read {what}",
         "",
-        "  Every byte is right: those that moved, and all that had to stay as they were."
+        paint("  Every byte is right: those that moved, and all that had to stay as they were.", "good")
         if found["good"]
-        else "  FAILED: see above.",
+        else paint("  FAILED: see above.", "bad"),
     ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kvxfer import addresses
 from kvxfer.agents.finding import State, problem
 from kvxfer.cli.diagnosis import host, installed, link, names, peer
 from kvxfer.cli.table import add_format
+from kvxfer.cli.terminal import Progress, is_rich, paint
 from kvxfer.config import Settings
 from kvxfer.errors import ConfigError, KvxferError
 from kvxfer.secret import Secret
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from kvxfer.cli.diagnosis.peer import Met
 
 _MARKS = {State.GOOD: "  ok  ", State.NOTE: " note ", State.PROBLEM: "PROBLEM"}
+_STYLES = {State.GOOD: "good", State.NOTE: "note", State.PROBLEM: "bad"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,18 +61,21 @@ def run(options: argparse.Namespace) -> int:
     if not 0 < options.timeout <= 600:
         raise ConfigError("--timeout is above 0 and up to 600 seconds")
     secret = Secret.resolve(file=options.secret_file) if options.peer else None
-    found = {"installed": list(installed.installed()), "settings": list(installed.settings(os.environ))}
-    found |= {"names": list(names.names()), "host": list(host.host())}
+    progress = Progress(quiet=options.format == "json" or not is_rich(sys.stderr), steps=1 + len(options.peer))
+    with progress.step("looking at this machine"):
+        found = {"installed": list(installed.installed()), "settings": list(installed.settings(os.environ))}
+        found |= {"names": list(names.names()), "host": list(host.host())}
     met: list[Met] = []
     for address in options.peer:
-        found[f"peer {address}"] = list(_peer(address, secret, options, met))
+        with progress.step(f"meeting {address}"):
+            found[f"peer {address}"] = list(_peer(address, secret, options, met))
     if len(met) == len(options.peer) == 2:
         found["pair"] = list(peer.pair(*met))
     if options.format == "json":
         print(json.dumps({part: [asdict(each) for each in findings] for part, findings in found.items()}, indent=2))
     else:
         for part, findings in found.items():
-            print(part)
+            print(paint(part, "head"))
             for each in findings:
                 print(_line(each))
         print(_summary(found))
@@ -90,8 +96,9 @@ def _peer(address: str, secret: Secret | None, options: argparse.Namespace, met:
 
 
 def _line(finding: Finding) -> str:
-    line = f"  {_MARKS[finding.state]:7}  {finding.subject:<14}  {finding.text}"
-    return f"{line}\n{'':27}do: {finding.fix}" if finding.fix else line
+    mark = paint(f"{_MARKS[finding.state]:7}", _STYLES[finding.state])
+    line = f"  {mark}  {finding.subject:<14}  {finding.text}"
+    return f"{line}\n{'':27}do: {paint(finding.fix, 'fix')}" if finding.fix else line
 
 
 def _summary(found: dict[str, list[Finding]]) -> str:

@@ -8,7 +8,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from kvxfer.cli.table import Progress, add_format, size, table
+from kvxfer.cli.table import add_format, size, table
+from kvxfer.cli.terminal import Progress, paint
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         if options.profile not in (name, _ALL):
             continue
         begin, told = time.monotonic(), Counter[str]()
-        with progress.step(f"{name}, {options.seeds:,} seeds"):
+        with progress.step(f"{name}, {options.seeds:,} seeds", of=options.seeds):
             for number in range(options.seeds):
                 seed = options.first + number
                 try:
@@ -77,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
                 told["requests"] += report.requests
                 told["nbytes"] += report.nbytes
                 faults += report.faults
-                if number and number % _TOLD_EVERY == 0:
-                    progress.tell(f"{name}, {number:,} of {options.seeds:,} seeds")
+                done = number + 1
+                progress.count(done, f"{name}, {done:,} of {options.seeds:,} seeds", _TOLD_EVERY)
         counts = [
             f"{told[key]:,}" for key in ("requests", "Done", "Failed", "LeaseReleased", "LeaseExpired", "LeaseRevoked")
         ]
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     heads = ("profile", "seeds", "requests", "done", "failed", "released", "expired", "revoked", "moved", "took")
     print(table(heads, rows))
     print("\nwent wrong: " + (", ".join(f"{kind} {number:,}" for kind, number in faults.most_common()) or "nothing"))
-    print("wrong bytes 0, blocks reused too early 0, ends missed or told twice 0, things left behind 0")
+    print(paint("wrong bytes 0, blocks reused too early 0, ends missed or told twice 0, things left behind 0", "good"))
     return 0
 
 
@@ -98,7 +99,7 @@ def _explain(error: SimulationError, name: str, profile: Profile, most_runs: int
     """Print a finding, and the smallest run that shows it."""
     from kvxfer.testing.sim import shrink  # noqa: PLC0415 - as above
 
-    print(f"\nprofile {name}, seed {error.seed}: {error.finding}: {error.what}")
+    print("\n" + paint(f"profile {name}, seed {error.seed}: {error.finding}: {error.what}", "bad"))
     if most_runs:
         before, told = len(error.happened), time.monotonic()
 

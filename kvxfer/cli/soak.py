@@ -9,7 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.cli.checks import check_agent
-from kvxfer.cli.table import Progress, add_format, size
+from kvxfer.cli.table import add_format, size
+from kvxfer.cli.terminal import Progress, paint
 from kvxfer.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = options.minutes * 60
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(32)
     progress = Progress(quiet=options.format == "json")
-    with progress.step(f"{options.minutes:g} minutes of churn, seed {seed}"):
+    with progress.step(f"{options.minutes:g} minutes of churn, seed {seed}", seconds=seconds):
         try:
             report = run(
                 seconds,
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             if options.format == "json":
                 print(json.dumps({"good": False, "seed": seed, "error": str(error)}, indent=2))
             else:
-                print(f"\nseed {seed}, {error}")
+                print("\n" + paint(f"seed {seed}, {error}", "bad"))
             return 1
     print(
         json.dumps({"good": True, "seed": seed, **asdict(report)}, indent=2)
@@ -96,4 +97,6 @@ def _told(report: SoakReport) -> str:
         rows.append((who, what + f"{first.threads} to {last.threads} threads"))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {what}" for name, what in rows]
-    return "\n".join([*lines, "", "wrong: 0, leaked: 0, ends missed or told twice: 0, died by itself: 0"])
+    return "\n".join(
+        [*lines, "", paint("wrong: 0, leaked: 0, ends missed or told twice: 0, died by itself: 0", "good")]
+    )

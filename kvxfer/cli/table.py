@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output of commands: tables, sizes with units, and progress."""
+"""Output of commands: tables, and sizes with units."""
 
 from __future__ import annotations
 
-import sys
-import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from kvxfer.cli.terminal import paint
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 
 def add_format(parser: argparse._ActionsContainer) -> None:
@@ -33,7 +32,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str =
         padded = (f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in zip(cells, widths, right, strict=True))
         return (indent + "  ".join(padded)).rstrip()
 
-    return "\n".join([line(header), indent + "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)])
+    return "\n".join(
+        [paint(line(header), "head"), indent + "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows)]
+    )
 
 
 def size(nbytes: float) -> str:
@@ -43,40 +44,3 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1024
     return f"{nbytes:.1f} GiB"
-
-
-class Progress:
-    """Progress on stderr: on a terminal one line that is overwritten, else a line for each step.
-
-    Args:
-        quiet: print nothing.
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Show one step, from its begin to its end."""
-        begin = time.monotonic()
-        self._say(f"  {what} ...", end="" if self._terminal else "\n")
-        try:
-            yield
-        finally:
-            self._wipe()
-        if not self._terminal and time.monotonic() - begin >= 1:
-            self._say(f"  {what}: {time.monotonic() - begin:.1f} s")
-
-    def tell(self, what: str) -> None:
-        """Show a remark inside a step."""
-        self._wipe()
-        self._say(f"  {what} ...", end="" if self._terminal else "\n")
-
-    def _say(self, text: str, end: str = "\n") -> None:
-        if not self._quiet:
-            print(text, end=end, file=sys.stderr, flush=True)
-
-    def _wipe(self) -> None:
-        if self._terminal:
-            self._say("\r\033[K", end="")

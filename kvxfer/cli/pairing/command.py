@@ -18,7 +18,8 @@ from kvxfer.cli.pairing.measure import ORDERS, PairConditions, SinkRun
 from kvxfer.cli.pairing.source import SourceRun
 from kvxfer.cli.pictures import picture, plot
 from kvxfer.cli.rates import own_ip_towards
-from kvxfer.cli.table import Progress, add_format
+from kvxfer.cli.table import add_format
+from kvxfer.cli.terminal import Progress
 from kvxfer.errors import ConfigError, HandshakeError, PeerLostError
 from kvxfer.secret import Secret
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvxfer.cli.pairing.conversation import Caller
-    from kvxfer.cli.table import Progress
+    from kvxfer.cli.terminal import Progress
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.secret import Secret
 
