@@ -54,6 +54,7 @@ _FROM_MOONCAKE = {
     "prefill_side_swa_replay": "prefill leaves out what decode computes by itself",
 }
 _MOONCAKE = "MooncakeConnector"
+_NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 _BOOTSTRAP_PORT = 8998
 """Default of VLLM_MOONCAKE_BOOTSTRAP_PORT."""
 
@@ -129,6 +130,9 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
     """Producer: port of ``GET /query``, which MooncakeConnector's routers ask (`kvxfer_vllm.bootstrap`); without it none. Set on
     both servers it also means that the side channel's default is any free port, and that
     ``VLLM_MOONCAKE_ABORT_REQUEST_TIMEOUT`` counts."""
+    nixl_metrics: Boolean | None = None
+    """Whether ``/metrics`` has NixlConnector's names (``vllm:nixl_*``), too, for dashboards that were made for it; by default under
+    the name ``NixlConnector``."""
 
     @classmethod
     def parse(
@@ -154,6 +158,8 @@ class ConnectorOptions(Struct, frozen=True, kw_only=True):
         values = {name: _checked(name, value) for name, value in given.items()}
         if connector == _MOONCAKE and values.get("bootstrap_port") is None:
             values["bootstrap_port"] = _port_of(environ or {}, "VLLM_MOONCAKE_BOOTSTRAP_PORT", 1) or _BOOTSTRAP_PORT
+        if connector in _NIXL and values.get("nixl_metrics") is None:
+            values["nixl_metrics"] = True
         options = cls(**values)
         if options.granularity == "layer" and options.mode == "pull":
             raise _error("granularity 'layer' is for mode 'auto' or 'push', not 'pull'")

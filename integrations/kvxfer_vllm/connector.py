@@ -36,6 +36,7 @@ from kvxfer_vllm.bootstrap.launch import Published, publish_engine
 from kvxfer_vllm.groups import backoff_tokens, layer_groups, local_layers, state_specs, tables_of
 from kvxfer_vllm.heads import HeadCounts
 from kvxfer_vllm.metadata import KvxferHandshake, KvxferMetadata
+from kvxfer_vllm.nixl_metrics import NixlMetrics
 from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.rank_cache import cache_of_rank
 from kvxfer_vllm.scheduler import KvxferScheduler
@@ -420,5 +421,10 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KvxferPromMetrics:
-        """Make the metrics ``vllm:kvxfer_*`` of the API server."""
-        return KvxferPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        """Make the metrics ``vllm:kvxfer_*`` of the API server, and ``vllm:nixl_*`` if they are wanted."""
+        made = (vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        transfer = vllm_config.kv_transfer_config
+        options = ConnectorOptions.parse(
+            transfer.kv_connector_extra_config, connector=transfer.kv_connector, environ=os.environ
+        )
+        return KvxferPromMetrics(*made, nixl=NixlMetrics(*made) if options.nixl_metrics else None)

@@ -22,6 +22,8 @@ from kvxfer_vllm.arrivals import LOCAL_REASONS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from kvxfer_vllm.nixl_metrics import NixlMetrics
+
 SERIES = ("transfer_seconds", "transfer_bytes", "transfer_descriptors")
 
 # Name -> help; exported as vllm:kvxfer_<name>. With tensor parallelism each rank counts its own part of a request.
@@ -167,7 +169,7 @@ class KvxferStats(KVConnectorStats):
 
 
 class KvxferPromMetrics(KVConnectorPromMetrics):
-    """The metrics in the API server."""
+    """The metrics in the API server; ``nixl`` has them under NixlConnector's names, too."""
 
     def __init__(
         self,
@@ -175,7 +177,10 @@ class KvxferPromMetrics(KVConnectorPromMetrics):
         metric_types: dict[Any, Any],
         labelnames: list[str],
         per_engine_labelvalues: dict[int, list[object]],
+        *,
+        nixl: NixlMetrics | None = None,
     ) -> None:
+        self._nixl = nixl
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
         sizes = tuple(float(2**power) for power in range(12, 36, 2))  # 4 KiB to 16 GiB
@@ -223,6 +228,8 @@ class KvxferPromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Add one step's ``data`` of :class:`KvxferStats` to the metrics of an engine."""
         values = self.per_engine_labelvalues[engine_idx]
+        if self._nixl is not None:
+            self._nixl.observe(transfer_stats_data, engine_idx)
         for name, series in self._series.items():
             child = series.labels(*values)
             for value in transfer_stats_data.get(name, ()):

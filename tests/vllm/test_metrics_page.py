@@ -28,7 +28,7 @@ def _table(heading: str) -> dict[str, tuple[list[str], str]]:
     return {
         row[0].strip("`"): ([label.strip("` ") for label in row[1].split(",") if label], row[2])
         for row in rows
-        if row[0].startswith("`")
+        if len(row) == 4 and row[0].startswith("`")
     }
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+from kvxfer.errors import ConfigError
 from kvxfer.protocol.lease_ref import LeaseRef
 from kvxfer.protocol.transfer import LeaseReleased
 from kvxfer.runtime.links import Links, LinkUse
 from kvxfer_serving.refusals import RefusalReason
 from kvxfer_vllm.connector import KvxferConnector
 from kvxfer_vllm.metadata import KvxferMetadata, PublishOrder
+from kvxfer_vllm.nixl_metrics import NixlMetrics
 from kvxfer_vllm.stats import COUNTERS, LABELLED, KvxferStats
 from kvxfer_vllm.worker import KvxferWorker
 from tests.vllm.rig import Engine, drain, handed_over, prompt_of, scripted, vllm_config
@@ -152,6 +155,50 @@ def test_links_are_forwarded(prometheus):
     prom.observe(worker.take_stats().to_dict())
     assert [told(memory), told(tcp)] == [(0, 20), (0, 10)]
     assert worker.take_stats() is None
+
+
+def test_nixls_names(prometheus):
+    """With nixl_metrics the numbers are under NixlConnector's names, too, and each of its metrics stands in docs/metrics.md; else none is."""
+    labels = {"model_name": "nixl", "engine": "0"}
+    prom = prometheus(labels, {0: list(labels.values())}, nixl_metrics=True)
+    stats = _stats(expired_leases=3)
+    stats.record_transfer(seconds=0.5, nbytes=4096, descriptors=7)
+    stats.count("failed_transfers", 2, label="PeerTimeoutError")
+    stats.count("failed_transfers", label="LeaseEndedError")
+    prom.observe(stats.to_dict())
+    prom.observe({"local_hits": 1})
+    found = {
+        name: REGISTRY.get_sample_value(f"vllm:nixl_{name}", labels)
+        for name in (
+            "xfer_time_seconds_sum",
+            "xfer_time_seconds_count",
+            "bytes_transferred_sum",
+            "num_descriptors_sum",
+            "num_failed_transfers_total",
+            "num_kv_expired_reqs_total",
+        )
+    }
+    assert list(found.values()) == [0.5, 1, 4096, 7, 3, 3], found
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    made = {metric.name for metric in REGISTRY.collect() if metric.name.startswith("vllm:nixl_")}
+    assert made and {f"| `{name}` |" for name in made if f"| `{name}` |" not in page} == set()
+    with pytest.raises(ConfigError, match="leave nixl_metrics out"):
+        NixlMetrics(vllm_config(), {kind: kind for kind in (Counter, Gauge, Histogram)}, list(labels), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "has"),
+    [("KvxferConnector", None, False), ("NixlConnector", None, True), ("NixlConnector", False, False)],
+)
+def test_nixls_names_by_default(prometheus, name, given, has):
+    """A server whose connector is called NixlConnector has its metrics unless the option says no."""
+    config = vllm_config(**({} if given is None else {"nixl_metrics": given}))
+    config.kv_transfer_config.kv_connector = name
+    config.kv_transfer_config.kv_connector_module_path = (
+        "kvxfer_vllm.nixl_shim" if name.startswith("N") else "kvxfer_vllm"
+    )
+    KVConnectorProm(config, ["model_name", "engine"], {0: ["m", "0"]})
+    assert any(metric.name.startswith("vllm:nixl_") for metric in REGISTRY.collect()) == has
 
 
 def test_unknown_leases_are_not_reported_to_vllm():

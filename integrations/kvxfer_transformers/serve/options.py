@@ -117,6 +117,7 @@ def transfer_arguments(config: Mapping[str, Any], environ: Mapping[str, str]) ->
         ("bootstrap_port", options.bootstrap_port is not None),
         ("mode 'pull'", options.mode == "pull"),
         ("granularity 'layer'", options.granularity == "layer"),
+        ("nixl_metrics", options.nixl_metrics),
     ):
         if wrong:
             raise ConfigError(f"kv_connector_extra_config: {what} is for vLLM's connector only: leave it out")
