@@ -5,8 +5,8 @@ A version is raised when a message changes its meaning; a field that may be igno
 speaks the version before its highest as well, so that servers are replaced one after the other.
 
 - 2: a handshake names one version, and both sides speak that.
-- 3: `Hello` names the lowest and the highest that the consumer speaks, and `Welcome` the one that the producer took. All other
-  messages are those of version 2.
+- 3: `Hello` names the lowest and the highest that the consumer speaks, and `Welcome` the one that the producer took. A `Grant`
+  may begin inside the first block of a sliding window; a consumer of version 2 refuses such a one with `BlockError`.
 """
 
 from __future__ import annotations
