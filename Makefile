@@ -23,7 +23,7 @@ help: ## Say what there is
 demo: demo-env ## Two processes move a request's KV cache over NIXL; every byte is checked; a table tells how fast
 	@$(dir $(DEMO))kvxfer demo $(ARGS)
 
-serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them (make serve ENGINE=transformers)
+serve: full-env ## A vLLM prefill server, a vLLM decode server and a router, on a small model made on the spot; ctrl-C ends them (make serve ENGINE=transformers; ENGINE=vllm,transformers: prefill, decode)
 	@$(FULL) -m tools.serve $(if $(ENGINE),--engine $(ENGINE)) $(ARGS)
 
 test: check docs unit slow test-xla e2e ## All that proves the project: checks, tests of every part, and the tests through real vLLM

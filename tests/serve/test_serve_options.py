@@ -54,18 +54,30 @@ def test_agent_of_another_connector(capsys):
     assert "--agent is for KvxferConnector" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("engine", "module"), [("vllm", "vllm.entrypoints"), ("transformers", "kvxfer_transformers.serve")]
-)
-def test_engine_of_both_servers(made, tmp_path, engine, module):
-    """`--engine` is the engine of both servers."""
+MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "transformers": "kvxfer_transformers.serve"}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers", "vllm,transformers", "transformers,vllm"])
+def test_engines_of_the_servers(made, tmp_path, engine):
+    """`--engine` is the engine of both servers, or of prefill and of decode."""
     assert serve.main(["--logs", str(tmp_path), "--engine", engine]) == 1
     (pair,) = made
-    assert all(server.command[2].startswith(module) for server in (pair.prefill, pair.decode))
+    engines = engine.split(",")
+    assert [each.command[2] for each in (pair.prefill, pair.decode)] == [MODULES[engines[0]], MODULES[engines[-1]]]
+    assert [each.settings.role for each in (pair.prefill, pair.decode)] == ["kv_producer", "kv_consumer"]
 
 
-def test_an_engine_without_the_connector(capsys):
-    """A connector of vLLM's own with another engine is refused."""
+@pytest.mark.parametrize("engine", ["", "vlm", "vllm,", "vllm,transformers,vllm"])
+def test_what_names_no_engines(capsys, engine):
+    """Anything but one engine or two is refused, and what there is is named."""
     with pytest.raises(SystemExit):
-        serve.main(["--engine", "transformers", "--connector", "NixlConnector"])
+        serve.main(["--engine", engine])
+    assert f"{engine!r} names neither one engine nor two: there are transformers and vllm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm,transformers", "transformers,vllm"])
+def test_an_engine_without_the_connector(capsys, engine):
+    """A connector of vLLM's own with another engine, on either side, is refused."""
+    with pytest.raises(SystemExit):
+        serve.main(["--engine", engine, "--connector", "NixlConnector"])
     assert "NixlConnector is for vLLM only" in capsys.readouterr().err

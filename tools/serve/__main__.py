@@ -33,6 +33,7 @@ _METRICS = {
     "transformers": ("kvxfer_transfer_seconds", "kvxfer_bytes_total"),
 }
 """Names of the time of transfers, and of the sum of their bytes, by engine."""
+_ENGINES = " and ".join(sorted(_METRICS))
 _TEXT_PROMPT = "Between the two the cache of the request moves, and a person on the bridge asks: "
 _CHAT_PROMPT = "How far is the moon?"
 
@@ -64,7 +65,7 @@ class _Progress:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parse(arguments)
-    needed = [module for module in _NEEDED if module != "vllm" or options.engine == "vllm"]
+    needed = [module for module in _NEEDED if module != "vllm" or "vllm" in options.engine]
     missing = [_NEEDED[module] for module in needed if importlib.util.find_spec(module) is None]
     if missing:
         _say(f"This needs {', '.join(missing)}.")
@@ -87,10 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         connector=options.connector,
         connector_options={"agent": options.agent} if options.agent else {},
         max_model_tokens=recipe.max_positions,
-        engine=options.engine,
+        engines=options.engine,
     )
-    expected = "real vLLM" if options.engine == "vllm" else options.engine
-    _say(f"Starting a prefill server and a decode server of {expected} ({recipe.name}); up to a minute on two cores.")
+    prefill, decode = ("real vLLM" if engine == "vllm" else engine for engine in options.engine)
+    servers = f"a prefill server of {prefill} and a decode server of {decode}"
+    if prefill == decode:
+        servers = f"a prefill server and a decode server of {decode}"
+    _say(f"Starting {servers} ({recipe.name}); up to a minute on two cores.")
     _say(f"Logs: {logs}")
     status = 0
     try:
@@ -117,7 +121,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description="A prefill server, a decode server and vllm-router on this machine, until ctrl-C.",
     )
     parser.add_argument("command", nargs="?", choices=["serve"], default="serve", help="the only one, may be left out")
-    parser.add_argument("--engine", choices=sorted(_METRICS), default="vllm", help="of both servers (default: vllm)")
+    parser.add_argument(
+        "--engine",
+        type=_engines,
+        default="vllm",
+        metavar="ENGINE[,ENGINE]",
+        help=f"{_ENGINES}: of both servers, or of prefill and of decode (default: vllm)",
+    )
     parser.add_argument("--port", type=int, default=0, help="where vllm-router listens (default: a free port)")
     parser.add_argument("--model", choices=sorted(_RECIPES), default="small", help="made on the spot (default: small)")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the logs (default: a new temporary one)")
@@ -133,9 +143,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.agent and options.connector != "KvxferConnector":
         parser.error(f"--agent is for KvxferConnector: {options.connector} has its own")
-    if options.engine != "vllm" and options.connector != "KvxferConnector":
+    if options.engine != ("vllm", "vllm") and options.connector != "KvxferConnector":
         parser.error(f"{options.connector} is for vLLM only")
     return options
+
+
+def _engines(text: str) -> tuple[str, str]:
+    """Engines of prefill and decode. Raises argparse.ArgumentTypeError: the text names no engine, or more than two."""
+    names = tuple(text.split(","))
+    if not 1 <= len(names) <= 2 or not set(names) <= set(_METRICS):
+        raise argparse.ArgumentTypeError(f"{text!r} names neither one engine nor two: there are {_ENGINES}")
+    return names[0], names[-1]
 
 
 def _serve(pair: ServerPair, stop: threading.Event) -> int:

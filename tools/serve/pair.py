@@ -29,6 +29,8 @@ __all__ = ["MODEL_NAME", "SERVER_ENVIRONMENT", "PullRouter", "ServerPair", "Serv
 #: The name under which every server serves its model.
 MODEL_NAME = "kvxfer"
 
+EngineName = Literal["vllm", "transformers"]
+
 _HOST = "127.0.0.1"
 _MODULES = {"vllm": "vllm.entrypoints.openai.api_server", "transformers": "kvxfer_transformers.serve"}
 
@@ -69,7 +71,7 @@ class ServerSettings:
     max_model_tokens: int = 4096
     environment: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
-    engine: Literal["vllm", "transformers"] = "vllm"
+    engine: EngineName = "vllm"
 
     def model_dtype(self) -> str:
         """Dtype in which the model was saved; ``auto`` if the model does not say.
@@ -322,11 +324,23 @@ class ServerPair:
         self.router = PullRouter(self.prefill, self.decode, folder, port=router_port)
 
     @classmethod
-    def of(cls, model: Path, folder: Path, *, router_port: int | None = None, **common: Any) -> ServerPair:
-        """Make the usual pair for a model; ``common`` are settings of both servers (see :class:`ServerSettings`)."""
+    def of(
+        cls,
+        model: Path,
+        folder: Path,
+        *,
+        router_port: int | None = None,
+        engines: tuple[EngineName, EngineName] = ("vllm", "vllm"),
+        **common: Any,
+    ) -> ServerPair:
+        """Make the usual pair for a model, of these engines for prefill and decode.
+
+        ``common`` are settings of both servers (see :class:`ServerSettings`).
+        """
+        prefill, decode = engines
         return cls(
-            ServerSettings(name="prefill", model=model, role="kv_producer", **common),
-            ServerSettings(name="decode", model=model, role="kv_consumer", **common),
+            ServerSettings(name="prefill", model=model, role="kv_producer", engine=prefill, **common),
+            ServerSettings(name="decode", model=model, role="kv_consumer", engine=decode, **common),
             folder,
             router_port=router_port,
         )
