@@ -131,7 +131,8 @@ def test_an_engine_whose_rotation_differs_is_refused_by_that_name(engines):
 
     server, _ = engines
     config = AutoConfig.from_pretrained(server.settings.model)
-    config.rope_parameters["rope_theta"] = 20_000.0
+    rope = config.rope_parameters  # of Gemma by kind of layer
+    rope.get("sliding_attention", rope)["rope_theta"] = 20_000.0
     model = AutoModelForCausalLM.from_pretrained(server.settings.model, config=config, dtype=torch.float32)
     other = Engine(model=model, agent="nixl")
     try:
