@@ -138,6 +138,8 @@ class Host:
         """File descriptors of the connections that are open. A number is used again after its connection has ended."""
         self._caller: int | None = None
         """File descriptor of the connection whose run is under way."""
+        self.ips: list[str]
+        self.port: int
         try:
             self.ips, self.port = listener.listen(self._socket, ips, port)
         except zmq.ZMQError as error:
