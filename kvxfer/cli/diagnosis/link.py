@@ -45,6 +45,10 @@ _BULK_NBYTES = 4 << 20
 _FEW_NBYTES = 16
 _PIECE_NBYTES = 64 << 10
 _TIMES = 20
+_TELLING_READS = 20
+"""Most times that pieces are read until an agent sees that a link which it takes for memory copies is none."""
+MEMORY_LINK = "memory"
+"""`TransferAgent.link_kind` of copies between processes of one host."""
 _LEAST_SHARE = 0.25
 """Share of what would be possible below which a link is too slow."""
 
@@ -83,15 +87,16 @@ def link(met: Met, agent_name: str, ip: str, *, move_by: MoveBy, timeout_s: floa
         peer = agent.connect(met.welcome.agent_info)
         on_host = device_of(ip) is not None
         forbidden = list(host.copies_between_processes(host.copy_error(), Path("/"))) if on_host else []
-        stream = agent.link_facts(peer).fate_shared or any(each.state is State.NOTE for each in forbidden)
+        obstacles = [each for each in forbidden if each.state is State.NOTE]
+        stream = agent.link_facts(peer).fate_shared or bool(obstacles)
         measured: list[Finding] = []
         if Op.READ in agent.capabilities.ops:
             wire = wire_to(ip) if stream else None
             measured = list(_measured(met, agent, peer, scratch, wire, time.monotonic() + timeout_s))
         # Afterwards, because what transfers show corrects what an agent takes the link for.
         yield from _direction(met, agent, peer, move_by)
-        if on_host and agent.link_facts(peer).fate_shared:
-            yield from on_one_host(forbidden)
+        if on_host and (agent.link_facts(peer).fate_shared or (obstacles and agent.link_kind(peer) == MEMORY_LINK)):
+            yield from on_one_host(obstacles)
         yield from measured
     except KvxferError as error:
         yield problem("link", f"{type(error).__name__}: {error}", _port_fix(met))
@@ -99,13 +104,12 @@ def link(met: Met, agent_name: str, ip: str, *, move_by: MoveBy, timeout_s: floa
         agent.close()
 
 
-def on_one_host(copies: list[Finding]) -> Iterator[Finding]:
+def on_one_host(obstacles: list[Finding]) -> Iterator[Finding]:
     """Findings about a link through the network although both processes are on this host.
 
     Args:
-        copies: findings about copies between processes of this host.
+        obstacles: findings about what forbids copies between processes of this host.
     """
-    obstacles = [each for each in copies if each.state is State.NOTE]
     yield from obstacles
     if not obstacles:
         yield note(
@@ -161,6 +165,10 @@ def _measured(
     except TransferTimeoutError:
         yield problem("speed", f"{size(nbytes)} did not arrive in time", _port_fix(met))
         return
+    for _ in range(_TELLING_READS if wire is not None else 0):
+        if agent.link_kind(peer) != MEMORY_LINK:
+            break
+        read_s(regions[-1].address, nbytes)
     # What has room in buffers on the way comes sooner than what follows.
     yield from speed(nbytes, min(times) if wire is None else statistics.median(times[_TIMES // 2 :]), latency_s, wire)
 
