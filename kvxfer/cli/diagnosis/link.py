@@ -45,8 +45,6 @@ _BULK_NBYTES = 4 << 20
 _FEW_NBYTES = 16
 _PIECE_NBYTES = 64 << 10
 _TIMES = 20
-_TELLING_READS = 20
-"""Most times that pieces are read until an agent sees that a link which it takes for memory copies is none."""
 MEMORY_LINK = "memory"
 """`TransferAgent.link_kind` of copies between processes of one host."""
 _LEAST_SHARE = 0.25
@@ -93,10 +91,13 @@ def link(met: Met, agent_name: str, ip: str, *, move_by: MoveBy, timeout_s: floa
         if Op.READ in agent.capabilities.ops:
             wire = wire_to(ip) if stream else None
             measured = list(_measured(met, agent, peer, scratch, wire, time.monotonic() + timeout_s))
-        # Afterwards, because what transfers show corrects what an agent takes the link for.
-        yield from _direction(met, agent, peer, move_by)
-        if on_host and (agent.link_facts(peer).fate_shared or (obstacles and agent.link_kind(peer) == MEMORY_LINK)):
-            yield from on_one_host(obstacles)
+        # Afterwards, because what transfers show corrects what an agent takes the link for. It may take long to see that.
+        if obstacles and agent.link_kind(peer) == MEMORY_LINK:
+            yield from obstacles
+        else:
+            yield from _direction(met, agent, peer, move_by)
+            if on_host and agent.link_facts(peer).fate_shared:
+                yield from on_one_host(obstacles)
         yield from measured
     except KvxferError as error:
         yield problem("link", f"{type(error).__name__}: {error}", _port_fix(met))
@@ -165,10 +166,6 @@ def _measured(
     except TransferTimeoutError:
         yield problem("speed", f"{size(nbytes)} did not arrive in time", _port_fix(met))
         return
-    for _ in range(_TELLING_READS if wire is not None else 0):
-        if agent.link_kind(peer) != MEMORY_LINK:
-            break
-        read_s(regions[-1].address, nbytes)
     # What has room in buffers on the way comes sooner than what follows.
     yield from speed(nbytes, min(times) if wire is None else statistics.median(times[_TIMES // 2 :]), latency_s, wire)
 
