@@ -294,7 +294,7 @@ SCENES = (
     Scene("`::1 localhost` in the hosts file", _localhost, "means ::1: a client that tries the first address only", ("localhost",), last=False, why_not=_root),
     Scene("An endpoint with another secret", _another_secret, "the first cause: secret: the endpoint does not answer: it has another secret", ("peer",), why_not=_nixl),
     Scene("An endpoint of another version", _another_version, "the first cause: handshake: refused (protocol)", ("peer",), why_not=_nixl),
-    Scene("Two endpoints with different models", _another_model, "refused (fingerprint)", ("pair",), why_not=_nixl),
+    Scene("Two endpoints with different models", _another_model, "refused (rope theta)", ("pair",), why_not=_nixl),
     Scene("A port that answers and is not kvxfer's", _http_server, "the first cause: port: an HTTP server listens there, not kvxfer", ("peer",)),
     Scene("An endpoint behind a link that was slowed to 100 Mbit/s", _slow_link, "the link is slow", ("peer",), why_not=lambda: _nixl() or why_not()),
 )  # fmt: skip
