@@ -37,12 +37,14 @@ def model_fingerprint(vllm_config: VllmConfig, override: str = "") -> str:
 def _served(vllm_config: VllmConfig) -> ServedModel:
     model, load = vllm_config.model_config, vllm_config.load_config
     load_format = str(load.load_format)
+    # vLLM keeps the configuration of a model in object storage in a folder of this machine, with another name each time.
+    name = getattr(model, "model_weights", "") or model.model
     changed = model.hf_overrides if isinstance(model.hf_overrides, dict) else {}
     return ServedModel(
         engine="vLLM",
-        name=model.model,
-        place=_place(model.model, model.revision, load.download_dir),
-        unread=f"{load_format} {digest_of(model.model, model.revision)}",
+        name=name,
+        place=_place(name, model.revision, load.download_dir),
+        unread=f"{load_format} {digest_of(name, model.revision)}",
         is_stored=load_format not in _MADE_UP,
         config=model.hf_config.to_dict(),
         text_config=model.hf_text_config.to_dict(),
