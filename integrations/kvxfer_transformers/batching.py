@@ -25,7 +25,7 @@ from kvxfer_transformers import scheduler, seams
 from kvxfer_transformers.exchange import Exchange
 from kvxfer_transformers.fingerprint import model_fingerprint
 from kvxfer_transformers.outputs import LeaseOutputRouter
-from kvxfer_transformers.paged_cache import PagedCacheView, left_to_decode
+from kvxfer_transformers.paged_cache import PagedCacheView, fitting_page, left_to_decode
 from kvxfer_transformers.requests import wish_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class KvxferBatchingManager(ContinuousBatchingManager):
     Args:
         model: of transformers.
         generation_config: by default the model's.
-        continuous_batching_config: as for transformers; asynchronous batching is off.
+        continuous_batching_config: as for transformers; asynchronous batching is off. By default pages fit into the model's window.
         workload_hints: as for transformers.
         transfer: options of the transfers.
 
@@ -102,7 +102,10 @@ class KvxferBatchingManager(ContinuousBatchingManager):
         transfer: TransferOptions | None = None,
     ) -> None:
         seams.check()
-        config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        config = copy.copy(continuous_batching_config)
+        if config is None:
+            config = ContinuousBatchingConfig()
+            config.page_size = fitting_page(model, config.page_size)
         if config.use_async_batching:
             # A request that has ended may be in the step under way, which writes to its blocks.
             raise ConfigError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import BufferMaker
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_SHORTEST_PAGE = 4  # of transformers
 _KINDS = {FULL: "full_attention", SLIDING: "sliding_window"}
 
 
@@ -217,6 +218,12 @@ def left_to_decode(model: Any) -> int:
         raise ConfigError(
             f"kvxfer_transformers supports layers of full and of sliding attention only: {error}"
         ) from error
+
+
+def fitting_page(model: Any, most: int) -> int:
+    """Longest page, of up to ``most`` tokens, of which a model's window is a whole number; ``most`` if there is none."""
+    window = model.config.get_text_config().sliding_window if left_to_decode(model) else most
+    return max((page for page in range(_SHORTEST_PAGE, most + 1) if window % page == 0), default=most)
 
 
 def _first_needed(allocator: Any, num_tokens: int) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvxfer.errors import ConfigError
 from kvxfer.testing import eventually
 from kvxfer_transformers import seams
 from kvxfer_transformers.batching import TransferOptions
+from kvxfer_transformers.paged_cache import fitting_page
 from tests.transformers.rig import NEW_TOKENS, SOON, Engine, prompt
 
 TOKENS = prompt(50)
@@ -183,6 +185,15 @@ def test_other_versions_are_refused(version):
     """A version of transformers that was not tried is refused by its name, before any model is loaded."""
     with pytest.raises(ConfigError, match=f"transformers {version}"):
         seams.check(version)
+
+
+@pytest.mark.parametrize(("window", "page"), [(64, 64), (128, 128), (2047, 89), (4096, 256), (2053, 256), (None, 256)])
+def test_the_page_that_fits_into_a_window(window, page):
+    """By default a window is a whole number of pages, unless its length is a prime number."""
+    types = ["sliding_attention" if window else "full_attention", "full_attention"]
+    config = SimpleNamespace(layer_types=types, sliding_window=window)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert fitting_page(model, 256) == page
 
 
 def test_what_is_not_supported_is_refused_at_start_up(monkeypatch):

@@ -18,6 +18,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from kvxfer.errors import ConfigError
 from kvxfer_transformers import KvxferBatchingManager
 from kvxfer_transformers.batching import TransferOptions
+from kvxfer_transformers.paged_cache import fitting_page
 from kvxfer_transformers.serve.errors import BadRequestError, EngineEndedError, GenerationFailedError
 from kvxfer_transformers.serve.text import AnswerText
 
@@ -119,7 +120,7 @@ class ServedEngine:
             raise ConfigError(f"--max-model-len is needed, up to the model's {longest}")
         config = ContinuousBatchingConfig(num_blocks=options.num_blocks)
         for name, value in (
-            ("page_size", options.page_tokens),
+            ("page_size", options.page_tokens or fitting_page(model, config.page_size)),
             ("max_batch_tokens", options.max_batch_tokens),
             ("max_requests_per_batch", options.max_requests),
         ):

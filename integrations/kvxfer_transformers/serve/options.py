@@ -166,7 +166,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--dtype", choices=_DTYPES, default="auto", help="of weights and KV (default: that of the checkpoint)")
     add("--device", choices=_DEVICES, default="auto", help="default: cuda if there is one")
     add("--trust-remote-code", action="store_true", help="as for transformers")
-    add("--block-size", type=_number(1), help="tokens of a page (default: transformers' 256)")
+    add("--block-size", type=_number(1), help="tokens of a page (default: 256, or what fits into the model's window)")
     add("--num-gpu-blocks-override", type=_number(1), help="pages of the cache, on any device")
     add("--max-num-batched-tokens", type=_number(1), help="most tokens of one step")
     add("--max-num-seqs", type=_number(1), help="most requests of one step")
