@@ -58,7 +58,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         )
 
 
-def _need_nixl() -> None:
+def need_nixl() -> None:
+    """Skip the test where NIXL cannot run."""
     why = registry.why_unavailable("nixl")
     if why is not None:
         pytest.skip(why)
@@ -67,7 +68,7 @@ def _need_nixl() -> None:
 @pytest.fixture(scope="module")
 def pair(measuring: bool) -> Iterator[Pair]:
     """Two processes with a cache of Llama-3-8B's geometry each: 512 MiB, or 32 MiB where nothing is measured."""
-    _need_nixl()
+    need_nixl()
     with pair_of(Geometry(blocks=256 if measuring else 16)) as made:
         yield made
 
@@ -75,6 +76,6 @@ def pair(measuring: bool) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def layer_pair(measuring: bool) -> Iterator[Pair]:
     """The same with one layer, so that a read of one block is a read of 64 KiB."""
-    _need_nixl()
+    need_nixl()
     with pair_of(Geometry(layers=1, blocks=256 if measuring else 16)) as made:
         yield made

@@ -17,9 +17,9 @@ from kvxfer import addresses
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-FIRST_S = 0.15
+FIRST_S = 0.1
 """Time from an unanswered message to the first probe."""
-AGAIN_S = 0.4
+AGAIN_S = 0.25
 """Time for which a port must be refused, since a restarted server may listen by then."""
 NAMED_S = 5.0
 """The same for a host name: the process may start again at another address of the name."""

@@ -46,6 +46,16 @@ def test_a_closed_port_is_found_the_second_time(free_port):
     watch.close()
 
 
+def test_a_dead_peer_that_is_asked_again_and_again_is_known_within_a_second(free_port):
+    """The question that stays without an answer, and the probes after it, take less than a second together, by their own clock."""
+    watch = PortWatch(0.0)
+    now = watch.due
+    while not watch.check(["127.0.0.1"], free_port, now):  # the kernel refuses before ``connect`` returns
+        now = watch.due
+    watch.close()
+    assert Settings().retry_interval_s + now <= 0.9  # a tenth of a second is for the threads
+
+
 def test_an_open_port_is_never_found():
     """A peer with a listener, frozen or not, is not dead; nor is one of whose several addresses only one is refused."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
