@@ -45,6 +45,7 @@ def _prepared(sink: kvxfer.Endpoint, producers: list[Producer]) -> tuple[dict[st
     }
 
 
+@pytest.mark.timeout(1800)
 def test_a_killed_producer_is_known_soon(benchmark, measuring, report):
     """From SIGKILL until each read that waits for the producer, and each that begins right afterwards, fails by name."""
     need_nixl()
@@ -144,6 +145,7 @@ def _percentile(seconds: list[float], percent: float) -> float:
     return float(np.percentile(np.asarray(seconds), percent))
 
 
+@pytest.mark.timeout(1800)
 def test_dead_peers_do_not_slow_down_the_others(benchmark, measuring, report):
     """Reads of 512 KiB from 40 live peers with 10 of 50 dead, beside the same with none dead, in turns."""
     need_nixl()

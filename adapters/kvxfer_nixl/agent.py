@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -131,7 +132,7 @@ class NixlAgent(TransferAgent):
         }
         options = NixlOptions.of(given | unknown)
         super().__init__(name)
-        self._warm_up = WarmUp(lambda other: type(self)(other, **given))
+        self._warm_up = WarmUp(partial(type(self), **given))
         for_backends, self.loopback_only = options.for_backends()
         self.module = find(options.module)
         """The module of NIXL that is used, and why."""

@@ -185,6 +185,14 @@ class EndWrite:
 
 
 @dataclass(frozen=True)
+class MeetAgent:
+    """Connect to an agent from which a lease will be read; ``writes``: it can write by itself."""
+
+    agent_info: bytes
+    writes: bool
+
+
+@dataclass(frozen=True)
 class ForgetAgent:
     """Forget the agent with this description: it is gone for good."""
 
@@ -208,6 +216,7 @@ DataAction = (
     | EndPack
     | StartWrite
     | EndWrite
+    | MeetAgent
     | ForgetAgent
 )
 """Actions of the data thread."""

@@ -18,6 +18,7 @@ from kvxfer.protocol.actions import (
     ChunkStaged,
     EndPack,
     EndWrite,
+    MeetAgent,
     MoreGranted,
     StartPack,
     StartRead,
@@ -229,6 +230,8 @@ class DataLoop:
             self._writer.start(job)
         elif isinstance(job, EndWrite):
             self._writer.end(job.key, cut_off=job.cut_off)
+        elif isinstance(job, MeetAgent):
+            reads.meet(job)
         else:
             self._life.forget(job.agent_info, needed=reads.needs(job.agent_info))
 

@@ -28,6 +28,7 @@ from kvxfer.protocol.actions import (
     EndPack,
     ForgetAgent,
     Hangup,
+    MeetAgent,
     MoreGranted,
     PackKey,
     Reply,
@@ -162,6 +163,7 @@ class Node:
     answers: bool = True
     events: list[Any] = field(default_factory=list)
     forgotten: list[bytes] = field(default_factory=list)
+    introduced: list[bytes] = field(default_factory=list)
     ticks: int = 0
     sent: list[Any] = field(default_factory=list)
     """Every message this node sent, decoded."""
@@ -353,6 +355,8 @@ class Node:
                 self.events.append(action.event)
                 for block in self.published.get(action.event.token, ()):
                     self.content[block] = next(_numbers)  # the engine uses it for something else at once
+            elif isinstance(action, MeetAgent):
+                self.introduced.append(action.agent_info)
             elif isinstance(action, ForgetAgent):
                 self.forgotten.append(action.agent_info)
             elif isinstance(action, StartPack):
