@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import psutil
 
 import kvxfer
 from kvxfer.testing.child import Child
@@ -49,6 +50,10 @@ class Producers:
         if blocks:
             self.endpoints[number].publish(ref, np.asarray(blocks), complete=False)
         return ref.to_obj()
+
+    def rss(self) -> int:
+        """Memory of this process."""
+        return psutil.Process().memory_info().rss
 
     def close(self) -> None:
         for each in self.endpoints:
