@@ -60,7 +60,7 @@ class Producers:
             each.close()
 
 
-class Producer(NamedTuple):
+class FleetProducer(NamedTuple):
     """One producer of a `Fleet`."""
 
     child: Child
@@ -88,10 +88,10 @@ class Fleet:
         names = [f"fleet-{os.getpid()}-{id(self)}-{i}" for i in range(processes)]
         self.children = [Child(name, Producers, name, each) for name in names]
 
-    def producers(self, process: int) -> list[Producer]:
+    def producers(self, process: int) -> list[FleetProducer]:
         """The producers of one process."""
         child = self.children[process]
-        return [Producer(child, i, *known) for i, known in enumerate(child.call("known"))]
+        return [FleetProducer(child, i, *known) for i, known in enumerate(child.call("known"))]
 
     def kill(self, process: int) -> None:
         """Kill a process with SIGKILL; returns when it has ended."""

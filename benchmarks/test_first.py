@@ -40,14 +40,14 @@ def _cold() -> None:
     Contacts.meet_ahead = lambda *_: None  # type: ignore[method-assign]
 
 
-class _Producer(Rank):
+class _FirstProducer(Rank):
     def __init__(self, geometry: Geometry, name: str, warm: bool) -> None:
         if not warm:
             _cold()
         super().__init__(geometry, name, 0, 1, NIXL_CMA)
 
 
-class _Consumer:
+class _FirstConsumer:
     def __init__(self, geometry: Geometry, warm: bool) -> None:
         if not warm:
             _cold()
@@ -103,8 +103,8 @@ def test_the_first_read_of_a_cold_pair(benchmark, measuring, report):
         for number, (warm, ahead_s) in enumerate(random.sample(kinds, len(kinds)) if measuring else kinds[:1]):
             name = f"first-{os.getpid()}-{number}-{time.monotonic_ns()}"
             with (
-                Child("producer", _Producer, geometry, name, warm) as producer,
-                Child("consumer", _Consumer, geometry, warm) as consumer,
+                Child("producer", _FirstProducer, geometry, name, warm) as producer,
+                Child("consumer", _FirstConsumer, geometry, warm) as consumer,
             ):
                 address, reads = producer.call("address"), []
                 consumer.ready()

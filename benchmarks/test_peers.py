@@ -21,13 +21,15 @@ from kvxfer.errors import KvxferError
 from kvxfer.testing.waiting import eventually
 
 if TYPE_CHECKING:
-    from benchmarks.fleet import Producer
+    from benchmarks.fleet import FleetProducer
 
 DEATH_GOAL_S = 1.0
 SLOWER_GOAL = 1.1
 
 
-def _prepared(sink: kvxfer.Endpoint, producers: list[Producer]) -> tuple[dict[str, kvxfer.Transfer], dict[str, object]]:
+def _prepared(
+    sink: kvxfer.Endpoint, producers: list[FleetProducer]
+) -> tuple[dict[str, kvxfer.Transfer], dict[str, object]]:
     """Reads that wait for their producers, and leases that are to be read when these are dead; each of another producer."""
     for each in producers[:4]:
         sink.read(each.lease(1, [0])[0], [0]).wait(60)
@@ -82,7 +84,7 @@ def test_a_killed_producer_is_known_soon(benchmark, measuring, report):
         )
 
 
-class _Load:
+class _PeerLoad:
     """Reads of one consumer from its peers.
 
     Args:
@@ -90,25 +92,25 @@ class _Load:
             are dead.
     """
 
-    def __init__(self, sink: kvxfer.Endpoint, live: list[Producer], asked: list[Producer]) -> None:
+    def __init__(self, sink: kvxfer.Endpoint, live: list[FleetProducer], asked: list[FleetProducer]) -> None:
         self.sink = sink
         self.live, self.asked = live, asked
         self.seconds: list[float] = []
-        self._asking: dict[Producer, kvxfer.Transfer] = {}
-        self._leases: dict[Producer, list[kvxfer.LeaseRef]] = {}
+        self._asking: dict[FleetProducer, kvxfer.Transfer] = {}
+        self._leases: dict[FleetProducer, list[kvxfer.LeaseRef]] = {}
 
-    def lay_in(self, producers: list[Producer], leases: int) -> None:
+    def lay_in(self, producers: list[FleetProducer], leases: int) -> None:
         """Have leases made ahead, so that no producer makes one while times are taken."""
         for each in producers:
             self._leases.setdefault(each, []).extend(each.lease(leases, range(8)))
 
-    def meet(self, producers: list[Producer]) -> None:
+    def meet(self, producers: list[FleetProducer]) -> None:
         """Read once from each of these."""
         self.lay_in(producers, 1)
         for each in producers:
             self.sink.read(self._leases[each].pop(), range(8)).wait(60)
 
-    def acquire(self, producers: list[Producer]) -> None:
+    def acquire(self, producers: list[FleetProducer]) -> None:
         """Acquire a lease of each of these, which is then read by `round`."""
         self.lay_in(producers, 1)
         for each in producers:
@@ -157,7 +159,7 @@ def test_dead_peers_do_not_slow_down_the_others(benchmark, measuring, report):
     ):
         live = [producer for process in range(processes - 2) for producer in fleet.producers(process)]
         idle, doomed = fleet.producers(processes - 2), fleet.producers(processes - 1)
-        none_dead, some_dead = _Load(one, live, []), _Load(two, live, doomed)
+        none_dead, some_dead = _PeerLoad(one, live, []), _PeerLoad(two, live, doomed)
         none_dead.meet(live + idle)
         some_dead.meet(live + doomed)
         some_dead.acquire(doomed)

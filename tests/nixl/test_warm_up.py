@@ -76,7 +76,7 @@ def test_an_endpoint_warms_its_agent_up_once_all_memory_is_registered(monkeypatc
     asked = []
 
     def warm_up(agent):
-        asked.append(len(agent._registrations.memories))
+        asked.append(len(msgspec.msgpack.decode(agent.describe(), type=Description).regions))
         raise RuntimeError("planted")
 
     monkeypatch.setattr(InprocAgent, "warm_up", warm_up)
