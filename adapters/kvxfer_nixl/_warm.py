@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The work of a first connection, done at the start of an agent.
 
-When UCX first connects a worker with one in another process, it chooses lanes and protocols, at the end that begins and then at
+When UCX first connects a worker with one in another process, it chooses transports and protocols, at the end that begins and then at
 the other end: 9 ms of computing each (UCX 1.23), which it remembers for all later peers that are reached in the same way. An agent
 in the same process is reached as one in another process of this host. So two short-lived agents, one that the agent connects to and
 one that connects to the agent, leave 1 ms at either end for the first peer of this host.

@@ -185,7 +185,7 @@ class EndWrite:
 
 
 @dataclass(frozen=True)
-class MeetAgent:
+class ConnectAgent:
     """Connect to an agent from which a lease will be read; ``writes``: it can write by itself."""
 
     agent_info: bytes
@@ -216,7 +216,7 @@ DataAction = (
     | EndPack
     | StartWrite
     | EndWrite
-    | MeetAgent
+    | ConnectAgent
     | ForgetAgent
 )
 """Actions of the data thread."""

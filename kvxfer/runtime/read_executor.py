@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import ChunkStaged, MeetAgent, MoreGranted, StartRead, WriteEnded
+    from kvxfer.protocol.actions import ChunkStaged, ConnectAgent, MoreGranted, StartRead, WriteEnded
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
@@ -126,7 +126,7 @@ class ReadExecutor:
         self._start(ReadTask(job, self._tools))
         self._requests.resume()
 
-    def meet(self, job: MeetAgent) -> None:
+    def meet(self, job: ConnectAgent) -> None:
         """Connect to an agent ahead of the first read from it. What keeps that from working, that read will find."""
         try:
             op, _ = self._choose(job.agent_info, writes=job.writes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work of a first connection is done at the start of an agent, and leaves nothing behind."""
+"""The work of a first connection is done at the start of an agent, and leaves nothing behind. White-box."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ from kvxfer.planner.router import Router
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import (
     ChunkStaged,
+    ConnectAgent,
     Emit,
     EndPack,
     ForgetAgent,
     Hangup,
-    MeetAgent,
     MoreGranted,
     PackKey,
     Reply,
@@ -355,7 +355,7 @@ class Node:
                 self.events.append(action.event)
                 for block in self.published.get(action.event.token, ()):
                     self.content[block] = next(_numbers)  # the engine uses it for something else at once
-            elif isinstance(action, MeetAgent):
+            elif isinstance(action, ConnectAgent):
                 self.introduced.append(action.agent_info)
             elif isinstance(action, ForgetAgent):
                 self.forgotten.append(action.agent_info)

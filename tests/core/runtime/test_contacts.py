@@ -12,7 +12,7 @@ from kvxfer.errors import LeaseEndedError, PeerTimeoutError, PeerUnknownError, T
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Router
-from kvxfer.protocol.actions import ForgetAgent, MeetAgent
+from kvxfer.protocol.actions import ConnectAgent, ForgetAgent
 from kvxfer.runtime import contacts
 from kvxfer.testing import eventually
 from tests.core.protocol.virtual import small_cache
@@ -203,7 +203,7 @@ def test_it_is_forgotten(two):
 
 def ahead(rig):
     """Have the agent of the silent peer met ahead of any read."""
-    rig.path.do(MeetAgent(rig.other.agent.describe(), writes=False))
+    rig.path.do(ConnectAgent(rig.other.agent.describe(), writes=False))
 
 
 def test_a_contact_ahead_is_all_that_the_first_read_needs(two):
