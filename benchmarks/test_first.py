@@ -37,7 +37,6 @@ _STAGES = (
 def _cold() -> None:
     """Have all connections of this process made by the first read, and by nothing before."""
     NixlAgent.warm_up = lambda _: None  # type: ignore[method-assign]
-    Contacts.meet_ahead = lambda *_: None  # type: ignore[method-assign]
 
 
 class _FirstProducer(Rank):

@@ -185,14 +185,6 @@ class EndWrite:
 
 
 @dataclass(frozen=True)
-class ConnectAgent:
-    """Connect to an agent from which a lease will be read; ``writes``: it can write by itself."""
-
-    agent_info: bytes
-    writes: bool
-
-
-@dataclass(frozen=True)
 class ForgetAgent:
     """Forget the agent with this description: it is gone for good."""
 
@@ -216,7 +208,6 @@ DataAction = (
     | EndPack
     | StartWrite
     | EndWrite
-    | ConnectAgent
     | ForgetAgent
 )
 """Actions of the data thread."""

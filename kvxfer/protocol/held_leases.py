@@ -351,9 +351,6 @@ class HeldLeases:
             except IncompatibleError as error:
                 self.fail(held, error, now)
                 return
-        for rank_lease, route in zip(held.rank_leases, held.routes, strict=True):
-            if route is not None and rank_lease.peer.confirmed:
-                self._peers.introduce(rank_lease.peer)
         if held.granted:
             held.step(HeldLeaseEvent.GRANT_ALL)
             if held.transfer is None:

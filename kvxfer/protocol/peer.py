@@ -112,7 +112,6 @@ class Peer:
         name, epoch: of the process met last; empty before.
         agent_info, agent_name: of its transfer agent; empty before, and while it may not be used.
         confirmed: a lease expects an engine of this name there.
-        introduced: description of the agent that the data thread was told of.
         spec: of its cache; None before.
         addressable, slot_nbytes, casts, addresses, writes: see `Identity`.
         protocol: version that both sides speak since they met; 0 before.
@@ -130,7 +129,6 @@ class Peer:
     agent_info: bytes = b""
     agent_name: str = ""
     confirmed: bool = False
-    introduced: bytes = b""
     spec: CacheSpec | None = None
     addressable: bool = True
     slot_nbytes: int = 0

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import HandshakeError, IncompatibleError, printable
-from kvxfer.protocol.actions import Action, ConnectAgent, ForgetAgent, Hangup, SendTo
+from kvxfer.protocol.actions import Action, ForgetAgent, Hangup, SendTo
 from kvxfer.protocol.grants import most_ids
 from kvxfer.protocol.messages import REFUSAL_CODES
 from kvxfer.protocol.pacer import Pacer
@@ -194,12 +194,6 @@ class Peers:
         if isinstance(known, IncompatibleError):
             raise IncompatibleError(known.axis, str(known))  # not the same one: its traceback would grow with each read
         return known
-
-    def introduce(self, peer: Peer) -> None:
-        """Have the data thread connect to the agent of a peer ahead of the first read, once for each agent."""
-        if peer.agent_info and peer.agent_info != peer.introduced:
-            peer.introduced = peer.agent_info
-            self._out.append(ConnectAgent(peer.agent_info, peer.writes))
 
     def _take_agent(self, peer: Peer, now: float) -> None:
         """Note the agent that a peer brings. One agent has one description: the first, or that of the engine that a lease names."""

@@ -54,8 +54,7 @@ class AgentLifecycle:
         self.agent: TransferAgent | None = None
         """The agent; None before `first`, and after `close` until it is made again."""
         self.proven: dict[tuple[Op, bytes], float] = {}
-        """Descriptions of the peers from which this agent has read something, or who have written something to it: since when;
-        infinite until anything else than the contact is moved."""
+        """Descriptions of the peers from which this agent has read something, or who have written something to it: since when."""
         self.parting: set[bytes] = set()
         """Descriptions of peers to be forgotten once more."""
         self._peers: dict[bytes, AgentPeer] = {}

@@ -4,8 +4,7 @@
 The first transfer between two agents also connects them, and it may hang for ever: the peer's port is closed by a firewall, its
 process stands still, or the engine itself has lost the connection (seen with UCX 1.23, rarely, after other consumers of the same
 producer had been killed). So the first transfer is a contact: it reads a few bytes that are not used, belongs to no read, and has
-no deadline. Reads of that peer wait for it. It begins ahead of the first read where the peer is known before: when the producer of
-an acquired lease has introduced itself. When it has hung for ``contact_timeout_s`` the peer is *silent*: reads that want something of
+no deadline. Reads of that peer wait for it. When it has hung for ``contact_timeout_s`` the peer is *silent*: reads that want something of
 it fail at once, by name and retryably, until the contact ends; other peers are served by the same agent as before.
 
 A new agent helps only against a connection that the transfer engine has lost, and it has a price: reads under way begin again, and
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvxfer.agents.capabilities import Op
 from kvxfer.agents.flights import Flight, FlightState
 from kvxfer.errors import KvxferError, PeerTimeoutError, TransferFailedError
-from kvxfer.memory.spans import Descriptors, MemoryKind
+from kvxfer.memory.spans import Descriptors
 from kvxfer.protocol.lease_board import CELL_NBYTES
 
 if TYPE_CHECKING:
@@ -67,14 +66,12 @@ class Contact:
         waiting: strands that wait for the answer.
         silent: it has hung for too long.
         asked_at: when a read last asked for that peer, although it is silent.
-        ahead: it was begun before any read asked for it.
     """
 
-    def __init__(self, key: Key, name: str, since: float, *, ahead: bool = False) -> None:
+    def __init__(self, key: Key, name: str, since: float) -> None:
         self.key = key
         self.name = name
         self.since = since
-        self.ahead = ahead
         self.waiting: list[Strand] = []
         self.silent = False
         self.asked_at: float = -math.inf
@@ -169,26 +166,7 @@ class Contacts:
         elif contact.silent:
             contact.asked_at = self._now()
             raise self._silence(contact)
-        elif not contact.waiting:
-            contact.since = self._now()  # it has to answer in time from now on
         contact.waiting.append(strand)
-
-    def meet_ahead(self, agent_info: bytes) -> None:
-        """Begin the contact with an agent from which this side will read, by a few bytes of any of its memory.
-
-        Raises:
-            KvxferError: the agent cannot be asked.
-        """
-        key = (Op.READ, agent_info)
-        if key in self._contacts or key in self._life.proven:
-            return
-        agent, peer = self._life.ensure(), self._life.peer(agent_info)
-        memories = [peer.regions[i] for i in range(len(peer.regions))]
-        at = [each.address for each in memories if each.kind is MemoryKind.DRAM and each.nbytes >= CELL_NBYTES]
-        if at:
-            some = Descriptors.of(self._place, at[0], CELL_NBYTES)
-            self._by_flight[agent.submit(Op.READ, peer, some, deadline=math.inf)] = key
-            self._contacts[key] = Contact(key, peer.name, self._now(), ahead=True)
 
     def left_by(self, task: ReadTask) -> list[Strand]:
         """Forget the contacts that peers carry out for a read that is over; returns the strands of others that waited for them."""
@@ -203,36 +181,35 @@ class Contacts:
         """Tell whether a flight is that of a contact."""
         return flight in self._by_flight or flight in self._strays
 
-    def ended(self, flight: Flight | RemoteFlight) -> tuple[list[Strand], KvxferError | None, bool]:
+    def ended(self, flight: Flight | RemoteFlight) -> tuple[list[Strand], KvxferError | None]:
         """Take the end of a contact's flight, which may be that its peer is forgotten.
 
         Returns:
-            the strands that waited for it; why it failed, or None if the peer has answered; whether it was begun ahead of them.
+            the strands that waited for it, and why it failed; None if the peer has answered.
         """
         self._strays.discard(flight)
         if not flight.finished:
             self._strays.add(flight)
         key = self._by_flight.pop(flight, None)
         if key is None:
-            return [], None, False
+            return [], None
         contact = self._contacts.pop(key)
         answered = flight.state is FlightState.DONE
         self._metrics.count("kvxfer_contacts_total", outcome="answered" if answered else "failed")
         if answered:
-            self._life.proven[key] = self._now() if contact.waiting else math.inf
+            self._life.proven[key] = self._now()
             self._agents_tried.pop(key, None)
             if contact.silent:
                 _log.warning("the fabric of %s answers now", contact.name)
-            return contact.waiting, None, contact.ahead
-        return contact.waiting, flight.error or TransferFailedError("no reason given"), contact.ahead
+            return contact.waiting, None
+        return contact.waiting, flight.error or TransferFailedError("no reason given")
 
     def hanging(self) -> list[Contact]:
         """Contacts that have just hung for too long, and those of silent peers that a read asked for a moment ago."""
         now = self._now()
-        asked = [(key, each) for key, each in self._contacts.items() if each.waiting or each.silent]
         return [
             contact
-            for key, contact in asked
+            for key, contact in self._contacts.items()
             if (
                 now < contact.asked_at + self._contact_s
                 if contact.silent
@@ -243,8 +220,6 @@ class Contacts:
     def moves(self, flight: Flight | RemoteFlight, strand: Strand, source: SourceRead, name: str, nbytes: int) -> None:
         """Note that a strand moves something from a source; it is watched if the connection is new."""
         key, now = (source.op, source.granted.agent_info), self._now()
-        if self._life.proven.get(key) == math.inf:
-            self._life.proven[key] = now
         if now < self._life.proven.get(key, -math.inf) + self._contact_s:
             self._early[flight] = EarlyMove(key, name, strand, now, nbytes)
 

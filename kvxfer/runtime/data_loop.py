@@ -16,7 +16,6 @@ from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError
 from kvxfer.protocol.actions import (
     ChunkStaged,
-    ConnectAgent,
     EndPack,
     EndWrite,
     MoreGranted,
@@ -230,8 +229,6 @@ class DataLoop:
             self._writer.start(job)
         elif isinstance(job, EndWrite):
             self._writer.end(job.key, cut_off=job.cut_off)
-        elif isinstance(job, ConnectAgent):
-            reads.meet(job)
         else:
             self._life.forget(job.agent_info, needed=reads.needs(job.agent_info))
 

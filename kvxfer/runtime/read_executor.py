@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvxfer.buffers.cache import KVCache
     from kvxfer.config import Settings
     from kvxfer.metrics import Metrics
-    from kvxfer.protocol.actions import ChunkStaged, ConnectAgent, MoreGranted, StartRead, WriteEnded
+    from kvxfer.protocol.actions import ChunkStaged, MoreGranted, StartRead, WriteEnded
     from kvxfer.protocol.lease_board import LeaseBoard
     from kvxfer.protocol.transfer import Transfer
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
@@ -125,15 +125,6 @@ class ReadExecutor:
         """Begin a read."""
         self._start(ReadTask(job, self._tools))
         self._requests.resume()
-
-    def meet(self, job: ConnectAgent) -> None:
-        """Connect to an agent ahead of the first read from it. What keeps that from working, that read will find."""
-        try:
-            op, _ = self._choose(job.agent_info, writes=job.writes)
-            if op is Op.READ:  # a write needs a lease
-                self._contacts.meet_ahead(job.agent_info)
-        except KvxferError as error:
-            _log.debug("no contact ahead of a read: %s", error)
 
     def granted(self, job: MoreGranted) -> None:
         """Take what a source has granted while its read is under way."""
@@ -267,18 +258,15 @@ class ReadExecutor:
 
     def _direct(self, source: SourceRead) -> Op:
         """Choose what moves the bytes of a source. Raises IncompatibleError, see `kvxfer.runtime.direction`."""
-        op, why = self._choose(source.granted.agent_info, writes=source.granted.writes)
+        agent, peer = self._life.ensure(), self._life.peer(source.granted.agent_info)
+        by, writes = self._settings.move_by, source.granted.writes
+        facts, gain = agent.link_facts(peer), self._write_gain
+        op, why = choose(by, agent.capabilities, facts, producer_writes=writes, write_gain=gain)
         if (op, source.granted.agent_info) not in self._life.proven:
             mover = "the producer's WRITE" if op is Op.WRITE else "this side's READ"
-            name = self._life.peer(source.granted.agent_info).name
-            _log.info("bytes of %s are moved by %s: %s", name, mover, why)
+            _log.info("bytes of %s are moved by %s: %s", peer.name, mover, why)
         self._metrics.count("kvxfer_sources_total", by=op.value)
         return op
-
-    def _choose(self, agent_info: bytes, *, writes: bool) -> tuple[Op, str]:
-        agent, peer = self._life.ensure(), self._life.peer(agent_info)
-        facts, gain = agent.link_facts(peer), self._write_gain
-        return choose(self._settings.move_by, agent.capabilities, facts, producer_writes=writes, write_gain=gain)
 
     def _via(self, task: ReadTask) -> str:
         if not task.sources:

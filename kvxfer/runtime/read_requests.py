@@ -334,11 +334,11 @@ class ReadRequests:
             self._writer.changed(flight)
             return
         if self._contacts.owns(flight):
-            waiting, failed, ahead = self._contacts.ended(flight)
+            waiting, failed = self._contacts.ended(flight)
             for strand in waiting:
                 if failed is None:
                     self._strands.answer(strand, True)
-                elif ahead or (isinstance(flight, RemoteFlight) and flight.task is not strand.task):
+                elif isinstance(flight, RemoteFlight) and flight.task is not strand.task:
                     self._strands.begin(strand)  # by its own lease: that of the other read may have ended
                 else:
                     self._fail(strand.task, failed)

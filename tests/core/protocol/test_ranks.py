@@ -363,20 +363,6 @@ def test_ranks_that_change_places(world):
     assert outcomes[2:] == [True, True]
 
 
-@several
-def test_agents_are_introduced_once_and_only_where_something_is_read(world, engines):
-    """Before its blocks are granted the agent of each rank that is read from is introduced, once, and that of no other rank."""
-    source, sink = engines
-    for _ in range(2):
-        sink.acquire(source.announce())
-        world.advance(3)
-        for node in sink.nodes:
-            mine = node.spec.groups[0].heads
-            theirs = [(each.identity.agent_info, each.spec.groups[0].heads) for each in source.nodes]
-            read_from = [info for info, heads in theirs if heads.start < mine.stop and mine.start < heads.stop]
-            assert node.introduced == read_from
-
-
 def test_old_plans_are_forgotten(world):
     """A producer that is restarted again and again leaves one plan behind, and not one for each process."""
     source, sink = world.engine("source", 2), world.engine("sink", 1).nodes[0]

@@ -24,7 +24,6 @@ from kvxfer.planner.router import Router
 from kvxfer.protocol import messages
 from kvxfer.protocol.actions import (
     ChunkStaged,
-    ConnectAgent,
     Emit,
     EndPack,
     ForgetAgent,
@@ -163,7 +162,6 @@ class Node:
     answers: bool = True
     events: list[Any] = field(default_factory=list)
     forgotten: list[bytes] = field(default_factory=list)
-    introduced: list[bytes] = field(default_factory=list)
     ticks: int = 0
     sent: list[Any] = field(default_factory=list)
     """Every message this node sent, decoded."""
@@ -355,8 +353,6 @@ class Node:
                 self.events.append(action.event)
                 for block in self.published.get(action.event.token, ()):
                     self.content[block] = next(_numbers)  # the engine uses it for something else at once
-            elif isinstance(action, ConnectAgent):
-                self.introduced.append(action.agent_info)
             elif isinstance(action, ForgetAgent):
                 self.forgotten.append(action.agent_info)
             elif isinstance(action, StartPack):

@@ -12,7 +12,7 @@ from kvxfer.errors import LeaseEndedError, PeerTimeoutError, PeerUnknownError, T
 from kvxfer.planner.costs import Costs
 from kvxfer.planner.plan import plan
 from kvxfer.planner.router import Router
-from kvxfer.protocol.actions import ConnectAgent, ForgetAgent
+from kvxfer.protocol.actions import ForgetAgent
 from kvxfer.runtime import contacts
 from kvxfer.testing import eventually
 from tests.core.protocol.virtual import small_cache
@@ -199,62 +199,6 @@ def test_it_is_forgotten(two):
     assert isinstance(rig.end()[1], PeerUnknownError)
     assert not rig.contacts()
     assert rig.works()
-
-
-def ahead(rig):
-    """Have the agent of the silent peer met ahead of any read."""
-    rig.path.do(ConnectAgent(rig.other.agent.describe(), writes=False))
-
-
-def test_a_contact_ahead_is_all_that_the_first_read_needs(two):
-    """The contact that began when the peer introduced itself has ended when the first read begins: that one makes no other."""
-    rig = two()
-    rig.silent.clear()
-    for _ in range(3):
-        ahead(rig)
-    eventually(
-        lambda: rig.metrics.value("kvxfer_contacts_total", outcome="answered") == 1, what="the contact has ended"
-    )
-    assert rig.ask().wait(30)
-    assert rig.metrics.value("kvxfer_contacts_total", outcome="answered") == 1
-    assert rig.block(9) == rig.block(1, rig.other.cache)
-
-
-def test_a_contact_ahead_that_hangs_harms_no_one(two):
-    """No peer is called silent, and no agent made anew, for a contact that no read waits for; the first read has its full time."""
-    rig = two(contact_timeout_s=0.1)
-    ahead(rig)
-    eventually(rig.contacts, what="the contact is under way")
-    passes(1.0)  # ten times what a read waits for
-    assert rig.works()
-    assert rig.fences() == 0
-    assert rig.metrics.value("kvxfer_contacts_total", outcome="silent") == 0
-    rig.silent.clear()
-    assert rig.ask().wait(30)
-
-
-def test_a_contact_ahead_that_fails_is_made_once_more_for_the_read_that_waits_for_it(two):
-    """It may have begun long ago: a read that has joined it is not failed by its end."""
-    rig = two(contact_timeout_s=20.0)
-    ahead(rig)
-    eventually(rig.contacts, what="the contact is under way")
-    transfer = rig.ask()
-    eventually(lambda: rig.path.in_use()["reads"] == 1, what="the read waits for it")
-    rig.path.do(ForgetAgent(rig.other.agent.describe()))
-    rig.silent.clear()
-    assert transfer.wait(30)
-
-
-def test_a_connection_lost_long_after_its_contact_ahead_costs_a_new_agent(two):
-    """What counts as the beginning of a connection is the first move after the contact, however long ago that was."""
-    rig = two(lives=[1])
-    ahead(rig)
-    eventually(
-        lambda: rig.metrics.value("kvxfer_contacts_total", outcome="answered") == 1, what="the contact has ended"
-    )
-    passes(0.5)  # more than contact_timeout_s
-    assert rig.ask().wait(30)
-    assert rig.metrics.value("kvxfer_contacts_total", outcome="lost") == 1
 
 
 def test_many_wait_for_one_contact(two):
