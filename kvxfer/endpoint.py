@@ -339,6 +339,7 @@ class Endpoint:
         timeout_s: float | None = None,
         verify: bool | None = None,
         after: Sequence[Completion] = (),
+        tag: Any = None,
     ) -> Transfer:
         """Read a lease's KV into this cache, whatever the producer's looks like; returns at once. A lease is read once.
 
@@ -354,6 +355,7 @@ class Endpoint:
             after: nothing is written to ``into`` before all of these have ended: what this side's devices still do with those
                 blocks, for the requests that had them before (`DeviceBuffer.mark`). One that fails, fails the transfer, and one that
                 does not end ends it by its deadline.
+            tag: anything of the engine's, as `Transfer.tag`: the request that waits for these blocks, say.
 
         Returns:
             a transfer that ends in Done or Failed, after `close` in Failed by ClosedError. Until then the target blocks
@@ -386,6 +388,7 @@ class Endpoint:
             self._now,
             verify=self._verify if verify is None else verify,
             after=after,
+            tag=tag,
         )
         self._targets.take(targets)
         # The control thread is told of each read, and woken for those whose lease was not granted ahead: it starts them.
@@ -411,7 +414,10 @@ class Endpoint:
         return self._consumer.granted(arguments.reference(ref).token)
 
     def release(self, ref: LeaseRef) -> None:
-        """The blocks are not needed: the producer gets them back at once. No effect on a lease being read, nor after `close`.
+        """The blocks are not needed: the producer gets them back at once. No effect after `close`.
+
+        A read that still waits for blocks of its producer ends in Failed by LeaseError. One that has been granted all of them goes on:
+        the producer gets its blocks back when that has ended.
 
         Raises:
             LeaseRefError: ``ref`` is none.

@@ -19,14 +19,14 @@ from kvxfer_transformers.paged_cache import PagedCacheView, SpareBlocks
 if TYPE_CHECKING:
     from kvxfer.endpoint import Endpoint
     from kvxfer.protocol.lease_ref import LeaseRef
-    from kvxfer.protocol.transfer import Done, Failed, Transfer
+    from kvxfer.protocol.transfer import Done, Failed
 
 logger = logging.getLogger(__name__)
 
 _TOKENS_REMEMBERED = 65_536
 
 
-@dataclass
+@dataclass(eq=False)
 class LeasedPrompt:
     """Request whose KV another engine has.
 
@@ -73,7 +73,7 @@ class LeasedPrompts:
         self._view = view
         self._waiting: OrderedDict[str, LeasedPrompt] = OrderedDict()
         """Requests without blocks, by id."""
-        self._reading: dict[int, tuple[Transfer, LeasedPrompt]] = {}
+        self._reading: dict[LeasedPrompt, None] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         """Tokens of leases that were read, or will be."""
         self._numbers = count()
@@ -91,7 +91,7 @@ class LeasedPrompts:
     def knows(self, request_id: str) -> bool:
         """Whether a request waits for its KV here."""
         return request_id in self._waiting or any(
-            each.state.request_id == request_id and not each.cancelled for _, each in self._reading.values()
+            each.state.request_id == request_id and not each.cancelled for each in self._reading
         )
 
     def claim(self, lease: LeaseRef) -> bool:
@@ -113,7 +113,7 @@ class LeasedPrompts:
         prompt = self._waiting.pop(request_id, None)
         if prompt is not None:
             self._endpoint.release(prompt.lease)
-        for _, each in self._reading.values():
+        for each in self._reading:
             if each.state.request_id == request_id:
                 each.cancelled = True
 
@@ -168,16 +168,17 @@ class LeasedPrompts:
         start, stop = prompt.start, prompt.stop
         try:
             into = self._view.target_tables(prompt.owner, start, stop, prompt.spare.request_id)
-            transfer = self._endpoint.read(prompt.lease, into, tokens=(start, stop))
+            self._endpoint.read(prompt.lease, into, tokens=(start, stop), tag=prompt)
         except KvxferError as error:
             self._endpoint.release(prompt.lease)
             return self._failed(prompt, error)
-        self._reading[id(transfer)] = transfer, prompt
+        self._reading[prompt] = None
         return []
 
     def ended(self, event: Done | Failed) -> list[LoadEnd]:
         """Take the end of a read. The blocks of one that went well are the request's."""
-        _, prompt = self._reading.pop(id(event.transfer))
+        prompt: LeasedPrompt = event.transfer.tag
+        del self._reading[prompt]
         error = event.transfer.error
         if error is not None or prompt.cancelled:
             return self._failed(prompt, error)
@@ -207,7 +208,7 @@ class LeasedPrompts:
 
     def forget_all(self) -> None:
         """Forget all requests, after the endpoint was closed; whose reads have ended by then."""
-        for _, prompt in self._reading.values():
+        for prompt in self._reading:
             self._view.free(prompt.owner)
             self._view.free(prompt.spare.request_id)
         self._reading.clear()

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvxfer.errors import fresh, release_frames, shown
 
@@ -65,6 +65,7 @@ class Transfer:
         tokens: which of the request's tokens are read; None: all that ``into`` holds.
         verify: bytes that arrive are compared with those of their source, before the transfer ends.
         after: work of the target's devices with ``into`` that has to end before anything is written there.
+        tag: what the engine gave the read call, by which it knows the transfer in an event.
         nbytes, descriptors: bytes moved over the wire, and in how many pieces; 0 until done.
         partial_nbytes: bytes of these that were here before the last block was complete at its producer.
         begins: by cache group, the first token that was read; empty until done. In a sliding window that may be later than asked,
@@ -86,8 +87,10 @@ class Transfer:
         *,
         verify: bool = False,
         after: Sequence[Completion] = (),
+        tag: Any = None,
     ) -> None:
         self._now = now
+        self.tag: Any = tag
         self.after = after
         self.ref = ref
         self.into = into

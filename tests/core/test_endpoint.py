@@ -60,6 +60,15 @@ def test_blocks_arrive(pair):
     assert sink.endpoint.poll() == [] and len(source.events) == 1
 
 
+def test_an_event_brings_what_the_engine_gave_the_read(pair):
+    """The event of a read has the tag of the read call, so that an engine finds its request without a table of transfers."""
+    source, sink = pair
+    request = object()
+    sink.endpoint.read(source.endpoint.lease([1], num_tokens=4), [7], tag=request)
+    (event,) = eventually(sink.endpoint.poll)
+    assert event.transfer.tag is request
+
+
 @pytest.mark.parametrize("verify", [False, True])
 def test_a_window_that_begins_inside_its_first_block(verify):
     """What lies before it there stays behind, and the transfer says with which token it began."""
