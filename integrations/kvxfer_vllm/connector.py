@@ -44,6 +44,7 @@ from kvxfer_vllm.seams import watch_weights
 from kvxfer_vllm.startup import refuse_unsupported, start_endpoints
 from kvxfer_vllm.states import StateLayout
 from kvxfer_vllm.stats import KvxferPromMetrics, KvxferStats
+from kvxfer_vllm.tracing import Spans
 from kvxfer_vllm.worker import KvxferWorker
 from kvxfer_vllm.zeroing import BlockZeroer
 
@@ -329,6 +330,7 @@ class KvxferConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         """Make the worker's half on endpoints that run; it closes them. Arguments as of :class:`KvxferWorker`."""
         self._worker = KvxferWorker(endpoints, self._groups, mark, turns, zeroer)
+        self._worker.spans = Spans.of(self._vllm_config)
         self._handshake = KvxferHandshake(endpoints[0].address)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer_vllm.arrivals import Arrivals
     from kvxfer_vllm.groups import GroupBlocks, GroupTable
-    from kvxfer_vllm.metadata import KvxferMetadata
+    from kvxfer_vllm.metadata import KvxferMetadata, Traced
     from kvxfer_vllm.stats import KvxferStats
     from kvxfer_vllm.windows import PartialWindows
 
@@ -137,7 +137,12 @@ class Loads:
         return (missing, True) if missing > 0 else (0, False)
 
     def allocated(
-        self, request_id: str, block_ids: Sequence[Sequence[int]], num_external_tokens: int, orders: KvxferMetadata
+        self,
+        request_id: str,
+        block_ids: Sequence[Sequence[int]],
+        num_external_tokens: int,
+        orders: KvxferMetadata,
+        traced: Traced | None = None,
     ) -> Sequence[GroupBlocks] | None:
         """Order a load, or release its lease, now that vLLM has allocated blocks.
 
@@ -172,7 +177,7 @@ class Loads:
         if target is None:
             raise RuntimeError(f"too few blocks were allocated for {num_tokens} tokens")
         target = self._windows.targets(target)
-        orders.read.append(ReadOrder(request_id, load.lease, target, first_token))
+        orders.read.append(ReadOrder(request_id, load.lease, target, first_token, traced))
         load.state = LoadState.LOADING
         return target
 

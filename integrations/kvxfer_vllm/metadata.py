@@ -12,11 +12,34 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.request import Request
+
     from kvxfer.protocol.lease_ref import LeaseRef
     from kvxfer_vllm.groups import GroupBlocks
 
 IDLE_WAIT_S = 0.005
 """Longest wait of a step that computes nothing: it delays a request that arrives meanwhile by as much."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Trace of a request, if its client sent one and vLLM exports traces.
+
+    Attributes:
+        headers: ``traceparent`` and ``tracestate``, as the client sent them.
+        arrived: time of the request's arrival, of the system's clock.
+    """
+
+    headers: Mapping[str, str]
+    arrived: float
+
+    @classmethod
+    def of(cls, request: Request) -> Traced | None:
+        """Return the trace of a request."""
+        headers = getattr(request, "trace_headers", None)
+        return cls(dict(headers), request.arrival_time) if headers else None
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,7 @@ class ReadOrder:
     lease: LeaseRef
     blocks: list[GroupBlocks]
     first_token: int
+    traced: Traced | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,7 @@ class PublishOrder:
     request_id: str
     lease: LeaseRef
     blocks: list[GroupBlocks]
+    traced: Traced | None = None
 
 
 @dataclass

@@ -40,7 +40,7 @@ from kvxfer_vllm.arrivals import Arrivals
 from kvxfer_vllm.bootstrap.lookup import BootstrapLookups
 from kvxfer_vllm.groups import blocks_in_each
 from kvxfer_vllm.loads import Loads
-from kvxfer_vllm.metadata import IDLE_WAIT_S, KvxferHandshake, KvxferMetadata, PublishOrder
+from kvxfer_vllm.metadata import IDLE_WAIT_S, KvxferHandshake, KvxferMetadata, PublishOrder, Traced
 from kvxfer_vllm.prefills import Prefills, with_new_token
 from kvxfer_vllm.prompts import PromptIdentity
 from kvxfer_vllm.request_ids import of_other_prompt, rendezvous_key, sibling_of
@@ -205,7 +205,9 @@ class KvxferScheduler:
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """See `Loads.allocated`."""
-        loaded = self._loads.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens, self._step)
+        loaded = self._loads.allocated(
+            request.request_id, blocks.get_block_ids(), num_external_tokens, self._step, Traced.of(request)
+        )
         if loaded is not None:
             self.windows.begin(request, loaded)
 
@@ -280,7 +282,7 @@ class KvxferScheduler:
             return False, None
         ids = [blocks.ids for blocks in published]
         answer = response(lease, ids, host=self._host, port=self._port, **self._sizes)
-        self._step.publish.append(PublishOrder(request_id, lease, published))
+        self._step.publish.append(PublishOrder(request_id, lease, published, Traced.of(request)))
         self._prefills.answered(request_id, answer)
         return True, answer
 

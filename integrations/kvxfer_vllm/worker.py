@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvxfer_vllm.endpoint_group import EndpointLike, LeaseEvent
     from kvxfer_vllm.groups import AttentionGroup, GroupBlocks
     from kvxfer_vllm.metadata import KvxferMetadata, PartialPublishOrder, PublishOrder, ReadOrder
+    from kvxfer_vllm.tracing import Spans
     from kvxfer_vllm.zeroing import BlockZeroer
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -118,6 +119,8 @@ class KvxferWorker:
         self._load_report = LoadReport()
         self._forwarded: dict[tuple[str, str], float] = {}
         self._closed = False
+        self.spans: Spans | None = None
+        """Exports the spans of requests that have a trace."""
 
     # ------------------------------------------------------------------------------------------------------- orders
 
@@ -295,6 +298,8 @@ class KvxferWorker:
     def _transfer_ended(self, transfer: GroupTransfer, results: KVConnectorTransferResults) -> None:
         request_id = self._transfers.pop(transfer)
         order = self._loading.pop(request_id)
+        if order.traced is not None:
+            self._try(order, lambda _: self._spans_of(order, transfer), "export_span")
         results.finished_recving.add(request_id)
         if transfer.error is None:
             self._report_begins(order, transfer.begins)
@@ -307,7 +312,10 @@ class KvxferWorker:
             logger.warning("Request %s: its KV could not be loaded: %s", request_id, transfer.error)
 
     def _lease_ended(self, event: LeaseEvent, results: KVConnectorTransferResults) -> None:
-        request_id = self._sending.pop(event.token).request_id
+        order = self._sending.pop(event.token)
+        request_id = order.request_id
+        if order.traced is not None:
+            self._try(order, lambda _: self._span_of(order, event), "export_span")
         results.finished_sending.add(request_id)
         if isinstance(event, LeaseExpired):
             self.stats.count("expired_leases")
@@ -316,6 +324,15 @@ class KvxferWorker:
             self.stats.count("revoked_leases")
         else:
             self.stats.count("released_leases" if event.read else "unread_leases")
+
+    def _spans_of(self, order: ReadOrder, transfer: GroupTransfer) -> None:
+        if order.traced is not None and self.spans is not None:
+            for each in transfer.transfers:
+                self.spans.loaded(order.request_id, order.traced, each)
+
+    def _span_of(self, order: PublishOrder, event: LeaseEvent) -> None:
+        if order.traced is not None and self.spans is not None:
+            self.spans.leased(order.request_id, order.traced, event)
 
     def _load_failed(self, order: ReadOrder, reason: str) -> None:
         self.stats.count("failed_transfers", label=reason)

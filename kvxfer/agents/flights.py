@@ -56,6 +56,10 @@ class Flight:
     error: KvxferError | None = None
     landed: bool = False
     """Nothing of it is on its way any more, here or at the peer: what the engine was given is complete, or was stopped."""
+    first_at: float = 0.0
+    """Time at which its first part was complete; 0.0 before."""
+    last_from: float = 0.0
+    """Time at which its last part was handed to the engine, so all before it was complete; 0.0 before."""
     _reported: FlightState = FlightState.PENDING
     _parts: list[tuple[Descriptors, Memory, Memory]] = field(default_factory=list)
     _handle: Any = _NO_HANDLE
@@ -205,6 +209,7 @@ class Flights:
                         return
                     mover._release(flight._handle)
                     flight._handle = _NO_HANDLE
+                    flight.first_at = flight.first_at or mover.now()
                 if not flight._parts:
                     flight.state, flight.landed = FlightState.DONE, True
                     return
@@ -212,6 +217,8 @@ class Flights:
                     return
                 handed_over = True
                 part, local, remote = flight._parts.pop()
+                if not flight._parts:
+                    flight.last_from = mover.now()
                 flight._handle = mover._submit(flight.op, flight.peer.native, part, local, remote)
         except KvxferError as error:
             self._fail(flight, error)

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvxfer.errors import fresh, release_frames, shown
 
@@ -53,6 +53,24 @@ class Latch:
         return self.is_open
 
 
+class TransferTimes(NamedTuple):
+    """Times of one read, on the endpoint's clock (by default `time.monotonic`); 0.0 for what did not happen, or was not seen.
+
+    Attributes:
+        started: the call of `read`.
+        granted: the lease was granted, so that bytes could be asked for.
+        first_byte, last_byte: the first and the last KV was in place, to the step of the transfer engine; where the producer writes
+            the bytes, with the messages about it.
+        ended: the lease was checked, and the read is over.
+    """
+
+    started: float
+    granted: float = 0.0
+    first_byte: float = 0.0
+    last_byte: float = 0.0
+    ended: float = 0.0
+
+
 class Transfer:
     """One read of a leased request's blocks into this cache. Any thread may look at it and wait for it.
 
@@ -71,6 +89,7 @@ class Transfer:
         begins: by cache group, the first token that was read; empty until done. In a sliding window that may be later than asked,
             see `kvxfer.layout.block_table.BlockTable.needed_from`. What the blocks hold of the tokens before it is not theirs.
         seconds: from the read call to the end; 0.0 until done.
+        times: of its steps; all but the first 0.0 until done.
         via: how the bytes travelled, in the words of the transfer agent; empty until done.
         route: where the bytes were packed, in the words of `kvxfer.planner.router.Route` (``direct``, ``source_packed``, ...); several joined
             by "and" if the ranks of the source took different ones; empty until done.
@@ -99,6 +118,7 @@ class Transfer:
         self.deadline = deadline
         self.started: float = now()
         self.seconds: float = 0.0
+        self.times: TransferTimes = TransferTimes(self.started)
         self.nbytes: int = 0
         self.partial_nbytes: int = 0
         self.descriptors: int = 0
@@ -177,6 +197,7 @@ class Transfer:
         begins: Sequence[int] = (),
         via: str = "",
         route: str = "",
+        times: TransferTimes | None = None,
     ) -> bool:
         """End the transfer, once; False (and no change) if it had ended, or another thread ends it now. For the endpoint."""
         me = object()
@@ -187,6 +208,7 @@ class Transfer:
         self._error, self.descriptors, self.via, self.route = error, descriptors, via, route
         self.nbytes, self.partial_nbytes, self.begins = nbytes, partial_nbytes, begins
         self.seconds = self._now() - self.started
+        self.times = times or TransferTimes(self.started, ended=self.started + self.seconds)
         # The event is queued before waiters wake, so that they find it in poll().
         try:
             self._on_end(self)

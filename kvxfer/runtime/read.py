@@ -232,7 +232,7 @@ def validation_read(source: SourceRead, *before: Descriptors) -> Steps:
     loan: Loan = yield BorrowScratch()
     with loan as scratch:
         cell = Descriptors.of(scratch, source.granted.cell, CELL_NBYTES)
-        yield Move(source, [*before, cell])
+        yield Move(source, [*before, cell], checks=True)
         found = source.task.tools.board.read_scratch(scratch)
     if found != source.granted.check:
         raise LeaseEndedError("the lease had ended when the bytes arrived; they are thrown away")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from kvxfer.agents.capabilities import Op
 from kvxfer.defects import Defects
 from kvxfer.errors import ClosedError, KvxferError, TransferFailedError, TransferTimeoutError
+from kvxfer.protocol.transfer import TransferTimes
 from kvxfer.runtime.contacts import LOOK_EVERY_S, Contacts
 from kvxfer.runtime.direction import choose
 from kvxfer.runtime.links import Links, LinkUse
@@ -235,6 +236,7 @@ class ReadExecutor:
             return
         del self._tasks[transfer]
         self._close(task)
+        times = TransferTimes(transfer.started, task.granted_at, task.first_byte_at, task.last_byte_at, self._now())
         if error is None:
             via = self._via(task)
             self._defects.guarded(lambda: self._tell_links(task))
@@ -246,9 +248,10 @@ class ReadExecutor:
                 begins=task.begins(),
                 via=via,
                 route=" and ".join(task.routes),
+                times=times,
             )
         else:
-            transfer.end(error)
+            transfer.end(error, times=times)
         self._reports.read_ended(transfer, error)
 
     def _part(self) -> None:

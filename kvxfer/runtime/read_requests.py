@@ -359,6 +359,9 @@ class ReadRequests:
         elif flight.state is FlightState.FAILED:
             self._strands.step(strand, error=flight.error or TransferFailedError("no reason given"))
         else:
+            if isinstance(strand.request, Move):
+                at = (flight.first_at, flight.last_from) if isinstance(flight, Flight) else (0.0, 0.0)
+                task.landed(strand.request, *at)
             self._strands.answer(strand)
 
     def _see_copies(self) -> bool:

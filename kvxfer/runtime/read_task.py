@@ -49,6 +49,7 @@ class ReadTask:
         partial_nbytes: what was here when the last source had granted all.
         differences: what was asked to be verified and is not what a source has.
         quarantined_at: since when an engine may still write to its blocks after it was given up.
+        first_byte_at, last_byte_at: when the first KV was in place, as far as the agent told by pieces, and the last so far; 0.0 before.
         spans: by target group, the tokens that the sources that have granted all will give.
     """
 
@@ -64,6 +65,9 @@ class ReadTask:
         self.descriptors = 0
         self.differences: list[Difference] = []
         self.quarantined_at: float | None = None
+        self.granted_at: float = tools.now()
+        self.first_byte_at: float = 0.0
+        self.last_byte_at: float = 0.0
         self.spans: dict[int, Span] = {}
 
     @property
@@ -90,6 +94,18 @@ class ReadTask:
         into = self.job.transfer.into
         spans = [self.spans.get(group, (0, 0)) for group in range(len(into))]
         return [start if start < stop else table.begins_at for table, (start, stop) in zip(into, spans, strict=True)]
+
+    def landed(self, move: Move, first_at: float, last_from: float) -> None:
+        """Note when a move's KV was in place.
+
+        Args:
+            first_at: when its first piece was complete; 0.0 if that is not known.
+            last_from: when all but the last piece was; 0.0 likewise.
+        """
+        now = self.now()
+        if len(move.steps) > move.checks:
+            self.first_byte_at = self.first_byte_at or first_at or now
+            self.last_byte_at = (last_from or now) if move.checks else now
 
     def restarted(self) -> ReadTask:
         """The same read, to be started on a new agent."""
@@ -211,10 +227,15 @@ class Connect:
 
 @dataclass(frozen=True, eq=False)
 class Move:
-    """Move bytes from a source, step by step. Answered when all are in place."""
+    """Move bytes from a source, step by step. Answered when all are in place.
+
+    Attributes:
+        checks: the last step is no KV, but the lease's cell.
+    """
 
     source: SourceRead
     steps: Sequence[Descriptors]
+    checks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
