@@ -20,7 +20,6 @@ from kvxfer.runtime.contacts import Contacts
 from kvxfer.runtime.read_executor import ReadExecutor
 from kvxfer.testing.child import Child
 from kvxfer.testing.waiting import eventually
-from kvxfer_nixl import NixlAgent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,22 +33,13 @@ _STAGES = (
 """Stages of a first read up to the bytes, each with the method with whose call it begins or ends."""
 
 
-def _cold() -> None:
-    """Have all connections of this process made by the first read, and by nothing before."""
-    NixlAgent.warm_up = lambda _: None  # type: ignore[method-assign]
-
-
 class _FirstProducer(Rank):
-    def __init__(self, geometry: Geometry, name: str, warm: bool) -> None:
-        if not warm:
-            _cold()
+    def __init__(self, geometry: Geometry, name: str) -> None:
         super().__init__(geometry, name, 0, 1, NIXL_CMA)
 
 
 class _FirstConsumer:
-    def __init__(self, geometry: Geometry, warm: bool) -> None:
-        if not warm:
-            _cold()
+    def __init__(self, geometry: Geometry) -> None:
         self.calls: dict[str, tuple[float, float]] = {}
         for name, kind, method in _STAGES:
             self._watch(name, kind, method)
@@ -95,15 +85,15 @@ def test_the_first_read_of_a_cold_pair(benchmark, measuring, report):
     need_nixl()
     blocks = range(32 if measuring else 4)
     geometry = Geometry(blocks=len(blocks))
-    kinds = [(warm, ahead_s) for warm in (True, False) for ahead_s in (0.0, 0.2)]
-    took: dict[tuple[bool, float], list[list[dict[str, float]]]] = {kind: [] for kind in kinds}
+    kinds = (0.0, 0.2)
+    took: dict[float, list[list[dict[str, float]]]] = {ahead_s: [] for ahead_s in kinds}
 
     def all_kinds() -> None:
-        for number, (warm, ahead_s) in enumerate(random.sample(kinds, len(kinds)) if measuring else kinds[:1]):
+        for number, ahead_s in enumerate(random.sample(kinds, len(kinds)) if measuring else kinds[:1]):
             name = f"first-{os.getpid()}-{number}-{time.monotonic_ns()}"
             with (
-                Child("producer", _FirstProducer, geometry, name, warm) as producer,
-                Child("consumer", _FirstConsumer, geometry, warm) as consumer,
+                Child("producer", _FirstProducer, geometry, name) as producer,
+                Child("consumer", _FirstConsumer, geometry) as consumer,
             ):
                 address, reads = producer.call("address"), []
                 consumer.ready()
@@ -111,10 +101,10 @@ def test_the_first_read_of_a_cold_pair(benchmark, measuring, report):
                     ref = kvxfer.LeaseRef.mint(producer=name, addresses=[address], request="first").to_obj()
                     producer.call("publish", ref, list(blocks))
                     reads.append(consumer.call("read", ref, list(blocks), ahead_s))
-                took[warm, ahead_s].append(reads)
+                took[ahead_s].append(reads)
 
     benchmark.pedantic(all_kinds, rounds=8 if measuring else 1)
-    for (warm, ahead_s), pairs in took.items():
+    for ahead_s, pairs in took.items():
         if not pairs:
             continue
         first = {name: statistics.median(reads[0][name] for reads in pairs) for name in pairs[0][0]}
@@ -123,7 +113,6 @@ def test_the_first_read_of_a_cold_pair(benchmark, measuring, report):
         stages = {name: f"{seconds * 1e3:.1f} ms" for name, seconds in first.items() if name != "all"}
         report(
             "The first read of two new processes, 64 MiB, beside those that follow",
-            connected="ahead" if warm else "by the read",
             lease=f"acquired {ahead_s:g} s before" if ahead_s else "acquired by the read",
             first_to_later=f"{ratio:.1f}",
             goal=f"{GOAL:g}",

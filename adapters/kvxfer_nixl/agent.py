@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -36,8 +35,7 @@ from kvxfer_nixl._metadata import agent_name
 from kvxfer_nixl._module import find
 from kvxfer_nixl._options import NixlOptions
 from kvxfer_nixl._records import NixlDescription, NixlPeer, XferRequest
-from kvxfer_nixl._ucx import ucx_setting, warn_of_open_ports
-from kvxfer_nixl._warm import WarmUp
+from kvxfer_nixl._ucx import warn_of_open_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -132,7 +130,6 @@ class NixlAgent(TransferAgent):
         }
         options = NixlOptions.of(given | unknown)
         super().__init__(name)
-        self._warm_up = WarmUp(partial(type(self), **given))
         for_backends, self.loopback_only = options.for_backends()
         self.module = find(options.module)
         """The module of NIXL that is used, and why."""
@@ -159,18 +156,12 @@ class NixlAgent(TransferAgent):
             max_submit_nbytes=options.max_submit_nbytes,
         )
         self._surroundings = Surroundings.here(for_backends)
-        self._few_ports = ucx_setting(for_backends.get("UCX", {}), "TCP_PORT_RANGE") is not None
         self._registered: dict[int, Any] = {}
         self._registrations_made = 0
         self._unfinished: dict[int, XferRequest] = {}
         self._drain_s = options.drain_s
         self.connection_cycles = 0
         """Peers disconnected so far. Each one costs a file descriptor on both sides: see `RECYCLE_AFTER_CYCLES`."""
-
-    def warm_up(self) -> None:
-        """See `kvxfer_nixl._warm`. Not with a range of ports, which may have none for other agents."""
-        if "UCX" in self._backends and not self._few_ports:
-            self._warm_up.run(self)
 
     def link(self, peer: AgentPeer) -> Link:
         """Kind of connection to ``peer``: predicted from the descriptions of both sides, corrected by what transfers show."""

@@ -138,9 +138,6 @@ class TransferAgent(ABC):
         """Give up on a transfer in flight; True only if nothing will be written any more, here or at the peer. Raises nothing."""
         return False
 
-    def warm_up(self) -> None:  # noqa: B027
-        """Do ahead what the first transfers would wait for. Called by the endpoint at its start, when all memory is registered."""
-
     def explain(self, peer: AgentPeer) -> str:  # noqa: ARG002
         """Transport between this agent and ``peer`` in a few words, for people only."""
         return self.adapter

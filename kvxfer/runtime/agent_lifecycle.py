@@ -72,7 +72,6 @@ class AgentLifecycle:
             KvxferError: it cannot be made, or refuses the memory.
         """
         agent = self._new()
-        self._defects.guarded(agent.warm_up)
         return agent.adapter, agent.describe()
 
     def ensure(self) -> TransferAgent:
