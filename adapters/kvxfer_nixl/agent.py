@@ -118,7 +118,7 @@ class NixlAgent(TransferAgent):
         port_range: str | None = None,
         **unknown: object,
     ) -> None:
-        given: dict[str, Any] = {
+        given = {
             "backends": backends,
             "backend_options": {} if backend_options is None else backend_options,
             "module": module,
