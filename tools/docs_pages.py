@@ -127,7 +127,9 @@ def errors_page() -> str:
 
 def kinds_of_errors(base: type[errors.KvxferError] = errors.KvxferError) -> list[type[errors.KvxferError]]:
     """All public errors of the tree, each before those below it."""
-    below = [kind for kind in base.__subclasses__() if kind.__module__.startswith("kvxfer")]
+    found = [kind for kind in base.__subclasses__() if kind.__module__.startswith("kvxfer")]
+    # Adapters may have been imported in any order.
+    below = sorted(found, key=lambda kind: (kind.__module__ != errors.__name__, kind.__module__))
     return [each for kind in below for each in (kind, *kinds_of_errors(kind)) if not each.__name__.startswith("_")]
 
 

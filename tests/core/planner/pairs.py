@@ -87,15 +87,19 @@ Cell = tuple[str, str, str]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Block ids of the request in one group; the first block begins with token ``first``, each has ``tokens``."""
+    """Block ids of the request in one group, each of ``tokens``. It begins with token ``first``; a sliding window may do so in a block."""
 
     ids: np.ndarray
     first: int
     tokens: int
 
     @property
+    def aligned(self) -> int:
+        return self.first - self.first % self.tokens
+
+    @property
     def end(self) -> int:
-        return self.first + len(self.ids) * self.tokens
+        return self.aligned + len(self.ids) * self.tokens
 
 
 @dataclass(eq=False)

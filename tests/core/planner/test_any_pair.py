@@ -580,24 +580,24 @@ def tokens_to_move(kind: str, source: Table, target: Table, tokens) -> tuple[int
         return 0, 0
     if kind == "state":
         return (0, len(target.ids)) if len(source.ids) == len(target.ids) else None
-    start, stop = tokens or (target.first, None)
+    start, stop = tokens or (target.aligned, None)
     if kind == "sliding_window":
-        start = max(start, target.first)
+        start = max(start, target.aligned)
     if stop is None:
         stop = min(source.end, target.end)
         if start >= stop:
             return None
     moved = set(range(start, stop))
-    if not moved <= set(range(source.first, source.end)) & set(range(target.first, target.end)):
+    if not moved <= set(range(source.first, source.end)) & set(range(target.aligned, target.end)):
         return None
-    blocks = [range(first, first + target.tokens) for first in range(target.first, target.end, target.tokens)]
+    blocks = [range(first, first + target.tokens) for first in range(target.aligned, target.end, target.tokens)]
     return (start, stop) if not moved or all(moved.intersection(block) for block in blocks) else None
 
 
 def is_table(table: Table, spec: CacheSpec, group: str) -> bool:
-    """The ids are blocks of the group, and the first token begins one."""
-    blocks = range(spec.group(group).num_blocks)
-    begins = spec.group(group).kind == "state" or (table.first >= 0 and table.first % table.tokens == 0)
+    """The ids are blocks of the group, and the first token begins one, or is that of a sliding window."""
+    blocks, kind = range(spec.group(group).num_blocks), spec.group(group).kind
+    begins = kind == "state" or (table.first >= 0 and (kind == "sliding_window" or table.first == table.aligned))
     return begins and all(number in blocks for number in table.ids.tolist())
 
 
