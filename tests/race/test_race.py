@@ -34,10 +34,14 @@ def _seed() -> int:
 )
 def test_race(route, ranks, lane):
     """Leases of 0.1 to 1 s, both sides stopped at random, control messages lost: each element of a read that is done is right."""
-    seed = _seed()
-    figures = race(SECONDS, seed=seed, route=route, ranks=ranks, lane=lane)
-    print(f"race {route} {ranks} {lane} seed {seed}: {figures.line()}")
-    assert figures.wrong == 0 and "ended with an error" not in figures.did
+    # With leases of 0.1 s a slow machine may get no read done, which proves nothing.
+    for seconds in (SECONDS, 3 * SECONDS):
+        seed = _seed()
+        figures = race(seconds, seed=seed, route=route, ranks=ranks, lane=lane)
+        print(f"race {route} {ranks} {lane} seed {seed}: {figures.line()}")
+        assert figures.wrong == 0 and "ended with an error" not in figures.did
+        if figures.decoded["done"]:
+            break
     assert figures.leases > 10 and figures.decoded["done"] and figures.did["stops"]
 
 
