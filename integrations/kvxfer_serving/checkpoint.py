@@ -25,11 +25,11 @@ _OTHER_WEIGHTS: Final = ("*.gguf", "*.bin", "*.pt", "*.pth")
 _NOT_OF_THE_MODEL: Final = ("adapter_model.safetensors",)
 _SAMPLE_NBYTES: Final = 4096
 _MOST_SAMPLES: Final = 8
-"""Of a tensor; fewer where there are many tensors."""
+"""Most samples of a tensor; fewer where there are many tensors."""
 _MOST_OF_FILE: Final = 1024
-"""Of a file whose tensors are not known."""
+"""Most samples of a file whose tensors are not known."""
 _SAMPLES: Final = 16_384
-"""Of all tensors together, but for the one that each has."""
+"""Samples of all tensors together, but for the one that each has."""
 _READERS: Final = 8
 _MOST_HEADER_NBYTES: Final = 100_000_000  # the limit of the library safetensors
 

@@ -95,7 +95,7 @@ def fingerprint_of(model: ServedModel, override: str = "") -> str:
 
 
 def _kept_keys(model: ServedModel, checkpoint: Checkpoint | None) -> str:
-    """What is in the cache as K: the same words for two engines only where they surely keep the same."""
+    """Words for what is in the cache as K: the same for two engines only where they surely keep the same."""
     known = str(model.text_config.get("model_type", "")) in SAME_K_IN_ANY_ENGINE
     if not known or model.quantization or checkpoint is None or not checkpoint.tensors:
         return f"as {model.engine} has it"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from kvxfer.metrics import Metrics
     from kvxfer.runtime.agent_lifecycle import AgentLifecycle
-    from kvxfer.runtime.read_task import ReadTask, SourceRead, Strand
+    from kvxfer.runtime.read_task import Move, ReadTask, SourceRead, Strand
     from kvxfer.runtime.remote_flights import RemoteFlight, RemoteFlights
 
     Key = tuple[Op, bytes]
@@ -217,10 +217,11 @@ class Contacts:
             )
         ]
 
-    def moves(self, flight: Flight | RemoteFlight, strand: Strand, source: SourceRead, name: str, nbytes: int) -> None:
-        """Note that a strand moves something from a source; it is watched if the connection is new."""
-        key, now = (source.op, source.granted.agent_info), self._now()
+    def moves(self, flight: Flight | RemoteFlight, strand: Strand, move: Move, name: str) -> None:
+        """Note that a strand moves something from the source of this name; it is watched if the connection is new."""
+        key, now = (move.source.op, move.source.granted.agent_info), self._now()
         if now < self._life.proven.get(key, -math.inf) + self._contact_s:
+            nbytes = sum(spans.total_nbytes for spans in move.steps)
             self._early[flight] = EarlyMove(key, name, strand, now, nbytes)
 
     def moved(self, flight: Flight | RemoteFlight) -> None:

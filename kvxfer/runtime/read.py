@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 
 
 _MOST_DESCRIPTORS: Final = 1 << 19
-"""Made at a time, with about 150 bytes each: how many a read has depends on its source's description of its cache."""
+"""Most descriptors that are made at a time, with about 150 bytes each: how many a read has depends on its source's description of its cache."""
 _MOST_OF_A_READ: Final = 1 << 26
-"""From one source; they would take minutes."""
+"""Most descriptors from one source; more would take minutes."""
 _MOST_GATHERED: Final = 1 << 21
-"""For one chunk."""
+"""Most runs of one chunk."""
 
 
 # -- the steps of a read -------------------------------------------------------------------------------------------------

@@ -313,10 +313,10 @@ class ReadExecutor:
     def _meet_the_silent(self) -> bool:
         """Give up on contacts that hang; True if the agent was reset, because some of those may go through on another one."""
         silent, early = self._contacts.hanging(), self._contacts.hanging_early()
-        hung = {strand.task for contact in silent for strand in contact.waiting} | {move.strand.task for move in early}
         hanging: list[Sequence[Contact | EarlyMove]] = [each for each in (silent, early) if each]
         if not hanging:
             return False
+        hung = {strand.task for contact in silent for strand in contact.waiting} | {move.strand.task for move in early}
         busy = (
             len(self._requests.flying) > len(early)
             or bool(len(self._writer))

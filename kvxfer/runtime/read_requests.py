@@ -275,8 +275,7 @@ class ReadRequests:
         else:
             flight = agent.submit(Op.READ, peer, *request.steps, deadline=deadline)
         self._flying[flight] = strand
-        nbytes = sum(spans.total_nbytes for spans in request.steps)
-        self._contacts.moves(flight, strand, source, peer.name, nbytes)
+        self._contacts.moves(flight, strand, request, peer.name)
         strand.task.pending += 1
 
     def _copy(self, strand: Strand, request: AwaitCopies) -> None:

@@ -91,7 +91,7 @@ class RemoteFlights:
         self._all: dict[RemoteFlight, None] = {}
         self._by_number: dict[int, RemoteFlight] = {}
         self._description = b""
-        """Of this side's agent; it is always the same until the agent is closed."""
+        """Description of this side's agent; it is always the same until the agent is closed."""
 
     def __len__(self) -> int:
         return len(self._all)
